@@ -1,0 +1,378 @@
+"""The budget in the training loss: expected milliseconds, and a multiplier that needs no tuning.
+
+With ``T(w)`` the latency model at the gates' soft widths and ``B(k)`` the target at step k:
+
+1. ``B`` falls linearly from the dense latency to the target over the first ``warmup_fraction`` of the steps, since a
+   budget imposed at once removes channels before the loss has had a say (annealed budget).
+2. The constraint is the ratio ``v = T / B(k) - 1 <= 0``, so one network's milliseconds look like another's.
+3. ``penalty() = lambda * v`` with the gradient ``lambda * dv``: a Lagrangian whose multiplier follows ``v`` by dual
+   ascent *in the log domain*,
+
+       log(lambda) = log(unit) + integral + PROPORTIONAL * v,     integral += gain * v   (once per step),
+
+   which finds small and large multipliers in the same number of steps. One-sided: the pull fades out between the
+   target and 2% below it, so there is no pull once the budget is safely met, and the integral decays meanwhile.
+4. ``unit = |d loss / d gates| / |d v / d gates|`` (running root mean squares over the gates' own parameters) is the
+   multiplier at which the task and the budget pull equally hard. It makes the penalty follow the loss through any
+   scale, loss scaling of mixed precision included. The task's share is what arrives at the gates minus what the
+   penalty itself sent, so the loss need not be handed over. By Cauchy-Schwarz any ``lambda > unit`` lowers the latency
+   under gradient descent, whatever the task wants; ``lambda`` is therefore held below a few units.
+
+Latency is a staircase, flat between its jumps, and a flat step has no gradient. Training therefore uses the
+interpolation through the widths worth having (``LatencyModel.levels``) alone: it has the staircase's values at every
+width that the solver may choose, and the average slope of the steps in between.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sluice.errors import SluiceError
+from sluice.latency import Extent, LatencyModel, Term
+from sluice.passes.decide import least_ms, restricted, unreachable
+
+__all__ = ["Budget", "ExpectedLatency", "GateLike", "parse_budget", "through_levels"]
+
+PROPORTIONAL = 20.0  # 5% over the target multiplies the pull by e
+MARGIN = 0.02  # relative distance below the target at which the pull has faded to nothing
+DECAY = 0.95  # of the running mean squares, per step
+LOG_RANGE = (-6.0, 1.0)  # of the integral: keeps it from winding up where the gates cannot answer
+LOG_MOST = 1.5  # of lambda / unit: more would only fill the optimizer's second moments with the penalty
+PATIENCE = 4096  # backward passes without step() after which the training loop must be wrong
+SKIPS = 25  # non-finite gradients in a row that loss scaling may cause while it looks for its scale
+
+
+class GateLike(Protocol):
+    """What the budget needs of a gate."""
+
+    def soft_width(self) -> Tensor:
+        """Expected number of kept channels, a differentiable scalar."""
+        ...
+
+    def width(self) -> int: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+def parse_budget(spec: str | Mapping[str, str | float], dense_ms: float) -> float:
+    """Milliseconds of ``"50%"`` (of dense), ``"2.4ms"``, ``"800us"`` or ``{"latency_ms": 2.4 or "50%"}``."""
+    how = "say '50%', '2.4ms' or {'latency_ms': 2.4}"
+    value: object = spec
+    if isinstance(spec, Mapping):
+        unknown = sorted(set(spec) - {"latency_ms"})
+        if unknown or not spec:
+            raise SluiceError(f"budget {dict(spec)!r} names {unknown or 'nothing'}; only 'latency_ms' is known, {how}")
+        value = spec["latency_ms"]
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = f"{value}ms"
+    if not isinstance(value, str):
+        raise SluiceError(f"budget {value!r} has no unit; {how}")
+    text = value.strip().lower()
+    units = {"%": dense_ms / 100, "us": 1e-3, "ms": 1.0, "s": 1e3}
+    unit = next((u for u in units if text.endswith(u)), None)
+    try:
+        number = float(text.removesuffix(unit or ""))
+    except ValueError:
+        number = math.nan
+    if unit is None or not math.isfinite(number):
+        raise SluiceError(f"budget {value!r} is not understood; {how}")
+    if number <= 0 or (unit == "%" and number > 100):
+        raise SluiceError(f"budget {value!r} is out of range; {how}, a share between 0% and 100%")
+    return number * units[unit]
+
+
+def through_levels(model: LatencyModel) -> LatencyModel:
+    """The model whose tables are known at the levels worth having and interpolated in between.
+
+    Where an extent concatenates groups its knots are those at which all groups stand at the same share of their
+    levels, the least and the dense width included.
+    """
+
+    def knots(extent: Extent) -> np.ndarray:
+        groups = list(dict.fromkeys(g for g, _ in extent.coefs))
+        most = max((len(model.levels[g]) for g in groups), default=1)
+        shares = np.linspace(0.0, 1.0, most)
+        picked = [{g: model.levels[g][round(float(s) * (len(model.levels[g]) - 1))] for g in groups} for s in shares]
+        return np.unique([extent.at(widths) for widths in picked])
+
+    def resampled(term: Term) -> Term:
+        grid = tuple(knots(e) for e in term.extents)
+        ms = np.asarray(term.ms, float)
+        for axis, (at, known) in enumerate(zip(grid, term.knots, strict=True)):
+            ms = np.apply_along_axis(lambda column, at=at, known=known: np.interp(at, known, column), axis, ms)
+        return replace(term, knots=grid, ms=ms)
+
+    return replace(model, terms=tuple(resampled(t) for t in model.terms))
+
+
+class ExpectedLatency:
+    """``LatencyModel.ms`` as a differentiable function of a vector of widths in the order of ``groups``.
+
+    Terms are stacked by their number of extents (none to two together) and padded, so that a call costs a fixed
+    number of tensor operations. Computed in double precision, returned in the dtype of the widths, in milliseconds.
+    """
+
+    def __init__(self, model: LatencyModel, *, smooth: bool = True) -> None:
+        if smooth:
+            model = through_levels(model)
+        self.groups = tuple(model.dense)
+        self.dense = tuple(float(n) for n in model.dense.values())
+        constant = sum(t.weight * float(t.ms) for t in model.terms if not t.extents)
+        self._constant = model.intercept + model.slope * constant
+        stacks: dict[int, list[Term]] = {}
+        for term in model.terms:
+            if term.extents:
+                stacks.setdefault(max(len(term.extents), 2), []).append(term)
+        self._stacks = [_stack(terms, rank, self.groups, model.slope) for rank, terms in sorted(stacks.items())]
+        self._moved: dict[torch.device, list[tuple[Tensor, ...]]] = {torch.device("cpu"): self._stacks}
+
+    def __call__(self, widths: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """Milliseconds, a scalar; groups absent from a mapping are dense."""
+        if isinstance(widths, Mapping):
+            like = next(iter(widths.values()))
+            dense = zip(self.groups, self.dense, strict=True)
+            widths = torch.stack([widths[g] if g in widths else like.new_tensor(n) for g, n in dense])
+        if widths.shape != (len(self.groups),):
+            raise SluiceError(f"widths have shape {tuple(widths.shape)}; give one each of {len(self.groups)} groups")
+        if widths.device not in self._moved:
+            self._moved[widths.device] = [tuple(t.to(widths.device) for t in stack) for stack in self._stacks]
+        w = widths.to(torch.float64)
+        total = w.new_tensor(self._constant)
+        for stack in self._moved[widths.device]:
+            total = total + _interpolate(w, *stack)
+        return total.to(widths.dtype)
+
+
+def _stack(terms: list[Term], rank: int, groups: tuple[str, ...], slope: float) -> tuple[Tensor, ...]:
+    """(coefs (R, T, G), const (R, T), knots (R, T, K), first, last (R, T), tables (T, K**R)), weights included."""
+    # A knot more than measured: a single measurement is a constant, and lo < hi always exist.
+    size = 1 + max((len(k) for t in terms for k in t.knots), default=1)
+    shape = (rank, len(terms))
+    coefs, const = np.zeros((*shape, len(groups))), np.zeros(shape)
+    knots, first, last = np.tile(np.arange(size, dtype=float), (*shape, 1)), np.zeros(shape), np.zeros(shape)
+    tables = np.zeros((len(terms), *[size] * rank))
+    index = {g: i for i, g in enumerate(groups)}
+    for t, term in enumerate(terms):
+        for r, (extent, known) in enumerate(zip(term.extents, term.knots, strict=True)):
+            const[r, t] = extent.const
+            for group, coef in extent.coefs:
+                coefs[r, t, index[group]] += coef
+            n = len(known)
+            knots[r, t] = np.concatenate([known, known[-1] + 1.0 + np.arange(size - n)])
+            first[r, t], last[r, t] = known[0], known[-1]
+        table = np.asarray(term.ms, float).reshape(term.ms.shape + (1,) * (rank - term.ms.ndim))
+        padded = np.pad(table, [(0, size - n) for n in table.shape], mode="edge")
+        tables[t] = slope * term.weight * padded
+    arrays = (coefs, const, knots, first, last, tables.reshape(len(terms), -1))
+    return tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays)
+
+
+def _interpolate(
+    w: Tensor, coefs: Tensor, const: Tensor, knots: Tensor, first: Tensor, last: Tensor, tables: Tensor
+) -> Tensor:
+    """Multilinear interpolation of all terms of a stack, summed."""
+    rank, size = knots.shape[0], knots.shape[2]
+    x = torch.minimum(torch.maximum(coefs @ w + const, first), last)
+    hi = torch.searchsorted(knots, x.detach().unsqueeze(-1)).clamp(1, size - 1)
+    ends = knots.gather(2, torch.cat([hi - 1, hi], dim=2))
+    t = (x - ends[..., 0]) / (ends[..., 1] - ends[..., 0])
+    corner = torch.zeros_like(hi[0])  # (T, 2**r): flat index of every corner of the cell, first extent slowest
+    for r in range(rank):
+        corner = (corner * size).unsqueeze(-1) + torch.cat([hi[r] - 1, hi[r]], dim=1).unsqueeze(1)
+        corner = corner.flatten(1)
+    value = tables.gather(1, corner)
+    for r in reversed(range(rank)):
+        pairs = value.unflatten(1, (-1, 2))
+        value = torch.lerp(pairs[..., 0], pairs[..., 1], t[r].unsqueeze(-1))
+    return value.sum()
+
+
+class _Lagrangian(torch.autograd.Function):
+    """``value`` forward; backward sends ``slope * gradients`` to the gates and tells how the loss is scaled."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, value: Tensor, gradients: list[Tensor], seen: Callable[[Tensor], None], *parameters: Tensor
+    ) -> Tensor:
+        ctx.gradients, ctx.seen = gradients, seen
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *scale: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.seen(scale[0])
+        return (None, None, None, *[scale[0] * g for g in ctx.gradients])
+
+
+class Budget:
+    """Holds a gated network to ``target`` while it trains; add ``penalty()`` to the loss, call ``step()`` after it.
+
+    Args:
+        gates: axis-group name -> gate; groups of the model without a gate stay dense.
+        model: milliseconds as a function of the widths.
+        target: ``"50%"``, ``"2.4ms"`` or ``{"latency_ms": 2.4}``.
+        steps: number of optimizer steps the gates will be trained for.
+        warmup_fraction: share of the steps over which the target falls from dense to the budget.
+        rate: speed of the dual ascent; the integral gains ``rate / steps`` (at most 2) times the violation per step.
+
+    Raises:
+        SluiceError: a gate the model does not know, or a target that no widths reach (said before any training).
+    """
+
+    def __init__(
+        self,
+        gates: Mapping[str, GateLike],
+        model: LatencyModel,
+        target: str | Mapping[str, str | float],
+        *,
+        steps: int,
+        warmup_fraction: float = 0.4,
+        rate: float = 1000.0,
+    ) -> None:
+        unknown = [g for g in gates if g not in model.dense]
+        if unknown or not gates:
+            raise SluiceError(
+                f"{'gate ' + repr(unknown[0]) if unknown else 'an empty set of gates'} has no place in the latency "
+                f"model; its groups are {sorted(model.dense)}"
+            )
+        if steps < 1 or not 0 <= warmup_fraction <= 1:
+            raise SluiceError(
+                f"steps={steps}, warmup_fraction={warmup_fraction}; need steps >= 1 and a share in [0, 1]"
+            )
+        self.model = restricted(model, frozenset(gates))
+        self.gates = dict(gates)
+        self.steps, self.warmup_fraction = steps, warmup_fraction
+        self.gain = min(rate / steps, 2.0)
+        self.dense_ms = model.dense_ms()
+        self.target_ms = parse_budget(target, self.dense_ms)
+        self.least_ms = least_ms(self.model).promised_ms
+        if not self.feasible():
+            raise unreachable(self.target_ms, self.least_ms, self.dense_ms)
+        self._latency = ExpectedLatency(self.model)
+        self._parameters = [p for gate in gates.values() for p in gate.parameters() if p.requires_grad]
+        if not self._parameters:
+            raise SluiceError(f"none of the {len(gates)} gates has a parameter to train; unfreeze them")
+        for index, parameter in enumerate(self._parameters):
+            parameter.register_hook(self._arrival(index))
+        self._state = {"step": 0.0, "integral": -3.0, "task": 0.0, "ratio": 0.0, "weight": 0.0, "skipped": 0.0}
+        self._sent: tuple[Tensor, list[Tensor]] | None = None
+        self._violation: Tensor | None = None
+        self._task: list[Tensor] = []
+        self._ratio: list[Tensor] = []
+        self._passes = 0
+        self._scale: Tensor | None = None
+
+    def feasible(self) -> bool:
+        """Whether some widths of the gates promise no more than the target."""
+        return self.least_ms <= self.target_ms * (1 + 1e-6)
+
+    def scheduled_ms(self) -> float:
+        """The target at the present step."""
+        warmup = self.warmup_fraction * self.steps
+        share = min(1.0, self._state["step"] / warmup) if warmup > 0 else 1.0
+        start = max(self.dense_ms, self.target_ms)
+        return start + share * (self.target_ms - start)
+
+    def expected_ms(self) -> Tensor:
+        """Milliseconds at the gates' soft widths, a differentiable scalar."""
+        return self._latency({g: gate.soft_width() for g, gate in self.gates.items()})
+
+    def hard_ms(self) -> float:
+        """Promised milliseconds at the gates' hard widths."""
+        return self.model.ms({**self.model.dense, **{g: gate.width() for g, gate in self.gates.items()}})
+
+    def penalty(self) -> Tensor:
+        """The scalar to add to the loss. Its gradient reaches the gates' parameters only."""
+        if self._passes > PATIENCE:
+            raise SluiceError(f"penalty() was used {self._passes} times without step(); call it after optimizer.step()")
+        with torch.enable_grad():
+            violation = self.expected_ms() / self.scheduled_ms() - 1.0
+            found = torch.autograd.grad(violation, self._parameters, allow_unused=True)
+        gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(found, self._parameters, strict=True)]
+        violation = violation.detach()
+        pull = self._state["integral"] + PROPORTIONAL * violation.clamp(-1.0, 0.2)
+        multiplier = self._unit() * pull.clamp(max=LOG_MOST).exp() * (1.0 + violation / MARGIN).clamp(0.0, 1.0)
+        self._violation = violation
+        if not torch.is_grad_enabled():
+            return multiplier * violation
+        self._passes += 1
+        self._ratio.append(torch.stack([g.square().sum() for g in gradients]).sum())
+        sent = [multiplier * g for g in gradients]
+
+        def seen(scale: Tensor) -> None:
+            self._sent = (scale, sent)
+
+        return _Lagrangian.apply(multiplier * violation, sent, seen, *self._parameters)  # type: ignore[no-any-return]
+
+    def step(self) -> None:
+        """Advances target and multiplier; once after every optimizer step.
+
+        Raises:
+            SluiceError: the expected latency or the loss's gradient at the gates is not finite.
+        """
+        self._passes = 0
+        violation = math.nan if self._violation is None else float(self._violation)
+        if self._violation is None:
+            raise SluiceError("step() without penalty(); add budget.penalty() to the loss of every step")
+        if not math.isfinite(violation):
+            raise SluiceError(
+                f"expected latency is {violation} at step {int(self._state['step'])}: a gate's logits are not finite; "
+                "lower the gates' learning rate"
+            )
+        if self._task:
+            self._measure(float(torch.stack(self._task).sum()), float(torch.stack(self._ratio).sum()))
+        lo, hi = LOG_RANGE
+        moved = self._state["integral"] + self.gain * max(-0.2, min(violation, 0.2))
+        self._state["integral"] = min(max(moved, lo), hi)
+        self._state["step"] += 1
+        self._task, self._ratio, self._violation, self._sent = [], [], None, None
+
+    def state_dict(self) -> dict[str, float]:
+        return {**self._state, "target_ms": self.target_ms, "dense_ms": self.dense_ms}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        for name, value in (("target_ms", self.target_ms), ("dense_ms", self.dense_ms)):
+            if not math.isclose(state[name], value, rel_tol=1e-6):
+                raise SluiceError(
+                    f"the checkpoint's {name} is {state[name]:.4g}, this budget's {value:.4g}; use the same"
+                )
+        self._state = {name: float(state[name]) for name in self._state}
+
+    def _unit(self) -> float:
+        """The multiplier at which loss and latency pull equally hard; zero until a gradient has been seen."""
+        task, ratio, weight = self._state["task"], self._state["ratio"], self._state["weight"]
+        if weight == 0.0 or ratio == 0.0:
+            return 0.0
+        # A loss that does not depend on the gates sets no scale; any positive one will do.
+        return math.sqrt(task / ratio) if task > 0 else 1.0
+
+    def _measure(self, task: float, ratio: float) -> None:
+        scaled = self._scale is not None and float(self._scale) != 1.0
+        if not (math.isfinite(task) and math.isfinite(ratio)):
+            self._state["skipped"] += 1
+            if not scaled or self._state["skipped"] > SKIPS:
+                raise SluiceError(
+                    f"the loss's gradient at the gates is {task} at step {int(self._state['step'])}; the loss is not "
+                    "finite: lower the learning rate or clip the gradients"
+                )
+            return
+        self._state["skipped"] = 0.0
+        decay = DECAY if self._state["weight"] > 0 else 0.0
+        self._state["task"] = decay * self._state["task"] + (1 - decay) * task
+        self._state["ratio"] = decay * self._state["ratio"] + (1 - decay) * ratio
+        self._state["weight"] = 1.0
+
+    def _arrival(self, index: int) -> Callable[[Tensor], None]:
+        def arrived(gradient: Tensor) -> None:
+            if self._sent is not None:
+                scale, sent = self._sent
+                self._scale = scale
+                self._task.append((gradient / scale - sent[index]).square().sum().detach())
+
+        return arrived

@@ -1,0 +1,13 @@
+"""The one exception that means "your input, not our bug".
+
+A message is one sentence with *what* went wrong, *where* (name, shape) and *what to do*. The command line
+prints it and exits with status 1; every other exception is a fault of this package and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+__all__ = ["SluiceError"]
+
+
+class SluiceError(Exception):
+    """A mistake of the user's that the message explains and tells how to mend."""

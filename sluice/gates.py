@@ -1,0 +1,141 @@
+"""Filter gates (DML-S): one learned logit per channel of an axis group, sharpened on a schedule.
+
+    mask_j = min(1, sigmoid(beta * a_j) / sigmoid(beta * a_0)),      beta = beta_max ** (step / steps)
+
+1. At the start every ``a_j = a_0``: the masks are exactly 1 and the gated network is the network. As beta grows the
+   normalising factor tends to 1 (Continuous Sparsification's start as identity, with a growing beta).
+2. The decision is ``a_j > 0`` for every beta; at least one channel, the best, always stays.
+3. Logits take no weight decay; ``gate_parameters`` gives an optimizer its own group for them.
+4. While gates train they collect, at no extra pass, the squared gradient of the task loss with respect to their mask:
+   the empirical Fisher importance of each channel, in the currency of the loss and comparable between groups.
+
+DF names the mask and the schedule but its formulas were not readable: this is a reconstruction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sluice.errors import SluiceError
+
+__all__ = ["Gate", "Gates", "gate_parameters", "other_parameters"]
+
+INITIAL_LOGIT = 2.0
+BETA_MAX = 20.0
+
+
+class Gate(nn.Module):
+    """The learnable mask of one axis group; ``forward()`` returns it, shape ``(size,)``."""
+
+    logit: nn.Parameter
+    beta: Tensor
+    hard: Tensor
+    fisher: Tensor
+
+    def __init__(self, site: str, size: int):
+        super().__init__()
+        self.site = site
+        self.size = size
+        self.logit = nn.Parameter(torch.full((size,), INITIAL_LOGIT))
+        self.register_buffer("beta", torch.ones(()))
+        self.register_buffer("hard", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("fisher", torch.zeros(size))
+
+    def forward(self) -> Tensor:
+        if bool(self.hard):
+            return self.decision().to(self.logit.dtype)
+        mask = self._soft()
+        if mask.requires_grad and self.training:
+            mask.register_hook(self._record)
+        return mask
+
+    def _soft(self) -> Tensor:
+        return (torch.sigmoid(self.beta * self.logit) / torch.sigmoid(self.beta * INITIAL_LOGIT)).clamp(max=1.0)
+
+    def _record(self, grad: Tensor) -> None:
+        self.fisher += grad.detach() ** 2
+
+    def soft_width(self) -> Tensor:
+        """Expected number of kept channels, differentiable; its gradient does not count as importance."""
+        return self._soft().sum()
+
+    def decision(self) -> Tensor:
+        """Boolean mask ``a_j > 0``, never empty."""
+        with torch.no_grad():
+            mask = self.logit > 0
+            mask[self.logit.argmax()] = True
+        return mask
+
+    def width(self) -> int:
+        return int(self.decision().sum())
+
+    @torch.no_grad()
+    def set_decision(self, mask: Tensor) -> None:
+        """Move the logits so that the decision is ``mask`` and make the gate hard."""
+        magnitude = self.logit.abs().clamp(min=1e-3)
+        self.logit.copy_(torch.where(mask, magnitude, -magnitude))
+        self.hard.fill_(True)
+
+    def extra_repr(self) -> str:
+        return f"{self.site!r}, size={self.size}"
+
+
+class Gates(nn.Module):
+    """All gates of a network and their common schedule; everything survives ``state_dict``."""
+
+    progress: Tensor
+
+    def __init__(self, sizes: Mapping[str, int], steps: int):
+        super().__init__()
+        if steps < 1:
+            raise SluiceError(f"steps={steps}: the gate schedule needs at least one optimizer step; pass the number you train")
+        self.steps = steps
+        self.register_buffer("progress", torch.zeros((), dtype=torch.long))
+        self._keys = {site: f"g{index}_{site.replace('.', '_').replace('#', '_')}" for index, site in enumerate(sizes)}
+        for site, size in sizes.items():
+            self.add_module(self._keys[site], Gate(site, size))
+
+    def key(self, site: str) -> str:
+        """Name of the submodule that gates ``site``."""
+        return self._keys[site]
+
+    def __getitem__(self, site: str) -> Gate:
+        gate = self._modules[self._keys[site]]
+        assert isinstance(gate, Gate)
+        return gate
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def items(self) -> Iterator[tuple[str, Gate]]:
+        return ((site, self[site]) for site in self)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Advance the schedule by one optimizer step."""
+        self.progress += 1
+        fraction = min(1.0, float(self.progress) / self.steps)
+        for _, gate in self.items():
+            gate.beta.fill_(BETA_MAX**fraction)
+
+    def widths(self) -> dict[str, int]:
+        return {site: gate.width() for site, gate in self.items()}
+
+
+def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Logits of every gate in ``model``: train them with their own learning rate and no weight decay."""
+    return [m.logit for m in model.modules() if isinstance(m, Gate)]
+
+
+def other_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All parameters of ``model`` that are not gate logits."""
+    logits = {id(p) for p in gate_parameters(model)}
+    return [p for p in model.parameters() if id(p) not in logits]
+
+

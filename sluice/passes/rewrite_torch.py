@@ -1,0 +1,120 @@
+"""Apply a plan to a captured graph: slice the named tensors, then mend the literal sizes.
+
+1. Every `Slice` acts on the tensor of that name; whatever reads the tensor follows from its shape.
+2. Literal sizes are the one thing no name anchors. Where a node's labelled axis loses positions, its literals say so:
+   a reshape or expand target, a layer norm's shape, split sizes, slice bounds, the number of depthwise groups.
+
+The result computes what the model computes when the removed channels carry nothing (`sluice.passes.gating`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from sluice.passes.aten import analyze, arguments, operator_name
+from sluice.passes.capture import MARK, Inputs, capture, set_tensor
+from sluice.passes.resolve import masks_of_slices
+from sluice.passes.sites import Analysis
+from sluice.plan import Plan
+
+__all__ = ["rewrite_torch", "slice_tensors"]
+
+_RESHAPES = {"view": "size", "reshape": "shape", "_unsafe_view": "size", "expand": "size", "unflatten": "sizes"}
+
+
+def rewrite_torch(model: nn.Module, plan: Plan, example_inputs: Inputs) -> fx.GraphModule:
+    """The slim network, trainable, with the dense model's parameter names.
+
+    Raises:
+        SluiceError: the plan was made for another model or contradicts the graph.
+    """
+    slim = capture(model, example_inputs)
+    plan.check_model({name: tuple(t.shape) for name, t in slim.state_dict().items()})
+    analysis = analyze(slim)
+    keeps = masks_of_slices(analysis, plan.slices)
+    mend_literals(slim, analysis, keeps)
+    slice_tensors(slim, plan)
+    slim.meta.pop(MARK)  # shapes in node.meta are those of the dense model: capture it again to analyse it
+    for node in slim.graph.nodes:
+        node.meta.pop("val", None)
+    slim.graph.lint()
+    slim.recompile()
+    return slim
+
+
+def slice_tensors(module: nn.Module, plan: Plan) -> None:
+    """Slice parameters and buffers in place, by name."""
+    state = module.state_dict(keep_vars=True)
+    by_name: dict[str, torch.Tensor] = {}
+    for cut in plan.slices:
+        tensor = by_name.get(cut.param, state[cut.param].detach())
+        by_name[cut.param] = tensor.index_select(cut.axis, torch.tensor(cut.keep, device=tensor.device))
+    for name, tensor in by_name.items():
+        set_tensor(module, name, tensor.contiguous(), isinstance(state[name], nn.Parameter))
+
+
+def mend_literals(gm: fx.GraphModule, analysis: Analysis, keeps: list[np.ndarray]) -> None:
+    """Rewrite every literal size of ``gm.graph`` that speaks of a cut axis."""
+
+    def lost(node: Any) -> tuple[int, np.ndarray] | None:
+        axis = analysis.values.get(node.name) if isinstance(node, fx.Node) else None
+        mask = None if axis is None else axis.mask(keeps)
+        return None if axis is None or mask is None or mask.all() else (axis.dim, mask)
+
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        name, a = operator_name(node), arguments(node)
+        source = node.args[0] if not isinstance(node.args[0], (list, tuple)) else None
+        if name in _RESHAPES and (cut := lost(node)):
+            sizes = list(a[_RESHAPES[name]])
+            offset = (a["dim"] % len(analysis.shapes[source.name])) if name == "unflatten" else 0
+            where = cut[0] - offset
+            if 0 <= where < len(sizes) and sizes[where] != -1:
+                sizes[where] = int(cut[1].sum())
+                _set(node, _RESHAPES[name], sizes)
+        elif name == "layer_norm" and (cut := lost(source)):
+            sizes = list(a["normalized_shape"])
+            where = cut[0] - (len(analysis.shapes[source.name]) - len(sizes))
+            if where >= 0:
+                sizes[where] = int(cut[1].sum())
+                _set(node, "normalized_shape", sizes)
+        elif name in ("chunk", "split", "split_with_sizes") and (cut := lost(source)):
+            dim, mask = cut
+            if a["dim"] % len(analysis.shapes[source.name]) == dim:
+                _resplit(gm, node, dim, mask, analysis)
+        elif name == "slice" and (cut := lost(source)):
+            dim, mask = cut
+            if a["dim"] % len(analysis.shapes[source.name]) == dim:
+                start, stop, _ = slice(a["start"] or 0, a["end"]).indices(len(mask))
+                node.args = (source, dim, int(mask[:start].sum()), int(mask[:stop].sum()))
+        elif name == "narrow" and (cut := lost(source)):
+            dim, mask = cut
+            if a["dim"] % len(analysis.shapes[source.name]) == dim:
+                start, stop = a["start"], a["start"] + a["length"]
+                node.args = (source, dim, int(mask[:start].sum()), int(mask[start:stop].sum()))
+        elif name.startswith("conv") and a["groups"] > 1 and (cut := lost(source)):
+            weight = analysis.shapes[node.args[1].name]
+            if weight[1] == 1:  # depthwise: one group per channel of the input
+                _set(node, "groups", a["groups"] * int(cut[1].sum()) // len(cut[1]))
+
+
+def _resplit(gm: fx.GraphModule, node: fx.Node, dim: int, mask: np.ndarray, analysis: Analysis) -> None:
+    sizes = [value.shape[dim] for value in node.meta["val"]]
+    bounds = np.cumsum([0, *sizes])
+    new = [int(mask[i:j].sum()) for i, j in zip(bounds, bounds[1:], strict=False)]
+    node.target = torch.ops.aten.split_with_sizes.default
+    node.args, node.kwargs = (node.args[0], new, dim), {}
+
+
+def _set(node: fx.Node, argument: str, value: Any) -> None:
+    names = [arg.name for arg in node.target._schema.arguments]  # type: ignore[union-attr]
+    index = names.index(argument)
+    if index < len(node.args):
+        node.update_arg(index, value)
+    else:
+        node.update_kwarg(argument, value)
