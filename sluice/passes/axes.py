@@ -286,3 +286,17 @@ class Coupling:
         if x is not None and x.dim == dim:
             self.freeze(x, f"{where} mixes the channels")
         return x
+
+    def shuffle(self, x: Axis | None, shape: Shape, inner: Shape, order: Sequence[int], out: Shape, where: str) -> Axis | None:
+        """Reshape to ``inner``, permute by ``order``, reshape to ``out``: pixel and channel shuffles."""
+        middle = self.permute(self.reshape(x, shape, inner, where), order)
+        return self.reshape(middle, tuple(inner[i] for i in order), out, where)
+
+    def tie_runs(self, x: Axis | None, runs: int) -> Axis | None:
+        """Each of ``runs`` equal stretches of the axis becomes one channel (they stay or go together)."""
+        if x is None:
+            return None
+        rows = x.atoms.reshape(runs, -1)
+        for column in rows.T[1:]:
+            self.union(rows[:, 0], column)
+        return Axis(x.dim, np.repeat(rows[:, 0], rows.shape[1]))

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -44,9 +44,14 @@ def make_plan(
     return Plan(dict(analysis.tensors), tuple(slices), tuple(inputs), widths)
 
 
-def masks_of_slices(analysis: Analysis, slices: Sequence[Slice]) -> list[np.ndarray]:
+def masks_of_slices(
+    analysis: Analysis, slices: Sequence[Slice], named: Container[str] | None = None
+) -> list[np.ndarray]:
     """One boolean mask per group.
 
+    Args:
+        named: the tensors that the plan's model had, if the graph may hold others (constants an exporter made); those
+            follow the axes they are tied to.
     Raises:
         SluiceError: the slices contradict each other or this graph.
     """
@@ -67,6 +72,8 @@ def masks_of_slices(analysis: Analysis, slices: Sequence[Slice]) -> list[np.ndar
     for key in {**wanted, **implied}:
         ours = implied.get(key)
         theirs = wanted.get(key)
+        if theirs is None and named is not None and key[0] not in named:
+            continue
         same = (theirs is None or bool(theirs.all())) if ours is None else theirs is not None and bool((ours == theirs).all())
         if not same:
             raise SluiceError(

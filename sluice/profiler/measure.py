@@ -23,7 +23,11 @@ virtual cores that others used too; run-to-run standard deviation at 40 ms a ses
 
 Of the 2.8 %, 2.5 % are common to all sessions of a call (rule 4 is for that) and 1.1 % are the session's own (the
 minimum: 1.7 %). Of four stopping rules (halves, quarters, best two of four, rule 3) rule 3 gave the smallest error at
-equal cost.
+equal cost. The function itself, called nine times in a row on these 24 sessions, twice each way, at a load of 2.6:
+
+    anchor     run-to-run standard deviation   cost a session   one convolution's ms in the two trials
+    none       6.1 %, 1.5 %                    91 ms, 40 ms     0.357, 0.319
+    one        1.3 %, 1.2 %                    45 ms, 47 ms     0.302, 0.301
 """
 
 from __future__ import annotations
@@ -108,9 +112,7 @@ def measure(
         if anchor is not None:
             # A session's rounds are the first len(own) rounds, and the anchor took part in all.
             scale = anchor.ms / float(np.mean(_lowest(samples[-1][: len(own)])))
-        measurements.append(
-            Measurement(float(np.mean(_lowest(own))) * scale, _spread(own), len(own), session.clock)
-        )
+        measurements.append(Measurement(float(np.mean(_lowest(own))) * scale, _spread(own), len(own), session.clock))
     return tuple(measurements)
 
 

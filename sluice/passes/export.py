@@ -1,0 +1,122 @@
+"""Captured network -> ONNX, in two steps.
+
+1. `to_onnx`: ``torch.onnx.export(dynamo=True, optimize=False)``, the one route on which every initialiser keeps its
+   ``state_dict`` name; then constants are folded except where a named tensor would disappear. This file is what plans
+   are applied to and what pieces are cut from.
+2. `finalize`: fold and clean for deployment: batch norm into convolutions, shape arithmetic, duplicates.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sluice.errors import SluiceError
+from sluice.passes.capture import MARK, Inputs, capture
+from sluice.plan import write_atomically
+
+__all__ = ["export", "finalize", "save_onnx", "to_onnx"]
+
+OPSET = 20
+
+
+def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> onnx.ModelProto:
+    """ONNX with the parameter names of ``model`` (eval mode), the batch dynamic if the model allows it."""
+    from onnx_ir import passes, to_proto
+    from onnx_ir.passes import common
+    from onnxscript.optimizer import fold_constants_ir
+
+    gm = capture(model, example_inputs).eval()
+    mark = gm.meta[MARK]
+    args, kwargs = mark["args"], mark["kwargs"]
+    shapes: Any = None
+    if mark["dynamic"]:
+        batch = next(x.shape[0] for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim)
+
+        def widen(x: Any) -> Any:
+            batched = isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == batch
+            return torch.cat([x, x]) if batched and batch == 1 else x
+
+        def free(x: Any) -> Any:
+            batched = isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == batch
+            return {0: torch.export.Dim.DYNAMIC} if batched else None
+
+        shapes = pytree.tree_map(free, kwargs if kwargs else args)
+        args, kwargs = pytree.tree_map(widen, (args, kwargs))
+    names = set(gm.state_dict())
+    with _quiet():
+        program = torch.export.export(gm, args, kwargs, dynamic_shapes=shapes, strict=False)
+        exported = torch.onnx.export(
+            program, dynamo=True, optimize=False, external_data=False, verbose=False, opset_version=opset
+        )
+        assert exported is not None
+        ir_model = exported.model
+        read = {name for name in names if name in {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}}
+        lost = sorted(read - set(ir_model.graph.initializers))
+        if lost:
+            raise AssertionError(f"the exporter renamed {lost[:3]}; parameter names are the anchor of every rewrite")
+        # A fold that swallows a named tensor would take its name away (Transpose(weight), for one).
+        fold_constants_ir(
+            ir_model, should_fold=lambda n: False if any(v is not None and v.name in names for v in n.inputs) else None
+        )
+        passes.Sequential(
+            common.IdentityEliminationPass(),
+            common.RemoveUnusedNodesPass(),
+            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            common.ClearMetadataAndDocStringPass(),
+        )(ir_model)
+        return to_proto(ir_model)
+
+
+def finalize(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Fold and clean; the result is what is deployed."""
+    import onnxscript.optimizer
+
+    metadata = list(model.metadata_props)
+    with _quiet():
+        done = onnxscript.optimizer.optimize(model)
+    assert isinstance(done, onnx.ModelProto)
+    del done.metadata_props[:]
+    done.metadata_props.extend(metadata)
+    onnx.checker.check_model(done, full_check=True)
+    return done
+
+
+def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Inputs, *, opset: int = OPSET) -> onnx.ModelProto:
+    """Write the network as deployment-ready ONNX and return it.
+
+    Raises:
+        SluiceError: the model cannot be exported or the file cannot be written.
+    """
+    done = finalize(to_onnx(model, example_inputs, opset=opset))
+    save_onnx(done, path)
+    return done
+
+
+def save_onnx(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
+    """Write one self-contained file, whole or not at all."""
+    if model.ByteSize() >= 2**31:
+        raise SluiceError(f"{os.fspath(path)!r} would exceed the 2 GiB of one ONNX file; export a smaller model")
+    write_atomically(path, model.SerializeToString())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter logs and warns about packages it does not find; none of it is the user's to act on."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from sluice.errors import SluiceError
+from sluice.profiler.measure import Anchor, Measurement, measure
+from sluice.runtime.runner import Clock
+
+
+class Fake:
+    """A session that takes ``ms * slowdown``, and up to a few times ``noise`` longer, never shorter."""
+
+    def __init__(self, name: str, ms: float, noise: float = 0.0, journal: list[str] | None = None) -> None:
+        self.name, self.ms, self.noise = name, ms, noise
+        self.journal = journal if journal is not None else []
+        self.repeats: list[int] = []
+        self.rng = np.random.default_rng(abs(hash((ms, noise))) % 1000)
+        self.clock: Clock = "thread_cpu"
+        self.slowdown = 1.0
+
+    def run(self, feeds: object) -> dict[str, np.ndarray]:
+        raise NotImplementedError
+
+    def sample(self, repeats: int) -> float:
+        self.repeats.append(repeats)
+        self.journal.append(self.name)
+        return self.ms * self.slowdown * (1.0 + self.noise * float(self.rng.exponential()))
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.02, 0.1, 0.5])
+def test_one_sided_noise_is_seen_through(noise: float) -> None:
+    truth = [0.03, 0.4, 5.0]
+    for found, ms in zip(measure([Fake("s", ms, noise) for ms in truth], rng=rng()), truth, strict=True):
+        assert ms <= found.ms <= ms * (1.001 + 0.12 * noise)
+
+
+def test_episodes_of_a_slower_machine_are_seen_through() -> None:
+    class Episodic(Fake):
+        def sample(self, repeats: int) -> float:
+            self.slowdown = 1.25 if len(self.repeats) // 12 % 4 else 1.0
+            return super().sample(repeats)
+
+    (found,) = measure([Episodic("s", 0.4, 0.01)], rng=rng())
+    assert found.ms == pytest.approx(0.4, rel=0.01)
+
+
+def test_noisy_sessions_are_measured_more_often() -> None:
+    quiet, noisy = measure([Fake("quiet", 0.5, 0.001), Fake("noisy", 0.5, 2.0)], rng=rng())
+    assert quiet.samples == 40 and quiet.spread <= 0.03
+    assert noisy.samples > 40
+    (hopeless,) = measure([Fake("s", 0.5, 9.0)], rng=rng(), target_spread=1e-6, max_rounds=57)
+    assert hopeless.samples == 57 and hopeless.spread > 1e-6
+
+
+def test_spread_is_the_range_of_the_lowest_tenth() -> None:
+    class Scripted(Fake):
+        def sample(self, repeats: int) -> float:
+            self.repeats.append(repeats)
+            return (9.0, 1.1, 8.0, 1.0, 7.0, 1.2, 6.0)[(len(self.repeats) - 2) % 7]
+
+    (found,) = measure([Scripted("s", 1.0)], rng=rng(), min_rounds=7, max_rounds=7, warmup_ms=1.0)
+    assert found == Measurement(pytest.approx(1.1), pytest.approx(0.2 / 1.1), 7, "thread_cpu")  # type: ignore[arg-type]
+
+
+def test_rounds_are_interleaved_in_random_order() -> None:
+    journal: list[str] = []
+    sessions = [Fake(name, 6.0, 0.0, journal) for name in "abcde"]
+    measure(sessions, rng=rng(), min_rounds=9, max_rounds=9)
+    bursts = journal[len(sessions) :]
+    rounds = [tuple(bursts[i : i + 5]) for i in range(0, len(bursts), 5)]
+    assert len(rounds) == 9 and all(sorted(order) == list("abcde") for order in rounds)
+    assert len(set(rounds)) > 4
+
+
+def test_the_same_seed_gives_the_same_order() -> None:
+    journals: list[list[str]] = [[], []]
+    for journal in journals:
+        measure([Fake(name, 0.7, 0.2, journal) for name in "abc"], rng=rng())
+    assert journals[0] == journals[1]
+
+
+def test_bursts_are_long_enough_and_warm_up_is_by_time() -> None:
+    fast, slow = Fake("fast", 0.01), Fake("slow", 3.0)
+    measure([fast, slow], rng=rng(), burst_ms=0.5, warmup_ms=5.0)
+    assert set(fast.repeats[-40:]) == {50} and set(slow.repeats[-40:]) == {1}
+    assert sum(fast.repeats[:-40]) * 0.01 >= 5.0 and sum(slow.repeats[:-40]) * 3.0 >= 5.0
+
+
+def test_the_anchor_takes_out_what_is_common() -> None:
+    sessions, anchor = [Fake("a", 0.3), Fake("b", 2.0)], Fake("anchor", 0.8)
+    for fake in (*sessions, anchor):
+        fake.slowdown = 1.22
+    found = measure(sessions, rng=rng(), anchor=Anchor(anchor, 0.8))
+    assert [m.ms for m in found] == [pytest.approx(0.3), pytest.approx(2.0)]
+    assert [m.ms for m in measure(sessions, rng=rng())] == [pytest.approx(0.3 * 1.22), pytest.approx(2.0 * 1.22)]
+
+
+def test_the_anchor_is_compared_over_the_same_rounds() -> None:
+    """A session that was done early must not be scaled by what happened to the anchor later."""
+
+    class Later(Fake):
+        def sample(self, repeats: int) -> float:
+            self.slowdown = 0.5 if len(self.repeats) >= 60 else 1.0
+            return super().sample(repeats)
+
+    quiet, noisy = measure([Fake("q", 0.5), Fake("n", 0.5, 2.0)], rng=rng(), anchor=Anchor(Later("anchor", 1.0), 1.0))
+    assert quiet.samples == 40 and noisy.samples > 60
+    assert quiet.ms == pytest.approx(0.5)
+
+
+def test_nothing_to_measure() -> None:
+    assert measure([], rng=rng()) == ()
+
+
+def test_mistakes_are_refused() -> None:
+    other = Fake("b", 1.0)
+    other.clock = "wall"
+    with pytest.raises(SluiceError, match="different clocks"):
+        measure([Fake("a", 1.0), other], rng=rng())
+    with pytest.raises(SluiceError, match="different clocks"):
+        measure([Fake("a", 1.0)], rng=rng(), anchor=Anchor(other, 1.0))
+    with pytest.raises(SluiceError, match="anchor's time"):
+        measure([Fake("a", 1.0)], rng=rng(), anchor=Anchor(Fake("b", 1.0), 0.0))
+    with pytest.raises(SluiceError, match="min_rounds=5"):
+        measure([Fake("a", 1.0)], rng=rng(), min_rounds=5, max_rounds=4)
+    with pytest.raises(SluiceError, match="took no time"):
+        measure([Fake("a", 0.0)], rng=rng())
+    with pytest.raises(SluiceError, match="clock is broken"):
+        measure([Fake("a", math.nan)], rng=rng())
