@@ -29,15 +29,19 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sluice.errors import SluiceError
+from sluice.gates import Gates
 from sluice.latency import Extent, LatencyModel, Term
 from sluice.passes.decide import least_ms, restricted, unreachable
+
+if TYPE_CHECKING:
+    from sluice.profiler.profile import Profile
 
 __all__ = ["Budget", "ExpectedLatency", "GateLike", "parse_budget", "through_levels"]
 
@@ -215,10 +219,11 @@ class Budget:
     """Holds a gated network to ``target`` while it trains; add ``penalty()`` to the loss, call ``step()`` after it.
 
     Args:
-        gates: axis-group name -> gate; groups of the model without a gate stay dense.
-        model: milliseconds as a function of the widths.
+        gated: what `sluice.insert_gates` returned (its ``step()`` then steps the budget too), or a mapping from
+            axis-group name to gate; groups of the model without a gate stay dense.
+        latency: milliseconds as a function of the widths: a profile, or its latency model.
         target: ``"50%"``, ``"2.4ms"`` or ``{"latency_ms": 2.4}``.
-        steps: number of optimizer steps the gates will be trained for.
+        steps: number of optimizer steps the gates will be trained for (of a gated network: its own).
         warmup_fraction: share of the steps over which the target falls from dense to the budget.
         rate: speed of the dual ascent; the integral gains ``rate / steps`` (at most 2) times the violation per step.
 
@@ -228,14 +233,22 @@ class Budget:
 
     def __init__(
         self,
-        gates: Mapping[str, GateLike],
-        model: LatencyModel,
+        gated: nn.Module | Mapping[str, GateLike],
+        latency: LatencyModel | Profile,
         target: str | Mapping[str, str | float],
         *,
-        steps: int,
+        steps: int | None = None,
         warmup_fraction: float = 0.4,
         rate: float = 1000.0,
     ) -> None:
+        model = latency if isinstance(latency, LatencyModel) else latency.latency
+        inner = gated.gates if isinstance(gated, nn.Module) else None
+        gates: Mapping[str, GateLike] = dict(inner.items()) if isinstance(inner, Gates) else gated  # type: ignore[assignment]
+        if isinstance(inner, Gates):
+            inner.listen(self.step)
+            steps = steps or inner.steps
+        if steps is None:
+            raise SluiceError("give steps=, the number of optimizer steps the gates will be trained for")
         unknown = [g for g in gates if g not in model.dense]
         if unknown or not gates:
             raise SluiceError(

@@ -14,7 +14,8 @@ DF names the mask and the schedule but its formulas were not readable: this is a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +95,7 @@ class Gates(nn.Module):
             raise SluiceError(f"steps={steps}: the gate schedule needs at least one optimizer step; pass the number you train")
         self.steps = steps
         self.register_buffer("progress", torch.zeros((), dtype=torch.long))
+        self._listeners: list[Callable[[], None]] = []
         self._keys = {site: f"g{index}_{site.replace('.', '_').replace('#', '_')}" for index, site in enumerate(sizes)}
         for site, size in sizes.items():
             self.add_module(self._keys[site], Gate(site, size))
@@ -116,13 +118,22 @@ class Gates(nn.Module):
     def items(self) -> Iterator[tuple[str, Gate]]:
         return ((site, self[site]) for site in self)
 
-    @torch.no_grad()
+    def listen(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` at every `step`: a budget keeps its schedule so."""
+        self._listeners.append(callback)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_listeners": []}  # a copy of the gates has no budget
+
     def step(self) -> None:
         """Advance the schedule by one optimizer step."""
-        self.progress += 1
-        fraction = min(1.0, float(self.progress) / self.steps)
-        for _, gate in self.items():
-            gate.beta.fill_(BETA_MAX**fraction)
+        with torch.no_grad():
+            self.progress += 1
+            fraction = min(1.0, float(self.progress) / self.steps)
+            for _, gate in self.items():
+                gate.beta.fill_(BETA_MAX**fraction)
+        for callback in self._listeners:
+            callback()
 
     def widths(self) -> dict[str, int]:
         return {site: gate.width() for site, gate in self.items()}

@@ -115,7 +115,7 @@ class Splits(nn.Module):
         p, q, r = self.conv2(a * torch.sigmoid(b)).split([2, 4, 3], 1)
         y = F.relu(self.p(p) + self.q(q) + self.r(r))
         wide = F.relu(torch.cat([self.wide(y), y], 1))
-        return self.fc(wide[:, 4:13].mean((2, 3)) + wide.narrow(1, 2, 9).mean((2, 3)))
+        return self.fc(wide[:, 4:13].mean((2, 3)) + wide.narrow(1, 0, 9).mean((2, 3)))
 
 
 class Shuffle(nn.Module):
@@ -210,11 +210,11 @@ class Volume(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv1, self.bn = nn.Conv3d(2, 6, 3), nn.BatchNorm3d(6)
-        self.up, self.fc = nn.ConvTranspose3d(6, 5, 2), nn.Linear(5 * 2 * 3, 3)
+        self.up, self.fc = nn.ConvTranspose3d(6, 5, 2), nn.Linear(5 * 4 * 3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool3d(F.relu(self.bn(self.conv1(x))), (2, 1, 1))
-        return self.fc(F.adaptive_avg_pool3d(F.relu(self.up(x)), (2, 3, 1)).flatten(1))
+        return self.fc(F.avg_pool3d(F.relu(self.up(x)), (1, 1, 3)).flatten(1))
 
 
 class Parameters(nn.Module):
@@ -332,7 +332,7 @@ def build(name: str, batch: int = 3) -> tuple[nn.Module, tuple[Tensor, ...]]:
         torch.manual_seed(1)
         model = factory()
         inputs = tuple(torch.randn(batch, *shape) for shape in shapes)
-    return enliven(model, 0), inputs
+    return enliven(model, 0, inputs), inputs
 
 
 def random_kept(analysis: Analysis, seed: int) -> dict[str, list[int]]:

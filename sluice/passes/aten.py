@@ -90,17 +90,28 @@ def _matmul(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
     return w.coupling.contract(w.of(x), rank - 1, rank, w.tensor(weight), 1, 0, None, 1, _where(n, weight))
 
 
+def _computed(w: _Walk, tensors: Sequence[Any]) -> bool:
+    """Is one of the tensors of a norm neither absent nor a named tensor?"""
+    return any(t is not None and w.tensor(t) is None for t in tensors)
+
+
 def _instance_norm(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
-    names = [w.tensor(a[k]) for k in ("weight", "bias", "running_mean", "running_var")]
-    return w.coupling.per_channel(w.of(a["input"]), 1, names, _where(n))
+    tensors = [a[k] for k in ("weight", "bias", "running_mean", "running_var")]
+    if _computed(w, tensors):
+        return _unknown(w, n, a)
+    return w.coupling.per_channel(w.of(a["input"]), 1, [w.tensor(t) for t in tensors], _where(n))
 
 
 def _group_norm(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
+    if _computed(w, [a["weight"], a["bias"]]):
+        return _unknown(w, n, a)
     names = [w.tensor(a["weight"]), w.tensor(a["bias"])]
     return w.coupling.group_norm(w.of(a["input"]), 1, a["num_groups"], names, _where(n))
 
 
 def _layer_norm(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
+    if _computed(w, [a["weight"], a["bias"]]):
+        return _unknown(w, n, a)
     first = len(w.size(a["input"])) - len(a["normalized_shape"])
     return w.coupling.layer_norm(w.of(a["input"]), first, [w.tensor(a["weight"]), w.tensor(a["bias"])], _where(n))
 
@@ -117,6 +128,8 @@ def _unary(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
 def _prelu(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
     x = w.of(a["self"])
     if x is not None and w.size(a["weight"]) not in ((1,), ()):
+        if _computed(w, [a["weight"]]):
+            return _unknown(w, n, a)
         return w.coupling.per_channel(x, 1, [w.tensor(a["weight"])], _where(n))
     return x
 
@@ -138,7 +151,10 @@ def _split(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
 
 def _getitem(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
     parts = w.parts.get(n.args[0].name)  # type: ignore[union-attr]
-    return parts[n.args[1]] if parts is not None and isinstance(n.args[1], int) else None
+    if parts is not None and isinstance(n.args[1], int):
+        return parts[n.args[1]]
+    w.coupling.freeze(w.of(n.args[0]), f"{_where(n)} picks from several outputs")
+    return None
 
 
 def _slice(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
@@ -157,7 +173,12 @@ def _slice(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
 def _narrow(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
     x = w.of(a["self"])
     dim = a["dim"] % len(w.size(a["self"]))
-    return w.coupling.narrow(x, dim, a["start"], a["start"] + a["length"], _where(n))
+    if x is None or x.dim != dim:
+        return x
+    if not isinstance(a["start"], int) or not isinstance(a["length"], int):
+        return _unknown(w, n, a)
+    start = a["start"] % len(x.atoms)
+    return w.coupling.narrow(x, dim, start, start + a["length"], _where(n))
 
 
 def _select(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
@@ -192,15 +213,32 @@ def _expand(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
     return Axis(dim, x.atoms)
 
 
+def _like(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
+    """The shape of another value: both must be cut alike."""
+    rule = _expand if "expand" in operator_name(n) else _reshape
+    x, other = rule(w, n, a), w.of(a["other"])
+    if x is not None and other is not None and x.dim == other.dim and len(x.atoms) == len(other.atoms):
+        w.coupling.union(x.atoms, other.atoms)
+        return x
+    for axis in (x, other):
+        w.coupling.freeze(axis, f"{_where(n)} takes its shape from a value that is cut differently")
+    return x
+
+
 def _reduce(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
     rank = len(w.size(a["self"]))
     dims = a.get("dim")
     dims = list(range(rank)) if dims is None or dims == [] else dims if isinstance(dims, Sequence) else [dims]
-    return w.coupling.reduce(w.of(a["self"]), dims, rank, bool(a.get("keepdim", False)), _where(n))
+    axis = w.coupling.reduce(w.of(a["self"]), dims, rank, bool(a.get("keepdim", False)), _where(n))
+    if isinstance(n.meta.get("val"), (tuple, list)):  # max and min with their positions
+        w.parts[n.name] = [axis] * len(n.meta["val"])
+        return None
+    return axis
 
 
 def _spatial(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
-    axis = w.coupling.spatial(w.of(n.args[0]), 2, _where(n))
+    spatial_axes = next(int(c) for c in operator_name(n) if c.isdigit())
+    axis = w.coupling.spatial(w.of(n.args[0]), len(w.size(n.args[0])) - spatial_axes, _where(n))
     if isinstance(n.meta.get("val"), (tuple, list)):
         w.parts[n.name] = [axis] * len(n.meta["val"])
         return None
@@ -208,7 +246,7 @@ def _spatial(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
 
 
 def _pad(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
-    rank, pads = len(w.size(a["self"])), a["pad"]
+    rank, pads = len(w.size(a["self"])), a["pad"] if "pad" in a else a["padding"]
     return w.coupling.spatial(w.of(a["self"]), rank - len(pads) // 2, _where(n))
 
 
@@ -252,14 +290,14 @@ def _unknown(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
 
 
 _UNARY = """relu relu6 hardtanh silu hardswish hardsigmoid gelu sigmoid tanh leaky_relu elu selu celu softplus mish
-    logsigmoid log_sigmoid hardshrink softshrink threshold clamp clamp_min clamp_max neg abs exp log sqrt rsqrt pow square sign
+    log_sigmoid hardshrink softshrink threshold clamp clamp_min clamp_max neg abs exp log sqrt rsqrt pow square sign
     reciprocal erf sin cos clone contiguous detach alias to _to_copy type_as dropout feature_dropout alpha_dropout lift_fresh_copy
-    softsign tanhshrink floor ceil round positive rrelu"""
+    floor ceil round positive rrelu"""
 _BINARY = "add sub mul div rsub true_divide maximum minimum where pow fmod remainder lerp addcmul"
-_RESHAPES = "view reshape flatten unflatten squeeze unsqueeze _unsafe_view view_as reshape_as"
+_RESHAPES = "view reshape flatten unflatten squeeze unsqueeze _unsafe_view"
 _POOLS = """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
     adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d_with_indices
-    max_pool2d_with_indices max_pool3d_with_indices lp_pool1d lp_pool2d upsample_nearest1d upsample_nearest2d
+    max_pool2d_with_indices max_pool3d_with_indices upsample_nearest1d upsample_nearest2d
     upsample_nearest3d upsample_bilinear2d upsample_linear1d upsample_bicubic2d upsample_trilinear3d
     _upsample_nearest_exact1d _upsample_nearest_exact2d"""
 _CONVS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
@@ -279,8 +317,10 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys("pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad2d".split(), _pad),
     **dict.fromkeys("chunk split split_with_sizes".split(), _split),
     **dict.fromkeys("cat concat concatenate".split(), _cat),
-    **dict.fromkeys("expand expand_as broadcast_to".split(), _expand),
-    **dict.fromkeys("sym_size ones zeros full arange ones_like zeros_like full_like empty scalar_tensor".split(), _fixed),
+    **dict.fromkeys("expand broadcast_to".split(), _expand),
+    **dict.fromkeys("expand_as view_as reshape_as".split(), _like),
+    **dict.fromkeys("ones_like zeros_like full_like".split(), _unary),
+    **dict.fromkeys("sym_size ones zeros full arange empty scalar_tensor".split(), _fixed),
     "linear": _linear,
     "addmm": _addmm,
     "matmul": _matmul,

@@ -195,7 +195,8 @@ class Coupling:
     def combine(self, operands: Sequence[tuple[Axis | None, Shape, str | None]], out: Shape, where: str) -> Axis | None:
         """Element-wise operator with broadcasting; an operand is (axis, shape, name of the tensor or None)."""
         lead = None
-        for axis, shape, _ in operands:  # the first labelled operand that is not broadcast decides
+        # The first labelled operand that is not broadcast decides, computed values before parameters.
+        for axis, shape, _ in sorted(operands, key=lambda operand: operand[2] is not None):
             if axis is not None and len(axis.atoms) == out[axis.dim - len(shape) + len(out)]:
                 lead = Axis(axis.dim - len(shape) + len(out), axis.atoms)
                 break

@@ -85,7 +85,8 @@ def capture(model: nn.Module, example_inputs: Inputs, *, dynamic_batch: bool = T
     gm.__dict__.pop("eval", None)
     _raise_modes(gm, source)
     for node in list(gm.graph.nodes):
-        if node.op == "call_module" and node.target == "_guards_fn":
+        guard = node.op == "call_module" and node.target == "_guards_fn"
+        if guard or node.target is torch.ops.aten._assert_tensor_metadata.default:
             gm.graph.erase_node(node)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
@@ -132,9 +133,12 @@ def _export(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 0]
     batch = leaves[0].shape[0] if leaves else 1
 
-    def widen(leaf: Any) -> Any:  # a batch of one would be specialised
-        batched = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
-        return torch.cat([leaf, leaf]) if batched and batch == 1 else leaf
+    def widen(leaf: Any) -> Any:
+        """A batch of one would be specialised; and export marks the tensors it is given as dynamic, for good."""
+        if not isinstance(leaf, Tensor):
+            return leaf
+        batched = leaf.ndim > 0 and leaf.shape[0] == batch
+        return torch.cat([leaf, leaf]) if batched and batch == 1 else leaf.clone()
 
     def free(leaf: Any) -> Any:
         batched = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch

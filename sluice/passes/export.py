@@ -43,8 +43,10 @@ def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> 
         batch = next(x.shape[0] for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim)
 
         def widen(x: Any) -> Any:
-            batched = isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == batch
-            return torch.cat([x, x]) if batched and batch == 1 else x
+            if not isinstance(x, Tensor):
+                return x
+            batched = x.ndim > 0 and x.shape[0] == batch
+            return torch.cat([x, x]) if batched and batch == 1 else x.clone()
 
         def free(x: Any) -> Any:
             batched = isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == batch
@@ -55,9 +57,16 @@ def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> 
     names = set(gm.state_dict())
     with _quiet():
         program = torch.export.export(gm, args, kwargs, dynamic_shapes=shapes, strict=False)
-        exported = torch.onnx.export(
-            program, dynamo=True, optimize=False, external_data=False, verbose=False, opset_version=opset
-        )
+        try:
+            exported = torch.onnx.export(
+                program, dynamo=True, optimize=False, external_data=False, verbose=False, opset_version=opset
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reasons = [line for line in str(error).splitlines() if line.startswith("<class")]
+            reason = reasons[0].partition(": ")[2] if reasons else str(error).splitlines()[0]
+            raise SluiceError(
+                f"torch.onnx cannot export {type(model).__name__}: {reason}; replace that operator in the model"
+            ) from error
         assert exported is not None
         ir_model = exported.model
         read = {name for name in names if name in {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}}
@@ -66,7 +75,9 @@ def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> 
             raise AssertionError(f"the exporter renamed {lost[:3]}; parameter names are the anchor of every rewrite")
         # A fold that swallows a named tensor would take its name away (Transpose(weight), for one).
         fold_constants_ir(
-            ir_model, should_fold=lambda n: False if any(v is not None and v.name in names for v in n.inputs) else None
+            ir_model,
+            onnx_shape_inference=True,
+            should_fold=lambda n: False if any(v is not None and v.name in names for v in n.inputs) else None,
         )
         passes.Sequential(
             common.IdentityEliminationPass(),

@@ -48,7 +48,8 @@ def masked_norm(
     ``mean = sum(m x) / sum(m)``, ``var = sum(m (x - mean)^2) / sum(m)`` over ``dims``; with a 0/1 mask these are the
     statistics of the kept channels.
     """
-    shape = x.shape
+    shape, dtype = x.shape, x.dtype
+    mask = mask.to(torch.promote_types(dtype, torch.float32))  # half precision would lose the statistics
     if groups:
         x = x.reshape(shape[0], groups, -1, *shape[2:])
         mask = mask.reshape(1, groups, -1, *[1] * (len(shape) - 2))
@@ -59,7 +60,8 @@ def masked_norm(
     x = ((x - mean) * torch.rsqrt(var + eps)).reshape(shape)
     tail = [1] * (len(shape) - 2) if groups else []
     x = x if weight is None else x * weight.reshape(*weight.shape, *tail)
-    return x if bias is None else x + bias.reshape(*bias.shape, *tail)
+    x = x if bias is None else x + bias.reshape(*bias.shape, *tail)
+    return x.to(dtype)
 
 
 def insert_gates(
@@ -230,6 +232,11 @@ class _Inserter:
         with self.gm.graph.inserting_after(max(last, vector)):
             shape = [-1 if i == axis else 1 for i in range(ndim)]
             shaped = self.gm.graph.call_function(torch.ops.aten.view.default, (vector, shape))
+        dtype = self.gm.state_dict()[str(node.target)].dtype
+        if dtype in (torch.float16, torch.bfloat16):  # gates stay in single precision
+            shaped.meta = {TAG: "mask"}
+            with self.gm.graph.inserting_after(shaped):
+                shaped = self.gm.graph.call_function(torch.ops.aten._to_copy.default, (shaped,), {"dtype": dtype})
         with self.gm.graph.inserting_after(shaped):
             scaled = self.gm.graph.call_function(torch.ops.aten.mul.Tensor, (last, shaped))
         shaped.meta, scaled.meta = {TAG: "mask"}, {TAG: "scale"}

@@ -91,6 +91,8 @@ def _per_channel(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
     x = w.of(n.input[0])
     if n.op_type == "InstanceNormalization" and x is not None and x.dim != 1:
         return x  # the inner part of a decomposed group norm: the affine has one entry per group
+    if any(i and w.tensor(i) is None for i in n.input[1:]):
+        return _unknown(w, n, a)
     return w.coupling.per_channel(x, 1, names, n.name)
 
 

@@ -30,7 +30,7 @@ __all__ = ["Placement", "place_gates"]
 _ZERO_PRESERVING = frozenset(
     """relu relu6 silu hardswish gelu tanh leaky_relu elu selu celu mish hardshrink softshrink neg abs sqrt
     square sign erf sin clone contiguous detach alias to _to_copy dropout feature_dropout alpha_dropout prelu rrelu
-    softsign tanhshrink view reshape flatten unflatten squeeze unsqueeze _unsafe_view permute transpose t swapaxes
+    view reshape flatten unflatten squeeze unsqueeze _unsafe_view permute transpose t swapaxes
     max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
     adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d_with_indices
     max_pool2d_with_indices upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d
@@ -139,7 +139,8 @@ class _Walk:
         if name in ("group_norm", "layer_norm", "instance_norm"):
             return self._norm(node, a)
         if name.startswith("conv") and (weight := self.tensor(node.args[1])):
-            return self._produced(weight, 1 if "transpose" in name and a["groups"] == 1 else 0, a["bias"])
+            depthwise = a["groups"] > 1 and self.analysis.tensors[weight][1] == 1
+            return self._produced(weight, 1 if "transpose" in name and not depthwise else 0, a["bias"])
         if name in _CONTRACTIONS or name == "addmm":
             operand = node.args[2] if name == "addmm" else node.args[1]
             weight = self.tensor(operand)

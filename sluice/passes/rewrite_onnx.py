@@ -36,15 +36,15 @@ def rewrite_onnx(model: onnx.ModelProto, plan: Plan) -> onnx.ModelProto:
     shapes = {init.name: tuple(init.dims) for init in model.graph.initializer}
     present = tuple(cut for cut in plan.slices if cut.param in shapes)
     Plan(plan.fingerprint, present).check_model(shapes, complete=False)
-    if len(present) < len(plan.slices) and not _shared(model):
+    if len(present) < len(plan.slices) and not _shared(model, plan):
         plan.check_model(shapes, complete=False)
     try:
         analysis = analyze_onnx(model)
         keeps = masks_of_slices(analysis, present, plan.fingerprint)
     except SluiceError:
-        if not _shared(model):
+        if not _shared(model, plan):
             raise
-        model = _unshare(model)
+        model = _unshare(model, plan)
         analysis = analyze_onnx(model)
         keeps = masks_of_slices(analysis, present, plan.fingerprint)
     slim = cut_graph(model, analysis, keeps)
@@ -160,10 +160,19 @@ def _empty(tensor: Any) -> bool:
     return tensor is None or tensor.name == ""
 
 
-def _shared(model: onnx.ModelProto) -> set[str]:
-    """Float initialisers with several readers."""
+def _shared(model: onnx.ModelProto, plan: Plan) -> set[str]:
+    """Float initialisers with several readers that may stand for several tensors of the plan's model.
+
+    Those are constants of the exporter's own, and tensors whose shape is that of a tensor the file lacks; any other
+    shared tensor is one that the model itself uses twice.
+    """
+    initializers = {init.name: init for init in model.graph.initializer}
+    missing = {shape for name, shape in plan.fingerprint.items() if name not in initializers}
     floats = {
-        i.name for i in model.graph.initializer if i.data_type not in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
+        name
+        for name, init in initializers.items()
+        if init.data_type not in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
+        and (name not in plan.fingerprint or tuple(init.dims) in missing)
     }
     seen: set[str] = set()
     shared: set[str] = set()
@@ -173,13 +182,13 @@ def _shared(model: onnx.ModelProto) -> set[str]:
     return shared
 
 
-def _unshare(model: onnx.ModelProto) -> onnx.ModelProto:
+def _unshare(model: onnx.ModelProto, plan: Plan) -> onnx.ModelProto:
     """Every reader but the first of a shared initialiser gets its own copy."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     tensors = {init.name: init for init in copy.graph.initializer}
     taken: dict[str, int] = {}
-    shared = _shared(model)
+    shared = _shared(model, plan)
     for node in copy.graph.node:
         for index, name in enumerate(node.input):
             if name not in shared:

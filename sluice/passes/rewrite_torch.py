@@ -23,7 +23,14 @@ from sluice.plan import Plan
 
 __all__ = ["rewrite_torch", "slice_tensors"]
 
-_RESHAPES = {"view": "size", "reshape": "shape", "_unsafe_view": "size", "expand": "size", "unflatten": "sizes"}
+_RESHAPES = {
+    "view": "size",
+    "reshape": "shape",
+    "_unsafe_view": "size",
+    "expand": "size",
+    "broadcast_to": "size",
+    "unflatten": "sizes",
+}
 
 
 def rewrite_torch(model: nn.Module, plan: Plan, example_inputs: Inputs) -> fx.GraphModule:
@@ -54,7 +61,11 @@ def slice_tensors(module: nn.Module, plan: Plan) -> None:
         tensor = by_name.get(cut.param, state[cut.param].detach())
         by_name[cut.param] = tensor.index_select(cut.axis, torch.tensor(cut.keep, device=tensor.device))
     for name, tensor in by_name.items():
-        set_tensor(module, name, tensor.contiguous(), isinstance(state[name], nn.Parameter))
+        old = state[name]
+        set_tensor(module, name, tensor.contiguous(), isinstance(old, nn.Parameter))
+        for alias in (a for a in state if a not in by_name and state[a] is old):  # tied weights stay tied
+            owner, leaf = module.get_submodule(alias.rpartition(".")[0]), alias.rpartition(".")[2]
+            setattr(owner, leaf, module.get_submodule(name.rpartition(".")[0]).__getattr__(name.rpartition(".")[2]))
 
 
 def mend_literals(gm: fx.GraphModule, analysis: Analysis, keeps: list[np.ndarray]) -> None:
@@ -95,8 +106,15 @@ def mend_literals(gm: fx.GraphModule, analysis: Analysis, keeps: list[np.ndarray
         elif name == "narrow" and (cut := lost(source)):
             dim, mask = cut
             if a["dim"] % len(analysis.shapes[source.name]) == dim:
-                start, stop = a["start"], a["start"] + a["length"]
+                start = a["start"] % len(mask)
+                stop = start + a["length"]
                 node.args = (source, dim, int(mask[:start].sum()), int(mask[start:stop].sum()))
+        elif name == "squeeze" and lost(source):  # an axis cut to one channel must not be squeezed away
+            ones = [d for d, size in enumerate(analysis.shapes[source.name]) if size == 1]
+            rank, dims = len(analysis.shapes[source.name]), a.get("dim", ones)
+            dims = [d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
+            node.target = torch.ops.aten.squeeze.dims
+            node.args, node.kwargs = (source, [d for d in dims if d in ones]), {}
         elif name.startswith("conv") and a["groups"] > 1 and (cut := lost(source)):
             weight = analysis.shapes[node.args[1].name]
             if weight[1] == 1:  # depthwise: one group per channel of the input

@@ -1,0 +1,121 @@
+"""Joints: what neighbours save when they run together.
+
+A piece alone pays for its borders: its output is laid out for the caller, its input laid out for its kernels, a call
+is made. For a tensor t between its producer p and its consumers c_1 ... c_k
+
+    J(t) = T(p) + sum_i T(c_i) - T(p and all c_i joined at t)
+
+with all widths other than t's small, so that the difference is not lost in large numbers. Only t is connected; other
+tensors that the pieces share stay borders, they have joints of their own. Inputs that need a source have one, in the
+parts and in the whole (`sluice.profiler.pieces`, rule 5), so that all that differs is t. Sum over pieces minus sum over
+joints is the cluster expansion of the latency up to its second term.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx
+from onnx import helper
+
+from sluice.latency import Extent
+from sluice.profiler.pieces import Dissection, Piece, add_sources, build_piece
+
+__all__ = ["Joint", "find_joints", "joint_models", "joint_widths"]
+
+SMALL = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Joint:
+    """One tensor between pieces; ``extent`` is its labelled size (None if nothing in it can be cut)."""
+
+    tensor: str
+    key: str
+    description: str
+    extent: Extent | None
+    producer: Piece
+    consumers: tuple[Piece, ...]
+
+
+def find_joints(dissection: Dissection) -> tuple[Joint, ...]:
+    joints = []
+    for producer in dissection.pieces:
+        for tensor in producer.outputs:
+            consumers = tuple(p for p in dissection.pieces if tensor in p.inputs)
+            if not consumers:
+                continue
+            groups = _groups(dissection, tensor)
+            extent = Extent(tuple((g, 1) for g in groups)) if groups else None
+            own = [
+                f"{p.key}:{p.outputs.index(tensor) if p is producer else p.inputs.index(tensor)}:"
+                + ",".join(str(k) for k, e in enumerate(p.extents) if set(groups) & {g for g, _ in e.coefs})
+                for p in (producer, *consumers)
+            ]
+            key = hashlib.sha256(";".join(own).encode()).hexdigest()[:24]
+            text = f"joint of {producer.description.split(' ->')[0]} with {len(consumers)} consumer(s)"
+            joints.append(Joint(tensor, f"j{key}", text, extent, producer, consumers))
+    return tuple(joints)
+
+
+def _groups(dissection: Dissection, tensor: str) -> list[str]:
+    axis = dissection.analysis.values.get(tensor)
+    if axis is None:
+        return []
+    return sorted({dissection.analysis.groups[int(i)].name for i in axis.groups if i >= 0})
+
+
+def joint_widths(dissection: Dissection, joint: Joint, own: Mapping[str, int]) -> dict[str, int]:
+    """The tensor's groups at ``own``, every other group of the pieces small."""
+    widths = {g: min(SMALL, size) for g, size in dissection.dense.items()}
+    return {**widths, **own}
+
+
+def joint_models(
+    dissection: Dissection, joint: Joint, widths: Mapping[str, int]
+) -> tuple[list[onnx.ModelProto], onnx.ModelProto, list[tuple[int, ...]]]:
+    """The parts (producer, consumers), all of them joined at the tensor, and the shapes of the tensor's sources."""
+    pieces = (joint.producer, *joint.consumers)
+    bare = [build_piece(dissection, p, widths) for p in pieces]
+    others = [[n for n in p.bare if n != joint.tensor] for p in pieces]
+    whole = _join([add_sources(m, names)[0] for m, names in zip(bare, others, strict=True)], joint.tensor)
+    parts = [add_sources(m, p.bare)[0] for m, p in zip(bare, pieces, strict=True)]
+    own = [shape for m, p in zip(bare, pieces, strict=True) if joint.tensor in p.bare
+           for shape in add_sources(m, [joint.tensor])[1]]  # fmt: skip
+    return parts, whole, own
+
+
+def _join(parts: list[onnx.ModelProto], tensor: str) -> onnx.ModelProto:
+    """One model in which ``tensor`` runs from the first part to the others; all other names are kept apart."""
+    nodes: list[onnx.NodeProto] = []
+    inputs: list[onnx.ValueInfoProto] = []
+    outputs: list[onnx.ValueInfoProto] = []
+    weights: list[onnx.TensorProto] = []
+    for index, part in enumerate(parts):
+
+        def rename(name: str, index: int = index) -> str:
+            return name if name in ("", tensor) else f"{index}/{name}"
+
+        for node in part.graph.node:
+            copy = onnx.NodeProto()
+            copy.CopyFrom(node)
+            copy.name = rename(node.name)
+            copy.input[:] = [rename(n) for n in node.input]
+            copy.output[:] = [rename(n) for n in node.output]
+            nodes.append(copy)
+        for source, target in ((part.graph.input, inputs), (part.graph.output, outputs)):
+            for info in source:
+                if info.name != tensor:
+                    renamed = onnx.ValueInfoProto()
+                    renamed.CopyFrom(info)
+                    renamed.name = rename(info.name)
+                    target.append(renamed)
+        for init in part.graph.initializer:
+            own = onnx.TensorProto()
+            own.CopyFrom(init)
+            own.name = rename(init.name)
+            weights.append(own)
+    graph = helper.make_graph(nodes, "joint", inputs, outputs, weights)
+    return helper.make_model(graph, opset_imports=parts[0].opset_import, ir_version=parts[0].ir_version)

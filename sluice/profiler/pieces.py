@@ -1,0 +1,279 @@
+"""Cut the user's own exported graph into the pieces that are timed.
+
+1. An *anchor* (convolution or matrix product) opens a piece; every other operator joins the latest piece that feeds
+   it. What a runtime fuses (batch norm, activation, residual add, pooling behind a layer) so stays together, and
+   pieces depend only on earlier pieces.
+2. A piece depends on the widths of the groups that lie on its values. Groups that occur only in sums, always
+   together (concatenation), count as one *extent*: their total.
+3. The *key* is a hash of the structure with extents as symbols: operators, attributes, fixed sizes, batch. Equal
+   pieces, in one network or in several, are timed once.
+4. A piece at given widths is the same sub-graph, cut by the rewriter that will cut the whole graph.
+5. Runtimes lay activations out in blocks, and fuse a residual add only if both operands are laid out so. An input
+   that meets such an operator directly would arrive plain, as it never does in the whole graph; it is therefore made
+   inside the piece by a *source*, a 1x1 convolution of one channel, whose own time is subtracted:
+   ``T(piece) = T(piece with sources) - sum T(source)``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from sluice.latency import Extent
+from sluice.passes.onnx_axes import analyze_onnx, attributes
+from sluice.passes.rewrite_onnx import cut_graph
+from sluice.passes.sites import Analysis
+from sluice.profiler.shapes import static_graph
+
+__all__ = ["Dissection", "Piece", "add_sources", "build_piece", "dissect", "source_model", "spread_widths"]
+
+ANCHORS = frozenset("Conv ConvTranspose Gemm MatMul".split())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """One piece at dense widths. ``inputs``/``outputs`` are the activations it shares with other pieces."""
+
+    name: str
+    key: str
+    description: str
+    model: onnx.ModelProto
+    extents: tuple[Extent, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    bare: tuple[str, ...] = ()  # inputs that meet an operator other than an anchor (rule 5)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return tuple(group for extent in self.extents for group, _ in extent.coefs)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dissection:
+    """A graph at one batch, its analysis and its pieces in execution order."""
+
+    model: onnx.ModelProto
+    analysis: Analysis
+    pieces: tuple[Piece, ...]
+
+    @property
+    def dense(self) -> dict[str, int]:
+        return {group.name: group.size for group in self.analysis.groups}
+
+    def masks(self, widths: Mapping[str, int]) -> list[np.ndarray]:
+        """Keep the first ``widths[g]`` channels of every group (all where it is not named)."""
+        return [np.arange(g.size) < widths.get(g.name, g.size) for g in self.analysis.groups]
+
+
+def dissect(model: onnx.ModelProto, batch: int, exclude: Sequence[str] = ()) -> Dissection:
+    """All pieces of a dense model with named initialisers."""
+    static = static_graph(model, batch)
+    analysis = analyze_onnx(static, exclude)
+    graph = static.graph
+    tensors = {init.name: init for init in graph.initializer}
+    infos = {i.name: i for i in [*graph.input, *graph.value_info, *graph.output]}
+    activations = {i.name for i in graph.input}
+    owner: dict[str, int] = {}  # activation -> index of the piece that makes it
+    members: list[list[onnx.NodeProto]] = []
+    prepared: dict[str, onnx.NodeProto] = {}  # results that depend on weights only
+    for node in graph.node:
+        if not activations.intersection(node.input):
+            prepared.update(dict.fromkeys(node.output, node))
+            continue
+        feeding = [owner[name] for name in node.input if name in owner]
+        if node.op_type in ANCHORS or not feeding:
+            members.append([])
+            index = len(members) - 1
+        else:
+            index = max(feeding)
+        members[index].append(node)
+        owner.update(dict.fromkeys(node.output, index))
+        activations.update(node.output)
+    readers: dict[str, set[int]] = {}
+    for index, nodes in enumerate(members):
+        for node in nodes:
+            for name in node.input:
+                readers.setdefault(name, set()).add(index)
+    finals = {out.name for out in graph.output}
+    pieces = []
+    for index, nodes in enumerate(members):
+        made = [name for node in nodes for name in node.output if name]
+        outputs = tuple(n for n in made if n in finals or readers.get(n, set()) - {index})
+        inputs = tuple(
+            dict.fromkeys(n for node in nodes for n in node.input if n in activations and owner.get(n, -1) != index)
+        )
+        nodes = [*_preparation(nodes, prepared), *nodes]
+        used = {name for node in nodes for name in node.input}
+        part = helper.make_graph(
+            nodes,
+            "piece",
+            [infos[n] for n in inputs],
+            [infos[n] for n in outputs],
+            [tensors[n] for n in tensors if n in used],
+            value_info=[infos[n] for n in made if n in infos and n not in outputs],
+        )
+        submodel = helper.make_model(part, opset_imports=static.opset_import, ir_version=static.ir_version)
+        pieces.append(_describe(submodel, analysis, inputs, outputs))
+    return Dissection(static, analysis, tuple(pieces))
+
+
+def build_piece(dissection: Dissection, piece: Piece, widths: Mapping[str, int]) -> onnx.ModelProto:
+    """The piece with the first ``widths[g]`` channels of its groups, without sources."""
+    return cut_graph(piece.model, dissection.analysis, dissection.masks(widths))
+
+
+def add_sources(model: onnx.ModelProto, names: Sequence[str]) -> tuple[onnx.ModelProto, list[tuple[int, ...]]]:
+    """The model with the named inputs made by sources (rule 5), and the shapes of those."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    shapes: list[tuple[int, ...]] = []
+    for info in result.graph.input:
+        shape = tuple(d.dim_value for d in info.type.tensor_type.shape.dim)
+        if info.name in names and len(shape) >= 3:
+            nodes, seed, weight = _source(info.name, shape)
+            info.CopyFrom(seed)
+            result.graph.node.insert(0, nodes)
+            result.graph.initializer.append(weight)
+            shapes.append(shape)
+    return result, shapes
+
+
+def source_model(shape: tuple[int, ...]) -> onnx.ModelProto:
+    """A source on its own, for its time."""
+    node, seed, weight = _source("x", shape)
+    output = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)
+    graph = helper.make_graph([node], "source", [seed], [output], [weight])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def _source(name: str, shape: tuple[int, ...]) -> tuple[onnx.NodeProto, onnx.ValueInfoProto, onnx.TensorProto]:
+    seed = helper.make_tensor_value_info(f"{name}:seed", onnx.TensorProto.FLOAT, (shape[0], 1, *shape[2:]))
+    values = np.random.default_rng(0).standard_normal((shape[1], 1, *[1] * (len(shape) - 2)))
+    weight = numpy_helper.from_array(values.astype(np.float32), f"{name}:source")
+    return helper.make_node("Conv", [seed.name, weight.name], [name]), seed, weight
+
+
+def spread_widths(piece: Piece, values: Sequence[int], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Group widths with the given extents; a total is shared out in proportion to the dense sizes."""
+    widths: dict[str, int] = {}
+    for extent, value in zip(piece.extents, values, strict=True):
+        names = [group for group, _ in extent.coefs]
+        full = sum(sizes[n] for n in names)
+        shares = [max(1, min(sizes[n], round(value * sizes[n] / full))) for n in names]
+        order = sorted(range(len(names)), key=lambda i: -sizes[names[i]])
+        while (gap := value - sum(shares)) != 0:
+            before = sum(shares)
+            for i in order:
+                step = int(np.sign(value - sum(shares)))
+                if step and 1 <= shares[i] + step <= sizes[names[i]]:
+                    shares[i] += step
+            if sum(shares) == before:
+                raise AssertionError(f"extent {extent} cannot be {value} (off by {gap})")
+        widths.update(zip(names, shares, strict=True))
+    return widths
+
+
+def _preparation(nodes: list[onnx.NodeProto], prepared: Mapping[str, onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """The weight-only operators that these nodes need, in order."""
+    found: list[onnx.NodeProto] = []
+
+    def visit(node: onnx.NodeProto) -> None:
+        for name in node.input:
+            if name in prepared and prepared[name] not in found:
+                visit(prepared[name])
+                found.append(prepared[name])
+
+    for node in nodes:
+        visit(node)
+    return found
+
+
+def _composition(analysis: Analysis, value: str) -> tuple[int, dict[str, int], int] | None:
+    """(axis, group -> positions per channel, fixed positions) of a value's labelled axis."""
+    axis = analysis.values.get(value)
+    if axis is None or not (axis.groups >= 0).any():
+        return None
+    coefs: dict[str, int] = {}
+    for index in np.unique(axis.groups[axis.groups >= 0]):
+        group = analysis.groups[int(index)]
+        channels = axis.channels[axis.groups == index]
+        coefs[group.name] = len(channels) // len(np.unique(channels))
+    return axis.dim, coefs, int((axis.groups < 0).sum())
+
+
+def _describe(
+    model: onnx.ModelProto, analysis: Analysis, inputs: tuple[str, ...], outputs: tuple[str, ...]
+) -> Piece:
+    graph = model.graph
+    joined_only = {n for n in inputs if all(node.op_type == "Concat" for node in graph.node if n in node.input)}
+    values = [*inputs, *(name for node in graph.node for name in node.output if name)]
+    compositions = {v: c for v in values if (c := _composition(analysis, v)) is not None}
+    incidence: dict[str, list[tuple[int, int]]] = {}
+    for position, coefs in enumerate(sorted({json.dumps(c[1], sort_keys=True) for v, c in compositions.items() if v not in joined_only})):
+        for group, coef in json.loads(coefs).items():
+            incidence.setdefault(group, []).append((position, coef))
+    classes: dict[tuple[tuple[int, int], ...], list[str]] = {}
+    for group in incidence:
+        classes.setdefault(tuple(incidence[group]), []).append(group)
+    first_seen = {g: i for i, g in reversed(list(enumerate(g for c in compositions.values() for g in c[1])))}
+    ordered = sorted(classes.values(), key=lambda names: min(first_seen[g] for g in names))
+    extents = tuple(Extent(tuple((g, 1) for g in sorted(names))) for names in ordered)
+    symbol = {g: f"e{k}" for k, names in enumerate(ordered) for g in names}
+
+    def size(value: str) -> list[object]:
+        dims: list[object] = list(analysis.shapes[value])
+        if (found := compositions.get(value)) is not None:
+            axis, coefs, fixed = found
+            terms = sorted({f"{coef}*{symbol[g]}" for g, coef in coefs.items()})
+            dims[axis] = "+".join([*terms, str(fixed)])
+        return dims
+
+    rename = {name: f"i{k}" for k, name in enumerate(inputs)}
+    initial = {init.name: init for init in graph.initializer}
+    lines: list[object] = [[size(name) for name in inputs]]
+    for index, node in enumerate(graph.node):
+        operands = [rename.get(n) or _constant_text(initial, n) for n in node.input]
+        own = {k: repr(v) for k, v in sorted(attributes(node).items())}
+        if own.get("group", "1") != "1" and node.input[0] in compositions:
+            own["group"] = "depthwise" if initial[node.input[1]].dims[1] == 1 else own["group"]
+        weight = initial.get(node.input[1]) if node.op_type in ANCHORS and len(node.input) > 1 else None
+        kernel = list(weight.dims[2:]) if weight is not None else []
+        for k, out in enumerate(node.output):
+            rename[out] = f"n{index}.{k}"
+        shapes = [size(out) for out in node.output if out in analysis.shapes]
+        lines.append([node.op_type, own, operands, kernel, shapes])
+    lines.append([rename[name] for name in outputs])
+    key = hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()[:24]
+    anchor = next((n for n in graph.node if n.op_type in ANCHORS), graph.node[0])
+    name = next((n for n in anchor.input if n in initial), anchor.output[0]).removesuffix(".weight")
+    epilogue = " + ".join(n.op_type for n in graph.node if n is not anchor and n.output[0] not in _weightless(graph, inputs))
+    kernel_text = "x".join(map(str, initial[anchor.input[1]].dims[2:])) if anchor.input[1:] and anchor.input[1] in initial else ""
+    into = "x".join(map(str, size(inputs[0]))) if inputs else ""
+    out = "x".join(map(str, size(outputs[-1]))) if outputs else ""
+    text = f"{anchor.op_type} {kernel_text} {into} -> {out}" + (f" + {epilogue}" if epilogue else "")
+    bare = tuple(n for n in inputs if any(n in node.input and node.op_type not in ANCHORS for node in graph.node))
+    return Piece(name, key, " ".join(text.split()), model, extents, inputs, outputs, bare)
+
+
+def _weightless(graph: onnx.GraphProto, inputs: tuple[str, ...]) -> set[str]:
+    """Outputs of operators that depend on weights only."""
+    active = set(inputs)
+    prepared: set[str] = set()
+    for node in graph.node:
+        (active if active.intersection(node.input) else prepared).update(node.output)
+    return prepared
+
+
+def _constant_text(initial: Mapping[str, onnx.TensorProto], name: str) -> str:
+    """Small float constants matter (clip bounds); weights and sizes do not."""
+    init = initial.get(name)
+    if init is None:
+        return "-" if not name else "w"
+    small = int(np.prod(init.dims)) <= 1 and init.data_type == onnx.TensorProto.FLOAT
+    return repr(numpy_helper.to_array(init).tolist()) if small else f"w{len(init.dims)}"

@@ -1,0 +1,222 @@
+"""Which points are measured: the staircase is found, not assumed.
+
+1. *Explore* every kind of group by bisection on its cost, the sum of all distinct pieces that lie on it, the other
+   widths dense. The interval with the largest difference between its ends is split, at the roundest number near its
+   middle, until no interval spans more than `GAIN` of the dense cost, or a sixteenth of the width, or
+   `MAX_WIDTHS` are known.
+2. *Levels*: a width is worth having if no larger width costs as little. These are what the solver may choose.
+3. *Grid*: every piece on the product of the levels of its extents (thinned where the product would be large).
+4. *Joints* at the levels of their tensor.
+
+Every finished batch of points is committed; what the table already knows is not measured again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from sluice.profiler.joints import Joint, find_joints, joint_models, joint_widths
+from sluice.profiler.measure import Anchor, Measurement, measure
+from sluice.profiler.pieces import Dissection, Piece, add_sources, build_piece, source_model, spread_widths
+from sluice.profiler.table import LatencyTable
+from sluice.runtime.runner import Runner, Session
+
+__all__ = ["Bench", "Staircase", "explore", "joint_points", "knots_of", "piece_points"]
+
+GAIN = 0.06
+WORTH = 0.015
+MAX_WIDTHS = 14
+MAX_GRID = 49
+BATCH_OF_SESSIONS = 24
+SOURCE_KEY = "source-v1"
+Progress = Callable[[int, int], None]  # (points done, points known to be needed)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bench:
+    """Where points are measured and kept."""
+
+    table: LatencyTable
+    runner: Runner
+    anchor: Anchor
+    rng: np.random.Generator
+    progress: Progress = lambda done, total: None
+
+    def pieces(self, dissection: Dissection, wanted: Sequence[tuple[Piece, tuple[int, ...]]]) -> None:
+        """Measure what is missing of (piece, extents)."""
+        todo = {(p.key, e): p for p, e in wanted if self.table.get(p.key, e) is None}
+        for piece in {p.key: p for p in todo.values()}.values():
+            self.table.describe(piece.key, piece.description)
+        sizes = dissection.dense
+        points = list(todo.items())
+        for start in range(0, len(points), BATCH_OF_SESSIONS):
+            chunk = points[start : start + BATCH_OF_SESSIONS]
+            built = [
+                add_sources(build_piece(dissection, piece, spread_widths(piece, extents, sizes)), piece.bare)
+                for (_, extents), piece in chunk
+            ]
+            source_ms = self.sources([shape for _, shapes in built for shape in shapes])
+            found = self.time([self.runner.build(model) for model, _ in built])
+            self.table.put_many(
+                (key, extents, replace(m, ms=m.ms - sum(source_ms[s] for s in shapes)))
+                for ((key, extents), _), (_, shapes), m in zip(chunk, built, found, strict=True)
+            )
+            self.progress(start + len(chunk), len(points))
+
+    def sources(self, shapes: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
+        """Milliseconds of sources by shape, measured once and kept."""
+        missing = [s for s in dict.fromkeys(shapes) if self.table.get(SOURCE_KEY, s) is None]
+        for start in range(0, len(missing), BATCH_OF_SESSIONS):
+            chunk = missing[start : start + BATCH_OF_SESSIONS]
+            found = self.time([self.runner.build(source_model(shape)) for shape in chunk])
+            self.table.put_many([(SOURCE_KEY, s, m) for s, m in zip(chunk, found, strict=True)])
+        return {shape: self.table.require(SOURCE_KEY, shape).ms for shape in shapes}
+
+    def joints(self, dissection: Dissection, wanted: Sequence[tuple[Joint, tuple[int, ...]]]) -> None:
+        """Measure what is missing of (joint, extents): parts and whole side by side, the difference is recorded."""
+        todo = {(j.key, e): j for j, e in wanted if self.table.get(j.key, e) is None}
+        for joint in {j.key: j for j in todo.values()}.values():
+            self.table.describe(joint.key, joint.description)
+        points = list(todo.items())
+        for done, ((key, extents), joint) in enumerate(points, 1):
+            own = _joint_groups(dissection, joint, extents)
+            parts, whole, shapes = joint_models(dissection, joint, joint_widths(dissection, joint, own))
+            source_ms = self.sources(shapes)
+            *single, together = self.time([self.runner.build(m) for m in (*parts, whole)])
+            saved = sum(m.ms for m in single) - together.ms - sum(source_ms[s] for s in shapes)
+            spread = max(m.spread for m in (*single, together))
+            self.table.put(key, extents, Measurement(saved, spread, together.samples, together.clock))
+            self.progress(done, len(points))
+
+    def time(self, sessions: Sequence[Session]) -> tuple[Measurement, ...]:
+        return measure(sessions, anchor=self.anchor, rng=self.rng)
+
+
+@dataclass(frozen=True, slots=True)
+class Staircase:
+    """Measured cost (ms) of a kind of group by width, and the widths worth having."""
+
+    cost: Mapping[int, float]
+    levels: tuple[int, ...]
+
+
+def explore(dissection: Dissection, bench: Bench) -> dict[str, Staircase]:
+    """Rules 1 and 2 for every group."""
+    dense = dissection.dense
+    kinds: dict[str, tuple[tuple[tuple[str, int], ...], int]] = {}
+    pieces_of = {g: _distinct([p for p in dissection.pieces if g in p.groups], g) for g in dense}
+    for group in dense:
+        kinds[group] = (tuple((p.key, _extent_index(p, group)) for p in pieces_of[group]), dense[group])
+    lead = {kind: group for group, kind in reversed(list(kinds.items()))}
+    known: dict[str, dict[int, float]] = {group: {} for group in lead.values()}
+    asked: dict[str, list[int]] = {group: sorted({1, dense[group]}) for group in known}
+    while any(asked.values()):
+        wanted = [(p, _at(p, group, w, dense)) for group, ws in asked.items() for w in ws for p in pieces_of[group]]
+        bench.pieces(dissection, wanted)
+        for group, widths in asked.items():
+            for w in widths:
+                known[group][w] = sum(bench.table.require(p.key, _at(p, group, w, dense)).ms for p in pieces_of[group])
+        asked = {group: _next_widths(known[group]) for group in known}
+    return {group: Staircase(known[lead[kind]], _levels(known[lead[kind]])) for group, kind in kinds.items()}
+
+
+def piece_points(dissection: Dissection, stairs: Mapping[str, Staircase]) -> list[tuple[Piece, tuple[int, ...]]]:
+    """Rule 3."""
+    return [
+        (piece, tuple(int(v) for v in point))
+        for piece in dissection.pieces
+        for point in itertools.product(*knots_of(piece, dissection, stairs))
+    ]
+
+
+def joint_points(dissection: Dissection, stairs: Mapping[str, Staircase]) -> list[tuple[Joint, tuple[int, ...]]]:
+    """Rule 4."""
+    points: list[tuple[Joint, tuple[int, ...]]] = []
+    for joint in find_joints(dissection):
+        if joint.extent is None:
+            points.append((joint, ()))
+        else:
+            names = [g for g, _ in joint.extent.coefs]
+            points += [(joint, (int(v),)) for v in _thin(_totals(names, dissection, stairs), 5)]
+    return points
+
+
+def knots_of(piece: Piece, dissection: Dissection, stairs: Mapping[str, Staircase]) -> list[list[int]]:
+    """The values of every extent of a piece at which it is measured."""
+    lists = [_totals([g for g, _ in extent.coefs], dissection, stairs) for extent in piece.extents]
+    while int(np.prod([len(values) for values in lists])) > MAX_GRID:
+        longest = max(range(len(lists)), key=lambda k: len(lists[k]))
+        lists[longest] = _thin(lists[longest], len(lists[longest]) - 1)
+    return lists
+
+
+def _totals(names: Sequence[str], dissection: Dissection, stairs: Mapping[str, Staircase]) -> list[int]:
+    if len(names) == 1:
+        return list(stairs[names[0]].levels)
+    low = sum(stairs[n].levels[0] for n in names)
+    high = sum(dissection.dense[n] for n in names)
+    return sorted({int(v) for v in np.linspace(low, high, 5).round()})
+
+
+def _thin(values: list[int], count: int) -> list[int]:
+    """``count`` of the values, ends included."""
+    if len(values) <= count:
+        return values
+    return sorted({values[round(k * (len(values) - 1) / (count - 1))] for k in range(count)})
+
+
+def _distinct(pieces: Sequence[Piece], group: str) -> list[Piece]:
+    return list({(p.key, _extent_index(p, group)): p for p in pieces}.values())
+
+
+def _extent_index(piece: Piece, group: str) -> int:
+    return next(k for k, extent in enumerate(piece.extents) if group in dict(extent.coefs))
+
+
+def _at(piece: Piece, group: str, width: int, dense: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(int(e.at({**dense, group: width})) for e in piece.extents)
+
+
+def _next_widths(cost: Mapping[int, float]) -> list[int]:
+    """The width that splits the interval with the largest difference, if any is worth it."""
+    widths = sorted(cost)
+    full = widths[-1]
+    if len(widths) >= MAX_WIDTHS:
+        return []
+    intervals = [
+        (abs(cost[b] - cost[a]), a, b)
+        for a, b in itertools.pairwise(widths)
+        if b - a > max(1, full // 16) and abs(cost[b] - cost[a]) > GAIN * cost[full]
+    ]
+    return [_roundest(*max(intervals)[1:])] if intervals else []
+
+
+def _roundest(low: int, high: int) -> int:
+    """The number strictly inside the middle half (or, failing that, inside) with the largest power of two in it."""
+    quarter = (high - low) / 4
+    inside = [w for w in range(low + 1, high) if low + quarter <= w <= high - quarter] or [*range(low + 1, high)]
+    middle = (low + high) / 2
+    return max(inside, key=lambda w: (w & -w, -abs(w - middle)))
+
+
+def _levels(cost: Mapping[int, float]) -> tuple[int, ...]:
+    """Widths for which no larger one costs as little, within `WORTH` of the dense cost."""
+    widths = sorted(cost, reverse=True)
+    margin = WORTH * cost[widths[0]]
+    levels, cheapest = [widths[0]], cost[widths[0]]
+    for width in widths[1:]:
+        if cost[width] < cheapest - margin:
+            levels.append(width)
+            cheapest = cost[width]
+    return tuple(sorted(levels))
+
+
+def _joint_groups(dissection: Dissection, joint: Joint, extents: tuple[int, ...]) -> dict[str, int]:
+    if joint.extent is None:
+        return {}
+    probe = Piece(joint.tensor, joint.key, "", joint.producer.model, (joint.extent,), (), ())
+    return spread_widths(probe, extents, dissection.dense)

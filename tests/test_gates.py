@@ -1,0 +1,121 @@
+"""Gates start as identity, survive ``state_dict``, never decide for nothing, and score by the task's gradient."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sluice.errors import SluiceError
+from sluice.gates import BETA_MAX, INITIAL_LOGIT, Gate, Gates, gate_parameters, other_parameters
+from sluice.runtime.compare import assert_close
+
+
+def test_starts_as_identity_for_every_beta() -> None:
+    gate = Gate("conv", 5)
+    for beta in (1.0, 3.7, BETA_MAX):
+        gate.beta.fill_(beta)
+        assert torch.equal(gate(), torch.ones(5))
+        assert gate.soft_width().item() == 5.0
+    assert gate.width() == 5
+
+
+def test_mask_is_the_formula() -> None:
+    gate = Gate("conv", 4)
+    logits = torch.tensor([-0.7, 0.1, 1.9, 3.0])
+    gate.logit.data.copy_(logits)
+    gate.beta.fill_(2.5)
+    expected = [min(1.0, (1 / (1 + math.exp(-2.5 * a))) / (1 / (1 + math.exp(-2.5 * INITIAL_LOGIT)))) for a in logits.tolist()]
+    assert_close(gate(), torch.tensor(expected), 1e-6)
+    assert gate.decision().tolist() == [False, True, True, True]
+
+
+def test_masks_harden() -> None:
+    gate = Gate("conv", 2)
+    gate.logit.data.copy_(torch.tensor([-0.5, 0.5]))
+    spread = []
+    for beta in (1.0, 5.0, BETA_MAX):
+        gate.beta.fill_(beta)
+        low, high = gate().tolist()
+        spread.append(high - low)
+    assert spread == sorted(spread) and spread[-1] > 0.999
+
+
+def test_decision_is_never_empty() -> None:
+    gate = Gate("conv", 4)
+    gate.logit.data.copy_(torch.tensor([-3.0, -0.2, -0.9, -1.0]))
+    assert gate.decision().tolist() == [False, True, False, False]
+    assert gate.width() == 1
+    gate.hard.fill_(True)
+    assert gate().tolist() == [0.0, 1.0, 0.0, 0.0]
+
+
+def test_set_decision() -> None:
+    gate = Gate("conv", 4)
+    gate.logit.data.copy_(torch.tensor([0.0, 2.0, -1.5, 0.3]))
+    mask = torch.tensor([True, False, True, False])
+    gate.set_decision(mask)
+    assert torch.equal(gate.decision(), mask)
+    assert torch.equal(gate(), mask.float())
+
+
+def test_fisher_collects_the_gradient_of_the_task_only() -> None:
+    gate = Gate("conv", 3)
+    values = torch.tensor([1.0, -2.0, 0.5])
+    loss = (gate() * values).sum() + 100.0 * gate.soft_width()
+    loss.backward()
+    assert_close(gate.fisher, values**2)
+    (gate() * values).sum().backward()
+    assert_close(gate.fisher, 2 * values**2)
+    assert gate.logit.grad is not None
+
+
+def test_fisher_rests_in_eval_and_without_gradient() -> None:
+    gate = Gate("conv", 3).eval()
+    gate().sum().backward()
+    gate.train()
+    with torch.no_grad():
+        gate().sum()
+    assert gate.fisher.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_schedule() -> None:
+    gates = Gates({"a": 2, "b": 3}, steps=4)
+    betas = []
+    for _ in range(6):
+        gates.step()
+        betas.append(float(gates["b"].beta))
+    assert_close(betas, [BETA_MAX**f for f in (0.25, 0.5, 0.75, 1.0, 1.0, 1.0)], 1e-6)
+    assert int(gates.progress) == 6
+    with pytest.raises(SluiceError, match="steps=0"):
+        Gates({"a": 2}, steps=0)
+
+
+def test_state_dict_round_trip() -> None:
+    sizes = {"layer1.0.conv": 3, "layer1_0_conv": 4, "layer1.0#2": 2, "layer1.0_2": 5}
+    gates = Gates(sizes, steps=5)
+    gates.step()
+    gates.step()
+    for _, gate in gates.items():
+        gate.logit.data.normal_()
+        gate.fisher.uniform_()
+    gates["layer1.0#2"].set_decision(torch.tensor([True, False]))
+    again = Gates(sizes, steps=5)
+    again.load_state_dict(gates.state_dict())
+    assert int(again.progress) == 2
+    for site, gate in gates.items():
+        other = again[site]
+        assert torch.equal(other(), gate()) and torch.equal(other.beta, gate.beta)
+        assert torch.equal(other.fisher, gate.fisher) and torch.equal(other.hard, gate.hard)
+    assert list(again) == list(sizes) and len(again) == 4
+    assert again.widths() == gates.widths()
+
+
+def test_parameter_groups() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    model.add_module("gates", Gates({"0": 2}, steps=1))
+    logits, others = gate_parameters(model), other_parameters(model)
+    assert [tuple(p.shape) for p in logits] == [(2,)]
+    assert [tuple(p.shape) for p in others] == [(2, 3), (2,)]

@@ -1,0 +1,172 @@
+"""A plan survives its file, and refuses what it was not made for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sluice.errors import SluiceError
+from sluice.plan import InputSpec, Plan, Slice, write_atomically
+
+GOLDEN = Path(__file__).parent / "golden" / "plan-v1.json"
+TOY = Plan(
+    {"conv.weight": (6, 3, 3, 3), "conv.bias": (6,), "fc.weight": (4, 24), "fc.bias": (4,), "steps": ()},
+    (
+        Slice("conv.weight", 0, 6, (0, 2, 3)),
+        Slice("conv.bias", 0, 6, (0, 2, 3)),
+        Slice("fc.weight", 1, 24, (0, 1, 2, 3, 8, 9, 10, 11, 12, 13, 14, 15)),
+    ),
+    (InputSpec((2, 3, 4, 4), "float32"),),
+    {"conv": 3},
+)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    shapes = draw(
+        st.dictionaries(
+            st.text("abc._0", min_size=1, max_size=6),
+            st.lists(st.integers(1, 9), max_size=4).map(tuple),
+            min_size=1,
+            max_size=4,
+        )
+    )
+    slices = []
+    for name, shape in shapes.items():
+        for axis, size in enumerate(shape):
+            if draw(st.booleans()):
+                keep = draw(st.sets(st.integers(0, size - 1), min_size=1))
+                slices.append(Slice(name, axis, size, tuple(sorted(keep))))
+    inputs = draw(st.lists(st.builds(InputSpec, st.tuples(st.integers(1, 9)), st.sampled_from(["float32", "int64"]))))
+    widths = draw(st.dictionaries(st.sampled_from(sorted(shapes)), st.integers(1, 9)))
+    return Plan(shapes, tuple(draw(st.permutations(slices))), tuple(inputs), widths)
+
+
+@given(plans())
+def test_json_round_trip(plan: Plan) -> None:
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    assert again.to_json() == plan.to_json()
+
+
+def test_order_of_slices_is_irrelevant() -> None:
+    turned = dataclasses.replace(TOY, slices=TOY.slices[::-1])
+    assert turned == TOY and turned.to_json() == TOY.to_json()
+
+
+def test_golden_version_1_loads() -> None:
+    assert Plan.load(GOLDEN) == TOY
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "plan.json"
+    TOY.save(path)
+    assert Plan.load(path) == TOY
+    assert os.listdir(path.parent) == ["plan.json"]
+
+
+@pytest.mark.parametrize("keep", [(), (1, 0), (0, 0), (-1, 2), (0, 6)])
+def test_bad_indices(keep: tuple[int, ...]) -> None:
+    with pytest.raises(SluiceError, match=r"bad slice of 'conv\.weight' axis 0"):
+        Slice("conv.weight", 0, 6, keep)
+
+
+def test_bad_axis() -> None:
+    with pytest.raises(SluiceError, match="bad slice"):
+        Slice("conv.weight", -1, 6, (0,))
+
+
+def test_one_axis_is_sliced_once() -> None:
+    with pytest.raises(SluiceError, match=r"slices 'conv\.bias' axis 0 twice"):
+        Plan(TOY.fingerprint, (*TOY.slices, Slice("conv.bias", 0, 6, (1,))))
+
+
+@pytest.mark.parametrize("bad", [Slice("conv.bias", 0, 7, (1,)), Slice("conv.bias", 1, 6, (1,)), Slice("x", 0, 2, (1,))])
+def test_slices_fit_the_fingerprint(bad: Slice) -> None:
+    with pytest.raises(SluiceError, match="the file is damaged"):
+        Plan(TOY.fingerprint, (bad,))
+
+
+def test_right_model_passes() -> None:
+    TOY.check_model(TOY.fingerprint)
+    TOY.check_model({s.param: TOY.fingerprint[s.param] for s in TOY.slices}, complete=False)
+
+
+def test_wrong_model_is_refused_with_the_first_differences() -> None:
+    other = {**TOY.fingerprint, "conv.bias": (5,), "fc.bias": (3,), "head.weight": (2, 2), "head.bias": (2,)}
+    del other["fc.weight"]
+    with pytest.raises(SluiceError) as error:
+        TOY.check_model(other)
+    message = str(error.value)
+    assert "'conv.bias' is (5,) instead of (6,)" in message and "'fc.weight' is missing instead of (4, 24)" in message
+    assert "and 2 more" in message
+    with pytest.raises(SluiceError, match=r"'head\.bias' \(2,\) is unknown to it"):
+        TOY.check_model({**TOY.fingerprint, "head.bias": (2,)})
+    TOY.check_model({**TOY.fingerprint, "head.bias": (2,)}, complete=False)
+
+
+def changed(**fields: object) -> str:
+    return json.dumps({**json.loads(TOY.to_json()), **fields})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "null",
+        "[]",
+        "7",
+        "{}",
+        TOY.to_json()[:150],
+        changed(format="something else"),
+        changed(slices=[{"param": "conv.bias"}]),
+        changed(slices=[{"param": "conv.bias", "axis": 0, "size": 6, "keep": [1, 2]}]),
+        changed(fingerprint=[1]),
+        changed(inputs=[{}]),
+        changed(widths={"conv": "wide"}),
+    ],
+)
+def test_garbage_is_refused(text: str) -> None:
+    with pytest.raises(SluiceError, match="the plan is not a readable sluice plan"):
+        Plan.from_json(text)
+
+
+@pytest.mark.parametrize("version", [2, 99, "1"])
+def test_other_versions_are_refused(version: object) -> None:
+    with pytest.raises(SluiceError, match=rf"has version {version}, this sluice reads up to 1"):
+        Plan.from_json(changed(version=version))
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(SluiceError, match="cannot read the plan"):
+        Plan.load(tmp_path / "nothing.json")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SluiceError, match="cannot read the plan"):
+        Plan.load(tmp_path / "binary")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "plan.json"
+    TOY.save(path)
+    before = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SluiceError, match="No space left on device"):
+        write_atomically(path, b"half")
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["plan.json"]
+
+
+def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SluiceError, match="cannot write"):
+        write_atomically(tmp_path / "file" / "plan.json", b"x")
