@@ -242,6 +242,8 @@ class Budget:
         rate: float = 1000.0,
     ) -> None:
         model = latency if isinstance(latency, LatencyModel) else latency.latency
+        self.profile = None if isinstance(latency, LatencyModel) else latency
+        self.target = target
         inner = gated.gates if isinstance(gated, nn.Module) else None
         gates: Mapping[str, GateLike] = dict(inner.items()) if isinstance(inner, Gates) else gated  # type: ignore[assignment]
         if isinstance(inner, Gates):

@@ -63,7 +63,7 @@ class Offsets(nn.Module):
         x = torch.sigmoid(self.bn(self.conv1(x)))
         x = F.hardtanh(self.conv2(x) + 1.0, 0.25, 2.0)
         x = (1.0 - self.conv3(x)) / 3.0
-        x = torch.clamp(self.conv4(x), -3.0, -0.1)
+        x = torch.clamp(self.conv4(x) + 0.5, 0.25, 3.0)
         return self.fc(torch.exp(self.conv5(x) * 2.0).flatten(1))
 
 

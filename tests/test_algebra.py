@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,7 +17,7 @@ def test_ranges_round_trip(indices: set[int]) -> None:
     increasing = sorted(indices)
     ranges = to_ranges(increasing)
     assert from_ranges(ranges) == tuple(increasing)
-    assert all(a[1] < b[0] for a, b in zip(ranges, ranges[1:], strict=False)), "neighbours are joined"
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(ranges)), "neighbours are joined"
 
 
 def test_take_keeps_values_in_order() -> None:
@@ -59,7 +61,7 @@ def test_labels_are_those_of_a_real_reshape(data: st.DataObject) -> None:
     def grouped() -> tuple[int, ...]:
         cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(factors) - 1)))))
         bounds = [0, *[c for c in cuts if c < len(factors)], len(factors)]
-        return tuple(int(np.prod(factors[i:j])) for i, j in zip(bounds, bounds[1:], strict=False))
+        return tuple(int(np.prod(factors[i:j])) for i, j in itertools.pairwise(bounds))
 
     before, after = grouped(), grouped()
     axis = data.draw(st.integers(0, len(before) - 1))

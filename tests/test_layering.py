@@ -43,14 +43,20 @@ LAZY = ("tensorrt", "tensorrt_rtx", "onnxruntime", "timm", "matplotlib", "optuna
 
 
 def matches(module: str, pattern: str) -> bool:
-    return module.startswith(pattern) or module == pattern.removesuffix(".") if pattern.endswith(".") else module == pattern
+    return (
+        module.startswith(pattern) or module == pattern.removesuffix(".")
+        if pattern.endswith(".")
+        else module == pattern
+    )
 
 
 def imports(path: Path, top_level: bool = False) -> set[str]:
     """Absolute names of imported modules, also those under a function unless ``top_level``."""
     tree = ast.parse(path.read_text())
     found: set[str] = set()
-    lazy = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)}
+    lazy = {
+        id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)
+    }
     typing = {
         id(n)
         for i in ast.walk(tree)
@@ -78,7 +84,9 @@ def test_forbidden_imports(source: str, target: str) -> None:
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if any(matches(m, p) for p in WITHOUT_TORCH)))
 def test_no_torch_in_the_source(module: str) -> None:
-    assert not [name for name in imports(MODULES[module], top_level=True) if name.split(".")[0] in ("torch", "torchvision")]
+    assert not [
+        name for name in imports(MODULES[module], top_level=True) if name.split(".")[0] in ("torch", "torchvision")
+    ]
 
 
 def test_the_table_names_modules_that_exist() -> None:

@@ -87,7 +87,9 @@ def test_one_axis_is_sliced_once() -> None:
         Plan(TOY.fingerprint, (*TOY.slices, Slice("conv.bias", 0, 6, (1,))))
 
 
-@pytest.mark.parametrize("bad", [Slice("conv.bias", 0, 7, (1,)), Slice("conv.bias", 1, 6, (1,)), Slice("x", 0, 2, (1,))])
+@pytest.mark.parametrize(
+    "bad", [Slice("conv.bias", 0, 7, (1,)), Slice("conv.bias", 1, 6, (1,)), Slice("x", 0, 2, (1,))]
+)
 def test_slices_fit_the_fingerprint(bad: Slice) -> None:
     with pytest.raises(SluiceError, match="the file is damaged"):
         Plan(TOY.fingerprint, (bad,))

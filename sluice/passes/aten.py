@@ -45,7 +45,6 @@ class _Walk:
             return str(node.target)
         return None
 
-
     def vector(self, node: fx.Node) -> Axis | None:
         """A named tensor with one axis longer than 1, read as a value (a bias, a layer scale)."""
         name = self.tensor(node)
@@ -150,7 +149,7 @@ def _split(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
 
 
 def _getitem(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
-    parts = w.parts.get(n.args[0].name)  # type: ignore[union-attr]
+    parts = w.parts.get(n.args[0].name)  # type: ignore[union-attr,arg-type]
     if parts is not None and isinstance(n.args[1], int):
         return parts[n.args[1]]
     w.coupling.freeze(w.of(n.args[0]), f"{_where(n)} picks from several outputs")
@@ -291,8 +290,8 @@ def _unknown(w: _Walk, n: fx.Node, a: Args) -> Axis | None:
 
 _UNARY = """relu relu6 hardtanh silu hardswish hardsigmoid gelu sigmoid tanh leaky_relu elu selu celu softplus mish
     log_sigmoid hardshrink softshrink threshold clamp clamp_min clamp_max neg abs exp log sqrt rsqrt pow square sign
-    reciprocal erf sin cos clone contiguous detach alias to _to_copy type_as dropout feature_dropout alpha_dropout lift_fresh_copy
-    floor ceil round positive rrelu"""
+    reciprocal erf sin cos clone contiguous detach alias to _to_copy type_as dropout feature_dropout alpha_dropout
+    lift_fresh_copy floor ceil round positive rrelu"""
 _BINARY = "add sub mul div rsub true_divide maximum minimum where pow fmod remainder lerp addcmul"
 _RESHAPES = "view reshape flatten unflatten squeeze unsqueeze _unsafe_view"
 _POOLS = """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
@@ -308,19 +307,22 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_RESHAPES.split(), _reshape),
     **dict.fromkeys(_POOLS.split(), _spatial),
     **dict.fromkeys(_CONVS.split(), _conv),
-    **dict.fromkeys("mean sum amax amin max min prod std var logsumexp norm linalg_vector_norm".split(), _reduce),
-    **dict.fromkeys("permute transpose t swapaxes".split(), _permute),
-    **dict.fromkeys("softmax log_softmax cumsum _softmax".split(), _softmax),
+    **dict.fromkeys(
+        ["mean", "sum", "amax", "amin", "max", "min", "prod", "std", "var", "logsumexp", "norm", "linalg_vector_norm"],
+        _reduce,
+    ),
+    **dict.fromkeys(["permute", "transpose", "t", "swapaxes"], _permute),
+    **dict.fromkeys(["softmax", "log_softmax", "cumsum", "_softmax"], _softmax),
     "pixel_shuffle": _pixel_shuffle,
     "pixel_unshuffle": _pixel_unshuffle,
     "channel_shuffle": _channel_shuffle,
-    **dict.fromkeys("pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad2d".split(), _pad),
-    **dict.fromkeys("chunk split split_with_sizes".split(), _split),
-    **dict.fromkeys("cat concat concatenate".split(), _cat),
-    **dict.fromkeys("expand broadcast_to".split(), _expand),
-    **dict.fromkeys("expand_as view_as reshape_as".split(), _like),
-    **dict.fromkeys("ones_like zeros_like full_like".split(), _unary),
-    **dict.fromkeys("sym_size ones zeros full arange empty scalar_tensor".split(), _fixed),
+    **dict.fromkeys(["pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad2d"], _pad),
+    **dict.fromkeys(["chunk", "split", "split_with_sizes"], _split),
+    **dict.fromkeys(["cat", "concat", "concatenate"], _cat),
+    **dict.fromkeys(["expand", "broadcast_to"], _expand),
+    **dict.fromkeys(["expand_as", "view_as", "reshape_as"], _like),
+    **dict.fromkeys(["ones_like", "zeros_like", "full_like"], _unary),
+    **dict.fromkeys(["sym_size", "ones", "zeros", "full", "arange", "empty", "scalar_tensor"], _fixed),
     "linear": _linear,
     "addmm": _addmm,
     "matmul": _matmul,
@@ -369,7 +371,9 @@ def analyze(gm: fx.GraphModule, exclude: Sequence[str] = ()) -> Analysis:
     analysis = find_groups(w.coupling, w.axis, w.shape, exclude)
     if not analysis.groups:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(analysis.frozen.items())[:4])
-        raise SluiceError(f"nothing in this model can be cut ({reasons or 'it has no layer with a weight'}); see `sluice inspect`")
+        raise SluiceError(
+            f"nothing in this model can be cut ({reasons or 'it has no layer with a weight'}); see `sluice inspect`"
+        )
     return analysis
 
 

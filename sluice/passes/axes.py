@@ -127,9 +127,7 @@ class Coupling:
             self._along(out, bias)
         return Axis(dim, out)
 
-    def _grouped(
-        self, x: Axis | None, weight: str, out_axis: int, in_axis: int, groups: int, where: str
-    ) -> np.ndarray:
+    def _grouped(self, x: Axis | None, weight: str, out_axis: int, in_axis: int, groups: int, where: str) -> np.ndarray:
         """Depthwise: out channel follows in channel. Grouped: the same position of every group is one channel."""
         transposed = out_axis == 1
         first = self.param(weight, 0)  # (in channels if transposed else out channels)
@@ -178,7 +176,9 @@ class Coupling:
                 self._along(x.atoms, name)
         return x
 
-    def group_norm(self, x: Axis | None, dim: int, groups: int, tensors: Iterable[str | None], where: str) -> Axis | None:
+    def group_norm(
+        self, x: Axis | None, dim: int, groups: int, tensors: Iterable[str | None], where: str
+    ) -> Axis | None:
         """Equal numbers of channels leave every group, so that the number of groups stays."""
         if x is not None and x.dim == dim:
             self.tie(x.atoms.reshape(groups, -1))
@@ -288,7 +288,9 @@ class Coupling:
             self.freeze(x, f"{where} mixes the channels")
         return x
 
-    def shuffle(self, x: Axis | None, shape: Shape, inner: Shape, order: Sequence[int], out: Shape, where: str) -> Axis | None:
+    def shuffle(
+        self, x: Axis | None, shape: Shape, inner: Shape, order: Sequence[int], out: Shape, where: str
+    ) -> Axis | None:
         """Reshape to ``inner``, permute by ``order``, reshape to ``out``: pixel and channel shuffles."""
         middle = self.permute(self.reshape(x, shape, inner, where), order)
         return self.reshape(middle, tuple(inner[i] for i in order), out, where)

@@ -39,7 +39,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         pass
 
-    def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         momentum = self.momentum
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -195,7 +195,7 @@ def _raise_modes(gm: fx.GraphModule, source: nn.Module) -> None:
 def _batch_norm(holder: nn.Module, original: nn.Module, momentum: float, eps: float) -> BatchNorm:
     if isinstance(holder, BatchNorm):
         return holder
-    features = holder.running_mean.shape[0]  # type: ignore[union-attr,index]
+    features = int(holder.get_buffer("running_mean").shape[0])
     module = BatchNorm(features, eps=eps, momentum=getattr(original, "momentum", momentum), affine=False)
     del module.running_mean, module.running_var, module.num_batches_tracked
     for name, buffer in holder.named_buffers(recurse=False):

@@ -102,7 +102,9 @@ def finalize(model: onnx.ModelProto) -> onnx.ModelProto:
     return done
 
 
-def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Inputs, *, opset: int = OPSET) -> onnx.ModelProto:
+def export(
+    model: nn.Module, path: str | os.PathLike[str], example_inputs: Inputs, *, opset: int = OPSET
+) -> onnx.ModelProto:
     """Write the network as deployment-ready ONNX and return it.
 
     Raises:

@@ -41,7 +41,7 @@ class Gated(fx.GraphModule):
 
 
 def masked_norm(
-    x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, dims: Sequence[int], groups: int, eps: float
+    x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, dims: list[int], groups: int, eps: float
 ) -> Tensor:
     """Layer norm (``groups == 0``) or group norm with statistics weighted by ``mask``, which broadcasts against x.
 
@@ -64,9 +64,7 @@ def masked_norm(
     return x.to(dtype)
 
 
-def insert_gates(
-    model: nn.Module, example_inputs: Inputs, *, steps: int = 1000, exclude: Sequence[str] = ()
-) -> Gated:
+def insert_gates(model: nn.Module, example_inputs: Inputs, *, steps: int = 1000, exclude: Sequence[str] = ()) -> Gated:
     """Insert a filter gate at every axis group.
 
     Args:

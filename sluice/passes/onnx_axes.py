@@ -65,7 +65,15 @@ def _conv(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
     rank = len(w.shape[n.input[0]])
     out, into = (1, 0) if n.op_type == "ConvTranspose" else (0, 1)
     return w.coupling.contract(
-        w.of(n.input[0]), 1, rank, w.tensor(n.input[1]), out, into, w.tensor(_input(n, 2)), a.get("group", 1), n.input[1]
+        w.of(n.input[0]),
+        1,
+        rank,
+        w.tensor(n.input[1]),
+        out,
+        into,
+        w.tensor(_input(n, 2)),
+        a.get("group", 1),
+        n.input[1],
     )
 
 
@@ -94,10 +102,6 @@ def _per_channel(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
     if any(i and w.tensor(i) is None for i in n.input[1:]):
         return _unknown(w, n, a)
     return w.coupling.per_channel(x, 1, names, n.name)
-
-
-def _group_norm(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
-    return w.coupling.group_norm(w.of(n.input[0]), 1, a["num_groups"], [w.tensor(i) for i in n.input[1:]], n.name)
 
 
 def _layer_norm(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
@@ -208,20 +212,19 @@ def _unknown(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
 
 
 _UNARY = """Relu Clip Sigmoid HardSigmoid HardSwish Tanh LeakyRelu Elu Selu Celu Softplus Mish Gelu Swish Neg Abs Exp Log Sqrt
-    Reciprocal Erf Sin Cos Sign Floor Ceil Round Identity Dropout Cast CastLike Softsign ThresholdedRelu Shrink Not"""
+    Reciprocal Erf Sin Cos Sign Floor Ceil Round Identity Dropout Cast CastLike Softsign ThresholdedRelu Shrink Not"""  # noqa: E501
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_UNARY.split(), _unary),
-    **dict.fromkeys("Add Sub Mul Div Max Min Pow Where PRelu Mod Equal Greater Less".split(), _combine),
-    **dict.fromkeys("Conv ConvTranspose".split(), _conv),
-    **dict.fromkeys("BatchNormalization InstanceNormalization".split(), _per_channel),
-    **dict.fromkeys("Reshape Flatten Squeeze Unsqueeze".split(), _reshape),
-    **dict.fromkeys("AveragePool MaxPool LpPool GlobalAveragePool GlobalMaxPool Resize Upsample".split(), _spatial),
-    **dict.fromkeys("ReduceMean ReduceSum ReduceMax ReduceMin ReduceL2 ReduceL1 ReduceProd ReduceSumSquare".split(), _reduce),
-    **dict.fromkeys("Softmax LogSoftmax CumSum".split(), _softmax),
-    **dict.fromkeys("Shape Size Constant ConstantOfShape Range".split(), _fixed),
+    **dict.fromkeys(["Add", "Sub", "Mul", "Div", "Max", "Min", "Pow", "Where", "PRelu", "Mod", "Equal", "Greater", "Less"], _combine),  # noqa: E501
+    **dict.fromkeys(["Conv", "ConvTranspose"], _conv),
+    **dict.fromkeys(["BatchNormalization", "InstanceNormalization"], _per_channel),
+    **dict.fromkeys(["Reshape", "Flatten", "Squeeze", "Unsqueeze"], _reshape),
+    **dict.fromkeys(["AveragePool", "MaxPool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "Resize", "Upsample"], _spatial),  # noqa: E501
+    **dict.fromkeys(["ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceL1", "ReduceProd", "ReduceSumSquare"], _reduce),  # noqa: E501
+    **dict.fromkeys(["Softmax", "LogSoftmax", "CumSum"], _softmax),
+    **dict.fromkeys(["Shape", "Constant", "ConstantOfShape", "Range"], _fixed),
     "Gemm": _gemm,
     "MatMul": _matmul,
-    "GroupNormalization": _group_norm,
     "LayerNormalization": _layer_norm,
     "Concat": _concat,
     "Split": _split,
@@ -306,5 +309,7 @@ def constants(model: onnx.ModelProto) -> dict[str, np.ndarray]:
     for node in model.graph.node:
         if node.op_type == "Constant":
             value = next(iter(attributes(node).values()))
-            found[node.output[0]] = numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else np.asarray(value)
+            found[node.output[0]] = (
+                numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else np.asarray(value)
+            )
     return found

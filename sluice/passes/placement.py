@@ -28,17 +28,90 @@ from sluice.passes.sites import Analysis
 __all__ = ["Placement", "place_gates"]
 
 _ZERO_PRESERVING = frozenset(
-    """relu relu6 silu hardswish gelu tanh leaky_relu elu selu celu mish hardshrink softshrink neg abs sqrt
-    square sign erf sin clone contiguous detach alias to _to_copy dropout feature_dropout alpha_dropout prelu rrelu
-    view reshape flatten unflatten squeeze unsqueeze _unsafe_view permute transpose t swapaxes
-    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d_with_indices
-    max_pool2d_with_indices upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d
-    upsample_linear1d upsample_bicubic2d upsample_trilinear3d mean sum amax amin chunk split split_with_sizes slice
-    narrow select expand pixel_shuffle pixel_unshuffle channel_shuffle reflection_pad1d reflection_pad2d
-    replication_pad2d""".split()
+    [
+        "relu",
+        "relu6",
+        "silu",
+        "hardswish",
+        "gelu",
+        "tanh",
+        "leaky_relu",
+        "elu",
+        "selu",
+        "celu",
+        "mish",
+        "hardshrink",
+        "softshrink",
+        "neg",
+        "abs",
+        "sqrt",
+        "square",
+        "sign",
+        "erf",
+        "sin",
+        "clone",
+        "contiguous",
+        "detach",
+        "alias",
+        "to",
+        "_to_copy",
+        "dropout",
+        "feature_dropout",
+        "alpha_dropout",
+        "prelu",
+        "rrelu",
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "_unsafe_view",
+        "permute",
+        "transpose",
+        "t",
+        "swapaxes",
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d",
+        "adaptive_max_pool1d",
+        "adaptive_max_pool2d",
+        "adaptive_max_pool3d",
+        "max_pool1d_with_indices",
+        "max_pool2d_with_indices",
+        "upsample_nearest1d",
+        "upsample_nearest2d",
+        "upsample_nearest3d",
+        "upsample_bilinear2d",
+        "upsample_linear1d",
+        "upsample_bicubic2d",
+        "upsample_trilinear3d",
+        "mean",
+        "sum",
+        "amax",
+        "amin",
+        "chunk",
+        "split",
+        "split_with_sizes",
+        "slice",
+        "narrow",
+        "select",
+        "expand",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "channel_shuffle",
+        "reflection_pad1d",
+        "reflection_pad2d",
+        "replication_pad2d",
+    ]
 )
-_CONTRACTIONS = frozenset("linear addmm matmul mm".split())
+_CONTRACTIONS = frozenset(["linear", "addmm", "matmul", "mm"])
 Ref = tuple[str, int]  # (tensor, axis)
 
 
@@ -175,7 +248,9 @@ class _Walk:
 
     def _affine(self, tensors: Any, axis: int) -> frozenset[Ref] | None:
         names = [self.tensor(t) for t in tensors]
-        if all(t is None for t in tensors) or any(n is None and t is not None for n, t in zip(names, tensors, strict=True)):
+        if all(t is None for t in tensors) or any(
+            n is None and t is not None for n, t in zip(names, tensors, strict=True)
+        ):
             return None
         return frozenset((name, axis) for name in names if name is not None)
 

@@ -64,9 +64,9 @@ def masks_of_slices(
     for group in analysis.groups:
         keep = np.ones(group.size, dtype=bool)
         for ref in group.refs:
-            mask = wanted.get((ref.param, ref.axis))
-            if mask is not None:
-                keep &= np.isin(np.arange(group.size), ref.channels[mask & (ref.channels >= 0)])
+            asked = wanted.get((ref.param, ref.axis))
+            if asked is not None:
+                keep &= np.isin(np.arange(group.size), ref.channels[asked & (ref.channels >= 0)])
         keeps.append(keep)
     implied = tensor_masks(analysis, keeps)
     for key in {**wanted, **implied}:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,8 +108,9 @@ class _Mender:
             sizes[cut_out[0]] = int(cut_out[1].sum())
             node.inputs[3] = _constant(f"{node.outputs[0].name}_sizes", sizes)
         elif node.op in ("Conv", "ConvTranspose") and node.attrs.get("group", 1) > 1 and cut_in:
-            if self.analysis.tensors[node.inputs[1].name][1] == 1:  # depthwise: one group per input channel
-                node.attrs["group"] = node.attrs["group"] * int(cut_in[1].sum()) // len(cut_in[1])
+            depthwise = self.analysis.tensors[node.inputs[1].name][1] == 1  # one group per input channel
+            kept = int(cut_in[1].sum()) if depthwise else len(cut_in[1])
+            node.attrs["group"] = node.attrs["group"] * kept // len(cut_in[1])
 
     def _target(self, node: Any, dim: int, mask: np.ndarray) -> None:
         """Sizes of the output: the cut one as it is now, dynamic ones as 0 (copied) or -1 (inferred)."""
@@ -134,7 +136,7 @@ class _Mender:
         if node.attrs.get("axis", 0) % rank != dim:
             return
         bounds = np.cumsum([0, *(self.analysis.shapes[out.name][dim] for out in node.outputs)])
-        sizes = np.array([mask[i:j].sum() for i, j in zip(bounds, bounds[1:], strict=False)], dtype=np.int64)
+        sizes = np.array([mask[i:j].sum() for i, j in itertools.pairwise(bounds)], dtype=np.int64)
         node.attrs.pop("num_outputs", None)
         node.inputs = [node.inputs[0], _constant(f"{node.outputs[0].name}_sizes", sizes)]
 

@@ -9,6 +9,7 @@ The result computes what the model computes when the removed channels carry noth
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ def mend_literals(gm: fx.GraphModule, analysis: Analysis, keeps: list[np.ndarray
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         name, a = operator_name(node), arguments(node)
-        source = node.args[0] if not isinstance(node.args[0], (list, tuple)) else None
+        source: Any = node.args[0] if not isinstance(node.args[0], (list, tuple)) else None
         if name in _RESHAPES and (cut := lost(node)):
             sizes = list(a[_RESHAPES[name]])
             offset = (a["dim"] % len(analysis.shapes[source.name])) if name == "unflatten" else 0
@@ -124,7 +125,7 @@ def mend_literals(gm: fx.GraphModule, analysis: Analysis, keeps: list[np.ndarray
 def _resplit(gm: fx.GraphModule, node: fx.Node, dim: int, mask: np.ndarray, analysis: Analysis) -> None:
     sizes = [value.shape[dim] for value in node.meta["val"]]
     bounds = np.cumsum([0, *sizes])
-    new = [int(mask[i:j].sum()) for i, j in zip(bounds, bounds[1:], strict=False)]
+    new = [int(mask[i:j].sum()) for i, j in itertools.pairwise(bounds)]
     node.target = torch.ops.aten.split_with_sizes.default
     node.args, node.kwargs = (node.args[0], new, dim), {}
 

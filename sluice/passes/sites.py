@@ -117,8 +117,8 @@ def find_groups(
         where.update({root: (len(groups), i) for root, i in channel.items()})
         refs = []
         for param, axis in sorted(signature, key=lambda k: (order.get(k, len(order)), k)):
-            own = coupling.roots(coupling.axes[(param, axis)])
-            refs.append(AxisRef(param, axis, np.array([channel.get(int(r), -1) for r in own])))
+            lies = coupling.roots(coupling.axes[(param, axis)])
+            refs.append(AxisRef(param, axis, np.array([channel.get(int(r), -1) for r in lies])))
         groups.append(AxisGroup(name, len(roots), tuple(refs)))
     for param, axis in coupling.producers:
         reason = coupling.reason(int(coupling.axes[(param, axis)][0]))

@@ -15,10 +15,11 @@ import onnx
 
 from sluice.errors import SluiceError
 from sluice.latency import LatencyModel
-from sluice.profiler.anchor import make_anchor
+from sluice.profiler.anchor import anchor_model, make_anchor
 from sluice.profiler.assemble import assemble
 from sluice.profiler.calibrate import calibrate
 from sluice.profiler.fingerprint import Fingerprint, host_device
+from sluice.profiler.measure import Anchor
 from sluice.profiler.pieces import Dissection, dissect
 from sluice.profiler.sweep import Bench, explore, joint_points, piece_points
 from sluice.profiler.table import LatencyTable
@@ -35,6 +36,11 @@ class Profile:
     dissection: Dissection
     fingerprint: Fingerprint
     target: str
+    anchor_ms: float
+
+    def anchor(self, runner: Runner) -> Anchor:
+        """The reference engine that makes times of different moments comparable."""
+        return Anchor(runner.build(anchor_model()), self.anchor_ms)
 
     def runner(self) -> Runner:
         return make_runner(self.target, self.fingerprint.threads)
@@ -86,7 +92,7 @@ def profile_onnx(
         latency = assemble(dissection, stairs, opened)
         with _bar("engines", progress) as advance:
             latency = calibrate(dissection, latency, replace(bench, progress=advance))
-    return Profile(latency, dissection, fingerprint, target)
+    return Profile(latency, dissection, fingerprint, target, bench.anchor.ms)
 
 
 class _bar:

@@ -32,7 +32,9 @@ aten = torch.ops.aten
 class Between(nn.Module):
     """``after(f(before(x)))``; f may use the parameters of ``extra``."""
 
-    def __init__(self, before: nn.Module, function: Callable[..., Any], after: nn.Module, extra: dict[str, Any]) -> None:
+    def __init__(
+        self, before: nn.Module, function: Callable[..., Any], after: nn.Module, extra: dict[str, Any]
+    ) -> None:
         super().__init__()
         self.before, self.after, self.function, self.with_extra = before, after, function, bool(extra)
         self.extra = nn.ParameterDict({k: nn.Parameter(v) for k, v in extra.items() if isinstance(v, Tensor)})
@@ -90,9 +92,44 @@ def positive(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda y: function(y.abs() + 0.5)
 
 
-UNARY = """relu relu6 hardtanh silu hardswish hardsigmoid gelu sigmoid tanh leaky_relu elu selu celu softplus mish
-    log_sigmoid hardshrink softshrink neg abs exp square sign erf sin cos clone detach alias lift_fresh_copy floor ceil
-    round positive rrelu ones_like""".split()
+UNARY = [
+    "relu",
+    "relu6",
+    "hardtanh",
+    "silu",
+    "hardswish",
+    "hardsigmoid",
+    "gelu",
+    "sigmoid",
+    "tanh",
+    "leaky_relu",
+    "elu",
+    "selu",
+    "celu",
+    "softplus",
+    "mish",
+    "log_sigmoid",
+    "hardshrink",
+    "softshrink",
+    "neg",
+    "abs",
+    "exp",
+    "square",
+    "sign",
+    "erf",
+    "sin",
+    "cos",
+    "clone",
+    "detach",
+    "alias",
+    "lift_fresh_copy",
+    "floor",
+    "ceil",
+    "round",
+    "positive",
+    "rrelu",
+    "ones_like",
+]
 MEAN = {"dim": (2, 3), "keepdim": True}
 CASES = [
     *(Case(name, getattr(aten, name)) for name in UNARY),
@@ -154,14 +191,14 @@ CASES = [
     Case("unsqueeze", lambda y: y.unsqueeze(1).squeeze(1)),
     Case("view_as", lambda y: y.flatten(2).view_as(y)),
     Case("reshape_as", lambda y: y.flatten(2).reshape_as(y)),
-    Case("reshape_as a fixed value", lambda y: y.flatten(2).reshape_as(torch.ones(3, 6, 6, 5)), frozen="takes its shape"),
+    Case("reshape_as a fixed value", lambda y: y.flatten(2).reshape_as(torch.ones(3, 6, 6, 5)), frozen="takes its shape"),  # noqa: E501
     Case("permute", lambda y: y.permute(0, 2, 3, 1).relu().permute(0, 3, 1, 2)),
     Case("transpose", lambda y: y.transpose(1, 3).relu().transpose(-1, -3)),
     Case("swapaxes", lambda y: y.swapaxes(1, 2).swapaxes(1, 2)),
     rows("t", lambda y: y.t().relu().t()),
     Case("expand", lambda y: y.mean(**MEAN).expand(-1, 6, 6, 5)),
     Case("expand_as", lambda y: y.mean(**MEAN).expand_as(y)),
-    Case("expand_as another", lambda y, m: y.mean(**MEAN).expand_as(m.other(y.relu())), extra={"other": nn.Conv2d(6, 6, 1)}),
+    Case("expand_as another", lambda y, m: y.mean(**MEAN).expand_as(m.other(y.relu())), extra={"other": nn.Conv2d(6, 6, 1)}),  # noqa: E501
     Case("broadcast_to", lambda y: y.mean(**MEAN).broadcast_to(y.shape[0], 6, 6, 5)),
     Case("cat", lambda y: torch.cat([y, y.neg()], 1), after=wide(12)),
     Case("cat with a fixed part", lambda y: torch.cat([torch.ones(y.shape[0], 2, 6, 5), y], 1), after=wide(8)),
@@ -187,7 +224,7 @@ CASES = [
     *(Case(n, lambda y, n=n: getattr(aten, n)(y, [2, 2])) for n in ("max_pool2d", "avg_pool2d")),
     *(Case(n, lambda y, n=n: getattr(aten, n)(y, [2, 3])) for n in ("adaptive_avg_pool2d",)),
     *(line(n, lambda y, n=n: getattr(aten, n)(y, [2])) for n in ("max_pool1d", "avg_pool1d", "adaptive_avg_pool1d")),
-    *(cube(n, lambda y, n=n: getattr(aten, n)(y, [2, 2, 1])) for n in ("max_pool3d", "avg_pool3d", "adaptive_avg_pool3d")),
+    *(cube(n, lambda y, n=n: getattr(aten, n)(y, [2, 2, 1])) for n in ("max_pool3d", "avg_pool3d", "adaptive_avg_pool3d")),  # noqa: E501
     Case("adaptive_max_pool2d", lambda y: F.adaptive_max_pool2d(y, (2, 3))),
     line("adaptive_max_pool1d", lambda y: F.adaptive_max_pool1d(y, 2)),
     cube("adaptive_max_pool3d", lambda y: F.adaptive_max_pool3d(y, 2)),
@@ -215,7 +252,7 @@ CASES = [
     Case("reflection_pad2d", lambda y: aten.reflection_pad2d(y, [1, 0, 2, 1])),
     line("reflection_pad1d", lambda y: aten.reflection_pad1d(y, [1, 2])),
     Case("replication_pad2d", lambda y: aten.replication_pad2d(y, [1, 0, 2, 1])),
-    *(Case(n, lambda y, n=n: getattr(y, n)(dim=(2, 3), keepdim=True)) for n in "mean sum amax amin std var".split()),
+    *(Case(n, lambda y, n=n: getattr(y, n)(dim=(2, 3), keepdim=True)) for n in ["mean", "sum", "amax", "amin", "std", "var"]),  # noqa: E501
     *(Case(n, lambda y, n=n: getattr(y, n)(3, keepdim=True)) for n in ("prod", "logsumexp")),
     *(Case(n, lambda y, n=n: getattr(y, n)(3, keepdim=True)[0]) for n in ("max", "min")),
     Case("max over the channels", lambda y: y.max(1, keepdim=True)[0], after=wide(1), frozen="over the channels"),
@@ -236,7 +273,7 @@ CASES = [
     Case("batch_norm", lambda y, m: m.norm(y), extra={"norm": nn.BatchNorm2d(6)}),
     Case("batch_norm without affine", lambda y, m: m.norm(y), extra={"norm": nn.BatchNorm2d(6, affine=False)}),
     Case("instance_norm", lambda y, m: m.norm(y), extra={"norm": nn.InstanceNorm2d(6, affine=True)}),
-    Case("instance_norm, computed scale", lambda y, m: F.instance_norm(y, weight=m.extra["w"] * 2), extra={"w": torch.rand(6)},
+    Case("instance_norm, computed scale", lambda y, m: F.instance_norm(y, weight=m.extra["w"] * 2), extra={"w": torch.rand(6)},  # noqa: E501
          frozen="unknown operator instance_norm"),
     Case("group_norm", lambda y, m: m.norm(y), extra={"norm": nn.GroupNorm(3, 6)}),
     Case("group_norm without affine", lambda y: F.group_norm(y, 2)),
@@ -250,7 +287,7 @@ CASES = [
       for n, c in (("conv", nn.Conv1d), ("conv_transpose", nn.ConvTranspose1d))),
     *(Case(f"conv2d {k}", lambda y, m: m.layer(y).relu(), extra={"layer": c}) for k, c in {
         "depthwise": nn.Conv2d(6, 6, 3, groups=6), "grouped": nn.Conv2d(6, 6, 3, groups=2),
-        "transposed": nn.ConvTranspose2d(6, 6, 3, bias=False), "transposed grouped": nn.ConvTranspose2d(6, 6, 2, groups=3),
+        "transposed": nn.ConvTranspose2d(6, 6, 3, bias=False), "transposed grouped": nn.ConvTranspose2d(6, 6, 2, groups=3),  # noqa: E501
         "transposed depthwise": nn.ConvTranspose2d(6, 6, 2, groups=6)}.items()),
     Case("depthwise with a multiplier", lambda y, m: m.layer(y).relu(), extra={"layer": nn.Conv2d(6, 18, 3, groups=6)},
          after=wide(18)),
@@ -258,10 +295,10 @@ CASES = [
          extra={"layer": nn.ConvTranspose2d(6, 12, 3, groups=6)}, group="layer"),
     Case("computed weight", lambda y, m: F.conv2d(y, m.extra["w"] * 2.0), extra={"w": torch.rand(6, 6, 1, 1)},
          frozen="computed, not a named tensor"),
-    Case("conv3d", lambda y, m: m.layer(y), (2, 6, 5, 4), lambda: nn.Conv3d(2, 6, 3), lambda: nn.ConvTranspose3d(5, 4, 2),
+    Case("conv3d", lambda y, m: m.layer(y), (2, 6, 5, 4), lambda: nn.Conv3d(2, 6, 3), lambda: nn.ConvTranspose3d(5, 4, 2),  # noqa: E501
          {"layer": nn.Conv3d(6, 5, 1)}),
     rows("linear", lambda y, m: m.layer(y).relu(), extra={"layer": nn.Linear(6, 6, bias=False)}),
-    rows("addmm", lambda y, m: torch.addmm(m.extra["b"], y, m.extra["w"]), extra={"b": torch.rand(6), "w": torch.rand(6, 6)}),
+    rows("addmm", lambda y, m: torch.addmm(m.extra["b"], y, m.extra["w"]), extra={"b": torch.rand(6), "w": torch.rand(6, 6)}),  # noqa: E501
     rows("matmul", lambda y, m: (y @ m.extra["w"]).relu(), extra={"w": torch.rand(6, 6)}),
     rows("mm", lambda y, m: torch.mm(y, m.extra["w"]).relu(), extra={"w": torch.rand(6, 6)}),
     rows("matmul of values", lambda y: y @ y.t() @ y, frozen="unknown operator matmul"),

@@ -151,9 +151,13 @@ def test_no_tied_axis_may_be_left_out(network: str, dense_onnx: Callable[[str], 
 
 def test_what_is_frozen_may_not_be_cut(dense_onnx: Callable[[str], onnx.ModelProto]) -> None:
     p = prepared("plain")
-    plan = dataclasses.replace(p.plan, slices=(*p.plan.slices, Slice("fc2.weight", 0, 4, (0, 1)), Slice("fc2.bias", 0, 4, (0, 1))))
+    plan = dataclasses.replace(
+        p.plan, slices=(*p.plan.slices, Slice("fc2.weight", 0, 4, (0, 1)), Slice("fc2.bias", 0, 4, (0, 1)))
+    )
     for rewrite in (lambda: rewrite_torch(p.dense, plan, p.inputs), lambda: rewrite_onnx(dense_onnx("plain"), plan)):
-        with pytest.raises(SluiceError, match=r"'fc2\.(weight|bias)' axis 0: it keeps 2 of 4, the axes tied to it ask for all"):
+        with pytest.raises(
+            SluiceError, match=r"'fc2\.(weight|bias)' axis 0: it keeps 2 of 4, the axes tied to it ask for all"
+        ):
             rewrite()
 
 

@@ -38,7 +38,9 @@ class Case:
     opset: int = 20
 
 
-def case(name: str, nodes: str, columns: int = 6, frozen: str = "", rows: bool = False, opset: int = 20, **tensors: Any) -> Case:
+def case(
+    name: str, nodes: str, columns: int = 6, frozen: str = "", rows: bool = False, opset: int = 20, **tensors: Any
+) -> Case:
     return Case(name, nodes, tensors, columns, frozen, rows, opset)
 
 
@@ -50,20 +52,47 @@ def ints(*values: int) -> np.ndarray:
     return np.array(values, INT)
 
 
-UNARY = """Relu Sigmoid HardSigmoid HardSwish Tanh LeakyRelu Elu Selu Celu Softplus Mish Gelu Neg Abs Exp Erf Sin Cos Sign
-    Floor Ceil Round Identity Dropout Softsign ThresholdedRelu Shrink""".split()
-REDUCE = "ReduceMean ReduceSum ReduceMax ReduceMin ReduceL2 ReduceL1 ReduceProd ReduceSumSquare".split()
+UNARY = [
+    "Relu",
+    "Sigmoid",
+    "HardSigmoid",
+    "HardSwish",
+    "Tanh",
+    "LeakyRelu",
+    "Elu",
+    "Selu",
+    "Celu",
+    "Softplus",
+    "Mish",
+    "Gelu",
+    "Neg",
+    "Abs",
+    "Exp",
+    "Erf",
+    "Sin",
+    "Cos",
+    "Sign",
+    "Floor",
+    "Ceil",
+    "Round",
+    "Identity",
+    "Dropout",
+    "Softsign",
+    "ThresholdedRelu",
+    "Shrink",
+]
+REDUCE = ["ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceL1", "ReduceProd", "ReduceSumSquare"]
 CASES = [
     *(case(op, f"z = {op}(y)") for op in UNARY),
     *(case(op, f"a = Abs(y)  z = {op}(a)") for op in ("Log", "Sqrt", "Reciprocal")),
     case("Swish", "z = Swish(y)", opset=24),
     case("Clip", "z = Clip(y, low, high)", low=np.float32(0.1), high=np.float32(0.9)),
     case("Cast", "a = Cast<to=11>(y)  z = CastLike(a, y)"),
-    case("Not", "a = Cast<to=9>(y)  b = Not(a)  z = Cast<to=1>(b)"),
+    case("Not", "a = Greater(y, k)  b = Not(a)  z = Cast<to=1>(b)", k=np.float32(0.4)),
     *(case(op, f"z = {op}(y, c)", c=weight(6, 1, 1)) for op in ("Add", "Sub", "Mul", "Div", "Max", "Min", "PRelu")),
     case("Pow", "z = Pow(y, c)", c=np.float32(2.0)),
     case("Mod", "a = Abs(y)  z = Mod<fmod=1>(a, c)", c=np.float32(0.4)),
-    *(case(op, f"a = {op}(y, c)  z = Where(a, y, d)", c=np.float32(0.3), d=weight(6, 1, 1)) for op in ("Greater", "Less")),
+    *(case(op, f"a = {op}(y, c)  z = Where(a, y, d)", c=np.float32(0.3), d=weight(6, 1, 1)) for op in ("Greater", "Less")),  # noqa: E501
     case("Equal", "a = Round(y)  b = Equal(a, c)  z = Where(b, y, d)", c=np.float32(0.0), d=weight(1, 6, 1, 1)),
     case("Add along another axis", "z = Add(y, c)", c=weight(4, 1)),
     case("Conv", "z = Conv(y, w, b)", columns=5, w=weight(5, 6, 1, 1), b=weight(5)),
@@ -77,7 +106,7 @@ CASES = [
          frozen="unknown operator BatchNormalization"),
     case("InstanceNormalization", "z = InstanceNormalization(y, s, b)", s=weight(6), b=weight(6) + 1),
     case("Reshape", "a = Reshape(y, t)  z = Reshape(a, u)", t=ints(0, 6, 12), u=ints(0, 0, 3, 4)),
-    case("Reshape, batch inferred", "a = Reshape(y, t)  z = Reshape(a, u)", t=ints(-1, 2, 3, 4, 3), u=ints(-1, 6, 4, 3)),
+    case("Reshape, batch inferred", "a = Reshape(y, t)  z = Reshape(a, u)", t=ints(-1, 2, 3, 4, 3), u=ints(-1, 6, 4, 3)),  # noqa: E501
     case("Reshape, channels inferred", "z = Reshape(y, t)", t=ints(0, -1, 4, 3)),
     case("Flatten", "a = Flatten(y)  z = Reshape(a, t)", t=ints(0, 6, 4, 3)),
     case("Squeeze", "a = Unsqueeze(y, t)  z = Squeeze(a, t)", t=ints(2)),
@@ -96,7 +125,6 @@ CASES = [
     case("LogSoftmax", "z = LogSoftmax(y)"),
     case("Softmax over the channels", "z = Softmax<axis=1>(y)", frozen="mixes the channels"),
     case("CumSum", "z = CumSum(y, t)", t=np.array(2)),
-    case("GroupNormalization", "z = GroupNormalization<num_groups=6>(y, s, b)", s=weight(6), b=weight(6) + 1, opset=21),
     case("LayerNormalization beside", "z = LayerNormalization<axis=2>(y, s)", s=weight(4, 3)),
     case("Concat", "a = Neg(y)  z = Concat<axis=1>(y, a)", columns=12),
     case("Split", "a, z = Split<axis=1>(y, t)", columns=4, t=ints(2, 4)),
@@ -110,15 +138,16 @@ CASES = [
     case("Expand", "a = ReduceMax(y, t)  z = Expand(a, s)", t=ints(2, 3), s=ints(1, 6, 4, 3)),
     case("Pad", "z = Pad(y, p)", p=ints(0, 0, 1, 0, 0, 0, 0, 2)),
     case("Pad the channels", "z = Pad(y, p)", columns=7, p=ints(0, 1, 0, 0, 0, 0, 0, 0), frozen="unknown operator Pad"),
-    case("DepthToSpace CRD", 'a = Concat<axis=1>(y, y)  z = DepthToSpace<blocksize=2, mode="CRD">(a)', columns=3),
+    case("DepthToSpace CRD", 'a = Conv(y, w)  z = DepthToSpace<blocksize=2, mode="CRD">(a)', columns=3,
+         w=weight(12, 6, 1, 1)),
     case("DepthToSpace DCR", "a = Concat<axis=1>(y, y)  z = DepthToSpace<blocksize=2>(a)", columns=3),
     case("Gemm", "z = Gemm<transB=1>(y, w, b)", columns=5, rows=True, w=weight(5, 6), b=weight(5)),
     case("Gemm, not transposed", "z = Gemm(y, w, b)", columns=5, rows=True, w=weight(6, 5), b=weight(5)),
-    case("Gemm, scaled", "z = Gemm<alpha=0.5>(y, w)", columns=5, rows=True, w=weight(6, 5), frozen="unknown operator Gemm"),
+    case("Gemm, scaled", "z = Gemm<alpha=0.5>(y, w)", columns=5, rows=True, w=weight(6, 5), frozen="unknown operator Gemm"),  # noqa: E501
     case("MatMul", "z = MatMul(y, w)", columns=5, rows=True, w=weight(6, 5)),
     case("MatMul, transposed weight", "t = Transpose(w)  z = MatMul(y, t)", columns=5, rows=True, w=weight(5, 6)),
     case("Shape", "s = Shape(y)  r = ConstantOfShape(s)  z = Add(y, r)", frozen="fixed"),
-    case("Size", "s = Size(y)  t = Cast<to=1>(s)  z = Div(y, t)"),
+    case("Size", "s = Size(y)  t = Cast<to=1>(s)  z = Div(y, t)", frozen="unknown operator Size"),
     case("Constant", "c = Constant<value_float=2.0>()  z = Mul(y, c)"),
     case("Range", "r = Range(i, j, k)  z = Add(y, r)", i=np.float32(0), j=np.float32(3), k=np.float32(1)),
     case("no rule", "z = Hardmax<axis=1>(y)", frozen="unknown operator Hardmax"),
@@ -144,8 +173,6 @@ def graph(c: Case) -> onnx.ModelProto:
         **c.tensors,
     }
     model.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), k) for k, v in named.items())
-    if c.name in ("MaxPool", "AveragePool"):
-        assert model.graph.node[1].op_type == c.name
     return model
 
 
@@ -169,10 +196,9 @@ def test_operator(c: Case) -> None:
         assert c.frozen in analysis.frozen["first"]
         return
     assert analysis.groups[0].name == "first"
-    size = analysis.groups[0].size
     changed = 0.0
-    for keep in ([size - 1], list(range(size))[1:]):
-        plan = make_plan(analysis, {"first": keep})
+    for first in (False, True):
+        plan = make_plan(analysis, {g.name: list(range(g.size))[1 if first else -1 :] for g in analysis.groups})
         slim = rewrite_onnx(dense, plan)
         closed = onnx.ModelProto()
         closed.CopyFrom(dense)
@@ -190,22 +216,18 @@ def test_operator(c: Case) -> None:
         assert_close(run(slim), run(closed))
         changed = max(changed, relative_error(run(closed), run(dense)))
         sizes = {i.name: tuple(i.dims) for i in slim.graph.initializer}
-        assert sizes["first"][1 if c.rows else 0] == len(plan.slices[0].keep) or "first" in sizes
+        assert all(sizes[s.param][s.axis] == len(s.keep) for s in plan.slices if s.param in sizes)
         if c.name != "Resize by sizes":  # its sizes hold the batch
             assert run(slim, 3).shape[0] == 3
     assert changed > 1e-3
 
 
-def test_layer_and_group_norm_over_the_channels() -> None:
-    """Their statistics change when channels go, so only shapes and ties can be compared here."""
-    layer = case("layer norm", "z = LayerNormalization(y, s, b)", rows=True, s=weight(6), b=weight(6))
-    group = case("group norm", "z = GroupNormalization<num_groups=2>(y, s, b)", s=weight(6), b=weight(6), opset=21)
-    for c, size in ((layer, 6), (group, 3)):
-        analysis = analyze_onnx(graph(c))
-        assert analysis.groups[0].size == size
-        slim = rewrite_onnx(graph(c), make_plan(analysis, {"first": [0, 2]}))
-        assert np.isfinite(run(slim)).all()
-        assert {i.name: i.dims[0] for i in slim.graph.initializer}["s"] == (2 if size == 6 else 4)
+def test_layer_norm_over_the_channels() -> None:
+    """Its statistics change when channels go, so only shapes and ties can be compared here."""
+    dense = graph(case("layer norm", "z = LayerNormalization(y, s, b)", rows=True, s=weight(6), b=weight(6)))
+    slim = rewrite_onnx(dense, make_plan(analyze_onnx(dense), {"first": [0, 2]}))
+    assert np.isfinite(run(slim)).all()
+    assert {i.name: i.dims[0] for i in slim.graph.initializer}["s"] == 2
 
 
 def test_exclude() -> None:
@@ -217,7 +239,7 @@ def test_exclude() -> None:
 
 
 def test_graphs_that_are_not_well_typed() -> None:
-    bad = graph(case("bad", "z = Relu(y)", columns=5))
+    bad = graph(case("bad", "z = Relu(y)", columns=5, rows=True))
     with pytest.raises(SluiceError, match="the ONNX graph is not well typed"):
         with_batch(bad, 7)
 

@@ -79,8 +79,7 @@ def test_slim_is_a_network_of_its_own(name: str) -> None:
 
 def test_cut_twice() -> None:
     dense, inputs, analysis, _ = prepared("in_place")
-    half = rewrite_torch(dense, make_plan(analysis, {"conv1": [0, 2, 3, 5], "fc1": [1, 2, 4]} if len(analysis.groups) > 1
-                                          else {"conv1": [0, 2, 3, 5]}), inputs)  # fmt: skip
+    half = rewrite_torch(dense, make_plan(analysis, {"conv1": [0, 2, 3, 5]}), inputs)
     network = insert_gates(half, inputs)
     kept = {"conv1": [1, 3]}
     closed = close_gates(network, kept)
@@ -154,7 +153,9 @@ def check_reference(name: str, plans: int) -> None:
     for seed in range(plans):
         kept = random_kept(analysis, seed)
         closed = bake(dense, analysis, placement, keep_masks(analysis, kept))
-        assert_close(rewrite_torch(dense, make_plan(analysis, kept), inputs)(*inputs), closed(*inputs), what=f"seed {seed}")
+        assert_close(
+            rewrite_torch(dense, make_plan(analysis, kept), inputs)(*inputs), closed(*inputs), what=f"seed {seed}"
+        )
 
 
 @pytest.mark.parametrize("name", ["resnet20", "densenet"])

@@ -1,0 +1,101 @@
+"""The promise is checked on engines, before any fine-tuning: latency does not depend on the weights.
+
+Solve, cut, build, measure beside the dense engine. Over budget: solve again with the target tightened by what was
+missed. Well under budget: solve again with the target relaxed, for the budget is there to be used. At most `ROUNDS`
+rounds; of those within the budget the one that retains most importance wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from sluice.budget import parse_budget
+from sluice.errors import SluiceError
+from sluice.passes.decide import Choice, decide, least_ms
+from sluice.passes.export import finalize
+from sluice.passes.resolve import make_plan
+from sluice.passes.rewrite_onnx import rewrite_onnx
+from sluice.passes.sites import Analysis
+from sluice.plan import InputSpec, Plan
+from sluice.profiler.measure import measure
+from sluice.profiler.profile import Profile
+
+__all__ = ["Settled", "measure_pair", "settle"]
+
+ROUNDS = 4
+AIM = 0.985  # of the budget: room for the noise of the last measurement
+ENOUGH = 0.96  # of the budget: no need to look for more
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Settled:
+    """A choice whose engine was measured; ``dense_ms`` and ``measured_ms`` come from one interleaved run."""
+
+    choice: Choice
+    kept: Mapping[str, tuple[int, ...]]
+    plan: Plan
+    budget_ms: float
+    dense_ms: float
+    measured_ms: float
+    rounds: int
+
+
+def measure_pair(profile: Profile, dense: onnx.ModelProto, slim: onnx.ModelProto, seed: int = 0) -> tuple[float, float]:
+    """Milliseconds of both engines, interleaved."""
+    runner = profile.runner()
+    sessions = [runner.build(model, batch=profile.fingerprint.batch) for model in (dense, slim)]
+    rng = np.random.default_rng(seed)
+    first, second = measure(
+        sessions, min_rounds=60, max_rounds=240, target_spread=0.01, anchor=profile.anchor(runner), rng=rng
+    )
+    return first.ms, second.ms
+
+
+def settle(
+    profile: Profile,
+    analysis: Analysis,
+    importance: Mapping[str, np.ndarray],
+    budget: str | Mapping[str, str | float],
+    dense: onnx.ModelProto,
+    inputs: tuple[InputSpec, ...] = (),
+) -> Settled:
+    """Choose widths whose engine meets the budget.
+
+    Args:
+        analysis: of the captured module (the plan is made for its tensors).
+        dense: ONNX with parameter names.
+    Raises:
+        SluiceError: the budget cannot be met.
+    """
+    dense_engine = finalize(dense)
+    target_ms: float | None = None
+    best: Settled | None = None
+    fastest: Settled | None = None
+    for attempt in range(1, ROUNDS + 1):
+        if target_ms is None:
+            target_ms = AIM * parse_budget(budget, profile.latency.dense_ms())
+        choice = decide(profile.latency, importance, max(target_ms, least_ms(profile.latency).promised_ms))
+        kept = choice.kept(importance)
+        plan = make_plan(analysis, kept, inputs)
+        dense_ms, slim_ms = measure_pair(profile, dense_engine, finalize(rewrite_onnx(dense, plan)), seed=attempt)
+        budget_ms = parse_budget(budget, dense_ms)
+        found = Settled(choice, kept, plan, budget_ms, dense_ms, slim_ms, attempt)
+        if fastest is None or slim_ms / budget_ms < fastest.measured_ms / fastest.budget_ms:
+            fastest = found
+        if slim_ms <= AIM * 1.01 * budget_ms and (best is None or choice.retained >= best.choice.retained):
+            best = found
+        if ENOUGH * budget_ms <= slim_ms <= AIM * 1.01 * budget_ms:
+            break
+        target_ms *= float(np.clip((AIM + ENOUGH) / 2 * budget_ms / slim_ms, 0.5, 1.15))
+    chosen = best or fastest
+    assert chosen is not None
+    if chosen.measured_ms > chosen.budget_ms:
+        raise SluiceError(
+            f"no engine within {chosen.budget_ms:.4g} ms was found in {ROUNDS} rounds, the fastest took "
+            f"{chosen.measured_ms:.4g} ms (dense {chosen.dense_ms:.4g} ms); ask for at least that"
+        )
+    return chosen
