@@ -39,15 +39,17 @@ def random_widths(model: LatencyModel, rng: np.random.Generator) -> dict[str, in
     return widths
 
 
-def measure_engines(dissection: Dissection, bench: Bench, plans: Sequence[Mapping[str, int]]) -> list[float]:
-    """Milliseconds of whole engines, interleaved in small batches."""
+def measure_engines(
+    dissection: Dissection, bench: Bench, plans: Sequence[Mapping[str, int]], *, record: bool = True
+) -> list[float]:
+    """Milliseconds of whole engines, interleaved in small batches; recorded in the table for calibration."""
     found: list[float] = []
     for start in range(0, len(plans), 8):
         chunk = plans[start : start + 8]
         engines = [cut_graph(dissection.model, dissection.analysis, dissection.masks(plan)) for plan in chunk]
         measured = bench.time([bench.runner.build(engine) for engine in engines])
         key = model_key(dissection)
-        for plan, measurement in zip(chunk, measured, strict=True):
+        for plan, measurement in zip(chunk if record else [], measured if record else [], strict=True):
             bench.table.put_engine(key, plan, measurement)
         found += [m.ms for m in measured]
         bench.progress(start + len(chunk), len(plans))
