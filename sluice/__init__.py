@@ -29,11 +29,28 @@ _WHERE = {
     "rewrite_torch": "sluice.passes.rewrite_torch",
 }
 
-__all__ = ["__version__", *_WHERE]
+__all__ = [
+    "Budget",
+    "LatencyTable",
+    "Plan",
+    "Report",
+    "SluiceError",
+    "__version__",
+    "analyze",
+    "capture",
+    "close_gates",
+    "compress",
+    "export",
+    "finish",
+    "insert_gates",
+    "load",
+    "profile",
+    "rewrite_onnx",
+    "rewrite_torch",
+]
 
 if TYPE_CHECKING:
     from sluice.budget import Budget
-    from sluice.pipeline import compress, finish, profile
     from sluice.errors import SluiceError
     from sluice.passes.aten import analyze
     from sluice.passes.capture import capture
@@ -41,6 +58,7 @@ if TYPE_CHECKING:
     from sluice.passes.gating import close_gates, insert_gates
     from sluice.passes.rewrite_onnx import rewrite_onnx
     from sluice.passes.rewrite_torch import rewrite_torch
+    from sluice.pipeline import compress, finish, profile
     from sluice.plan import Plan
     from sluice.profiler.table import LatencyTable
     from sluice.report import Report

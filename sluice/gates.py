@@ -1,13 +1,18 @@
 """Filter gates (DML-S): one learned logit per channel of an axis group, sharpened on a schedule.
 
-    mask_j = min(1, sigmoid(beta * a_j) / sigmoid(beta * a_0)),      beta = beta_max ** (step / steps)
+    mask_j = sigmoid(beta * a_j) / sigmoid(beta * a_0),      beta = beta_max ** s
+    s = 0 in the first half of the steps, then rising linearly to 1
 
 1. At the start every ``a_j = a_0``: the masks are exactly 1 and the gated network is the network. As beta grows the
-   normalising factor tends to 1 (Continuous Sparsification's start as identity, with a growing beta).
+   normalising factor tends to 1 (Continuous Sparsification's start as identity, with a growing beta). Masks may rise
+   a little above 1; clamping them would leave a gate that drifts up without a gradient for ever.
 2. The decision is ``a_j > 0`` for every beta; at least one channel, the best, always stays.
-3. Logits take no weight decay; ``gate_parameters`` gives an optimizer its own group for them.
-4. While gates train they collect, at no extra pass, the squared gradient of the task loss with respect to their mask:
-   the empirical Fisher importance of each channel, in the currency of the loss and comparable between groups.
+3. A sharp sigmoid has no gradient, so beta stays 1 while the budget comes down (its warm-up is shorter than half of
+   the steps) and rises only when the choice is between channels, no longer about their number.
+4. Logits take no weight decay; ``gate_parameters`` gives an optimizer its own group for them.
+5. While gates train they collect, at no extra pass, ``(m_j * d loss / d m_j)^2`` of the task loss: to first order the
+   squared change of the loss were the channel removed (Taylor, or empirical Fisher, importance), in the currency of
+   the loss and comparable between groups.
 
 DF names the mask and the schedule but its formulas were not readable: this is a reconstruction.
 """
@@ -25,7 +30,8 @@ from sluice.errors import SluiceError
 __all__ = ["Gate", "Gates", "gate_parameters", "other_parameters"]
 
 INITIAL_LOGIT = 2.0
-BETA_MAX = 20.0
+BETA_MAX = 5.0
+MEMORY = 0.98  # of the importance, per backward pass: what the network was fifty steps ago no longer counts
 
 
 class Gate(nn.Module):
@@ -50,18 +56,24 @@ class Gate(nn.Module):
             return self.decision().to(self.logit.dtype)
         mask = self._soft()
         if mask.requires_grad and self.training:
-            mask.register_hook(self._record)
+            value = mask.detach()
+            mask.register_hook(lambda grad: self._record(grad.detach() * value))
         return mask
 
     def _soft(self) -> Tensor:
-        return (torch.sigmoid(self.beta * self.logit) / torch.sigmoid(self.beta * INITIAL_LOGIT)).clamp(max=1.0)
+        return torch.sigmoid(self.beta * self.logit) / torch.sigmoid(self.beta * INITIAL_LOGIT)
 
-    def _record(self, grad: Tensor) -> None:
-        self.fisher += grad.detach() ** 2
+    def _record(self, effect: Tensor) -> None:
+        self.fisher.mul_(MEMORY).add_(effect**2)
 
     def soft_width(self) -> Tensor:
-        """Expected number of kept channels, differentiable; its gradient does not count as importance."""
-        return self._soft().sum()
+        """Number of open gates, with the gradient of the sum of masks (straight through).
+
+        Counting soft masks would let the budget be met by many half-open gates, and the network collapse when they
+        sharpen; counting decisions holds the network that will be cut to the budget.
+        """
+        soft = self._soft().sum()
+        return soft + (self.width() - soft).detach()
 
     def decision(self) -> Tensor:
         """Boolean mask ``a_j > 0``, never empty."""
@@ -131,7 +143,7 @@ class Gates(nn.Module):
             self.progress += 1
             fraction = min(1.0, float(self.progress) / self.steps)
             for _, gate in self.items():
-                gate.beta.fill_(BETA_MAX**fraction)
+                gate.beta.fill_(BETA_MAX ** max(0.0, 2.0 * fraction - 1.0))
         for callback in self._listeners:
             callback()
 

@@ -8,9 +8,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,17 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from sluice.budget import Budget
+from sluice.budget import Budget, parse_budget
 from sluice.errors import SluiceError
+from sluice.files import write_atomically
 from sluice.macs import count_macs
+from sluice.onnx_file import finalize, save_onnx
 from sluice.passes.capture import MARK, Inputs, normalize_inputs
-from sluice.passes.export import finalize, save_onnx, to_onnx
+from sluice.passes.decide import decide
+from sluice.passes.export import to_onnx
 from sluice.passes.gating import Gated, close_gates, insert_gates, strip_gates
 from sluice.passes.importance import fisher_scores, learned_scores
+from sluice.passes.resolve import make_plan
 from sluice.passes.rewrite_onnx import rewrite_onnx
 from sluice.passes.rewrite_torch import rewrite_torch
 from sluice.plan import Plan
@@ -33,10 +38,10 @@ from sluice.profiler.profile import Profile, profile_onnx
 from sluice.report import GroupRow, PieceRow, Report
 from sluice.runtime.compare import relative_error
 from sluice.store import input_specs, save_weights
-from sluice.train import Data, Loss, default_loss, fit
+from sluice.train import Data, Loss, check_data, default_loss, fit
 from sluice.verify import Settled, measure_pair, settle
 
-__all__ = ["Compressed", "compress", "finish", "profile"]
+__all__ = ["Compressed", "Proposal", "compress", "finish", "profile", "propose"]
 
 Evaluate = Callable[[nn.Module], float]
 PARITY = 1e-4  # relative; beyond this a rewrite has changed the function, and that is our fault
@@ -53,11 +58,30 @@ class Compressed:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """``plan.json``, ``slim.safetensors``, ``slim.onnx`` and ``report.json`` in ``folder``."""
-        folder = Path(folder)
-        self.plan.save(folder / "plan.json")
-        save_weights(self.module, folder / "slim.safetensors")
-        save_onnx(self.onnx, folder / "slim.onnx")
-        self.report.save(folder / "report.json")
+        _claim(folder)
+        # Made aside and moved when all are complete: a full disk must not leave one plan's weights beside another's.
+        try:
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".part") as part:
+                draft = Path(part)
+                self.plan.save(draft / "plan.json")
+                save_weights(self.module, draft / "slim.safetensors")
+                save_onnx(self.onnx, draft / "slim.onnx")
+                self.report.save(draft / "report.json")
+                for file in sorted(draft.iterdir()):
+                    os.replace(file, Path(folder) / file.name)
+        except OSError as error:
+            raise SluiceError(f"cannot write to {os.fspath(folder)!r}: {error}; choose another folder") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A plan made without training, and what it promises; ``retained`` is the kept share of the importance."""
+
+    plan: Plan
+    budget_ms: float
+    dense_ms: float
+    promised_ms: float
+    retained: float
 
 
 def profile(
@@ -73,9 +97,7 @@ def profile(
 ) -> Profile:
     """Measure, on this device, what ``table`` does not know yet about the model; see `sluice.profiler.profile_onnx`."""
     dense = to_onnx(model, example_inputs)
-    return profile_onnx(
-        dense, table, batch=batch, target=target, threads=threads, exclude=exclude, progress=progress
-    )
+    return profile_onnx(dense, table, batch=batch, target=target, threads=threads, exclude=exclude, progress=progress)
 
 
 def compress(
@@ -113,6 +135,10 @@ def compress(
         SluiceError: anything the caller can mend; nothing half-written is left behind.
     """
     started = time.perf_counter()
+    parse_budget(budget, 1.0)  # a typing error is said before anything is measured, and so is the rest of these
+    check_data(model, data, labels=not gate_epochs and loss is default_loss)
+    if out is not None:
+        _claim(out)
     dense_onnx = to_onnx(model, example_inputs)
     measured = profile_onnx(
         dense_onnx, table, batch=batch, target=target, threads=threads, exclude=exclude, progress=progress
@@ -122,7 +148,17 @@ def compress(
     held = Budget(gated, measured, budget)  # says at once if it cannot be met
     teacher = strip_gates(gated).eval()
     if gate_epochs:
-        fit(gated, data, epochs=gate_epochs, teacher=teacher, budget=held, loss=loss, lr=lr, progress=progress, name="gates")
+        fit(
+            gated,
+            data,
+            epochs=gate_epochs,
+            teacher=teacher,
+            budget=held,
+            loss=loss,
+            lr=lr,
+            progress=progress,
+            name="gates",
+        )
         importance = learned_scores(gated.gates)
     else:
         importance = fisher_scores(gated, data, teacher=None if loss is default_loss else teacher, loss=loss)
@@ -130,6 +166,36 @@ def compress(
         gated, held, importance=importance, teacher=teacher, data=data, epochs=epochs, lr=lr, loss=loss,
         evaluate=evaluate, out=out, progress=progress, started=started,
     )  # fmt: skip
+
+
+def propose(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    budget: str | Mapping[str, str | float],
+    data: Data,
+    table: str | os.PathLike[str] = ":memory:",
+    batch: int = 1,
+    target: str = "ort-cpu",
+    threads: int = 1,
+    exclude: Sequence[str] = (),
+    progress: bool = True,
+) -> Proposal:
+    """A plan in one shot: Fisher scores on a few labelled batches of ``data``, then the solver; nothing is trained.
+
+    Arguments and errors are those of `compress`. With a table that knows the model this takes seconds.
+    """
+    parse_budget(budget, 1.0)
+    check_data(model, data, labels=True)
+    measured = profile(
+        model, example_inputs, table, batch=batch, target=target, threads=threads, exclude=exclude, progress=progress
+    )
+    gated = insert_gates(model, example_inputs, exclude=exclude)
+    target_ms = Budget(gated, measured, budget).target_ms
+    scores = fisher_scores(gated, data)
+    choice = decide(measured.latency, scores, target_ms)
+    plan = make_plan(gated.meta["analysis"], choice.kept(scores), input_specs(gated))
+    return Proposal(plan, target_ms, measured.latency.dense_ms(), choice.promised_ms, choice.retained)
 
 
 def finish(
@@ -163,12 +229,14 @@ def finish(
     stripped = strip_gates(gated).eval()
     reference = teacher if teacher is not None else stripped
     dense_onnx = to_onnx(stripped, _inputs(stripped))
-    settled = settle(
-        measured, gated.meta["analysis"], scores, budget.target, dense_onnx, input_specs(stripped)
-    )
+    settled = settle(measured, gated.meta["analysis"], scores, budget.target, dense_onnx, input_specs(stripped))
     slim = rewrite_torch(stripped, settled.plan, _inputs(stripped)).eval()
     parity = _parity(
-        close_gates(gated, settled.kept).eval(), slim, finalize(rewrite_onnx(dense_onnx, settled.plan)), stripped, measured
+        close_gates(gated, settled.kept).eval(),
+        slim,
+        finalize(rewrite_onnx(dense_onnx, settled.plan)),
+        stripped,
+        measured,
     )
     if epochs and data is not None:
         fit(slim, data, epochs=epochs, teacher=reference, loss=loss, lr=lr, progress=progress, name="fine-tune")
@@ -186,6 +254,13 @@ def finish(
     if out is not None:
         done.save(out)
     return done
+
+
+def _claim(folder: str | os.PathLike[str]) -> None:
+    """Make the folder, and make sure that it can be written to."""
+    probe = Path(folder) / ".probe"
+    write_atomically(probe, b"")
+    probe.unlink()
 
 
 def _inputs(gm: fx.GraphModule) -> Inputs:
@@ -227,10 +302,6 @@ def _report(
     params: tuple[int, int], macs: tuple[int, int], metrics: tuple[float | None, float | None],
     frozen: Mapping[str, str], seconds: float,
 ) -> Report:  # fmt: skip
-    from dataclasses import asdict
-
-    from sluice.budget import parse_budget
-
     latency, widths = measured.latency, dict(settled.choice.widths)
     descriptions = {p.name: p.description for p in measured.dissection.pieces}
     rows = [

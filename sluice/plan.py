@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,9 @@ from typing import Any
 
 from sluice.algebra import from_ranges, to_ranges
 from sluice.errors import SluiceError
+from sluice.files import write_atomically
 
-__all__ = ["InputSpec", "Plan", "Slice", "write_atomically"]
+__all__ = ["InputSpec", "Plan", "Slice"]
 
 VERSION = 1
 
@@ -141,24 +141,3 @@ class Plan:
         except (OSError, UnicodeDecodeError) as error:
             raise SluiceError(f"cannot read the plan {os.fspath(path)!r}: {error}; give the path of a plan.json") from None
         return Plan.from_json(text, source=f"{os.fspath(path)!r}")
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write all of ``content`` or leave the old file as it was."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    except OSError as error:
-        raise SluiceError(f"cannot write {str(path)!r}: {error.strerror}; choose another folder or make room") from None
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise SluiceError(f"cannot write {str(path)!r}: {error.strerror}; choose another folder or make room") from None
-    finally:
-        Path(temporary).unlink(missing_ok=True)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sluice.errors import SluiceError
+from sluice.files import write_atomically
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -99,17 +98,7 @@ class Report:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the JSON whole or not at all: what was at ``path`` stays until the new file is complete."""
-        target = Path(path)
-        text = self.to_json()
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            Path(temporary).chmod(0o644)  # mkstemp's 0600 would hide the report from everybody else
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_atomically(path, self.to_json().encode())
 
     def table(self) -> Group:
         """The summary, then the pieces by saved time, then what was left alone, for a ``rich`` console."""

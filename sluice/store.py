@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from sluice.errors import SluiceError
+from sluice.files import write_atomically
 from sluice.passes.capture import MARK, capture
 from sluice.passes.rewrite_torch import rewrite_torch
-from sluice.plan import InputSpec, Plan, write_atomically
+from sluice.plan import InputSpec, Plan
 
 __all__ = ["example_inputs_of", "input_specs", "load", "read_tensors", "save_weights"]
 

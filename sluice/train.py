@@ -8,6 +8,7 @@ loop owes are ``budget.penalty()`` in the loss and ``gated.step()`` after the op
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sized
 from typing import Any
@@ -20,7 +21,7 @@ from sluice.distill import logit_distillation
 from sluice.errors import SluiceError
 from sluice.gates import gate_parameters, other_parameters
 
-__all__ = ["Data", "Loss", "fit"]
+__all__ = ["Data", "Loss", "check_data", "fit"]
 
 # Batches of (inputs, labels) or of inputs alone; iterated once per epoch.
 Data = Iterable[Any]
@@ -32,7 +33,9 @@ GATE_LR = 0.05
 def default_loss(outputs: Any, taught: Any, labels: Any) -> Tensor:
     """Logit distillation at temperature 4, with a tenth of cross-entropy where there are labels."""
     if not isinstance(outputs, Tensor):
-        raise SluiceError(f"the model returns {type(outputs).__name__}, not logits; pass loss=(outputs, taught, labels)")
+        raise SluiceError(
+            f"the model returns {type(outputs).__name__}, not logits; pass loss=(outputs, taught, labels)"
+        )
     return logit_distillation(outputs, taught, labels)
 
 
@@ -44,6 +47,32 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], Any]:
         inputs, labels = batch
         return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), labels
     raise SluiceError(f"a batch of data is {type(batch).__name__}; make it inputs, or a pair (inputs, labels)")
+
+
+def check_data(model: nn.Module, data: Data, *, labels: bool = False) -> None:
+    """Run the first batch through a copy of ``model``, so that what does not fit is said before hours of work.
+
+    Raises:
+        SluiceError: there is no batch, it can be read only once, it has no labels where ``labels`` are needed, or the
+            model refuses it.
+    """
+    if iter(data) is data:
+        raise SluiceError(f"data is a {type(data).__name__}, which can be read only once; give a list or a DataLoader")
+    first = next(iter(data), None)
+    if first is None:
+        raise SluiceError("data has no batches; give at least one")
+    inputs, known = split_batch(first)
+    if labels and known is None:
+        raise SluiceError("scores without training need labels; give batches (inputs, labels), or train the gates")
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).eval()(*inputs)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SluiceError(
+            f"the model does not run on the first batch of data {shapes}: {reason}; give batches as its forward() takes"
+        ) from error
 
 
 def fit(
@@ -76,14 +105,17 @@ def fit(
         raise SluiceError(f"cannot train: {epochs} epochs over no batches; give data with at least one batch")
     groups: list[dict[str, Any]] = [{"params": other_parameters(model), "lr": lr, "weight_decay": weight_decay}]
     if budget is not None:
-        groups.append({"params": gate_parameters(model), "lr": gate_lr, "weight_decay": 0.0})
+        # A short memory of the second moment: the budget's pull changes within tens of steps.
+        groups.append({"params": gate_parameters(model), "lr": gate_lr, "weight_decay": 0.0, "betas": (0.9, 0.99)})
     optimizer = torch.optim.AdamW(groups)
-    shape = [cosine, constant][: len(groups)]
+    shape = [cosine, late][: len(groups)]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [f(total) for f in shape])
     teacher.eval()
     model.train()
+    done = 0  # a disabled bar does not count
     with tqdm(total=total, desc=name, unit="step", disable=not progress, leave=False) as bar:
-        for _ in range(epochs):
+        for epoch in range(epochs):
+            before = done
             for batch in data:
                 inputs, labels = split_batch(batch)
                 with torch.no_grad():
@@ -93,15 +125,18 @@ def fit(
                     value = value + budget.penalty()
                 number = float(value.detach())
                 if not math.isfinite(number):
-                    raise SluiceError(f"the loss became {number} at step {bar.n}; lower the learning rate lr={lr:g}")
+                    raise SluiceError(f"the loss became {number} at step {done}; lower the learning rate lr={lr:g}")
                 optimizer.zero_grad()
                 value.backward()
                 optimizer.step()
                 schedule.step()
                 if budget is not None:
                     model.step()  # type: ignore[operator]
+                done += 1
                 bar.update()
                 bar.set_postfix(loss=f"{number:.4f}", refresh=False)
+            if done == before:
+                raise SluiceError(f"epoch {epoch + 1} had no batches; give data that can be read again, as a list can")
     return model.eval()
 
 
@@ -110,7 +145,6 @@ def cosine(total: int | None) -> Callable[[int], float]:
     return lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / total))) if total else 1.0
 
 
-def constant(_: int | None) -> Callable[[int], float]:
-    return lambda step: 1.0
-
-
+def late(total: int | None) -> Callable[[int], float]:
+    """1 over the first half, then falling linearly to 0: sharper gates answer the same step with a larger jump."""
+    return lambda step: min(1.0, 2.0 * (1.0 - min(1.0, step / total))) if total else 1.0

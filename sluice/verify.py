@@ -7,7 +7,7 @@ rounds; of those within the budget the one that retains most importance wins.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,16 +15,16 @@ import onnx
 
 from sluice.budget import parse_budget
 from sluice.errors import SluiceError
+from sluice.onnx_file import finalize
 from sluice.passes.decide import Choice, decide, least_ms
-from sluice.passes.export import finalize
 from sluice.passes.resolve import make_plan
-from sluice.passes.rewrite_onnx import rewrite_onnx
+from sluice.passes.rewrite_onnx import cut_graph, rewrite_onnx
 from sluice.passes.sites import Analysis
 from sluice.plan import InputSpec, Plan
 from sluice.profiler.measure import measure
 from sluice.profiler.profile import Profile
 
-__all__ = ["Settled", "measure_pair", "settle"]
+__all__ = ["Settled", "measure_pair", "measure_widths", "settle"]
 
 ROUNDS = 4
 AIM = 0.985  # of the budget: room for the noise of the last measurement
@@ -53,6 +53,14 @@ def measure_pair(profile: Profile, dense: onnx.ModelProto, slim: onnx.ModelProto
         sessions, min_rounds=60, max_rounds=240, target_spread=0.01, anchor=profile.anchor(runner), rng=rng
     )
     return first.ms, second.ms
+
+
+def measure_widths(profile: Profile, plans: Sequence[Mapping[str, int]]) -> list[float]:
+    """Milliseconds of engines with the first channels of every group kept, interleaved."""
+    runner, cut = profile.runner(), profile.dissection
+    sessions = [runner.build(cut_graph(cut.model, cut.analysis, cut.masks(widths))) for widths in plans]
+    found = measure(sessions, min_rounds=60, anchor=profile.anchor(runner), rng=np.random.default_rng(0))
+    return [m.ms for m in found]
 
 
 def settle(
@@ -90,7 +98,10 @@ def settle(
             best = found
         if ENOUGH * budget_ms <= slim_ms <= AIM * 1.01 * budget_ms:
             break
-        target_ms *= float(np.clip((AIM + ENOUGH) / 2 * budget_ms / slim_ms, 0.5, 1.15))
+        change = float(np.clip((AIM + ENOUGH) / 2 * budget_ms / slim_ms, 0.5, 1.15))
+        # Widths come in levels, so the promise may lie well below the target; tightening starts from the promise, or
+        # the same widths would be chosen again.
+        target_ms = change * (target_ms if change > 1 else min(target_ms, choice.promised_ms))
     chosen = best or fastest
     assert chosen is not None
     if chosen.measured_ms > chosen.budget_ms:

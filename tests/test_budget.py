@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sluice.budget import Budget, ExpectedLatency, parse_budget, through_levels
+from sluice.budget import Budget, parse_budget
 from sluice.errors import SluiceError
+from sluice.expected import ExpectedLatency, through_levels
 from sluice.latency import Extent, LatencyModel, Term
 from sluice.passes.decide import least_ms
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sluice.errors import SluiceError
-from sluice.gates import BETA_MAX, INITIAL_LOGIT, Gate, Gates, gate_parameters, other_parameters
+from sluice.gates import BETA_MAX, INITIAL_LOGIT, MEMORY, Gate, Gates, gate_parameters, other_parameters
 from sluice.runtime.compare import assert_close
 
 
@@ -28,7 +28,7 @@ def test_mask_is_the_formula() -> None:
     gate.logit.data.copy_(logits)
     gate.beta.fill_(2.5)
     expected = [
-        min(1.0, (1 / (1 + math.exp(-2.5 * a))) / (1 / (1 + math.exp(-2.5 * INITIAL_LOGIT)))) for a in logits.tolist()
+        (1 / (1 + math.exp(-2.5 * a))) / (1 / (1 + math.exp(-2.5 * INITIAL_LOGIT))) for a in logits.tolist()
     ]
     assert_close(gate(), torch.tensor(expected), 1e-6)
     assert gate.decision().tolist() == [False, True, True, True]
@@ -36,9 +36,9 @@ def test_mask_is_the_formula() -> None:
 
 def test_masks_harden() -> None:
     gate = Gate("conv", 2)
-    gate.logit.data.copy_(torch.tensor([-0.5, 0.5]))
+    gate.logit.data.copy_(torch.tensor([-1.6, 1.6]))
     spread = []
-    for beta in (1.0, 5.0, BETA_MAX):
+    for beta in (1.0, 2.5, BETA_MAX):
         gate.beta.fill_(beta)
         low, high = gate().tolist()
         spread.append(high - low)
@@ -70,8 +70,28 @@ def test_fisher_collects_the_gradient_of_the_task_only() -> None:
     loss.backward()
     assert_close(gate.fisher, values**2)
     (gate() * values).sum().backward()
-    assert_close(gate.fisher, 2 * values**2)
+    assert_close(gate.fisher, (1 + MEMORY) * values**2)
     assert gate.logit.grad is not None
+
+
+def test_importance_is_the_effect_of_the_mask_as_it_stands() -> None:
+    gate = Gate("conv", 3)
+    gate.logit.data.copy_(torch.tensor([2.0, 0.0, -4.0]))
+    mask = gate().detach()
+    values = torch.tensor([1.0, -2.0, 0.5])
+    (gate() * values).sum().backward()
+    assert_close(gate.fisher, (mask * values) ** 2)
+
+
+def test_soft_width_counts_decisions_and_has_the_gradient_of_masks() -> None:
+    gate = Gate("conv", 4)
+    gate.logit.data.copy_(torch.tensor([2.0, 0.3, -0.4, -3.0]))
+    width = gate.soft_width()
+    assert_close(width, torch.tensor(2.0))
+    (found,) = torch.autograd.grad(width, gate.logit)
+    (expected,) = torch.autograd.grad(gate().sum(), gate.logit)
+    assert_close(found, expected)
+    assert (found > 0).all()
 
 
 def test_fisher_rests_in_eval_and_without_gradient() -> None:
@@ -89,7 +109,7 @@ def test_schedule() -> None:
     for _ in range(6):
         gates.step()
         betas.append(float(gates["b"].beta))
-    assert_close(betas, [BETA_MAX**f for f in (0.25, 0.5, 0.75, 1.0, 1.0, 1.0)], 1e-6)
+    assert_close(betas, [BETA_MAX**f for f in (0.0, 0.0, 0.5, 1.0, 1.0, 1.0)], 1e-6)
     assert int(gates.progress) == 6
     with pytest.raises(SluiceError, match="steps=0"):
         Gates({"a": 2}, steps=0)

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sluice.errors import SluiceError
-from sluice.plan import InputSpec, Plan, Slice, write_atomically
+from sluice.files import write_atomically
+from sluice.plan import InputSpec, Plan, Slice
 
 GOLDEN = Path(__file__).parent / "golden" / "plan-v1.json"
 TOY = Plan(

@@ -100,7 +100,7 @@ def test_failed_save_leaves_the_old_file(tmp_path: Path, report: Report, monkeyp
         replace(report, seconds=math.nan).save(path)
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(SluiceError, match="disk full"):
             replace(report, rounds=7).save(path)
     assert Report.from_json(path.read_text()) == report
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]

@@ -3,16 +3,12 @@
 1. `to_onnx`: ``torch.onnx.export(dynamo=True, optimize=False)``, the one route on which every initialiser keeps its
    ``state_dict`` name; then constants are folded except where a named tensor would disappear. This file is what plans
    are applied to and what pieces are cut from.
-2. `finalize`: fold and clean for deployment: batch norm into convolutions, shape arithmetic, duplicates.
+2. `sluice.onnx_file.finalize`: fold and clean for deployment (batch norm into convolutions, shape arithmetic).
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import onnx
@@ -21,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sluice.errors import SluiceError
+from sluice.onnx_file import finalize, quiet, save_onnx
 from sluice.passes.capture import MARK, Inputs, capture
-from sluice.plan import write_atomically
 
 __all__ = ["export", "finalize", "save_onnx", "to_onnx"]
 
@@ -55,7 +51,7 @@ def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> 
         shapes = pytree.tree_map(free, kwargs if kwargs else args)
         args, kwargs = pytree.tree_map(widen, (args, kwargs))
     names = set(gm.state_dict())
-    with _quiet():
+    with quiet():
         program = torch.export.export(gm, args, kwargs, dynamic_shapes=shapes, strict=False)
         try:
             exported = torch.onnx.export(
@@ -88,20 +84,6 @@ def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> 
         return to_proto(ir_model)
 
 
-def finalize(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Fold and clean; the result is what is deployed."""
-    import onnxscript.optimizer
-
-    metadata = list(model.metadata_props)
-    with _quiet():
-        done = onnxscript.optimizer.optimize(model)
-    assert isinstance(done, onnx.ModelProto)
-    del done.metadata_props[:]
-    done.metadata_props.extend(metadata)
-    onnx.checker.check_model(done, full_check=True)
-    return done
-
-
 def export(
     model: nn.Module, path: str | os.PathLike[str], example_inputs: Inputs, *, opset: int = OPSET
 ) -> onnx.ModelProto:
@@ -113,23 +95,3 @@ def export(
     done = finalize(to_onnx(model, example_inputs, opset=opset))
     save_onnx(done, path)
     return done
-
-
-def save_onnx(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
-    """Write one self-contained file, whole or not at all."""
-    if model.ByteSize() >= 2**31:
-        raise SluiceError(f"{os.fspath(path)!r} would exceed the 2 GiB of one ONNX file; export a smaller model")
-    write_atomically(path, model.SerializeToString())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter logs and warns about packages it does not find; none of it is the user's to act on."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

@@ -20,10 +20,11 @@ from torch import Tensor, fx, nn
 
 from sluice.errors import SluiceError
 from sluice.gates import Gates
-from sluice.passes.aten import analyze, arguments, operator_name
+from sluice.passes.aten import analyze
 from sluice.passes.capture import MARK, Inputs, capture, clone
 from sluice.passes.placement import Placement, place_gates
 from sluice.passes.sites import Analysis, keep_masks
+from sluice.passes.walk import arguments, operator_name
 
 __all__ = ["Gated", "bake", "close_gates", "insert_gates", "masked_norm", "strip_gates"]
 

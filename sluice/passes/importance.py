@@ -1,20 +1,21 @@
 """What a channel is worth, in the currency of the loss.
 
-1. *Fisher*: ``I_j = sum over batches of (d loss / d m_j)^2`` at the mask m of the channel (first-order Taylor of the
-   change when the channel goes, squared so that batches add up: Molchanov et al. 2019, eq. 8). Gates collect it while
-   they train; `fisher_scores` collects it on a few batches without training (one-shot mode).
-2. *Learned*: after training, a channel whose gate closed is worth little whatever its gradient now says. The score is
-   the Fisher sum damped by the soft mask that training left, ``I_j * sigmoid(a_j)^2``.
-3. Scores of one group are shares of what the group contributes; sums over channels are what the solver maximises.
+1. *Taylor*: ``s_j = sum over batches of (m_j * d loss / d m_j)^2`` at the mask m of the channel: to first order the
+   squared change of the loss when the channel goes (Molchanov et al. 2019, eq. 8). Gates collect it while they train;
+   `fisher_scores` collects it on a few batches without training (one-shot mode, every mask 1).
+2. After training with gates a channel whose gate closed contributes little, and scores little: the learned logits
+   speak through m.
 """
 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from sluice.errors import SluiceError
 from sluice.gates import Gates
@@ -22,6 +23,11 @@ from sluice.passes.gating import Gated
 from sluice.train import Data, Loss, default_loss, split_batch
 
 __all__ = ["fisher_scores", "learned_scores"]
+
+# A network compared with itself has rounding errors for a gradient, not exactly zero. They are told from a gradient by
+# what a teacher whose outputs are off by this share gives: squared, the errors are a hundred-millionth of it.
+ASIDE = 1e-3
+LEAST = 1e-6
 
 
 def fisher_scores(
@@ -38,36 +44,57 @@ def fisher_scores(
     for _, gate in gated.gates.items():
         gate.train()
         gate.fisher.zero_()
-    for batch in itertools.islice(data, batches):
-        inputs, labels = split_batch(batch)
-        with torch.no_grad():
-            taught = teacher(*inputs) if teacher is not None else None
+
+    def collect(inputs: tuple[Any, ...], taught: Any, labels: Any) -> None:
         gated.zero_grad()
         outputs = gated(*inputs)
-        value = nn.functional.cross_entropy(outputs, labels) if taught is None else loss(outputs, taught, labels)
+        value = nn.functional.cross_entropy(outputs, labels) if teacher is None else loss(outputs, taught, labels)
         value.backward()
-    scores = {site: gate.fisher.detach().double().cpu().numpy().copy() for site, gate in gated.gates.items()}
-    gated.zero_grad()
-    gated.load_state_dict(state)
-    gated.train(training)
+
+    aside = 0.0
+    try:
+        for index, batch in enumerate(itertools.islice(data, batches)):
+            inputs, labels = split_batch(batch)
+            with torch.no_grad():
+                taught = teacher(*inputs) if teacher is not None else None
+            if teacher is not None and index == 0:
+                collect(inputs, pytree.tree_map_only(Tensor, lambda x: x * (1 + ASIDE), taught), labels)
+                aside = sum(float(gate.fisher.sum()) for _, gate in gated.gates.items())
+                for _, gate in gated.gates.items():
+                    gate.fisher.zero_()
+            collect(inputs, taught, labels)
+            if teacher is not None and index == 0:
+                _check(_collected(gated.gates), LEAST * aside)
+        scores = _collected(gated.gates)
+    finally:
+        gated.zero_grad()
+        gated.load_state_dict(state)
+        gated.train(training)
     _check(scores)
     return scores
 
 
 def learned_scores(gates: Gates) -> dict[str, np.ndarray]:
-    """Importance after training with gates."""
-    scores = {}
-    for site, gate in gates.items():
-        soft = torch.sigmoid(gate.logit.detach().double())
-        scores[site] = (gate.fisher.detach().double() * soft**2).cpu().numpy()
+    """Importance after training with gates.
+
+    Raises:
+        SluiceError: the gates collected nothing.
+    """
+    scores = _collected(gates)
+    if not any(s.any() for s in scores.values()):
+        raise SluiceError("the gates collected no importance; call gated.train() before the training loop")
     _check(scores)
     return scores
 
 
-def _check(scores: dict[str, np.ndarray]) -> None:
+def _collected(gates: Gates) -> dict[str, np.ndarray]:
+    return {site: gate.fisher.detach().double().cpu().numpy().copy() for site, gate in gates.items()}
+
+
+def _check(scores: dict[str, np.ndarray], least: float = 0.0) -> None:
     total = sum(float(s.sum()) for s in scores.values())
-    if not np.isfinite(total) or total <= 0:
+    if not np.isfinite(total) or total <= least:
         raise SluiceError(
-            f"the importance of all channels sums to {total}: the loss has no gradient at the masks (a network compared "
-            "with itself has none); give labels, or train with gates first"
+            f"the importance of all channels sums to {total:.3g}: the loss has no gradient at the masks (a network "
+            "compared with itself has none); give labels, or train with gates first"
         )

@@ -21,9 +21,9 @@ from typing import Any
 
 from torch import fx
 
-from sluice.passes.aten import arguments, operator_name
 from sluice.passes.capture import BatchNorm
 from sluice.passes.sites import Analysis
+from sluice.passes.walk import arguments, operator_name
 
 __all__ = ["Placement", "place_gates"]
 

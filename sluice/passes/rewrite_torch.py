@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from sluice.passes.aten import analyze, arguments, operator_name
+from sluice.passes.aten import analyze
 from sluice.passes.capture import MARK, Inputs, capture, set_tensor
 from sluice.passes.resolve import masks_of_slices
 from sluice.passes.sites import Analysis
+from sluice.passes.walk import arguments, operator_name
 from sluice.plan import Plan
 
 __all__ = ["rewrite_torch", "slice_tensors"]

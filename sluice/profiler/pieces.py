@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -27,11 +27,12 @@ from onnx import helper, numpy_helper
 
 from sluice.latency import Extent
 from sluice.passes.onnx_axes import analyze_onnx, attributes
+from sluice.passes.resolve import tensor_masks
 from sluice.passes.rewrite_onnx import cut_graph
 from sluice.passes.sites import Analysis
 from sluice.profiler.shapes import static_graph
 
-__all__ = ["Dissection", "Piece", "add_sources", "build_piece", "dissect", "source_model", "spread_widths"]
+__all__ = ["Dissection", "Piece", "add_sources", "build_piece", "dissect", "source_model", "spread_widths", "weight_bytes"]
 
 ANCHORS = frozenset("Conv ConvTranspose Gemm MatMul".split())
 
@@ -101,7 +102,8 @@ def dissect(model: onnx.ModelProto, batch: int, exclude: Sequence[str] = ()) -> 
             for name in node.input:
                 readers.setdefault(name, set()).add(index)
     finals = {out.name for out in graph.output}
-    pieces = []
+    pieces: list[Piece] = []
+    times: dict[str, int] = {}
     for index, nodes in enumerate(members):
         made = [name for node in nodes for name in node.output if name]
         outputs = tuple(n for n in made if n in finals or readers.get(n, set()) - {index})
@@ -119,13 +121,28 @@ def dissect(model: onnx.ModelProto, batch: int, exclude: Sequence[str] = ()) -> 
             value_info=[infos[n] for n in made if n in infos and n not in outputs],
         )
         submodel = helper.make_model(part, opset_imports=static.opset_import, ir_version=static.ir_version)
-        pieces.append(_describe(submodel, analysis, inputs, outputs))
+        piece = _describe(submodel, analysis, inputs, outputs)
+        times[piece.name] = times.get(piece.name, 0) + 1
+        if times[piece.name] > 1:  # one weight, used again
+            piece = replace(piece, name=f"{piece.name}#{times[piece.name]}")
+        pieces.append(piece)
     return Dissection(static, analysis, tuple(pieces))
 
 
 def build_piece(dissection: Dissection, piece: Piece, widths: Mapping[str, int]) -> onnx.ModelProto:
     """The piece with the first ``widths[g]`` channels of its groups, without sources."""
     return cut_graph(piece.model, dissection.analysis, dissection.masks(widths))
+
+
+def weight_bytes(dissection: Dissection, piece: Piece, widths: Mapping[str, int]) -> int:
+    """Bytes of the piece's weights (tensors of two and more axes) at the given widths, four per element."""
+    masks = tensor_masks(dissection.analysis, dissection.masks(widths))
+    total = 0
+    for init in piece.model.graph.initializer:
+        if len(init.dims) >= 2:
+            kept = [int(masks[(init.name, k)].sum()) if (init.name, k) in masks else n for k, n in enumerate(init.dims)]
+            total += 4 * int(np.prod(kept))
+    return total
 
 
 def add_sources(model: onnx.ModelProto, names: Sequence[str]) -> tuple[onnx.ModelProto, list[tuple[int, ...]]]:

@@ -56,6 +56,5 @@ def _evaluate(node: onnx.NodeProto, known: dict[str, np.ndarray], opset: int) ->
         [helper.make_value_info(node.output[0], onnx.TypeProto())],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
-    result = ReferenceEvaluator(model).run(None, {name: known[name] for name in inputs})[0]
-    value = np.asarray(result)
+    value = np.asarray(list(ReferenceEvaluator(model).run(None, {name: known[name] for name in inputs}))[0])
     return value if helper.np_dtype_to_tensor_dtype(value.dtype) in _INTEGERS else None

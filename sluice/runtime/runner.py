@@ -49,6 +49,11 @@ class Session(Protocol):
 class Runner(Protocol):
     """A deployment runtime with its settings."""
 
+    @property
+    def clock(self) -> Clock:
+        """The clock of its sessions."""
+        ...
+
     def build(
         self,
         model: onnx.ModelProto | bytes | str | os.PathLike[str],

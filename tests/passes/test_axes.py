@@ -18,12 +18,13 @@ from torch.nn import functional as F
 
 from sluice.errors import SluiceError
 from sluice.models import enliven
-from sluice.passes.aten import RULES, analyze, operator_name
+from sluice.passes.aten import RULES, analyze
 from sluice.passes.axes import Axis, Coupling
 from sluice.passes.capture import capture
 from sluice.passes.gating import close_gates, insert_gates, strip_gates
 from sluice.passes.resolve import make_plan
 from sluice.passes.rewrite_torch import rewrite_torch
+from sluice.passes.walk import operator_name
 from sluice.runtime.compare import assert_close, relative_error
 
 aten = torch.ops.aten

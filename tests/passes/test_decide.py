@@ -10,7 +10,7 @@ import pytest
 
 from sluice.errors import SluiceError
 from sluice.latency import Extent, LatencyModel, Term
-from sluice.passes import decide as decide_module
+from sluice.passes import program as program_module
 from sluice.passes.decide import decide, least_ms, restricted, unreachable
 
 
@@ -56,11 +56,13 @@ def random_model(seed: int) -> LatencyModel:
 
 def brute(model: LatencyModel, importance: dict[str, np.ndarray]) -> list[tuple[float, float]]:
     """(ms, retained) of every combination of levels."""
-    total = sum(float(i.sum()) for i in importance.values())
+    total = sum(float(np.sqrt(i).sum()) ** 2 for i in importance.values())
     out = []
     for combo in itertools.product(*(model.levels[g] for g in model.dense)):
         widths = dict(zip(model.dense, combo, strict=True))
-        kept = sum(float(np.sort(importance[g])[::-1][:w].sum()) for g, w in widths.items())
+        # What leaves a group together adds up in amplitude.
+        lost = sum(float(np.sqrt(np.sort(importance[g])[: len(importance[g]) - w]).sum()) ** 2 for g, w in widths.items())
+        kept = total - lost
         out.append((model.ms(widths), kept / total))
     return out
 
@@ -73,7 +75,7 @@ def importance_of(model: LatencyModel, seed: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("grid_limit", [400, 40, 3])
 @pytest.mark.parametrize("seed", range(8))
 def test_equals_brute_force(seed: int, grid_limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decide_module, "GRID_LIMIT", grid_limit)  # 3 sends every joint term through interpolation
+    monkeypatch.setattr(program_module, "GRID_LIMIT", grid_limit)  # 3 sends every joint term through interpolation
     model = random_model(seed)
     importance = importance_of(model, seed)
     combos = brute(model, importance)
@@ -91,7 +93,7 @@ def test_equals_brute_force(seed: int, grid_limit: int, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("grid_limit", [400, 3])
 @pytest.mark.parametrize("seed", range(4))
 def test_least_equals_brute_force(seed: int, grid_limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decide_module, "GRID_LIMIT", grid_limit)
+    monkeypatch.setattr(program_module, "GRID_LIMIT", grid_limit)
     model = random_model(seed)
     combos = brute(model, {g: np.ones(n) for g, n in model.dense.items()})
     least = least_ms(model)
@@ -108,7 +110,7 @@ def test_staircase_is_not_undercut_by_a_secant() -> None:
     model = LatencyModel((bulge,), dense, levels)
     importance = {g: np.ones(8) for g in dense}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decide_module, "GRID_LIMIT", 3)
+        patch.setattr(program_module, "GRID_LIMIT", 3)
         choice = decide(model, importance, 3.0)
     assert sum(choice.widths.values()) == 20
     with pytest.raises(SluiceError, match="cannot be met"):

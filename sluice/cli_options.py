@@ -1,0 +1,46 @@
+"""Options that several verbs of the command line share."""
+
+from __future__ import annotations
+
+import argparse
+
+__all__ = ["budget", "device", "exclude", "model", "table"]
+
+MODEL = "package.module:factory, or sluice:NAME for a network of sluice.models"
+
+
+def model(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help=MODEL)
+    p.add_argument("--shape", type=_shape, help="shape of the input without the batch: 3,32,32")
+
+
+def exclude(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--exclude", action="append", default=[], help="layer, or shell pattern of layers, to leave alone")
+
+
+def device(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--batch", type=_positive, default=1, help="batch size of the deployment (default 1)")
+    p.add_argument("--threads", type=_positive, default=1, help="threads inside an operator (default 1)")
+    p.add_argument("--target", default="ort-cpu", help="runtime (default ort-cpu)")
+
+
+def table(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--table", required=True, help="latency table, made or continued")
+    device(p)
+    exclude(p)
+    p.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def budget(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--budget", required=True, help="share of the dense latency, 50%%, or 2.4ms")
+    p.add_argument("--data", required=True, help="package.module:factory of batches (inputs, labels)")
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split(","))
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise ValueError(text)
+    return value

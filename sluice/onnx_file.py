@@ -1,0 +1,73 @@
+"""ONNX files: read, fold for deployment, write whole or not at all. No torch.
+
+Folding comes last: it merges batch norms into convolutions and makes named tensors disappear, and names are what a
+plan is applied by.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import onnx
+
+from sluice.errors import SluiceError
+from sluice.files import write_atomically
+
+__all__ = ["finalize", "load_onnx", "quiet", "save_onnx"]
+
+
+def load_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """The model in a file.
+
+    Raises:
+        SluiceError: the file cannot be read, or is none.
+    """
+    name = os.fspath(path)
+    try:
+        model = onnx.load(name)
+    except OSError as error:
+        raise SluiceError(f"cannot read {name!r}: {error.strerror or error}; give the path of an ONNX file") from None
+    except Exception as error:  # protobuf's errors share no public base class
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SluiceError(f"{name!r} is not an ONNX file ({reason}); give one that `sluice export` wrote") from None
+    if not model.graph.node:  # an empty file is a valid message
+        raise SluiceError(f"{name!r} is not an ONNX file (it holds no operator); give one that `sluice export` wrote")
+    return model
+
+
+def finalize(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Fold and clean; the result is what is deployed."""
+    import onnxscript.optimizer
+
+    metadata = list(model.metadata_props)
+    with quiet():
+        done = onnxscript.optimizer.optimize(model)
+    assert isinstance(done, onnx.ModelProto)
+    del done.metadata_props[:]
+    done.metadata_props.extend(metadata)
+    onnx.checker.check_model(done, full_check=True)
+    return done
+
+
+def save_onnx(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
+    """Write one self-contained file, whole or not at all."""
+    if model.ByteSize() >= 2**31:
+        raise SluiceError(f"{os.fspath(path)!r} would exceed the 2 GiB of one ONNX file; export a smaller model")
+    write_atomically(path, model.SerializeToString())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The exporter logs and warns about packages it does not find; none of it is the user's to act on."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,216 @@
+"""The mixed-integer program of a latency model: its cost is the model itself, not an approximation of it.
+
+1. One binary ``x[g,l]`` per level of every group, one of them set. A term over one group is a cost on that group's
+   ``x``; a term over none is a constant.
+2. A term over several groups gets product variables ``z >= 0`` over the grid of its *axes*, whose marginals equal the
+   axes' weights. Where the axes are the groups' ``x`` this is exact, because all but one binary per axis are zero.
+3. A term whose grid of levels would be large has at most **one** interpolating axis: the weights ``lambda`` of the
+   term's own knots, adjacent by segment binaries (SOS2, so that a non-convex staircase is not undercut by a secant).
+   With every other axis integral, ``z`` is still the product of the weights, so this is exact too. Further extents
+   that concatenate groups become a selection among the values their levels can add up to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import LinearConstraint
+from scipy.sparse import csr_array
+
+from sluice.latency import Extent, LatencyModel, Term
+
+__all__ = ["Program"]
+
+GRID_LIMIT = 400  # points of a product of levels beyond which an interpolating axis is cheaper
+
+
+@dataclass(frozen=True, slots=True)
+class _Axis:
+    """Linear expressions in columns that are non-negative and add up to one.
+
+    ``weights[k]`` maps columns to their coefficient in the weight of point k; ``coords`` gives the level of a group
+    (key: its name) or the value of an extent (key: its index) at the points.
+    """
+
+    weights: tuple[Mapping[int, float], ...]
+    coords: Mapping[str | int, np.ndarray]
+
+
+class Program:
+    """Columns and rows of one model: ``cost`` (raw ms per column), ``constant``, ``integrality``, rows and widths.
+
+    First one binary ``x`` per level of every group, then per term what its cost needs (``lambda`` with segment
+    binaries, selections among sums, products ``z``). All columns lie in [0, 1].
+    """
+
+    def __init__(self, model: LatencyModel) -> None:
+        self.model = model
+        self.constant = 0.0
+        self._cost: list[float] = []
+        self._integral: list[bool] = []
+        self._rows: list[tuple[Mapping[int, float], float, float]] = []
+        self._sums: dict[tuple[Extent, bytes], _Axis] = {}
+        self._x: dict[str, range] = {}
+        for group in model.dense:
+            self._x[group] = self._columns(len(model.levels[group]), integral=True)
+            self._row(dict.fromkeys(self._x[group], 1.0), 1.0, 1.0)
+        for term in model.terms:
+            self._add(term)
+        self.cost = np.asarray(self._cost)
+        self.integrality = np.asarray(self._integral, dtype=int)
+
+    def over_levels(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Objective with ``values[g][l]`` on ``x[g,l]``, shape ``(columns,)``."""
+        objective = np.zeros(len(self._cost))
+        for group, columns in self._x.items():
+            objective[columns.start : columns.stop] = values[group]
+        return objective
+
+    def rows(self) -> LinearConstraint:
+        indptr = np.cumsum([0] + [len(row) for row, _, _ in self._rows])
+        indices = np.fromiter((c for row, _, _ in self._rows for c in row), dtype=np.int32)
+        data = np.fromiter((v for row, _, _ in self._rows for v in row.values()), dtype=float)
+        matrix = csr_array((data, indices, indptr.astype(np.int32)), shape=(len(self._rows), len(self._cost)))
+        return LinearConstraint(matrix, [lo for _, lo, _ in self._rows], [hi for _, _, hi in self._rows])
+
+    def widths(self, solution: np.ndarray) -> dict[str, int]:
+        picked = {g: int(np.argmax(solution[c.start : c.stop])) for g, c in self._x.items()}
+        return {g: int(self.model.levels[g][level]) for g, level in picked.items()}
+
+    def _columns(self, count: int, *, integral: bool = False) -> range:
+        start = len(self._cost)
+        self._cost += [0.0] * count
+        self._integral += [integral] * count
+        return range(start, start + count)
+
+    def _row(self, row: Mapping[int, float], lo: float, hi: float) -> None:
+        self._rows.append((row, lo, hi))
+
+    def _add(self, term: Term) -> None:
+        axes = self._axes(term)
+        ms = term.weight * _on_grid(term, axes)
+        if not axes:
+            self.constant += float(ms[0])
+            return
+        if len(axes) == 1:
+            for weights, cost in zip(axes[0].weights, ms, strict=True):
+                for column, coef in weights.items():
+                    self._cost[column] += coef * float(cost)
+            return
+        z = self._columns(ms.size)
+        self._cost[z.start : z.stop] = ms.tolist()
+        grid = np.asarray(z).reshape([len(a.weights) for a in axes])
+        for k, axis in enumerate(axes):
+            for point, weights in enumerate(axis.weights):
+                row = dict.fromkeys(np.take(grid, point, axis=k).ravel().tolist(), 1.0)
+                row.update({column: -coef for column, coef in weights.items()})
+                self._row(row, 0.0, 0.0)
+
+    def _axes(self, term: Term) -> list[_Axis]:
+        groups = list(dict.fromkeys(g for e in term.extents for g, _ in e.coefs))
+        if len(groups) <= 1 or math.prod(len(self._x[g]) for g in groups) <= GRID_LIMIT:
+            return [self._levels(g) for g in groups]
+        concats = [k for k, e in enumerate(term.extents) if len({g for g, _ in e.coefs}) > 1]
+        single = list(dict.fromkeys(e.coefs[0][0] for e in term.extents if len({g for g, _ in e.coefs}) == 1))
+        axes = []
+        if concats:
+            widest = max(concats, key=lambda k: len(self._sum_values(term.extents[k])))
+            axes.append(self._interpolated(widest, term.extents[widest], term.knots[widest]))
+            axes += [self._selected(k, term.extents[k]) for k in concats if k != widest]
+            return axes + [self._levels(g) for g in single]
+        # Single groups only: the weights of the knots are linear in x, so that axis needs no binaries of its own.
+        longest = max(single, key=lambda g: len(self._x[g]))
+        owned = [k for k, e in enumerate(term.extents) if e.coefs and e.coefs[0][0] == longest]
+        if len(owned) == 1 and len(term.knots[owned[0]]) < len(self._x[longest]):
+            axes.append(self._knots(owned[0], term.extents[owned[0]], term.knots[owned[0]], longest))
+            single.remove(longest)
+        return axes + [self._levels(g) for g in single]
+
+    def _levels(self, group: str) -> _Axis:
+        weights = tuple({column: 1.0} for column in self._x[group])
+        return _Axis(weights, {group: np.asarray(self.model.levels[group], float)})
+
+    def _knots(self, index: int, extent: Extent, knots: np.ndarray, group: str) -> _Axis:
+        values = np.asarray([extent.at({group: level}) for level in self.model.levels[group]], float)
+        hats = _hats(np.asarray(knots, float), values)
+        columns = self._x[group]
+        weights = tuple({c: float(h) for c, h in zip(columns, hat, strict=True) if h} for hat in hats.T)
+        return _Axis(weights, {index: np.asarray(knots, float)})
+
+    def _interpolated(self, index: int, extent: Extent, knots: np.ndarray) -> _Axis:
+        values = self._sum_values(extent)
+        points = np.unique(np.concatenate([np.asarray(knots, float), values[[0, -1]]]))
+        points = points[(points >= values[0]) & (points <= values[-1])]
+        if len(points) == 1 or len(values) <= len(points):
+            return self._selected(index, extent)
+        key = (extent, points.tobytes())
+        if key not in self._sums:
+            weights = self._columns(len(points))
+            segments = self._columns(len(points) - 1, integral=True)
+            self._row(dict.fromkeys(weights, 1.0), 1.0, 1.0)
+            self._row(dict.fromkeys(segments, 1.0), 1.0, 1.0)
+            for i in range(len(points) - 1):  # the facets of the SOS2 polytope, tighter than lambda_i <= b_{i-1} + b_i
+                low = dict.fromkeys(weights[: i + 1], 1.0) | dict.fromkeys(segments[: i + 1], -1.0)
+                high = dict.fromkeys(weights[i + 1 :], 1.0) | dict.fromkeys(segments[i:], -1.0)
+                self._row(low, -np.inf, 0.0)
+                self._row(high, -np.inf, 0.0)
+            self._equal(dict(zip(weights, points.tolist(), strict=True)), extent, values[-1])
+            self._sums[key] = _Axis(tuple({c: 1.0} for c in weights), {"": points})
+        return _Axis(self._sums[key].weights, {index: points})
+
+    def _selected(self, index: int, extent: Extent) -> _Axis:
+        values = self._sum_values(extent)
+        key = (extent, b"selected")
+        if key not in self._sums:
+            columns = self._columns(len(values), integral=True)
+            self._row(dict.fromkeys(columns, 1.0), 1.0, 1.0)
+            self._equal(dict(zip(columns, values.tolist(), strict=True)), extent, values[-1])
+            self._sums[key] = _Axis(tuple({c: 1.0} for c in columns), {"": values})
+        return _Axis(self._sums[key].weights, {index: values})
+
+    def _equal(self, row: dict[int, float], extent: Extent, scale: float) -> None:
+        """The weighted points equal the extent of the chosen widths; divided by the largest value for the solver."""
+        for group, coef in extent.coefs:
+            for column, level in zip(self._x[group], self.model.levels[group], strict=True):
+                row[column] = row.get(column, 0.0) - coef * level
+        scale = max(abs(scale), 1.0)
+        const = extent.const / scale
+        self._row({c: v / scale for c, v in row.items()}, const, const)
+
+    def _sum_values(self, extent: Extent) -> np.ndarray:
+        """All values that the extent can take, increasing."""
+        coefs: dict[str, int] = {}
+        for group, coef in extent.coefs:
+            coefs[group] = coefs.get(group, 0) + coef
+        values = np.asarray([extent.const], float)
+        for group, total in coefs.items():
+            values = np.unique(values[:, None] + total * np.asarray(self.model.levels[group], float)[None, :])
+        return values
+
+
+def _on_grid(term: Term, axes: Sequence[_Axis]) -> np.ndarray:
+    """The term's milliseconds at every point of the axes' grid, flattened."""
+    shape = [len(a.weights) for a in axes]
+    at: dict[str | int, np.ndarray] = {}
+    for k, axis in enumerate(axes):
+        for key, coords in axis.coords.items():
+            at[key] = np.broadcast_to(coords.reshape([-1] + [1] * (len(axes) - k - 1)), shape).reshape(-1)
+    count = math.prod(shape)
+    value = np.broadcast_to(np.asarray(term.ms, float).reshape(1, -1), (count, np.asarray(term.ms).size))
+    for k, (extent, knots) in enumerate(zip(term.extents, term.knots, strict=True)):
+        x = at.get(k)
+        if x is None:
+            x = np.full(count, float(extent.const))
+            for group, coef in extent.coefs:
+                x = x + coef * at[group]
+        hats = _hats(np.asarray(knots, float), x)
+        value = np.einsum("nk,nkr->nr", hats, value.reshape(count, len(knots), -1))
+    return value.reshape(count)
+
+
+def _hats(knots: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Weights of the knots at every x, shape ``(len(x), len(knots))``; the end knots hold beyond the ends."""
+    return np.stack([np.interp(x, knots, unit) for unit in np.eye(len(knots))], axis=1)

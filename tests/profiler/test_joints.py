@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+
+import numpy as np
+import onnx
+import pytest
+
+from sluice import models
+from sluice.passes.export import to_onnx
+from sluice.profiler.joints import SMALL, find_joints, joint_models, joint_widths
+from sluice.profiler.pieces import Dissection, add_sources, build_piece, dissect
+from sluice.runtime.compare import assert_close
+from sluice.runtime.ort import OrtRunner
+from tests.device import chain
+from tests.networks import NETWORKS, build
+
+NAMES = [
+    "splits",
+    "concat",
+    "squeeze_excite",
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("tokens", "in_place", "resnet20", "mobilenet_v2", "densenet")),
+]
+
+
+@cache
+def dissection_of(name: str) -> Dissection:
+    if name in NETWORKS:
+        model, inputs = build(name)
+    else:
+        inputs = models.example_inputs(name, 2)
+        model = models.enliven(getattr(models, name)(), 0, inputs)
+    return dissect(to_onnx(model, inputs), len(inputs[0]))
+
+
+def feeds_of(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_tensor_between_pieces_has_one_joint(name: str) -> None:
+    dissection = dissection_of(name)
+    read = Counter(n for p in dissection.pieces for n in p.inputs)
+    between = {n for p in dissection.pieces for n in p.outputs if n in read}
+    joints = find_joints(dissection)
+    assert Counter(j.tensor for j in joints) == Counter(between)
+    for joint in joints:
+        assert joint.tensor in joint.producer.outputs
+        assert len(joint.consumers) == read[joint.tensor]
+        assert all(joint.tensor in p.inputs for p in joint.consumers)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_joined_model_is_its_parts_in_sequence(name: str) -> None:
+    dissection = dissection_of(name)
+    for joint in find_joints(dissection):
+        own = {} if joint.extent is None else {g: max(1, dissection.dense[g] - 1) for g, _ in joint.extent.coefs}
+        widths = joint_widths(dissection, joint, own)
+        parts, whole, sources = joint_models(dissection, joint, widths)
+        pieces = (joint.producer, *joint.consumers)
+        assert len(parts) == len(pieces)
+        rank = len(dissection.analysis.shapes[joint.tensor])
+        assert len(sources) == sum(joint.tensor in p.bare for p in joint.consumers) * (rank >= 3)
+        onnx.checker.check_model(whole, full_check=True)
+        feeds = feeds_of(whole)
+        found = OrtRunner().build(whole).run(feeds) if whole.graph.output else {}
+        expected: dict[str, np.ndarray] = {}
+        tensor: np.ndarray | None = None
+        for index, piece in enumerate(pieces):
+            bare = build_piece(dissection, piece, widths)
+            part = add_sources(bare, [n for n in piece.bare if n != joint.tensor])[0]
+            given = {i.name: feeds.get(f"{index}/{i.name}", tensor) for i in part.graph.input}
+            assert all(value is not None for value in given.values())
+            made = OrtRunner().build(part).run(given)  # type: ignore[arg-type]
+            tensor = made[joint.tensor] if index == 0 else tensor
+            expected.update({f"{index}/{n}": value for n, value in made.items() if n != joint.tensor})
+        assert_close(found, expected)
+
+
+def test_widths_of_a_joint_are_small_but_its_own() -> None:
+    dissection = dissect(chain([40, 33, 9]), 2)
+    joint = next(j for j in find_joints(dissection) if j.extent is not None and j.extent.coefs == (("conv1", 1),))
+    assert joint_widths(dissection, joint, {"conv1": 21}) == {"conv0": SMALL, "conv1": 21, "conv2": 9}
+
+
+def test_equal_joints_share_a_key() -> None:
+    joints = find_joints(dissect(chain([10, 7, 9, 5, 6]), 2))
+    keys = [j.key for j in joints]
+    assert keys[1] == keys[2] and len(set(keys)) == len(keys) - 1  # between two inner convolutions
+    assert keys == [j.key for j in find_joints(dissect(chain([10, 7, 9, 5, 6], prefix="other."), 2))]
+    assert not set(keys) & {j.key for j in find_joints(dissect(chain([10, 7, 9, 5, 6], stride=2), 2))}

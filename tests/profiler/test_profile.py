@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sluice.errors import SluiceError
+from sluice.passes.rewrite_onnx import cut_graph
+from sluice.profiler import profile as profile_module
+from sluice.profiler.profile import Profile, fingerprint_here, profile_onnx
+from sluice.profiler.table import LatencyTable
+from sluice.runtime.compare import assert_close
+from tests.device import ANCHOR_MS, Cost, FakeRunner, chain, line, staircase
+
+
+@pytest.fixture
+def on_fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeRunner], FakeRunner]:
+    def use(runner: FakeRunner) -> FakeRunner:
+        monkeypatch.setattr(profile_module, "make_runner", lambda target, threads=1: runner)
+        return runner
+
+    return use
+
+
+def promises(profile: Profile, runner: FakeRunner) -> tuple[list[float], list[float]]:
+    """Promised and engine's milliseconds at every combination of levels (a few of them)."""
+    cut, levels = profile.dissection, profile.latency.levels
+    plans = [dict(zip(levels, point, strict=True)) for point in itertools.product(*levels.values())]
+    plans = [plans[int(k)] for k in np.random.default_rng(0).integers(len(plans), size=25)]
+    engines = [runner.ms(cut_graph(cut.model, cut.analysis, cut.masks(plan))) for plan in plans]
+    return [profile.latency.ms(plan) for plan in plans], engines
+
+
+@pytest.mark.parametrize("cost", [staircase(16), staircase(8, 1.3)], ids=["16", "8"])
+def test_where_times_add_up_the_promise_is_exact(
+    cost: Cost, on_fake: Callable[[FakeRunner], FakeRunner]
+) -> None:
+    runner = on_fake(FakeRunner(cost))
+    profile = profile_onnx(chain([50, 36, 20], batch="N"), batch=2, progress=False)
+    promised, engines = promises(profile, runner)
+    assert_close(promised, engines, tol=1e-9)
+    assert profile.latency.dense_ms() == pytest.approx(runner.ms(profile.dissection.model))
+    assert profile.latency.error["p95_abs_err"] < 1e-9
+
+
+def test_what_every_engine_costs_once_is_in_the_joints(on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
+    """A call of 0.2 ms is in every piece and once in the engine; uncalibrated, joints take out the difference."""
+    runner = on_fake(FakeRunner(staircase(8), slower=lambda ms: ms + 0.2))
+    profile = profile_onnx(chain([26, 18], batch="N"), batch=2, progress=False)
+    engine = runner.ms(profile.dissection.model)
+    assert profile.latency.raw_ms(profile.latency.dense) == pytest.approx(engine)
+    joints = [t for t in profile.latency.terms if t.weight < 0]
+    assert len(joints) == len(profile.dissection.pieces) - 1
+    assert all(np.asarray(t.ms).ravel() == pytest.approx(0.2) for t in joints)
+
+
+def test_a_line_is_met_closely_even_where_grids_are_thinned(on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
+    runner = on_fake(FakeRunner(line))
+    profile = profile_onnx(chain([50, 36], batch="N"), batch=2, progress=False)
+    promised, engines = promises(profile, runner)
+    assert_close(promised, engines, tol=1e-6)
+
+
+def test_a_profile_continues_a_table(tmp_path: Path, on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
+    first = on_fake(FakeRunner(staircase(8)))
+    model = chain([26, 18], batch="N")
+    before = profile_onnx(model, tmp_path / "t.db", batch=2, progress=False)
+    again = on_fake(FakeRunner(staircase(8)))
+    after = profile_onnx(model, tmp_path / "t.db", batch=2, progress=False)
+    assert first.built > 0 and again.built == 0
+    plan = {"conv0": 16, "conv1": 8}
+    assert after.latency.ms(plan) == before.latency.ms(plan)
+    assert after.anchor_ms == before.anchor_ms == pytest.approx(ANCHOR_MS)
+    # Another network with pieces of the same kind costs only what is missing.
+    profile_onnx(chain([26, 18, 18], batch="N"), tmp_path / "t.db", batch=2, progress=False)
+    alone = on_fake(FakeRunner(staircase(8)))
+    profile_onnx(chain([26, 18, 18], batch="N"), batch=2, progress=False)
+    assert 0 < again.built < alone.built
+
+
+def test_a_table_of_other_conditions_is_refused(tmp_path: Path, on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
+    on_fake(FakeRunner())
+    model = chain([6, 5], batch="N")
+    profile_onnx(model, tmp_path / "t.db", batch=2, progress=False)
+    with pytest.raises(SluiceError, match="batch"):
+        profile_onnx(model, tmp_path / "t.db", batch=3, progress=False)
+
+
+def test_nothing_to_cut_is_said(on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
+    on_fake(FakeRunner())
+    with pytest.raises(SluiceError, match=r"nothing .*can be cut"):
+        profile_onnx(chain([6, 5], batch="N"), batch=2, exclude=["conv0", "conv1"], progress=False)
+
+
+def test_the_bars_tell_all_points(
+    on_fake: Callable[[FakeRunner], FakeRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars = []
+
+    class Bar:
+        def __init__(self, **given: object) -> None:
+            assert not given["disable"]
+            self.n, self.total = 0, 0
+            bars.append(self)
+
+        def update(self, count: int) -> None:
+            assert count > 0
+            self.n += count
+
+        def close(self) -> None:
+            pass
+
+    on_fake(FakeRunner(staircase(8)))
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    profile_onnx(chain([26, 18], batch="N"), batch=2, progress=True)
+    assert len(bars) == 4 and [bar.n for bar in bars] == [bar.total for bar in bars] and bars[0].n > 0
+
+
+def test_a_small_network_in_the_real_runtime(tmp_path: Path) -> None:
+    model = chain([6, 4], batch="N", size=7)
+    profile = profile_onnx(model, tmp_path / "t.db", batch=2, progress=False)
+    assert profile.fingerprint == fingerprint_here("ort-cpu", 1, 2)
+    assert profile.latency.dense == {"conv0": 6, "conv1": 4}
+    with LatencyTable.open(tmp_path / "t.db", profile.fingerprint) as table:
+        assert len(table) > len(profile.dissection.pieces)
+        dense = next(
+            m.ms for key in [profile_module_key(profile)] for w, m in table.engines(key) if w == profile.latency.dense
+        )
+    # Microseconds on a shared host: the order of magnitude is all that can be held.
+    assert 0.1 < profile.latency.dense_ms() / dense < 10
+    session = profile.runner().build(profile.dissection.model)
+    x = np.random.default_rng(0).standard_normal((2, 3, 7, 7)).astype(np.float32)
+    assert session.run({"x": x})["y"].shape == (2, 5)
+    assert profile.anchor(profile.runner()).ms == profile.anchor_ms > 0
+
+
+def profile_module_key(profile: Profile) -> str:
+    from sluice.profiler.calibrate import model_key
+
+    return model_key(profile.dissection)

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sluice.profiler.anchor import make_anchor
+from sluice.profiler.pieces import Dissection, dissect
+from sluice.profiler.sweep import (
+    BATCH_OF_SESSIONS,
+    MAX_GRID,
+    MAX_WIDTHS,
+    WORTH,
+    Bench,
+    Staircase,
+    explore,
+    joint_points,
+    knots_of,
+    piece_points,
+)
+from sluice.profiler.table import LatencyTable
+from tests.device import FINGERPRINT, Cost, FakeRunner, chain, line, staircase
+
+
+def bench_on(table: LatencyTable, runner: FakeRunner) -> Bench:
+    rng = np.random.default_rng(0)
+    return Bench(table, runner, make_anchor(table, runner, rng), rng)
+
+
+def stairs_of(widths: list[int], cost: Cost) -> dict[str, Staircase]:
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        return explore(dissect(chain(widths), 2), bench_on(table, FakeRunner(cost)))
+
+
+def everything(dissection: Dissection, bench: Bench) -> dict[str, Staircase]:
+    stairs = explore(dissection, bench)
+    bench.pieces(dissection, piece_points(dissection, stairs))
+    bench.joints(dissection, joint_points(dissection, stairs))
+    return stairs
+
+
+def test_edges_of_a_staircase_are_the_levels() -> None:
+    stairs = stairs_of([50, 36, 64], staircase(16))
+    assert stairs["conv0"].levels == (16, 32, 48, 50)
+    assert stairs["conv1"].levels == (16, 32, 36)
+    assert stairs["conv2"].levels == (16, 32, 48, 64)
+
+
+def test_edges_of_a_finer_staircase_with_a_penalty() -> None:
+    stairs = stairs_of([40, 36], staircase(8, penalty=1.3))
+    assert stairs["conv0"].levels == (8, 16, 24, 32, 40)
+    assert stairs["conv1"].levels == (8, 16, 24, 32, 36)
+
+
+def test_a_line_is_split_evenly() -> None:
+    levels = stairs_of([50, 36], line)["conv0"].levels
+    assert (levels[0], levels[-1]) == (1, 50)
+    assert max(b - a for a, b in itertools.pairwise(levels)) <= 8
+
+
+def test_a_width_that_costs_more_than_dense_is_not_offered() -> None:
+    """The dense width suits the device well, as 64 does where any width that is no multiple of 32 is slow."""
+
+    def spiked(into: int, out: int, rest: float) -> float:
+        return 1e-6 * into * out * rest * math.prod(1.0 if width % 32 == 0 else 3.0 for width in (into, out))
+
+    stairs = stairs_of([64, 32], spiked)["conv0"]
+    dense = stairs.cost[64]
+    assert any(cost > dense for cost in stairs.cost.values())
+    assert all(stairs.cost[w] <= dense for w in stairs.levels)
+
+
+@given(st.integers(2, 300), st.integers(1, 64), st.floats(1.0, 2.0))
+@settings(max_examples=25, deadline=None)
+def test_levels_of_any_staircase(size: int, step: int, penalty: float) -> None:
+    stairs = stairs_of([size, 5], staircase(step, penalty))["conv0"]
+    assert len(stairs.cost) <= MAX_WIDTHS
+    assert min(stairs.cost) == 1 and max(stairs.cost) == size
+    assert stairs.levels[-1] == size and set(stairs.levels) <= set(stairs.cost)
+    # No level is dominated, no known width that is left out would have been worth having.
+    for width, cost in stairs.cost.items():
+        cheapest = min(c for w, c in stairs.cost.items() if w > width) if width < size else math.inf
+        if width in stairs.levels:
+            assert cost < cheapest - WORTH * stairs.cost[size] or width == size
+        else:
+            kept = min(stairs.cost[w] for w in stairs.levels if w > width)
+            assert cost >= kept - WORTH * stairs.cost[size]
+
+
+def test_equal_groups_are_explored_once() -> None:
+    dissection = dissect(chain([20, 14, 14, 14, 9]), 2)
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        stairs = explore(dissection, bench_on(table, FakeRunner()))
+    assert stairs["conv2"].levels == stairs["conv1"].levels  # 14 between inner convolutions, both of them
+    assert set(stairs) == set(dissection.dense)
+
+
+def test_what_the_table_knows_is_not_measured_again(tmp_path: Path) -> None:
+    dissection = dissect(chain([26, 18]), 2)
+    with LatencyTable.create(tmp_path / "t.db", FINGERPRINT) as table:
+        runner = FakeRunner(staircase(8))
+        stairs = everything(dissection, bench_on(table, runner))
+        points = len(table)
+        assert runner.built > 0
+    with LatencyTable.open(tmp_path / "t.db", FINGERPRINT) as table:
+        again = FakeRunner(staircase(8))
+        found = everything(dissect(chain([26, 18], prefix="other."), 2), bench_on(table, again))
+        assert again.built == 0 and len(table) == points
+        assert [s.levels for s in found.values()] == [s.levels for s in stairs.values()]
+
+
+@pytest.mark.parametrize("fail_at", [7, 30, 61])
+def test_a_kill_loses_what_was_in_flight_only(fail_at: int, tmp_path: Path) -> None:
+    dissection = dissect(chain([26, 18]), 2)
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        runner = FakeRunner(line)
+        everything(dissection, bench_on(table, runner))
+        whole = {key: table.points(key) for key in sorted(table.keys())}
+    with LatencyTable.create(tmp_path / "t.db", FINGERPRINT) as table:
+        killed = FakeRunner(line, fail_at=fail_at)
+        with pytest.raises(KeyboardInterrupt):
+            everything(dissection, bench_on(table, killed))
+    with LatencyTable.open(tmp_path / "t.db", FINGERPRINT) as table:
+        again = FakeRunner(line)
+        everything(dissection, bench_on(table, again))
+        assert {key: table.points(key) for key in sorted(table.keys())} == whole
+        assert again.built < runner.built
+        assert killed.built + again.built <= runner.built + BATCH_OF_SESSIONS
+
+
+def test_grids_are_thinned_to_a_limit_and_keep_their_ends() -> None:
+    dissection = dissect(chain([50, 36]), 2)
+    stairs = {g: Staircase({}, tuple(range(2, n + 1, 2))) for g, n in dissection.dense.items()}
+    for piece in dissection.pieces:
+        knots = knots_of(piece, dissection, stairs)
+        assert math.prod(len(k) for k in knots) <= MAX_GRID
+        for extent, values in zip(piece.extents, knots, strict=True):
+            assert (values[0], values[-1]) == (2, extent.at(dissection.dense)) and values == sorted(set(values))
+
+
+def test_progress_counts_up_to_the_end() -> None:
+    calls: list[tuple[int, int]] = []
+    dissection = dissect(chain([26, 18]), 2)
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        bench = bench_on(table, FakeRunner(line))
+        stairs = explore(dissection, bench)
+        points = piece_points(dissection, stairs)
+        missing = sum(table.get(p.key, e) is None for p, e in {(p.key, e): (p, e) for p, e in points}.values())
+        noisy = Bench(table, bench.runner, bench.anchor, bench.rng, lambda done, total: calls.append((done, total)))
+        noisy.pieces(dissection, points)
+    assert {total for _, total in calls} == {missing} and calls[-1][0] == missing
+    assert [done for done, _ in calls] == sorted({done for done, _ in calls})

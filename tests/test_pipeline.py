@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import sluice
+from sluice.budget import Budget
+from sluice.errors import SluiceError
+from sluice.passes.gating import insert_gates
+from sluice.pipeline import Compressed, compress, finish, propose
+from sluice.plan import Plan
+from sluice.profiler.profile import Profile
+from sluice.report import Report
+from sluice.runtime.compare import assert_close
+from sluice.runtime.ort import OrtRunner
+from tests import tiny
+
+BUDGET = "70%"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def device() -> Iterator[None]:
+    with tiny.simulated_device():
+        yield
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.table_in(tmp_path_factory.mktemp("table"))
+
+
+@pytest.fixture(scope="module")
+def measured(table: Path) -> Profile:
+    return sluice.profile(tiny.model(), tiny.inputs(), table, batch=tiny.BATCH, progress=False)
+
+
+@pytest.fixture(scope="module", params=[0, 3], ids=["one-shot", "gates"])
+def compressed(
+    request: pytest.FixtureRequest, table: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Compressed, Path]:
+    out = tmp_path_factory.mktemp("out") / "deep" / "slim"
+    done = compress(
+        tiny.model(), tiny.inputs(), budget=BUDGET, data=tiny.data(), table=table, out=out, batch=tiny.BATCH,
+        gate_epochs=request.param, epochs=2, evaluate=accuracy, progress=False,
+    )  # fmt: skip
+    return done, out
+
+
+def accuracy(model: nn.Module) -> float:
+    with torch.no_grad():
+        return float(np.mean([float((model(x).argmax(1) == y).float().mean()) for x, y in tiny.data()]))
+
+
+def test_the_budget_is_met_and_used(compressed: tuple[Compressed, Path]) -> None:
+    report = compressed[0].report
+    assert report.met() and report.measured_ms is not None
+    assert report.budget_ms == pytest.approx(0.7 * report.dense_ms)
+    assert 0.8 * report.budget_ms < report.measured_ms <= report.budget_ms
+    assert report.promised_ms == pytest.approx(report.measured_ms, rel=0.02)
+
+
+def test_every_field_of_the_report_is_filled(compressed: tuple[Compressed, Path]) -> None:
+    done, _ = compressed
+    report = done.report
+    for field in fields(Report):
+        assert getattr(report, field.name) not in (None, (), {}), field.name
+    assert 0 <= report.parity_max_rel < 1e-5  # type: ignore[operator]
+    assert report.params_dense == sum(p.numel() for p in tiny.model().parameters())
+    assert report.params_slim == sum(p.numel() for p in done.module.parameters()) < report.params_dense
+    assert 0 < report.macs_slim < report.macs_dense
+    assert 1 <= report.rounds <= 4 and report.seconds > 0
+    assert report.metric_dense == accuracy(tiny.model()) and report.metric_slim == accuracy(done.module)
+    assert {(g.name, g.dense) for g in report.groups} == {("conv1", 10), ("conv2", 13)}
+    assert {g.name: g.kept for g in report.groups} == dict(done.plan.widths)
+    assert report.fingerprint["batch"] == tiny.BATCH
+    assert dict(report.skipped).keys() == {"fc"}
+    # What the parts save adds up to something.
+    before, after = (sum(getattr(row, name) for row in report.pieces) for name in ("ms_before", "ms_after"))
+    assert after < before
+
+
+def test_the_report_on_disk_is_the_report(compressed: tuple[Compressed, Path]) -> None:
+    done, out = compressed
+    assert sorted(p.name for p in out.iterdir()) == ["plan.json", "report.json", "slim.onnx", "slim.safetensors"]
+    assert Report.from_json((out / "report.json").read_text()) == done.report
+    assert json.loads((out / "report.json").read_text())["version"] == 1
+    assert Plan.load(out / "plan.json") == done.plan
+
+
+def test_what_is_loaded_is_what_is_deployed(compressed: tuple[Compressed, Path]) -> None:
+    done, out = compressed
+    loaded = sluice.load(tiny.Tiny, out)
+    engine = OrtRunner().build(onnx.load(out / "slim.onnx"))
+    for batch in (1, tiny.BATCH, 5):
+        x = tiny.inputs(batch)
+        (found,) = engine.run({engine_input(out): x.numpy()}).values()
+        with torch.no_grad():
+            assert_close(found, loaded(x), tol=1e-5)
+            assert_close(done.module(x), loaded(x), tol=1e-6)
+    widths = dict(done.plan.widths)
+    assert loaded.get_parameter("conv1.weight").shape == (widths["conv1"], 3, 3, 3)
+    assert loaded.get_parameter("conv2.weight").shape == (widths["conv2"], widths["conv1"], 3, 3)
+
+
+def engine_input(out: Path) -> str:
+    return str(onnx.load(out / "slim.onnx").graph.input[0].name)
+
+
+def test_fine_tuning_moves_the_weights(measured: Profile) -> None:
+    def finished(epochs: int) -> Compressed:
+        gated = insert_gates(tiny.model(), tiny.inputs())
+        scores = {site: np.arange(1.0, 1.0 + gate.size) for site, gate in gated.gates.items()}
+        budget = Budget(gated, measured, BUDGET)
+        return finish(gated, budget, importance=scores, data=tiny.data(), epochs=epochs, progress=False)
+
+    plain, tuned = finished(0), finished(1)
+    assert plain.plan == tuned.plan
+    dense = tiny.model()
+    (keep,) = [s.keep for s in plain.plan.slices if (s.param, s.axis) == ("conv1.weight", 0)]
+    assert keep == tuple(range(10 - len(keep), 10))  # the largest scores
+    assert torch.equal(plain.module.get_parameter("conv1.weight"), dense.conv1.weight[list(keep)])
+    assert not torch.equal(tuned.module.get_parameter("conv1.weight"), dense.conv1.weight[list(keep)])
+    assert plain.report.metric_dense is None and plain.report.metric_slim is None
+
+
+def test_an_own_loop_ends_in_finish(measured: Profile) -> None:
+    gated = insert_gates(tiny.model(), tiny.inputs(), steps=12).train()
+    budget = Budget(gated, measured, BUDGET)
+    optimizer = torch.optim.Adam(gated.parameters(), lr=0.02)
+    for x, y in 2 * tiny.data():
+        loss = nn.functional.cross_entropy(gated(x), y) + budget.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        gated.step()
+    done = finish(gated, budget, progress=False)
+    assert done.report.met() and not done.module.training
+
+
+def test_a_budget_without_a_profile_cannot_be_measured(measured: Profile) -> None:
+    gated = insert_gates(tiny.model(), tiny.inputs(), steps=3)
+    with pytest.raises(SluiceError, match="no profile"):
+        finish(gated, Budget(gated, measured.latency, BUDGET))
+
+
+def test_excluded_layers_keep_their_width(tmp_path: Path) -> None:
+    done = compress(
+        tiny.model(), tiny.inputs(), budget="80%", data=tiny.data(), batch=tiny.BATCH, exclude=["conv1"],
+        gate_epochs=0, epochs=0, progress=False,
+    )  # fmt: skip
+    assert set(done.plan.widths) == {"conv2"} and done.plan.widths["conv2"] < 13
+    assert "excluded" in dict(done.report.skipped)["conv1"]
+
+
+def test_a_proposal_is_the_one_shot_plan(table: Path) -> None:
+    found = propose(
+        tiny.model(), tiny.inputs(), budget=BUDGET, data=tiny.data(), table=table, batch=tiny.BATCH, progress=False
+    )
+    assert found.budget_ms == pytest.approx(0.7 * found.dense_ms)
+    assert found.promised_ms <= found.budget_ms * (1 + 1e-6)
+    assert 0 < found.retained < 1
+    slim = sluice.load(tiny.model, found.plan)
+    assert slim(tiny.inputs()).shape == (tiny.BATCH, 5)
+
+
+def test_the_users_model_is_not_changed(table: Path) -> None:
+    model = tiny.model().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    compress(
+        model, tiny.inputs(), budget=BUDGET, data=tiny.data_without_labels(), table=table, batch=tiny.BATCH,
+        gate_epochs=1, epochs=1, progress=False,
+    )  # fmt: skip
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())

@@ -1,0 +1,54 @@
+"""The public names, and that asking for one of them is what loads torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sluice
+
+PUBLIC = """Budget LatencyTable Plan Report SluiceError __version__ analyze capture close_gates compress export finish
+insert_gates load profile rewrite_onnx rewrite_torch""".split()  # noqa: SIM905
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_public_names() -> None:
+    assert sorted(sluice.__all__) == PUBLIC
+    assert dir(sluice) == PUBLIC
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_importable_and_documented(name: str) -> None:
+    found = getattr(sluice, name)
+    if name != "__version__":
+        assert found.__name__ == name
+        assert found.__doc__
+        assert name in sys.modules[found.__module__].__all__
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(AttributeError, match="module 'sluice' has no attribute 'prune'"):
+        _ = sluice.prune
+
+
+def loaded(code: str) -> list[str]:
+    """Which of the heavy packages are loaded after ``code`` in a fresh interpreter."""
+    heavy = ["torch", "onnx", "onnxruntime", "onnx_graphsurgeon", "scipy", "numpy", "rich", "tqdm"]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys\nprint(*[m for m in {heavy} if m in sys.modules])"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    return done.stdout.split()
+
+
+def test_lean_imports() -> None:
+    assert loaded("import sluice, sluice.cli") == []
+    assert loaded("import sluice\nsluice.Plan, sluice.SluiceError, sluice.Report") == ["numpy"]
+    assert "torch" not in loaded("import sluice\nsluice.LatencyTable, sluice.rewrite_onnx")
+    assert "torch" in loaded("import sluice\nsluice.capture")

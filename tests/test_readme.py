@@ -1,0 +1,102 @@
+"""What the README shows runs: its Python on a small network and a simulated device, its commands through the parser."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import sluice
+from sluice.cli import main, parser
+from sluice.report import Report
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+VERBS = ["apply", "bench", "check", "compress", "export", "inspect", "plan", "profile"]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Lines of the shell blocks and of the table; what is optional is given."""
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    lines += re.findall(r"^\| `([^`]+)` \|", README, re.MULTILINE)
+    return [re.sub(r"[\[\]]", "", line) for line in lines if line]
+
+
+@pytest.mark.parametrize("chosen", [(0, 2), (1,)], ids=["own loop", "compress"])
+def test_python_blocks(chosen: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {"sluice": sluice, "model": tiny.model(), "x": tiny.inputs(8), "batches": tiny.data()}
+    code = blocks("python")
+    assert len(code) == 3
+    # The fewest epochs that say the same; the simulated device is no faster at training.
+    text = "\n".join(code[i] for i in chosen).replace("epochs=10", "epochs=1")
+    text = text.replace("out=", "gate_epochs=1, epochs=1, progress=False, out=")
+    with tiny.simulated_device():
+        exec(compile(text, "README.md", "exec"), names)
+    report = names["done"].report  # type: ignore[attr-defined]
+    assert isinstance(report, Report)
+    assert report.met()
+    assert report.measured_ms is not None
+    assert report.measured_ms <= 0.5 * report.dense_ms
+    files = {"plan.json", "report.json", "slim.onnx", "slim.safetensors"}
+    assert {path.name for path in (tmp_path / "slim").iterdir()} == files
+    assert (tmp_path / "table.db").exists()
+    assert (tmp_path / "again.onnx").exists() == (2 in chosen)
+
+
+def test_all_verbs_are_shown() -> None:
+    assert sorted({line.split()[1] for line in commands()}) == VERBS
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_parse(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    program, verb, *rest = shlex.split(line)
+    assert program == "sluice"
+    assert callable(parser().parse_args([verb, *rest]).run)
+    with pytest.raises(SystemExit) as caught:
+        main([verb, "--help"])
+    assert caught.value.code == 0
+    assert f"usage: sluice {verb}" in capsys.readouterr().out
+
+
+def test_options_in_the_text_exist() -> None:
+    from sluice.cli_model import inputs_of
+
+    helps = ""
+    for verb in VERBS:
+        action = next(iter(parser()._subparsers._group_actions))  # type: ignore[union-attr]
+        helps += action.choices[verb].format_help()  # type: ignore[index,call-overload]
+    assert set(re.findall(r"`(--\w+)", README)) <= set(re.findall(r"--\w+", helps))
+    assert inputs_of("sluice:resnet20", None, 1).ndim == 4
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`make (\w+)`|^make (\w+)", README, re.MULTILINE))
+    assert {a or b for a, b in re.findall(r"`make (\w+)`|^make (\w+)", README, re.MULTILINE)} <= targets
+
+
+def test_links_lead_somewhere() -> None:
+    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/design.md", "CHANGELOG.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#]+)\)", page.read_text())]
+    assert links
+    assert not [(p.name, link) for p, link in links if "://" not in link and not (p.parent / link).exists()]
+
+
+def test_modules_in_the_layout_exist() -> None:
+    """Names in the layout block of the design page, and the modules that there are."""
+    layout = (ROOT / "docs/design.md").read_text().split("## Layout")[1].split("```")[1]
+    package = Path(next(iter(sluice.__path__)))
+    for module in sorted(
+        {p.stem for p in itertools.chain(package.glob("*.py"), package.glob("p*/*.py"), package.glob("runtime/*.py"))}
+    ):
+        named = module.startswith("__") or re.search(rf"\b{module}\b", layout) or module.startswith("aten")
+        assert named or module in ("walk",), f"docs/design.md does not mention {module}"
