@@ -33,10 +33,10 @@ demo: $(READY)
 	$(BIN)/python -m examples.demo
 
 test: lint types
-	$(BIN)/python -m pytest -q -m "not slow and not device"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not device"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -q -m "slow and not device"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow and not device"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -26,7 +26,9 @@ from sluice.profiler.sweep import Bench
 from sluice.profiler.table import LatencyTable
 
 
-def run(name: str, table: Path, batch: int, threads: int, plans: int, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
+def run(
+    name: str, table: Path, batch: int, threads: int, plans: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, float]:
     """Promised and measured ms of fresh plans, and the seconds that profiling took."""
     dense = to_onnx(getattr(models, name)().eval(), models.example_inputs(name))
     started = time.perf_counter()

@@ -10,6 +10,7 @@ neighbouring steps. Last line: JSON ``{"filter": ratio}``.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -32,7 +33,7 @@ def flat_model(groups: dict[str, int]) -> LatencyModel:
     levels = {g: tuple(sorted({max(1, n * k // 8) for k in range(1, 9)})) for g, n in groups.items()}
     names = list(groups)
     terms = []
-    for a, b in zip(names, names[1:], strict=False):
+    for a, b in itertools.pairwise(names):
         knots = tuple(np.array(levels[g], dtype=float) for g in (a, b))
         ms = np.outer(knots[0], knots[1]) / (groups[a] * groups[b])
         terms += [Term(f"{a}-{b}", (Extent(((a, 1),)), Extent(((b, 1),))), knots, ms)] * 2

@@ -183,7 +183,7 @@ class Budget:
 
     def expected_ms(self) -> Tensor:
         """Milliseconds at the gates' soft widths, a differentiable scalar."""
-        return self._latency({g: gate.soft_width() for g, gate in self.gates.items()})
+        return self._latency({g: _at_most(gate.soft_width(), self.model.dense[g]) for g, gate in self.gates.items()})
 
     def hard_ms(self) -> float:
         """Promised milliseconds at the gates' hard widths."""
@@ -283,6 +283,11 @@ class Budget:
                 self._arrived[-1][2][index] = gradient.detach()
 
         return arrived
+
+
+def _at_most(width: Tensor, most: float) -> Tensor:
+    """A width may exceed the dense one, if only by rounding; the gradient passes, so that it is pulled back."""
+    return torch.where(width > most, most + (width - width.detach()), width)
 
 
 def _flat(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:

@@ -113,13 +113,10 @@ def _interpolate(
 ) -> Tensor:
     """Multilinear interpolation of all terms of a stack, summed."""
     rank, size = knots.shape[0], knots.shape[2]
-    x = torch.maximum(coefs @ w + const, first)
-    hi = torch.searchsorted(knots, torch.minimum(x.detach(), last).unsqueeze(-1)).clamp(1, size - 1)
+    x = torch.clamp(coefs @ w + const, first, last)  # the ends themselves have a gradient
+    hi = torch.searchsorted(knots, x.detach().unsqueeze(-1)).clamp(1, size - 1)
     ends = knots.gather(2, torch.cat([hi - 1, hi], dim=2))
     t = (x - ends[..., 0]) / (ends[..., 1] - ends[..., 0])
-    # Constant beyond the last knot, but with the last slope for a gradient: soft masks may add up to more than the
-    # dense width, and the budget must still pull them back.
-    t = t - (t.detach() - 1.0).clamp(min=0.0)
     corner = torch.zeros_like(hi[0])  # (T, 2**r): flat index of every corner of the cell, first extent slowest
     for r in range(rank):
         corner = (corner * size).unsqueeze(-1) + torch.cat([hi[r] - 1, hi[r]], dim=1).unsqueeze(1)

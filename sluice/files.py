@@ -18,7 +18,9 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     except OSError as error:
-        raise SluiceError(f"cannot write {str(path)!r}: {error.strerror or error}; choose another folder or make room") from None
+        raise SluiceError(
+            f"cannot write {str(path)!r}: {error.strerror or error}; choose another folder or make room"
+        ) from None
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -27,6 +29,8 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        raise SluiceError(f"cannot write {str(path)!r}: {error.strerror or error}; choose another folder or make room") from None
+        raise SluiceError(
+            f"cannot write {str(path)!r}: {error.strerror or error}; choose another folder or make room"
+        ) from None
     finally:
         Path(temporary).unlink(missing_ok=True)

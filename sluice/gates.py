@@ -104,7 +104,9 @@ class Gates(nn.Module):
     def __init__(self, sizes: Mapping[str, int], steps: int):
         super().__init__()
         if steps < 1:
-            raise SluiceError(f"steps={steps}: the gate schedule needs at least one optimizer step; pass the number you train")
+            raise SluiceError(
+                f"steps={steps}: the gate schedule needs at least one optimizer step; pass the number you train"
+            )
         self.steps = steps
         self.register_buffer("progress", torch.zeros((), dtype=torch.long))
         self._listeners: list[Callable[[], None]] = []
@@ -160,5 +162,3 @@ def other_parameters(model: nn.Module) -> list[nn.Parameter]:
     """All parameters of ``model`` that are not gate logits."""
     logits = {id(p) for p in gate_parameters(model)}
     return [p for p in model.parameters() if id(p) not in logits]
-
-

@@ -1,8 +1,8 @@
 """Multiply-accumulates of an ONNX graph for one example: convolutions and matrix products, nothing else counted.
 
-    Conv            output elements * (in channels / groups) * kernel elements
-    ConvTranspose   input elements * (out channels / groups) * kernel elements
-    Gemm, MatMul    output elements * contracted size
+Conv            output elements * (in channels / groups) * kernel elements
+ConvTranspose   input elements * (out channels / groups) * kernel elements
+Gemm, MatMul    output elements * contracted size
 """
 
 from __future__ import annotations

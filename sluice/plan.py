@@ -35,7 +35,7 @@ class Slice:
     keep: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        ok = self.keep and list(self.keep) == sorted(set(self.keep)) and 0 <= self.keep[0] and self.keep[-1] < self.size
+        ok = self.keep and list(self.keep) == sorted(set(self.keep)) and self.keep[0] >= 0 and self.keep[-1] < self.size
         if not ok or self.axis < 0:
             raise SluiceError(
                 f"bad slice of {self.param!r} axis {self.axis}: kept indices must be a non-empty increasing list "
@@ -81,7 +81,7 @@ class Plan:
         """
         names = self.fingerprint if complete else {s.param: self.fingerprint[s.param] for s in self.slices}
         wrong = [
-            f"{name!r} is {'missing' if name not in shapes else shapes[name]} instead of {shape}"
+            f"{name!r} is {shapes.get(name, 'missing')} instead of {shape}"
             for name, shape in names.items()
             if shapes.get(name) != shape
         ]
@@ -139,5 +139,7 @@ class Plan:
         try:
             text = Path(path).read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise SluiceError(f"cannot read the plan {os.fspath(path)!r}: {error}; give the path of a plan.json") from None
+            raise SluiceError(
+                f"cannot read the plan {os.fspath(path)!r}: {error}; give the path of a plan.json"
+            ) from None
         return Plan.from_json(text, source=f"{os.fspath(path)!r}")

@@ -37,7 +37,9 @@ def example_inputs_of(plan: Plan) -> tuple[Tensor, ...]:
     made = []
     for spec in plan.inputs:
         dtype = getattr(torch, spec.dtype)
-        made.append(torch.randn(spec.shape, dtype=dtype) if dtype.is_floating_point else torch.ones(spec.shape, dtype=dtype))
+        made.append(
+            torch.randn(spec.shape, dtype=dtype) if dtype.is_floating_point else torch.ones(spec.shape, dtype=dtype)
+        )
     return tuple(made)
 
 
@@ -45,7 +47,9 @@ def save_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
     """The state_dict as safetensors, whole or not at all."""
     from safetensors.torch import save
 
-    write_atomically(path, save({name: t.detach().cpu().contiguous().clone() for name, t in module.state_dict().items()}))
+    write_atomically(
+        path, save({name: t.detach().cpu().contiguous().clone() for name, t in module.state_dict().items()})
+    )
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ __all__ = ["Data", "Loss", "check_data", "fit"]
 Data = Iterable[Any]
 # (model outputs, teacher outputs, labels or None) -> scalar
 Loss = Callable[[Any, Any, Any], Tensor]
-GATE_LR = 0.05
+GATE_LR = 0.02
 
 
 def default_loss(outputs: Any, taught: Any, labels: Any) -> Tensor:

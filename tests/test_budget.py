@@ -122,6 +122,29 @@ def test_smooth_has_the_staircase_values_at_levels_and_a_slope_on_its_steps() ->
     assert slope.min() > 1e-3
 
 
+def test_the_dense_width_has_a_gradient_and_so_has_more() -> None:
+    """Gates start at the dense widths; from there and, by rounding, from above the budget must be able to pull."""
+    model = staircase()
+    expected = ExpectedLatency(model)
+    inside = torch.tensor([31.5, 39.5, 23.5], requires_grad=True)
+    (slope,) = torch.autograd.grad(expected(inside), inside)
+    dense = torch.tensor([float(n) for n in model.dense.values()], requires_grad=True)
+    (at_dense,) = torch.autograd.grad(expected(dense), dense)
+    assert at_dense.tolist() == pytest.approx(slope.tolist(), rel=0.05)
+
+    class More(Sigmoids):
+        def soft_width(self) -> Tensor:
+            soft = super().soft_width()
+            return soft + (len(self.logits) + 1e-3 - soft).detach()
+
+    gates = {g: More(n) for g, n in model.dense.items()}
+    budget = Budget(gates, model, "60%", steps=9)
+    value = budget.expected_ms()
+    assert value.item() == pytest.approx(model.dense_ms())
+    value.backward()
+    assert all(gate.logits.grad is not None and gate.logits.grad.min() > 0 for gate in gates.values())
+
+
 def test_groups_without_a_gate_are_dense_and_other_shapes_refused() -> None:
     model = staircase()
     expected = ExpectedLatency(model, smooth=False)

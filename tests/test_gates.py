@@ -27,9 +27,7 @@ def test_mask_is_the_formula() -> None:
     logits = torch.tensor([-0.7, 0.1, 1.9, 3.0])
     gate.logit.data.copy_(logits)
     gate.beta.fill_(2.5)
-    expected = [
-        (1 / (1 + math.exp(-2.5 * a))) / (1 / (1 + math.exp(-2.5 * INITIAL_LOGIT))) for a in logits.tolist()
-    ]
+    expected = [(1 / (1 + math.exp(-2.5 * a))) / (1 / (1 + math.exp(-2.5 * INITIAL_LOGIT))) for a in logits.tolist()]
     assert_close(gate(), torch.tensor(expected), 1e-6)
     assert gate.decision().tolist() == [False, True, True, True]
 

@@ -65,9 +65,7 @@ def test_resnet20_before_and_after_folding() -> None:
     """16-32-64 channels on 28x28: stem, three stages of six 3x3 convolutions, 1x1 shortcuts where the width changes."""
     (x,) = example_inputs("resnet20", 2)
     exported = to_onnx(enliven(resnet20(), 0, (x,)), x)
-    convolutions = {
-        init.name: tuple(init.dims) for init in exported.graph.initializer if len(init.dims) == 4
-    }
+    convolutions = {init.name: tuple(init.dims) for init in exported.graph.initializer if len(init.dims) == 4}
     sizes = {16: 28, 32: 14, 64: 7}
     by_hand = sum(o * i * h * w * sizes[o] ** 2 for o, i, h, w in convolutions.values())
     (head,) = [tuple(init.dims) for init in exported.graph.initializer if len(init.dims) == 2]

@@ -31,9 +31,7 @@ def tensor_masks(analysis: Analysis, keeps: Sequence[np.ndarray]) -> dict[tuple[
     return masks
 
 
-def make_plan(
-    analysis: Analysis, kept: Mapping[str, Sequence[int]], inputs: Iterable[InputSpec] = ()
-) -> Plan:
+def make_plan(analysis: Analysis, kept: Mapping[str, Sequence[int]], inputs: Iterable[InputSpec] = ()) -> Plan:
     """The plan that keeps the channels ``kept[group]`` (groups not named stay whole)."""
     keeps = keep_masks(analysis, kept)
     slices = [
@@ -74,12 +72,13 @@ def masks_of_slices(
         theirs = wanted.get(key)
         if theirs is None and named is not None and key[0] not in named:
             continue
-        same = (theirs is None or bool(theirs.all())) if ours is None else theirs is not None and bool((ours == theirs).all())
-        if not same:
+        length = analysis.tensors[key[0]][key[1]]
+        whole = np.ones(length, dtype=bool)
+        if not np.array_equal(whole if ours is None else ours, whole if theirs is None else theirs):
             raise SluiceError(
                 f"the plan does not fit this graph at {key[0]!r} axis {key[1]}: it keeps "
-                f"{'all' if theirs is None else int(theirs.sum())} of {analysis.tensors[key[0]][key[1]]}, the axes tied to it ask for "
-                f"{'all' if ours is None else int(ours.sum())} (or for other indices); make the plan again with `sluice plan`"
+                f"{'all' if theirs is None else int(theirs.sum())} of {length}, the axes tied to it ask for "
+                f"{'all' if ours is None else int(ours.sum())} or for others; make the plan again with `sluice plan`"
             )
     for group, keep in zip(analysis.groups, keeps, strict=True):
         if not keep.any():

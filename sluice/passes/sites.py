@@ -142,7 +142,9 @@ def _exclude(coupling: Coupling, exclude: Sequence[str]) -> None:
             or module_of(key[0]).startswith(pattern + ".")
         ]
         if not hits:
-            raise SluiceError(f"exclude pattern {pattern!r} matches no layer; layers are {[p for p, _ in coupling.producers]}")
+            raise SluiceError(
+                f"exclude pattern {pattern!r} matches no layer; layers are {[p for p, _ in coupling.producers]}"
+            )
         for key in hits:
             coupling.freeze(coupling.axes[key], f"excluded by {pattern!r}")
 

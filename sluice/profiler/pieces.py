@@ -32,9 +32,18 @@ from sluice.passes.rewrite_onnx import cut_graph
 from sluice.passes.sites import Analysis
 from sluice.profiler.shapes import static_graph
 
-__all__ = ["Dissection", "Piece", "add_sources", "build_piece", "dissect", "source_model", "spread_widths", "weight_bytes"]
+__all__ = [
+    "Dissection",
+    "Piece",
+    "add_sources",
+    "build_piece",
+    "dissect",
+    "source_model",
+    "spread_widths",
+    "weight_bytes",
+]
 
-ANCHORS = frozenset("Conv ConvTranspose Gemm MatMul".split())
+ANCHORS = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul"])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -224,15 +233,15 @@ def _composition(analysis: Analysis, value: str) -> tuple[int, dict[str, int], i
     return axis.dim, coefs, int((axis.groups < 0).sum())
 
 
-def _describe(
-    model: onnx.ModelProto, analysis: Analysis, inputs: tuple[str, ...], outputs: tuple[str, ...]
-) -> Piece:
+def _describe(model: onnx.ModelProto, analysis: Analysis, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Piece:
     graph = model.graph
     joined_only = {n for n in inputs if all(node.op_type == "Concat" for node in graph.node if n in node.input)}
     values = [*inputs, *(name for node in graph.node for name in node.output if name)]
     compositions = {v: c for v in values if (c := _composition(analysis, v)) is not None}
     incidence: dict[str, list[tuple[int, int]]] = {}
-    for position, coefs in enumerate(sorted({json.dumps(c[1], sort_keys=True) for v, c in compositions.items() if v not in joined_only})):
+    for position, coefs in enumerate(
+        sorted({json.dumps(c[1], sort_keys=True) for v, c in compositions.items() if v not in joined_only})
+    ):
         for group, coef in json.loads(coefs).items():
             incidence.setdefault(group, []).append((position, coef))
     classes: dict[tuple[tuple[int, int], ...], list[str]] = {}
@@ -269,8 +278,12 @@ def _describe(
     key = hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()[:24]
     anchor = next((n for n in graph.node if n.op_type in ANCHORS), graph.node[0])
     name = next((n for n in anchor.input if n in initial), anchor.output[0]).removesuffix(".weight")
-    epilogue = " + ".join(n.op_type for n in graph.node if n is not anchor and n.output[0] not in _weightless(graph, inputs))
-    kernel_text = "x".join(map(str, initial[anchor.input[1]].dims[2:])) if anchor.input[1:] and anchor.input[1] in initial else ""
+    epilogue = " + ".join(
+        n.op_type for n in graph.node if n is not anchor and n.output[0] not in _weightless(graph, inputs)
+    )
+    kernel_text = (
+        "x".join(map(str, initial[anchor.input[1]].dims[2:])) if anchor.input[1:] and anchor.input[1] in initial else ""
+    )
     into = "x".join(map(str, size(inputs[0]))) if inputs else ""
     out = "x".join(map(str, size(outputs[-1]))) if outputs else ""
     text = f"{anchor.op_type} {kernel_text} {into} -> {out}" + (f" + {epilogue}" if epilogue else "")

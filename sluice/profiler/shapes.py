@@ -52,9 +52,12 @@ def _evaluate(node: onnx.NodeProto, known: dict[str, np.ndarray], opset: int) ->
     graph = helper.make_graph(
         [node],
         "fold",
-        [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(known[n].dtype), known[n].shape) for n in inputs],
+        [
+            helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(known[n].dtype), known[n].shape)
+            for n in inputs
+        ],
         [helper.make_value_info(node.output[0], onnx.TypeProto())],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
-    value = np.asarray(list(ReferenceEvaluator(model).run(None, {name: known[name] for name in inputs}))[0])
+    value = np.asarray(next(iter(ReferenceEvaluator(model).run(None, {name: known[name] for name in inputs}))))
     return value if helper.np_dtype_to_tensor_dtype(value.dtype) in _INTEGERS else None

@@ -61,7 +61,9 @@ def brute(model: LatencyModel, importance: dict[str, np.ndarray]) -> list[tuple[
     for combo in itertools.product(*(model.levels[g] for g in model.dense)):
         widths = dict(zip(model.dense, combo, strict=True))
         # What leaves a group together adds up in amplitude.
-        lost = sum(float(np.sqrt(np.sort(importance[g])[: len(importance[g]) - w]).sum()) ** 2 for g, w in widths.items())
+        lost = sum(
+            float(np.sqrt(np.sort(importance[g])[: len(importance[g]) - w]).sum()) ** 2 for g, w in widths.items()
+        )
         kept = total - lost
         out.append((model.ms(widths), kept / total))
     return out

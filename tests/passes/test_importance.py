@@ -83,8 +83,9 @@ def failing(outputs: Tensor, taught: Tensor, labels: Tensor) -> Tensor:
 
 
 def test_only_so_many_batches_are_read() -> None:
-    few, all_of_them = fisher_scores(gated_of(tiny.model()), data(), batches=2), fisher_scores(
-        gated_of(tiny.model()), data(2)
+    few, all_of_them = (
+        fisher_scores(gated_of(tiny.model()), data(), batches=2),
+        fisher_scores(gated_of(tiny.model()), data(2)),
     )
     assert all(np.array_equal(few[g], all_of_them[g]) for g in few)
     rest = fisher_scores(gated_of(tiny.model()), data())

@@ -35,9 +35,7 @@ def promises(profile: Profile, runner: FakeRunner) -> tuple[list[float], list[fl
 
 
 @pytest.mark.parametrize("cost", [staircase(16), staircase(8, 1.3)], ids=["16", "8"])
-def test_where_times_add_up_the_promise_is_exact(
-    cost: Cost, on_fake: Callable[[FakeRunner], FakeRunner]
-) -> None:
+def test_where_times_add_up_the_promise_is_exact(cost: Cost, on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
     runner = on_fake(FakeRunner(cost))
     profile = profile_onnx(chain([50, 36, 20], batch="N"), batch=2, progress=False)
     promised, engines = promises(profile, runner)
@@ -95,9 +93,7 @@ def test_nothing_to_cut_is_said(on_fake: Callable[[FakeRunner], FakeRunner]) -> 
         profile_onnx(chain([6, 5], batch="N"), batch=2, exclude=["conv0", "conv1"], progress=False)
 
 
-def test_the_bars_tell_all_points(
-    on_fake: Callable[[FakeRunner], FakeRunner], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_bars_tell_all_points(on_fake: Callable[[FakeRunner], FakeRunner], monkeypatch: pytest.MonkeyPatch) -> None:
     bars = []
 
     class Bar:
