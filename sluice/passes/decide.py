@@ -59,7 +59,7 @@ def decide(
 
     Args:
         model: what the widths cost.
-        importance: for every group its channels' scores, shape ``(dense[g],)``, non-negative, on one common scale.
+        importance: for every group its channels' scores, shape ``(dense[g],)``: squared changes of the loss (rule 0).
         target_ms: milliseconds that ``model.ms(widths)`` must not exceed.
         gap: relative distance to the optimum at which the solver may stop.
         time_limit_s: after this many seconds the best widths found so far are returned, with their gap.
@@ -152,7 +152,7 @@ def _solve(
 
 
 def _gains(model: LatencyModel, importance: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Share of the total importance that every level of every group retains, shape ``(len(levels[g]),)``."""
+    """Share of the total that every level of every group retains (rule 0), shape ``(len(levels[g]),)``."""
     sums = {}
     for group, size in model.dense.items():
         if group not in importance:
