@@ -128,13 +128,17 @@ class Budget:
         warmup_fraction: float = 0.4,
         rate: float = 1000.0,
     ) -> None:
+        if not isinstance(latency, LatencyModel) and not hasattr(latency, "latency"):
+            raise SluiceError(
+                f"a budget needs measured latencies, not {latency!r}; "
+                "pass what sluice.profile(model, inputs, table) returns"
+            )
         model = latency if isinstance(latency, LatencyModel) else latency.latency
         self.profile = None if isinstance(latency, LatencyModel) else latency
         self.target = target
         inner = gated.gates if isinstance(gated, nn.Module) else None
         gates: Mapping[str, GateLike] = dict(inner.items()) if isinstance(inner, Gates) else gated  # type: ignore[assignment]
         if isinstance(inner, Gates):
-            inner.listen(self.step)
             steps = steps or inner.steps
         if steps is None:
             raise SluiceError("give steps=, the number of optimizer steps the gates will be trained for")
@@ -161,14 +165,22 @@ class Budget:
         self._parameters = [p for gate in gates.values() for p in gate.parameters() if p.requires_grad]
         if not self._parameters:
             raise SluiceError(f"none of the {len(gates)} gates has a parameter to train; unfreeze them")
+        self._hooks: list[Any] = []
         for index, parameter in enumerate(self._parameters):
-            parameter.register_hook(self._arrival(index))
+            self._hooks.append(parameter.register_hook(self._arrival(index)))
+        if isinstance(inner, Gates):
+            inner.listen(self.step, self.release)
         self._state = {"step": 0.0, "integral": -3.0, "task": 0.0, "ratio": 0.0, "weight": 0.0, "skipped": 0.0}
         self._violation: Tensor | None = None
         self._ratio: list[Tensor] = []
         # Per backward pass: scale of the loss, what the penalty sent, what arrived at every parameter.
         self._arrived: list[tuple[Tensor, Tensor, list[Tensor | None]]] = []
         self._passes = 0
+
+    def release(self) -> None:
+        """Let go of the gates; another budget holds them now."""
+        for hook in self._hooks:
+            hook.remove()
 
     def feasible(self) -> bool:
         """Whether some widths of the gates promise no more than the target."""

@@ -109,7 +109,7 @@ class Gates(nn.Module):
             )
         self.steps = steps
         self.register_buffer("progress", torch.zeros((), dtype=torch.long))
-        self._listeners: list[Callable[[], None]] = []
+        self._listener: tuple[Callable[[], None], Callable[[], None]] | None = None
         self._keys = {site: f"g{index}_{site.replace('.', '_').replace('#', '_')}" for index, site in enumerate(sizes)}
         for site, size in sizes.items():
             self.add_module(self._keys[site], Gate(site, size))
@@ -132,12 +132,16 @@ class Gates(nn.Module):
     def items(self) -> Iterator[tuple[str, Gate]]:
         return ((site, self[site]) for site in self)
 
-    def listen(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` at every `step`: a budget keeps its schedule so."""
-        self._listeners.append(callback)
+    def listen(self, callback: Callable[[], None], release: Callable[[], None]) -> None:
+        """Call ``callback`` at every `step`: a budget keeps its schedule so. A new budget takes the old one's place,
+        whose ``release`` is called.
+        """
+        if self._listener is not None:
+            self._listener[1]()
+        self._listener = (callback, release)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_listeners": []}  # a copy of the gates has no budget
+        return {**self.__dict__, "_listener": None}  # a copy of the gates has no budget
 
     def step(self) -> None:
         """Advance the schedule by one optimizer step."""
@@ -146,8 +150,8 @@ class Gates(nn.Module):
             fraction = min(1.0, float(self.progress) / self.steps)
             for _, gate in self.items():
                 gate.beta.fill_(BETA_MAX ** max(0.0, 2.0 * fraction - 1.0))
-        for callback in self._listeners:
-            callback()
+        if self._listener is not None:
+            self._listener[0]()
 
     def widths(self) -> dict[str, int]:
         return {site: gate.width() for site, gate in self.items()}

@@ -96,6 +96,7 @@ def profile(
     progress: bool = True,
 ) -> Profile:
     """Measure, on this device, what ``table`` does not know yet about the model; see `sluice.profiler.profile_onnx`."""
+    check_precision(model)
     dense = to_onnx(model, example_inputs)
     return profile_onnx(dense, table, batch=batch, target=target, threads=threads, exclude=exclude, progress=progress)
 
@@ -136,7 +137,8 @@ def compress(
     """
     started = time.perf_counter()
     parse_budget(budget, 1.0)  # a typing error is said before anything is measured, and so is the rest of these
-    check_data(model, data, labels=not gate_epochs and loss is default_loss)
+    check_precision(model)
+    check_data(model, data, labels=not gate_epochs and loss is default_loss, loss=loss)
     if out is not None:
         _claim(out)
     dense_onnx = to_onnx(model, example_inputs)
@@ -238,14 +240,16 @@ def finish(
         stripped,
         measured,
     )
+    _same(parity)
     if epochs and data is not None:
         fit(slim, data, epochs=epochs, teacher=reference, loss=loss, lr=lr, progress=progress, name="fine-tune")
     slim_onnx = finalize(to_onnx(slim, _inputs(stripped)))
-    parity = max(parity, _parity(slim, slim, slim_onnx, stripped, measured))
+    exported = _parity(slim, slim, slim_onnx, stripped, measured)
     dense_engine = finalize(dense_onnx)
-    dense_ms, slim_ms = measure_pair(measured, dense_engine, slim_onnx, seed=99)
+    pairs = [measure_pair(measured, dense_engine, slim_onnx, seed=seed) for seed in (97, 98, 99)]
+    dense_ms, slim_ms = sorted(pairs, key=lambda pair: pair[1] / pair[0])[1]  # the median share of dense
     report = _report(
-        measured, settled, dense_ms=dense_ms, slim_ms=slim_ms, parity=parity, budget=budget,
+        measured, settled, dense_ms=dense_ms, slim_ms=slim_ms, parity=max(parity, exported), budget=budget,
         params=(_parameters(stripped), _parameters(slim)), macs=(count_macs(dense_engine), count_macs(slim_onnx)),
         metrics=(None, None) if evaluate is None else (evaluate(reference), evaluate(slim)),
         frozen=gated.meta["analysis"].frozen, seconds=time.perf_counter() - started,
@@ -253,7 +257,22 @@ def finish(
     done = Compressed(slim, settled.plan, slim_onnx, report)
     if out is not None:
         done.save(out)
+    _same(exported)  # last: what was trained is saved even then
     return done
+
+
+def check_precision(model: nn.Module) -> None:
+    """Only float32 is measured so far."""
+    for name, tensor in model.named_parameters():
+        if tensor.dtype != torch.float32:
+            raise SluiceError(
+                f"parameter {name!r} is {tensor.dtype}, only float32 is supported so far; call model.float()"
+            )
+
+
+def _same(worst: float) -> None:
+    if worst > PARITY:
+        raise AssertionError(f"two forms of the slim network differ by {worst:.2e} of the output's scale")
 
 
 def _claim(folder: str | os.PathLike[str]) -> None:
@@ -279,22 +298,15 @@ def _parameters(module: nn.Module) -> int:
 def _parity(
     closed: nn.Module, slim: nn.Module, engine: onnx.ModelProto, captured: fx.GraphModule, measured: Profile
 ) -> float:
-    """Largest relative difference between closed, slim torch and slim ONNX on the example inputs.
-
-    Raises:
-        AssertionError: a rewrite changed the function.
-    """
+    """Largest relative difference between closed, slim torch and slim ONNX on the example inputs."""
     args, kwargs = normalize_inputs(_inputs(captured))
     with torch.no_grad():
-        want = [t.numpy() for t in pytree.tree_leaves(closed(*args, **kwargs)) if isinstance(t, torch.Tensor)]
-        have = [t.numpy() for t in pytree.tree_leaves(slim(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+        want = [t.cpu().numpy() for t in pytree.tree_leaves(closed(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+        have = [t.cpu().numpy() for t in pytree.tree_leaves(slim(*args, **kwargs)) if isinstance(t, torch.Tensor)]
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    feeds = {info.name: t.numpy() for info, t in zip(engine.graph.input, tensors, strict=True)}
+    feeds = {info.name: t.cpu().numpy() for info, t in zip(engine.graph.input, tensors, strict=True)}
     outputs = list(measured.runner().build(engine).run(feeds).values())
-    worst = max(max(relative_error(h, w), relative_error(o, w)) for h, o, w in zip(have, outputs, want, strict=True))
-    if worst > PARITY:
-        raise AssertionError(f"slim and closed networks differ by {worst:.2e} of the output's scale")
-    return worst
+    return max(max(relative_error(h, w), relative_error(o, w)) for h, o, w in zip(have, outputs, want, strict=True))
 
 
 def _report(

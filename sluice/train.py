@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from sluice.budget import Budget
 from sluice.distill import logit_distillation
 from sluice.errors import SluiceError
 from sluice.gates import gate_parameters, other_parameters
 
-__all__ = ["Data", "Loss", "check_data", "fit"]
+__all__ = ["Data", "Loss", "check_data", "fit", "on_device", "split_batch"]
 
 # Batches of (inputs, labels) or of inputs alone; iterated once per epoch.
 Data = Iterable[Any]
@@ -49,13 +50,24 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], Any]:
     raise SluiceError(f"a batch of data is {type(batch).__name__}; make it inputs, or a pair (inputs, labels)")
 
 
-def check_data(model: nn.Module, data: Data, *, labels: bool = False) -> None:
+def on_device(values: Any, model: nn.Module) -> Any:
+    """Tensors moved to where the model is."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device), values)
+
+
+def check_data(model: nn.Module, data: Data, *, labels: bool = False, loss: Loss | None = None) -> None:
     """Run the first batch through a copy of ``model``, so that what does not fit is said before hours of work.
 
+    Args:
+        labels: whether labels are needed.
+        loss: evaluated once, the model as its own teacher; None if nothing is trained.
     Raises:
-        SluiceError: there is no batch, it can be read only once, it has no labels where ``labels`` are needed, or the
-            model refuses it.
+        SluiceError: there is no batch, it can be read only once, it lacks labels, the model or the loss refuses it, or
+            there is nothing to train.
     """
+    if loss is not None and not any(p.requires_grad for p in model.parameters()):
+        raise SluiceError("no parameter of the model requires a gradient, so it cannot be trained; unfreeze some")
     if iter(data) is data:
         raise SluiceError(f"data is a {type(data).__name__}, which can be read only once; give a list or a DataLoader")
     first = next(iter(data), None)
@@ -64,14 +76,20 @@ def check_data(model: nn.Module, data: Data, *, labels: bool = False) -> None:
     inputs, known = split_batch(first)
     if labels and known is None:
         raise SluiceError("scores without training need labels; give batches (inputs, labels), or train the gates")
+    step = "model does not run"
     try:
         with torch.no_grad():
-            copy.deepcopy(model).eval()(*inputs)
+            outputs = copy.deepcopy(model).eval()(*on_device(inputs, model))
+            if loss is not None:
+                step = "loss cannot be taken"
+                loss(outputs, outputs, on_device(known, model))
+    except SluiceError:
+        raise
     except Exception as error:
         shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SluiceError(
-            f"the model does not run on the first batch of data {shapes}: {reason}; give batches as its forward() takes"
+            f"the {step} on the first batch of data {shapes}: {reason}; give batches (inputs, labels) as they need"
         ) from error
 
 
@@ -117,7 +135,7 @@ def fit(
         for epoch in range(epochs):
             before = done
             for batch in data:
-                inputs, labels = split_batch(batch)
+                inputs, labels = on_device(split_batch(batch), model)
                 with torch.no_grad():
                     taught = teacher(*inputs)
                 value = loss(model(*inputs), taught, labels)

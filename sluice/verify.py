@@ -96,6 +96,8 @@ def settle(
             fastest = found
         if slim_ms <= AIM * 1.01 * budget_ms and (best is None or choice.retained >= best.choice.retained):
             best = found
+        if choice.widths == profile.latency.dense and slim_ms <= budget_ms:
+            return found  # nothing has to go
         if ENOUGH * budget_ms <= slim_ms <= AIM * 1.01 * budget_ms:
             break
         change = float(np.clip((AIM + ENOUGH) / 2 * budget_ms / slim_ms, 0.5, 1.15))

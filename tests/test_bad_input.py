@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import sluice
 from sluice.cli import main
@@ -20,6 +21,7 @@ from sluice.passes.importance import fisher_scores
 from sluice.pipeline import compress
 from sluice.plan import Plan
 from sluice.profiler import table as table_module
+from sluice.profiler.pieces import dissect
 from sluice.profiler.profile import fingerprint_here
 from sluice.profiler.table import LatencyTable
 from sluice.train import fit
@@ -377,3 +379,42 @@ def test_the_model_is_not_changed(tmp_path: Path) -> None:
         )  # fmt: skip
     assert model.training
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_a_fixed_batch_is_not_measured_under_another_name() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 3)
+            self.fc = nn.Linear(6 * 49, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.conv(x).relu().view(3, 294))
+
+    with pytest.raises(SluiceError, match="the model fixes its batch: input .* has 3 rows, not 8"):
+        dissect(to_onnx(Fixed().eval(), torch.randn(3, 3, 9, 9)), 8)
+
+
+def test_another_precision_is_refused_before_anything_is_measured() -> None:
+    with pytest.raises(SluiceError, match=r"is torch\.float64, only float32"):
+        sluice.compress(tiny.model().double(), tiny.inputs().double(), budget="50%", data=tiny.data())
+
+
+def test_labels_that_the_loss_cannot_take_are_said_at_once() -> None:
+    wrong = [(x, y + 100) for x, y in tiny.data()]
+    with pytest.raises(SluiceError, match="the loss cannot be taken on the first batch"):
+        sluice.compress(tiny.model(), tiny.inputs(), budget="50%", data=wrong)
+
+
+def test_a_frozen_model_cannot_be_trained() -> None:
+    model = tiny.model()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(SluiceError, match="no parameter of the model requires a gradient"):
+        sluice.compress(model, tiny.inputs(), budget="50%", data=tiny.data())
+
+
+def test_a_budget_needs_measured_latencies() -> None:
+    gated = sluice.insert_gates(tiny.model(), tiny.inputs())
+    with pytest.raises(SluiceError, match="a budget needs measured latencies, not 'table.db'"):
+        sluice.Budget(gated, "table.db", "50%")  # type: ignore[arg-type]

@@ -101,7 +101,7 @@ def test_gates_and_budget_step_with_the_optimizer() -> None:
     logits = {site: gate.logit.detach().clone() for site, gate in gated.gates.items()}
     weights = copy.deepcopy({n: p for n, p in gated.named_parameters() if not n.startswith("gates")})
     teacher = strip_gates(gated)
-    fit(gated, data, epochs=4, teacher=teacher, budget=budget, progress=False)
+    fit(gated, data, epochs=4, teacher=teacher, budget=budget, gate_lr=0.05, progress=False)
     assert int(gated.gates.progress) == budget.state_dict()["step"] == 4 * len(data)
     assert all(not torch.equal(gate.logit, logits[site]) for site, gate in gated.gates.items())
     assert all(float(gate.fisher.sum()) > 0 for _, gate in gated.gates.items())
@@ -167,3 +167,15 @@ def test_schedules() -> None:
     gates = late(8)
     assert [gates(k) for k in (0, 3, 4, 6, 8, 11)] == pytest.approx([1.0, 1.0, 1.0, 0.5, 0.0, 0.0])
     assert cosine(None)(10_000) == late(None)(10_000) == 1.0
+
+
+def test_a_second_budget_takes_the_place_of_the_first() -> None:
+    data = tiny.data()
+    gated = insert_gates(tiny.model(), tiny.inputs(), steps=len(data)).train()
+    first = budget_of(gated, "60%")
+    second = budget_of(gated, "70%")
+    for x, y in data[:3]:
+        (nn.functional.cross_entropy(gated(x), y) + second.penalty()).backward()
+        gated.step()
+    assert second.state_dict()["step"] == 3
+    assert first.state_dict()["step"] == 0

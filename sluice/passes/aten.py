@@ -178,6 +178,7 @@ RULES: dict[str, Rule] = {
     "prelu": _prelu,
     "slice": layout.slice_,
     "narrow": layout.narrow,
+    "glu": layout.glu,
     "select": layout.select,
 }
 

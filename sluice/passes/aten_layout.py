@@ -12,6 +12,7 @@ __all__ = [
     "channel_shuffle",
     "expand",
     "getitem",
+    "glu",
     "like",
     "narrow",
     "permute",
@@ -69,6 +70,16 @@ def narrow(w: Walk, n: fx.Node, a: Args) -> Axis | None:
         return unknown(w, n, a)
     start = a["start"] % len(x.atoms)
     return w.coupling.narrow(x, dim, start, start + a["length"], where(n))
+
+
+def glu(w: Walk, n: fx.Node, a: Args) -> Axis | None:
+    """Channel i of the first half is multiplied by the gate made of channel i of the second: they go together."""
+    x = w.of(a["self"])
+    if x is None or x.dim != a["dim"] % len(w.size(a["self"])):
+        return x
+    half = len(x.atoms) // 2
+    w.coupling.union(x.atoms[:half], x.atoms[half:])
+    return Axis(x.dim, x.atoms[:half])
 
 
 def select(w: Walk, n: fx.Node, a: Args) -> Axis | None:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from sluice.errors import SluiceError
 
-__all__ = ["BatchNorm", "Inputs", "capture", "clone", "normalize_inputs", "set_tensor"]
+__all__ = ["BatchNorm", "Inputs", "capture", "clone", "free_batch", "normalize_inputs", "set_tensor"]
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 MARK = "sluice_capture"
@@ -70,6 +71,7 @@ def capture(model: nn.Module, example_inputs: Inputs, *, dynamic_batch: bool = T
     if isinstance(model, fx.GraphModule) and MARK in model.meta:
         return clone(model)
     args, kwargs = normalize_inputs(example_inputs)
+    kwargs = _in_order(model, kwargs)
     source = copy.deepcopy(model).eval()
     try:
         with torch.no_grad():
@@ -129,12 +131,22 @@ def _owner(module: nn.Module, name: str) -> nn.Module:
     return module.get_submodule(name.rpartition(".")[0])
 
 
-def _export(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> tuple[Any, bool]:
+def _in_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword inputs in the order of ``forward``: the graph may then be called with positional ones as well."""
+    names = list(inspect.signature(model.forward).parameters)
+    return {name: kwargs[name] for name in sorted(kwargs, key=lambda n: names.index(n) if n in names else len(names))}
+
+
+def free_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Inputs to export with, and the ``dynamic_shapes`` that leave their common first axis free.
+
+    A batch of one would be specialised, so it is doubled; all tensors are copies, since export marks the ones it is
+    given as dynamic, for good.
+    """
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 0]
     batch = leaves[0].shape[0] if leaves else 1
 
     def widen(leaf: Any) -> Any:
-        """A batch of one would be specialised; and export marks the tensors it is given as dynamic, for good."""
         if not isinstance(leaf, Tensor):
             return leaf
         batched = leaf.ndim > 0 and leaf.shape[0] == batch
@@ -144,10 +156,14 @@ def _export(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
         batched = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
         return {0: torch.export.Dim.DYNAMIC} if batched else None
 
-    if dynamic and leaves:
+    wide_args, wide_kwargs = pytree.tree_map(widen, (args, kwargs))
+    return wide_args, wide_kwargs, pytree.tree_map(free, kwargs if kwargs else args)
+
+
+def _export(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> tuple[Any, bool]:
+    if dynamic and any(isinstance(leaf, Tensor) and leaf.ndim for leaf in pytree.tree_leaves((args, kwargs))):
         try:
-            wide_args, wide_kwargs = pytree.tree_map(widen, (args, kwargs))
-            shapes: Any = pytree.tree_map(free, kwargs if kwargs else args)
+            wide_args, wide_kwargs, shapes = free_batch(args, kwargs)
             return torch.export.export(source, wide_args, wide_kwargs, dynamic_shapes=shapes, strict=False), True
         except Exception:  # the model fixes its batch size; the static export below says what is wrong otherwise
             pass
@@ -155,8 +171,8 @@ def _export(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
         return torch.export.export(source, args, kwargs, strict=False), False
     except Exception as error:
         raise SluiceError(
-            f"torch.export cannot capture {type(source).__name__}: {_first_line(error)}; "
-            "remove data-dependent Python control flow from its forward()"
+            f"torch.export cannot capture {type(source).__name__}: {_first_line(error)}; change its forward() so that "
+            "torch.export.export(model, inputs, strict=False) succeeds"
         ) from error
 
 

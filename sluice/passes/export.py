@@ -13,12 +13,11 @@ from typing import Any
 
 import onnx
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from sluice.errors import SluiceError
 from sluice.onnx_file import finalize, quiet, save_onnx
-from sluice.passes.capture import MARK, Inputs, capture
+from sluice.passes.capture import MARK, Inputs, capture, free_batch
 
 __all__ = ["export", "finalize", "save_onnx", "to_onnx"]
 
@@ -36,20 +35,7 @@ def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> 
     args, kwargs = mark["args"], mark["kwargs"]
     shapes: Any = None
     if mark["dynamic"]:
-        batch = next(x.shape[0] for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim)
-
-        def widen(x: Any) -> Any:
-            if not isinstance(x, Tensor):
-                return x
-            batched = x.ndim > 0 and x.shape[0] == batch
-            return torch.cat([x, x]) if batched and batch == 1 else x.clone()
-
-        def free(x: Any) -> Any:
-            batched = isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == batch
-            return {0: torch.export.Dim.DYNAMIC} if batched else None
-
-        shapes = pytree.tree_map(free, kwargs if kwargs else args)
-        args, kwargs = pytree.tree_map(widen, (args, kwargs))
+        args, kwargs, shapes = free_batch(args, kwargs)
     names = set(gm.state_dict())
     with quiet():
         program = torch.export.export(gm, args, kwargs, dynamic_shapes=shapes, strict=False)

@@ -139,7 +139,8 @@ def bake(gm: fx.GraphModule, analysis: Analysis, placement: Placement, keeps: li
     for name in placement.norms:
         axis_mask = analysis.values[name].mask(keeps)
         if not axis_mask.all():
-            gm.register_buffer(f"kept_{name}", torch.tensor(axis_mask, dtype=torch.float32), persistent=False)
+            kept = torch.tensor(axis_mask, dtype=torch.float32, device=next(gm.parameters()).device)
+            gm.register_buffer(f"kept_{name}", kept, persistent=False)
             with gm.graph.inserting_before(nodes[name]):
                 mask = gm.graph.get_attr(f"kept_{name}")
             _mask_norm(gm, nodes[name], mask, analysis)
@@ -201,12 +202,11 @@ class _Inserter:
 
     def run(self, placement: Placement) -> None:
         reads = {n: n.target for n in self.gm.graph.nodes if n.op == "get_attr"}
-        uses = {node: list(node.users) for node in reads}
         for param, axis in sorted(placement.refs):
             groups, channels = self._lies_on(param, axis)
             vector = self._expanded(groups, channels)
             for node in [n for n, target in reads.items() if target == param]:
-                self._scale(node, vector, axis, uses)
+                self._scale(node, vector, axis)
         for name in placement.norms:
             value = self.analysis.values[name]
             node = next(n for n in self.gm.graph.nodes if n.name == name)
@@ -222,7 +222,7 @@ class _Inserter:
                     groups[mine], channels[mine] = index, ref.channels[mine]
         return groups, channels
 
-    def _scale(self, node: fx.Node, vector: fx.Node, axis: int, uses: dict[fx.Node, list[fx.Node]]) -> None:
+    def _scale(self, node: fx.Node, vector: fx.Node, axis: int) -> None:
         ndim = len(self.analysis.tensors[str(node.target)])
         last = next((u for u in node.users if u.meta.get(TAG) == "scale"), node)
         while nested := next((u for u in last.users if u.meta.get(TAG) == "scale"), None):
@@ -269,9 +269,10 @@ class _Inserter:
             offset += self.analysis.groups[group].size
         index = np.array([offsets[g] + c if g >= 0 else 0 for g, c in zip(groups, channels, strict=True)])
         name = f"index_{len(self.vectors)}"
-        self.gates.register_buffer(name, torch.tensor(index), persistent=False)
+        device = next(self.gates.parameters()).device
+        self.gates.register_buffer(name, torch.tensor(index, device=device), persistent=False)
         if "one" not in self.gates._buffers:
-            self.gates.register_buffer("one", torch.ones(1), persistent=False)
+            self.gates.register_buffer("one", torch.ones(1, device=device), persistent=False)
         masks = [self._mask(group) for group in present]
         graph = self.gm.graph
         with graph.inserting_before(self.anchor):

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from sluice.errors import SluiceError
 from sluice.gates import Gates
 from sluice.passes.gating import Gated
-from sluice.train import Data, Loss, default_loss, split_batch
+from sluice.train import Data, Loss, default_loss, on_device, split_batch
 
 __all__ = ["fisher_scores", "learned_scores"]
 
@@ -54,7 +54,7 @@ def fisher_scores(
     aside = 0.0
     try:
         for index, batch in enumerate(itertools.islice(data, batches)):
-            inputs, labels = split_batch(batch)
+            inputs, labels = on_device(split_batch(batch), gated)
             with torch.no_grad():
                 taught = teacher(*inputs) if teacher is not None else None
             if teacher is not None and index == 0:

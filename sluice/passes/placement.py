@@ -100,6 +100,7 @@ _ZERO_PRESERVING = frozenset(
         "split",
         "split_with_sizes",
         "slice",
+        "glu",
         "narrow",
         "select",
         "expand",

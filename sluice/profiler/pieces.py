@@ -25,6 +25,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from sluice.errors import SluiceError
 from sluice.latency import Extent
 from sluice.passes.onnx_axes import analyze_onnx, attributes
 from sluice.passes.resolve import tensor_masks
@@ -83,6 +84,13 @@ class Dissection:
 
 def dissect(model: onnx.ModelProto, batch: int, exclude: Sequence[str] = ()) -> Dissection:
     """All pieces of a dense model with named initialisers."""
+    for info in model.graph.input:
+        first = next(iter(info.type.tensor_type.shape.dim), None)
+        if first is not None and first.HasField("dim_value") and first.dim_value != batch and _is_static(model):
+            raise SluiceError(
+                f"the model fixes its batch: input {info.name!r} has {first.dim_value} rows, not {batch}; profile it "
+                f"at batch={first.dim_value}, or change its forward() so that the batch stays free"
+            )
     static = static_graph(model, batch)
     analysis = analyze_onnx(static, exclude)
     graph = static.graph
@@ -136,6 +144,11 @@ def dissect(model: onnx.ModelProto, batch: int, exclude: Sequence[str] = ()) -> 
             piece = replace(piece, name=f"{piece.name}#{times[piece.name]}")
         pieces.append(piece)
     return Dissection(static, analysis, tuple(pieces))
+
+
+def _is_static(model: onnx.ModelProto) -> bool:
+    dims = [dim for info in model.graph.input for dim in info.type.tensor_type.shape.dim]
+    return all(dim.HasField("dim_value") for dim in dims)
 
 
 def build_piece(dissection: Dissection, piece: Piece, widths: Mapping[str, int]) -> onnx.ModelProto:

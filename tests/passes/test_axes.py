@@ -214,6 +214,7 @@ CASES = [
     Case("slice", lambda y: y[:, 1:-2], after=wide(3)),
     Case("slice beside", lambda y: y[:, :, 1:-2]),
     Case("slice with steps", lambda y: y[:, ::2], after=wide(3), frozen="every 2th channel"),
+    Case("glu", lambda y: aten.glu(y, 1), after=wide(3)),
     Case("narrow", lambda y: aten.narrow(y, 1, 2, 3), after=wide(3)),
     Case("narrow from the end", lambda y: aten.narrow(y, 1, -4, 3), after=wide(3)),
     Case("select", lambda y: y.select(3, 2)[..., None]),
@@ -306,7 +307,6 @@ CASES = [
     # no rule
     Case("flip", lambda y: y.flip(1), frozen="unknown operator flip"),
     Case("roll", lambda y: y.roll(1, 1), frozen="unknown operator roll"),
-    Case("glu", lambda y: F.glu(y, 1), after=wide(3), frozen="unknown operator glu"),
     Case("index", lambda y: y[:, [5, 3, 1, 0]], after=wide(4), frozen="unknown operator index"),
 ]  # fmt: skip
 IDS = [case.name for case in CASES]

@@ -180,3 +180,23 @@ class Branching(nn.Module):
 def test_control_flow_on_data() -> None:
     with pytest.raises(SluiceError, match=r"torch\.export cannot capture Branching"):
         capture(Branching(), torch.rand(2, 3))
+
+
+class TwoBranches(nn.Module):
+    """Inputs of one shape that are treated differently."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(5, 7)
+        self.two = nn.Linear(5, 7)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.one(left).relu() - 3 * self.two(right)
+
+
+def test_keyword_inputs_in_any_order_do_not_swap_positional_ones() -> None:
+    model = TwoBranches().eval()
+    left, right = torch.randn(3, 5), torch.randn(3, 5)
+    gm = capture(model, {"right": right, "left": left})
+    assert_close(gm(left, right), model(left, right))
+    assert_close(gm(right=right, left=left), model(left, right))
