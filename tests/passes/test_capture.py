@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from sluice.errors import SluiceError
 from sluice.passes.capture import BatchNorm, capture, clone
+from sluice.passes.gating import insert_gates, strip_gates
 from sluice.runtime.compare import assert_close
 from tests.networks import NETWORKS, build
 
@@ -189,14 +190,19 @@ class TwoBranches(nn.Module):
         super().__init__()
         self.one = nn.Linear(5, 7)
         self.two = nn.Linear(5, 7)
+        self.out = nn.Linear(7, 3)
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        return self.one(left).relu() - 3 * self.two(right)
+        return self.out(self.one(left).relu() - 3 * self.two(right))
 
 
 def test_keyword_inputs_in_any_order_do_not_swap_positional_ones() -> None:
+    """Training loops pass batches by position, whatever the example inputs were."""
     model = TwoBranches().eval()
     left, right = torch.randn(3, 5), torch.randn(3, 5)
-    gm = capture(model, {"right": right, "left": left})
-    assert_close(gm(left, right), model(left, right))
-    assert_close(gm(right=right, left=left), model(left, right))
+    example = {"right": right, "left": left}
+    gated = insert_gates(model, example)
+    assert_close(gated(left, right), model(left, right))
+    assert_close(gated(right=right, left=left), model(left, right))
+    assert_close(strip_gates(gated)(left, right), model(left, right))
+    assert_close(capture(model, example)(right=right, left=left), model(left, right))
