@@ -11,21 +11,21 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from sluice.budget import Budget, parse_budget
 from sluice.errors import SluiceError
 from sluice.files import write_atomically
 from sluice.macs import count_macs
 from sluice.onnx_file import finalize, save_onnx
-from sluice.passes.capture import MARK, Inputs, normalize_inputs
+from sluice.outcome import captured_inputs, count_parameters, make_report, parity
+from sluice.passes.capture import Inputs
 from sluice.passes.decide import decide
 from sluice.passes.export import to_onnx
 from sluice.passes.gating import Gated, close_gates, insert_gates, strip_gates
@@ -35,11 +35,10 @@ from sluice.passes.rewrite_onnx import rewrite_onnx
 from sluice.passes.rewrite_torch import rewrite_torch
 from sluice.plan import Plan
 from sluice.profiler.profile import Profile, profile_onnx
-from sluice.report import GroupRow, PieceRow, Report
-from sluice.runtime.compare import relative_error
+from sluice.report import Report
 from sluice.store import input_specs, save_weights
 from sluice.train import Data, Loss, check_data, default_loss, fit
-from sluice.verify import Settled, measure_pair, settle
+from sluice.verify import measure_pair, settle
 
 __all__ = ["Compressed", "Proposal", "compress", "finish", "profile", "propose"]
 
@@ -230,27 +229,28 @@ def finish(
     scores = importance if importance is not None else learned_scores(gated.gates)
     stripped = strip_gates(gated).eval()
     reference = teacher if teacher is not None else stripped
-    dense_onnx = to_onnx(stripped, _inputs(stripped))
+    dense_onnx = to_onnx(stripped, captured_inputs(stripped))
     settled = settle(measured, gated.meta["analysis"], scores, budget.target, dense_onnx, input_specs(stripped))
-    slim = rewrite_torch(stripped, settled.plan, _inputs(stripped)).eval()
-    parity = _parity(
+    slim = rewrite_torch(stripped, settled.plan, captured_inputs(stripped)).eval()
+    closed = parity(
         close_gates(gated, settled.kept).eval(),
         slim,
         finalize(rewrite_onnx(dense_onnx, settled.plan)),
         stripped,
         measured,
     )
-    _same(parity)
+    _same(closed)
     if epochs and data is not None:
         fit(slim, data, epochs=epochs, teacher=reference, loss=loss, lr=lr, progress=progress, name="fine-tune")
-    slim_onnx = finalize(to_onnx(slim, _inputs(stripped)))
-    exported = _parity(slim, slim, slim_onnx, stripped, measured)
+    slim_onnx = finalize(to_onnx(slim, captured_inputs(stripped)))
+    exported = parity(slim, slim, slim_onnx, stripped, measured)
     dense_engine = finalize(dense_onnx)
     pairs = [measure_pair(measured, dense_engine, slim_onnx, seed=seed) for seed in (97, 98, 99)]
     dense_ms, slim_ms = sorted(pairs, key=lambda pair: pair[1] / pair[0])[1]  # the median share of dense
-    report = _report(
-        measured, settled, dense_ms=dense_ms, slim_ms=slim_ms, parity=max(parity, exported), budget=budget,
-        params=(_parameters(stripped), _parameters(slim)), macs=(count_macs(dense_engine), count_macs(slim_onnx)),
+    report = make_report(
+        measured, settled, dense_ms=dense_ms, slim_ms=slim_ms, worst=max(closed, exported), budget=budget,
+        params=(count_parameters(stripped), count_parameters(slim)),
+        macs=(count_macs(dense_engine), count_macs(slim_onnx)),
         metrics=(None, None) if evaluate is None else (evaluate(reference), evaluate(slim)),
         frozen=gated.meta["analysis"].frozen, seconds=time.perf_counter() - started,
     )  # fmt: skip
@@ -282,64 +282,5 @@ def _claim(folder: str | os.PathLike[str]) -> None:
     probe.unlink()
 
 
-def _inputs(gm: fx.GraphModule) -> Inputs:
-    mark = gm.meta[MARK]
-    return mark["kwargs"] if mark["kwargs"] else mark["args"]
-
-
 def _length(data: Data) -> int:
     return len(data) if hasattr(data, "__len__") else sum(1 for _ in data)  # type: ignore[arg-type]
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def _parity(
-    closed: nn.Module, slim: nn.Module, engine: onnx.ModelProto, captured: fx.GraphModule, measured: Profile
-) -> float:
-    """Largest relative difference between closed, slim torch and slim ONNX on the example inputs."""
-    args, kwargs = normalize_inputs(_inputs(captured))
-    with torch.no_grad():
-        want = [t.cpu().numpy() for t in pytree.tree_leaves(closed(*args, **kwargs)) if isinstance(t, torch.Tensor)]
-        have = [t.cpu().numpy() for t in pytree.tree_leaves(slim(*args, **kwargs)) if isinstance(t, torch.Tensor)]
-    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    feeds = {info.name: t.cpu().numpy() for info, t in zip(engine.graph.input, tensors, strict=True)}
-    outputs = list(measured.runner().build(engine).run(feeds).values())
-    return max(max(relative_error(h, w), relative_error(o, w)) for h, o, w in zip(have, outputs, want, strict=True))
-
-
-def _report(
-    measured: Profile, settled: Settled, *, dense_ms: float, slim_ms: float, parity: float, budget: Budget,
-    params: tuple[int, int], macs: tuple[int, int], metrics: tuple[float | None, float | None],
-    frozen: Mapping[str, str], seconds: float,
-) -> Report:  # fmt: skip
-    latency, widths = measured.latency, dict(settled.choice.widths)
-    descriptions = {p.name: p.description for p in measured.dissection.pieces}
-    rows = [
-        PieceRow(
-            t.name, descriptions.get(t.name, "joint"), 1, t.weight * t.at(latency.dense), t.weight * t.at(widths),
-            tuple(int(e.at(latency.dense)) for e in t.extents), tuple(int(e.at(widths)) for e in t.extents),
-        )
-        for t in latency.terms
-    ]  # fmt: skip
-    return Report(
-        budget_ms=parse_budget(budget.target, dense_ms),
-        dense_ms=dense_ms,
-        promised_ms=settled.choice.promised_ms,
-        measured_ms=slim_ms,
-        parity_max_rel=parity,
-        params_dense=params[0],
-        params_slim=params[1],
-        macs_dense=macs[0],
-        macs_slim=macs[1],
-        metric_dense=metrics[0],
-        metric_slim=metrics[1],
-        seconds=seconds,
-        rounds=settled.rounds,
-        fingerprint=asdict(measured.fingerprint),
-        pieces=tuple(rows),
-        groups=tuple(GroupRow(g, n, widths[g]) for g, n in latency.dense.items()),
-        skipped=tuple(frozen.items()),
-        error=dict(latency.error),
-    )

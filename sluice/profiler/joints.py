@@ -7,7 +7,7 @@ is made. For a tensor t between its producer p and its consumers c_1 ... c_k
 
 with all widths other than t's small, so that the difference is not lost in large numbers. Only t is connected; other
 tensors that the pieces share stay borders, they have joints of their own. Inputs that need a source have one, in the
-parts and in the whole (`sluice.profiler.pieces`, rule 5), so that all that differs is t. Sum over pieces minus sum over
+parts and in the whole (`sluice.profiler.sources`), so that all that differs is t. Sum over pieces minus sum over
 joints is the cluster expansion of the latency up to its second term.
 """
 
@@ -21,7 +21,8 @@ import onnx
 from onnx import helper
 
 from sluice.latency import Extent
-from sluice.profiler.pieces import Dissection, Piece, add_sources, build_piece
+from sluice.profiler.pieces import Dissection, Piece, build_piece
+from sluice.profiler.sources import add_sources
 
 __all__ = ["Joint", "find_joints", "joint_models", "joint_widths"]
 

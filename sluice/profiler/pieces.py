@@ -8,10 +8,7 @@
 3. The *key* is a hash of the structure with extents as symbols: operators, attributes, fixed sizes, batch. Equal
    pieces, in one network or in several, are timed once.
 4. A piece at given widths is the same sub-graph, cut by the rewriter that will cut the whole graph.
-5. Runtimes lay activations out in blocks, and fuse a residual add only if both operands are laid out so. An input
-   that meets such an operator directly would arrive plain, as it never does in the whole graph; it is therefore made
-   inside the piece by a *source*, a 1x1 convolution of one channel, whose own time is subtracted:
-   ``T(piece) = T(piece with sources) - sum T(source)``.
+5. Inputs that meet an operator other than an anchor are made by a source (`sluice.profiler.sources`).
 """
 
 from __future__ import annotations
@@ -36,10 +33,8 @@ from sluice.profiler.shapes import static_graph
 __all__ = [
     "Dissection",
     "Piece",
-    "add_sources",
     "build_piece",
     "dissect",
-    "source_model",
     "spread_widths",
     "weight_bytes",
 ]
@@ -165,37 +160,6 @@ def weight_bytes(dissection: Dissection, piece: Piece, widths: Mapping[str, int]
             kept = [int(masks[(init.name, k)].sum()) if (init.name, k) in masks else n for k, n in enumerate(init.dims)]
             total += 4 * int(np.prod(kept))
     return total
-
-
-def add_sources(model: onnx.ModelProto, names: Sequence[str]) -> tuple[onnx.ModelProto, list[tuple[int, ...]]]:
-    """The model with the named inputs made by sources (rule 5), and the shapes of those."""
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    shapes: list[tuple[int, ...]] = []
-    for info in result.graph.input:
-        shape = tuple(d.dim_value for d in info.type.tensor_type.shape.dim)
-        if info.name in names and len(shape) >= 3:
-            nodes, seed, weight = _source(info.name, shape)
-            info.CopyFrom(seed)
-            result.graph.node.insert(0, nodes)
-            result.graph.initializer.append(weight)
-            shapes.append(shape)
-    return result, shapes
-
-
-def source_model(shape: tuple[int, ...]) -> onnx.ModelProto:
-    """A source on its own, for its time."""
-    node, seed, weight = _source("x", shape)
-    output = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)
-    graph = helper.make_graph([node], "source", [seed], [output], [weight])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-
-
-def _source(name: str, shape: tuple[int, ...]) -> tuple[onnx.NodeProto, onnx.ValueInfoProto, onnx.TensorProto]:
-    seed = helper.make_tensor_value_info(f"{name}:seed", onnx.TensorProto.FLOAT, (shape[0], 1, *shape[2:]))
-    values = np.random.default_rng(0).standard_normal((shape[1], 1, *[1] * (len(shape) - 2)))
-    weight = numpy_helper.from_array(values.astype(np.float32), f"{name}:source")
-    return helper.make_node("Conv", [seed.name, weight.name], [name]), seed, weight
 
 
 def spread_widths(piece: Piece, values: Sequence[int], sizes: Mapping[str, int]) -> dict[str, int]:

@@ -21,7 +21,8 @@ import numpy as np
 
 from sluice.profiler.joints import Joint, find_joints, joint_models, joint_widths
 from sluice.profiler.measure import Anchor, Measurement, measure
-from sluice.profiler.pieces import Dissection, Piece, add_sources, build_piece, source_model, spread_widths
+from sluice.profiler.pieces import Dissection, Piece, build_piece, spread_widths
+from sluice.profiler.sources import add_sources, source_model
 from sluice.profiler.table import LatencyTable
 from sluice.runtime.runner import Runner, Session
 

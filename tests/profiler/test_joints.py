@@ -10,7 +10,8 @@ import pytest
 from sluice import models
 from sluice.passes.export import to_onnx
 from sluice.profiler.joints import SMALL, find_joints, joint_models, joint_widths
-from sluice.profiler.pieces import Dissection, add_sources, build_piece, dissect
+from sluice.profiler.pieces import Dissection, build_piece, dissect
+from sluice.profiler.sources import add_sources
 from sluice.runtime.compare import assert_close
 from sluice.runtime.ort import OrtRunner
 from tests.device import chain

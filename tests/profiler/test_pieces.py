@@ -15,17 +15,8 @@ from sluice import models
 from sluice.latency import Extent
 from sluice.passes.export import to_onnx
 from sluice.passes.rewrite_onnx import cut_graph
-from sluice.profiler.pieces import (
-    ANCHORS,
-    Dissection,
-    Piece,
-    add_sources,
-    build_piece,
-    dissect,
-    source_model,
-    spread_widths,
-    weight_bytes,
-)
+from sluice.profiler.pieces import ANCHORS, Dissection, Piece, build_piece, dissect, spread_widths, weight_bytes
+from sluice.profiler.sources import add_sources, source_model
 from sluice.runtime.compare import assert_close
 from sluice.runtime.ort import OrtRunner
 from tests.device import chain

@@ -1,0 +1,48 @@
+"""Sources: how a piece gets an input in the layout it has inside the whole graph.
+
+Runtimes lay activations out in blocks, and fuse a residual add only if both operands are laid out so. An input that
+meets such an operator directly would arrive plain, as it never does in the whole graph; it is therefore made inside
+the piece by a *source*, a 1x1 convolution of one channel, whose own time is subtracted:
+``T(piece) = T(piece with sources) - sum T(source)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+__all__ = ["add_sources", "source_model"]
+
+
+def add_sources(model: onnx.ModelProto, names: Sequence[str]) -> tuple[onnx.ModelProto, list[tuple[int, ...]]]:
+    """The model with the named inputs made by sources (rule 5), and the shapes of those."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    shapes: list[tuple[int, ...]] = []
+    for info in result.graph.input:
+        shape = tuple(d.dim_value for d in info.type.tensor_type.shape.dim)
+        if info.name in names and len(shape) >= 3:
+            nodes, seed, weight = _source(info.name, shape)
+            info.CopyFrom(seed)
+            result.graph.node.insert(0, nodes)
+            result.graph.initializer.append(weight)
+            shapes.append(shape)
+    return result, shapes
+
+
+def source_model(shape: tuple[int, ...]) -> onnx.ModelProto:
+    """A source on its own, for its time."""
+    node, seed, weight = _source("x", shape)
+    output = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)
+    graph = helper.make_graph([node], "source", [seed], [output], [weight])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def _source(name: str, shape: tuple[int, ...]) -> tuple[onnx.NodeProto, onnx.ValueInfoProto, onnx.TensorProto]:
+    seed = helper.make_tensor_value_info(f"{name}:seed", onnx.TensorProto.FLOAT, (shape[0], 1, *shape[2:]))
+    values = np.random.default_rng(0).standard_normal((shape[1], 1, *[1] * (len(shape) - 2)))
+    weight = numpy_helper.from_array(values.astype(np.float32), f"{name}:source")
+    return helper.make_node("Conv", [seed.name, weight.name], [name]), seed, weight
