@@ -36,6 +36,7 @@ from sluice.passes.rewrite_torch import rewrite_torch
 from sluice.plan import Plan
 from sluice.profiler.profile import Profile, profile_onnx
 from sluice.report import Report
+from sluice.stages import stage
 from sluice.store import input_specs, save_weights
 from sluice.train import Data, Loss, check_data, default_loss, fit
 from sluice.verify import measure_pair, settle
@@ -96,7 +97,8 @@ def profile(
 ) -> Profile:
     """Measure, on this device, what ``table`` does not know yet about the model; see `sluice.profiler.profile_onnx`."""
     check_precision(model)
-    dense = to_onnx(model, example_inputs)
+    with stage("export", progress):
+        dense = to_onnx(model, example_inputs)
     return profile_onnx(dense, table, batch=batch, target=target, threads=threads, exclude=exclude, progress=progress)
 
 
@@ -140,7 +142,8 @@ def compress(
     check_data(model, data, labels=not gate_epochs and loss is default_loss, loss=loss)
     if out is not None:
         _claim(out)
-    dense_onnx = to_onnx(model, example_inputs)
+    with stage("export", progress):
+        dense_onnx = to_onnx(model, example_inputs)
     measured = profile_onnx(
         dense_onnx, table, batch=batch, target=target, threads=threads, exclude=exclude, progress=progress
     )
@@ -229,8 +232,9 @@ def finish(
     scores = importance if importance is not None else learned_scores(gated.gates)
     stripped = strip_gates(gated).eval()
     reference = teacher if teacher is not None else stripped
-    dense_onnx = to_onnx(stripped, captured_inputs(stripped))
-    settled = settle(measured, gated.meta["analysis"], scores, budget.target, dense_onnx, input_specs(stripped))
+    with stage("decide and verify on engines", progress):
+        dense_onnx = to_onnx(stripped, captured_inputs(stripped))
+        settled = settle(measured, gated.meta["analysis"], scores, budget.target, dense_onnx, input_specs(stripped))
     slim = rewrite_torch(stripped, settled.plan, captured_inputs(stripped)).eval()
     closed = parity(
         close_gates(gated, settled.kept).eval(),
@@ -242,11 +246,11 @@ def finish(
     _same(closed)
     if epochs and data is not None:
         fit(slim, data, epochs=epochs, teacher=reference, loss=loss, lr=lr, progress=progress, name="fine-tune")
-    slim_onnx = finalize(to_onnx(slim, captured_inputs(stripped)))
-    exported = parity(slim, slim, slim_onnx, stripped, measured)
-    dense_engine = finalize(dense_onnx)
-    pairs = [measure_pair(measured, dense_engine, slim_onnx, seed=seed) for seed in (97, 98, 99)]
-    dense_ms, slim_ms = sorted(pairs, key=lambda pair: pair[1] / pair[0])[1]  # the median share of dense
+    with stage("export and measure", progress):
+        slim_onnx = finalize(to_onnx(slim, captured_inputs(stripped)))
+        exported = parity(slim, slim, slim_onnx, stripped, measured)
+        dense_engine = finalize(dense_onnx)
+        dense_ms, slim_ms = measure_pair(measured, dense_engine, slim_onnx, seed=99)
     report = make_report(
         measured, settled, dense_ms=dense_ms, slim_ms=slim_ms, worst=max(closed, exported), budget=budget,
         params=(count_parameters(stripped), count_parameters(slim)),
