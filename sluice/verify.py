@@ -86,13 +86,12 @@ def settle(
         SluiceError: the budget cannot be met.
     """
     dense_engine = finalize(dense)
-    target_ms: float | None = None
+    target_ms = AIM * parse_budget(budget, profile.latency.dense_ms())
+    least = least_ms(profile.latency).promised_ms
     best: Settled | None = None
     fastest: Settled | None = None
     for attempt in range(1, ROUNDS + 1):
-        if target_ms is None:
-            target_ms = AIM * parse_budget(budget, profile.latency.dense_ms())
-        choice = decide(profile.latency, importance, max(target_ms, least_ms(profile.latency).promised_ms))
+        choice = decide(profile.latency, importance, max(target_ms, least))
         kept = choice.kept(importance)
         plan = make_plan(analysis, kept, inputs)
         dense_ms, slim_ms = measure_pair(profile, dense_engine, finalize(rewrite_onnx(dense, plan)), seed=attempt)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sluice import models
 from sluice.models import enliven
 from sluice.passes.sites import Analysis
 
@@ -333,6 +334,14 @@ def build(name: str, batch: int = 3) -> tuple[nn.Module, tuple[Tensor, ...]]:
         model = factory()
         inputs = tuple(torch.randn(batch, *shape) for shape in shapes)
     return enliven(model, 0, inputs), inputs
+
+
+def any_network(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A small network of this module, or a reference network of ``sluice.models`` with every channel alive."""
+    if name in NETWORKS:
+        return build(name)
+    inputs = models.example_inputs(name, 2)
+    return enliven(getattr(models, name)(), 0, inputs), inputs
 
 
 def random_kept(analysis: Analysis, seed: int) -> dict[str, list[int]]:

@@ -23,6 +23,7 @@ from sluice.gates import Gates
 from sluice.passes.aten import analyze
 from sluice.passes.capture import MARK, Inputs, capture, clone
 from sluice.passes.placement import Placement, place_gates
+from sluice.passes.resolve import tensor_masks
 from sluice.passes.sites import Analysis, keep_masks
 from sluice.passes.walk import arguments, operator_name
 
@@ -131,9 +132,10 @@ def bake(gm: fx.GraphModule, analysis: Analysis, placement: Placement, keeps: li
     """A copy of a captured graph whose removed channels carry nothing."""
     gm = clone(gm)
     state = gm.state_dict(keep_vars=True)
+    masks = tensor_masks(analysis, keeps)
     with torch.no_grad():
-        for param, axis in placement.refs:
-            vector = torch.tensor(_vector(analysis, param, axis, keeps), dtype=state[param].dtype)
+        for param, axis in placement.refs & masks.keys():  # the others lose nothing
+            vector = torch.tensor(masks[(param, axis)], dtype=state[param].dtype)
             state[param].mul_(_along(vector, state[param].ndim, axis).to(state[param].device))
     nodes = {node.name: node for node in gm.graph.nodes}
     for name in placement.norms:
@@ -147,18 +149,6 @@ def bake(gm: fx.GraphModule, analysis: Analysis, placement: Placement, keeps: li
     gm.meta.pop(MARK, None)
     gm.recompile()
     return gm
-
-
-def _vector(analysis: Analysis, param: str, axis: int, keeps: list[np.ndarray]) -> np.ndarray:
-    vector: np.ndarray | None = None
-    for group, keep in zip(analysis.groups, keeps, strict=True):
-        for ref in group.refs:
-            if (ref.param, ref.axis) == (param, axis):
-                vector = np.ones(len(ref.channels)) if vector is None else vector
-                mine = ref.channels >= 0
-                vector[mine] *= keep[ref.channels[mine]]
-    assert vector is not None
-    return vector
 
 
 def _along(vector: Tensor, ndim: int, axis: int) -> Tensor:

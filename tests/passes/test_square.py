@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from sluice import models
 from sluice.passes.aten import analyze
 from sluice.passes.capture import capture
 from sluice.passes.export import finalize, to_onnx
@@ -22,7 +21,7 @@ from sluice.passes.rewrite_torch import rewrite_torch
 from sluice.passes.sites import Analysis
 from sluice.runtime.compare import assert_close
 from sluice.runtime.ort import OrtRunner
-from tests.networks import NETWORKS, build, random_kept
+from tests.networks import NETWORKS, any_network, random_kept
 
 REFERENCE = ("resnet20", "resnet56", "vgg16_bn", "mobilenet_v2", "densenet", "se_resnet", "resnet1d")
 QUICK = ("plain", "norms", "splits", "shuffle", "crepe", "grouped", "in_place")
@@ -54,11 +53,7 @@ class Corner:
 def corner() -> Callable[[str], Corner]:
     @functools.cache
     def make(name: str) -> Corner:
-        if name in NETWORKS:
-            model, inputs = build(name)
-        else:
-            inputs = models.example_inputs(name, 2)
-            model = models.enliven(getattr(models, name)(), 0, inputs)
+        model, inputs = any_network(name)
         dense = capture(model, inputs)
         return Corner(dense, inputs, analyze(dense), to_onnx(dense, inputs))
 

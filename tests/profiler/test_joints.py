@@ -7,7 +7,6 @@ import numpy as np
 import onnx
 import pytest
 
-from sluice import models
 from sluice.passes.export import to_onnx
 from sluice.profiler.joints import SMALL, find_joints, joint_models, joint_widths
 from sluice.profiler.pieces import Dissection, build_piece, dissect
@@ -15,7 +14,7 @@ from sluice.profiler.sources import add_sources
 from sluice.runtime.compare import assert_close
 from sluice.runtime.ort import OrtRunner
 from tests.device import chain
-from tests.networks import NETWORKS, build
+from tests.networks import any_network
 
 NAMES = [
     "splits",
@@ -27,11 +26,7 @@ NAMES = [
 
 @cache
 def dissection_of(name: str) -> Dissection:
-    if name in NETWORKS:
-        model, inputs = build(name)
-    else:
-        inputs = models.example_inputs(name, 2)
-        model = models.enliven(getattr(models, name)(), 0, inputs)
+    model, inputs = any_network(name)
     return dissect(to_onnx(model, inputs), len(inputs[0]))
 
 

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
-from sluice import models
 from sluice.latency import Extent
 from sluice.passes.export import to_onnx
 from sluice.passes.rewrite_onnx import cut_graph
@@ -20,7 +19,7 @@ from sluice.profiler.sources import add_sources, source_model
 from sluice.runtime.compare import assert_close
 from sluice.runtime.ort import OrtRunner
 from tests.device import chain
-from tests.networks import NETWORKS, build
+from tests.networks import NETWORKS, any_network
 
 QUICK = ("splits", "concat", "grouped", "tokens", "squeeze_excite", "in_place", "resnet20")
 SLOW = (*(n for n in NETWORKS if n not in (*QUICK, "sequence1d")), "mobilenet_v2", "densenet", "se_resnet")
@@ -37,11 +36,7 @@ class Case:
 def case() -> Callable[[str], Case]:
     @functools.cache
     def make(name: str) -> Case:
-        if name in NETWORKS:
-            model, inputs = build(name)
-        else:
-            inputs = models.example_inputs(name, 2)
-            model = models.enliven(getattr(models, name)(), 0, inputs)
+        model, inputs = any_network(name)
         exported = to_onnx(model, inputs)
         feeds = {info.name: x.numpy() for info, x in zip(exported.graph.input, inputs, strict=True)}
         return Case(dissect(exported, len(inputs[0])), feeds)
