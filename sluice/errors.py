@@ -6,8 +6,12 @@ prints it and exits with status 1; every other exception is a fault of this pack
 
 from __future__ import annotations
 
-__all__ = ["SluiceError"]
+__all__ = ["SluiceError", "Unreachable"]
 
 
 class SluiceError(Exception):
     """A mistake of the user's that the message explains and tells how to mend."""
+
+
+class Unreachable(SluiceError):
+    """A budget below what any configuration reaches."""

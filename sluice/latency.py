@@ -1,14 +1,19 @@
-"""The latency of a network as a function of its widths, assembled from measured pieces.
+"""The latency of a network as a function of its configuration, assembled from measured pieces.
 
-For kept widths ``w[g]`` of every axis group ``g`` the promise is
+A configuration ``w`` gives every site a value: a *width* (channels of an axis group, rank of a factorised weight) or a
+*switch*, 0 or 1 (this layer dense, this layer factorised in that form, this block dropped, this segment merged). The
+promise is
 
-    T(w) = intercept + slope * sum_t  weight_t * ms_t(extent_t1(w), extent_t2(w), ...)        [milliseconds]
+    T(w) = intercept + slope * sum_t  weight_t * on_t(w) * ms_t(extent_t1(w), extent_t2(w), ...)        [milliseconds]
 
 1. A *term* t is a piece of the graph (``weight = number of times it occurs``) or a joint, what neighbours save
-   when they run together (negative weight).
+   when they run together (negative weight). ``on_t`` is the sum of the switches under which it exists, 1 where it
+   names none; of those at most one is set.
 2. An *extent* is the size of one tensor dimension, affine in the widths: ``const + sum_g coef_g * w_g``
    (several groups where tensors are concatenated, coefficient > 1 after a flatten).
 3. ``ms_t`` is known at the points of a rectangular grid (``knots``) and multilinear in between, constant beyond.
+
+4. A *rule* is a linear equation between switches, above all "exactly one of these".
 
 Everything here is frozen and needs numpy only: the same value drives the budget of the training loss, the
 solver and the report.
@@ -23,7 +28,7 @@ import numpy as np
 
 from sluice.errors import SluiceError
 
-__all__ = ["Extent", "LatencyModel", "Term"]
+__all__ = ["Extent", "LatencyModel", "Rule", "Term"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +55,14 @@ class Term:
     knots: tuple[np.ndarray, ...]
     ms: np.ndarray
     weight: float = 1.0
+    when: tuple[str, ...] = ()
+
+    def on(self, widths: Mapping[str, float]) -> float:
+        """Whether the term exists: the sum of its switches, 1 without any."""
+        return sum(widths[s] for s in self.when) if self.when else 1.0
 
     def at(self, widths: Mapping[str, float]) -> float:
-        """Milliseconds at the given widths, before ``weight``."""
+        """Milliseconds at the given widths, before ``weight`` and switches."""
         value = self.ms
         for extent, knots in zip(self.extents, self.knots, strict=True):
             x = min(max(extent.at(widths), float(knots[0])), float(knots[-1]))
@@ -63,11 +73,23 @@ class Term:
         return float(value)
 
 
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """``sum(coef * value[switch]) == total`` in every configuration that exists."""
+
+    coefs: tuple[tuple[str, int], ...]
+    total: int = 1
+
+    def holds(self, widths: Mapping[str, float]) -> bool:
+        return abs(sum(coef * widths[s] for s, coef in self.coefs) - self.total) < 1e-6
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LatencyModel:
-    """All terms of one network, the dense widths, and the widths worth offering for every group.
+    """All terms of one network, its dense configuration, and the values worth offering for every site.
 
-    ``levels[g]`` is increasing and ends with the dense width ``dense[g]``.
+    ``levels[g]`` is increasing; of an axis group or a rank it ends with the largest value ``dense[g]``, of a switch it
+    is ``(0, 1)``, or the only value that it may have.
     """
 
     terms: tuple[Term, ...]
@@ -76,13 +98,16 @@ class LatencyModel:
     intercept: float = 0.0
     slope: float = 1.0
     error: Mapping[str, float] = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
+    switches: frozenset[str] = frozenset()
 
     def raw_ms(self, widths: Mapping[str, float]) -> float:
         """Sum of pieces minus joints, not calibrated."""
         missing = [g for g in self.dense if g not in widths]
         if missing:
             raise SluiceError(f"no width given for group {missing[0]!r}; give one for each of {sorted(self.dense)}")
-        return sum(term.weight * term.at(widths) for term in self.terms)
+        found = ((term, term.on(widths)) for term in self.terms)
+        return sum(on * term.weight * term.at(widths) for term, on in found if on)
 
     def ms(self, widths: Mapping[str, float]) -> float:
         """Promised milliseconds at ``widths``."""

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from sluice.errors import SluiceError
 from sluice.files import write_atomically
-from sluice.plan import InputSpec, Plan, Slice
+from sluice.plan import FORMS, Drop, Factorize, InputSpec, Merge, Plan, Slice
 
-GOLDEN = Path(__file__).parent / "golden" / "plan-v1.json"
+GOLDEN = Path(__file__).parent / "golden"
 TOY = Plan(
     {"conv.weight": (6, 3, 3, 3), "conv.bias": (6,), "fc.weight": (4, 24), "fc.bias": (4,), "steps": ()},
     (
@@ -25,6 +25,25 @@ TOY = Plan(
     ),
     (InputSpec((2, 3, 4, 4), "float32"),),
     {"conv": 3},
+)
+DEEP = Plan(
+    {
+        **{f"layers.{k}.weight": (7, 7, 3, 3) for k in range(4)},
+        **{f"block.{name}": shape for name, shape in {"conv.weight": (7, 7, 3, 3), "bn.weight": (7,)}.items()},
+        "stem.weight": (7, 3, 5, 5),
+        "fc.weight": (5, 7),
+    },
+    (Slice("stem.weight", 0, 7, (0, 1, 4, 5, 6)), Slice("fc.weight", 1, 7, (0, 1, 4, 5, 6))),
+    (InputSpec((2, 3, 9, 9), "float32"),),
+    {"stem": 5},
+    factorizations=(Factorize("stem.weight", "kx1-1xk", 4), Factorize("fc.weight", "1x1-kxk", 2)),
+    drops=(Drop("block", ("block.bn.weight", "block.conv.weight")),),
+    merges=(
+        Merge(
+            ("layers.0.weight", "layers.1.weight", "layers.2.weight", "layers.3.weight"),
+            (("layers.0.weight", "layers.1.weight"), ("layers.3.weight",)),
+        ),
+    ),
 )
 
 
@@ -46,7 +65,22 @@ def plans(draw: st.DrawFn) -> Plan:
                 slices.append(Slice(name, axis, size, tuple(sorted(keep))))
     inputs = draw(st.lists(st.builds(InputSpec, st.tuples(st.integers(1, 9)), st.sampled_from(["float32", "int64"]))))
     widths = draw(st.dictionaries(st.sampled_from(sorted(shapes)), st.integers(1, 9)))
-    return Plan(shapes, tuple(draw(st.permutations(slices))), tuple(inputs), widths)
+    free = draw(st.permutations(sorted(shapes)))  # every tensor takes part in one edit at most
+    factorizations = [
+        Factorize(free.pop(), draw(st.sampled_from(FORMS)), draw(st.integers(1, 99)))
+        for _ in range(draw(st.integers(0, 1)))
+    ]
+    drops, merges = [], []
+    if free and draw(st.booleans()):
+        drops.append(Drop(draw(st.text("ab.", max_size=4)), (free.pop(),)))
+    if len(free) >= 2 and draw(st.booleans()):
+        first, second = free.pop(), free.pop()
+        runs = draw(st.sampled_from([((first, second),), ((first,), (second,)), ((first,),), ((second,),)]))
+        merges.append(Merge((first, second), runs))
+    return Plan(
+        shapes, tuple(draw(st.permutations(slices))), tuple(inputs), widths,
+        factorizations=tuple(factorizations), drops=tuple(drops), merges=tuple(merges),
+    )  # fmt: skip
 
 
 @given(plans())
@@ -61,8 +95,77 @@ def test_order_of_slices_is_irrelevant() -> None:
     assert turned == TOY and turned.to_json() == TOY.to_json()
 
 
-def test_golden_version_1_loads() -> None:
-    assert Plan.load(GOLDEN) == TOY
+@pytest.mark.parametrize("kind", ["slices", "factorizations"])
+def test_order_of_edits_is_irrelevant(kind: str) -> None:
+    turned = dataclasses.replace(DEEP, **{kind: getattr(DEEP, kind)[::-1]})
+    assert turned == DEEP and turned.to_json() == DEEP.to_json()
+
+
+@pytest.mark.parametrize(("version", "plan"), [(1, TOY), (2, DEEP)])
+def test_golden_versions_load(version: int, plan: Plan) -> None:
+    path = GOLDEN / f"plan-v{version}.json"
+    assert json.loads(path.read_text())["version"] == version
+    assert Plan.load(path) == plan
+
+
+def test_edited_names_every_tensor_of_every_edit() -> None:
+    assert DEEP.edited() == set(DEEP.fingerprint)
+    assert dataclasses.replace(DEEP, drops=()).edited() == {n for n in DEEP.fingerprint if not n.startswith("block")}
+    assert dataclasses.replace(DEEP, merges=()).edited() == {n for n in DEEP.fingerprint if not n.startswith("layers")}
+
+
+def test_a_file_must_hold_what_edits_name() -> None:
+    """Of an ONNX file only the edited tensors are asked for, those of structural edits among them."""
+    bare = dataclasses.replace(DEEP, slices=())
+    bare.check_model(DEEP.fingerprint, complete=False)
+    for name in DEEP.fingerprint:
+        without = {n: s for n, s in DEEP.fingerprint.items() if n != name}
+        with pytest.raises(SluiceError, match=f"'{name}' is missing"):
+            bare.check_model(without, complete=False)
+
+
+@pytest.mark.parametrize("edit", [{"form": "kxk"}, {"rank": 0}, {"form": ""}])
+def test_bad_factorizations(edit: dict[str, object]) -> None:
+    with pytest.raises(SluiceError, match=r"bad factorization of 'fc\.weight'"):
+        Factorize(**{"param": "fc.weight", "form": "kxk-1x1", "rank": 2, **edit})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("runs", [(), ((),), (("a",), ()), (("c",),), (("b", "a"),), (("b",), ("a",)), (("a", "a"),)])
+def test_bad_merges(runs: tuple[tuple[str, ...], ...]) -> None:
+    with pytest.raises(SluiceError, match=r"bad merge of \['a', 'b'\]"):
+        Merge(("a", "b"), runs)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"factorizations": (Factorize("layers.2.weight", "kxk-1x1", 2),)},  # removed by the merge
+        {"factorizations": (*DEEP.factorizations, Factorize("stem.weight", "kxk-1x1", 2))},
+        {"drops": (*DEEP.drops, Drop("layers", ("layers.0.weight",)))},
+        {
+            "merges": (
+                *DEEP.merges,
+                Merge(("stem.weight", "block.conv.weight"), (("stem.weight", "block.conv.weight"),)),
+            )
+        },
+    ],
+)
+def test_a_tensor_takes_part_in_one_edit(extra: dict[str, object]) -> None:
+    with pytest.raises(SluiceError, match=r"the plan changes '.*' twice"):
+        dataclasses.replace(DEEP, **extra)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"factorizations": (Factorize("x", "kxk-1x1", 2),)},
+        {"drops": (Drop("block", ("x",)),)},
+        {"merges": (Merge(("layers.0.weight", "x"), (("layers.0.weight",),)),)},
+    ],
+)
+def test_edits_name_tensors_of_the_model(extra: dict[str, object]) -> None:
+    with pytest.raises(SluiceError, match="the plan changes 'x', which its own model lacks"):
+        dataclasses.replace(DEEP, **extra)  # type: ignore[arg-type]
 
 
 def test_save_and_load(tmp_path: Path) -> None:
@@ -133,6 +236,11 @@ def changed(**fields: object) -> str:
         changed(fingerprint=[1]),
         changed(inputs=[{}]),
         changed(widths={"conv": "wide"}),
+        changed(factorizations=[{"param": "fc.weight", "form": "kxk-1x1"}]),
+        changed(factorizations=[{"param": "fc.weight", "form": "kxk-1x1", "rank": "half"}]),
+        changed(drops=["conv"]),
+        changed(drops=[{"name": "conv"}]),
+        changed(merges=[{"layers": ["conv.weight"], "runs": [1]}]),
     ],
 )
 def test_garbage_is_refused(text: str) -> None:
@@ -140,9 +248,9 @@ def test_garbage_is_refused(text: str) -> None:
         Plan.from_json(text)
 
 
-@pytest.mark.parametrize("version", [2, 99, "1"])
+@pytest.mark.parametrize("version", [3, 99, "1"])
 def test_other_versions_are_refused(version: object) -> None:
-    with pytest.raises(SluiceError, match=rf"has version {version}, this sluice reads up to 1"):
+    with pytest.raises(SluiceError, match=rf"has version {version}, this sluice reads up to 2"):
         Plan.from_json(changed(version=version))
 
 

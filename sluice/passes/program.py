@@ -1,29 +1,40 @@
 """The mixed-integer program of a latency model: its cost is the model itself, not an approximation of it.
 
-1. One binary ``x[g,l]`` per level of every group, one of them set. A term over one group is a cost on that group's
-   ``x``; a term over none is a constant.
-2. A term over several groups gets product variables ``z >= 0`` over the grid of its *axes*, whose marginals equal the
-   axes' weights. Where the axes are the groups' ``x`` this is exact, because all but one binary per axis are zero.
+1. One binary ``x[g,l]`` per level of every site (width, rank, switch), one of them set. A rule of the model is a row
+   over the switches' ``x``. A term over one site is a cost on that site's ``x``; a term over none is a constant.
+2. A term over several sites gets product variables ``z >= 0`` over the grid of its *axes*, whose marginals equal the
+   axes' weights. Where the axes are the sites' ``x`` this is exact, because all but one binary per axis are zero.
 3. A term whose grid of levels would be large has at most **one** interpolating axis: the weights ``lambda`` of the
    term's own knots, adjacent by segment binaries (SOS2, so that a non-convex staircase is not undercut by a secant).
    With every other axis integral, ``z`` is still the product of the weights, so this is exact too. Further extents
    that concatenate groups become a selection among the values their levels can add up to.
+4. A term that exists under switches, their sum ``on`` 0 or 1, has ``sum(z) = on`` and marginals *at most* the axes'
+   weights. With ``on = 0`` all of ``z`` is zero. With ``on = 1`` every marginal has the same sum as the weights that
+   bound it, so it equals them and rules 2 and 3 hold; this goes for a single axis as well. Over no axis the term is a
+   cost on its switches.
+5. Terms under the same switches and over the same axes are added up before there are columns. What depends on one
+   axis is added, for each of its switches, to a product over that axis and another under that switch: the joint on a
+   tensor to the pieces that may make it.
+6. Products of which at most one exists, because their switches are distinct members of one exactly-one rule, share the
+   rows of an axis: the sum of their marginals is at most its weights. These rows are fewer and the relaxation is
+   tighter, since states of a layer cannot each claim the same level.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.optimize import LinearConstraint
 from scipy.sparse import csr_array
 
-from sluice.latency import Extent, LatencyModel, Term
+from sluice.latency import Extent, LatencyModel, Rule, Term
 
 __all__ = ["Program"]
 
+_Key = tuple[tuple[tuple[int, float], ...], ...]
 GRID_LIMIT = 400  # points of a product of levels beyond which an interpolating axis is cheaper
 
 
@@ -38,12 +49,26 @@ class _Axis:
     weights: tuple[Mapping[int, float], ...]
     coords: Mapping[str | int, np.ndarray]
 
+    @property
+    def key(self) -> _Key:
+        return tuple(tuple(weights.items()) for weights in self.weights)
+
+
+@dataclass(slots=True)
+class _Bundle:
+    """Products over one axis of which at most one exists: their columns by point, shape ``(points, rest)``."""
+
+    axis: _Axis
+    rules: set[int]
+    switches: set[str]
+    grids: list[np.ndarray] = field(default_factory=list)
+
 
 class Program:
     """Columns and rows of one model: ``cost`` (raw ms per column), ``constant``, ``integrality``, rows and widths.
 
-    First one binary ``x`` per level of every group, then per term what its cost needs (``lambda`` with segment
-    binaries, selections among sums, products ``z``). All columns lie in [0, 1].
+    First one binary ``x`` per level of every site, then what the terms' costs need (``lambda`` with segment binaries,
+    selections among sums, products ``z``). All columns lie in [0, 1].
     """
 
     def __init__(self, model: LatencyModel) -> None:
@@ -57,16 +82,31 @@ class Program:
         for group in model.dense:
             self._x[group] = self._columns(len(model.levels[group]), integral=True)
             self._row(dict.fromkeys(self._x[group], 1.0), 1.0, 1.0)
+        for rule in model.rules:
+            self._row(*self._rule(rule))
+        # Exactly one of these is set; switches that cannot be are left out, as in `_live`.
+        self._exclusive = [
+            frozenset(s for s, _ in rule.coefs if model.levels[s][-1])
+            for rule in model.rules
+            if rule.total == 1 and all(coef == 1 for _, coef in rule.coefs)
+        ]
+        self._parts: dict[tuple[frozenset[str], tuple[_Key, ...]], tuple[Sequence[_Axis], np.ndarray]] = {}
+        self._bundles: dict[_Key, list[_Bundle]] = {}
         for term in model.terms:
-            self._add(term)
+            self._gather(term)
+        self._fold()
+        for (when, _), (axes, ms) in self._parts.items():
+            self._place(when, axes, ms)
+        self._marginals()
         self.cost = np.asarray(self._cost)
         self.integrality = np.asarray(self._integral, dtype=int)
 
     def over_levels(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Objective with ``values[g][l]`` on ``x[g,l]``, shape ``(columns,)``."""
+        """Objective with ``values[g][l]`` on ``x[g,l]``, zero where no value is given, shape ``(columns,)``."""
         objective = np.zeros(len(self._cost))
-        for group, columns in self._x.items():
-            objective[columns.start : columns.stop] = values[group]
+        for group, own in values.items():
+            columns = self._x[group]
+            objective[columns.start : columns.stop] = own
         return objective
 
     def rows(self) -> LinearConstraint:
@@ -80,6 +120,14 @@ class Program:
         picked = {g: int(np.argmax(solution[c.start : c.stop])) for g, c in self._x.items()}
         return {g: int(self.model.levels[g][level]) for g, level in picked.items()}
 
+    def _rule(self, rule: Rule) -> tuple[dict[int, float], float, float]:
+        row: dict[int, float] = {}
+        for switch, coef in rule.coefs:
+            for column, value in zip(self._x[switch], self.model.levels[switch], strict=True):
+                if value:
+                    row[column] = row.get(column, 0.0) + coef * value
+        return row, float(rule.total), float(rule.total)
+
     def _columns(self, count: int, *, integral: bool = False) -> range:
         start = len(self._cost)
         self._cost += [0.0] * count
@@ -89,25 +137,89 @@ class Program:
     def _row(self, row: Mapping[int, float], lo: float, hi: float) -> None:
         self._rows.append((row, lo, hi))
 
-    def _add(self, term: Term) -> None:
-        axes = self._axes(term)
-        ms = term.weight * _on_grid(term, axes)
-        if not axes:
-            self.constant += float(ms[0])
+    def _live(self, term: Term) -> frozenset[str] | None:
+        """The switches that decide whether the term exists: none where it always does, None where it never does."""
+        live = frozenset(s for s in term.when if self.model.levels[s][-1])
+        if term.when and not live:
+            return None
+        always = any(self.model.levels[s][0] for s in live) or live in self._exclusive
+        return frozenset() if always else live
+
+    def _gather(self, term: Term) -> None:
+        """Add the term to what has the same switches and axes, so that columns are made once (rule 5)."""
+        when = self._live(term)
+        if when is None:
             return
-        if len(axes) == 1:
+        axes = sorted(self._axes(term), key=lambda axis: axis.key)
+        ms = term.weight * _on_grid(term, axes).reshape([len(a.weights) for a in axes])
+        self._collect(when, axes, ms)
+
+    def _collect(self, when: frozenset[str], axes: Sequence[_Axis], ms: np.ndarray) -> None:
+        key = (when, tuple(axis.key for axis in axes))
+        known = self._parts.get(key)
+        self._parts[key] = (axes, ms if known is None else known[1] + ms)
+
+    def _fold(self) -> None:
+        """What depends on one axis joins, switch by switch, a product over that axis and another (rule 5)."""
+        homes = {
+            (when, k): (when, keys) for when, keys in self._parts if len(when) == 1 and len(keys) > 1 for k in keys
+        }
+        for when, keys in [key for key in self._parts if key[0] and len(key[1]) == 1]:
+            own, ms = self._parts.pop((when, keys))
+            homeless = []
+            for switch in when:
+                home = homes.get((frozenset((switch,)), keys[0]))
+                if home is None:
+                    homeless.append(switch)
+                    continue
+                axes, total = self._parts[home]
+                at = home[1].index(keys[0])
+                self._parts[home] = (axes, total + ms.reshape([-1 if k == at else 1 for k in range(total.ndim)]))
+            if homeless:
+                self._collect(frozenset(homeless), own, ms)
+
+    def _place(self, when: frozenset[str], axes: Sequence[_Axis], ms: np.ndarray) -> None:
+        """Columns and rows of what exists under the same switches and depends on the same axes."""
+        if len(axes) == 0 and not when:
+            self.constant += float(ms)
+        elif len(axes) == 0:
+            for column in self._on(when):
+                self._cost[column] += float(ms)
+        elif len(axes) == 1 and not when:
             for weights, cost in zip(axes[0].weights, ms, strict=True):
                 for column, coef in weights.items():
                     self._cost[column] += coef * float(cost)
-            return
-        z = self._columns(ms.size)
-        self._cost[z.start : z.stop] = ms.tolist()
-        grid = np.asarray(z).reshape([len(a.weights) for a in axes])
-        for k, axis in enumerate(axes):
-            for point, weights in enumerate(axis.weights):
-                row = dict.fromkeys(np.take(grid, point, axis=k).ravel().tolist(), 1.0)
-                row.update({column: -coef for column, coef in weights.items()})
-                self._row(row, 0.0, 0.0)
+        else:
+            z = self._columns(ms.size)
+            self._cost[z.start : z.stop] = ms.ravel().tolist()
+            grid = np.asarray(z).reshape(ms.shape)
+            if when:
+                self._row(dict.fromkeys(z, 1.0) | dict.fromkeys(self._on(when), -1.0), 0.0, 0.0)
+            for k, axis in enumerate(axes):
+                self._bundle(axis, when).append(np.moveaxis(grid, k, 0).reshape(len(axis.weights), -1))
+
+    def _on(self, when: frozenset[str]) -> list[int]:
+        """Columns whose sum is 1 where one of the switches is set."""
+        return [self._x[s][-1] for s in sorted(when)]
+
+    def _bundle(self, axis: _Axis, when: frozenset[str]) -> list[np.ndarray]:
+        """Where the marginals of a product go: with those of which at most one exists (rule 6)."""
+        rules = {k for k, names in enumerate(self._exclusive) if when and when <= names}
+        for bundle in self._bundles.setdefault(axis.key, []):
+            if bundle.rules & rules and not bundle.switches & when:
+                bundle.rules &= rules
+                bundle.switches |= when
+                return bundle.grids
+        self._bundles[axis.key].append(_Bundle(axis, rules, set(when)))
+        return self._bundles[axis.key][-1].grids
+
+    def _marginals(self) -> None:
+        for bundles in self._bundles.values():
+            for bundle in bundles:
+                for point, weights in enumerate(bundle.axis.weights):
+                    row = dict.fromkeys(np.concatenate([g[point] for g in bundle.grids]).tolist(), 1.0)
+                    row.update({column: -coef for column, coef in weights.items()})
+                    self._row(row, -np.inf if bundle.switches else 0.0, 0.0)
 
     def _axes(self, term: Term) -> list[_Axis]:
         groups = list(dict.fromkeys(g for e in term.extents for g, _ in e.coefs))

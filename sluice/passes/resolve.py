@@ -12,6 +12,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 import numpy as np
 
 from sluice.errors import SluiceError
+from sluice.passes.options import Edits, tie_removed
 from sluice.passes.sites import Analysis, keep_masks
 from sluice.plan import InputSpec, Plan, Slice
 
@@ -31,15 +32,24 @@ def tensor_masks(analysis: Analysis, keeps: Sequence[np.ndarray]) -> dict[tuple[
     return masks
 
 
-def make_plan(analysis: Analysis, kept: Mapping[str, Sequence[int]], inputs: Iterable[InputSpec] = ()) -> Plan:
-    """The plan that keeps the channels ``kept[group]`` (groups not named stay whole)."""
-    keeps = keep_masks(analysis, kept)
+def make_plan(
+    analysis: Analysis,
+    kept: Mapping[str, Sequence[int]],
+    inputs: Iterable[InputSpec] = (),
+    edits: Edits | None = None,
+) -> Plan:
+    """The plan that keeps the channels ``kept[group]`` (groups not named stay whole) and makes the edits."""
+    edits = edits or Edits()
+    keeps = tie_removed(analysis, edits.merges, keep_masks(analysis, kept))
     slices = [
         Slice(param, axis, len(mask), tuple(np.flatnonzero(mask).tolist()))
         for (param, axis), mask in tensor_masks(analysis, keeps).items()
     ]
     widths = {group.name: int(keep.sum()) for group, keep in zip(analysis.groups, keeps, strict=True)}
-    return Plan(dict(analysis.tensors), tuple(slices), tuple(inputs), widths)
+    return Plan(
+        dict(analysis.tensors), tuple(slices), tuple(inputs), widths,
+        factorizations=edits.factorizations, drops=edits.drops, merges=edits.merges,
+    )  # fmt: skip
 
 
 def masks_of_slices(

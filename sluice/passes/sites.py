@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sluice.errors import SluiceError
 from sluice.passes.axes import Axis, Coupling, Shape
 
-__all__ = ["Analysis", "AxisGroup", "AxisRef", "ValueAxis", "find_groups", "keep_masks", "module_of"]
+__all__ = ["Analysis", "AxisGroup", "AxisRef", "ValueAxis", "find_groups", "keep_masks", "module_of", "rename_groups"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,6 +147,15 @@ def _exclude(coupling: Coupling, exclude: Sequence[str]) -> None:
             )
         for key in hits:
             coupling.freeze(coupling.axes[key], f"excluded by {pattern!r}")
+
+
+def rename_groups(analysis: Analysis, names: Mapping[tuple[str, int], str]) -> Analysis:
+    """The same analysis with groups called as ``names`` calls one of the (tensor, axis) pairs they lie on."""
+
+    def name(group: AxisGroup) -> str:
+        return next((names[key] for ref in group.refs if (key := (ref.param, ref.axis)) in names), group.name)
+
+    return replace(analysis, groups=tuple(replace(group, name=name(group)) for group in analysis.groups))
 
 
 def keep_masks(analysis: Analysis, kept: Mapping[str, Sequence[int]]) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ import pytest
 from sluice.errors import SluiceError
 from sluice.latency import Extent, LatencyModel, Term
 from sluice.passes import program as program_module
-from sluice.passes.decide import decide, least_ms, restricted, unreachable
+from sluice.passes.decide import Choice, amplitude_losses, decide, least_ms, restricted, unreachable
 
 
 def term(rng: np.random.Generator, extents: list[Extent], dense: dict[str, int], name: str, points: int = 4) -> Term:
@@ -55,7 +55,7 @@ def random_model(seed: int) -> LatencyModel:
 
 
 def brute(model: LatencyModel, importance: dict[str, np.ndarray]) -> list[tuple[float, float]]:
-    """(ms, retained) of every combination of levels."""
+    """(ms, loss) of every combination of levels."""
     total = sum(float(np.sqrt(i).sum()) ** 2 for i in importance.values())
     out = []
     for combo in itertools.product(*(model.levels[g] for g in model.dense)):
@@ -64,9 +64,12 @@ def brute(model: LatencyModel, importance: dict[str, np.ndarray]) -> list[tuple[
         lost = sum(
             float(np.sqrt(np.sort(importance[g])[: len(importance[g]) - w]).sum()) ** 2 for g, w in widths.items()
         )
-        kept = total - lost
-        out.append((model.ms(widths), kept / total))
+        out.append((model.ms(widths), lost / total))
     return out
+
+
+def decided(model: LatencyModel, importance: dict[str, np.ndarray], target: float, gap: float = 1e-3) -> Choice:
+    return decide(model, amplitude_losses(model.levels, importance), target, gap=gap)
 
 
 def importance_of(model: LatencyModel, seed: int) -> dict[str, np.ndarray]:
@@ -85,11 +88,13 @@ def test_equals_brute_force(seed: int, grid_limit: int, monkeypatch: pytest.Monk
     slowest = max(ms for ms, _ in combos)
     for share in (0.02, 0.2, 0.5):
         target = fastest + share * (slowest - fastest)
-        choice = decide(model, importance, target, gap=1e-6)
-        best = max(kept for ms, kept in combos if ms <= target)
+        choice = decided(model, importance, target, gap=1e-6)
+        best = min(lost for ms, lost in combos if ms <= target)
         assert choice.promised_ms == model.ms(choice.widths)
         assert choice.promised_ms <= target * (1 + 1e-6)
-        assert choice.retained == pytest.approx(best, rel=1e-5)
+        assert choice.loss == pytest.approx(best, rel=1e-5)
+        worst = max(lost for _, lost in combos)  # every group at its smallest level
+        assert choice.retained == pytest.approx(1 - best / worst, rel=1e-5)
 
 
 @pytest.mark.parametrize("grid_limit", [400, 3])
@@ -100,7 +105,7 @@ def test_least_equals_brute_force(seed: int, grid_limit: int, monkeypatch: pytes
     combos = brute(model, {g: np.ones(n) for g, n in model.dense.items()})
     least = least_ms(model)
     assert least.promised_ms == pytest.approx(min(ms for ms, _ in combos), rel=1e-6)
-    assert decide(model, importance_of(model, seed), least.promised_ms).promised_ms <= least.promised_ms * (1 + 1e-6)
+    assert decided(model, importance_of(model, seed), least.promised_ms).promised_ms <= least.promised_ms * (1 + 1e-6)
 
 
 def test_staircase_is_not_undercut_by_a_secant() -> None:
@@ -113,10 +118,10 @@ def test_staircase_is_not_undercut_by_a_secant() -> None:
     importance = {g: np.ones(8) for g in dense}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program_module, "GRID_LIMIT", 3)
-        choice = decide(model, importance, 3.0)
+        choice = decided(model, importance, 3.0)
     assert sum(choice.widths.values()) == 20
     with pytest.raises(SluiceError, match="cannot be met"):
-        decide(model, importance, 2.9)
+        decided(model, importance, 2.9)
 
 
 def test_more_levels_than_knots_interpolates_without_binaries() -> None:
@@ -129,8 +134,8 @@ def test_more_levels_than_knots_interpolates_without_binaries() -> None:
     importance = importance_of(model, 3)
     combos = brute(model, importance)
     target = float(np.quantile([ms for ms, _ in combos], 0.1))
-    choice = decide(model, importance, target, gap=1e-6)
-    assert choice.retained == pytest.approx(max(kept for ms, kept in combos if ms <= target), rel=1e-5)
+    choice = decided(model, importance, target, gap=1e-6)
+    assert choice.loss == pytest.approx(min(lost for ms, lost in combos if ms <= target), rel=1e-5)
 
 
 def line(milliseconds: tuple[float, float] = (1.0, 3.0)) -> LatencyModel:
@@ -140,25 +145,27 @@ def line(milliseconds: tuple[float, float] = (1.0, 3.0)) -> LatencyModel:
 
 def test_the_budget_that_cannot_be_met_says_what_can() -> None:
     with pytest.raises(SluiceError) as caught:
-        decide(line((1.4301, 3.49)), {"a": np.ones(6), "b": np.ones(3)}, 1.2)
+        decided(line((1.4301, 3.49)), {"a": np.ones(6), "b": np.ones(3)}, 1.2)
     assert str(caught.value) == (
         "budget 1.20 ms cannot be met: filter gates alone reach 1.44 ms (41.0% of dense 3.49 ms); ask for at least that"
     )
     assert "0.0512 ms" in str(unreachable(0.0123, 0.05111, 0.1))
+    assert "widths, ranks and depth together reach 0.0512 ms" in str(unreachable(0.0123, 0.05111, 0.1, structure=True))
 
 
 def test_least_keeps_what_costs_nothing_and_dense_needs_no_solver() -> None:
     assert dict(least_ms(line()).widths) == {"a": 2, "b": 3}
-    dense = decide(line(), {"a": np.ones(6), "b": np.ones(3)}, 3.0)
+    dense = decided(line(), {"a": np.ones(6), "b": np.ones(3)}, 3.0)
     assert dict(dense.widths) == {"a": 6, "b": 3}
-    assert dense.retained == 1.0
+    assert (dense.loss, dense.retained) == (0.0, 1.0)
 
 
 def test_kept_takes_the_largest_and_the_first_of_equals() -> None:
     importance = {"a": np.asarray([0.0, 5.0, 1.0, 1.0, 7.0, 1.0]), "b": np.asarray([1.0, 1.0, 1.0])}
-    choice = decide(line(), importance, 2.0)
+    choice = decided(line(), importance, 2.0)
     assert dict(choice.widths) == {"a": 4, "b": 3}
     assert choice.kept(importance) == {"a": (1, 2, 3, 4), "b": (0, 1, 2)}
+    assert choice.kept({"b": importance["b"]}) == {"b": (0, 1, 2)}
 
 
 @pytest.mark.parametrize(
@@ -173,7 +180,30 @@ def test_kept_takes_the_largest_and_the_first_of_equals() -> None:
 )
 def test_wrong_importance_is_refused(importance: dict[str, np.ndarray], message: str) -> None:
     with pytest.raises(SluiceError, match=message):
-        decide(line(), importance, 2.0)
+        decided(line(), importance, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ({"c": np.zeros(3)}, "losses are given for 'c', which is no site of the model"),
+        ({"a": np.zeros(2)}, r"losses of site 'a' have shape \(2,\); give one per level, \(3,\)"),
+        ({"a": np.asarray([1.0, -0.1, 0.0])}, "losses of site 'a' are negative or not finite"),
+        ({"a": np.asarray([np.inf, 0.1, 0.0])}, "losses of site 'a' are negative or not finite"),
+    ],
+)
+def test_wrong_losses_are_refused(losses: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(SluiceError, match=message):
+        decide(line(), losses, 2.0)
+    with pytest.raises(SluiceError, match="finite number of milliseconds"):
+        decide(line(), {}, float("nan"))
+
+
+def test_losses_may_have_any_unit() -> None:
+    for unit in (1e-9, 1.0, 1e9):
+        choice = decide(line(), {"a": unit * np.asarray([0.7, 0.2, 0.0])}, 2.0)
+        assert dict(choice.widths) == {"a": 4, "b": 3}
+        assert (choice.loss, choice.retained) == (pytest.approx(0.2 * unit), pytest.approx(1 - 0.2 / 0.7))
 
 
 def test_restricted_keeps_other_groups_dense() -> None:
