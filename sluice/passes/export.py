@@ -11,8 +11,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
+from onnx import numpy_helper
 from torch import nn
 
 from sluice.errors import SluiceError
@@ -67,7 +69,22 @@ def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> 
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
             common.ClearMetadataAndDocStringPass(),
         )(ir_model)
-        return to_proto(ir_model)
+        return _without_bias(to_proto(ir_model), names)
+
+
+def _without_bias(model: onnx.ModelProto, names: set[str]) -> onnx.ModelProto:
+    """For a 1-D or 3-D convolution without bias the exporter writes zeros of a wrong shape, which runtimes refuse."""
+    initial = {init.name: init for init in model.graph.initializer}
+    for node in model.graph.node:
+        bias = initial.get(node.input[2]) if node.op_type == "Conv" and len(node.input) > 2 else None
+        if bias is None or bias.name in names or len(bias.dims) == 1:
+            continue
+        if np.any(numpy_helper.to_array(bias)):
+            raise AssertionError(f"the exporter gave {node.input[1]!r} a bias of shape {list(bias.dims)}")
+        del node.input[2:]
+        if not any(bias.name in other.input for other in model.graph.node):
+            model.graph.initializer.remove(bias)
+    return model
 
 
 def export(

@@ -61,6 +61,24 @@ def test_metadata_survives_finalize() -> None:
     assert [(p.key, p.value) for p in finalize(exported).metadata_props] == [("precision", "fp32")]
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_convolutions_with_any_number_of_axes(axes: int, bias: bool) -> None:
+    """The exporter's zeros for a missing bias have a shape that runtimes refuse where there are not two axes."""
+    make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
+    model = nn.Sequential(make(2, 5, 3, bias=bias), nn.ReLU(), make(5, 4, 2, stride=2, bias=bias)).eval()
+    x = torch.randn(3, 2, *(9, 7, 5)[:axes])
+    exported = to_onnx(model, x)
+    layers = [node for node in exported.graph.node if node.op_type == "Conv"]
+    assert [n.input[1] for n in layers] == ["0.weight", "2.weight"]
+    if bias:
+        assert [n.input[2] for n in layers] == ["0.bias", "2.bias"]
+    with torch.no_grad():
+        for onnx_model in (exported, finalize(exported)):
+            feeds = {onnx_model.graph.input[0].name: x.numpy()}
+            assert_close(next(iter(OrtRunner().build(onnx_model).run(feeds).values())), model(x))
+
+
 def test_what_onnx_has_no_operator_for() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
