@@ -1,6 +1,7 @@
 """The budget in the training loss: expected milliseconds, and a multiplier that needs no tuning.
 
-With ``T(w)`` the latency model at the gates' soft widths and ``B(k)`` the target at step k:
+With ``T(w)`` the latency model at the gates' soft widths, ranks and switches (`sluice.expected`), and ``B(k)`` the
+target at step k:
 
 1. ``B`` falls linearly from the dense latency to the target over the first ``warmup_fraction`` of the steps, since a
    budget imposed at once removes channels before the loss has had a say (annealed budget).
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from sluice.errors import SluiceError
-from sluice.expected import ExpectedLatency
+from sluice.expected import ExpectedLatency, alternatives, configured
 from sluice.gates import Gates
 from sluice.latency import LatencyModel
 from sluice.passes.decide import least_ms, restricted, unreachable
@@ -45,17 +46,20 @@ DECAY = 0.95  # of the running mean squares, per step
 LOG_RANGE = (-6.0, 1.0)  # of the integral: keeps it from winding up where the gates cannot answer
 LOG_MOST = 1.5  # of lambda / unit: more would only fill the optimizer's second moments with the penalty
 PATIENCE = 4096  # backward passes without step() after which the training loop must be wrong
+RANK = "|rank"  # ends the name of a rank; what is before names the switch of its form
 SKIPS = 25  # non-finite gradients in a row that loss scaling may cause while it looks for its scale
 
 
 class GateLike(Protocol):
-    """What the budget needs of a gate."""
+    """What the budget needs of a gate: the value of its site in the latency model."""
 
     def soft_width(self) -> Tensor:
-        """Expected number of kept channels, a differentiable scalar."""
+        """Expected number of kept channels, rank, or value of the switch; a differentiable scalar."""
         ...
 
-    def width(self) -> int: ...
+    def width(self) -> int:
+        """The value as it would be decided now."""
+        ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
@@ -107,8 +111,9 @@ class Budget:
 
     Args:
         gated: what `sluice.insert_gates` returned (its ``step()`` then steps the budget too), or a mapping from
-            axis-group name to gate; groups of the model without a gate stay dense.
-        latency: milliseconds as a function of the widths: a profile, or its latency model.
+            site to gate: axis group, rank ``<weight>|<form>|rank``, or switch ``<block>|drop``. Sites of the model
+            without a gate stay dense; whether a layer with a rank is factorised follows from its cost.
+        latency: milliseconds as a function of the sites: a profile, or its latency model.
         target: ``"50%"``, ``"2.4ms"`` or ``{"latency_ms": 2.4}``.
         steps: number of optimizer steps the gates will be trained for (of a gated network: its own).
         warmup_fraction: share of the steps over which the target falls from dense to the budget.
@@ -152,7 +157,8 @@ class Budget:
             raise SluiceError(
                 f"steps={steps}, warmup_fraction={warmup_fraction}; need steps >= 1 and a share in [0, 1]"
             )
-        self.model = restricted(model, frozenset(gates))
+        self.model = restricted(model, _movable(model, frozenset(gates)))
+        self._layers = alternatives(self.model, frozenset(gates))
         self.gates = dict(gates)
         self.steps, self.warmup_fraction = steps, warmup_fraction
         self.gain = min(rate / steps, 2.0)
@@ -160,8 +166,9 @@ class Budget:
         self.target_ms = parse_budget(target, self.dense_ms)
         self.least_ms = least_ms(self.model).promised_ms
         if not self.feasible():
-            raise unreachable(self.target_ms, self.least_ms, self.dense_ms)
-        self._latency = ExpectedLatency(self.model)
+            structure = bool(self.model.switches & gates.keys()) or any(g.endswith(RANK) for g in gates)
+            raise unreachable(self.target_ms, self.least_ms, self.dense_ms, structure=structure)
+        self._latency = ExpectedLatency(self.model, layers=self._layers)
         self._parameters = [p for gate in gates.values() for p in gate.parameters() if p.requires_grad]
         if not self._parameters:
             raise SluiceError(f"none of the {len(gates)} gates has a parameter to train; unfreeze them")
@@ -195,11 +202,19 @@ class Budget:
 
     def expected_ms(self) -> Tensor:
         """Milliseconds at the gates' soft widths, a differentiable scalar."""
-        return self._latency({g: _at_most(gate.soft_width(), self.model.dense[g]) for g, gate in self.gates.items()})
+        switches = self.model.switches
+        soft = {g: gate.soft_width() for g, gate in self.gates.items()}
+        return self._latency({g: v if g in switches else _at_most(v, self.model.dense[g]) for g, v in soft.items()})
 
     def hard_ms(self) -> float:
-        """Promised milliseconds at the gates' hard widths."""
-        return self.model.ms({**self.model.dense, **{g: gate.width() for g, gate in self.gates.items()}})
+        """Promised milliseconds of the gates' decisions."""
+        return self.model.ms(self.configuration())
+
+    def configuration(self) -> dict[str, float]:
+        """The gates' decisions as a value for every site of the model, switches included."""
+        most = {g: 1 if g in self.model.switches else self.model.dense[g] for g in self.gates}
+        values = {g: min(gate.width(), most[g]) for g, gate in self.gates.items()}
+        return configured(self.model, values, self._layers)
 
     def penalty(self) -> Tensor:
         """The scalar to add to the loss. Its gradient reaches the gates' parameters only."""
@@ -295,6 +310,13 @@ class Budget:
                 self._arrived[-1][2][index] = gradient.detach()
 
         return arrived
+
+
+def _movable(model: LatencyModel, gated: frozenset[str]) -> frozenset[str]:
+    """The gated sites and what moves with them: the switches of their forms, and the dense switches of their layers."""
+    moving = gated | {site.removesuffix(RANK) for site in gated if site.endswith(RANK)}
+    touched = [rule for rule in model.rules if any(s in moving for s, _ in rule.coefs)]
+    return frozenset(moving | {s for rule in touched for s, _ in rule.coefs if model.dense[s]})
 
 
 def _at_most(width: Tensor, most: float) -> Tensor:

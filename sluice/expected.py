@@ -1,14 +1,26 @@
-"""The latency model as a differentiable function of soft widths.
+"""The latency model as a differentiable function of soft widths, ranks and switches.
 
-Latency is a staircase, flat between its jumps, and a flat step has no gradient. Training therefore uses the
-interpolation through the widths worth having (``LatencyModel.levels``) alone: it has the staircase's values at every
-width that the solver may choose, and the average slope of the steps in between.
+1. Latency is a staircase, flat between its jumps, and a flat step has no gradient. Training therefore uses the
+   interpolation through the widths worth having (``LatencyModel.levels``) alone: it has the staircase's values at
+   every width that the solver may choose, and the average slope of the steps in between.
+2. A term counts times the sum of its switches. Switches of blocks are values like widths (their gates).
+3. Whether a layer is dense or factorised is no parameter: it follows from what its alternatives cost at the present
+   widths and ranks (`Alternatives`). With costs ``c_k``, those of the terms that exist under alternative k, and ``d``
+   the drops that contain the layer, it contributes
+
+       prod (1 - d) * min_k c_k,       with the derivatives of       prod (1 - d) * sum_k p_k c_k
+
+   at constant ``p_k ~ exp(-c_k / T)``, which are those of the softmin ``-T log sum_k exp(-c_k / T)``; T is a share of
+   the dense cost. The value is that of the decision, so a budget on it is a budget on what will be built. The
+   derivative reaches the rank of a layer that is still dense, where the minimum's would be zero, and as all ``p_k`` are
+   positive a smaller rank or width never looks slower. (Were the ``p_k`` variable it would, wherever the factorised
+   layer costs much more than the dense one: there a lower rank would first of all draw weight to the dearer form.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -18,7 +30,46 @@ from torch import Tensor
 from sluice.errors import SluiceError
 from sluice.latency import Extent, LatencyModel, Term
 
-__all__ = ["ExpectedLatency", "through_levels"]
+__all__ = ["Alternatives", "ExpectedLatency", "alternatives", "configured", "through_levels"]
+
+TEMPERATURE = 0.5  # of the softmin, relative to the dense cost
+
+
+@dataclass(frozen=True, slots=True)
+class Alternatives:
+    """Switches of which exactly one is set: the cheapest of ``options``, the dense one first, unless a drop is."""
+
+    options: tuple[str, ...]
+    drops: tuple[str, ...] = ()
+
+
+def alternatives(model: LatencyModel, given: Collection[str]) -> tuple[Alternatives, ...]:
+    """What is left to choose in every rule of ``model`` once the sites ``given`` have values of their own."""
+    found = []
+    for rule in model.rules:
+        names = [name for name, _ in rule.coefs]
+        if rule.total != 1 or any(coef != 1 for _, coef in rule.coefs):
+            continue
+        options = sorted((s for s in names if s not in given and 1 in model.levels[s]), key=lambda s: -model.dense[s])
+        drops = tuple(s for s in names if s in given)
+        if options and len(options) + len(drops) > 1:
+            found.append(Alternatives(tuple(options), drops))
+    return tuple(found)
+
+
+def configured(
+    model: LatencyModel, values: Mapping[str, float], layers: Sequence[Alternatives] = ()
+) -> dict[str, float]:
+    """A value for every site: those given, the cheapest option in ``layers``, dense elsewhere."""
+    full: dict[str, float] = {**model.dense, **values}
+    costs = {s: 0.0 for layer in layers for s in layer.options}
+    for term in model.terms:
+        for switch in costs.keys() & set(term.when):
+            costs[switch] += model.slope * term.weight * term.at(full)
+    for layer in layers:
+        best = min(layer.options, key=lambda s: costs[s])
+        full.update({s: float(s == best and not any(full[d] for d in layer.drops)) for s in layer.options})
+    return full
 
 
 def through_levels(model: LatencyModel) -> LatencyModel:
@@ -46,28 +97,30 @@ def through_levels(model: LatencyModel) -> LatencyModel:
 
 
 class ExpectedLatency:
-    """``LatencyModel.ms`` as a differentiable function of a vector of widths in the order of ``groups``.
+    """``LatencyModel.ms`` as a differentiable function of a vector of values in the order of ``groups``, all sites.
 
     Terms are stacked by their number of extents (none to two together) and padded, so that a call costs a fixed
-    number of tensor operations. Computed in double precision, returned in the dtype of the widths, in milliseconds.
+    number of tensor operations. Computed in double precision, returned in the dtype of the values, in milliseconds.
+    The switches in ``layers`` follow from the others (rule 3), whatever is given for them.
     """
 
-    def __init__(self, model: LatencyModel, *, smooth: bool = True) -> None:
+    def __init__(self, model: LatencyModel, *, smooth: bool = True, layers: Sequence[Alternatives] = ()) -> None:
         if smooth:
             model = through_levels(model)
         self.groups = tuple(model.dense)
         self.dense = tuple(float(n) for n in model.dense.values())
-        constant = sum(t.weight * float(t.ms) for t in model.terms if not t.extents)
-        self._constant = model.intercept + model.slope * constant
+        constant = sum(t.weight * float(t.ms) for t in model.terms if not t.extents and not t.when)
         stacks: dict[int, list[Term]] = {}
         for term in model.terms:
-            if term.extents:
+            if term.extents or term.when:
                 stacks.setdefault(max(len(term.extents), 2), []).append(term)
+        self._constant = model.intercept + model.slope * constant
         self._stacks = [_stack(terms, rank, self.groups, model.slope) for rank, terms in sorted(stacks.items())]
-        self._moved: dict[torch.device, list[tuple[Tensor, ...]]] = {torch.device("cpu"): self._stacks}
+        self._layers = _indices(layers, self.groups)
+        self._moved: dict[torch.device, tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]] = {}
 
     def __call__(self, widths: Tensor | Mapping[str, Tensor]) -> Tensor:
-        """Milliseconds, a scalar; groups absent from a mapping are dense."""
+        """Milliseconds, a scalar; sites absent from a mapping are dense."""
         if isinstance(widths, Mapping):
             like = next(iter(widths.values()))
             dense = zip(self.groups, self.dense, strict=True)
@@ -75,24 +128,68 @@ class ExpectedLatency:
         if widths.shape != (len(self.groups),):
             raise SluiceError(f"widths have shape {tuple(widths.shape)}; give one each of {len(self.groups)} groups")
         if widths.device not in self._moved:
-            self._moved[widths.device] = [tuple(t.to(widths.device) for t in stack) for stack in self._stacks]
+            stacks = [tuple(t.to(widths.device) for t in stack) for stack in self._stacks]
+            self._moved[widths.device] = stacks, tuple(t.to(widths.device) for t in self._layers)
+        stacks, layers = self._moved[widths.device]
         w = widths.to(torch.float64)
-        total = w.new_tensor(self._constant)
-        for stack in self._moved[widths.device]:
-            total = total + _interpolate(w, *stack)
-        return total.to(widths.dtype)
+        found = [(on, always, _interpolate(w, *tables)) for on, always, *tables in stacks]
+
+        def total(values: Tensor) -> Tensor:
+            parts = [((on @ values + always) * ms).sum() for on, always, ms in found]
+            return torch.stack([w.new_tensor(self._constant), *parts]).sum()
+
+        if not layers:
+            return total(w).to(widths.dtype)
+        cost = torch.stack([ms.detach() @ on for on, _, ms in found]).sum(0)
+        soft, hard = _settled(w, cost, *layers)
+        smooth = total(soft)
+        return (smooth + (total(hard) - smooth).detach()).to(widths.dtype)
+
+
+def _indices(layers: Sequence[Alternatives], groups: tuple[str, ...]) -> tuple[Tensor, ...]:
+    """(options (L, K), whether they exist (L, K), drops (L, D), whether they exist (L, D)) as positions; or nothing."""
+    if not layers:
+        return ()
+    index = {g: i for i, g in enumerate(groups)}
+    arrays: list[Tensor] = []
+    for rows in ([layer.options for layer in layers], [layer.drops for layer in layers]):
+        length = max(len(row) for row in rows)
+        arrays.append(torch.tensor([[index[s] for s in row] + [0] * (length - len(row)) for row in rows]))
+        arrays.append(torch.tensor([[k < len(row) for k in range(length)] for row in rows]))
+    return tuple(arrays)
+
+
+def _settled(
+    w: Tensor, cost: Tensor, options: Tensor, exist: Tensor, drops: Tensor, dropped: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Values of all sites with the options' switches by softmin weights, and by decision (rule 3)."""
+    own = torch.where(exist, cost[options], torch.inf)
+    temperature = (TEMPERATURE * own[:, :1].abs()).clamp(min=1e-12)
+    share = torch.softmax(-own / temperature, dim=1)
+    best = torch.zeros_like(share).scatter_(1, own.argmin(dim=1, keepdim=True), 1.0)
+    on = torch.where(dropped, 1.0 - w[drops], 1.0).prod(dim=1, keepdim=True) if drops.shape[1] else 1.0
+    where = options[exist]
+    return w.index_put((where,), (on * share)[exist]), w.index_put((where,), (on * best)[exist])
 
 
 def _stack(terms: list[Term], rank: int, groups: tuple[str, ...], slope: float) -> tuple[Tensor, ...]:
-    """(coefs (R, T, G), const (R, T), knots (R, T, K), first, last (R, T), tables (T, K**R)), weights included."""
+    """Arrays of R extents of T terms, weights included.
+
+    (switches (T, G), 1 without any (T,), coefs (R, T, G), const (R, T), knots (R, T, K), first, last (R, T),
+    tables (T, K**R)).
+    """
     # A knot more than measured: a single measurement is a constant, and lo < hi always exist.
     size = 1 + max((len(k) for t in terms for k in t.knots), default=1)
     shape = (rank, len(terms))
     coefs, const = np.zeros((*shape, len(groups))), np.zeros(shape)
     knots, first, last = np.tile(np.arange(size, dtype=float), (*shape, 1)), np.zeros(shape), np.zeros(shape)
     tables = np.zeros((len(terms), *[size] * rank))
+    on, always = np.zeros((len(terms), len(groups))), np.zeros(len(terms))
     index = {g: i for i, g in enumerate(groups)}
     for t, term in enumerate(terms):
+        always[t] = float(not term.when)
+        for switch in term.when:
+            on[t, index[switch]] += 1.0
         for r, (extent, known) in enumerate(zip(term.extents, term.knots, strict=True)):
             const[r, t] = extent.const
             for group, coef in extent.coefs:
@@ -104,14 +201,14 @@ def _stack(terms: list[Term], rank: int, groups: tuple[str, ...], slope: float) 
         table = np.reshape(table, [*table.shape, *[1] * (rank - table.ndim)])
         padded = np.pad(table, [(0, size - length) for length in table.shape], mode="edge")
         tables[t] = slope * term.weight * padded
-    arrays = (coefs, const, knots, first, last, tables.reshape(len(terms), -1))
+    arrays = (on, always, coefs, const, knots, first, last, tables.reshape(len(terms), -1))
     return tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays)
 
 
 def _interpolate(
     w: Tensor, coefs: Tensor, const: Tensor, knots: Tensor, first: Tensor, last: Tensor, tables: Tensor
 ) -> Tensor:
-    """Multilinear interpolation of all terms of a stack, summed."""
+    """Multilinear interpolation of every term of a stack, shape (T,)."""
     rank, size = knots.shape[0], knots.shape[2]
     x = torch.clamp(coefs @ w + const, first, last)  # the ends themselves have a gradient
     hi = torch.searchsorted(knots, x.detach().unsqueeze(-1)).clamp(1, size - 1)
@@ -125,4 +222,4 @@ def _interpolate(
     for r in reversed(range(rank)):
         pairs = value.unflatten(1, (-1, 2))
         value = torch.lerp(pairs[..., 0], pairs[..., 1], t[r].unsqueeze(-1))
-    return value.sum()
+    return value.reshape(-1)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sluice.errors import SluiceError
-from sluice.gates import Gates
+from sluice.gates import Gate, Gates
 from sluice.passes.gating import Gated
 from sluice.train import Data, Loss, default_loss, on_device, split_batch
 
@@ -88,7 +88,9 @@ def learned_scores(gates: Gates) -> dict[str, np.ndarray]:
 
 
 def _collected(gates: Gates) -> dict[str, np.ndarray]:
-    return {site: gate.fisher.detach().double().cpu().numpy().copy() for site, gate in gates.items()}
+    """Of axis groups; what ranks and blocks are worth is measured (`sluice.passes.sensitivity`)."""
+    found = {site: gate.fisher for site, gate in gates.items() if isinstance(gate, Gate)}
+    return {site: fisher.detach().double().cpu().numpy().copy() for site, fisher in found.items()}
 
 
 def _check(scores: dict[str, np.ndarray], least: float = 0.0) -> None:
