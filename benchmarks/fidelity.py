@@ -1,10 +1,11 @@
 """Promised against measured milliseconds, on random plans that no fit has seen.
 
     python -m benchmarks.fidelity [--plans 20] [--networks resnet20 vgg16_bn mobilenet_v2] [--batch 8] [--threads 1]
+                                  [--methods filter rank block merge]
 
-Every network is profiled (pieces, joints, calibration on its own engines), then fresh random plans are drawn from the
-widths that the solver may choose, their engines built and measured. Last line: JSON with fractions; the totals pool
-all plans, ``spearman`` is the worst network's.
+Every network is profiled (pieces, joints, alternatives, calibration on its own engines), then fresh random plans are
+drawn from what the solver may choose, widths, ranks, dropped blocks and merged runs, their engines built and measured.
+Last line: JSON with fractions; the totals pool all plans, ``spearman`` is the worst network's.
 """
 
 from __future__ import annotations
@@ -13,34 +14,42 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from sluice import models
 from sluice.passes.export import to_onnx
+from sluice.passes.options import METHODS
+from sluice.passes.sampling import random_configuration
 from sluice.profiler.anchor import make_anchor
-from sluice.profiler.calibrate import errors, measure_engines, random_widths
+from sluice.profiler.calibrate import errors, measure_engines
+from sluice.profiler.engine import with_ranks_in_reach
 from sluice.profiler.profile import profile_onnx
 from sluice.profiler.sweep import Bench
 from sluice.profiler.table import LatencyTable
 
 
 def run(
-    name: str, table: Path, batch: int, threads: int, plans: int, seed: int
+    name: str, table: Path, batch: int, threads: int, methods: Sequence[str], plans: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Promised and measured ms of fresh plans, and the seconds that profiling took."""
     dense = to_onnx(getattr(models, name)().eval(), models.example_inputs(name))
     started = time.perf_counter()
-    profile = profile_onnx(dense, table, batch=batch, threads=threads)
+    profile = profile_onnx(dense, table, batch=batch, threads=threads, methods=methods)
     seconds = time.perf_counter() - started
     rng = np.random.default_rng(seed)
-    drawn = [random_widths(profile.latency, rng) for _ in range(plans)]
+    latency, options = profile.latency, profile.options
+    drawn = [
+        with_ranks_in_reach(profile.dissection, latency, random_configuration(latency, rng), options)
+        for _ in range(plans)
+    ]
     runner = profile.runner()
     with LatencyTable.open(table) as opened:
         bench = Bench(opened, runner, make_anchor(opened, runner, rng), rng)
-        measured = np.array(measure_engines(profile.dissection, bench, drawn, record=False))
-    return np.array([profile.latency.ms(widths) for widths in drawn]), measured, seconds
+        measured = np.array(measure_engines(profile.dissection, bench, drawn, options))
+    return np.array([latency.ms(configuration) for configuration in drawn]), measured, seconds
 
 
 def main() -> int:
@@ -49,6 +58,7 @@ def main() -> int:
     parser.add_argument("--plans", type=int, default=20)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--tables", type=Path, default=Path("build/fidelity"))
     options = parser.parse_args()
@@ -57,7 +67,9 @@ def main() -> int:
     all_promised, all_measured = [], []
     for name in options.networks:
         table = options.tables / f"{name}-b{options.batch}-t{options.threads}.db"
-        promised, measured, seconds = run(name, table, options.batch, options.threads, options.plans, options.seed)
+        promised, measured, seconds = run(
+            name, table, options.batch, options.threads, options.methods, options.plans, options.seed
+        )
         per_network[name] = {**errors(promised, measured), "profile_seconds": round(seconds, 1)}
         print(f"{name}: {per_network[name]}", file=sys.stderr)
         print(f"  promised/measured {np.round(promised / measured, 3).tolist()}", file=sys.stderr)

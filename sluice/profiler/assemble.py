@@ -1,44 +1,152 @@
-"""Table -> `LatencyModel`: every piece of the graph is a term, every joint a term of weight -1."""
+"""Table -> `LatencyModel`: every piece of the graph is a term, every joint a term of weight -1.
+
+1. A piece of a layer that can leave its dense state exists under the layer's dense switch; what takes its place, under
+   its own switch.
+2. A joint exists while its tensor is made by whatever state of the producing layer: dense, factorised, or a merged run
+   that ends there.
+3. Exactly one of the states of a layer is chosen: one rule per layer.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from sluice.latency import LatencyModel, Term
+from sluice.latency import Extent, LatencyModel, Rule, Term
+from sluice.passes.options import Options, dense_switch
 from sluice.profiler.joints import find_joints
-from sluice.profiler.pieces import Dissection
-from sluice.profiler.sweep import Staircase, joint_points, knots_of
+from sluice.profiler.pieces import Dissection, Piece, anchor_weight
+from sluice.profiler.sweep import MAX_GRID, Staircase, joint_points, knots_of
 from sluice.profiler.table import LatencyTable
+from sluice.profiler.variants import Alternatives, Shown
 
 __all__ = ["assemble"]
 
 
-def assemble(dissection: Dissection, stairs: Mapping[str, Staircase], table: LatencyTable) -> LatencyModel:
+def assemble(
+    dissection: Dissection,
+    stairs: Mapping[str, Staircase],
+    table: LatencyTable,
+    alternatives: Alternatives | None = None,
+) -> LatencyModel:
     """The uncalibrated model.
 
+    Args:
+        stairs: of the groups of the dense graph.
+        alternatives: what else may be chosen.
     Raises:
         SluiceError: the table lacks a point.
     """
-    terms = []
+    alternatives = alternatives or Alternatives(Options())
+    shown, drops = alternatives.shown, alternatives.options.drops
+    anchors = {piece.name: anchor_weight(piece) for piece in dissection.pieces}
+    named = [*((s.place.switch, s.place.layers) for s in shown), *((n, d.params) for n, d in drops.items())]
+    # weight -> the switches under which its layer is not dense
+    states = {weight: [switch for switch, gone in named if weight in gone] for weight in anchors.values() if weight}
+    states = {weight: switches for weight, switches in states.items() if switches}
+    terms, known = [], dissection.dense
     for piece in dissection.pieces:
-        knots = knots_of(piece, dissection, stairs)
-        ms = [table.require(piece.key, point).ms for point in itertools.product(*knots)]
-        shape = tuple(len(k) for k in knots)
-        arrays = tuple(np.array(k, dtype=np.float64) for k in knots)
-        terms.append(Term(piece.name, piece.extents, arrays, np.array(ms, dtype=np.float64).reshape(shape)))
+        weight = anchors[piece.name]
+        when = (dense_switch(weight),) if weight in states else ()
+        terms.append(_term(piece, dissection, stairs, table, when, known))
+    for s in shown:
+        when = (s.place.switch,)
+        terms += [_term(piece, s.dissection, s.stairs, table, when, known, s.most) for piece in s.place.pieces]
+        terms += _joint_terms(s.dissection, s.stairs, table, dict.fromkeys(s.place.inner, when), known)
+    terms += _joint_terms(dissection, stairs, table, _alive(dissection, shown, anchors, states), known)
+    rules = tuple(Rule(tuple((n, 1) for n in (dense_switch(w), *switches))) for w, switches in states.items())
+    switches = {name: int(name.endswith("|dense")) for rule in rules for name, _ in rule.coefs}
+    ranks = {s.place.rank: s for s in shown if s.place.rank is not None}
+    return LatencyModel(
+        tuple(terms),
+        {**known, **{rank: s.stairs[rank].levels[-1] for rank, s in ranks.items()}, **switches},
+        {
+            **{group: stair.levels for group, stair in stairs.items()},
+            **{rank: s.stairs[rank].levels for rank, s in ranks.items()},
+            **{switch: (0, 1) for switch in switches},
+        },
+        rules=rules,
+        switches=frozenset(switches),
+    )
+
+
+def _alive(
+    dissection: Dissection,
+    shown: Sequence[Shown],
+    anchors: Mapping[str, str | None],
+    states: Mapping[str, Sequence[str]],
+) -> dict[str, tuple[str, ...]]:
+    """Rule 2 for the tensors between the pieces of the dense graph."""
+    forms = {s.place.switch for s in shown if s.place.rank is not None}
+    found: dict[str, tuple[str, ...]] = {}
+    for piece in dissection.pieces:
+        weight = anchors[piece.name]
+        for tensor in piece.outputs:
+            if weight is None or weight not in states:
+                found[tensor] = ()
+                continue
+            ending = [s.place.switch for s in shown if s.place.rank is None and tensor in s.place.pieces[-1].outputs]
+            made = (n for n in states[weight] if n in forms)
+            found[tensor] = (dense_switch(weight), *dict.fromkeys([*made, *ending]))
+    return found
+
+
+def _term(
+    piece: Piece,
+    dissection: Dissection,
+    stairs: Mapping[str, Staircase],
+    table: LatencyTable,
+    when: tuple[str, ...],
+    known: Mapping[str, int],
+    most: int = MAX_GRID,
+) -> Term:
+    knots = knots_of(piece, dissection, stairs, most)
+    ms = [table.require(piece.key, point).ms for point in itertools.product(*knots)]
+    arrays = tuple(np.array(k, dtype=np.float64) for k in knots)
+    values = np.array(ms, dtype=np.float64).reshape(tuple(len(k) for k in knots))
+    return Term(
+        _under(piece.name, when), tuple(_extent(e, dissection, known) for e in piece.extents), arrays, values, 1.0, when
+    )
+
+
+def _joint_terms(
+    dissection: Dissection,
+    stairs: Mapping[str, Staircase],
+    table: LatencyTable,
+    when: Mapping[str, tuple[str, ...]],
+    known: Mapping[str, int],
+) -> list[Term]:
+    """The joints at the tensors that ``when`` names."""
     values: dict[str, list[tuple[int, ...]]] = {}
-    for joint, extents in joint_points(dissection, stairs):
-        values.setdefault(joint.tensor, []).append(extents)
+    for joint, at in joint_points(dissection, stairs, when):
+        values.setdefault(joint.tensor, []).append(at)
+    terms = []
     for joint in find_joints(dissection):
+        if joint.tensor not in values:
+            continue
         points = values[joint.tensor]
         saved = np.array([table.require(joint.key, point).ms for point in points])
-        if joint.extent is None:
-            terms.append(Term(f"joint {joint.tensor}", (), (), saved.reshape(()), -1.0))
-        else:
-            knots_array = np.array([p[0] for p in points], dtype=np.float64)
-            terms.append(Term(f"joint {joint.tensor}", (joint.extent,), (knots_array,), saved, -1.0))
-    levels = {group: stair.levels for group, stair in stairs.items()}
-    return LatencyModel(tuple(terms), dissection.dense, levels)
+        extents: tuple[Extent, ...] = ()
+        knots: tuple[np.ndarray, ...] = ()
+        if joint.extent is not None:
+            extents = (_extent(joint.extent, dissection, known),)
+            knots = (np.array([p[0] for p in points], dtype=np.float64),)
+        ms = saved.reshape([len(k) for k in knots])
+        name = _under(f"joint {joint.tensor}", when[joint.tensor])
+        terms.append(Term(name, extents, knots, ms, -1.0, when[joint.tensor]))
+    return terms
+
+
+def _under(name: str, when: tuple[str, ...]) -> str:
+    """Restructured graphs have names in common, with each other and with the dense one."""
+    return f"{name} {when[0]}" if when and not when[0].endswith("|dense") else name
+
+
+def _extent(extent: Extent, dissection: Dissection, known: Mapping[str, int]) -> Extent:
+    """Groups that the dense graph does not have stay as they are."""
+    sizes = dissection.dense
+    fixed = [(g, c) for g, c in extent.coefs if g not in known and not g.endswith("|rank")]
+    coefs = tuple(pair for pair in extent.coefs if pair not in fixed)
+    return Extent(coefs, extent.const + sum(c * sizes[g] for g, c in fixed))

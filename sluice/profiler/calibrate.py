@@ -2,8 +2,8 @@
 
     T(engine) = intercept + slope * (sum of pieces - sum of joints) + traffic * (MB of weights)
 
-1. Fitted to whole engines at random widths by least squares of the *relative* residual, so that small engines count
-   as much as large ones. The stated error is left-out: every engine is predicted by a fit that has not seen it.
+1. Fitted to whole engines in random configurations by least squares of the *relative* residual, so that small engines
+   count as much as large ones. The stated error is left-out: every engine is predicted by a fit that has not seen it.
 2. The third term is a cache effect: a piece that is timed alone finds its weights where the last run left them, in
    the whole engine the other layers' weights have been through the cache since. It is kept only if its coefficient
    is positive and it lowers the left-out error, and is then added to the pieces' own tables, so that the
@@ -14,45 +14,40 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from sluice.latency import LatencyModel, Term
-from sluice.passes.rewrite_onnx import cut_graph
-from sluice.profiler.pieces import Dissection, spread_widths, weight_bytes
+from sluice.passes.options import Options
+from sluice.passes.sampling import random_configuration
+from sluice.profiler.engine import build_engine, with_ranks_in_reach
+from sluice.profiler.pieces import Dissection, Piece, spread_widths, weight_bytes
 from sluice.profiler.sweep import Bench
+from sluice.profiler.variants import Alternatives
 
-__all__ = ["calibrate", "errors", "fit_linear", "left_out", "measure_engines", "model_key", "random_widths"]
+__all__ = ["calibrate", "errors", "fit_linear", "left_out", "measure_engines", "model_key"]
 
 ENGINES = 14
+RESTRUCTURED = 24  # where not only widths vary
 FEWEST = 4  # engines that two coefficients can be fitted to with one left out
 
 
-def model_key(dissection: Dissection) -> str:
-    """Identity of a network in the table: its pieces in order and its groups."""
-    text = ";".join([*(p.key for p in dissection.pieces), *(f"{n}={s}" for n, s in dissection.dense.items())])
+def model_key(dissection: Dissection, model: LatencyModel) -> str:
+    """Identity of a network in the table: its pieces in order, and everything that may be chosen."""
+    sites = [f"{n}={s}" for n, s in model.dense.items()]
+    text = ";".join([*(p.key for p in dissection.pieces), *sites])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def random_widths(model: LatencyModel, rng: np.random.Generator) -> dict[str, int]:
-    """A random plan: a common tendency per plan, so that slim and wide networks occur, and a level per group."""
-    tendency = rng.uniform(0.25, 1.0)
-    widths = {}
-    for group, levels in model.levels.items():
-        position = np.clip(tendency + rng.uniform(-0.5, 0.5), 0.0, 1.0)
-        widths[group] = int(levels[min(int(position * len(levels)), len(levels) - 1)])
-    return widths
-
-
 def _missing(
-    model: LatencyModel, known: Sequence[Mapping[str, int]], rng: np.random.Generator, engines: int
+    draw: Callable[[], dict[str, int]], dense: Mapping[str, int], known: Sequence[Mapping[str, int]], engines: int
 ) -> list[dict[str, int]]:
     """Plans that make ``known`` up to ``engines`` different ones, the dense one among them, if there are so many."""
     seen = {tuple(sorted(widths.items())) for widths in known}
     plans: list[dict[str, int]] = []
-    for plan in itertools.chain([dict(model.dense)], (random_widths(model, rng) for _ in range(20 * engines))):
+    for plan in itertools.chain([dict(dense)], (draw() for _ in range(20 * engines))):
         if len(seen) >= engines:
             break
         if (identity := tuple(sorted(plan.items()))) not in seen:
@@ -62,17 +57,21 @@ def _missing(
 
 
 def measure_engines(
-    dissection: Dissection, bench: Bench, plans: Sequence[Mapping[str, int]], *, record: bool = True
+    dissection: Dissection,
+    bench: Bench,
+    plans: Sequence[Mapping[str, int]],
+    options: Options | None = None,
+    *,
+    record: str = "",
 ) -> list[float]:
-    """Milliseconds of whole engines, interleaved in small batches; recorded in the table for calibration."""
+    """Milliseconds of whole engines, interleaved in small batches; kept in the table under the key ``record``."""
     found: list[float] = []
     for start in range(0, len(plans), 8):
         chunk = plans[start : start + 8]
-        engines = [cut_graph(dissection.model, dissection.analysis, dissection.masks(plan)) for plan in chunk]
+        engines = [build_engine(dissection, plan, options) for plan in chunk]
         measured = bench.time([bench.runner.build(engine) for engine in engines])
-        key = model_key(dissection)
         for plan, measurement in zip(chunk if record else [], measured if record else [], strict=True):
-            bench.table.put_engine(key, plan, measurement)
+            bench.table.put_engine(record, plan, measurement)
         found += [m.ms for m in measured]
         bench.progress(start + len(chunk), len(plans))
     return found
@@ -111,13 +110,26 @@ def errors(promised: np.ndarray, measured: np.ndarray) -> dict[str, float]:
     }
 
 
-def calibrate(dissection: Dissection, model: LatencyModel, bench: Bench, engines: int = ENGINES) -> LatencyModel:
+def calibrate(
+    dissection: Dissection,
+    model: LatencyModel,
+    bench: Bench,
+    alternatives: Alternatives | None = None,
+    engines: int | None = None,
+) -> LatencyModel:
     """The model with slope, intercept and left-out error; engines that the table knows are not measured again."""
-    key = model_key(dissection)
+    alternatives = alternatives or Alternatives(Options())
+    engines = engines or (RESTRUCTURED if model.switches else ENGINES)
+    key = model_key(dissection, model)
     known = bench.table.engines(key)
-    plans = _missing(model, [widths for widths, _ in known], bench.rng, engines)
+
+    def draw() -> dict[str, int]:
+        drawn = random_configuration(model, bench.rng)
+        return with_ranks_in_reach(dissection, model, drawn, alternatives.options)
+
+    plans = _missing(draw, model.dense, [widths for widths, _ in known], engines)
     if plans:
-        measure_engines(dissection, bench, plans)
+        measure_engines(dissection, bench, plans, alternatives.options, record=key)
         known = bench.table.engines(key)
     raw = np.array([model.raw_ms(widths) for widths, _ in known])
     measured = np.array([m.ms for _, m in known])
@@ -130,8 +142,8 @@ def calibrate(dissection: Dissection, model: LatencyModel, bench: Bench, engines
         bench.table.put_calibration(key, slope, 0.0, error)
         return model.calibrated(slope, 0.0, error)
     predicted = left_out(columns, measured)
-    traffic = _traffic(dissection, model)
-    megabytes = np.array([sum(term.at(widths) for term in traffic.values()) for widths, _ in known])
+    traffic = _traffic(dissection, model, alternatives)
+    megabytes = np.array([sum(t.on(widths) * t.at(widths) for t in traffic.values()) for widths, _ in known])
     with_traffic = left_out([raw, one, megabytes], measured)
     better = float(np.mean(np.abs(with_traffic / measured - 1))) < 0.95 * float(
         np.mean(np.abs(predicted / measured - 1))
@@ -151,15 +163,15 @@ def calibrate(dissection: Dissection, model: LatencyModel, bench: Bench, engines
     return model.calibrated(slope, intercept, error)
 
 
-def _traffic(dissection: Dissection, model: LatencyModel) -> dict[str, Term]:
+def _traffic(dissection: Dissection, model: LatencyModel, alternatives: Alternatives) -> dict[str, Term]:
     """Megabytes of weights of every piece, on the knots of its term."""
     terms = {term.name: term for term in model.terms}
-    found = {}
-    for piece in dissection.pieces:
-        term = terms[piece.name]
-        grid = [
-            weight_bytes(dissection, piece, spread_widths(piece, [int(v) for v in point], dissection.dense)) / 1e6
-            for point in itertools.product(*term.knots)
-        ]
-        found[piece.name] = replace(term, ms=np.array(grid).reshape(term.ms.shape))
-    return found
+    own = [(piece.name, piece, dissection) for piece in dissection.pieces]
+    own += [(f"{p.name} {s.place.switch}", p, s.dissection) for s in alternatives.shown for p in s.place.pieces]
+    return {name: replace(terms[name], ms=_megabytes(piece, cut, terms[name])) for name, piece, cut in own}
+
+
+def _megabytes(piece: Piece, cut: Dissection, term: Term) -> np.ndarray:
+    points = itertools.product(*term.knots)
+    found = [weight_bytes(cut, piece, spread_widths(piece, [int(v) for v in p], cut.dense)) for p in points]
+    return np.array(found).reshape(term.ms.shape) / 1e6

@@ -8,7 +8,9 @@
 3. The *key* is a hash of the structure with extents as symbols: operators, attributes, fixed sizes, batch. Equal
    pieces, in one network or in several, are timed once.
 4. A piece at given widths is the same sub-graph, cut by the rewriter that will cut the whole graph.
-5. Inputs that meet an operator other than an anchor are made by a source (`sluice.profiler.sources`).
+5. A padding in front of an anchor belongs to the anchor: runtimes fold it into the convolution, which then runs other
+   code, several times slower for some shapes, than on an input that was padded before.
+6. Inputs that meet an operator other than an anchor are made by a source (`sluice.profiler.sources`).
 """
 
 from __future__ import annotations
@@ -27,12 +29,13 @@ from sluice.latency import Extent
 from sluice.passes.onnx_axes import analyze_onnx, attributes
 from sluice.passes.resolve import tensor_masks
 from sluice.passes.rewrite_onnx import cut_graph
-from sluice.passes.sites import Analysis
+from sluice.passes.sites import Analysis, rename_groups
 from sluice.profiler.shapes import static_graph
 
 __all__ = [
     "Dissection",
     "Piece",
+    "anchor_weight",
     "build_piece",
     "dissect",
     "spread_widths",
@@ -53,7 +56,7 @@ class Piece:
     extents: tuple[Extent, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    bare: tuple[str, ...] = ()  # inputs that meet an operator other than an anchor (rule 5)
+    bare: tuple[str, ...] = ()  # inputs that meet an operator other than an anchor (rule 6)
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -77,8 +80,16 @@ class Dissection:
         return [np.arange(g.size) < widths.get(g.name, g.size) for g in self.analysis.groups]
 
 
-def dissect(model: onnx.ModelProto, batch: int, exclude: Sequence[str] = ()) -> Dissection:
-    """All pieces of a dense model with named initialisers."""
+def dissect(
+    model: onnx.ModelProto,
+    batch: int,
+    exclude: Sequence[str] = (),
+    names: Mapping[tuple[str, int], str] | None = None,
+) -> Dissection:
+    """All pieces of a dense model with named initialisers.
+
+    ``names`` gives groups other names, by a (tensor, axis) that they lie on.
+    """
     for info in model.graph.input:
         first = next(iter(info.type.tensor_type.shape.dim), None)
         if first is not None and first.HasField("dim_value") and first.dim_value != batch and _is_static(model):
@@ -87,7 +98,7 @@ def dissect(model: onnx.ModelProto, batch: int, exclude: Sequence[str] = ()) -> 
                 f"at batch={first.dim_value}, or change its forward() so that the batch stays free"
             )
     static = static_graph(model, batch)
-    analysis = analyze_onnx(static, exclude)
+    analysis = rename_groups(analyze_onnx(static, exclude), names or {})
     graph = static.graph
     tensors = {init.name: init for init in graph.initializer}
     infos = {i.name: i for i in [*graph.input, *graph.value_info, *graph.output]}
@@ -95,9 +106,14 @@ def dissect(model: onnx.ModelProto, batch: int, exclude: Sequence[str] = ()) -> 
     owner: dict[str, int] = {}  # activation -> index of the piece that makes it
     members: list[list[onnx.NodeProto]] = []
     prepared: dict[str, onnx.NodeProto] = {}  # results that depend on weights only
+    waiting = _pads_of_anchors(graph)  # rule 5
     for node in graph.node:
         if not activations.intersection(node.input):
             prepared.update(dict.fromkeys(node.output, node))
+            continue
+        if node.op_type == "Pad" and node.output[0] in waiting:
+            activations.update(node.output)
+            waiting[node.output[0]] = node
             continue
         feeding = [owner[name] for name in node.input if name in owner]
         if node.op_type in ANCHORS or not feeding:
@@ -105,8 +121,9 @@ def dissect(model: onnx.ModelProto, batch: int, exclude: Sequence[str] = ()) -> 
             index = len(members) - 1
         else:
             index = max(feeding)
-        members[index].append(node)
-        owner.update(dict.fromkeys(node.output, index))
+        pads = [waiting[name] for name in node.input if name in waiting]
+        members[index] += [*pads, node]
+        owner.update(dict.fromkeys([name for n in (*pads, node) for name in n.output], index))
         activations.update(node.output)
     readers: dict[str, set[int]] = {}
     for index, nodes in enumerate(members):
@@ -139,6 +156,34 @@ def dissect(model: onnx.ModelProto, batch: int, exclude: Sequence[str] = ()) -> 
             piece = replace(piece, name=f"{piece.name}#{times[piece.name]}")
         pieces.append(piece)
     return Dissection(static, analysis, tuple(pieces))
+
+
+def anchor_weight(piece: Piece) -> str | None:
+    """The named tensor of the piece's anchor, read directly or through a transpose; None where there is none."""
+    graph = piece.model.graph
+    initial = {init.name for init in graph.initializer}
+    through = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Transpose"}
+    for node in graph.node:
+        if node.op_type in ANCHORS and len(node.input) > 1:
+            name = through.get(node.input[1], node.input[1])
+            return name if name in initial else None
+    return None
+
+
+def _pads_of_anchors(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
+    """Outputs of paddings that a single anchor reads as its input, and nothing else."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    finals = {out.name for out in graph.output}
+    found = {}
+    for node in graph.node:
+        if node.op_type == "Pad" and node.output[0] not in finals:
+            users = readers.get(node.output[0], [])
+            if len(users) == 1 and users[0].op_type in ANCHORS and users[0].input[0] == node.output[0]:
+                found[node.output[0]] = node
+    return found
 
 
 def _is_static(model: onnx.ModelProto) -> bool:
@@ -264,7 +309,9 @@ def _describe(model: onnx.ModelProto, analysis: Analysis, inputs: tuple[str, ...
     into = "x".join(map(str, size(inputs[0]))) if inputs else ""
     out = "x".join(map(str, size(outputs[-1]))) if outputs else ""
     text = f"{anchor.op_type} {kernel_text} {into} -> {out}" + (f" + {epilogue}" if epilogue else "")
-    bare = tuple(n for n in inputs if any(n in node.input and node.op_type not in ANCHORS for node in graph.node))
+    padded = _pads_of_anchors(graph)
+    others = [n for n in graph.node if n.op_type not in ANCHORS and not padded.keys() & set(n.output)]
+    bare = tuple(n for n in inputs if any(n in node.input for node in others))
     return Piece(name, key, " ".join(text.split()), model, extents, inputs, outputs, bare)
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
 
 from sluice.errors import SluiceError
 from sluice.latency import LatencyModel
+from sluice.passes.options import Options, check_methods
+from sluice.profiler.alternatives import find_alternatives
 from sluice.profiler.anchor import anchor_model, make_anchor
 from sluice.profiler.assemble import assemble
 from sluice.profiler.calibrate import calibrate
@@ -37,6 +39,7 @@ class Profile:
     fingerprint: Fingerprint
     target: str
     anchor_ms: float
+    options: Options = field(default_factory=Options)
 
     def anchor(self, runner: Runner) -> Anchor:
         """The reference engine that makes times of different moments comparable."""
@@ -62,6 +65,7 @@ def profile_onnx(
     target: str = "ort-cpu",
     threads: int = 1,
     exclude: Sequence[str] = (),
+    methods: Sequence[str] = ("filter",),
     seed: int = 0,
     progress: bool = True,
 ) -> Profile:
@@ -71,10 +75,12 @@ def profile_onnx(
         model: dense ONNX whose initialisers carry parameter names.
         table: SQLite file, made if it does not exist; refused if it belongs to another device or setting.
         batch: batch size of the deployment.
+        methods: what may be chosen, of ``filter``, ``rank``, ``block``, ``merge``.
         progress: bars with the time left, on standard error.
     Raises:
         SluiceError: nothing can be cut; the table is foreign, damaged or cannot be written.
     """
+    methods = check_methods(methods)
     runner = make_runner(target, threads)
     dissection = dissect(model, batch, exclude)
     if not dissection.analysis.groups:
@@ -89,10 +95,13 @@ def profile_onnx(
             replace(bench, progress=advance).pieces(dissection, piece_points(dissection, stairs))
         with _bar("joints", progress) as advance:
             replace(bench, progress=advance).joints(dissection, joint_points(dissection, stairs))
-        latency = assemble(dissection, stairs, opened)
+        with _bar("alternatives", progress) as advance:
+            own = replace(bench, progress=advance)
+            alternatives = find_alternatives(dissection, stairs, own, batch, methods, exclude)
+        latency = assemble(dissection, stairs, opened, alternatives)
         with _bar("engines", progress) as advance:
-            latency = calibrate(dissection, latency, replace(bench, progress=advance))
-    return Profile(latency, dissection, fingerprint, target, bench.anchor.ms)
+            latency = calibrate(dissection, latency, replace(bench, progress=advance), alternatives)
+    return Profile(latency, dissection, fingerprint, target, bench.anchor.ms, alternatives.options)
 
 
 class _bar:

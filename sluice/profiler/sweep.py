@@ -14,7 +14,7 @@ Every finished batch of points is committed; what the table already knows is not
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,7 +26,7 @@ from sluice.profiler.sources import add_sources, source_model
 from sluice.profiler.table import LatencyTable
 from sluice.runtime.runner import Runner, Session
 
-__all__ = ["Bench", "Staircase", "explore", "joint_points", "knots_of", "piece_points"]
+__all__ = ["Bench", "Staircase", "explore", "joint_points", "knots_of", "piece_points", "thin"]
 
 GAIN = 0.06
 WORTH = 0.015
@@ -105,12 +105,15 @@ class Staircase:
     levels: tuple[int, ...]
 
 
-def explore(dissection: Dissection, bench: Bench) -> dict[str, Staircase]:
-    """Rules 1 and 2 for every group."""
+def explore(
+    dissection: Dissection, bench: Bench, only: Collection[str] | None = None, most: int = MAX_WIDTHS
+) -> dict[str, Staircase]:
+    """Rules 1 and 2 for every group (or those of ``only``), with at most ``most`` widths each."""
     dense = dissection.dense
+    asked_for = [g for g in dense if only is None or g in only]
     kinds: dict[str, tuple[tuple[tuple[str, int], ...], int]] = {}
-    pieces_of = {g: _distinct([p for p in dissection.pieces if g in p.groups], g) for g in dense}
-    for group in dense:
+    pieces_of = {g: _distinct([p for p in dissection.pieces if g in p.groups], g) for g in asked_for}
+    for group in asked_for:
         kinds[group] = (tuple((p.key, _extent_index(p, group)) for p in pieces_of[group]), dense[group])
     lead = {kind: group for group, kind in reversed(list(kinds.items()))}
     known: dict[str, dict[int, float]] = {group: {} for group in lead.values()}
@@ -121,7 +124,7 @@ def explore(dissection: Dissection, bench: Bench) -> dict[str, Staircase]:
         for group, widths in asked.items():
             for w in widths:
                 known[group][w] = sum(bench.table.require(p.key, _at(p, group, w, dense)).ms for p in pieces_of[group])
-        asked = {group: _next_widths(known[group]) for group in known}
+        asked = {group: _next_widths(known[group], most) for group in known}
     return {group: Staircase(known[lead[kind]], _levels(known[lead[kind]])) for group, kind in kinds.items()}
 
 
@@ -134,24 +137,30 @@ def piece_points(dissection: Dissection, stairs: Mapping[str, Staircase]) -> lis
     ]
 
 
-def joint_points(dissection: Dissection, stairs: Mapping[str, Staircase]) -> list[tuple[Joint, tuple[int, ...]]]:
-    """Rule 4."""
+def joint_points(
+    dissection: Dissection, stairs: Mapping[str, Staircase], tensors: Collection[str] | None = None
+) -> list[tuple[Joint, tuple[int, ...]]]:
+    """Rule 4, for all joints or those at ``tensors``."""
     points: list[tuple[Joint, tuple[int, ...]]] = []
     for joint in find_joints(dissection):
+        if tensors is not None and joint.tensor not in tensors:
+            continue
         if joint.extent is None:
             points.append((joint, ()))
         else:
             names = [g for g, _ in joint.extent.coefs]
-            points += [(joint, (int(v),)) for v in _thin(_totals(names, dissection, stairs), 5)]
+            points += [(joint, (int(v),)) for v in thin(_totals(names, dissection, stairs), 5)]
     return points
 
 
-def knots_of(piece: Piece, dissection: Dissection, stairs: Mapping[str, Staircase]) -> list[list[int]]:
-    """The values of every extent of a piece at which it is measured."""
+def knots_of(
+    piece: Piece, dissection: Dissection, stairs: Mapping[str, Staircase], most: int = MAX_GRID
+) -> list[list[int]]:
+    """The values of every extent of a piece at which it is measured, at most ``most`` points if there are several."""
     lists = [_totals([g for g, _ in extent.coefs], dissection, stairs) for extent in piece.extents]
-    while int(np.prod([len(values) for values in lists])) > MAX_GRID:
+    while len(lists) > 1 and int(np.prod([len(values) for values in lists])) > most:
         longest = max(range(len(lists)), key=lambda k: len(lists[k]))
-        lists[longest] = _thin(lists[longest], len(lists[longest]) - 1)
+        lists[longest] = [*thin(lists[longest], len(lists[longest]) - 1)]
     return lists
 
 
@@ -163,11 +172,11 @@ def _totals(names: Sequence[str], dissection: Dissection, stairs: Mapping[str, S
     return sorted({int(v) for v in np.linspace(low, high, 5).round()})
 
 
-def _thin(values: list[int], count: int) -> list[int]:
+def thin(values: Sequence[int], count: int) -> tuple[int, ...]:
     """``count`` of the values, ends included."""
     if len(values) <= count:
-        return values
-    return sorted({values[round(k * (len(values) - 1) / (count - 1))] for k in range(count)})
+        return tuple(values)
+    return tuple(sorted({values[round(k * (len(values) - 1) / (count - 1))] for k in range(count)}))
 
 
 def _distinct(pieces: Sequence[Piece], group: str) -> list[Piece]:
@@ -182,11 +191,11 @@ def _at(piece: Piece, group: str, width: int, dense: Mapping[str, int]) -> tuple
     return tuple(int(e.at({**dense, group: width})) for e in piece.extents)
 
 
-def _next_widths(cost: Mapping[int, float]) -> list[int]:
+def _next_widths(cost: Mapping[int, float], most: int) -> list[int]:
     """The width that splits the interval with the largest difference, if any is worth it."""
     widths = sorted(cost)
     full = widths[-1]
-    if len(widths) >= MAX_WIDTHS:
+    if len(widths) >= most:
         return []
     intervals = [
         (abs(cost[b] - cost[a]), a, b)

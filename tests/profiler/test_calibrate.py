@@ -16,7 +16,6 @@ from sluice.profiler.calibrate import (
     left_out,
     measure_engines,
     model_key,
-    random_widths,
 )
 from sluice.profiler.pieces import Dissection, dissect
 from sluice.profiler.sweep import Bench, explore, joint_points, piece_points
@@ -72,14 +71,6 @@ def test_errors_by_hand() -> None:
     assert errors(np.array([2.0, 1.0, 3.0]), np.array([1.0, 2.0, 3.0]))["spearman"] == pytest.approx(0.5)
 
 
-def test_random_plans_use_levels_and_reach_both_ends() -> None:
-    levels = {"a": (4, 8, 13), "b": (1, 7), "c": (5,)}
-    model = LatencyModel((), {"a": 13, "b": 7, "c": 5}, levels)
-    generator = rng()
-    plans = [random_widths(model, generator) for _ in range(200)]
-    assert {g: {plan[g] for plan in plans} for g in levels} == {g: set(values) for g, values in levels.items()}
-
-
 def profiled(dissection: Dissection, bench: Bench) -> LatencyModel:
     stairs = explore(dissection, bench)
     bench.pieces(dissection, piece_points(dissection, stairs))
@@ -106,7 +97,7 @@ def test_what_engines_add_is_found() -> None:
         model = calibrate(dissection, raw, bench)
         assert (model.slope, model.intercept) == (pytest.approx(1.12), pytest.approx(0.3))
         assert model.error["p95_abs_err"] < 1e-9 and model.error["spearman"] == pytest.approx(1.0)
-        slope, intercept, error = table.get_calibration(model_key(dissection)) or (0.0, 0.0, {})
+        slope, intercept, error = table.get_calibration(model_key(dissection, raw)) or (0.0, 0.0, {})
         assert (slope, intercept) == (model.slope, model.intercept) and error.items() >= model.error.items()
         engine = cut_graph(dissection.model, dissection.analysis, dissection.masks({"conv0": 16, "conv1": 8}))
         assert model.ms({"conv0": 16, "conv1": 8}) == pytest.approx(bench.runner.ms(engine))  # type: ignore[attr-defined]
@@ -119,7 +110,7 @@ def test_engines_that_the_table_knows_are_not_measured_again() -> None:
         bench = bench_on(table, runner)
         raw = profiled(dissection, bench)
         first = calibrate(dissection, raw, bench)
-        known = table.engines(model_key(dissection))
+        known = table.engines(model_key(dissection, raw))
         assert len(known) == ENGINES and {"conv0": 26, "conv1": 18} in [widths for widths, _ in known]
         built = runner.built
         second = calibrate(dissection, raw, bench)
@@ -132,18 +123,27 @@ def test_engines_for_validation_stay_out_of_the_calibration() -> None:
     with LatencyTable.create(":memory:", FINGERPRINT) as table:
         runner = FakeRunner()
         bench = bench_on(table, runner)
+        key = model_key(dissection, profiled(dissection, bench))
         plans = [{"conv0": 3 + k, "conv1": 18 - k} for k in range(11)]
-        found = measure_engines(dissection, bench, plans, record=False)
-        assert table.engines(model_key(dissection)) == []
+        found = measure_engines(dissection, bench, plans)
+        assert table.engines(key) == []
+        recorded = measure_engines(dissection, bench, plans[:2], record=key)
+        assert [(widths, m.ms) for widths, m in table.engines(key)] == list(zip(plans[:2], recorded, strict=True))
         engines = [cut_graph(dissection.model, dissection.analysis, dissection.masks(plan)) for plan in plans]
         assert found == pytest.approx([runner.ms(engine) for engine in engines])
 
 
+def sites(**dense: int) -> LatencyModel:
+    return LatencyModel((), dense, {site: (value,) for site, value in dense.items()})
+
+
 def test_networks_have_keys_of_their_own() -> None:
-    key = model_key(dissect(chain([26, 18]), 2))
-    assert key == model_key(dissect(chain([26, 18]), 2))
-    assert key != model_key(dissect(chain([26, 17]), 2))
-    assert key != model_key(dissect(chain([26, 18], stride=2), 2))
+    widths = sites(conv0=26, conv1=18)
+    key = model_key(dissect(chain([26, 18]), 2), widths)
+    assert key == model_key(dissect(chain([26, 18]), 2), sites(conv0=26, conv1=18))
+    assert key != model_key(dissect(chain([26, 17]), 2), sites(conv0=26, conv1=17))
+    assert key != model_key(dissect(chain([26, 18], stride=2), 2), widths)
+    assert key != model_key(dissect(chain([26, 18]), 2), sites(conv0=26, conv1=18, **{"conv0.weight|dense": 1}))
 
 
 @pytest.mark.parametrize("widths", [[2], [2, 2]])

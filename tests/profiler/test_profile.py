@@ -112,7 +112,7 @@ def test_the_bars_tell_all_points(on_fake: Callable[[FakeRunner], FakeRunner], m
     on_fake(FakeRunner(staircase(8)))
     monkeypatch.setattr("tqdm.tqdm", Bar)
     profile_onnx(chain([26, 18], batch="N"), batch=2, progress=True)
-    assert len(bars) == 4 and [bar.n for bar in bars] == [bar.total for bar in bars] and bars[0].n > 0
+    assert len(bars) == 5 and [bar.n for bar in bars] == [bar.total for bar in bars] and bars[0].n > 0
 
 
 def test_a_small_network_in_the_real_runtime(tmp_path: Path) -> None:
@@ -136,4 +136,4 @@ def test_a_small_network_in_the_real_runtime(tmp_path: Path) -> None:
 def profile_module_key(profile: Profile) -> str:
     from sluice.profiler.calibrate import model_key
 
-    return model_key(profile.dissection)
+    return model_key(profile.dissection, profile.latency)

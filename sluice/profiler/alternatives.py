@@ -1,0 +1,143 @@
+"""What could take the place of a layer, and what that costs: ranks, dropped blocks, merged runs.
+
+1. A form is offered at the ranks at which its two pieces take less than `PAYS` times the dense layer's; a form that
+   never does is not measured further.
+2. A merged run is offered if it takes less than the pieces it replaces, all widths dense; where layers are removed from
+   it, as one convolution or as what is left of several, whichever is faster.
+3. Widths are thinned on the pieces of alternatives: `POINTS` or `FEW_POINTS` points per piece.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+from sluice.passes.blocks import find_blocks
+from sluice.passes.drop_onnx import view_onnx
+from sluice.passes.options import BSR, Options, RankOption
+from sluice.plan import Drop, Merge
+from sluice.profiler.pieces import Dissection, Piece, anchor_weight
+from sluice.profiler.sweep import Bench, Staircase, explore, joint_points, knots_of
+from sluice.profiler.variants import (
+    Alternatives,
+    MergeSite,
+    Shown,
+    Variant,
+    is_excluded,
+    merge_segments,
+    merge_variants,
+    rank_layers,
+    rank_variants,
+)
+
+__all__ = ["find_alternatives"]
+
+PAYS = 1.1
+POINTS = 16
+FEW_POINTS = 9  # of the many runs that could be merged
+RANKS = 10  # of one form
+
+
+def find_alternatives(
+    dissection: Dissection,
+    stairs: Mapping[str, Staircase],
+    bench: Bench,
+    batch: int,
+    methods: Sequence[str],
+    exclude: Sequence[str] = (),
+) -> Alternatives:
+    """Measure what ``methods`` could put in the place of the dense layers."""
+    dense_ms = _dense_ms(dissection, bench)
+    shown: list[Shown] = []
+    drops: dict[str, Drop] = {}
+    if "rank" in methods or BSR in methods:
+        layers = rank_layers(dissection, dense_ms, exclude)
+        for variant in rank_variants(dissection, layers, batch):
+            shown += _ranks(variant, layers, dense_ms, stairs, bench)
+    if "block" in methods:
+        blocks, _ = find_blocks(view_onnx(dissection.model))
+        drops = {
+            f"{block.name}|drop": Drop(block.name, block.params)
+            for block in blocks
+            if not any(is_excluded(param, exclude) for param in block.params)
+        }
+    merges: dict[str, Merge] = {}
+    if "merge" in methods:
+        sites = merge_segments(dissection, exclude, widths_vary="filter" in methods)
+        paying = _merges(dissection, sites, batch, dense_ms, stairs, bench)
+        merges = {s.place.switch: site.merge for s, site in paying}
+        shown += [s for s, _ in paying]
+    options = Options(tuple(RankOption(*s.place.switch.rsplit("|", 1)) for s in shown if s.place.rank), drops, merges)
+    return Alternatives(options, tuple(shown))
+
+
+def _ranks(
+    variant: Variant,
+    layers: Mapping[str, Piece],
+    dense_ms: Mapping[str, float],
+    stairs: Mapping[str, Staircase],
+    bench: Bench,
+) -> list[Shown]:
+    cut = variant.dissection
+    explored = explore(cut, bench, {p.rank for p in variant.places if p.rank}, most=RANKS)
+    own = _widths(cut, stairs)
+    shown = []
+    for place in variant.places:
+        assert place.rank is not None
+        stair, most = explored[place.rank], PAYS * dense_ms[layers[place.layers[0]].name]
+        levels = tuple(rank for rank in stair.levels if stair.cost[rank] < most)
+        if levels:
+            shown.append(Shown(place, cut, {**own, place.rank: Staircase(stair.cost, levels)}, POINTS))
+    _measure(shown, bench)
+    return shown
+
+
+def _merges(
+    dissection: Dissection,
+    sites: Sequence[MergeSite],
+    batch: int,
+    dense_ms: Mapping[str, float],
+    stairs: Mapping[str, Staircase],
+    bench: Bench,
+) -> list[tuple[Shown, MergeSite]]:
+    """Rule 2: every run at the dense widths first, and at others if that pays."""
+    by_weight = {anchor_weight(piece): dense_ms[piece.name] for piece in dissection.pieces}
+    best: dict[str, tuple[float, Shown, MergeSite]] = {}
+    for variant, shelf in merge_variants(dissection, sites, batch):
+        cut = variant.dissection
+        own = _widths(cut, stairs)
+        for place, site in zip(variant.places, shelf, strict=True):
+            points = [(p, tuple(int(e.at(cut.dense)) for e in p.extents)) for p in place.pieces]
+            bench.pieces(cut, points)
+            ms = sum(bench.table.require(piece.key, extents).ms for piece, extents in points)
+            replaced = sum(by_weight.get(weight, 0.0) for weight in place.layers)
+            if ms < replaced and (place.switch not in best or ms < best[place.switch][0]):
+                best[place.switch] = (ms, Shown(place, cut, own, FEW_POINTS), site)
+    paying = [(shown, site) for _, shown, site in best.values()]
+    _measure([shown for shown, _ in paying], bench)
+    return paying
+
+
+def _measure(shown: Sequence[Shown], bench: Bench) -> None:
+    """All pieces and inner joints of one restructured graph, with ranks that share its pieces' names apart."""
+    for s in shown:
+        points = [
+            (piece, tuple(int(v) for v in point))
+            for piece in s.place.pieces
+            for point in itertools.product(*knots_of(piece, s.dissection, s.stairs, s.most))
+        ]
+        bench.pieces(s.dissection, points)
+        bench.joints(s.dissection, joint_points(s.dissection, s.stairs, s.place.inner))
+
+
+def _dense_ms(dissection: Dissection, bench: Bench) -> dict[str, float]:
+    dense = dissection.dense
+    return {
+        piece.name: bench.table.require(piece.key, tuple(int(e.at(dense)) for e in piece.extents)).ms
+        for piece in dissection.pieces
+    }
+
+
+def _widths(cut: Dissection, stairs: Mapping[str, Staircase]) -> dict[str, Staircase]:
+    """The staircases of the dense graph; groups that it does not have keep their size."""
+    return {group: stairs.get(group, Staircase({}, (size,))) for group, size in cut.dense.items()}

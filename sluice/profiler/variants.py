@@ -1,0 +1,264 @@
+"""Restructured graphs: where the pieces of factorised layers and merged runs come from.
+
+What would take a layer's place is cut out of the user's own graph as well: the graph is rewritten with *every* layer
+that allows it in one form, at the largest rank worth measuring, and dissected like the dense one. The rank is then the
+width of one more axis group, and a factorised layer is two pieces of that graph and the joint between them. Merged
+runs that do not overlap share a graph in the same way.
+
+1. Only layers that matter (`SHARE` of the dense cost) have variants.
+2. The groups of a restructured graph are those of the dense one, found by the tensors they lie on.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from onnx import numpy_helper
+
+from sluice.passes.factor import first_name, forms_of, random_factors, second_name, useful_rank
+from sluice.passes.factor_onnx import factorize_onnx
+from sluice.passes.merge_onnx import chains_onnx, merge_onnx
+from sluice.passes.onnx_axes import attributes
+from sluice.passes.options import Options, RankOption
+from sluice.passes.segments import Segment, find_segments, folded_norms, swallowed
+from sluice.passes.sites import module_of
+from sluice.plan import FORMS, Factorize, Merge
+from sluice.profiler.pieces import ANCHORS, Dissection, Piece, anchor_weight, dissect
+from sluice.profiler.sweep import Staircase
+
+__all__ = ["Alternatives", "Place", "Shown", "Variant", "group_names", "is_excluded", "rank_layers", "rank_variants"]
+
+SHARE = 0.004
+MORE = 1.5
+LARGEST = 9  # kernels beyond this have no fast algorithm anywhere
+LEAST = 8  # a weight with fewer rows or columns has no rank to choose
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """What takes the place of ``layers`` (weights) under ``switch``: pieces, and the tensors between them."""
+
+    switch: str
+    layers: tuple[str, ...]
+    pieces: tuple[Piece, ...]
+    inner: tuple[str, ...] = ()
+    rank: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Variant:
+    """One restructured graph and the places it shows."""
+
+    dissection: Dissection
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shown:
+    """A place with the staircases of its graph; its pieces are measured at up to ``most`` points each."""
+
+    place: Place
+    dissection: Dissection
+    stairs: Mapping[str, Staircase]
+    most: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Alternatives:
+    """The options worth offering, and the measured pieces of those that have any."""
+
+    options: Options
+    shown: tuple[Shown, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MergeSite:
+    """A run that may be merged, and every weight that goes (projections of swallowed blocks included).
+
+    ``apart``: what the run keeps stays as several convolutions, linear between them, since those may be faster.
+    """
+
+    segment: Segment
+    gone: tuple[str, ...]
+    apart: bool = False
+
+    @property
+    def merge(self) -> Merge:
+        return self.segment.merge(tuple((name,) for name in self.segment.kept) if self.apart else None)
+
+    @property
+    def switch(self) -> str:
+        """The same for both ways to carry out the segment, as only the faster one is offered."""
+        return f"{self.merge.name}|merge {'x'.join(map(str, self.segment.kernel))}"
+
+
+def group_names(base: Dissection) -> dict[tuple[str, int], str]:
+    """The group of every (tensor, axis) of the dense graph."""
+    return {(ref.param, ref.axis): group.name for group in base.analysis.groups for ref in group.refs}
+
+
+def is_excluded(param: str, exclude: Sequence[str]) -> bool:
+    """Whether a pattern means this tensor, its module or one around it, as for widths."""
+    module = module_of(param)
+    return any(fnmatch.fnmatchcase(n, p) for n in (param, module) for p in exclude) or any(
+        module.startswith(p + ".") for p in exclude
+    )
+
+
+def rank_layers(base: Dissection, dense_ms: Mapping[str, float], exclude: Sequence[str] = ()) -> dict[str, Piece]:
+    """Weights that may be factorised, and the dense piece of each (``dense_ms``: milliseconds by piece name)."""
+    readers: dict[str, int] = {}
+    for node in base.model.graph.node:
+        for name in node.input:
+            readers[name] = readers.get(name, 0) + 1
+    total = sum(dense_ms.values())
+    found: dict[str, Piece] = {}
+    for piece in base.pieces:
+        weight = anchor_weight(piece)
+        if weight is None or readers[weight] != 1 or dense_ms[piece.name] < SHARE * total:
+            continue
+        shape = base.analysis.tensors[weight]
+        anchor = next(n for n in piece.model.graph.node if n.op_type in ANCHORS)
+        grouped = attributes(anchor).get("group", 1) != 1 or anchor.op_type == "ConvTranspose"
+        if not grouped and not is_excluded(weight, exclude) and min(shape[0], math.prod(shape[1:])) >= LEAST:
+            found[weight] = piece
+    return found
+
+
+def rank_variants(base: Dissection, layers: Mapping[str, Piece], batch: int) -> list[Variant]:
+    """One variant per form that any of the layers can take."""
+    variants = []
+    for form in FORMS:
+        edits = [
+            Factorize(weight, form, _most(base, weight, piece, form))
+            for weight, piece in layers.items()
+            if form in forms_of(base.analysis.tensors[weight])
+        ]
+        if edits:
+            variants.append(_rank_variant(base, edits, batch))
+    return variants
+
+
+def _rank_variant(base: Dissection, edits: Sequence[Factorize], batch: int) -> Variant:
+    names = group_names(base)
+    for edit in edits:
+        first, second = first_name(edit.param), second_name(edit.param)
+        for own, of in (((second, 0), (edit.param, 0)), ((first, 1), (edit.param, 1))):
+            if of in names:
+                names[own] = names[of]
+        names[(first, 0)] = names[(second, 1)] = RankOption(edit.param, edit.form).rank
+    cut = dissect(factorize_onnx(base.model, edits, split=random_factors), batch, names=names)
+    by_weight = {anchor_weight(piece): piece for piece in cut.pieces}
+    sizes = cut.dense
+    places = []
+    for edit in edits:
+        option = RankOption(edit.param, edit.form)
+        pieces = (by_weight[first_name(edit.param)], by_weight[second_name(edit.param)])
+        if option.rank in sizes:  # a rank of one has no axis to choose on
+            places.append(Place(option.switch, (edit.param,), pieces, pieces[0].outputs, option.rank))
+    return Variant(cut, tuple(places))
+
+
+def merge_segments(base: Dissection, exclude: Sequence[str] = (), *, widths_vary: bool = True) -> list[MergeSite]:
+    """The merged runs worth timing, and where layers are removed from a run also what is left of it unmerged.
+
+    A run is left out if its convolution alone multiplies more than `MORE` times what the layers do that it replaces,
+    or if it removes a layer between two widths that are chosen apart (``widths_vary``).
+    """
+    tensors = {init.name: numpy_helper.to_array(init) for init in base.model.graph.initializer}
+    on = group_names(base)
+    found = []
+    for chain in chains_onnx(base.model):
+        banned = {layer.weight for layer in chain.layers if is_excluded(layer.weight, exclude)}
+        for segment in find_segments(chain, folded_norms(chain, tensors), banned):
+            if len(segment.layers) < 2 or (widths_vary and _bridges(segment, on)):
+                continue
+            spans = swallowed(chain, segment.start, segment.end)
+            gone = (*segment.layers, *(s.shortcut.weight for s in spans if s.shortcut is not None))
+            first, last = (base.analysis.tensors[segment.layers[k]] for k in (0, -1))
+            out = base.analysis.shapes[chain.layers[segment.end - 1].value]
+            channels = last[0] * (1 if segment.depthwise else first[1])
+            macs = math.prod(out[2:]) * channels * math.prod(segment.kernel)
+            replaced = sum(
+                math.prod(base.analysis.shapes[layer.value][2:]) * math.prod(base.analysis.tensors[layer.weight])
+                for layer in chain.layers[segment.start : segment.end]
+            )
+            if macs <= MORE * replaced and max(segment.kernel) <= LARGEST:
+                found.append(MergeSite(segment, gone))
+            if 1 < len(segment.kept) < len(segment.layers) and len(gone) == len(segment.layers):
+                found.append(MergeSite(segment, gone, apart=True))
+    return found
+
+
+def _bridges(segment: Segment, on: Mapping[tuple[str, int], str]) -> bool:
+    """Whether removed layers would tie the width before the run to the one behind it."""
+    into, out = on.get((segment.layers[0], 1)), on.get((segment.layers[-1], 0))
+    tied: dict[str | None, set[str | None]] = {}
+    for weight in segment.layers:
+        if weight not in segment.kept:
+            a, b = on.get((weight, 1), on.get((weight, 0))), on.get((weight, 0))
+            both = tied.get(a, {a}) | tied.get(b, {b})
+            tied.update(dict.fromkeys(both, both))
+    reached = tied.get(into, {into})
+    return (into != out and out in reached) or (into is not None and None in reached)
+
+
+def merge_variants(base: Dissection, sites: Sequence[MergeSite], batch: int) -> list[tuple[Variant, list[MergeSite]]]:
+    """Graphs that show every site once, and the sites of each; those that do not overlap share one."""
+    shelves: list[list[MergeSite]] = []
+    for site in sites:
+        shelf = next((s for s in shelves if not any(set(site.gone) & set(other.gone) for other in s)), None)
+        if shelf is None:
+            shelves.append([site])
+        else:
+            shelf.append(site)
+    return [(_merge_variant(base, shelf, batch), shelf) for shelf in shelves]
+
+
+def _merge_variant(base: Dissection, sites: Sequence[MergeSite], batch: int) -> Variant:
+    names = group_names(base)
+    for site in sites:
+        merge = site.merge
+        own = {key: names.pop(key) for layer in merge.layers for key in ((layer, 0), (layer, 1)) if key in names}
+        called = _outside(base, merge, own)
+        ends = {(merge.runs[0][-1], 1): (merge.layers[0], 1), (merge.runs[-1][-1], 0): (merge.layers[-1], 0)}
+        for key in ((run[-1], axis) for run in merge.runs for axis in (0, 1)):
+            group = own.get(ends.get(key, key))
+            if group is not None:  # what nothing outside sees stays as wide as it is
+                names[key] = called.get(group, f"{group} in {site.switch}")
+    cut = dissect(merge_onnx(base.model, [site.merge for site in sites], values=False), batch, names=names)
+    by_weight = {anchor_weight(piece): piece for piece in cut.pieces}
+    places = []
+    for site in sites:
+        pieces = tuple(by_weight[run[-1]] for run in site.merge.runs)
+        inner = tuple(tensor for piece in pieces[:-1] for tensor in piece.outputs)
+        places.append(Place(site.switch, site.gone, pieces, inner))
+    return Variant(cut, tuple(places))
+
+
+def _outside(base: Dissection, merge: Merge, own: Mapping[tuple[str, int], str]) -> dict[str, str]:
+    """The groups of a merge's layers that others see, and those that removed layers tie to such a one, by its name."""
+    weights = {
+        group.name: {ref.param for ref in group.refs if len(base.analysis.tensors[ref.param]) > 1}
+        for group in base.analysis.groups
+    }
+    borders = {own.get((merge.layers[0], 1)), own.get((merge.layers[-1], 0))}
+    called = {g: g for g in own.values() if g in borders or not weights[g] <= set(merge.layers)}
+    kept = {name for run in merge.runs for name in run}
+    sides = [{own.get((n, 1)), own.get((n, 0))} for n in merge.layers if n not in kept]
+    for _ in sides:
+        for pair in sides:
+            known = next((called[g] for g in pair if g in called), None)
+            called.update({g: known for g in pair if g is not None and known is not None and g not in called})
+    return called
+
+
+def _most(base: Dissection, weight: str, piece: Piece, form: str) -> int:
+    anchor = next(n for n in piece.model.graph.node if n.op_type in ANCHORS)
+    shapes = base.analysis.shapes
+    into, out = shapes[anchor.input[0]], shapes[anchor.output[0]]
+    areas = (math.prod(out[2:]), math.prod(into[2:])) if anchor.op_type == "Conv" else (1, 1)
+    return useful_rank(base.analysis.tensors[weight], form, out_area=areas[0], in_area=areas[1])
