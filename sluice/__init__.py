@@ -24,9 +24,10 @@ _WHERE = {
     "finish": "sluice.pipeline",
     "insert_gates": "sluice.passes.gating",
     "load": "sluice.store",
-    "profile": "sluice.pipeline",
+    "profile": "sluice.prepare",
     "rewrite_onnx": "sluice.passes.rewrite_onnx",
     "rewrite_torch": "sluice.passes.rewrite_torch",
+    "sweep": "sluice.pipeline",
 }
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "profile",
     "rewrite_onnx",
     "rewrite_torch",
+    "sweep",
 ]
 
 if TYPE_CHECKING:
@@ -58,8 +60,9 @@ if TYPE_CHECKING:
     from sluice.passes.gating import close_gates, insert_gates
     from sluice.passes.rewrite_onnx import rewrite_onnx
     from sluice.passes.rewrite_torch import rewrite_torch
-    from sluice.pipeline import compress, finish, profile
+    from sluice.pipeline import compress, finish, sweep
     from sluice.plan import Plan
+    from sluice.prepare import profile
     from sluice.profiler.table import LatencyTable
     from sluice.report import Report
     from sluice.store import load

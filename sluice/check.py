@@ -5,6 +5,10 @@
 3. the dense ONNX graph, cut by the plan with the other rewriter, filled with the saved weights.
 
 For a dense network given as an ONNX file the first way falls away, and torch is not needed.
+
+Weights are filled in by the names of the slim network. In torch these follow from rewriting the module, and must be all
+that the file holds. In the cut graph every tensor of the user's, every factor and every merged bias must be found; what
+an exporter made up keeps its value.
 """
 
 from __future__ import annotations
@@ -21,7 +25,9 @@ from onnx import numpy_helper
 
 from sluice.errors import SluiceError
 from sluice.onnx_file import finalize, load_onnx
+from sluice.passes.factor import first_name, second_name
 from sluice.passes.rewrite_onnx import rewrite_onnx
+from sluice.passes.runs import bias_name
 from sluice.plan import Plan
 from sluice.runtime.compare import relative_error
 from sluice.runtime.runner import make_runner
@@ -58,7 +64,7 @@ def check(dense: nn.Module | onnx.ModelProto, folder: str | os.PathLike[str]) ->
         with torch.no_grad():
             outputs["torch"] = [t.numpy() for t in pytree.tree_leaves(slim(*inputs)) if isinstance(t, torch.Tensor)]
         exported = to_onnx(exported, inputs)
-    cut = _filled(rewrite_onnx(exported, plan), folder / "slim.safetensors")
+    cut = _filled(rewrite_onnx(exported, plan), plan, folder / "slim.safetensors")
     outputs["plan on dense ONNX"] = _run(finalize(cut), arrays)
     return {f"{a} and {b}": relative_error(outputs[a], outputs[b]) for a, b in itertools.combinations(outputs, 2)}
 
@@ -83,8 +89,8 @@ def _run(model: onnx.ModelProto, arrays: list[np.ndarray]) -> list[np.ndarray]:
     return list(make_runner("ort-cpu").build(model).run(dict(zip(names, arrays, strict=True))).values())
 
 
-def _filled(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
-    """The model with its initialisers replaced by the tensors of a safetensors file, by name."""
+def _filled(model: onnx.ModelProto, plan: Plan, path: Path) -> onnx.ModelProto:
+    """The cut model with its initialisers replaced by the tensors of a safetensors file, by name."""
     from safetensors import SafetensorError
     from safetensors.numpy import load as load_bytes
 
@@ -92,8 +98,15 @@ def _filled(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
         tensors: Mapping[str, np.ndarray] = load_bytes(path.read_bytes())
     except (OSError, SafetensorError) as error:
         raise SluiceError(f"cannot read the weights {str(path)!r}: {error}; give a .safetensors file") from None
+    own = {*plan.fingerprint, *(bias_name(run[-1]) for merge in plan.merges for run in merge.runs)}
+    own |= {name(f.param) for f in plan.factorizations for name in (first_name, second_name)}
     for init in model.graph.initializer:
         found = tensors.get(init.name)
+        if found is None and init.name in own:
+            raise SluiceError(
+                f"{str(path)!r} does not belong to this plan: it lacks {init.name!r} {tuple(init.dims)}; give the "
+                "weights saved beside the plan"
+            )
         if found is None:
             continue
         if found.shape != tuple(init.dims):

@@ -10,38 +10,39 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
-import torch
 from torch import fx, nn
 
 from sluice.budget import Budget, parse_budget
+from sluice.choose import Reading, ask, choose
+from sluice.closing import close
 from sluice.errors import SluiceError
 from sluice.files import write_atomically
 from sluice.macs import count_macs
 from sluice.onnx_file import finalize, save_onnx
 from sluice.outcome import captured_inputs, count_parameters, make_report, parity
 from sluice.passes.capture import Inputs
-from sluice.passes.decide import decide
 from sluice.passes.export import to_onnx
-from sluice.passes.gating import Gated, close_gates, insert_gates, strip_gates
-from sluice.passes.importance import fisher_scores, learned_scores
-from sluice.passes.resolve import make_plan
+from sluice.passes.gating import Gated, strip_gates
+from sluice.passes.importance import learned_scores
+from sluice.passes.options import METHODS, check_methods
 from sluice.passes.rewrite_onnx import rewrite_onnx
-from sluice.passes.rewrite_torch import rewrite_torch
+from sluice.passes.rewrite_torch import merge_runs, rewrite_torch
 from sluice.plan import Plan
-from sluice.profiler.profile import Profile, profile_onnx
+from sluice.prepare import Ready, check_precision, prepare
+from sluice.profiler.profile import Profile
 from sluice.report import Report
 from sluice.stages import stage
-from sluice.store import input_specs, save_weights
+from sluice.store import save_weights
 from sluice.train import Data, Loss, check_data, default_loss, fit
-from sluice.verify import measure_pair, settle
+from sluice.verify import AIM, measure_pair, settle
 
-__all__ = ["Compressed", "Proposal", "compress", "finish", "profile", "propose"]
+__all__ = ["Compressed", "compress", "finish", "sweep"]
 
 Evaluate = Callable[[nn.Module], float]
 PARITY = 1e-4  # relative; beyond this a rewrite has changed the function, and that is our fault
@@ -73,35 +74,6 @@ class Compressed:
             raise SluiceError(f"cannot write to {os.fspath(folder)!r}: {error}; choose another folder") from error
 
 
-@dataclass(frozen=True, slots=True)
-class Proposal:
-    """A plan made without training, and what it promises; ``retained`` is the kept share of the importance."""
-
-    plan: Plan
-    budget_ms: float
-    dense_ms: float
-    promised_ms: float
-    retained: float
-
-
-def profile(
-    model: nn.Module,
-    example_inputs: Inputs,
-    table: str | os.PathLike[str] = ":memory:",
-    *,
-    batch: int = 1,
-    target: str = "ort-cpu",
-    threads: int = 1,
-    exclude: Sequence[str] = (),
-    progress: bool = True,
-) -> Profile:
-    """Measure, on this device, what ``table`` does not know yet about the model; see `sluice.profiler.profile_onnx`."""
-    check_precision(model)
-    with stage("export", progress):
-        dense = to_onnx(model, example_inputs)
-    return profile_onnx(dense, table, batch=batch, target=target, threads=threads, exclude=exclude, progress=progress)
-
-
 def compress(
     model: nn.Module,
     example_inputs: Inputs,
@@ -114,8 +86,10 @@ def compress(
     target: str = "ort-cpu",
     threads: int = 1,
     exclude: Sequence[str] = (),
-    gate_epochs: int = 4,
+    methods: Sequence[str] = METHODS,
+    gate_epochs: int = 0,
     epochs: int = 10,
+    rehearsal: int = 40,
     lr: float = 1e-3,
     loss: Loss = default_loss,
     evaluate: Evaluate | None = None,
@@ -130,114 +104,141 @@ def compress(
         data: re-iterable batches, ``(inputs, labels)`` or inputs alone.
         table: latency table (SQLite), made or continued.
         out: folder for plan, weights, ONNX and report.
-        gate_epochs: epochs of training with gates; 0 decides in one shot from Fisher scores.
+        methods: what may be done to the network, of ``filter``, ``rank``, ``block``, ``merge``.
+        gate_epochs: epochs of training with gates; 0 scores channels in one shot (Fisher, with or without labels).
         epochs: epochs of fine-tuning with the dense network as teacher.
+        rehearsal: training steps after which plans are first compared; 0 takes the solver's word.
         evaluate: figure of merit of a module, for the report.
     Raises:
         SluiceError: anything the caller can mend; nothing half-written is left behind.
     """
     started = time.perf_counter()
+    methods = check_methods(methods)
     parse_budget(budget, 1.0)  # a typing error is said before anything is measured, and so is the rest of these
+    _check_rehearsal(rehearsal)
     check_precision(model)
-    check_data(model, data, labels=not gate_epochs and loss is default_loss, loss=loss)
+    check_data(model, data, loss=loss)
     if out is not None:
         _claim(out)
-    with stage("export", progress):
-        dense_onnx = to_onnx(model, example_inputs)
-    measured = profile_onnx(
-        dense_onnx, table, batch=batch, target=target, threads=threads, exclude=exclude, progress=progress
-    )
-    steps = max(1, gate_epochs * _length(data))
-    gated = insert_gates(model, example_inputs, steps=steps, exclude=exclude)
-    held = Budget(gated, measured, budget)  # says at once if it cannot be met
-    teacher = strip_gates(gated).eval()
-    if gate_epochs:
-        fit(
-            gated,
-            data,
-            epochs=gate_epochs,
-            teacher=teacher,
-            budget=held,
-            loss=loss,
-            lr=lr,
-            progress=progress,
-            name="gates",
-        )
-        importance = learned_scores(gated.gates)
-    else:
-        importance = fisher_scores(gated, data, teacher=None if loss is default_loss else teacher, loss=loss)
-    return finish(
-        gated, held, importance=importance, teacher=teacher, data=data, epochs=epochs, lr=lr, loss=loss,
-        evaluate=evaluate, out=out, progress=progress, started=started,
+    ready = prepare(
+        model, example_inputs, budget=budget, data=data, table=table, batch=batch, target=target, threads=threads,
+        exclude=exclude, methods=methods, gate_epochs=gate_epochs, lr=lr, loss=loss, progress=progress,
+    )  # fmt: skip
+    return _finish(
+        ready, budget, data=data, epochs=epochs, rehearsal=rehearsal, lr=lr, loss=loss, evaluate=evaluate, out=out,
+        progress=progress, started=started,
     )  # fmt: skip
 
 
-def propose(
+def sweep(
     model: nn.Module,
     example_inputs: Inputs,
     *,
-    budget: str | Mapping[str, str | float],
+    budgets: Sequence[str],
     data: Data,
     table: str | os.PathLike[str] = ":memory:",
+    out: str | os.PathLike[str] | None = None,
     batch: int = 1,
     target: str = "ort-cpu",
     threads: int = 1,
     exclude: Sequence[str] = (),
+    methods: Sequence[str] = METHODS,
+    epochs: int = 10,
+    rehearsal: int = 40,
+    lr: float = 1e-3,
+    loss: Loss = default_loss,
+    evaluate: Evaluate | None = None,
     progress: bool = True,
-) -> Proposal:
-    """A plan in one shot: Fisher scores on a few labelled batches of ``data``, then the solver; nothing is trained.
+) -> Iterator[tuple[str, Compressed]]:
+    """`compress` for several budgets, one after the other: the network is profiled and every choice priced only once.
 
-    Arguments and errors are those of `compress`. With a table that knows the model this takes seconds.
+    No gates are trained, since those would be trained for one budget. Arguments and errors are those of `compress`;
+    ``out/<budget without its %>`` holds the files of a budget.
     """
-    parse_budget(budget, 1.0)
-    check_data(model, data, labels=True)
-    measured = profile(
-        model, example_inputs, table, batch=batch, target=target, threads=threads, exclude=exclude, progress=progress
-    )
-    gated = insert_gates(model, example_inputs, exclude=exclude)
-    target_ms = Budget(gated, measured, budget).target_ms
-    scores = fisher_scores(gated, data)
-    choice = decide(measured.latency, scores, target_ms)
-    plan = make_plan(gated.meta["analysis"], choice.kept(scores), input_specs(gated))
-    return Proposal(plan, target_ms, measured.latency.dense_ms(), choice.promised_ms, choice.retained)
+    methods = check_methods(methods)
+    for budget in budgets:
+        parse_budget(budget, 1.0)
+    _check_rehearsal(rehearsal)
+    check_precision(model)
+    check_data(model, data, loss=loss)
+    folders = {budget: None if out is None else Path(out) / budget.strip().removesuffix("%") for budget in budgets}
+    for folder in folders.values():
+        if folder is not None:
+            _claim(folder)
+    ready = prepare(
+        model, example_inputs, budget=min(budgets, key=lambda b: parse_budget(b, 1.0)), data=data, table=table,
+        batch=batch, target=target, threads=threads, exclude=exclude, methods=methods, gate_epochs=0, lr=lr, loss=loss,
+        progress=progress,
+    )  # fmt: skip
+    for budget, folder in folders.items():
+        started = time.perf_counter()
+        yield budget, _finish(
+            ready, budget, data=data, epochs=epochs, rehearsal=rehearsal, lr=lr, loss=loss, evaluate=evaluate,
+            out=folder, progress=progress, started=started,
+        )  # fmt: skip
 
 
 def finish(
     gated: Gated,
     budget: Budget,
     *,
+    methods: Sequence[str] = ("filter",),
     importance: Mapping[str, np.ndarray] | None = None,
     teacher: nn.Module | None = None,
     data: Data | None = None,
     epochs: int = 0,
+    rehearsal: int = 40,
     lr: float = 1e-3,
     loss: Loss = default_loss,
     evaluate: Evaluate | None = None,
     out: str | os.PathLike[str] | None = None,
     progress: bool = True,
-    started: float | None = None,
 ) -> Compressed:
     """Decide, verify on the engine, close, cut, fine-tune, export, measure, report.
 
     Args:
         gated: trained gated network.
         budget: made with a profile (not a bare latency model: the engine has to be measured).
+        methods: what may be done, of those the budget's profile was made for; all but ``filter`` need ``data``.
         importance: scores by group; those the gates collected if not given.
         teacher: dense network, for fine-tuning (``epochs`` over ``data``) and as the report's reference.
     """
-    started = time.perf_counter() if started is None else started
-    measured = budget.profile
-    if measured is None:
+    if budget.profile is None:
         raise SluiceError("this budget has no profile, so no engine can be measured; make it from sluice.profile(...)")
+    methods = check_methods(methods)
     scores = importance if importance is not None else learned_scores(gated.gates)
-    stripped = strip_gates(gated).eval()
-    reference = teacher if teacher is not None else stripped
+    question = ask(gated, budget.profile, methods, scores, data=data, loss=loss)
+    reference = teacher if teacher is not None else strip_gates(gated, thresholded=True).eval()
+    return _finish(
+        Ready(gated, budget.profile, methods, reference, question), budget.target, data=data, epochs=epochs,
+        rehearsal=rehearsal, lr=lr, loss=loss, evaluate=evaluate, out=out, progress=progress,
+        started=time.perf_counter(),
+    )  # fmt: skip
+
+
+def _finish(
+    ready: Ready, budget: str | Mapping[str, str | float], *, data: Data | None, epochs: int, rehearsal: int,
+    lr: float, loss: Loss, evaluate: Evaluate | None, out: str | os.PathLike[str] | None, progress: bool,
+    started: float,
+) -> Compressed:  # fmt: skip
+    gated, measured, methods, reference = ready.gated, ready.measured, ready.methods, ready.teacher
+    question = ready.question
+    stripped = strip_gates(gated, thresholded=True).eval()
+    inputs = captured_inputs(stripped)
+    readings: list[Reading] = []
+    if data is not None and epochs:
+        target_ms = AIM * parse_budget(budget, measured.latency.dense_ms())
+        readings = choose(
+            question, methods, target_ms, lambda answer: rewrite_torch(stripped, answer.plan, inputs, merged=False),
+            data=data, teacher=reference, loss=loss, lr=lr, steps=rehearsal, progress=progress,
+        )  # fmt: skip
+        question = readings[0].question
     with stage("decide and verify on engines", progress):
-        dense_onnx = to_onnx(stripped, captured_inputs(stripped))
-        settled = settle(measured, gated.meta["analysis"], scores, budget.target, dense_onnx, input_specs(stripped))
-    slim = rewrite_torch(stripped, settled.plan, captured_inputs(stripped)).eval()
+        dense_onnx = to_onnx(stripped, inputs)
+        settled = settle(question, budget, dense_onnx)
+    slim = rewrite_torch(stripped, settled.plan, inputs, merged=False).eval()
     closed = parity(
-        close_gates(gated, settled.kept).eval(),
+        close(gated, settled.answer).eval(),
         slim,
         finalize(rewrite_onnx(dense_onnx, settled.plan)),
         stripped,
@@ -246,17 +247,20 @@ def finish(
     _same(closed)
     if epochs and data is not None:
         fit(slim, data, epochs=epochs, teacher=reference, loss=loss, lr=lr, progress=progress, name="fine-tune")
+    slim = merge_runs(slim, settled.plan).eval()
     with stage("export and measure", progress):
-        slim_onnx = finalize(to_onnx(slim, captured_inputs(stripped)))
+        slim_onnx = finalize(to_onnx(slim, inputs))
         exported = parity(slim, slim, slim_onnx, stripped, measured)
         dense_engine = finalize(dense_onnx)
-        dense_ms, slim_ms = measure_pair(measured, dense_engine, slim_onnx, seed=99)
+        dense_ms, slim_ms = _final_pair(measured, dense_engine, slim_onnx, budget)
     report = make_report(
-        measured, settled, dense_ms=dense_ms, slim_ms=slim_ms, worst=max(closed, exported), budget=budget,
+        measured, settled, dense_ms=dense_ms, slim_ms=slim_ms, worst=max(closed, exported),
+        budget_ms=parse_budget(budget, dense_ms),
         params=(count_parameters(stripped), count_parameters(slim)),
         macs=(count_macs(dense_engine), count_macs(slim_onnx)),
         metrics=(None, None) if evaluate is None else (evaluate(reference), evaluate(slim)),
-        frozen=gated.meta["analysis"].frozen, seconds=time.perf_counter() - started,
+        frozen=gated.meta["analysis"].frozen, seconds=time.perf_counter() - started, losses=ready.question.losses,
+        readings=[(r.name, r.answer.choice.promised_ms, r.rehearsed) for r in readings],
     )  # fmt: skip
     done = Compressed(slim, settled.plan, slim_onnx, report)
     if out is not None:
@@ -265,13 +269,19 @@ def finish(
     return done
 
 
-def check_precision(model: nn.Module) -> None:
-    """Only float32 is measured so far."""
-    for name, tensor in model.named_parameters():
-        if tensor.dtype != torch.float32:
-            raise SluiceError(
-                f"parameter {name!r} is {tensor.dtype}, only float32 is supported so far; call model.float()"
-            )
+def _final_pair(
+    measured: Profile, dense: onnx.ModelProto, slim: onnx.ModelProto, budget: str | Mapping[str, str | float]
+) -> tuple[float, float]:
+    """Milliseconds of both engines; where a first measurement says that the budget is missed, the median of three."""
+    pairs = [measure_pair(measured, dense, slim, seed=99)]
+    if pairs[0][1] > parse_budget(budget, pairs[0][0]):
+        pairs += [measure_pair(measured, dense, slim, seed=seed) for seed in (100, 101)]
+    return sorted(pairs, key=lambda pair: pair[1] / pair[0])[len(pairs) // 2]
+
+
+def _check_rehearsal(steps: int) -> None:
+    if steps < 0:
+        raise SluiceError(f"rehearsal={steps}: give the number of training steps, or 0 for no rehearsal")
 
 
 def _same(worst: float) -> None:
@@ -284,7 +294,3 @@ def _claim(folder: str | os.PathLike[str]) -> None:
     probe = Path(folder) / ".probe"
     write_atomically(probe, b"")
     probe.unlink()
-
-
-def _length(data: Data) -> int:
-    return len(data) if hasattr(data, "__len__") else sum(1 for _ in data)  # type: ignore[arg-type]

@@ -1,7 +1,8 @@
 """What was promised, what was measured, and what was left alone, as one frozen value.
 
-JSON (``version`` 1) and a terminal table. Times are milliseconds, ``parity_max_rel`` is the largest deviation of the
-slim network's output relative to the dense output's scale. Figures that were not taken are ``None``.
+JSON (``version`` 2; 1, which knew widths only, still loads) and a terminal table. Times are milliseconds,
+``parity_max_rel`` is the largest deviation of the slim network's output relative to the dense output's scale. Figures
+that were not taken are ``None``.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from sluice.errors import SluiceError
 from sluice.files import write_atomically
+from sluice.plan import Plan
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
 
-__all__ = ["GroupRow", "PieceRow", "Report"]
+__all__ = ["EditRow", "GroupRow", "MethodRow", "PieceRow", "Report", "edit_rows"]
 
-VERSION = 1
+VERSION = 2
+SINCE_2: dict[str, Any] = {"methods": (), "edits": (), "readings": ()}  # what reports of version 1 lack
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +52,47 @@ class GroupRow:
 
 
 @dataclass(frozen=True, slots=True)
+class MethodRow:
+    """What one of the methods (filter, rank, block, merge) contributed: see `sluice.outcome.contributions`.
+
+    ``sites`` is how many it changed, ``saved_ms`` what the plan would promise more without it, ``loss`` the increase of
+    the loss that its choices were priced at (None: not known).
+    """
+
+    name: str
+    sites: int
+    saved_ms: float
+    loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EditRow:
+    """One structural edit: the method, what it is done to, and how."""
+
+    method: str
+    name: str
+    detail: str
+
+
+def edit_rows(plan: Plan) -> tuple[EditRow, ...]:
+    """The plan's factorizations, drops and merges; slices are told as widths."""
+    return (
+        *(EditRow("rank", f.param, f"{f.form}, rank {f.rank}") for f in plan.factorizations),
+        *(EditRow("block", d.name, f"dropped, {len(d.params)} tensors") for d in plan.drops),
+        *(
+            EditRow("merge", m.name, f"{len(m.layers)} layers, of {' | '.join(' '.join(run) for run in m.runs)}")
+            for m in plan.merges
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """The outcome of one compression."""
+    """The outcome of one compression.
+
+    ``readings`` are the plans that were rehearsed: name, promised milliseconds, held-out loss after every round that
+    the plan took part in. The first is the one that was trusted.
+    """
 
     budget_ms: float
     dense_ms: float
@@ -70,6 +112,9 @@ class Report:
     groups: tuple[GroupRow, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
     error: Mapping[str, float] = field(default_factory=dict)
+    methods: tuple[MethodRow, ...] = ()
+    edits: tuple[EditRow, ...] = ()
+    readings: tuple[tuple[str, float, tuple[float, ...]], ...] = ()
 
     def met(self) -> bool:
         """Whether the measured (where there is none, the promised) time is within the budget."""
@@ -86,14 +131,21 @@ class Report:
         except json.JSONDecodeError as error:
             raise SluiceError(f"this is no report: {error}; give the JSON that Report.save wrote") from None
         version = data.pop("version", None) if isinstance(data, dict) else None
-        if version != VERSION:
-            raise SluiceError(f"report has version {version!r}, this package reads {VERSION}; make the report again")
+        if version not in (1, VERSION):
+            raise SluiceError(
+                f"report has version {version!r}, this package reads 1 to {VERSION}; make the report again"
+            )
+        if version == 1:
+            data = {**SINCE_2, **data}
         names = {f.name for f in fields(cls)}
         if set(data) != names:
             raise SluiceError(f"report lacks or adds {sorted(set(data) ^ names)}; make the report again")
         data["pieces"] = tuple(_piece(row) for row in data["pieces"])
         data["groups"] = tuple(GroupRow(**row) for row in data["groups"])
         data["skipped"] = tuple((name, reason) for name, reason in data["skipped"])
+        data["methods"] = tuple(MethodRow(**row) for row in data["methods"])
+        data["edits"] = tuple(EditRow(**row) for row in data["edits"])
+        data["readings"] = tuple((name, ms, tuple(losses)) for name, ms, losses in data["readings"])
         return cls(**data)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -101,17 +153,25 @@ class Report:
         write_atomically(path, self.to_json().encode())
 
     def table(self) -> Group:
-        """The summary, then the pieces by saved time, then what was left alone, for a ``rich`` console."""
+        """The summary, what every method contributed, the pieces by saved time, what was done and what was left alone,
+        for a ``rich`` console."""
         from rich.console import Group
         from rich.text import Text
 
         parts: list[Any] = [self._summary(), Text(self._verdict())]
+        if self.methods:
+            parts += [Text(), self._methods()]
+        if self.readings:
+            parts += [Text(), self._readings()]
         if self.pieces:
             parts += [Text(), self._pieces()]
         if self.groups:
             kept, dense = sum(g.kept for g in self.groups), sum(g.dense for g in self.groups)
             cut = sum(g.kept < g.dense for g in self.groups)
             parts += [Text(), Text(f"{cut} of {len(self.groups)} groups cut, {kept} of {dense} channels kept")]
+        if self.edits:
+            parts += [Text(), Text("restructured")]
+            parts += [Text(f"  {edit.method} {edit.name}: {edit.detail}") for edit in self.edits]
         if self.skipped:
             parts += [Text(), Text("left alone")]
             parts += [Text(f"  {name}: {reason}") for name, reason in self.skipped]
@@ -149,6 +209,26 @@ class Report:
         lines += [f"{name} {value:.4g}" for name, value in self.error.items()]
         lines.append(f"{self.rounds} round{'' if self.rounds == 1 else 's'}, {self.seconds:.1f} s")
         return ", ".join(lines)
+
+    def _methods(self) -> Any:
+        from rich.table import Table
+
+        table = Table("method", "sites changed", "ms saved by it", "priced at a loss of", box=None, pad_edge=False)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in self.methods:
+            table.add_row(row.name, str(row.sites), f"{row.saved_ms:.3f}", _figure(row.loss, ".4g"))
+        return table
+
+    def _readings(self) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("rehearsed", "promised ms", "held-out losses", box=None, pad_edge=False)
+        table.columns[1].justify = "right"
+        for name, ms, losses in self.readings:
+            table.add_row(Text(name), f"{ms:.3f}", " ".join(f"{value:.4g}" for value in losses) or "-")
+        return table
 
     def _pieces(self) -> Any:
         from rich.table import Table

@@ -2,7 +2,7 @@
 
 Solve, cut, build, measure beside the dense engine. Over budget: solve again with the target tightened by what was
 missed. Well under budget: solve again with the target relaxed, for the budget is there to be used. At most `ROUNDS`
-rounds; of those within the budget the one that retains most importance wins.
+rounds; of those within the budget the one of least loss wins.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ import onnx
 
 from sluice.budget import parse_budget
 from sluice.errors import SluiceError
+from sluice.latency import LatencyModel
 from sluice.onnx_file import finalize
 from sluice.passes.decide import Choice, decide, least_ms
+from sluice.passes.options import chosen_edits
 from sluice.passes.resolve import make_plan
-from sluice.passes.rewrite_onnx import cut_graph, rewrite_onnx
+from sluice.passes.rewrite_onnx import rewrite_onnx
 from sluice.passes.sites import Analysis
 from sluice.plan import InputSpec, Plan
+from sluice.profiler.engine import build_engine
 from sluice.profiler.measure import measure
 from sluice.profiler.profile import Profile
 
-__all__ = ["Settled", "measure_pair", "measure_widths", "settle"]
+__all__ = ["Answer", "Question", "Settled", "measure_configurations", "measure_pair", "settle"]
 
 ROUNDS = 4
 RUNS = 3
@@ -33,16 +36,55 @@ ENOUGH = 0.96  # of the budget: no need to look for more
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Settled:
-    """A choice whose engine was measured; ``dense_ms`` and ``measured_ms`` come from one interleaved run."""
+class Question:
+    """What the solver is asked, whatever the budget.
+
+    ``model`` is the profile's latency model with the sites that may move, ``losses`` what every value of a site costs,
+    ``scores`` which channels go first; ``analysis`` is that of the captured module, whose tensors plans name.
+    """
+
+    profile: Profile
+    analysis: Analysis
+    model: LatencyModel
+    losses: Mapping[str, np.ndarray]
+    scores: Mapping[str, np.ndarray]
+    inputs: tuple[InputSpec, ...] = ()
+
+    def answer(self, target_ms: float) -> Answer:
+        """The plan of least loss within ``target_ms``."""
+        free = {site for site, levels in self.model.levels.items() if len(levels) > 1}
+        choice = decide(self.model, {site: v for site, v in self.losses.items() if site in free}, target_ms)
+        edits = chosen_edits(self.profile.options, choice.widths)
+        kept = choice.kept(self.scores)
+        return Answer(choice, kept, make_plan(self.analysis, kept, self.inputs, edits))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """A choice, the channels it keeps by group, and the plan that carries it out."""
 
     choice: Choice
     kept: Mapping[str, tuple[int, ...]]
     plan: Plan
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Settled:
+    """An answer whose engine was measured; ``dense_ms`` and ``measured_ms`` come from one interleaved run."""
+
+    answer: Answer
     budget_ms: float
     dense_ms: float
     measured_ms: float
     rounds: int
+
+    @property
+    def choice(self) -> Choice:
+        return self.answer.choice
+
+    @property
+    def plan(self) -> Plan:
+        return self.answer.plan
 
 
 def measure_pair(profile: Profile, dense: onnx.ModelProto, slim: onnx.ModelProto, seed: int = 0) -> tuple[float, float]:
@@ -61,54 +103,45 @@ def measure_pair(profile: Profile, dense: onnx.ModelProto, slim: onnx.ModelProto
     return first.ms, second.ms
 
 
-def measure_widths(profile: Profile, plans: Sequence[Mapping[str, int]]) -> list[float]:
+def measure_configurations(profile: Profile, configurations: Sequence[Mapping[str, int]]) -> list[float]:
     """Milliseconds of engines with the first channels of every group kept, interleaved."""
-    runner, cut = profile.runner(), profile.dissection
-    sessions = [runner.build(cut_graph(cut.model, cut.analysis, cut.masks(widths))) for widths in plans]
+    runner = profile.runner()
+    sessions = [runner.build(build_engine(profile.dissection, one, profile.options)) for one in configurations]
     found = measure(sessions, min_rounds=60, anchor=profile.anchor(runner), rng=np.random.default_rng(0))
     return [m.ms for m in found]
 
 
-def settle(
-    profile: Profile,
-    analysis: Analysis,
-    importance: Mapping[str, np.ndarray],
-    budget: str | Mapping[str, str | float],
-    dense: onnx.ModelProto,
-    inputs: tuple[InputSpec, ...] = (),
-) -> Settled:
-    """Choose widths whose engine meets the budget.
+def settle(question: Question, budget: str | Mapping[str, str | float], dense: onnx.ModelProto) -> Settled:
+    """Find a plan whose engine meets the budget.
 
     Args:
-        analysis: of the captured module (the plan is made for its tensors).
         dense: ONNX with parameter names.
     Raises:
         SluiceError: the budget cannot be met.
     """
-    dense_engine = finalize(dense)
+    profile, dense_engine = question.profile, finalize(dense)
     target_ms = AIM * parse_budget(budget, profile.latency.dense_ms())
-    least = least_ms(profile.latency).promised_ms
+    least = least_ms(question.model).promised_ms
     best: Settled | None = None
     fastest: Settled | None = None
     for attempt in range(1, ROUNDS + 1):
-        choice = decide(profile.latency, importance, max(target_ms, least))
-        kept = choice.kept(importance)
-        plan = make_plan(analysis, kept, inputs)
-        dense_ms, slim_ms = measure_pair(profile, dense_engine, finalize(rewrite_onnx(dense, plan)), seed=attempt)
+        answer = question.answer(max(target_ms, least))
+        slim = finalize(rewrite_onnx(dense, answer.plan))
+        dense_ms, slim_ms = measure_pair(profile, dense_engine, slim, seed=attempt)
         budget_ms = parse_budget(budget, dense_ms)
-        found = Settled(choice, kept, plan, budget_ms, dense_ms, slim_ms, attempt)
+        found = Settled(answer, budget_ms, dense_ms, slim_ms, attempt)
         if fastest is None or slim_ms / budget_ms < fastest.measured_ms / fastest.budget_ms:
             fastest = found
-        if slim_ms <= AIM * 1.01 * budget_ms and (best is None or choice.retained >= best.choice.retained):
+        if slim_ms <= AIM * 1.01 * budget_ms and (best is None or answer.choice.loss <= best.choice.loss):
             best = found
-        if choice.widths == profile.latency.dense and slim_ms <= budget_ms:
+        if answer.choice.widths == profile.latency.dense and slim_ms <= budget_ms:
             return found  # nothing has to go
         if ENOUGH * budget_ms <= slim_ms <= AIM * 1.01 * budget_ms:
             break
         change = float(np.clip((AIM + ENOUGH) / 2 * budget_ms / slim_ms, 0.5, 1.15))
-        # Widths come in levels, so the promise may lie well below the target; tightening starts from the promise, or
-        # the same widths would be chosen again.
-        target_ms = change * (target_ms if change > 1 else min(target_ms, choice.promised_ms))
+        # Values come in levels, so the promise may lie well below the target; tightening starts from the promise, or
+        # the same ones would be chosen again.
+        target_ms = change * (target_ms if change > 1 else min(target_ms, answer.choice.promised_ms))
     chosen = best or fastest
     assert chosen is not None
     if chosen.measured_ms > chosen.budget_ms:

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from sluice import models
 from sluice.models import enliven
+from sluice.models.resnet import BasicBlock
 from sluice.passes.sites import Analysis
 
-__all__ = ["NETWORKS", "build", "random_kept"]
+__all__ = ["NETWORKS", "Mixed", "any_network", "build", "mixed", "random_kept"]
 
 
 class Plain(nn.Module):
@@ -288,6 +289,21 @@ class Tokens(nn.Module):
         return self.head(x.mean(1))
 
 
+class Mixed(nn.Module):
+    """Residual blocks with and without projection, then plain layers: something for every method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 13, 3, padding=1, bias=False), nn.BatchNorm2d(13)
+        self.block1, self.block2, self.block3 = BasicBlock(13, 13), BasicBlock(13, 19, 2), BasicBlock(19, 19)
+        self.tail1, self.tail2 = nn.Conv2d(19, 11, 3, padding=1), nn.Conv2d(11, 23, 3, padding=1)
+        self.fc = nn.Linear(23, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block3(self.block2(self.block1(F.relu(self.bn(self.stem(x))))))
+        return self.fc(F.relu(self.tail2(F.relu(self.tail1(x)))).mean((2, 3)))
+
+
 class Tied(nn.Module):
     """One weight under two names, a parameter nobody reads, dropout, dictionary in and out."""
 
@@ -334,6 +350,14 @@ def build(name: str, batch: int = 3) -> tuple[nn.Module, tuple[Tensor, ...]]:
         model = factory()
         inputs = tuple(torch.randn(batch, *shape) for shape in shapes)
     return enliven(model, 0, inputs), inputs
+
+
+def mixed(batch: int = 2) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """`Mixed` with every channel alive, and an input."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model, x = Mixed(), torch.randn(batch, 3, 9, 7)
+    return enliven(model, 0, (x,)), (x,)
 
 
 def any_network(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:

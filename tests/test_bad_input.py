@@ -145,14 +145,6 @@ def test_data(verb: str, data: str, message: str, refused: Refused, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_shot_needs_labels(refused: Refused, tmp_path: Path) -> None:
-    said = refused(
-        "plan tests.tiny:model --shape 3,9,9 --data tests.tiny:data_without_labels --budget 50% -o", tmp_path / "out",
-        DEVICE, "--table", table_in(tmp_path),
-    )  # fmt: skip
-    assert "need labels" in said
-
-
 def test_iterator_that_ends_while_training() -> None:
     class Once:
         """Says that it can be read again, and cannot."""
@@ -233,7 +225,7 @@ def test_damaged_plans(refused: Refused, tmp_path: Path) -> None:
     for damaged, message in (
         (text[: len(text) // 2], "is not a readable sluice plan"),
         ("[]", "is not a readable sluice plan"),
-        (text.replace('"version": 1', '"version": 99'), "has version 99"),
+        (text.replace('"version": 2', '"version": 99'), "has version 99"),
         (text.replace('"size": 10', '"size": 9'), "damaged, make it again"),
         (text.replace('"slices"', '"slice"'), "KeyError: 'slices'"),
         ("\x00\xff", "is not a readable sluice plan"),

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from sluice.errors import SluiceError
-from sluice.passes.decide import least_ms
+from sluice.passes.decide import amplitude_losses, least_ms
 from sluice.passes.onnx_axes import analyze_onnx
 from sluice.profiler import profile as profile_module
 from sluice.profiler.profile import Profile, profile_onnx
-from sluice.verify import AIM, ENOUGH, ROUNDS, Settled, measure_pair, measure_widths, settle
+from sluice.verify import AIM, ENOUGH, ROUNDS, Question, Settled, measure_configurations, measure_pair, settle
 from tests.device import Cost, FakeRunner, chain, line, staircase
 
 DENSE = chain([50, 36, 20], batch="N")
@@ -30,8 +30,10 @@ class Device:
 
     def settle(self, budget: str) -> Settled:
         rng = np.random.default_rng(0)
-        importance = {g: rng.uniform(0.1, 1.0, n) for g, n in self.profile.latency.dense.items()}
-        return settle(self.profile, analyze_onnx(DENSE), importance, budget, DENSE)
+        latency = self.profile.latency
+        scores = {g: rng.uniform(0.1, 1.0, n) for g, n in latency.dense.items()}
+        losses = amplitude_losses(latency.levels, scores)
+        return settle(Question(self.profile, analyze_onnx(DENSE), latency, losses, scores), budget, DENSE)
 
 
 def device_of(cost: Cost, monkeypatch: pytest.MonkeyPatch) -> Device:
@@ -55,7 +57,7 @@ def test_a_promise_that_holds_is_settled_at_once(device: Device) -> None:
     assert found.budget_ms == pytest.approx(0.6 * found.dense_ms)
     assert ENOUGH * found.budget_ms <= found.measured_ms <= found.budget_ms
     assert found.plan.widths == dict(found.choice.widths)
-    assert {g: len(k) for g, k in found.kept.items()} == dict(found.choice.widths)
+    assert {g: len(k) for g, k in found.answer.kept.items()} == dict(found.choice.widths)
 
 
 @pytest.mark.parametrize("factor", [1.08, 1.3, 1.9])
@@ -127,4 +129,4 @@ def test_measuring_names_the_engines_in_order(device: Device) -> None:
     dense, slim = measure_pair(device.profile, DENSE, chain([25, 18, 10], batch="N"))
     assert (dense, slim) == pytest.approx((device.runner.ms(DENSE), device.runner.ms(chain([25, 18, 10], batch="N"))))
     widths = [{"conv0": 25, "conv1": 18, "conv2": 10}, device.profile.latency.dense]
-    assert measure_widths(device.profile, widths) == pytest.approx([slim, dense])
+    assert measure_configurations(device.profile, widths) == pytest.approx([slim, dense])

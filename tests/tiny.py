@@ -23,6 +23,7 @@ from torch.nn import functional as F
 import sluice
 from sluice.macs import count_macs
 from sluice.models import enliven
+from sluice.models.resnet import BasicBlock
 from sluice.onnx_file import save_onnx
 from sluice.passes.export import to_onnx
 from sluice.profiler.shapes import static_graph
@@ -43,6 +44,27 @@ class Tiny(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(F.relu(self.conv2(F.relu(self.conv1(x)))).mean((2, 3)))
+
+
+class TinyResidual(nn.Module):
+    """(N, 3, 9, 9) to (N, 5): two residual blocks between two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 11, 3, padding=1)
+        self.block1, self.block2 = BasicBlock(11, 11), BasicBlock(11, 11)
+        self.conv2, self.fc = nn.Conv2d(11, 13, 3), nn.Linear(13, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block2(self.block1(F.relu(self.conv1(x))))
+        return self.fc(F.relu(self.conv2(x)).mean((2, 3)))
+
+
+def residual() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = TinyResidual()
+    return enliven(model, 5, (inputs(),))
 
 
 def _seeded(middle: int) -> nn.Module:
@@ -162,13 +184,13 @@ def _compressed() -> Mapping[str, bytes]:
         folder = Path(name)
         sluice.compress(
             model(), inputs(), budget="60%", data=data(), table=table_in(folder), out=folder / "out", batch=BATCH,
-            gate_epochs=0, epochs=1, progress=False,
+            methods=("filter",), gate_epochs=0, epochs=1, progress=False,
         )  # fmt: skip
         return files_of(folder / "out")
 
 
 def compressed_in(folder: Path) -> Path:
-    """What `sluice.compress` wrote for `model`."""
+    """What `sluice.compress` wrote for `model`, of which only widths were to change."""
     out = folder / "slim"
     out.mkdir()
     for name, content in _compressed().items():

@@ -11,19 +11,24 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 
 from sluice.errors import SluiceError
+from sluice.passes.drop_onnx import drop_onnx
+from sluice.passes.factor import factors, random_factors
+from sluice.passes.factor_onnx import factorize_onnx
+from sluice.passes.merge_onnx import merge_onnx
 from sluice.passes.onnx_axes import BATCH, analyze_onnx
+from sluice.passes.options import Edits
 from sluice.passes.resolve import masks_of_slices, tensor_masks
 from sluice.passes.sites import Analysis
 from sluice.plan import Plan
 
-__all__ = ["cut_graph", "rewrite_onnx"]
+__all__ = ["cut_graph", "restructure", "rewrite_onnx"]
 
 
 def rewrite_onnx(model: onnx.ModelProto, plan: Plan) -> onnx.ModelProto:
@@ -48,10 +53,29 @@ def rewrite_onnx(model: onnx.ModelProto, plan: Plan) -> onnx.ModelProto:
         model = _unshare(model, plan)
         analysis = analyze_onnx(model)
         keeps = masks_of_slices(analysis, present, plan.fingerprint)
-    slim = cut_graph(model, analysis, keeps)
+    edits = Edits(plan.factorizations, plan.drops, plan.merges)
+    slim = restructure(cut_graph(model, analysis, keeps), edits, named=plan.fingerprint)
     slim = onnx.shape_inference.infer_shapes(slim, strict_mode=True, data_prop=True)
     onnx.checker.check_model(slim, full_check=True)
     return slim
+
+
+def restructure(
+    model: onnx.ModelProto, edits: Edits, *, values: bool = True, named: Container[str] | None = None
+) -> onnx.ModelProto:
+    """Drop, merge and factorise, in this order.
+
+    Args:
+        values: False gives new weights the right shapes and any values, which is enough for timing.
+        named: the tensors that the edits may speak of, if the file may hold others.
+    """
+    if edits.drops:
+        model = drop_onnx(model, edits.drops, named)
+    if edits.merges:
+        model = merge_onnx(model, edits.merges, values=values)
+    if edits.factorizations:
+        model = factorize_onnx(model, edits.factorizations, split=factors if values else random_factors)
+    return model
 
 
 def cut_graph(model: onnx.ModelProto, analysis: Analysis, keeps: Sequence[np.ndarray]) -> onnx.ModelProto:

@@ -1,10 +1,13 @@
-"""Apply a plan to a captured graph: slice the named tensors, then mend the literal sizes.
+"""Apply a plan to a captured graph: slice the named tensors, mend the literal sizes, then restructure.
 
 1. Every `Slice` acts on the tensor of that name; whatever reads the tensor follows from its shape.
 2. Literal sizes are the one thing no name anchors. Where a node's labelled axis loses positions, its literals say so:
    a reshape or expand target, a layer norm's shape, split sizes, slice bounds, the number of depthwise groups.
 
-The result computes what the model computes when the removed channels carry nothing (`sluice.passes.gating`).
+3. Drops, merges and factorizations act on the sliced graph, in this order.
+
+The result computes what the closed model computes: removed channels and branches carry nothing, weights have the rank
+they are given (`sluice.passes.gating`), merged runs are linear with all padding in front.
 """
 
 from __future__ import annotations
@@ -17,13 +20,16 @@ import torch
 from torch import fx, nn
 
 from sluice.passes.aten import analyze
-from sluice.passes.capture import MARK, Inputs, capture, set_tensor
+from sluice.passes.capture import MARK, Inputs, capture, clone, set_tensor
+from sluice.passes.drop_torch import drop_torch
+from sluice.passes.factor_torch import factorize_torch
+from sluice.passes.merge_torch import linearize_torch, merge_torch
 from sluice.passes.resolve import masks_of_slices
 from sluice.passes.sites import Analysis
 from sluice.passes.walk import arguments, operator_name
 from sluice.plan import Plan
 
-__all__ = ["rewrite_torch", "slice_tensors"]
+__all__ = ["merge_runs", "rewrite_torch", "slice_tensors"]
 
 _RESHAPES = {
     "view": "size",
@@ -35,9 +41,12 @@ _RESHAPES = {
 }
 
 
-def rewrite_torch(model: nn.Module, plan: Plan, example_inputs: Inputs) -> fx.GraphModule:
+def rewrite_torch(model: nn.Module, plan: Plan, example_inputs: Inputs, *, merged: bool = True) -> fx.GraphModule:
     """The slim network, trainable, with the dense model's parameter names.
 
+    Args:
+        merged: False leaves the runs that the plan merges as they are trained, linear but apart; `merge_runs` merges
+            them later.
     Raises:
         SluiceError: the plan was made for another model or contradicts the graph.
     """
@@ -47,12 +56,31 @@ def rewrite_torch(model: nn.Module, plan: Plan, example_inputs: Inputs) -> fx.Gr
     keeps = masks_of_slices(analysis, plan.slices)
     mend_literals(slim, analysis, keeps)
     slice_tensors(slim, plan)
-    slim.meta.pop(MARK)  # shapes in node.meta are those of the dense model: capture it again to analyse it
+    if plan.drops:
+        drop_torch(slim, plan.drops)
+    if plan.merges:
+        linearize_torch(slim, plan.merges)
+    if plan.merges and merged:
+        merge_torch(slim, plan.merges)
+    if plan.factorizations:
+        factorize_torch(slim, plan.factorizations)
+    slim.meta.pop(MARK, None)  # shapes in node.meta are those of the dense model: capture it again to analyse it
     for node in slim.graph.nodes:
         node.meta.pop("val", None)
     slim.graph.lint()
     slim.recompile()
     return slim
+
+
+def merge_runs(slim: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    """The network that `rewrite_torch` left unmerged, merged, with its present weights; the same function."""
+    if not plan.merges:
+        return slim
+    done = clone(slim)
+    merge_torch(done, plan.merges)
+    done.graph.lint()
+    done.recompile()
+    return done
 
 
 def slice_tensors(module: nn.Module, plan: Plan) -> None:

@@ -1,0 +1,106 @@
+"""BSR: the ranks of all layers by beam search, then training that empties what they cut (arXiv 2111.15179).
+
+1. Every layer's options are dense and the (form, rank) of the latency model, of which only those stay that no other
+   one beats in both milliseconds and truncation error.
+2. `beam_search` picks the state that meets the target with the least loss of the truncated, not fine-tuned network; the
+   target is the one hyper-parameter.
+3. Before the truncation the network trains with ``loss + strength * mean of mSR over the chosen weights`` (modified
+   stable rank, `sluice.svt`), which drives the singular values behind the chosen rank towards zero.
+
+Reconstruction: the paper's formulas were not readable (see `sluice.passes.beam`, `sluice.svt`). It is here as the
+alternative to the rank thresholds and to the joint solver, with the same layers, costs and fine-tuning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sluice.errors import SluiceError
+from sluice.latency import LatencyModel
+from sluice.passes.beam import Option, beam_search
+from sluice.passes.decide import Choice, least_ms, unreachable
+from sluice.passes.options import RankOption, chosen_edits, dense_switch
+from sluice.passes.resolve import make_plan
+from sluice.passes.sensitivity import Judge, truncations
+from sluice.plan import Factorize
+from sluice.svt import matricize, modified_stable_rank
+from sluice.train import Loss
+from sluice.verify import Answer, Question
+
+__all__ = ["BeamQuestion", "stable_rank_loss"]
+
+STRENGTH = 0.1
+Label = tuple[RankOption, int] | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BeamQuestion(Question):
+    """A question whose answers come from the beam search instead of the solver."""
+
+    judge: Judge | None = None
+
+    def answer(self, target_ms: float) -> Answer:
+        assert self.judge is not None
+        judge, model = self.judge, self.model
+        weights = {o.param: judge.gm.state_dict()[o.param] for o in self.profile.options.ranks}
+        cut = {o: truncations(weights[o.param], o.form) for o in self.profile.options.ranks}
+        steps = {param: _options(model, [o for o in cut if o.param == param], weights[param], cut) for param in weights}
+
+        def score(state: Mapping[str, int]) -> float:
+            labels: list[Label] = [steps[param][index].label for param, index in state.items()]  # type: ignore[misc]
+            return judge.weights({o.param: cut[o](rank) for o, rank in filter(None, labels)})
+
+        try:
+            found = beam_search(steps, score, model.dense_ms() - target_ms)
+        except SluiceError:
+            raise unreachable(target_ms, least_ms(model).promised_ms, model.dense_ms(), structure=True) from None
+        widths = dict(model.dense)
+        for param, index in found.choice.items():
+            widths |= _values(steps[param][index].label)  # type: ignore[arg-type]
+        choice = Choice(widths, model.ms(widths), found.score, 1.0, 0.0, 0.0)
+        edits = chosen_edits(self.profile.options, widths)
+        return Answer(choice, {}, make_plan(self.analysis, {}, self.inputs, edits))
+
+
+def _values(label: Label) -> dict[str, int]:
+    if label is None:
+        return {}
+    option, rank = label
+    return {dense_switch(option.param): 0, option.switch: 1, option.rank: rank}
+
+
+def _options(
+    model: LatencyModel, forms: list[RankOption], weight: Tensor, cut: Mapping[RankOption, Callable[[int], Tensor]]
+) -> list[Option]:
+    """Rule 1, by increasing milliseconds saved."""
+    dense = model.dense_ms()
+    found = []
+    for option in forms:
+        for rank in model.levels[option.rank]:
+            saved = dense - model.ms({**model.dense, **_values((option, rank))})
+            error = float((weight - cut[option](rank)).square().sum())
+            found.append((saved, error, (option, rank)))
+    options: list[Option] = []
+    least = float("inf")
+    for saved, error, label in sorted(found, key=lambda f: (-f[0], f[1])):
+        if saved > 0 and error < least:
+            least = error
+            if not options or saved < options[-1].saved_ms:
+                options.append(Option(label, saved))
+    return [Option(None, 0.0), *reversed(options)]
+
+
+def stable_rank_loss(loss: Loss, module: nn.Module, ranks: tuple[Factorize, ...], strength: float = STRENGTH) -> Loss:
+    """Rule 3: the loss with the regulariser of the weights to be factorised."""
+    weights = dict(module.named_parameters())
+
+    def regularised(outputs: object, taught: object, labels: object) -> Tensor:
+        tails = [modified_stable_rank(matricize(weights[f.param], f.form), f.rank) for f in ranks]
+        value = loss(outputs, taught, labels)
+        return value + strength * torch.stack(tails).mean() if tails else value
+
+    return regularised

@@ -1,0 +1,198 @@
+"""From methods and data to the question that the solver answers, and which reading of the losses to trust.
+
+1. Filters alone are priced by the scores of their channels (`amplitude_losses`): nothing has to be measured.
+2. As soon as ranks or depth compete, everything is priced in one currency, the measured increase of the loss
+   (`sluice.passes.sensitivity`).
+3. Prices are of single changes, before training. So the plans that follow from several readings of them (all methods;
+   each method alone; structure at half and at twice its price) are cut and trained for a few steps, unless they are
+   far too dear, and the reading whose plan trains best is the one that is settled (`sluice.rehearse`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from sluice.bsr import BeamQuestion
+from sluice.errors import SluiceError, Unreachable
+from sluice.layermerge import BONUSES, DepthQuestion
+from sluice.passes.blocks import find_blocks
+from sluice.passes.capture import Inputs, capture
+from sluice.passes.decide import amplitude_losses, restricted
+from sluice.passes.drop_torch import view_torch
+from sluice.passes.factor import singular_values
+from sluice.passes.gating import Gated, insert_gates, strip_gates
+from sluice.passes.importance import fisher_scores
+from sluice.passes.label_free import label_free_scores
+from sluice.passes.options import BSR, Options, dense_switch
+from sluice.passes.sensitivity import Judge, measured_losses
+from sluice.profiler.profile import Profile
+from sluice.rehearse import rehearse
+from sluice.store import input_specs
+from sluice.train import Data, Loss, default_loss, split_batch
+from sluice.verify import Answer, Question
+
+__all__ = ["Reading", "ask", "choose", "insert_all", "one_shot_scores"]
+
+PRICES = (0.5, 2.0)
+HOPELESS = 3.0  # times the least price: not worth a rehearsal
+ENERGY = 0.9
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """One reading of the losses, the plan that follows from it, and its held-out loss in rehearsal."""
+
+    name: str
+    question: Question
+    answer: Answer
+    rehearsed: tuple[float, ...] = ()
+
+
+def insert_all(
+    model: nn.Module, example_inputs: Inputs, measured: Profile, methods: Sequence[str], *, steps: int,
+    exclude: Sequence[str] = (),
+) -> Gated:  # fmt: skip
+    """Gates for what the methods may do: filters, ranks and blocks together, as DF has them; merges have none.
+
+    A weight is thresholded in the form that is fastest among ranks that keep `ENERGY` of it. A block whose output no
+    tensor can close has no gate.
+    """
+    options = measured.options
+    gm = capture(model, example_inputs)
+    ranks = _best_forms(measured, dict(gm.named_parameters())) if "rank" in methods else {}
+    blocks: dict[str, tuple[str, ...]] = {}
+    if "block" in methods:
+        found, _ = find_blocks(view_torch(gm))
+        blocks = {b.name: b.closing for b in found if b.closing and f"{b.name}|drop" in options.drops}
+    kinds = [k for k, on in (("filter", "filter" in methods), ("rank", ranks), ("block", blocks)) if on]
+    return insert_gates(model, example_inputs, steps=steps, exclude=exclude, kinds=kinds, ranks=ranks, blocks=blocks)
+
+
+def _best_forms(measured: Profile, weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    model = measured.latency
+    best: dict[str, tuple[float, str]] = {}
+    for option in measured.options.ranks:
+        values = singular_values(weights[option.param].detach().cpu().numpy(), option.form)
+        kept = np.cumsum(values**2) / max(float((values**2).sum()), 1e-30)
+        for rank in model.levels[option.rank]:
+            if kept[min(rank, len(kept)) - 1] >= ENERGY:
+                on = {dense_switch(option.param): 0, option.switch: 1, option.rank: rank}
+                best[option.param] = min(
+                    best.get(option.param, (np.inf, "")), (model.ms({**model.dense, **on}), option.form)
+                )
+    return {param: form for param, (_, form) in best.items()}
+
+
+def one_shot_scores(gated: Gated, data: Data, loss: Loss = default_loss) -> dict[str, np.ndarray]:
+    """Scores of channels without training: of labels where there are some and the loss is the common one, else of the
+    network's own outputs, since a network that is its own teacher has no gradient."""
+    _, labels = split_batch(next(iter(data)))
+    if labels is not None and loss is default_loss:
+        return fisher_scores(gated, data)
+    return label_free_scores(gated, data, outputs="categorical" if loss is default_loss else "gaussian")
+
+
+def ask(
+    gated: Gated,
+    measured: Profile,
+    methods: Sequence[str],
+    scores: Mapping[str, np.ndarray],
+    *,
+    data: Data | None = None,
+    loss: Loss,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Question:
+    """The question for these methods (rules 1 and 2)."""
+    options, analysis = measured.options, gated.meta["analysis"]
+    model = restricted(measured.latency, options.sites(measured.latency, methods))
+    stripped = strip_gates(gated, thresholded=True).eval()
+    groups = {g.name: model.levels[g.name] for g in analysis.groups if g.name in model.levels}
+    if tuple(methods) == ("filter",):
+        losses = amplitude_losses(groups, scores)
+    elif data is None:
+        raise SluiceError(f"methods {list(methods)} are priced by measuring the loss; give data")
+    elif tuple(methods) == (BSR,):
+        judge = Judge(stripped, data, loss)
+        return BeamQuestion(measured, analysis, model, {}, scores, input_specs(stripped), judge)
+    else:
+        losses = measured_losses(
+            stripped, analysis, gated.meta["placement"], model, options, scores, data, loss=loss, advance=advance
+        )
+    if tuple(methods) == ("merge",):
+        return DepthQuestion(measured, analysis, model, losses, scores, input_specs(stripped))
+    return Question(measured, analysis, model, losses, scores, input_specs(stripped))
+
+
+def choose(
+    question: Question,
+    methods: Sequence[str],
+    target_ms: float,
+    build: Callable[[Answer], fx.GraphModule],
+    *,
+    data: Data,
+    teacher: nn.Module,
+    loss: Loss,
+    lr: float,
+    steps: int,
+    progress: bool = True,
+) -> list[Reading]:
+    """All readings whose plans differ, the one to trust first (rule 3).
+
+    Args:
+        target_ms: promised milliseconds of every plan.
+        build: makes the trainable slim network of a plan.
+        steps: of the first round of the rehearsal; 0 trusts the losses as they are.
+    """
+    readings = _readings(question, methods, target_ms)
+    if len(readings) == 1 or not steps:
+        return readings
+    found = rehearse(
+        [build(r.answer) for r in readings], data, teacher=teacher, loss=loss, lr=lr, steps=steps, progress=progress
+    )
+    heard = [replace(r, rehearsed=tuple(losses)) for r, losses in zip(readings, found, strict=True)]
+    return sorted(heard, key=lambda r: (-len(r.rehearsed), r.rehearsed[-1]))
+
+
+def _readings(question: Question, methods: Sequence[str], target_ms: float) -> list[Reading]:
+    options, latency = question.profile.options, question.profile.latency
+    asked = {"together": question}
+    if isinstance(question, DepthQuestion):
+        asked = {f"bonus {bonus:g}": replace(question, bonus=bonus) for bonus in BONUSES}
+    if len(methods) > 1:
+        for price in PRICES:
+            asked[f"structure at {price:g}"] = replace(question, losses=_priced(question.losses, options, price))
+        for method in methods:
+            alone = restricted(latency, options.sites(latency, [method]))
+            asked[f"{method} alone"] = replace(question, model=alone)
+    readings: list[Reading] = []
+    for name, one in asked.items():
+        try:
+            answer = one.answer(target_ms)
+        except Unreachable:
+            if one.model is question.model:
+                raise
+            continue  # this method alone does not get there
+        if all(answer.plan != reading.answer.plan for reading in readings):
+            readings.append(Reading(name, one, answer))
+    prices = [_price(question, reading.answer) for reading in readings]
+    return [r for r, price in zip(readings, prices, strict=True) if price <= HOPELESS * min(prices)]
+
+
+def _price(question: Question, answer: Answer) -> float:
+    """The sum of the losses as measured."""
+    levels, widths = question.model.levels, answer.choice.widths
+    return sum(
+        float(values[levels[site].index(widths[site])])
+        for site, values in question.losses.items()
+        if widths[site] in levels[site]
+    )
+
+
+def _priced(losses: Mapping[str, np.ndarray], options: Options, price: float) -> dict[str, np.ndarray]:
+    structural = {name for o in options.ranks for name in (o.switch, o.rank)} | {*options.drops, *options.merges}
+    return {site: values * price if site in structural else values for site, values in losses.items()}

@@ -1,0 +1,123 @@
+"""Before anything is decided: profile, insert gates and train them or score channels, price every choice.
+
+What can be known to be wrong is said before anything is measured, and that a budget cannot be met before anything is
+trained.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from sluice.bsr import stable_rank_loss
+from sluice.budget import Budget, parse_budget
+from sluice.choose import ask, insert_all, one_shot_scores
+from sluice.errors import SluiceError
+from sluice.passes.capture import Inputs
+from sluice.passes.decide import least_ms, restricted, unreachable
+from sluice.passes.export import to_onnx
+from sluice.passes.gating import Gated, insert_gates, strip_gates
+from sluice.passes.importance import learned_scores
+from sluice.passes.options import BSR, METHODS
+from sluice.profiler.profile import Profile, profile_onnx
+from sluice.stages import stage
+from sluice.train import Data, Loss, fit
+from sluice.verify import AIM, Question
+
+__all__ = ["Ready", "check_precision", "check_reachable", "prepare", "profile"]
+
+
+def profile(
+    model: nn.Module,
+    example_inputs: Inputs,
+    table: str | os.PathLike[str] = ":memory:",
+    *,
+    batch: int = 1,
+    target: str = "ort-cpu",
+    threads: int = 1,
+    exclude: Sequence[str] = (),
+    methods: Sequence[str] = METHODS,
+    progress: bool = True,
+) -> Profile:
+    """Measure, on this device, what ``table`` does not know yet about the model; see `sluice.profiler.profile_onnx`."""
+    check_precision(model)
+    with stage("export", progress):
+        dense = to_onnx(model, example_inputs)
+    return profile_onnx(
+        dense, table, batch=batch, target=target, threads=threads, exclude=exclude, methods=methods, progress=progress
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ready:
+    """What deciding needs, whatever the budget; ``question`` holds the prices."""
+
+    gated: Gated
+    measured: Profile
+    methods: tuple[str, ...]
+    teacher: nn.Module
+    question: Question
+
+
+def prepare(
+    model: nn.Module, example_inputs: Inputs, *, budget: str | Mapping[str, str | float], data: Data,
+    table: str | os.PathLike[str], batch: int, target: str, threads: int, exclude: Sequence[str],
+    methods: tuple[str, ...], gate_epochs: int, lr: float, loss: Loss, progress: bool,
+) -> Ready:  # fmt: skip
+    """Profile, train gates or score channels, price every choice."""
+    measured = profile(
+        model, example_inputs, table, batch=batch, target=target, threads=threads, exclude=exclude, methods=methods,
+        progress=progress,
+    )  # fmt: skip
+    check_reachable(measured, methods, budget)  # says at once if the budget cannot be met
+    steps = max(1, gate_epochs * length(data))
+    gated = insert_gates(model, example_inputs, steps=steps, exclude=exclude)
+    teacher = strip_gates(gated).eval()
+    scores: Mapping[str, np.ndarray] = {}
+    if methods == (BSR,):
+        question = ask(gated, measured, methods, scores, data=data, loss=loss)
+        ranks = question.answer(AIM * parse_budget(budget, measured.latency.dense_ms())).plan.factorizations
+        if gate_epochs and ranks:
+            fit(
+                gated, data, epochs=gate_epochs, teacher=teacher, loss=stable_rank_loss(loss, gated, ranks), lr=lr,
+                progress=progress, name="stable ranks",
+            )  # fmt: skip
+        return Ready(gated, measured, methods, teacher, question)
+    if gate_epochs and methods != ("merge",):
+        gated = insert_all(model, example_inputs, measured, methods, steps=steps, exclude=exclude)
+        fit(
+            gated, data, epochs=gate_epochs, teacher=teacher, budget=Budget(gated, measured, budget), loss=loss, lr=lr,
+            progress=progress, name="gates",
+        )  # fmt: skip
+        scores = learned_scores(gated.gates) if "filter" in methods else {}
+    elif "filter" in methods:
+        scores = one_shot_scores(gated, data, loss)
+    with stage("price every choice", progress):
+        question = ask(gated, measured, methods, scores, data=data, loss=loss)
+    return Ready(gated, measured, methods, teacher, question)
+
+
+def check_reachable(measured: Profile, methods: Sequence[str], budget: str | Mapping[str, str | float]) -> None:
+    latency = measured.latency
+    model = restricted(latency, measured.options.sites(latency, methods))
+    target_ms, least = parse_budget(budget, latency.dense_ms()), least_ms(model).promised_ms
+    if least > target_ms * (1 + 1e-6):
+        raise unreachable(target_ms, least, latency.dense_ms(), structure=tuple(methods) != ("filter",))
+
+
+def check_precision(model: nn.Module) -> None:
+    """Only float32 is measured so far."""
+    for name, tensor in model.named_parameters():
+        if tensor.dtype != torch.float32:
+            raise SluiceError(
+                f"parameter {name!r} is {tensor.dtype}, only float32 is supported so far; call model.float()"
+            )
+
+
+def length(data: Data) -> int:
+    return len(data) if hasattr(data, "__len__") else sum(1 for _ in data)  # type: ignore[arg-type]
