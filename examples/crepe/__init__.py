@@ -1,0 +1,1 @@
+"""CREPE tiny, a pitch tracker, made to fit a share of its measured latency."""
