@@ -11,10 +11,21 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from sluice import cli_options as options
-from sluice.cli_model import data_of, inputs_of, is_onnx, model_of
+from sluice.cli_model import (
+    blocks_in,
+    data_of,
+    factorable_in,
+    inputs_of,
+    is_onnx,
+    model_of,
+    read_module,
+    read_onnx,
+    runs_in,
+)
 from sluice.errors import SluiceError
 
 __all__ = ["main"]
@@ -39,27 +50,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """Show what can be cut, where it lies, and what is left alone and why."""
+    """Show what can be cut, factorised, dropped and merged, and what is left alone and why."""
     if is_onnx(args.model):
-        from sluice.onnx_file import load_onnx
-        from sluice.passes.onnx_axes import analyze_onnx
-
-        found = analyze_onnx(load_onnx(args.model), args.exclude)
+        found, view, chains, tensors = read_onnx(args.model, args.exclude)
     else:
-        from sluice import analyze, capture
-
-        found = analyze(capture(model_of(args.model), inputs_of(args.model, args.shape, 2)), args.exclude)
+        model = model_of(args.model)
+        found, view, chains, tensors = read_module(model, inputs_of(args.model, args.shape, 2), args.exclude)
+    weights, dense = factorable_in(view, tensors, args.exclude)
+    blocks, additions = blocks_in(view)
+    runs, alone = runs_in(chains, tensors, args.exclude)
     groups = {g.name: {"size": g.size, "axes": [[r.param, r.axis] for r in g.refs]} for g in found.groups}
     lines = [f"{len(found.groups)} groups, {sum(g.size for g in found.groups)} channels that can be cut"]
     for g in found.groups:
         lines.append(f"  {g.name}: {g.size} in {', '.join(f'{r.param}[{r.axis}]' for r in g.refs)}")
-    lines += [f"left alone: {len(found.frozen)}", *(f"  {n}: {why}" for n, why in found.frozen.items())]
-    return _print(args, {"groups": groups, "frozen": dict(found.frozen)}, lines)
+    lines.append(f"{len(weights)} weights that can be factorised, with the rank at which nothing is lost")
+    for name, w in weights.items():
+        forms = ", ".join(f"{form} {rank}" for form, rank in w["forms"].items())
+        lines.append(f"  {name} {'x'.join(map(str, w['shape']))}: {forms}")
+    lines.append(f"{len(blocks)} residual blocks that can be dropped")
+    for b in blocks:
+        lines.append(f"  {b['name']}: {', '.join(b['layers'])}; {_closes(b)}")
+    lines.append(f"{len(runs)} runs that can be merged, with the kernels that are possible")
+    lines += [f"  {r['layers'][0]}..{r['layers'][-1]}: {' '.join(r['kernels'])}" for r in runs]
+    data: dict[str, Any] = {"groups": groups, "weights": weights, "blocks": blocks, "runs": runs}
+    for key, title, why in (
+        ("frozen", "left alone", dict(found.frozen)),
+        ("dense", "not factorised", dense),
+        ("additions", "additions that are no residual block", additions),
+        ("alone", "not merged", alone),
+    ):
+        data[key] = why
+        if why or key == "frozen":
+            lines += [f"{title}: {len(why)}", *(f"  {name}: {reason}" for name, reason in why.items())]
+    return _print(args, data, lines)
 
 
 def profile(args: argparse.Namespace) -> int:
     """Measure, on this device, what the table does not know yet."""
-    from sluice.passes.decide import least_ms
+    from sluice.passes.decide import least_ms, restricted
 
     settings = _settings(args)
     if is_onnx(args.model):
@@ -71,21 +99,38 @@ def profile(args: argparse.Namespace) -> int:
         from sluice import profile as measure
 
         measured = measure(model_of(args.model), inputs_of(args.model, args.shape, args.batch), **settings)
-    model = measured.latency
-    least = least_ms(model).promised_ms
-    data = {
+    model, offered, methods = measured.latency, measured.options, settings["methods"]
+
+    def least_with(*names: str) -> float:
+        return least_ms(restricted(model, offered.sites(model, names))).promised_ms
+
+    least = least_with(*methods)
+    alone = {name: least_with(name) for name in methods} if len(methods) > 1 else {}
+    ranks = {option.rank for option in offered.ranks}
+    data: dict[str, Any] = {
         "dense_ms": model.dense_ms(),
         "least_ms": least,
+        "least_ms_alone": alone,
         "error": dict(model.error),
-        "levels": {group: list(widths) for group, widths in model.levels.items()},
+        "levels": {g: list(v) for g, v in model.levels.items() if g not in model.switches and g not in ranks},
+        "ranks": {option.switch: list(model.levels[option.rank]) for option in offered.ranks},
+        "blocks": [drop.name for drop in offered.drops.values()],
+        "merges": list(offered.merges),
     }
     lines = [
         f"dense {model.dense_ms():.4g} ms, least reachable {least:.4g} ms ({least / model.dense_ms():.1%})",
         f"calibration on {model.error['n']:.0f} engines: median error {model.error['median_abs_err']:.1%}, 95th "
         f"percentile {model.error['p95_abs_err']:.1%}, rank correlation {model.error.get('spearman', 1.0):.3f}",
+        *(f"  by {name} alone {ms:.4g} ms ({ms / model.dense_ms():.1%})" for name, ms in alone.items()),
         "widths worth having",
-        *(f"  {group}: {' '.join(map(str, widths))}" for group, widths in model.levels.items()),
+        *(f"  {group}: {' '.join(map(str, widths))}" for group, widths in data["levels"].items()),
     ]
+    if offered.ranks:
+        lines += [f"ranks worth having: {len(ranks)}", *(f"  {s}: {_words(v)}" for s, v in data["ranks"].items())]
+    if offered.drops:
+        lines += [f"blocks that can be dropped: {len(offered.drops)}", *(f"  {name}" for name in data["blocks"])]
+    if offered.merges:
+        lines += [f"runs worth merging: {len(offered.merges)}", *(f"  {name}" for name in data["merges"])]
     return _print(args, data, lines)
 
 
@@ -95,10 +140,13 @@ def compress(args: argparse.Namespace) -> int:
 
     from sluice import compress as run
 
+    if args.rehearsal < 0:
+        raise SluiceError(f"--rehearsal {args.rehearsal} is no number of steps; give 0 or more")
+    settings = _settings(args)
     done = run(
         model_of(args.model), inputs_of(args.model, args.shape, args.batch), budget=args.budget,
-        data=data_of(args.data), out=args.out, gate_epochs=args.gate_epochs, epochs=args.epochs, lr=args.lr,
-        **_settings(args),
+        data=data_of(args.data), out=args.out, gate_epochs=args.gate_epochs, epochs=args.epochs,
+        rehearsal=args.rehearsal, lr=args.lr, **settings,
     )  # fmt: skip
     if args.json:
         print(done.report.to_json(), end="")
@@ -109,23 +157,27 @@ def compress(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     """Make a plan in one shot, without training; again for another budget takes seconds."""
-    from sluice.pipeline import propose
+    from sluice.propose import propose
+    from sluice.report import edit_rows
 
+    settings = _settings(args)
     model, inputs = model_of(args.model), inputs_of(args.model, args.shape, args.batch)
-    found = propose(model, inputs, budget=args.budget, data=data_of(args.data), **_settings(args))
+    found = propose(model, inputs, budget=args.budget, data=data_of(args.data), **settings)
     found.plan.save(args.out)
+    edits = edit_rows(found.plan)
     data = {
         "dense_ms": found.dense_ms,
         "budget_ms": found.budget_ms,
         "promised_ms": found.promised_ms,
         "retained": found.retained,
         "widths": dict(found.plan.widths),
+        "edits": [asdict(edit) for edit in edits],
     }
     line = (
         f"promised {found.promised_ms:.4g} ms of {found.dense_ms:.4g} ms dense (budget {found.budget_ms:.4g} ms), "
         f"{found.retained:.1%} of the importance retained; {args.out}"
     )
-    return _print(args, data, [line])
+    return _print(args, data, [line, *(f"  {edit.method} {edit.name}: {edit.detail}" for edit in edits)])
 
 
 def apply(args: argparse.Namespace) -> int:
@@ -213,8 +265,12 @@ def parser() -> argparse.ArgumentParser:
     verb(profile, options.model, options.table)
     full = verb(compress, options.model, options.table, options.budget)
     full.add_argument("--out", required=True, help="folder for plan, weights, ONNX file and report")
-    full.add_argument("--gate-epochs", type=int, default=4, help="epochs with gates; 0 decides in one shot (default 4)")
+    full.add_argument("--gate-epochs", type=int, default=0, help="epochs with gates; 0 decides in one shot (default 0)")
     full.add_argument("--epochs", type=int, default=10, help="epochs of fine-tuning (default 10)")
+    full.add_argument(
+        "--rehearsal", type=int, default=40, metavar="N", help="steps of training in which plans are compared "
+        "before one is chosen; 0 takes the solver's word (default 40)",
+    )  # fmt: skip
     full.add_argument("--lr", type=float, default=1e-3, help="learning rate of the weights (default 1e-3)")
     verb(plan, options.model, options.table, options.budget).add_argument(
         "-o", "--out", required=True, help="the plan to write"
@@ -239,8 +295,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    from sluice.passes.options import check_methods
+
     names = ("table", "batch", "target", "threads", "exclude")
-    return {**{name: getattr(args, name) for name in names}, "progress": not args.quiet}
+    settings = {name: getattr(args, name) for name in names}
+    return {**settings, "methods": check_methods(args.methods.split(",")), "progress": not args.quiet}
+
+
+def _closes(block: dict[str, Any]) -> str:
+    return "a gate can close it" if block["closes"] else f"no gate can close it: {block['reason']}"
+
+
+def _words(values: Iterable[object]) -> str:
+    return " ".join(map(str, values))
 
 
 def _print(args: argparse.Namespace, data: Any, lines: Iterable[str]) -> int:

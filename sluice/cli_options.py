@@ -6,6 +6,7 @@ import argparse
 
 __all__ = ["budget", "device", "exclude", "model", "table"]
 
+METHODS = "filter,rank,block,merge"
 MODEL = "package.module:factory, or sluice:NAME for a network of sluice.models"
 
 
@@ -26,6 +27,12 @@ def device(p: argparse.ArgumentParser) -> None:
 
 def table(p: argparse.ArgumentParser) -> None:
     p.add_argument("--table", required=True, help="latency table, made or continued")
+    p.add_argument(
+        "--methods",
+        default=METHODS,
+        metavar="LIST",
+        help=f"what may be done to the network, of {METHODS} (default: all), or bsr alone",
+    )
     device(p)
     exclude(p)
     p.add_argument("--quiet", action="store_true", help="no progress bars")

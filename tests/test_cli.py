@@ -13,23 +13,72 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sluice import __version__
+from sluice import cli_options as options
 from sluice.cli import main, parser
 from sluice.cli_model import inputs_of
-from sluice.models import EXAMPLE_SHAPES
+from sluice.models import EXAMPLE_SHAPES, enliven
+from sluice.onnx_file import finalize, save_onnx
+from sluice.passes.aten import analyze
+from sluice.passes.blocks import find_blocks
+from sluice.passes.capture import capture
+from sluice.passes.drop_torch import view_torch
+from sluice.passes.export import to_onnx
+from sluice.passes.options import METHODS, Edits
+from sluice.passes.resolve import make_plan
+from sluice.passes.rewrite_torch import merge_runs, rewrite_torch
 from sluice.passes.sites import keep_masks
-from sluice.plan import Plan
+from sluice.plan import Factorize, Merge, Plan
 from sluice.report import Report
 from sluice.runtime.compare import assert_close
 from sluice.runtime.ort import OrtRunner
-from sluice.store import load
+from sluice.store import input_specs, load, read_tensors, save_weights
 from tests import tiny
 from tests.tiny import compressed_in, dense_onnx_in, files_of, table_in, words
 
 MODEL = "tests.tiny:model"
+BRANCHED = "tests.test_cli:branched"
 DEVICE = f"--batch {tiny.BATCH} --quiet"
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+
+
+class Branched(nn.Module):
+    """(N, 3, 9, 9) to (N, 5): two residual blocks, one that no gate closes, an addition that is none, groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 9, 3, padding=1), Block(9), Block(9)
+        self.soft = nn.Conv2d(9, 9, 3, padding=1)
+        self.left, self.right = nn.Conv2d(9, 12, 3), nn.Conv2d(9, 12, 3)
+        self.grouped = nn.Conv2d(12, 12, 3, groups=3)
+        self.mid, self.fc = nn.Linear(12, 13), nn.Linear(13, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(F.relu(self.stem(x))))
+        x = x + torch.sigmoid(self.soft(x))
+        x = self.grouped(F.relu(self.left(x) + self.right(x)))
+        return self.fc(F.relu(self.mid(F.relu(x).mean((2, 3)))))
+
+
+def branched() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        return enliven(Branched(), 6)
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +112,68 @@ def test_inspect(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert {name: group["size"] for name, group in graph["groups"].items()} == {"conv1": 10, "conv2": 13}
 
 
+def test_inspect_shows_what_can_be_restructured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    found = json.loads(run(capsys, "inspect", BRANCHED, "--shape 3,9,9 --json"))
+    blocks = {b["name"]: b for b in found["blocks"]}
+    assert blocks["a"]["layers"] == ["a.conv1.weight", "a.conv2.weight"]
+    assert [b["closes"] for b in blocks.values()] == [True, True, False]
+    assert [b["layers"] for b in blocks.values()][2] == ["soft.weight"]
+    assert blocks["a"]["reason"] == ""
+    assert len(found["additions"]) == 1
+    assert found["weights"]["a.conv1.weight"] == {
+        "shape": [9, 9, 3, 3],
+        "forms": {"kxk-1x1": 9, "1x1-kxk": 9, "kx1-1xk": 27},
+    }
+    assert found["weights"]["mid.weight"]["forms"] == {"kxk-1x1": 12}
+    assert found["dense"] == {"grouped.weight": "is the weight of 3 groups"}
+    runs = {(r["layers"][0], r["layers"][-1]): r["kernels"] for r in found["runs"]}
+    assert runs["b.conv1.weight", "b.conv2.weight"] == ["3x3", "5x5"]
+    assert runs["stem.weight", "b.conv2.weight"][-1] == "11x11"
+    assert found["alone"]["right.weight"].startswith("between ")
+
+    save_onnx(to_onnx(branched(), tiny.inputs()), tmp_path / "dense.onnx")
+    graph = json.loads(run(capsys, "inspect", tmp_path / "dense.onnx", "--json"))
+    assert {k: graph[k] for k in ("weights", "runs", "dense")} == {k: found[k] for k in ("weights", "runs", "dense")}
+    assert [b["layers"] for b in graph["blocks"]] == [b["layers"] for b in found["blocks"]]
+
+    text = run(capsys, "inspect", BRANCHED, "--shape 3,9,9")
+    assert "  a: a.conv1.weight, a.conv2.weight; a gate can close it\n" in text
+    assert "soft.weight; no gate can close it: " in text
+    assert "  mid.weight 13x12: kxk-1x1 12\n" in text
+    assert "  b.conv1.weight..b.conv2.weight: 3x3 5x5\n" in text
+    assert "  grouped.weight: is the weight of 3 groups\n" in text
+
+    rest = json.loads(run(capsys, "inspect", BRANCHED, "--shape 3,9,9 --json --exclude b.*"))
+    assert rest["dense"]["b.conv1.weight"] == rest["alone"]["b.conv1.weight"] == "excluded by 'b.*'"
+    assert not [r for r in rest["runs"] if any(name.startswith("b.") for name in r["layers"])]
+
+
+def test_methods_are_those_of_the_library() -> None:
+    assert tuple(options.METHODS.split(",")) == METHODS
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("profile {model} --methods filter,filtr", r"methods \['filter', 'filtr'\] are not understood; give some of"),
+        ("profile {model} --methods ,", r"methods \['', ''\] are not understood"),
+        ("plan {model} --budget 50% --data a:b -o p.json --methods ranks", r"methods \['ranks'\] are not understood"),
+        ("compress {model} --budget 50% --data tests.tiny:data --out o --methods x", "are not understood"),
+        ("compress {model} --budget 50% --data a:b --out o --rehearsal -1", "--rehearsal -1 is no number of steps"),
+    ],
+)
+def test_bad_methods_and_rehearsals(
+    line: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words(line.format(model=MODEL), "--shape 3,9,9 --table t.db", DEVICE)) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.match(f"sluice: error: .*{message}", err)
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_profile(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     table = tmp_path / "new.db"
     text = run(capsys, "profile", MODEL, "--shape 3,9,9", DEVICE, "--table", table)
@@ -73,6 +184,15 @@ def test_profile(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     again = json.loads(run(capsys, "profile", dense_onnx_in(tmp_path), DEVICE, "--json --table", table))
     assert again["levels"]["conv1"][-1] == 10
     assert again["least_ms"] < again["dense_ms"]
+    assert set(again["levels"]) == {"conv1", "conv2"}
+    assert list(again["least_ms_alone"]) == list(METHODS)
+    # Together is at least as good as the best alone, to what the solver leaves unproved.
+    assert again["least_ms"] <= min(again["least_ms_alone"].values()) * 1.02
+    assert again["blocks"] == []
+    line = f"profile {MODEL} --shape 3,9,9 {DEVICE} --json --methods filter --table {table}"
+    only = json.loads(run(capsys, line))
+    assert (only["ranks"], only["merges"], only["least_ms_alone"]) == ({}, [], {})
+    assert only["least_ms"] == pytest.approx(again["least_ms_alone"]["filter"], rel=0.05)
 
 
 def test_compress_and_check(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -96,6 +216,30 @@ def test_compress_and_check(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert 0 <= found["worst"] <= found["tolerance"] == 1e-5
 
 
+@pytest.mark.slow
+def test_structure_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Blocks are what can go: the plan says so, the report says what that saved, and the files belong together."""
+    table = tmp_path / "t.db"
+    few = f"--exclude stem --exclude left --exclude mid --methods block --table {table}"  # a fast table
+    common = f"{BRANCHED} --shape 3,9,9 --data tests.tiny:data {DEVICE} {few}"
+    text = run(capsys, "profile", BRANCHED, "--shape 3,9,9", DEVICE, few)
+    assert re.search(r"blocks that can be dropped: 3\n  a\n  b\n", text)
+    text = run(capsys, "plan", common, "--budget 75% -o", tmp_path / "p.json")
+    plan = Plan.load(tmp_path / "p.json")
+    assert plan.drops
+    assert not plan.slices
+    assert [line for line in text.splitlines() if line.startswith("  ")] == [
+        f"  block {drop.name}: dropped, {len(drop.params)} tensors" for drop in plan.drops
+    ]
+    line = ("compress", common, "--budget 75% --gate-epochs 0 --epochs 1 --rehearsal 0 --json --out", tmp_path / "out")
+    report = Report.from_json(run(capsys, *line))
+    rows = {row.name: row for row in report.methods}
+    assert [rows[name].sites for name in ("filter", "rank", "merge")] == [0, 0, 0]
+    assert rows["block"].sites == len(report.edits) == len(Plan.load(tmp_path / "out/plan.json").drops) > 0
+    assert rows["block"].saved_ms == pytest.approx(report.dense_ms - report.promised_ms, rel=0.05)
+    assert json.loads(run(capsys, "check", BRANCHED, tmp_path / "out", "--json"))["worst"] <= 1e-5
+
+
 def test_compress_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     text = run(
         capsys, "compress", MODEL, "--shape 3,9,9 --budget 60% --data tests.tiny:data --gate-epochs 0 --epochs 0",
@@ -107,6 +251,55 @@ def test_compress_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
 def test_check_without_the_module(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     found = json.loads(run(capsys, "check", dense_onnx_in(tmp_path), compressed_in(tmp_path), "--json"))
     assert list(found["errors"]) == ["slim.onnx and plan on dense ONNX"]
+
+
+def restructured_in(folder: Path) -> Path:
+    """A folder of `branched` as `sluice.compress` writes it, with a slice, a drop, a merge and two factorizations."""
+    gm = capture(branched(), tiny.inputs())
+    analysis = analyze(gm)
+    blocks, _ = find_blocks(view_torch(gm))
+    merge = Merge(("b.conv1.weight", "b.conv2.weight"), (("b.conv1.weight", "b.conv2.weight"),))
+    edits = Edits(
+        (Factorize("soft.weight", "kx1-1xk", 7), Factorize("mid.weight", "kxk-1x1", 5)),
+        tuple(block.drop() for block in blocks if block.name == "a"),
+        (merge,),
+    )
+    plan = make_plan(analysis, {"mid": tuple(range(2, 13)), "stem": tuple(range(1, 9))}, input_specs(gm), edits)
+    assert plan.slices
+    slim = rewrite_torch(gm, plan, tiny.inputs(), merged=False).train()
+    with torch.no_grad():
+        slim(3 * tiny.inputs(7))  # other statistics of the norms that are going to be merged
+        for param in slim.parameters():
+            param.mul_(1.25)  # other weights than the dense network's
+    slim = merge_runs(slim.eval(), plan).eval()
+    folder.mkdir()
+    plan.save(folder / "plan.json")
+    save_weights(slim, folder / "slim.safetensors")
+    save_onnx(finalize(to_onnx(slim, tiny.inputs())), folder / "slim.onnx")
+    return folder
+
+
+def test_check_of_a_plan_with_every_edit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder = restructured_in(tmp_path / "slim")
+    assert json.loads(run(capsys, "check", BRANCHED, folder, "--json"))["worst"] <= 1e-5
+    dense = tmp_path / "dense.onnx"
+    save_onnx(to_onnx(branched(), tiny.inputs()), dense)
+    assert json.loads(run(capsys, "check", dense, folder, "--json"))["worst"] <= 1e-5
+
+    # Weights of other names are refused, not passed over: the dense graph's own would take their place.
+    whole = read_tensors(folder / "slim.safetensors")
+    for gone in ("soft.weight_u", "b.conv2.bias", "mid.weight_v", "stem.weight"):
+        save_file({name: t for name, t in whole.items() if name != gone}, folder / "slim.safetensors")
+        for model in (dense, BRANCHED):
+            assert main(words("check", model, folder)) == 1
+            err = capsys.readouterr().err
+            assert "does not belong to this plan: " in err
+            assert repr(gone) in err
+    # A factor of the wrong values is a number.
+    save_file({**whole, "soft.weight_u": -whole["soft.weight_u"]}, folder / "slim.safetensors")
+    assert json.loads(run(capsys, "check", dense, folder, "--json", status=1))["worst"] > 1e-4
 
 
 def test_check_fails_for_a_changed_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 import sluice
 from sluice.cli import main, parser
+from sluice.passes.options import METHODS
 from sluice.report import Report
 from tests import tiny
 
@@ -46,6 +47,8 @@ def test_python_blocks(chosen: tuple[int, ...], tmp_path: Path, monkeypatch: pyt
     assert report.met()
     assert report.measured_ms is not None
     assert report.measured_ms <= 0.5 * report.dense_ms
+    assert {row.name for row in report.methods if row.sites} <= ({"filter"} if 0 in chosen else set(METHODS))
+    assert any(row.sites for row in report.methods)
     files = {"plan.json", "report.json", "slim.onnx", "slim.safetensors"}
     assert {path.name for path in (tmp_path / "slim").iterdir()} == files
     assert (tmp_path / "table.db").exists()
@@ -76,6 +79,12 @@ def test_options_in_the_text_exist() -> None:
         helps += action.choices[verb].format_help()  # type: ignore[index,call-overload]
     assert set(re.findall(r"`(--\w+)", README)) <= set(re.findall(r"--\w+", helps))
     assert inputs_of("sluice:resnet20", None, 1).ndim == 4
+
+
+def test_methods_are_told() -> None:
+    told = README.split("| method | what goes | how |")[1].split("\n\n")[0]
+    assert tuple(re.findall(r"^\| (\w+) \|", told, re.MULTILINE)) == METHODS
+    assert f"some of `{','.join(METHODS)}`" in README
 
 
 def test_make_targets_exist() -> None:
