@@ -216,6 +216,39 @@ def test_methods_end_to_end_with_gates(methods: tuple[str, ...], residual_table:
     check_methods(methods, "50%", residual_table, tmp_path, gates=2)
 
 
+@pytest.mark.parametrize("gate_epochs", [0, 2])
+def test_ranks_by_beam_search_end_to_end(gate_epochs: int, residual_table: Path, tmp_path: Path) -> None:
+    done = compress(
+        tiny.residual(), tiny.inputs(), budget="75%", data=tiny.data(), table=residual_table, out=tmp_path / "out",
+        batch=tiny.BATCH, methods=("bsr",), gate_epochs=gate_epochs, epochs=1, progress=False,
+    )  # fmt: skip
+    assert done.report.met() and (done.report.parity_max_rel or 0.0) < 1e-5
+    assert done.plan.factorizations and not (done.plan.slices or done.plan.drops or done.plan.merges)
+
+
+def test_a_sweep_serves_every_budget_from_one_set_of_prices(residual_table: Path, tmp_path: Path) -> None:
+    runs = sluice.sweep(
+        tiny.residual(), tiny.inputs(), budgets=["80%", "45%"], data=tiny.data(), table=residual_table, out=tmp_path,
+        batch=tiny.BATCH, epochs=1, rehearsal=2, progress=False,
+    )  # fmt: skip
+    found = dict(runs)
+    assert list(found) == ["80%", "45%"]
+    for budget, done in found.items():
+        assert done.report.met() and done.report.budget_ms == pytest.approx(
+            float(budget[:-1]) / 100 * done.report.dense_ms
+        )
+        assert Plan.load(tmp_path / budget[:-1] / "plan.json") == done.plan
+    assert found["45%"].report.measured_ms < found["80%"].report.measured_ms  # type: ignore[operator]
+
+
+def test_a_negative_rehearsal_is_refused(residual_table: Path) -> None:
+    with pytest.raises(SluiceError, match=r"rehearsal=-1: give the number of training steps"):
+        compress(
+            tiny.residual(), tiny.inputs(), budget="50%", data=tiny.data(), table=residual_table, rehearsal=-1,
+            batch=tiny.BATCH,
+        )  # fmt: skip
+
+
 def check_methods(methods: tuple[str, ...], budget: str, table: Path, folder: Path, gates: int) -> None:
     """Within the budget, no edit of another method, and all forms of what comes out are one network."""
     model, out = tiny.residual(), folder / "out"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -100,7 +101,9 @@ def capture(model: nn.Module, example_inputs: Inputs, *, dynamic_batch: bool = T
 
 def clone(gm: fx.GraphModule) -> fx.GraphModule:
     """Deep copy that keeps tensors no node reads (``copy.deepcopy`` of a GraphModule drops them)."""
-    result = copy.deepcopy(gm)
+    with warnings.catch_warnings():  # copying torch's own tree specifications warns of their next form
+        warnings.simplefilter("ignore", FutureWarning)
+        result = copy.deepcopy(gm)
     for name, tensor in [*gm.named_parameters(), *gm.named_buffers()]:
         try:
             _owner(result, name).__getattr__(name.rpartition(".")[2])
