@@ -56,11 +56,11 @@ class Reading:
 def insert_all(
     model: nn.Module, example_inputs: Inputs, measured: Profile, methods: Sequence[str], *, steps: int,
     exclude: Sequence[str] = (),
-) -> Gated:  # fmt: skip
+) -> Gated | None:  # fmt: skip
     """Gates for what the methods may do: filters, ranks and blocks together, as DF has them; merges have none.
 
     A weight is thresholded in the form that is fastest among ranks that keep `ENERGY` of it. A block whose output no
-    tensor can close has no gate.
+    tensor can close has no gate; None where nothing has one.
     """
     options = measured.options
     gm = capture(model, example_inputs)
@@ -68,8 +68,11 @@ def insert_all(
     blocks: dict[str, tuple[str, ...]] = {}
     if "block" in methods:
         found, _ = find_blocks(view_torch(gm))
-        blocks = {b.name: b.closing for b in found if b.closing and f"{b.name}|drop" in options.drops}
+        known = measured.latency.switches.intersection(options.drops)
+        blocks = {b.name: b.closing for b in found if b.closing and f"{b.name}|drop" in known}
     kinds = [k for k, on in (("filter", "filter" in methods), ("rank", ranks), ("block", blocks)) if on]
+    if not kinds:
+        return None
     return insert_gates(model, example_inputs, steps=steps, exclude=exclude, kinds=kinds, ranks=ranks, blocks=blocks)
 
 

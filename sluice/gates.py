@@ -98,6 +98,12 @@ class Gate(nn.Module):
         return int(self.decision().sum())
 
     @torch.no_grad()
+    def open_all(self) -> None:
+        """Every mask 1, as at the start."""
+        self.logit.fill_(INITIAL_LOGIT)
+        self.hard.fill_(False)
+
+    @torch.no_grad()
     def set_decision(self, mask: Tensor) -> None:
         """Move the logits so that the decision is ``mask`` and make the gate hard."""
         magnitude = self.logit.abs().clamp(min=1e-3)

@@ -46,12 +46,13 @@ class DepthQuestion(Question):
             ms = model.ms(_merged(model, [switch])) - model.dense_ms() + sum(alone[layer] for layer in layers)
             start = order.index(layers[0])
             entries.append(Entry(start, start + len(layers), switch, -loss, ms))
-        front = solve(
-            entries, len(order), max(model.dense_ms() - fixed, target_ms - fixed), LEVELS, self._bonus(prices)
-        )
-        if front.least_ms > target_ms - fixed:
+        most = max(model.dense_ms(), target_ms) - fixed
+        front = solve(entries, len(order), most, LEVELS, self._bonus(prices))
+        # Milliseconds are rounded up to the grid's unit; the last unit per segment must not make a budget unreachable.
+        room = max(target_ms - fixed, min(front.least_ms, target_ms - fixed + len(order) * most / LEVELS))
+        if front.least_ms > room:
             raise unreachable(target_ms, least_ms(model).promised_ms, model.dense_ms(), structure=True)
-        chosen = [str(entry.key) for entry in front.at(target_ms - fixed).entries if entry.key in merges]
+        chosen = [str(entry.key) for entry in front.at(room).entries if entry.key in merges]
         widths = _merged(model, chosen)
         choice = Choice(widths, model.ms(widths), sum(prices[c] for c in chosen), 1.0, 0.0, 0.0)
         return Answer(choice, {}, make_plan(self.analysis, {}, self.inputs, chosen_edits(self.profile.options, widths)))

@@ -27,6 +27,7 @@ from sluice.macs import count_macs
 from sluice.onnx_file import finalize, save_onnx
 from sluice.outcome import captured_inputs, count_parameters, make_report, parity
 from sluice.passes.capture import Inputs
+from sluice.passes.decide import least_ms
 from sluice.passes.export import to_onnx
 from sluice.passes.gating import Gated, strip_gates
 from sluice.passes.importance import learned_scores
@@ -40,7 +41,7 @@ from sluice.report import Report
 from sluice.stages import stage
 from sluice.store import save_weights
 from sluice.train import Data, Loss, check_data, default_loss, fit
-from sluice.verify import AIM, measure_pair, settle
+from sluice.verify import AIM, Question, Settled, measure_pair, settle
 
 __all__ = ["Compressed", "compress", "finish", "sweep"]
 
@@ -206,7 +207,8 @@ def finish(
     if budget.profile is None:
         raise SluiceError("this budget has no profile, so no engine can be measured; make it from sluice.profile(...)")
     methods = check_methods(methods)
-    scores = importance if importance is not None else learned_scores(gated.gates)
+    given = importance if importance is not None else {}
+    scores = learned_scores(gated.gates) if importance is None and "filter" in methods else given
     question = ask(gated, budget.profile, methods, scores, data=data, loss=loss)
     reference = teacher if teacher is not None else strip_gates(gated, thresholded=True).eval()
     return _finish(
@@ -227,15 +229,15 @@ def _finish(
     inputs = captured_inputs(stripped)
     readings: list[Reading] = []
     if data is not None and epochs:
-        target_ms = AIM * parse_budget(budget, measured.latency.dense_ms())
+        least = least_ms(question.model).promised_ms
+        target_ms = max(AIM * parse_budget(budget, measured.latency.dense_ms()), least)
         readings = choose(
             question, methods, target_ms, lambda answer: rewrite_torch(stripped, answer.plan, inputs, merged=False),
             data=data, teacher=reference, loss=loss, lr=lr, steps=rehearsal, progress=progress,
         )  # fmt: skip
-        question = readings[0].question
     with stage("decide and verify on engines", progress):
         dense_onnx = to_onnx(stripped, inputs)
-        settled = settle(question, budget, dense_onnx)
+        settled = _settle([*(r.question for r in readings), question], budget, dense_onnx)
     slim = rewrite_torch(stripped, settled.plan, inputs, merged=False).eval()
     closed = parity(
         close(gated, settled.answer).eval(),
@@ -267,6 +269,16 @@ def _finish(
         done.save(out)
     _same(exported)  # last: what was trained is saved even then
     return done
+
+
+def _settle(questions: Sequence[Question], budget: str | Mapping[str, str | float], dense: onnx.ModelProto) -> Settled:
+    """The first question that has an engine within the budget: what trained best may just not be fast enough."""
+    for question in questions[:-1]:
+        try:
+            return settle(question, budget, dense)
+        except SluiceError:
+            continue
+    return settle(questions[-1], budget, dense)
 
 
 def _final_pair(

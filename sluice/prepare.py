@@ -17,11 +17,11 @@ from torch import nn
 from sluice.bsr import stable_rank_loss
 from sluice.budget import Budget, parse_budget
 from sluice.choose import ask, insert_all, one_shot_scores
-from sluice.errors import SluiceError
+from sluice.errors import SluiceError, Unreachable
 from sluice.passes.capture import Inputs
 from sluice.passes.decide import least_ms, restricted, unreachable
 from sluice.passes.export import to_onnx
-from sluice.passes.gating import Gated, insert_gates, strip_gates
+from sluice.passes.gating import Gated, absorb_masks, insert_gates, strip_gates
 from sluice.passes.importance import learned_scores
 from sluice.passes.options import BSR, METHODS
 from sluice.profiler.profile import Profile, profile_onnx
@@ -88,18 +88,30 @@ def prepare(
                 progress=progress, name="stable ranks",
             )  # fmt: skip
         return Ready(gated, measured, methods, teacher, question)
-    if gate_epochs and methods != ("merge",):
-        gated = insert_all(model, example_inputs, measured, methods, steps=steps, exclude=exclude)
-        fit(
-            gated, data, epochs=gate_epochs, teacher=teacher, budget=Budget(gated, measured, budget), loss=loss, lr=lr,
-            progress=progress, name="gates",
-        )  # fmt: skip
+    trained = (
+        insert_all(model, example_inputs, measured, methods, steps=steps, exclude=exclude) if gate_epochs else None
+    )
+    held = None if trained is None else _budget(trained, measured, budget)
+    if trained is not None and held is not None:
+        gated = trained
+        fit(gated, data, epochs=gate_epochs, teacher=teacher, budget=held, loss=loss, lr=lr, progress=progress,
+            name="gates")  # fmt: skip
         scores = learned_scores(gated.gates) if "filter" in methods else {}
+        absorb_masks(gated)  # what is priced next is the network that was trained
     elif "filter" in methods:
         scores = one_shot_scores(gated, data, loss)
     with stage("price every choice", progress):
         question = ask(gated, measured, methods, scores, data=data, loss=loss)
     return Ready(gated, measured, methods, teacher, question)
+
+
+def _budget(gated: Gated, measured: Profile, budget: str | Mapping[str, str | float]) -> Budget | None:
+    """None where the gates alone do not get there: the methods that have none are needed, and nothing is to be learned
+    from emptying what has."""
+    try:
+        return Budget(gated, measured, budget)
+    except Unreachable:
+        return None
 
 
 def check_reachable(measured: Profile, methods: Sequence[str], budget: str | Mapping[str, str | float]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 
 from sluice.budget import parse_budget
-from sluice.errors import SluiceError
+from sluice.errors import SluiceError, Unreachable
 from sluice.latency import LatencyModel
 from sluice.onnx_file import finalize
 from sluice.passes.decide import Choice, decide, least_ms
@@ -125,7 +125,12 @@ def settle(question: Question, budget: str | Mapping[str, str | float], dense: o
     best: Settled | None = None
     fastest: Settled | None = None
     for attempt in range(1, ROUNDS + 1):
-        answer = question.answer(max(target_ms, least))
+        try:
+            answer = question.answer(max(target_ms, least))
+        except Unreachable:
+            if fastest is None:
+                raise
+            break
         slim = finalize(rewrite_onnx(dense, answer.plan))
         dense_ms, slim_ms = measure_pair(profile, dense_engine, slim, seed=attempt)
         budget_ms = parse_budget(budget, dense_ms)

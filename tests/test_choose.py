@@ -171,35 +171,45 @@ def test_who_learns_overtakes() -> None:
     assert len(found[0]) == len(found[1]) == 1 and found[1][-1] < found[0][-1]
 
 
-def test_rounds_are_on_the_same_batches_twice_as_many_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[Tensor]] = []
+class Listening(Scale):
+    """Notes the batches that it sees in train and in eval mode."""
 
-    def fit(module: nn.Module, batches: list[Tensor], **given: object) -> None:
-        seen.append(batches)
+    def __init__(self, by: float) -> None:
+        super().__init__(by, stuck=True)
+        self.trained_on: list[int] = []
+        self.judged_on: set[int] = set()
 
-    monkeypatch.setattr("sluice.rehearse.fit", fit)
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.trained_on.append(id(x))
+        else:
+            self.judged_on.add(id(x))
+        return super().forward(x)
+
+
+def test_rounds_are_on_the_same_batches_twice_as_many_each_time() -> None:
+    candidates = [Listening(1.0 + k) for k in range(4)]
     batches = numbers(HELD + 30)
-    trained([Scale(1.0 + k, stuck=True) for k in range(4)], batches, steps=3)
-    assert [len(one) for one in seen] == [3] * 4 + [6] * 2
-    assert all(len({id(b) for b in one}) == len(one) for one in seen)
-    assert all([id(b) for b in one] == [id(b) for b in seen[0]] for one in seen[:4])
+    trained(candidates, batches, steps=3)
+    assert sorted(len(c.trained_on) for c in candidates) == [3, 3, 3 + 6, 3 + 6]
+    assert all(c.trained_on[:3] == candidates[0].trained_on[:3] for c in candidates)
+    assert all(len(set(c.trained_on)) == len(c.trained_on) for c in candidates)
 
 
 @pytest.mark.parametrize("size", [HELD + 2, HELD + 5, 40])
-def test_held_batches_are_not_trained_on(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_batches_are_not_trained_on(size: int) -> None:
     """Also where the data come round again."""
-    seen: set[int] = set()
-    judged: set[int] = set()
-    monkeypatch.setattr("sluice.rehearse.fit", lambda module, batches, **given: seen.update(map(id, batches)))
+    candidates, batches = [Listening(1.0), Listening(2.0), Listening(3.0)], numbers(size)
+    trained(candidates, batches, steps=11)
+    judged = set[int]().union(*(c.judged_on for c in candidates))
+    seen = {x for c in candidates for x in c.trained_on}
+    assert judged == {id(b) for b in batches[:HELD]} and len(seen) >= size - HELD - 7 and not judged & seen
 
-    def judge(module: nn.Module, batches: list[Tensor], *given: object) -> float:
-        judged.update(map(id, batches))
-        return 0.0
 
-    monkeypatch.setattr("sluice.rehearse.held_out_loss", judge)
-    batches = numbers(size)
-    trained([Scale(1.0), Scale(2.0), Scale(3.0)], batches, steps=11)
-    assert len(judged) == HELD and len(seen) >= size - HELD - 7 and not judged & seen
+def test_a_candidate_that_is_not_finite_is_out() -> None:
+    broken = Scale(float("nan"), stuck=True)
+    found = trained([broken, Scale(1.7), Scale(1.2)], numbers(20))
+    assert found[0] == [np.inf] and len(found[1]) == len(found[2]) == 2
 
 
 def test_fewer_batches_than_are_held() -> None:

@@ -9,8 +9,13 @@ import torch
 from torch import nn
 
 from sluice.errors import SluiceError
-from sluice.gates import BETA_MAX, INITIAL_LOGIT, MEMORY, Gate, Gates, gate_parameters, other_parameters
+from sluice.gates import BETA_MAX, INITIAL_LOGIT, MEMORY, BlockGate, Gate, Gates, gate_parameters, other_parameters
+from sluice.passes.blocks import find_blocks
+from sluice.passes.capture import capture
+from sluice.passes.drop_torch import view_torch
+from sluice.passes.gating import absorb_masks, insert_gates, strip_gates
 from sluice.runtime.compare import assert_close
+from tests.networks import mixed
 
 
 def test_starts_as_identity_for_every_beta() -> None:
@@ -139,3 +144,22 @@ def test_parameter_groups() -> None:
     logits, others = gate_parameters(model), other_parameters(model)
     assert [tuple(p.shape) for p in logits] == [(2,)]
     assert [tuple(p.shape) for p in others] == [(2, 3), (2,)]
+
+
+def test_absorbed_masks_are_the_same_function_with_open_gates() -> None:
+    model, inputs = mixed()
+    found, _ = find_blocks(view_torch(capture(model, inputs)))
+    blocks = {b.name: b.closing for b in found if b.closing}
+    gated = insert_gates(model, inputs, kinds=("filter", "block"), blocks=blocks).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, gate in gated.gates.items():
+            own = gate.open if isinstance(gate, BlockGate) else gate
+            assert isinstance(own, Gate)
+            own.logit.copy_(3 * torch.randn(own.logit.shape, generator=generator))
+        before = gated(*inputs)
+        open_before = strip_gates(gated).eval()(*inputs)
+        absorb_masks(gated)
+        assert_close(gated(*inputs), before, tol=1e-5)
+        assert_close(strip_gates(gated).eval()(*inputs), before, tol=1e-5)
+    assert float((open_before - before).abs().max()) > 1e-2 * float(before.abs().max())

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sluice.errors import SluiceError
-from sluice.gates import REFRESH, Gates
+from sluice.gates import REFRESH, BlockGate, Gate, Gates
 from sluice.passes.aten import analyze
 from sluice.passes.capture import MARK, Inputs, capture, clone
 from sluice.passes.insertion import TAG, Inserter, along, mask_norm, masked_norm
@@ -31,7 +31,7 @@ from sluice.passes.sites import Analysis, keep_masks
 from sluice.rank_gates import RankGate
 from sluice.svt import matricize, unmatricize
 
-__all__ = ["Gated", "bake", "close_gates", "insert_gates", "masked_norm", "strip_gates"]
+__all__ = ["Gated", "absorb_masks", "bake", "close_gates", "insert_gates", "masked_norm", "strip_gates"]
 
 KINDS = ("filter", "rank", "block")
 
@@ -139,6 +139,35 @@ def strip_gates(gated: Gated, *, thresholded: bool = False) -> fx.GraphModule:
     gm.graph.lint()
     gm.recompile()
     return gm
+
+
+def absorb_masks(gated: Gated) -> None:
+    """Multiply the masks into the weights, in place, and open the gates: the same function with every mask 1.
+
+    Groups whose channels a layer or group norm takes its statistics over keep their masks, which no weight can hold.
+    """
+    analysis, placement = gated.meta["analysis"], gated.meta["placement"]
+    state = gated.state_dict(keep_vars=True)
+    normed = {int(g) for name in placement.norms for g in analysis.values[name].groups if g >= 0}
+    with torch.no_grad():
+        for index, group in enumerate(analysis.groups):
+            if index in normed or group.name not in set(gated.gates):
+                continue
+            gate = gated.gates[group.name]
+            assert isinstance(gate, Gate)
+            mask = gate()
+            for ref in group.refs:
+                if (ref.param, ref.axis) in placement.refs:
+                    mine = torch.as_tensor(ref.channels, device=mask.device)
+                    vector = torch.where(mine >= 0, mask[mine.clamp(min=0)], torch.ones_like(mask[:1]))
+                    state[ref.param].mul_(along(vector.to(state[ref.param]), state[ref.param].ndim, ref.axis))
+            gate.open_all()
+        for name, tensors in gated.meta["blocks"].items():
+            block = gated.gates[f"{name}|drop"]
+            assert isinstance(block, BlockGate)
+            for tensor in tensors:
+                state[tensor].mul_(block.open().to(state[tensor]))
+            block.open.open_all()
 
 
 def close_gates(

@@ -48,7 +48,7 @@ def fisher_scores(
     def collect(inputs: tuple[Any, ...], taught: Any, labels: Any) -> None:
         gated.zero_grad()
         outputs = gated(*inputs)
-        value = nn.functional.cross_entropy(outputs, labels) if teacher is None else loss(outputs, taught, labels)
+        value = _cross_entropy(outputs, labels) if teacher is None else loss(outputs, taught, labels)
         value.backward()
 
     aside = 0.0
@@ -72,6 +72,13 @@ def fisher_scores(
         gated.train(training)
     _check(scores)
     return scores
+
+
+def _cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Of logits ``(..., classes)`` with labels ``(...)``, as `sluice.distill` has them."""
+    if labels.shape == outputs.shape[:-1]:
+        outputs, labels = outputs.flatten(0, -2), labels.reshape(-1)
+    return nn.functional.cross_entropy(outputs, labels)
 
 
 def learned_scores(gates: Gates) -> dict[str, np.ndarray]:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from sluice.errors import SluiceError
 from sluice.latency import LatencyModel
@@ -40,6 +41,7 @@ __all__ = ["Judge", "measured_losses", "truncations"]
 
 LEVELS = 4
 SAMPLES = 128
+BROKEN = 100.0  # times the network's own loss: what a change costs that makes the loss infinite
 FLOOR = 1e-3  # of the median loss of a whole site
 Batch = tuple[tuple[Any, ...], Any, Any]  # inputs, what the teacher says, labels
 
@@ -106,18 +108,20 @@ class Judge:
         teacher, seen = clone(gm).eval(), 0
         with torch.no_grad():
             for batch in data:
-                inputs, labels = on_device(split_batch(batch), gm)
+                inputs, labels = on_device(_at_most(split_batch(batch), samples - seen), gm)
                 self.batches.append((inputs, teacher(*inputs), labels))
                 seen += len(inputs[0])
                 if seen >= samples:
                     break
         _batch_statistics(self.gm)
         self.base = self._loss(self.gm)
+        if not np.isfinite(self.base):
+            raise SluiceError(f"the loss is {self.base} on the first batches; give data the network was made for")
 
     def weights(self, changed: Mapping[str, Tensor]) -> float:
         """With other values of some tensors."""
         with _swapped(self.gm, changed):
-            return max(0.0, self._loss(self.gm) - self.base)
+            return self._increase(self.gm)
 
     def restructured(self, change: Callable[[fx.GraphModule], object]) -> float:
         """With another graph."""
@@ -125,15 +129,16 @@ class Judge:
         result = change(copy)
         changed = result if isinstance(result, nn.Module) else copy
         _batch_statistics(changed)
-        return max(0.0, self._loss(changed) - self.base)
+        return self._increase(changed)
+
+    def _increase(self, changed: nn.Module) -> float:
+        value = self._loss(changed)
+        return max(0.0, value - self.base) if np.isfinite(value) else BROKEN * (1.0 + abs(self.base))
 
     def _loss(self, module: nn.Module) -> float:
         with torch.no_grad():
             values = [float(self.loss(module(*inputs), taught, labels)) for inputs, taught, labels in self.batches]
-        value = float(np.mean(values))
-        if not np.isfinite(value):
-            raise SluiceError(f"the loss is {value} on the first batches of data; give data the network was made for")
-        return value
+        return float(np.mean(values))
 
 
 def _width(
@@ -205,6 +210,15 @@ def _batch_statistics(module: nn.Module) -> None:
         if isinstance(part, BatchNorm):
             part.train()
             part.momentum = 0.0
+
+
+def _at_most(batch: tuple[tuple[Any, ...], Any], count: int) -> tuple[tuple[Any, ...], Any]:
+    """The first examples of a batch, where all its tensors have as many."""
+    sizes = {len(t) for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim}
+    if len(sizes) != 1 or max(sizes) <= count:
+        return batch
+    cut: tuple[tuple[Any, ...], Any] = pytree.tree_map_only(Tensor, lambda t: t[:count] if t.ndim else t, batch)
+    return cut
 
 
 @contextmanager

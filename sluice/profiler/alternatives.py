@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
-from sluice.passes.blocks import find_blocks
+from sluice.passes.blocks import Block, find_blocks
 from sluice.passes.drop_onnx import view_onnx
 from sluice.passes.options import BSR, Options, RankOption
 from sluice.plan import Drop, Merge
@@ -50,17 +50,16 @@ def find_alternatives(
     dense_ms = _dense_ms(dissection, bench)
     shown: list[Shown] = []
     drops: dict[str, Drop] = {}
+    hidden: dict[str, tuple[str, ...]] = {}
     if "rank" in methods or BSR in methods:
         layers = rank_layers(dissection, dense_ms, exclude)
         for variant in rank_variants(dissection, layers, batch):
             shown += _ranks(variant, layers, dense_ms, stairs, bench)
     if "block" in methods:
-        blocks, _ = find_blocks(view_onnx(dissection.model))
-        drops = {
-            f"{block.name}|drop": Drop(block.name, block.params)
-            for block in blocks
-            if not any(is_excluded(param, exclude) for param in block.params)
-        }
+        found, _ = find_blocks(view_onnx(dissection.model))
+        blocks = [b for b in found if not any(is_excluded(param, exclude) for param in b.params)]
+        drops = {f"{block.name}|drop": Drop(block.name, block.params) for block in blocks}
+        hidden = {f"{block.name}|drop": _without_weight(dissection, block) for block in blocks}
     merges: dict[str, Merge] = {}
     if "merge" in methods:
         sites = merge_segments(dissection, exclude, widths_vary="filter" in methods)
@@ -68,7 +67,13 @@ def find_alternatives(
         merges = {s.place.switch: site.merge for s, site in paying}
         shown += [s for s, _ in paying]
     options = Options(tuple(RankOption(*s.place.switch.rsplit("|", 1)) for s in shown if s.place.rank), drops, merges)
-    return Alternatives(options, tuple(shown))
+    return Alternatives(options, tuple(shown), hidden)
+
+
+def _without_weight(dissection: Dissection, block: Block) -> tuple[str, ...]:
+    """Pieces of a branch that no weight tells from others: products of activations, as in attention."""
+    own = set(block.own)
+    return tuple(p.name for p in dissection.pieces if anchor_weight(p) is None and own.issuperset(p.outputs))
 
 
 def _ranks(

@@ -41,8 +41,13 @@ def assemble(
     """
     alternatives = alternatives or Alternatives(Options())
     shown, drops = alternatives.shown, alternatives.options.drops
-    anchors = {piece.name: anchor_weight(piece) for piece in dissection.pieces}
-    named = [*((s.place.switch, s.place.layers) for s in shown), *((n, d.params) for n, d in drops.items())]
+    # A piece without a weight goes by its own name where a dropped branch takes it along.
+    alone = {name for names in alternatives.without_weight.values() for name in names}
+    anchors = {p.name: p.name if p.name in alone else anchor_weight(p) for p in dissection.pieces}
+    named = [
+        *((s.place.switch, s.place.layers) for s in shown),
+        *((n, (*d.params, *alternatives.without_weight.get(n, ()))) for n, d in drops.items()),
+    ]
     # weight -> the switches under which its layer is not dense
     states = {weight: [switch for switch, gone in named if weight in gone] for weight in anchors.values() if weight}
     states = {weight: switches for weight, switches in states.items() if switches}

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from onnx import numpy_helper
 
@@ -72,6 +72,7 @@ class Alternatives:
 
     options: Options
     shown: tuple[Shown, ...] = ()
+    without_weight: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by drop, pieces that go with it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,13 +144,14 @@ def rank_variants(base: Dissection, layers: Mapping[str, Piece], batch: int) -> 
 
 
 def _rank_variant(base: Dissection, edits: Sequence[Factorize], batch: int) -> Variant:
-    names = group_names(base)
+    names, flipped = group_names(base), _flipped(base)
     for edit in edits:
         first, second = first_name(edit.param), second_name(edit.param)
-        for own, of in (((second, 0), (edit.param, 0)), ((first, 1), (edit.param, 1))):
+        out, into = (1, 0) if edit.param in flipped else (0, 1)  # factors lie as their weight does
+        for own, of in (((second, out), (edit.param, out)), ((first, into), (edit.param, into))):
             if of in names:
                 names[own] = names[of]
-        names[(first, 0)] = names[(second, 1)] = RankOption(edit.param, edit.form).rank
+        names[(first, out)] = names[(second, into)] = RankOption(edit.param, edit.form).rank
     cut = dissect(factorize_onnx(base.model, edits, split=random_factors), batch, names=names)
     by_weight = {anchor_weight(piece): piece for piece in cut.pieces}
     sizes = cut.dense
@@ -160,6 +162,15 @@ def _rank_variant(base: Dissection, edits: Sequence[Factorize], batch: int) -> V
         if option.rank in sizes:  # a rank of one has no axis to choose on
             places.append(Place(option.switch, (edit.param,), pieces, pieces[0].outputs, option.rank))
     return Variant(cut, tuple(places))
+
+
+def _flipped(base: Dissection) -> set[str]:
+    """Weights of matrix products that are stored as (in, out)."""
+    return {
+        node.input[1]
+        for node in base.model.graph.node
+        if node.op_type == "MatMul" or (node.op_type == "Gemm" and not attributes(node).get("transB"))
+    }
 
 
 def merge_segments(base: Dissection, exclude: Sequence[str] = (), *, widths_vary: bool = True) -> list[MergeSite]:
@@ -206,7 +217,9 @@ def _bridges(segment: Segment, on: Mapping[tuple[str, int], str]) -> bool:
     return (into != out and out in reached) or (into is not None and None in reached)
 
 
-def merge_variants(base: Dissection, sites: Sequence[MergeSite], batch: int) -> list[tuple[Variant, list[MergeSite]]]:
+def merge_variants(
+    base: Dissection, sites: Sequence[MergeSite], batch: int
+) -> Iterator[tuple[Variant, list[MergeSite]]]:
     """Graphs that show every site once, and the sites of each; those that do not overlap share one."""
     shelves: list[list[MergeSite]] = []
     for site in sites:
@@ -215,7 +228,8 @@ def merge_variants(base: Dissection, sites: Sequence[MergeSite], batch: int) -> 
             shelves.append([site])
         else:
             shelf.append(site)
-    return [(_merge_variant(base, shelf, batch), shelf) for shelf in shelves]
+    for shelf in shelves:  # one at a time: every graph holds the network's weights
+        yield _merge_variant(base, shelf, batch), shelf
 
 
 def _merge_variant(base: Dissection, sites: Sequence[MergeSite], batch: int) -> Variant:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sluice.errors import SluiceError
 from sluice.passes.gating import Gated, insert_gates, strip_gates
 from sluice.passes.importance import fisher_scores, learned_scores
+from sluice.runtime.compare import assert_close
 from tests import networks, tiny
 
 
@@ -138,3 +139,22 @@ def test_a_closed_gate_is_worth_next_to_nothing() -> None:
         nn.functional.cross_entropy(gated(x), y).backward()
     scores = learned_scores(gated.gates)["conv2"]
     assert scores[5] < 1e-3 * np.median(scores)
+
+
+def test_labels_of_every_position() -> None:
+    """Logits (batch, positions, classes): the scores are those of the flattened problem."""
+
+    class Sequence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 10), nn.Linear(10, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(torch.relu(self.a(x)))
+
+    torch.manual_seed(0)
+    model, g = Sequence(), torch.Generator().manual_seed(1)
+    x, y = torch.randn(8, 5, 6, generator=g), torch.randint(5, (8, 5), generator=g)
+    whole = fisher_scores(insert_gates(model, x), [(x, y)])
+    flat = fisher_scores(insert_gates(model, x.flatten(0, 1)), [(x.flatten(0, 1), y.flatten())])
+    assert_close(whole["a"], flat["a"], tol=1e-4)

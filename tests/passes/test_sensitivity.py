@@ -208,5 +208,5 @@ def test_sites_without_a_choice_are_not_measured() -> None:
 
 def test_a_loss_that_is_not_finite_is_said() -> None:
     broken = torch.full((4, 3, 9, 7), float("nan"))
-    with pytest.raises(SluiceError, match="the loss is nan on the first batches of data"):
+    with pytest.raises(SluiceError, match="the loss is nan on the first batches; give data"):
         standard().losses(data=[broken])

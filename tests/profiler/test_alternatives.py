@@ -339,3 +339,53 @@ def test_a_forgotten_rank_is_noticed(wrong: Callable[[str, object], None]) -> No
     wrong("sluice.profiler.engine.chosen_edits", lambda options, configuration: wider)
     with pytest.raises(AssertionError):
         check_promises(profile, [plan])
+
+
+class Flipped(nn.Module):
+    """Weights stored as (in, out), read by a matrix product and by addmm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.b1 = nn.Parameter(torch.randn(48, 40)), nn.Parameter(torch.randn(40))
+        self.w2, self.b2 = nn.Parameter(torch.randn(40, 56)), nn.Parameter(torch.randn(56))
+        self.fc = nn.Linear(56, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(x @ self.w1 + self.b1)
+        return self.fc(F.relu(torch.addmm(self.b2, x, self.w2)))
+
+
+class Attention(nn.Module):
+    """Two residual branches with products of activations, which no weight tells apart."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.first = nn.Linear(7, width)
+        self.parts = nn.ModuleList(
+            nn.ModuleDict({n: nn.Linear(width, width) for n in ("q", "k", "v", "p")}) for _ in range(2)
+        )
+        self.fc = nn.Linear(width, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for part in self.parts:
+            scores = part["q"](x) @ part["k"](x).transpose(1, 2)  # type: ignore[index]
+            x = x + part["p"](torch.softmax(scores, -1) @ part["v"](x))  # type: ignore[index]
+        return self.fc(x.mean(1))
+
+
+def test_weights_stored_as_in_out_have_ranks() -> None:
+    profile = profiled(FakeRunner(line), ("filter", "rank"), to_onnx(Flipped(), torch.randn(2, 48)))
+    assert {o.param for o in profile.options.ranks} >= {"w1", "w2"}
+    plans = drawn(profile, 30)
+    assert any(plan[o.switch] for plan in plans for o in profile.options.ranks)
+    assert_close([profile.latency.raw_ms(p) for p in plans], [engine_ms(profile, p, line) for p in plans], tol=0.02)
+
+
+def test_a_dropped_branch_takes_its_weightless_pieces_along() -> None:
+    profile = profiled(FakeRunner(line), ("block",), to_onnx(Attention(), torch.randn(2, 9, 7)))
+    drops = sorted(profile.options.drops)
+    assert len(drops) == 2
+    for chosen in ([drops[0]], [drops[1]], drops):
+        plan = switched(profile.latency, *chosen)
+        assert_close(profile.latency.raw_ms(plan), engine_ms(profile, plan, line), tol=0.02)
