@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from sluice.errors import SluiceError
 from sluice.models import mobilenet_v2, resnet20, resnet20_mnist
 from sluice.models.mnist import accuracy, load_digits, train
-from sluice.models.mobilenet import InvertedResidual
 from sluice.models.pretrained import save_checkpoint
 from sluice.train import Data, Loss, default_loss, fit
 
@@ -151,13 +150,7 @@ def _thin_resnet20(share: float) -> nn.Module:
 
 def _mobilenet(width: float) -> nn.Module:
     """MobileNetV2 with the strides of rule 2; as in the paper the last 1x1 convolution keeps its 1,280 channels."""
-    model = mobilenet_v2(width=width)
-    first_of_160 = model.blocks[13]
-    assert isinstance(first_of_160, InvertedResidual)
-    for conv, was, stride in ((model.stem[0], 1, 2), (first_of_160.conv[3], 2, 1)):
-        assert isinstance(conv, nn.Conv2d) and conv.stride == (was, was)
-        conv.stride = (stride, stride)
-    return model
+    return mobilenet_v2(width=width, strides=(2, 1, 1, 2, 2, 1, 1, 1))
 
 
 def _scaled(width: int, share: float) -> int:

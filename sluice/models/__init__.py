@@ -1,4 +1,4 @@
-"""Small reference networks of the field, as plain ``nn.Module`` factories, and inputs of the right shape."""
+"""Reference networks of the field, as plain ``nn.Module`` factories, and inputs of the right shape."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 from sluice.errors import SluiceError
 from sluice.models.densenet import densenet
 from sluice.models.enliven import enliven
-from sluice.models.mobilenet import mobilenet_v2
+from sluice.models.imagenet import resnet50
+from sluice.models.mobilenet import mobilenet_v2, mobilenet_v2_224
 from sluice.models.pretrained import resnet20_mnist
 from sluice.models.resnet import resnet20, resnet56, se_resnet
 from sluice.models.resnet1d import resnet1d
@@ -19,9 +20,11 @@ __all__ = [
     "enliven",
     "example_inputs",
     "mobilenet_v2",
+    "mobilenet_v2_224",
     "resnet1d",
     "resnet20",
     "resnet20_mnist",
+    "resnet50",
     "resnet56",
     "se_resnet",
     "vgg16_bn",
@@ -31,9 +34,11 @@ __all__ = [
 EXAMPLE_SHAPES: dict[str, tuple[int, ...]] = {
     "densenet": (1, 28, 28),
     "mobilenet_v2": (1, 28, 28),
+    "mobilenet_v2_224": (3, 224, 224),
     "resnet1d": (2, 256),
     "resnet20": (1, 28, 28),
     "resnet20_mnist": (1, 28, 28),
+    "resnet50": (3, 224, 224),
     "resnet56": (1, 28, 28),
     "se_resnet": (1, 28, 28),
     "vgg16_bn": (1, 28, 28),

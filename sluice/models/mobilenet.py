@@ -1,28 +1,25 @@
-"""MobileNetV2 for small images (Sandler et al. 2018, table 2).
+"""MobileNetV2 (Sandler et al. 2018, table 2), for small images and for those of 224 x 224.
 
 An inverted residual widens by a factor with a 1x1 convolution, filters each channel by itself with a 3x3
 depthwise one, and narrows with a linear 1x1; it adds its input where stride is 1 and channels are equal.
-The strides of the stem and of the second stage are 1 in place of 2, so that 28x28 and 32x32 leave 4x4 for the
-last stage.
+For small images the strides of the stem and of the second stage are 1 in place of 2, so that 28x28 and 32x32 leave
+4x4 for the last stage.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
-__all__ = ["InvertedResidual", "MobileNetV2", "mobilenet_v2"]
+__all__ = ["IMAGENET", "SMALL", "InvertedResidual", "MobileNetV2", "mobilenet_v2", "mobilenet_v2_224"]
 
-# expansion, channels, blocks, stride of the first block
-_STAGES = (
-    (1, 16, 1, 1),
-    (6, 24, 2, 1),
-    (6, 32, 3, 2),
-    (6, 64, 4, 2),
-    (6, 96, 3, 1),
-    (6, 160, 3, 2),
-    (6, 320, 1, 1),
-)
+# expansion, channels, blocks
+_STAGES = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
+# Strides of the stem and of the first block of every stage.
+IMAGENET = (2, 1, 2, 2, 2, 1, 2, 1)
+SMALL = (1, 1, 1, 2, 2, 1, 2, 1)
 
 
 class InvertedResidual(nn.Module):
@@ -44,14 +41,24 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """(N, in_channels, H, W) to (N, num_classes); ``width`` multiplies the channels, to multiples of 8."""
+    """(N, in_channels, H, W) to (N, num_classes); ``width`` multiplies the channels, to multiples of 8.
 
-    def __init__(self, num_classes: int = 10, in_channels: int = 1, width: float = 1.0, dropout: float = 0.2) -> None:
+    ``strides`` are those of the stem and of the first block of each of the seven stages.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_channels: int = 1,
+        width: float = 1.0,
+        dropout: float = 0.2,
+        strides: Sequence[int] = SMALL,
+    ) -> None:
         super().__init__()
         previous = _scaled(32, width)
         blocks: list[nn.Module] = []
-        stem = _conv_bn(in_channels, previous, kernel=3)
-        for expansion, channels, count, first_stride in _STAGES:
+        stem = _conv_bn(in_channels, previous, kernel=3, stride=strides[0])
+        for (expansion, channels, count), first_stride in zip(_STAGES, strides[1:], strict=True):
             for i in range(count):
                 stride = first_stride if i == 0 else 1
                 blocks.append(InvertedResidual(previous, _scaled(channels, width), stride, expansion))
@@ -72,9 +79,16 @@ class MobileNetV2(nn.Module):
         return self.classifier(self.pool(x).flatten(1))
 
 
-def mobilenet_v2(num_classes: int = 10, in_channels: int = 1, width: float = 1.0) -> MobileNetV2:
-    """MobileNetV2, 2.2 million parameters at ``width`` 1."""
-    return MobileNetV2(num_classes, in_channels, width)
+def mobilenet_v2(
+    num_classes: int = 10, in_channels: int = 1, width: float = 1.0, strides: Sequence[int] = SMALL
+) -> MobileNetV2:
+    """MobileNetV2 for small images, 2.2 million parameters at ``width`` 1."""
+    return MobileNetV2(num_classes, in_channels, width, strides=strides)
+
+
+def mobilenet_v2_224(num_classes: int = 1000, in_channels: int = 3, width: float = 1.0) -> MobileNetV2:
+    """MobileNetV2 for images of 224 x 224, 3.5 million parameters at ``width`` 1."""
+    return MobileNetV2(num_classes, in_channels, width, strides=IMAGENET)
 
 
 def _conv_bn(in_channels: int, channels: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:

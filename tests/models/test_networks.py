@@ -64,6 +64,18 @@ def test_vgg_is_thirteen_convolutions_and_two_linear_layers() -> None:
     assert [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)] == [(13, 17), (17, 3)]
 
 
+def test_networks_for_224_pixels_have_the_published_sizes() -> None:
+    """Their papers' and torchvision's counts: 25,557,032 and 3,504,872 parameters; 7x7 are left of 224x224."""
+    assert sum(p.numel() for p in models.resnet50().parameters()) == 25_557_032
+    assert sum(p.numel() for p in models.mobilenet_v2_224().parameters()) == 3_504_872
+    for model, last in ((models.resnet50(3, widths=(5, 7, 9, 11)), "layer4"), (models.mobilenet_v2_224(3), "head")):
+        sizes: list[torch.Size] = []
+        model.get_submodule(last).register_forward_hook(lambda *a, sizes=sizes: sizes.append(a[2].shape[2:]))
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, 224, 224))
+        assert sizes == [(7, 7)]
+
+
 def test_mobilenet_depthwise_layers_and_width() -> None:
     model = models.mobilenet_v2(width=0.25)
     depthwise = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
