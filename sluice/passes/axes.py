@@ -15,7 +15,7 @@ The two front ends (`sluice.passes.aten`, `sluice.passes.onnx_axes`) only transl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,34 +42,48 @@ class Coupling:
         self.tensors = tensors  # name -> shape of every named tensor that may be sliced
         self.axes: dict[tuple[str, int], np.ndarray] = {}  # (tensor, axis) -> atoms, for the axes met so far
         self.producers: list[tuple[str, int]] = []  # output axes in graph order
-        self._parent: list[int] = []
-        self._reasons: dict[int, str] = {}
+        self._parent = np.arange(64)  # of every atom; what lies behind the last atom points at itself
+        self._count = 0
+        self._reasons: dict[int, str] = {}  # by root
 
     # --- atoms -----------------------------------------------------------------------------------------------
 
-    def new(self, count: int) -> np.ndarray:
-        start = len(self._parent)
-        self._parent.extend(range(start, start + count))
-        return np.arange(start, start + count)
+    @property
+    def count(self) -> int:
+        """Atoms made so far; they are numbered from 0."""
+        return self._count
 
-    def find(self, atom: int) -> int:
-        parent = self._parent
-        while parent[atom] != atom:
-            parent[atom] = parent[parent[atom]]
-            atom = parent[atom]
-        return atom
+    def new(self, count: int) -> np.ndarray:
+        start, self._count = self._count, self._count + count
+        if self._count > len(self._parent):
+            self._parent = np.concatenate([self._parent, np.arange(len(self._parent), 2 * self._count)])
+        return np.arange(start, self._count)
 
     def roots(self, atoms: np.ndarray) -> np.ndarray:
-        return np.fromiter((self.find(int(a)) for a in atoms), dtype=np.int64, count=len(atoms))
+        """The lowest atom of the class of every one of ``atoms``, same shape."""
+        found = self._parent[atoms]
+        while not np.array_equal(above := self._parent[found], found):
+            found = above
+        self._parent[atoms] = found
+        return found
 
     def union(self, a: np.ndarray, b: np.ndarray) -> None:
-        for x, y in {(int(i), int(j)) for i, j in zip(a, b, strict=True)}:
-            rx, ry = self.find(x), self.find(y)
-            if rx != ry:
-                low, high = min(rx, ry), max(rx, ry)
-                self._parent[high] = low
-                if high in self._reasons:
-                    self._reasons.setdefault(low, self._reasons.pop(high))
+        """``a[i]`` and ``b[i]`` are one channel, for every i."""
+        if a.shape != b.shape:
+            raise AssertionError(f"{a.shape} atoms cannot be tied to {b.shape}")
+        while True:
+            first, second = self.roots(a), self.roots(b)
+            apart = first != second
+            if not apart.any():
+                return
+            low, high = np.minimum(first, second)[apart], np.maximum(first, second)[apart]
+            # A root tied to several others goes to the lowest now, and takes the rest along in the next round.
+            np.minimum.at(self._parent, high, low)
+            for root in [r for r in np.unique(high).tolist() if r in self._reasons]:
+                self._reasons.setdefault(self._root(root), self._reasons.pop(root))
+
+    def _root(self, atom: int) -> int:
+        return int(self.roots(np.array([atom]))[0])
 
     def tie(self, atoms: np.ndarray) -> np.ndarray:
         """Union along every axis but the last; returns the representatives (last axis)."""
@@ -80,11 +94,16 @@ class Coupling:
 
     def freeze(self, axis: Axis | np.ndarray | None, reason: str) -> None:
         if axis is not None:
-            for atom in set((axis.atoms if isinstance(axis, Axis) else axis).tolist()):
-                self._reasons.setdefault(self.find(atom), reason)
+            for root in np.unique(self.roots(axis.atoms if isinstance(axis, Axis) else axis)).tolist():
+                self._reasons.setdefault(root, reason)
+
+    @property
+    def frozen(self) -> Mapping[int, str]:
+        """Why a class must stay, by its root."""
+        return self._reasons
 
     def reason(self, atom: int) -> str | None:
-        return self._reasons.get(self.find(atom))
+        return self._reasons.get(self._root(atom))
 
     def param(self, name: str, axis: int) -> np.ndarray:
         key = (name, axis)

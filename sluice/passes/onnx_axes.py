@@ -6,6 +6,7 @@ named tensor. Values are analysed at one static batch, so that all sizes are num
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from sluice.passes.sites import Analysis, find_groups
 
 __all__ = ["BATCH", "analyze_onnx", "attributes", "constants", "with_batch"]
 
+LITERAL = 1024  # elements; a shape, a scale or a list of axes has no more
 BATCH = 10_007  # stands for a dynamic size: prime, so that products stay recognisable
 Node = onnx.NodeProto
 
@@ -275,7 +277,7 @@ def with_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
             if not dim.HasField("dim_value"):
                 dim.Clear()
     try:
-        copy = onnx.shape_inference.infer_shapes(copy, strict_mode=True, data_prop=True)
+        _infer(copy)
     except onnx.shape_inference.InferenceError as error:
         raise SluiceError(f"the ONNX graph is not well typed: {error}; export it again") from None
     symbols = {d.dim_param for i in model.graph.input for d in i.type.tensor_type.shape.dim if d.dim_param}
@@ -293,6 +295,29 @@ def with_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
                 if not dim.HasField("dim_value"):
                     dim.dim_value = batch
     return copy
+
+
+def _infer(model: onnx.ModelProto) -> None:
+    """Infer all shapes, in place.
+
+    Inference goes through the bytes of the whole model, there and back. Weights stay behind: only their types and
+    shapes are asked for, and they are nearly all of the bytes.
+    """
+    skeleton = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
+    skeleton.graph.name = model.graph.name
+    skeleton.graph.node.extend(model.graph.node)
+    skeleton.graph.input.extend(model.graph.input)
+    skeleton.graph.output.extend(model.graph.output)
+    given = {info.name for info in model.graph.input}
+    for init in model.graph.initializer:
+        if math.prod(init.dims) <= LITERAL or init.name in given:
+            skeleton.graph.initializer.append(init)
+        else:
+            skeleton.graph.input.append(helper.make_tensor_value_info(init.name, init.data_type, init.dims))
+    inferred = onnx.shape_inference.infer_shapes(skeleton, strict_mode=True, data_prop=True).graph
+    model.graph.value_info.extend(inferred.value_info)
+    del model.graph.output[:]
+    model.graph.output.extend(inferred.output)
 
 
 def attributes(node: Node) -> dict[str, Any]:

@@ -85,27 +85,29 @@ def find_groups(
     ``exclude``: module or parameter names, or shell patterns of them, that must keep their width.
     """
     _exclude(coupling, exclude)
-    slots: dict[int, list[tuple[str, int, int]]] = {}
-    for (param, axis), atoms in coupling.axes.items():
-        for index, root in enumerate(coupling.roots(atoms)):
-            slots.setdefault(int(root), []).append((param, axis, index))
+    lies = {key: coupling.roots(atoms) for key, atoms in coupling.axes.items()}
+    on: dict[int, list[tuple[str, int]]] = {}
+    for key, along in lies.items():
+        for root in np.unique(along).tolist():
+            on.setdefault(root, []).append(key)
     order = {key: rank for rank, key in enumerate(coupling.producers)}
-    members: dict[frozenset[tuple[str, int]], list[int]] = {}
-    for root, own in slots.items():
-        produced = any((param, axis) in order for param, axis, _ in own)
-        if coupling.reason(root) is None and produced:
-            members.setdefault(frozenset((param, axis) for param, axis, _ in own), []).append(root)
+    members: dict[tuple[tuple[str, int], ...], list[int]] = {}
+    for root, keys in on.items():
+        if root not in coupling.frozen and any(key in order for key in keys):
+            members.setdefault(tuple(keys), []).append(root)
 
-    def lead(signature: frozenset[tuple[str, int]]) -> tuple[str, int]:
+    def lead(signature: tuple[tuple[str, int], ...]) -> tuple[str, int]:
         return min((key for key in signature if key in order), key=order.__getitem__)
 
     frozen: dict[str, str] = {}
     groups: list[AxisGroup] = []
-    where: dict[int, tuple[int, int]] = {}
+    group_of = np.full(coupling.count, -1)
+    channel_of = np.zeros(coupling.count, dtype=group_of.dtype)
     names: dict[str, int] = {}
     for signature, roots in sorted(members.items(), key=lambda item: (order[lead(item[0])], min(item[1]))):
         key = lead(signature)
-        position = {root: next(i for p, a, i in slots[root] if (p, a) == key) for root in roots}
+        found, first = np.unique(lies[key], return_index=True)
+        position = dict(zip(found.tolist(), first.tolist(), strict=True))
         roots = sorted(roots, key=position.__getitem__)
         name = module_of(key[0])
         if len(roots) == 1:
@@ -113,12 +115,11 @@ def find_groups(
             continue
         names[name] = names.get(name, 0) + 1
         name += f"#{names[name]}" if names[name] > 1 else ""
-        channel = {root: i for i, root in enumerate(roots)}
-        where.update({root: (len(groups), i) for root, i in channel.items()})
+        group_of[roots], channel_of[roots] = len(groups), np.arange(len(roots))
         refs = []
         for param, axis in sorted(signature, key=lambda k: (order.get(k, len(order)), k)):
-            lies = coupling.roots(coupling.axes[(param, axis)])
-            refs.append(AxisRef(param, axis, np.array([channel.get(int(r), -1) for r in lies])))
+            own = lies[param, axis]
+            refs.append(AxisRef(param, axis, np.where(group_of[own] == len(groups), channel_of[own], -1)))
         groups.append(AxisGroup(name, len(roots), tuple(refs)))
     for param, axis in coupling.producers:
         reason = coupling.reason(int(coupling.axes[(param, axis)][0]))
@@ -126,8 +127,8 @@ def find_groups(
             frozen[module_of(param)] = reason
 
     def place(axis: Axis) -> ValueAxis:
-        pairs = [where.get(int(r), (-1, 0)) for r in coupling.roots(axis.atoms)]
-        return ValueAxis(axis.dim, np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs]))
+        roots = coupling.roots(axis.atoms)
+        return ValueAxis(axis.dim, group_of[roots], channel_of[roots])
 
     placed = {name: place(axis) for name, axis in values.items() if axis is not None}
     return Analysis(tuple(groups), frozen, placed, dict(shapes), dict(coupling.tensors))
