@@ -58,6 +58,10 @@ class Choice:
         return {g: tuple(sorted(_order(importance[g])[:w].tolist())) for g, w in self.widths.items() if g in importance}
 
 
+class _OutOfTime(SluiceError):
+    """The solver has neither found a configuration nor proved that there is none."""
+
+
 def decide(
     model: LatencyModel,
     losses: Mapping[str, np.ndarray],
@@ -132,7 +136,10 @@ def least_ms(model: LatencyModel, *, time_limit_s: float = 20.0) -> Choice:
     channels = sum(sizes.values()) or 1
     keep = {g: -np.asarray(model.levels[g], float) / channels for g in sizes}
     altered = {s: _edits(model, s) for s in model.switches}
-    fuller = _solve(program, program.over_levels(keep | altered), fastest, 1e-6, time_limit_s)
+    try:
+        fuller = _solve(program, program.over_levels(keep | altered), fastest, 1e-6, time_limit_s)
+    except _OutOfTime:  # no reason to fail: as fast it is already
+        fuller, widths = None, _downhill(model, {}, widths, fastest)
     if fuller is not None and model.ms(fuller[0]) <= fastest + 1e-9 * abs(fastest):
         widths = fuller[0]
     share = sum(widths[g] for g in sizes) / channels if sizes else 1.0
@@ -209,7 +216,7 @@ def _solve(
     if result.x is None and "nfeasible" in result.message:
         return None
     if result.x is None:
-        raise SluiceError(
+        raise _OutOfTime(
             f"no configuration found in {time_limit_s:.0f} s for {len(model.dense)} sites ({result.message.strip()}); "
             "raise time_limit_s or offer fewer levels per group"
         )

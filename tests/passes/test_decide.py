@@ -10,6 +10,7 @@ import pytest
 
 from sluice.errors import SluiceError
 from sluice.latency import Extent, LatencyModel, Term
+from sluice.passes import decide as decide_module
 from sluice.passes import program as program_module
 from sluice.passes.decide import Choice, amplitude_losses, decide, least_ms, restricted, unreachable
 
@@ -158,6 +159,25 @@ def test_least_keeps_what_costs_nothing_and_dense_needs_no_solver() -> None:
     dense = decided(line(), {"a": np.ones(6), "b": np.ones(3)}, 3.0)
     assert dict(dense.widths) == {"a": 6, "b": 3}
     assert (dense.loss, dense.retained) == (0.0, 1.0)
+
+
+def test_least_is_found_when_there_is_no_time_to_fill_it_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second program only chooses among equally fast configurations; the first must not be out of time."""
+    found, calls = decide_module._solve, [0]
+
+    def out_of_time(*args: object) -> object:
+        calls[0] += 1
+        if calls[0] == failing:
+            raise decide_module._OutOfTime("no configuration found in 20 s")
+        return found(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(decide_module, "_solve", out_of_time)
+    failing = 2
+    assert dict(least_ms(line()).widths) == {"a": 2, "b": 3}
+    assert calls == [2]
+    calls[0], failing = 0, 1
+    with pytest.raises(SluiceError, match="no configuration found"):
+        least_ms(line())
 
 
 def test_kept_takes_the_largest_and_the_first_of_equals() -> None:
