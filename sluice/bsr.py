@@ -13,7 +13,7 @@ alternative to the rank thresholds and to the joint solver, with the same layers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,54 +23,72 @@ from sluice.errors import SluiceError
 from sluice.latency import LatencyModel
 from sluice.passes.beam import Option, beam_search
 from sluice.passes.decide import Choice, least_ms, unreachable
-from sluice.passes.options import RankOption, chosen_edits, dense_switch
+from sluice.passes.factor_torch import truncations_torch
+from sluice.passes.options import RankOption, chosen_edits
 from sluice.passes.resolve import make_plan
-from sluice.passes.sensitivity import Judge, truncations
-from sluice.plan import Factorize
+from sluice.passes.sensitivity import Judge
+from sluice.passes.sites import Analysis
+from sluice.plan import Factorize, InputSpec
+from sluice.profiler.profile import Profile
 from sluice.svt import matricize, modified_stable_rank
 from sluice.train import Loss
 from sluice.verify import Answer, Question
 
-__all__ = ["BeamQuestion", "stable_rank_loss"]
+__all__ = ["BeamQuestion", "beam_question", "stable_rank_loss"]
 
 STRENGTH = 0.1
 Label = tuple[RankOption, int] | None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class BeamQuestion(Question):
-    """A question whose answers come from the beam search instead of the solver."""
+    """A question whose answers come from the beam search instead of the solver.
 
-    judge: Judge | None = None
+    ``steps`` are the options of every weight, ``score`` is the loss with each at one of them, by position.
+    """
+
+    steps: Mapping[str, Sequence[Option]]
+    score: Callable[[Mapping[str, int]], float]
 
     def answer(self, target_ms: float) -> Answer:
-        assert self.judge is not None
-        judge, model = self.judge, self.model
-        weights = {o.param: judge.gm.state_dict()[o.param] for o in self.profile.options.ranks}
-        cut = {o: truncations(weights[o.param], o.form) for o in self.profile.options.ranks}
-        steps = {param: _options(model, [o for o in cut if o.param == param], weights[param], cut) for param in weights}
-
-        def score(state: Mapping[str, int]) -> float:
-            labels: list[Label] = [steps[param][index].label for param, index in state.items()]  # type: ignore[misc]
-            return judge.weights({o.param: cut[o](rank) for o, rank in filter(None, labels)})
-
+        model = self.model
         try:
-            found = beam_search(steps, score, model.dense_ms() - target_ms)
+            found = beam_search(self.steps, self.score, model.dense_ms() - target_ms)
         except SluiceError:
             raise unreachable(target_ms, least_ms(model).promised_ms, model.dense_ms(), structure=True) from None
         widths = dict(model.dense)
-        for param, index in found.choice.items():
-            widths |= _values(steps[param][index].label)  # type: ignore[arg-type]
+        for option, rank in _labels(self.steps, found.choice):
+            widths |= option.at(rank)
         choice = Choice(widths, model.ms(widths), found.score, 1.0, 0.0, 0.0)
         edits = chosen_edits(self.profile.options, widths)
         return Answer(choice, {}, make_plan(self.analysis, {}, self.inputs, edits))
 
 
-def _values(label: Label) -> dict[str, int]:
-    if label is None:
-        return {}
-    option, rank = label
-    return {dense_switch(option.param): 0, option.switch: 1, option.rank: rank}
+def beam_question(
+    profile: Profile, analysis: Analysis, model: LatencyModel, inputs: tuple[InputSpec, ...], judge: Judge
+) -> BeamQuestion:
+    """The question about these ranks. One is asked for several budgets, so what it has scored it remembers."""
+    state, forms = judge.gm.state_dict(), profile.options.ranks
+    cut = {o: truncations_torch(state[o.param], o.form) for o in forms}
+    steps = {
+        param: _options(model, [o for o in forms if o.param == param], state[param], cut)
+        for param in dict.fromkeys(o.param for o in forms)
+    }
+    known: dict[tuple[int, ...], float] = {}
+
+    def score(at: Mapping[str, int]) -> float:
+        key = tuple(at[param] for param in steps)
+        if key not in known:
+            known[key] = judge.weights({o.param: cut[o](rank) for o, rank in _labels(steps, at)})
+        return known[key]
+
+    return BeamQuestion(profile, analysis, model, {}, {}, inputs, steps=steps, score=score)
+
+
+def _labels(steps: Mapping[str, Sequence[Option]], at: Mapping[str, int]) -> list[tuple[RankOption, int]]:
+    """Form and rank of every weight that is not dense there."""
+    labels: list[Label] = [steps[param][index].label for param, index in at.items()]  # type: ignore[misc]
+    return [label for label in labels if label is not None]
 
 
 def _options(
@@ -81,7 +99,7 @@ def _options(
     found = []
     for option in forms:
         for rank in model.levels[option.rank]:
-            saved = dense - model.ms({**model.dense, **_values((option, rank))})
+            saved = dense - model.ms({**model.dense, **option.at(rank)})
             error = float((weight - cut[option](rank)).square().sum())
             found.append((saved, error, (option, rank)))
     options: list[Option] = []

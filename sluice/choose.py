@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from sluice.bsr import BeamQuestion
+from sluice.bsr import beam_question
 from sluice.errors import SluiceError, Unreachable
 from sluice.layermerge import BONUSES, DepthQuestion
 from sluice.passes.blocks import find_blocks
@@ -28,7 +28,7 @@ from sluice.passes.factor import singular_values
 from sluice.passes.gating import Gated, insert_gates, strip_gates
 from sluice.passes.importance import fisher_scores
 from sluice.passes.label_free import label_free_scores
-from sluice.passes.options import BSR, Options, dense_switch
+from sluice.passes.options import BSR, Options
 from sluice.passes.sensitivity import Judge, measured_losses
 from sluice.profiler.profile import Profile
 from sluice.rehearse import rehearse
@@ -70,7 +70,8 @@ def insert_all(
         found, _ = find_blocks(view_torch(gm))
         known = measured.latency.switches.intersection(options.drops)
         blocks = {b.name: b.closing for b in found if b.closing and f"{b.name}|drop" in known}
-    kinds = [k for k, on in (("filter", "filter" in methods), ("rank", ranks), ("block", blocks)) if on]
+    filters = "filter" in methods and measured.dissection.analysis.groups
+    kinds = [k for k, on in (("filter", filters), ("rank", ranks), ("block", blocks)) if on]
     if not kinds:
         return None
     return insert_gates(model, example_inputs, steps=steps, exclude=exclude, kinds=kinds, ranks=ranks, blocks=blocks)
@@ -84,10 +85,8 @@ def _best_forms(measured: Profile, weights: Mapping[str, torch.Tensor]) -> dict[
         kept = np.cumsum(values**2) / max(float((values**2).sum()), 1e-30)
         for rank in model.levels[option.rank]:
             if kept[min(rank, len(kept)) - 1] >= ENERGY:
-                on = {dense_switch(option.param): 0, option.switch: 1, option.rank: rank}
-                best[option.param] = min(
-                    best.get(option.param, (np.inf, "")), (model.ms({**model.dense, **on}), option.form)
-                )
+                ms = model.ms({**model.dense, **option.at(rank)})
+                best[option.param] = min(best.get(option.param, (np.inf, "")), (ms, option.form))
     return {param: form for param, (_, form) in best.items()}
 
 
@@ -120,8 +119,7 @@ def ask(
     elif data is None:
         raise SluiceError(f"methods {list(methods)} are priced by measuring the loss; give data")
     elif tuple(methods) == (BSR,):
-        judge = Judge(stripped, data, loss)
-        return BeamQuestion(measured, analysis, model, {}, scores, input_specs(stripped), judge)
+        return beam_question(measured, analysis, model, input_specs(stripped), Judge(stripped, data, loss))
     else:
         losses = measured_losses(
             stripped, analysis, gated.meta["placement"], model, options, scores, data, loss=loss, advance=advance
@@ -165,7 +163,8 @@ def _readings(question: Question, methods: Sequence[str], target_ms: float) -> l
     options, latency = question.profile.options, question.profile.latency
     asked = {"together": question}
     if isinstance(question, DepthQuestion):
-        asked = {f"bonus {bonus:g}": replace(question, bonus=bonus) for bonus in BONUSES}
+        others = {f"bonus {bonus:g}": replace(question, bonus=bonus) for bonus in BONUSES if bonus != question.bonus}
+        asked = {f"bonus {question.bonus:g}": question, **others}
     if len(methods) > 1:
         for price in PRICES:
             asked[f"structure at {price:g}"] = replace(question, losses=_priced(question.losses, options, price))

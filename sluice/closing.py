@@ -1,23 +1,28 @@
 """The closed network of a plan: the user's own architecture, computing what the cut network computes.
 
-1. Removed channels carry nothing, dropped branches are gone, weights have the rank that they are given.
+1. Removed channels carry nothing, dropped branches end in zero, weights have the rank that they are given.
 2. What a merge makes linear is linear, with the padding of every run in front, as it will be trained.
+3. As little as can be is shared with the rewriters, since what they make is compared with this. A branch is cut out
+   only where no tensor of its own makes it zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import fx
 
-from sluice.passes.drop_torch import drop_torch
+from sluice.passes.blocks import match_drops
+from sluice.passes.drop_torch import close_block, drop_torch, view_torch
 from sluice.passes.gating import Gated, close_gates
+from sluice.passes.insertion import along
 from sluice.passes.merge_torch import linearize_torch
 from sluice.passes.options import tie_removed
 from sluice.passes.resolve import tensor_masks
 from sluice.passes.sites import keep_masks
+from sluice.plan import Drop
 from sluice.verify import Answer
 
 __all__ = ["close"]
@@ -34,11 +39,22 @@ def close(gated: Gated, answer: Answer) -> fx.GraphModule:
     if plan.merges:
         _close_readers(closed, tensor_masks(gated.meta["analysis"], masks))
     if plan.drops:
-        drop_torch(closed, plan.drops)
+        _close_branches(closed, plan.drops)
     if plan.merges:
         linearize_torch(closed, plan.merges)
     closed.recompile()
     return closed
+
+
+def _close_branches(closed: fx.GraphModule, drops: Sequence[Drop]) -> None:
+    open_ended = []
+    for drop, block in zip(drops, match_drops(view_torch(closed), drops), strict=True):
+        if block.closing is None:
+            open_ended.append(drop)
+        else:
+            close_block(closed, block)
+    if open_ended:
+        drop_torch(closed, open_ended)
 
 
 def _close_readers(closed: fx.GraphModule, masks: Mapping[tuple[str, int], np.ndarray]) -> None:
@@ -46,5 +62,4 @@ def _close_readers(closed: fx.GraphModule, masks: Mapping[tuple[str, int], np.nd
     state = closed.state_dict()
     for (param, axis), mask in masks.items():
         if axis == 1:
-            shape = [-1 if d == axis else 1 for d in range(state[param].ndim)]
-            state[param].mul_(torch.from_numpy(mask).to(state[param]).reshape(shape))
+            state[param].mul_(along(torch.from_numpy(mask).to(state[param]), state[param].ndim, axis))

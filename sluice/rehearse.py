@@ -23,12 +23,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from sluice.train import Data, Loss, cosine, on_device, split_batch
+from sluice.train import WEIGHT_DECAY, Data, Loss, cosine, on_device, split_batch
 
 __all__ = ["held_out_loss", "rehearse"]
 
 HELD = 4  # batches that are not trained on
-WEIGHT_DECAY = 1e-2
 
 
 def rehearse(

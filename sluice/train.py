@@ -29,6 +29,7 @@ Data = Iterable[Any]
 # (model outputs, teacher outputs, labels or None) -> scalar
 Loss = Callable[[Any, Any, Any], Tensor]
 GATE_LR = 0.02
+WEIGHT_DECAY = 1e-2
 
 
 def default_loss(outputs: Any, taught: Any, labels: Any) -> Tensor:
@@ -56,15 +57,14 @@ def on_device(values: Any, model: nn.Module) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.to(device), values)
 
 
-def check_data(model: nn.Module, data: Data, *, labels: bool = False, loss: Loss | None = None) -> None:
+def check_data(model: nn.Module, data: Data, *, loss: Loss | None = None) -> None:
     """Run the first batch through a copy of ``model``, so that what does not fit is said before hours of work.
 
     Args:
-        labels: whether labels are needed.
         loss: evaluated once, the model as its own teacher; None if nothing is trained.
     Raises:
-        SluiceError: there is no batch, it can be read only once, it lacks labels, the model or the loss refuses it, or
-            there is nothing to train.
+        SluiceError: there is no batch, it can be read only once, the model or the loss refuses it, or there is nothing
+            to train.
     """
     if loss is not None and not any(p.requires_grad for p in model.parameters()):
         raise SluiceError("no parameter of the model requires a gradient, so it cannot be trained; unfreeze some")
@@ -74,8 +74,6 @@ def check_data(model: nn.Module, data: Data, *, labels: bool = False, loss: Loss
     if first is None:
         raise SluiceError("data has no batches; give at least one")
     inputs, known = split_batch(first)
-    if labels and known is None:
-        raise SluiceError("scores without training need labels; give batches (inputs, labels), or train the gates")
     step = "model does not run"
     try:
         with torch.no_grad():
@@ -103,7 +101,7 @@ def fit(
     loss: Loss = default_loss,
     lr: float = 1e-3,
     gate_lr: float = GATE_LR,
-    weight_decay: float = 1e-2,
+    weight_decay: float = WEIGHT_DECAY,
     progress: bool = True,
     name: str = "train",
 ) -> nn.Module:

@@ -73,7 +73,7 @@ def test_factors_are_the_best_approximation(n: int, c: int, kernel: list[int], f
     weight = random_weight(shape, seed)
     first, second = factor.factors(weight, form, rank)
     assert (first.shape, second.shape) == factor.factor_shapes(shape, form, rank)
-    short = factor.truncate(weight, form, rank)
+    short = factor.truncations(weight, form)(rank)
     assert_close(compose(first, second, form), short, 1e-12)
     sigma = factor.singular_values(weight, form)
     if rank >= len(sigma):
@@ -99,7 +99,7 @@ def test_two_layers_are_the_dense_layer(shape: tuple[int, ...], form: str) -> No
     bias = torch.randn(shape[0], generator=generator, dtype=torch.float64)
     for geometry in GEOMETRY[dims]:
         for rank in (full, full + 5, 2, 1):
-            dense = weight if rank >= full else factor.truncate(weight, form, rank)
+            dense = weight if rank >= full else factor.truncations(weight, form)(rank)
             reference = CONVS[dims](x, torch.from_numpy(dense), bias, *geometry)
             assert_close(two_layers(x, weight, bias, form, rank, *geometry), reference, 1e-12)
 
@@ -110,7 +110,7 @@ def test_faults_are_seen() -> None:
     bias, x = torch.zeros(6, dtype=torch.float64), torch.from_numpy(random_weight((2, 4, 9, 7), 1))
     geometry = ([2, 1], [1, 2], [1, 1])
     for form in FORMS:
-        reference = F.conv2d(x, torch.from_numpy(factor.truncate(weight, form, 3)), bias, *geometry)
+        reference = F.conv2d(x, torch.from_numpy(factor.truncations(weight, form)(3)), bias, *geometry)
         assert_close(two_layers(x, weight, bias, form, 3, *geometry), reference, 1e-12)
         for rank in (2, 4):
             with pytest.raises(AssertionError, match="relative error"):
@@ -137,11 +137,11 @@ def test_the_dtype_stays(dtype: type) -> None:
     weight = random_weight((6, 4, 3, 3)).astype(dtype)
     made = factor.factors(weight, "kx1-1xk", 5)
     timing = factor.random_factors(weight, "kx1-1xk", 5)
-    assert all(a.dtype == dtype for a in (*made, *timing, factor.truncate(weight, "kx1-1xk", 5)))
+    assert all(a.dtype == dtype for a in (*made, *timing, factor.truncations(weight, "kx1-1xk")(5)))
     assert [a.shape for a in timing] == [a.shape for a in made]
     assert all(0.1 < float(np.abs(a).max()) < 4 and np.count_nonzero(a) == a.size for a in timing)
     scale = {np.float16: 2e-3, np.float32: 1e-6, np.float64: 1e-12}[dtype]
-    wide = factor.truncate(weight.astype(np.float64), "kx1-1xk", 5)
+    wide = factor.truncations(weight.astype(np.float64), "kx1-1xk")(5)
     assert_close(compose(made[0].astype(np.float64), made[1].astype(np.float64), "kx1-1xk"), wide, scale)
 
 
@@ -178,9 +178,10 @@ def test_what_cannot_be_factorised() -> None:
         factor.check_form(Factorize("a.weight", "kx1-1xk", 2), (5, 3, 3, 1))
     broken = random_weight((5, 3))
     broken[2, 1] = np.nan
-    for function in (factor.factors, factor.truncate):
-        with pytest.raises(SluiceError, match=r"\(5, 3\)"):
-            function(broken, "kxk-1x1", 2)
+    with pytest.raises(SluiceError, match=r"\(5, 3\)"):
+        factor.factors(broken, "kxk-1x1", 2)
+    with pytest.raises(SluiceError, match=r"\(5, 3\)"):
+        factor.truncations(broken, "kxk-1x1")
 
 
 def test_names_keep_the_module_path() -> None:

@@ -22,7 +22,7 @@ from sluice.models import enliven
 from sluice.passes.aten import analyze
 from sluice.passes.capture import MARK, capture
 from sluice.passes.export import finalize, to_onnx
-from sluice.passes.factor import factor_macs, factors, forms_of, max_rank, random_factors, truncate
+from sluice.passes.factor import factor_macs, factors, forms_of, max_rank, random_factors, truncations
 from sluice.passes.factor_onnx import factorize_onnx
 from sluice.passes.factor_torch import factorize_torch, truncate_torch
 from sluice.passes.onnx_axes import analyze_onnx
@@ -367,7 +367,7 @@ def test_every_padding_of_onnx(options: dict[str, object], form: str) -> None:
 
     x = torch.randn(2, 4, 9, 8, generator=torch.Generator().manual_seed(0))
     slim = factorize_onnx(model(weight), [Factorize("w", form, 3)])
-    assert_close(run_onnx(slim, x), run_onnx(model(truncate(weight, form, 3)), x), TOL)
+    assert_close(run_onnx(slim, x), run_onnx(model(truncations(weight, form)(3)), x), TOL)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from sluice.choose import ask
 from sluice.errors import Unreachable
 from sluice.layermerge import DepthQuestion
 from sluice.passes.factor import singular_values
+from sluice.passes.factor_torch import truncations_torch
 from sluice.passes.gating import insert_gates
-from sluice.passes.sensitivity import truncations
+from sluice.passes.sensitivity import Judge
 from sluice.plan import Factorize
 from sluice.runtime.compare import assert_close
 from sluice.train import fit
@@ -69,16 +70,27 @@ def test_some_budgets_are_within_reach_and_some_are_not() -> None:
 
 def test_the_beam_is_no_worse_than_what_the_solver_makes_of_the_same_prices() -> None:
     """Jointly measured, the beam's state loses no more than the one that single prices suggest, within its steps."""
-    c, question = case(), bsr()
-    judge = question.judge
-    assert judge is not None
+    c, question, judge = case(), bsr(), Judge(case().stripped, data(), squared)
     priced = ask(c.gated, c.profile, ("rank",), {}, data=data(), loss=squared)
     target = SHARES[0] * question.model.dense_ms()
     theirs = priced.answer(target).plan.factorizations
 
     state = judge.gm.state_dict()
-    loss = judge.weights({f.param: truncations(state[f.param], f.form)(f.rank) for f in theirs})
+    loss = judge.weights({f.param: truncations_torch(state[f.param], f.form)(f.rank) for f in theirs})
     assert question.answer(target).choice.loss <= 1.5 * loss
+
+
+def test_what_was_scored_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question is asked again and again, for budgets close to each other."""
+    question, target = bsr(), SHARES[0] * bsr().model.dense_ms()
+    first = question.answer(target)
+    assert len(first.plan.factorizations) > 0
+    monkeypatch.setattr(Judge, "weights", lambda self, changed: pytest.fail("scored again"))
+    monkeypatch.setattr(np.linalg, "svd", lambda *args, **kwargs: pytest.fail("decomposed again"))
+    second = question.answer(target)
+    assert second.plan == first.plan and second.choice.loss == first.choice.loss
+    with pytest.raises(pytest.fail.Exception, match="scored again"):
+        question.answer(0.9 * question.model.dense_ms())
 
 
 @pytest.mark.parametrize("share", SHARES)

@@ -151,9 +151,7 @@ def test_data_is_checked_without_touching_the_model() -> None:
     before = copy.deepcopy(model.state_dict())
     check_data(model, batches())
     assert model.training and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-    check_data(model, batches(labels=True), labels=True)
-    with pytest.raises(SluiceError, match="need labels"):
-        check_data(model, batches(), labels=True)
+    check_data(model, batches(labels=True))
     with pytest.raises(SluiceError, match=r"does not run on the first batch of data \(7, 4\)"):
         check_data(nn.Linear(5, 2), batches())
     with pytest.raises(SluiceError, match="read only once"):

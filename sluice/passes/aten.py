@@ -183,11 +183,13 @@ RULES: dict[str, Rule] = {
 }
 
 
-def analyze(gm: fx.GraphModule, exclude: Sequence[str] = ()) -> Analysis:
+def analyze(gm: fx.GraphModule, exclude: Sequence[str] = (), *, needed: bool = True) -> Analysis:
     """Read a captured graph: groups, what is frozen and why, the labelled axis of every node.
 
+    Args:
+        needed: False for a network whose widths may all be fixed, since something else is done to it.
     Raises:
-        SluiceError: nothing in the model can be cut.
+        SluiceError: no width can be cut, and one is needed.
     """
     w = Walk(gm)
     modules = dict(gm.named_modules())
@@ -215,7 +217,7 @@ def analyze(gm: fx.GraphModule, exclude: Sequence[str] = ()) -> Analysis:
         elif node.op == "output":
             w.coupling.unknown([w.of(v) for v in node.all_input_nodes], "is an output of the model")
     analysis = find_groups(w.coupling, w.axis, w.shape, exclude)
-    if not analysis.groups:
+    if needed and not analysis.groups:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(analysis.frozen.items())[:4])
         raise SluiceError(
             f"nothing in this model can be cut ({reasons or 'it has no layer with a weight'}); "

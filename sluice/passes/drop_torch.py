@@ -21,6 +21,7 @@ from torch import fx, nn
 from sluice.errors import SluiceError
 from sluice.passes.blocks import Block, dropped_values, match_drops
 from sluice.passes.capture import BatchNorm
+from sluice.passes.unread import read_tensors, remove_unread
 from sluice.passes.view import Node, View
 from sluice.passes.walk import arguments, operator_name, static_shape
 from sluice.plan import Drop
@@ -61,7 +62,7 @@ def drop_torch(gm: fx.GraphModule, drops: Sequence[Drop]) -> None:
     blocks = match_drops(view, drops)
     taken = dropped_values(view, blocks)
     nodes = {node.name: node for node in gm.graph.nodes}
-    before = _read(gm)
+    before = read_tensors(gm)
     for value, source in taken.items():
         nodes[value].replace_all_uses_with(nodes[source])
     own = {nodes[out] for block in blocks for out in block.own}
@@ -73,7 +74,7 @@ def drop_torch(gm: fx.GraphModule, drops: Sequence[Drop]) -> None:
     for source in dict.fromkeys(taken.values()):
         _keep_apart(gm, nodes[source])
     gm.graph.eliminate_dead_code()
-    _remove_unread(gm, before - _read(gm))
+    remove_unread(gm, before)
     gm.graph.lint()
     gm.recompile()
 
@@ -206,19 +207,6 @@ def _bounds(n: fx.Node, name: str) -> tuple[float, float] | None:
     return -math.inf if low is None else float(low), math.inf if high is None else float(high)
 
 
-def _read(gm: fx.GraphModule) -> set[str]:
-    """Names of the parameters and buffers that the graph reads."""
-    modules = dict(gm.named_modules())
-    found: set[str] = set()
-    for node in gm.graph.nodes:
-        if node.op == "get_attr":
-            found.add(str(node.target))
-        elif node.op == "call_module":
-            module = modules[str(node.target)]
-            found |= {f"{node.target}.{leaf}" for leaf, _ in [*module.named_parameters(), *module.named_buffers()]}
-    return found
-
-
 def _keep_apart(gm: fx.GraphModule, source: fx.Node) -> None:
     """Give in-place operators that would change ``source`` under its other readers a copy."""
     for node, changed in list(_mutations(source)):
@@ -242,29 +230,3 @@ def _mutations(value: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
                 yield from _mutations(node)
         elif node.op == "call_module" or node.target is operator.getitem:
             yield from _mutations(node)
-
-
-def _remove_unread(gm: fx.GraphModule, names: set[str]) -> None:
-    """Take these tensors out of the module, their other names and what a norm counts beside its statistics too."""
-    state = gm.state_dict(keep_vars=True)
-    buffers = dict(gm.named_buffers())
-    tensors = {**buffers, **state}
-    same = {id(tensors[name]) for name in names}
-    gone = {name for name, tensor in tensors.items() if id(tensor) in same}
-    gone |= {n for n in tensors if n.rpartition(".")[2] == "num_batches_tracked" and _sibling(n) in gone}
-    for name in gone:
-        path, _, leaf = name.rpartition(".")
-        owner = gm.get_submodule(path)
-        owner._parameters.pop(leaf, None)
-        owner._buffers.pop(leaf, None)
-        owner._non_persistent_buffers_set.discard(leaf)
-    called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
-    for path, module in sorted(gm.named_modules(), key=lambda item: -item[0].count(".")):
-        empty = not (module._parameters or module._buffers or module._modules)
-        if path and empty and path not in called:
-            parent, _, leaf = path.rpartition(".")
-            del gm.get_submodule(parent)._modules[leaf]
-
-
-def _sibling(name: str) -> str:
-    return f"{name.rpartition('.')[0]}.running_mean"

@@ -44,7 +44,7 @@ __all__ = [
     "random_factors",
     "second_name",
     "singular_values",
-    "truncate",
+    "truncations",
     "unmatrix",
     "useful_rank",
 ]
@@ -183,12 +183,20 @@ def factors(weight: np.ndarray, form: str, rank: int) -> tuple[np.ndarray, np.nd
     )
 
 
-def truncate(weight: np.ndarray, form: str, rank: int) -> np.ndarray:
-    """The weight that the two layers of `factors` amount to, in the shape and dtype of ``weight``."""
+def truncations(weight: np.ndarray, form: str) -> Callable[[int], np.ndarray]:
+    """By rank the weight that the two layers of `factors` amount to, in the shape and dtype of ``weight``.
+
+    All ranks come from one SVD; a rank that cuts nothing leaves the weight as it is.
+    """
     u, s, vt = _svd(weight, form)
-    r = min(rank, len(s))
-    product = (u[:, :r] * s[:r]) @ vt[:r]
-    return np.ascontiguousarray(unmatrix(product, weight.shape, form), dtype=weight.dtype)
+
+    def at(rank: int) -> np.ndarray:
+        if rank >= len(s):
+            return weight
+        product = (u[:, :rank] * s[:rank]) @ vt[:rank]
+        return np.ascontiguousarray(unmatrix(product, weight.shape, form), dtype=weight.dtype)
+
+    return at
 
 
 def singular_values(weight: np.ndarray, form: str) -> np.ndarray:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,12 @@ from torch import Tensor, fx, nn
 
 from sluice.errors import SluiceError
 from sluice.passes.capture import set_tensor
-from sluice.passes.factor import Split, check_form, factors, first_name, per_axis, second_name, truncate
+from sluice.passes.factor import Split, check_form, factors, first_name, per_axis, second_name, truncations
+from sluice.passes.unread import remove_unread
 from sluice.passes.walk import Args, arguments, operator_name
 from sluice.plan import Factorize
 
-__all__ = ["factorize_torch", "truncate_torch"]
+__all__ = ["factorize_torch", "truncate_torch", "truncations_torch"]
 
 # Where the weight of an operator stands, and whether it is stored as (c, n).
 _WEIGHTS = {
@@ -79,10 +80,7 @@ def factorize_torch(gm: fx.GraphModule, edits: Sequence[Factorize], split: Split
                 node.args, node.kwargs = (middle, second, *([a["bias"]] if kind == "linear" else [])), {}
         # The value in the middle has another shape than the one behind the layer.
         middle.meta = {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta")}
-        for reader in [n for n in gm.graph.nodes if n.op == "get_attr" and n.target == edit.param]:
-            gm.graph.erase_node(reader)
-        owner, _, leaf = edit.param.rpartition(".")
-        delattr(gm.get_submodule(owner), leaf)
+        remove_unread(gm, [edit.param])
     gm.graph.lint()
     gm.recompile()
 
@@ -97,7 +95,13 @@ def truncate_torch(module: nn.Module, edits: Sequence[Factorize]) -> None:
         weight = _tensor(module, edit.param)
         check_form(edit, weight.shape)
         with torch.no_grad():
-            weight.copy_(torch.from_numpy(truncate(_array(weight), edit.form, edit.rank)))
+            weight.copy_(truncations_torch(weight, edit.form)(edit.rank))
+
+
+def truncations_torch(weight: Tensor, form: str) -> Callable[[int], Tensor]:
+    """The weight's approximation at every rank, from one singular value decomposition in float64."""
+    at = truncations(_array(weight), form)
+    return lambda rank: torch.from_numpy(at(rank)).to(weight)
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:

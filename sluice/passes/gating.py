@@ -18,18 +18,19 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from sluice.errors import SluiceError
 from sluice.gates import REFRESH, BlockGate, Gate, Gates
 from sluice.passes.aten import analyze
 from sluice.passes.capture import MARK, Inputs, capture, clone
+from sluice.passes.factor_torch import truncate_torch
 from sluice.passes.insertion import TAG, Inserter, along, mask_norm, masked_norm
 from sluice.passes.placement import Placement, place_gates
 from sluice.passes.resolve import tensor_masks
 from sluice.passes.sites import Analysis, keep_masks
+from sluice.plan import Factorize
 from sluice.rank_gates import RankGate
-from sluice.svt import matricize, unmatricize
 
 __all__ = ["Gated", "absorb_masks", "bake", "close_gates", "insert_gates", "masked_norm", "strip_gates"]
 
@@ -71,7 +72,8 @@ def insert_gates(
             last convolution.
         refresh: steps between two computations of singular directions; 1 is exact.
     Raises:
-        SluiceError: the model cannot be captured or has nothing to cut, or ``ranks`` and ``blocks`` do not fit it.
+        SluiceError: the model cannot be captured, has no width to cut where filters are to be gated, or ``ranks`` and
+            ``blocks`` do not fit it.
     """
     ranks, blocks = dict(ranks or {}), {name: tuple(tensors) for name, tensors in (blocks or {}).items()}
     wrong = [kind for kind in kinds if kind not in KINDS]
@@ -80,7 +82,7 @@ def insert_gates(
         told = f"{wrong[0]!r} is no kind of gate" if wrong else f"kind {empty[0]!r} has no place to go"
         raise SluiceError(f"{told}; kinds are {list(KINDS)}, and ranks= and blocks= say where the last two go")
     gm = capture(model, example_inputs)
-    analysis = analyze(gm, exclude)
+    analysis = analyze(gm, exclude, needed="filter" in kinds)
     placement = place_gates(gm, analysis)
     if hasattr(gm, "gates"):
         raise SluiceError("the model already has a submodule or tensor named 'gates'; rename it")
@@ -222,10 +224,7 @@ def bake(
             if (param, axis) in placement.refs or param in (ranks or {}):  # the others lose nothing
                 vector = torch.tensor(masks[(param, axis)], dtype=state[param].dtype)
                 state[param].mul_(along(vector, state[param].ndim, axis).to(state[param].device))
-        for param, (form, rank) in (ranks or {}).items():
-            if param not in state:
-                raise SluiceError(f"cannot cut the rank of {param!r}: the model has no tensor of this name")
-            state[param].copy_(_truncated(state[param], form, rank))
+        truncate_torch(gm, [Factorize(param, form, rank) for param, (form, rank) in (ranks or {}).items()])
         for param in zeroed:
             state[param].zero_()
     nodes = {node.name: node for node in gm.graph.nodes}
@@ -240,18 +239,6 @@ def bake(
     gm.meta.pop(MARK, None)
     gm.recompile()
     return gm
-
-
-def _truncated(weight: Tensor, form: str, rank: int) -> Tensor:
-    """The best approximation of at most this rank in the matrix of the form."""
-    matrix = matricize(weight, form)
-    if rank < 1:
-        raise SluiceError(f"rank {rank} in the form {form!r} is too small; keep at least 1")
-    if rank >= min(matrix.shape):
-        return weight
-    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-    cut = left[:, :rank] @ (values[:rank, None] * right[:rank])
-    return unmatricize(cut, form, weight.shape).to(weight.dtype)
 
 
 def _adopt(target: fx.GraphModule, source: fx.GraphModule) -> None:

@@ -22,6 +22,7 @@ from sluice.errors import SluiceError
 from sluice.passes.capture import _DROPOUTS, MARK, BatchNorm, set_tensor
 from sluice.passes.chain import Chain, Layer, Norm, Op, Span, find_chains
 from sluice.passes.runs import Block, Region, Run, bias_name, compose_run, find_region, layers_of, paddings, runs_of
+from sluice.passes.unread import remove_unread
 from sluice.passes.walk import arguments, operator_name
 from sluice.plan import Merge
 
@@ -221,19 +222,7 @@ def _clean(gm: fx.GraphModule, gone: Sequence[fx.Node], region: Region) -> None:
         if node in dead and not node.users:
             dead.update(node.all_input_nodes)
             gm.graph.erase_node(node)
-    read = {str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module")}
-    norms: set[str] = set()
-    for name in region.tensors:
-        path, _, leaf = name.rpartition(".")
-        owner = gm.get_submodule(path)
-        if isinstance(owner, BatchNorm) and path not in read:
-            norms.add(path)
-        elif not isinstance(owner, BatchNorm) and name not in read:
-            owner._parameters.pop(leaf, None)
-            owner._buffers.pop(leaf, None)
-    for path in norms:
-        parent, _, leaf = path.rpartition(".")
-        del gm.get_submodule(parent)._modules[leaf]
+    remove_unread(gm, region.tensors)
     gm.meta.pop(MARK, None)  # as in `rewrite_torch`: shapes in node.meta are those of the dense model
     for node in gm.graph.nodes:
         node.meta.pop("val", None)

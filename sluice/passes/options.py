@@ -14,7 +14,7 @@ Every option is a switch of the latency model; the names say what it is:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,11 +28,14 @@ __all__ = [
     "BSR",
     "METHODS",
     "Edits",
+    "Inside",
     "Options",
     "RankOption",
     "check_methods",
     "chosen_edits",
     "dense_switch",
+    "groups_on",
+    "inside",
     "tie_removed",
 ]
 
@@ -55,14 +58,22 @@ class RankOption:
     def rank(self) -> str:
         return f"{self.param}|{self.form}|rank"
 
+    def at(self, rank: int) -> dict[str, int]:
+        """The sites of the layer where it has this form and rank."""
+        return {dense_switch(self.param): 0, self.switch: 1, self.rank: rank}
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """All options of a network; drops and merges by the name of their switch."""
+    """All options of a network; drops and merges by the name of their switch.
+
+    ``refused`` says of weights, by name, why they are offered no rank, where they are of a kind that could have one.
+    """
 
     ranks: tuple[RankOption, ...] = ()
     drops: Mapping[str, Drop] = field(default_factory=dict)
     merges: Mapping[str, Merge] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def sites(self, model: LatencyModel, methods: Sequence[str]) -> frozenset[str]:
         """The sites of ``model`` that these methods may move."""
@@ -122,35 +133,70 @@ def chosen_edits(options: Options, configuration: Mapping[str, int]) -> Edits:
     )
 
 
+def groups_on(analysis: Analysis) -> dict[tuple[str, int], str]:
+    """The group of every (tensor, axis)."""
+    return {(ref.param, ref.axis): group.name for group in analysis.groups for ref in group.refs}
+
+
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """What a merge does to the groups on its layers' axes.
+
+    Attributes:
+        inner: those that nothing outside sees: not at a border, and on no weight of another layer (in front of a
+            depthwise convolution there is one).
+        tied: those that removed layers make one width (rule 2); None stands for an axis that keeps its size.
+    """
+
+    inner: frozenset[str]
+    tied: tuple[frozenset[str | None], ...]
+
+    def outer(self, together: frozenset[str | None]) -> list[str | None]:
+        """The members of one of ``tied`` that decide its width, None last; the inner ones follow."""
+        return sorted(together - self.inner, key=lambda name: (name is None, name or ""))
+
+
+def inside(
+    analysis: Analysis, layers: Sequence[str], kept: Collection[str], on: Mapping[tuple[str, int], str]
+) -> Inside:
+    """The groups inside a merge of ``layers`` that removes all but ``kept``; ``on`` is `groups_on` the analysis."""
+    borders = {on.get((layers[0], 1)), on.get((layers[-1], 0))}
+    names = {on[key] for layer in layers for key in ((layer, 0), (layer, 1)) if key in on} - borders
+    inner = {
+        group.name
+        for group in analysis.groups
+        if group.name in names
+        and all(ref.param in layers for ref in group.refs if len(analysis.tensors[ref.param]) > 1)
+    }
+    tied: list[frozenset[str | None]] = []
+    for layer in layers:
+        if layer not in kept:
+            out, depthwise = on.get((layer, 0)), analysis.tensors.get(layer, ())[1:2] == (1,)
+            together = frozenset({out if depthwise else on.get((layer, 1)), out})
+            touching = [other for other in tied if other & together - {None}]
+            tied = [other for other in tied if other not in touching] + [together.union(*touching)]
+    return Inside(frozenset(inner), tuple(tied))
+
+
 def tie_removed(analysis: Analysis, merges: Sequence[Merge], keeps: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Masks in which both sides of every removed convolution keep the same channels (rule 2); other groups inside a
     merged run, which nothing outside sees, stay whole."""
-    tied = [keep.copy() for keep in keeps]
-    on = {(ref.param, ref.axis): index for index, group in enumerate(analysis.groups) for ref in group.refs}
+    masks = {group.name: keep.copy() for group, keep in zip(analysis.groups, keeps, strict=True)}
+    on = groups_on(analysis) if merges else {}
     for merge in merges:
-        into, out = on.get((merge.layers[0], 1)), on.get((merge.layers[-1], 0))
-        inside = {on[key] for layer in merge.layers for key in ((layer, 0), (layer, 1)) if key in on} - {into, out}
-        inner = {group for group in inside if _only_in(analysis, group, merge)}
-        for group in inner:
-            tied[group][:] = True
-        kept = {name for run in merge.runs for name in run}
-        sides = [(on.get((n, 1)), on.get((n, 0))) for n in merge.layers if n not in kept]
-        pairs = [(a, b) for a, b in sides if a is not None and b is not None and a != b]
-        for _ in pairs:  # as often as a mask may have to travel
-            for a, b in [*pairs, *((b, a) for a, b in pairs)]:
-                if b in inner and not np.array_equal(tied[a], tied[b]) and not tied[a].all():
-                    tied[b] = tied[a].copy()
-        for a, b in pairs:
-            if not np.array_equal(tied[a], tied[b]):
-                names = [analysis.groups[a].name, analysis.groups[b].name]
-                raise SluiceError(
-                    f"merging {merge.name} removes a layer between the groups {names}, which keep "
-                    f"{int(tied[a].sum())} and {int(tied[b].sum())} channels; keep the same in both"
-                )
-    return tied
-
-
-def _only_in(analysis: Analysis, group: int, merge: Merge) -> bool:
-    """Whether no weight outside the run has the group; in front of a depthwise convolution one has."""
-    weights = {ref.param for ref in analysis.groups[group].refs if len(analysis.tensors[ref.param]) > 1}
-    return weights <= set(merge.layers)
+        found = inside(analysis, merge.layers, {name for run in merge.runs for name in run}, on)
+        for name in found.inner:
+            masks[name][:] = True
+        for together in found.tied:
+            first, *others = found.outer(together) or [None]
+            if first is None:
+                continue
+            for other in others:
+                mask = np.ones_like(masks[first]) if other is None else masks[other]
+                if not np.array_equal(mask, masks[first]):
+                    raise SluiceError(
+                        f"merging {merge.name} removes a layer between the groups {[first, other]}, which keep "
+                        f"{int(masks[first].sum())} and {int(mask.sum())} channels; keep the same in both"
+                    )
+            masks |= {name: masks[first].copy() for name in found.inner & together}
+    return list(masks.values())

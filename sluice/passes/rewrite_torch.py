@@ -52,7 +52,7 @@ def rewrite_torch(model: nn.Module, plan: Plan, example_inputs: Inputs, *, merge
     """
     slim = capture(model, example_inputs)
     plan.check_model({name: tuple(t.shape) for name, t in slim.state_dict().items()})
-    analysis = analyze(slim)
+    analysis = analyze(slim, needed=False)
     keeps = masks_of_slices(analysis, plan.slices)
     mend_literals(slim, analysis, keeps)
     slice_tensors(slim, plan)

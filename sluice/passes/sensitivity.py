@@ -28,8 +28,9 @@ from sluice.errors import SluiceError
 from sluice.latency import LatencyModel
 from sluice.passes.capture import BatchNorm, clone
 from sluice.passes.drop_torch import drop_torch
-from sluice.passes.factor import matrix, unmatrix
+from sluice.passes.factor_torch import truncations_torch
 from sluice.passes.gating import bake
+from sluice.passes.insertion import along
 from sluice.passes.merge_torch import linearize_torch
 from sluice.passes.options import Options, RankOption
 from sluice.passes.placement import Placement
@@ -37,7 +38,7 @@ from sluice.passes.resolve import tensor_masks
 from sluice.passes.sites import Analysis, keep_masks
 from sluice.train import Data, Loss, on_device, split_batch
 
-__all__ = ["Judge", "measured_losses", "truncations"]
+__all__ = ["Judge", "measured_losses"]
 
 LEVELS = 4
 SAMPLES = 128
@@ -157,28 +158,15 @@ def _width(
         masks = tensor_masks(analysis, keeps)
         for param, axis in sorted(placement.refs & masks.keys()):
             value = changed.get(param, state[param])
-            shape = [-1 if d == axis else 1 for d in range(value.ndim)]
-            changed[param] = value * torch.tensor(masks[(param, axis)], dtype=value.dtype).reshape(shape).to(value)
+            changed[param] = value * along(torch.from_numpy(masks[(param, axis)]).to(value), value.ndim, axis)
         return judge.weights(changed)
 
     return change
 
 
 def _rank(judge: Judge, option: RankOption) -> Callable[[int], float]:
-    truncated = truncations(judge.gm.state_dict()[option.param], option.form)
+    truncated = truncations_torch(judge.gm.state_dict()[option.param], option.form)
     return lambda rank: judge.weights({option.param: truncated(rank)})
-
-
-def truncations(tensor: Tensor, form: str) -> Callable[[int], Tensor]:
-    """The weight at every rank, from one singular value decomposition."""
-    weight = tensor.detach().cpu().double().numpy()
-    u, s, vt = np.linalg.svd(matrix(weight, form), full_matrices=False)
-
-    def at(rank: int) -> Tensor:
-        values = unmatrix((u[:, :rank] * s[:rank]) @ vt[:rank], weight.shape, form)
-        return torch.from_numpy(np.ascontiguousarray(values)).to(tensor)
-
-    return at
 
 
 def _curve(levels: Sequence[int], change: Callable[[int], float], dense: int | None) -> np.ndarray:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
+from sluice.onnx_file import buffers_of
 from sluice.passes.blocks import Block, find_blocks
 from sluice.passes.drop_onnx import view_onnx
 from sluice.passes.options import BSR, Options, RankOption
@@ -51,8 +52,12 @@ def find_alternatives(
     shown: list[Shown] = []
     drops: dict[str, Drop] = {}
     hidden: dict[str, tuple[str, ...]] = {}
+    refused: dict[str, str] = {}
     if "rank" in methods or BSR in methods:
         layers = rank_layers(dissection, dense_ms, exclude)
+        # Nothing would train the factors of a weight that nothing trained.
+        refused = dict.fromkeys(layers.keys() & buffers_of(dissection.model), "is a buffer, not a parameter: no rank")
+        layers = {weight: piece for weight, piece in layers.items() if weight not in refused}
         for variant in rank_variants(dissection, layers, batch):
             shown += _ranks(variant, layers, dense_ms, stairs, bench)
     if "block" in methods:
@@ -66,7 +71,8 @@ def find_alternatives(
         paying = _merges(dissection, sites, batch, dense_ms, stairs, bench)
         merges = {s.place.switch: site.merge for s, site in paying}
         shown += [s for s, _ in paying]
-    options = Options(tuple(RankOption(*s.place.switch.rsplit("|", 1)) for s in shown if s.place.rank), drops, merges)
+    ranks = tuple(RankOption(*s.place.switch.rsplit("|", 1)) for s in shown if s.place.rank)
+    options = Options(ranks, drops, merges, refused)
     return Alternatives(options, tuple(shown), hidden)
 
 
@@ -132,7 +138,8 @@ def _measure(shown: Sequence[Shown], bench: Bench) -> None:
             for point in itertools.product(*knots_of(piece, s.dissection, s.stairs, s.most))
         ]
         bench.pieces(s.dissection, points)
-        bench.joints(s.dissection, joint_points(s.dissection, s.stairs, s.place.inner))
+        if s.place.inner:
+            bench.joints(s.dissection, joint_points(s.dissection, s.stairs, s.place.inner))
 
 
 def _dense_ms(dissection: Dissection, bench: Bench) -> dict[str, float]:

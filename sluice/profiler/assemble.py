@@ -16,7 +16,7 @@ import numpy as np
 
 from sluice.latency import Extent, LatencyModel, Rule, Term
 from sluice.passes.options import Options, dense_switch
-from sluice.profiler.joints import find_joints
+from sluice.profiler.joints import Joint
 from sluice.profiler.pieces import Dissection, Piece, anchor_weight
 from sluice.profiler.sweep import MAX_GRID, Staircase, joint_points, knots_of
 from sluice.profiler.table import LatencyTable
@@ -59,7 +59,8 @@ def assemble(
     for s in shown:
         when = (s.place.switch,)
         terms += [_term(piece, s.dissection, s.stairs, table, when, known, s.most) for piece in s.place.pieces]
-        terms += _joint_terms(s.dissection, s.stairs, table, dict.fromkeys(s.place.inner, when), known)
+        if s.place.inner:
+            terms += _joint_terms(s.dissection, s.stairs, table, dict.fromkeys(s.place.inner, when), known)
     terms += _joint_terms(dissection, stairs, table, _alive(dissection, shown, anchors, states), known)
     rules = tuple(Rule(tuple((n, 1) for n in (dense_switch(w), *switches))) for w, switches in states.items())
     switches = {name: int(name.endswith("|dense")) for rule in rules for name, _ in rule.coefs}
@@ -124,14 +125,11 @@ def _joint_terms(
     known: Mapping[str, int],
 ) -> list[Term]:
     """The joints at the tensors that ``when`` names."""
-    values: dict[str, list[tuple[int, ...]]] = {}
+    values: dict[Joint, list[tuple[int, ...]]] = {}
     for joint, at in joint_points(dissection, stairs, when):
-        values.setdefault(joint.tensor, []).append(at)
+        values.setdefault(joint, []).append(at)
     terms = []
-    for joint in find_joints(dissection):
-        if joint.tensor not in values:
-            continue
-        points = values[joint.tensor]
+    for joint, points in values.items():
         saved = np.array([table.require(joint.key, point).ms for point in points])
         extents: tuple[Extent, ...] = ()
         knots: tuple[np.ndarray, ...] = ()

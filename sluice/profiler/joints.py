@@ -42,10 +42,14 @@ class Joint:
 
 
 def find_joints(dissection: Dissection) -> tuple[Joint, ...]:
+    readers: dict[str, list[Piece]] = {}
+    for piece in dissection.pieces:
+        for tensor in dict.fromkeys(piece.inputs):
+            readers.setdefault(tensor, []).append(piece)
     joints = []
     for producer in dissection.pieces:
         for tensor in producer.outputs:
-            consumers = tuple(p for p in dissection.pieces if tensor in p.inputs)
+            consumers = tuple(readers.get(tensor, ()))
             if not consumers:
                 continue
             groups = _groups(dissection, tensor)

@@ -22,14 +22,14 @@ from sluice.passes.factor import first_name, forms_of, random_factors, second_na
 from sluice.passes.factor_onnx import factorize_onnx
 from sluice.passes.merge_onnx import chains_onnx, merge_onnx
 from sluice.passes.onnx_axes import attributes
-from sluice.passes.options import Options, RankOption
+from sluice.passes.options import Options, RankOption, groups_on, inside
 from sluice.passes.segments import Segment, find_segments, folded_norms, swallowed
 from sluice.passes.sites import module_of
 from sluice.plan import FORMS, Factorize, Merge
 from sluice.profiler.pieces import ANCHORS, Dissection, Piece, anchor_weight, dissect
 from sluice.profiler.sweep import Staircase
 
-__all__ = ["Alternatives", "Place", "Shown", "Variant", "group_names", "is_excluded", "rank_layers", "rank_variants"]
+__all__ = ["Alternatives", "Place", "Shown", "Variant", "is_excluded", "rank_layers", "rank_variants"]
 
 SHARE = 0.004
 MORE = 1.5
@@ -96,11 +96,6 @@ class MergeSite:
         return f"{self.merge.name}|merge {'x'.join(map(str, self.segment.kernel))}"
 
 
-def group_names(base: Dissection) -> dict[tuple[str, int], str]:
-    """The group of every (tensor, axis) of the dense graph."""
-    return {(ref.param, ref.axis): group.name for group in base.analysis.groups for ref in group.refs}
-
-
 def is_excluded(param: str, exclude: Sequence[str]) -> bool:
     """Whether a pattern means this tensor, its module or one around it, as for widths."""
     module = module_of(param)
@@ -144,7 +139,7 @@ def rank_variants(base: Dissection, layers: Mapping[str, Piece], batch: int) -> 
 
 
 def _rank_variant(base: Dissection, edits: Sequence[Factorize], batch: int) -> Variant:
-    names, flipped = group_names(base), _flipped(base)
+    names, flipped = groups_on(base.analysis), _flipped(base)
     for edit in edits:
         first, second = first_name(edit.param), second_name(edit.param)
         out, into = (1, 0) if edit.param in flipped else (0, 1)  # factors lie as their weight does
@@ -180,12 +175,15 @@ def merge_segments(base: Dissection, exclude: Sequence[str] = (), *, widths_vary
     or if it removes a layer between two widths that are chosen apart (``widths_vary``).
     """
     tensors = {init.name: numpy_helper.to_array(init) for init in base.model.graph.initializer}
-    on = group_names(base)
+    on = groups_on(base.analysis)
     found = []
     for chain in chains_onnx(base.model):
         banned = {layer.weight for layer in chain.layers if is_excluded(layer.weight, exclude)}
         for segment in find_segments(chain, folded_norms(chain, tensors), banned):
-            if len(segment.layers) < 2 or (widths_vary and _bridges(segment, on)):
+            if len(segment.layers) < 2:
+                continue
+            within = inside(base.analysis, segment.layers, segment.kept, on)
+            if widths_vary and any(len(within.outer(together)) > 1 for together in within.tied):
                 continue
             spans = swallowed(chain, segment.start, segment.end)
             gone = (*segment.layers, *(s.shortcut.weight for s in spans if s.shortcut is not None))
@@ -204,19 +202,6 @@ def merge_segments(base: Dissection, exclude: Sequence[str] = (), *, widths_vary
     return found
 
 
-def _bridges(segment: Segment, on: Mapping[tuple[str, int], str]) -> bool:
-    """Whether removed layers would tie the width before the run to the one behind it."""
-    into, out = on.get((segment.layers[0], 1)), on.get((segment.layers[-1], 0))
-    tied: dict[str | None, set[str | None]] = {}
-    for weight in segment.layers:
-        if weight not in segment.kept:
-            a, b = on.get((weight, 1), on.get((weight, 0))), on.get((weight, 0))
-            both = tied.get(a, {a}) | tied.get(b, {b})
-            tied.update(dict.fromkeys(both, both))
-    reached = tied.get(into, {into})
-    return (into != out and out in reached) or (into is not None and None in reached)
-
-
 def merge_variants(
     base: Dissection, sites: Sequence[MergeSite], batch: int
 ) -> Iterator[tuple[Variant, list[MergeSite]]]:
@@ -233,16 +218,22 @@ def merge_variants(
 
 
 def _merge_variant(base: Dissection, sites: Sequence[MergeSite], batch: int) -> Variant:
-    names = group_names(base)
+    on = groups_on(base.analysis)
+    names = dict(on)
     for site in sites:
         merge = site.merge
         own = {key: names.pop(key) for layer in merge.layers for key in ((layer, 0), (layer, 1)) if key in names}
-        called = _outside(base, merge, own)
+        within = inside(base.analysis, merge.layers, site.segment.kept, on)
+        # An inner group that removed layers tie to one that others see goes by its name.
+        called: dict[str, str | None] = {group: group for group in own.values() if group not in within.inner}
+        for together in within.tied:
+            lead = next(iter(within.outer(together)), None)
+            called |= {group: lead for group in within.inner & together}
         ends = {(merge.runs[0][-1], 1): (merge.layers[0], 1), (merge.runs[-1][-1], 0): (merge.layers[-1], 0)}
         for key in ((run[-1], axis) for run in merge.runs for axis in (0, 1)):
             group = own.get(ends.get(key, key))
             if group is not None:  # what nothing outside sees stays as wide as it is
-                names[key] = called.get(group, f"{group} in {site.switch}")
+                names[key] = called.get(group) or f"{group} in {site.switch}"
     cut = dissect(merge_onnx(base.model, [site.merge for site in sites], values=False), batch, names=names)
     by_weight = {anchor_weight(piece): piece for piece in cut.pieces}
     places = []
@@ -251,23 +242,6 @@ def _merge_variant(base: Dissection, sites: Sequence[MergeSite], batch: int) -> 
         inner = tuple(tensor for piece in pieces[:-1] for tensor in piece.outputs)
         places.append(Place(site.switch, site.gone, pieces, inner))
     return Variant(cut, tuple(places))
-
-
-def _outside(base: Dissection, merge: Merge, own: Mapping[tuple[str, int], str]) -> dict[str, str]:
-    """The groups of a merge's layers that others see, and those that removed layers tie to such a one, by its name."""
-    weights = {
-        group.name: {ref.param for ref in group.refs if len(base.analysis.tensors[ref.param]) > 1}
-        for group in base.analysis.groups
-    }
-    borders = {own.get((merge.layers[0], 1)), own.get((merge.layers[-1], 0))}
-    called = {g: g for g in own.values() if g in borders or not weights[g] <= set(merge.layers)}
-    kept = {name for run in merge.runs for name in run}
-    sides = [{own.get((n, 1)), own.get((n, 0))} for n in merge.layers if n not in kept]
-    for _ in sides:
-        for pair in sides:
-            known = next((called[g] for g in pair if g in called), None)
-            called.update({g: known for g in pair if g is not None and known is not None and g not in called})
-    return called
 
 
 def _most(base: Dissection, weight: str, piece: Piece, form: str) -> int:

@@ -15,7 +15,7 @@ from sluice.errors import SluiceError
 from sluice.latency import LatencyModel
 from sluice.passes.blocks import find_blocks
 from sluice.passes.drop_torch import view_torch
-from sluice.passes.factor import truncate
+from sluice.passes.factor import truncations
 from sluice.passes.gating import insert_gates, strip_gates
 from sluice.passes.options import Options, RankOption, dense_switch
 from sluice.passes.placement import Placement
@@ -125,7 +125,7 @@ def with_useless_parts() -> Case:
         model.tail2.weight[:, [2, 5, 7]] = 0
         model.block3.bn2.weight.zero_()
         model.block3.bn2.bias.zero_()
-        weight = truncate(model.block2.conv2.weight.numpy().astype(np.float64), "kx1-1xk", 5)
+        weight = truncations(model.block2.conv2.weight.numpy().astype(np.float64), "kx1-1xk")(5)
         model.block2.conv2.weight.copy_(torch.from_numpy(weight))
     case = case_of(model, inputs, structure=True)
     case.scores["tail1"][[2, 5, 7]] = [0.01, 0.02, 0.03]

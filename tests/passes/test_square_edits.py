@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,21 +14,26 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from sluice.closing import close
+from sluice.errors import SluiceError
 from sluice.models import enliven
 from sluice.models.mobilenet import InvertedResidual
 from sluice.models.resnet1d import Block1d
+from sluice.passes import drop_torch as drop_module
+from sluice.passes.blocks import Block, dropped_values, find_blocks, match_drops
 from sluice.passes.decide import Choice
+from sluice.passes.drop_torch import view_torch
 from sluice.passes.export import finalize, to_onnx
-from sluice.passes.gating import Gated, insert_gates
+from sluice.passes.gating import Gated, insert_gates, strip_gates
 from sluice.passes.options import METHODS, Edits, chosen_edits
 from sluice.passes.resolve import make_plan
 from sluice.passes.rewrite_onnx import rewrite_onnx
 from sluice.passes.rewrite_torch import merge_runs, rewrite_torch
 from sluice.passes.sampling import random_configuration
-from sluice.plan import Plan
+from sluice.passes.view import View
+from sluice.plan import Drop, Factorize, Plan
 from sluice.profiler import profile as profile_module
 from sluice.profiler.profile import Profile, profile_onnx
-from sluice.runtime.compare import assert_close
+from sluice.runtime.compare import assert_close, relative_error
 from sluice.runtime.ort import OrtRunner
 from sluice.verify import Answer
 from tests.device import FakeRunner, staircase
@@ -36,7 +41,7 @@ from tests.networks import mixed
 from tests.passes.test_square import skeleton
 
 TOL = 1e-5
-PLANS = 8
+PLANS = 10
 
 
 class Body(nn.Module):
@@ -164,7 +169,7 @@ def test_every_merged_run_with_cut_channels(name: str) -> None:
 def test_all_edits_are_among_them() -> None:
     plans = [answer.plan for name in ("mixed", "bottlenecks", "series") for answer in answers(corner(name))]
     for kind in ("slices", "factorizations", "drops", "merges"):
-        assert sum(bool(getattr(plan, kind)) for plan in plans) >= 2, kind
+        assert sum(bool(getattr(plan, kind)) for plan in plans) >= 3, kind
     assert any(p.slices and p.factorizations and p.drops and p.merges for p in plans)
     assert any(m.runs != (m.layers,) for p in plans for m in p.merges)
 
@@ -193,3 +198,99 @@ def test_a_fault_on_one_side_is_noticed(kind: str, fault: Callable[[Plan], Plan]
             assert_close(slim(*c.inputs), reference, TOL)
     with pytest.raises(AssertionError):
         assert_close(run(rewrite_onnx(c.exported, fault(answer.plan)), c.inputs), reference, TOL)
+
+
+def wrong_side(view: View, drops: Sequence[Drop]) -> tuple[Block, ...]:
+    """The branch stays and its shortcut goes."""
+    return tuple(replace(b, shortcut_output=b.branch_output, own=()) for b in match_drops(view, drops))
+
+
+def too_far(view: View, blocks: Sequence[Block]) -> dict[str, str]:
+    """Every activation behind the addition goes as well."""
+    taken = dropped_values(view, blocks)
+    for node in view.nodes:
+        if node.bounds is not None and node.inputs[0] in taken:
+            taken[node.outputs[0]] = taken[node.inputs[0]]
+    return taken
+
+
+@pytest.mark.parametrize(("step", "fault"), [("match_drops", wrong_side), ("dropped_values", too_far)])
+def test_a_fault_in_the_rewriter_of_drops_is_noticed(
+    step: str, fault: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The closed network must not come from the code that it is there to check."""
+    c = corner("mixed")
+    (drop,) = [drop for drop in c.profile.options.drops.values() if drop.name == "block2"]
+    plan = make_plan(c.gated.meta["analysis"], {}, (), Edits(drops=(drop,)))
+    answer = Answer(Choice({}, 0.0, 0.0, 1.0, 0.0, 0.0), {}, plan)
+    with torch.no_grad():
+        reference = close(c.gated, answer).eval()(*c.inputs)
+        assert_close(rewrite_torch(c.model, plan, c.inputs).eval()(*c.inputs), reference, TOL)
+        monkeypatch.setattr(drop_module, step, fault)
+        assert_close(close(c.gated, answer).eval()(*c.inputs), reference, 0.0, "closing is not touched by it")
+        with pytest.raises(AssertionError):
+            assert_close(rewrite_torch(c.model, plan, c.inputs).eval()(*c.inputs), reference, TOL)
+
+
+class Ungated(nn.Module):
+    """A branch that nothing of its own makes zero, and one that ends in its convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open, self.shut = nn.Conv2d(11, 11, 3, padding=1), nn.Conv2d(11, 11, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(x + torch.sigmoid(self.open(x)))
+        return F.relu(x + self.shut(x))
+
+
+def test_a_branch_that_no_tensor_closes_is_closed_by_cutting() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model, inputs = Body(nn.Conv2d(3, 11, 3, padding=1), Ungated(), 11).eval(), (torch.randn(2, 3, 9, 7),)
+    gated = insert_gates(model, inputs)
+    blocks, _ = find_blocks(view_torch(strip_gates(gated)))
+    assert [block.closing is None for block in blocks] == [True, False]
+    for chosen in (blocks[:1], blocks[1:], blocks):
+        plan = make_plan(gated.meta["analysis"], {}, (), Edits(drops=tuple(block.drop() for block in chosen)))
+        closed = close(gated, Answer(Choice({}, 0.0, 0.0, 1.0, 0.0, 0.0), {}, plan)).eval()
+        with torch.no_grad():
+            assert_close(rewrite_torch(model, plan, inputs).eval()(*inputs), closed(*inputs), TOL)
+        assert ("body.open.weight" in closed.state_dict()) == (blocks[0] not in chosen)
+        assert "body.shut.weight" in closed.state_dict()
+
+
+class Fixed(nn.Module):
+    """Every width is that of the input and of the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.last = nn.Conv2d(7, 7, 3, padding=1), nn.BatchNorm2d(7), nn.Conv2d(7, 7, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x + self.bn(self.conv(x)))
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        Edits((Factorize("conv.weight", "kxk-1x1", 3), Factorize("last.weight", "kxk-1x1", 2))),
+        Edits(drops=(Drop("conv", ("bn.bias", "bn.running_mean", "bn.running_var", "bn.weight", "conv.bias",
+                                   "conv.weight")),)),
+    ],
+    ids=["ranks", "branch"],
+)  # fmt: skip
+def test_a_network_of_fixed_widths(edits: Edits) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        inputs = (torch.randn(2, 7, 6, 5),)
+        model = enliven(Fixed(), 0, inputs)
+    with pytest.raises(SluiceError, match="nothing in this model can be cut"):
+        insert_gates(model, inputs)
+    gated = insert_gates(model, inputs, kinds=())
+    plan = make_plan(gated.meta["analysis"], {}, (), edits)
+    with torch.no_grad():
+        closed = close(gated, Answer(Choice({}, 0.0, 0.0, 1.0, 0.0, 0.0), {}, plan)).eval()(*inputs)
+        assert_close(rewrite_torch(model, plan, inputs).eval()(*inputs), closed, TOL)
+        assert relative_error(closed, model(*inputs)) > 1e-2
+    assert_close(run(rewrite_onnx(to_onnx(model, inputs), plan), inputs), closed, TOL)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from sluice.latency import LatencyModel
 from sluice.models import enliven
 from sluice.models.mobilenet import InvertedResidual
+from sluice.onnx_file import buffers_of, note_buffers
 from sluice.passes.aten import analyze
 from sluice.passes.capture import capture
 from sluice.passes.export import to_onnx
@@ -389,3 +390,15 @@ def test_a_dropped_branch_takes_its_weightless_pieces_along() -> None:
     for chosen in ([drops[0]], [drops[1]], drops):
         plan = switched(profile.latency, *chosen)
         assert_close(profile.latency.raw_ms(plan), engine_ms(profile, plan, line), tol=0.02)
+
+
+def test_a_buffer_is_offered_no_rank() -> None:
+    """Such as the kernel of a transform: its factors would never be trained."""
+    noted = onnx.ModelProto()
+    noted.CopyFrom(dense())
+    note_buffers(noted, ["tail2.weight", "absent"])
+    assert buffers_of(noted) == {"tail2.weight", "absent"} and not buffers_of(dense())
+    free, options = (profiled(FakeRunner(EIGHT), ("rank",), model).options for model in (dense(), noted))
+    assert "tail2.weight" in {o.param for o in free.ranks} and not free.refused
+    assert {o.param for o in options.ranks} == {o.param for o in free.ranks} - {"tail2.weight"}
+    assert dict(options.refused) == {"tail2.weight": "is a buffer, not a parameter: no rank"}
