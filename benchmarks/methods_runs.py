@@ -22,8 +22,8 @@ from sluice.budget import parse_budget
 from sluice.errors import SluiceError
 from sluice.outcome import count_parameters
 from sluice.passes.export import finalize, to_onnx
-from sluice.profiler.fingerprint import host_device
 from sluice.profiler.measure import measure
+from sluice.runtime.host import host_device
 from sluice.runtime.runner import make_runner
 from sluice.train import fit
 

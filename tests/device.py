@@ -72,6 +72,8 @@ class FakeRunner:
     """
 
     clock: Clock = "thread_cpu"
+    device = FINGERPRINT.device
+    version = FINGERPRINT.runtime_version
 
     def __init__(self, cost: Cost = line, slower: Callable[[float], float] = float, fail_at: int | None = None) -> None:
         self.cost, self.slower, self.fail_at, self.built = cost, slower, fail_at, 0

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import platform
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
 from sluice.errors import SluiceError
 from sluice.runtime.runner import Clock
 
-__all__ = ["Fingerprint", "difference", "host_device"]
-
-CPUINFO = Path("/proc/cpuinfo")
+__all__ = ["Fingerprint", "difference"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +52,3 @@ def difference(a: Fingerprint, b: Fingerprint) -> tuple[str, ...]:
         for field in fields(Fingerprint)
         if getattr(a, field.name) != getattr(b, field.name)
     )
-
-
-def host_device(cpuinfo: Path = CPUINFO) -> str:
-    """The model name of this machine's CPU, and its architecture where the system gives no name."""
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip() == "model name" and value.strip():
-            return " ".join(value.split())
-    return platform.processor() or platform.machine() or "unknown CPU"

@@ -6,7 +6,9 @@
    resolution of the clock enter the figure. Which statistic to take over bursts is `sluice.profiler.measure`'s
    business, not the runtime's.
 3. The clock belongs to the session: ``"thread_cpu"`` (time the computing thread was on a core; other processes do
-   not count) or ``"wall"``. Figures of different clocks are never compared.
+   not count), ``"wall"``, or ``"cuda"`` (events on the device's stream). Figures of different clocks never compare.
+4. A runner knows the device it runs on and the version of everything that its times depend on; both go into the
+   fingerprint of a table.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ from sluice.errors import SluiceError
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["TARGETS", "Clock", "Runner", "Session", "make_runner"]
+__all__ = ["TARGETS", "Clock", "Runner", "Session", "available_targets", "make_runner"]
 
-Clock = Literal["thread_cpu", "wall"]
+Clock = Literal["thread_cpu", "wall", "cuda"]
 
-TARGETS = ("ort-cpu",)
+TARGETS = ("ort-cpu", "ort-cuda", "torch-cuda", "tensorrt")
 
 
 class Session(Protocol):
@@ -54,6 +56,16 @@ class Runner(Protocol):
         """The clock of its sessions."""
         ...
 
+    @property
+    def device(self) -> str:
+        """The name of the device that engines run on."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """The version of the runtime, and of what else its times depend on (driver, libraries)."""
+        ...
+
     def build(
         self,
         model: onnx.ModelProto | bytes | str | os.PathLike[str],
@@ -66,9 +78,52 @@ class Runner(Protocol):
 
 
 def make_runner(target: str, threads: int = 1) -> Runner:
-    """The runner called ``target`` (one of `TARGETS`) with ``threads`` threads inside an operator."""
+    """The runner called ``target`` (one of `TARGETS`) with ``threads`` threads inside an operator.
+
+    A GPU has no such threads, and two tables must not differ by a number that means nothing: its targets take 1 alone.
+
+    Raises:
+        SluiceError: there is no such target, or its runtime or device is not here.
+    """
+    if target not in TARGETS:
+        raise SluiceError(f"there is no target {target!r}; choose one of {', '.join(TARGETS)} (here: {_here()})")
+    if reason := _missing(target):
+        raise SluiceError(f"target {target!r} cannot run here: {reason}; targets that can: {_here()}")
     if target == "ort-cpu":
         from sluice.runtime.ort import OrtRunner
 
         return OrtRunner(threads)
-    raise SluiceError(f"there is no target {target!r}; choose one of {', '.join(TARGETS)}")
+    if threads != 1:
+        raise SluiceError(f"cannot run target {target!r} with threads={threads}: a GPU has no such threads; give 1")
+    if target == "ort-cuda":
+        from sluice.runtime.ort_cuda import OrtCudaRunner
+
+        return OrtCudaRunner()
+    if target == "torch-cuda":
+        from sluice.runtime.torch_cuda import TorchCudaRunner
+
+        return TorchCudaRunner()
+    from sluice.runtime.tensorrt import TensorRtRunner
+
+    return TensorRtRunner()
+
+
+def available_targets() -> dict[str, str]:
+    """For every target the reason why it cannot run here, empty where it can; asks no more than is needed to know."""
+    return {target: _missing(target) for target in TARGETS}
+
+
+def _missing(target: str) -> str:
+    if target == "ort-cpu":
+        from sluice.runtime.ort import missing
+    elif target == "ort-cuda":
+        from sluice.runtime.ort_cuda import missing
+    elif target == "torch-cuda":
+        from sluice.runtime.torch_cuda import missing
+    else:
+        from sluice.runtime.tensorrt import missing
+    return missing()
+
+
+def _here() -> str:
+    return ", ".join(target for target, reason in available_targets().items() if not reason) or "none"

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from sluice.errors import SluiceError
-from sluice.profiler.fingerprint import Fingerprint, difference, host_device
+from sluice.profiler.fingerprint import Fingerprint, difference
+from sluice.runtime.host import host_device
 
 ORIGIN = Fingerprint("Some CPU", "onnxruntime", "1.2.3", 1, "fp32", 8, "thread_cpu")
 

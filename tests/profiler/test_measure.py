@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sluice.errors import SluiceError
-from sluice.profiler.measure import Anchor, Measurement, measure
+from sluice.profiler.measure import RAMP_MS, Anchor, Measurement, measure
 from sluice.runtime.runner import Clock
 
 
@@ -84,6 +84,32 @@ def test_the_same_seed_gives_the_same_order() -> None:
     for journal in journals:
         measure([Fake(name, 0.7, 0.2, journal) for name in "abc"], rng=rng())
     assert journals[0] == journals[1]
+
+
+def test_an_accelerator_is_woken_by_the_first_session() -> None:
+    def ran_before(clock: Clock, ramps: bool | None = None) -> list[float]:
+        """Milliseconds that each of two sessions ran before the first burst of the other."""
+        sessions = [Fake("a", 0.25), Fake("b", 0.25)]
+        for session in sessions:
+            session.clock = clock
+            if ramps is not None:
+                session.ramps = ramps  # type: ignore[attr-defined]
+        measure(sessions, rng=rng(), min_rounds=3, max_rounds=3, warmup_ms=5.0)
+        return [0.25 * sum(session.repeats[:-3]) for session in sessions]
+
+    awake = ran_before("thread_cpu")
+    assert awake[0] == awake[1] >= 5.0
+    assert ran_before("wall") == ran_before("wall", False) == ran_before("cuda", False) == awake
+    for ramped in (ran_before("cuda"), ran_before("wall", True)):
+        assert ramped[0] >= RAMP_MS > ramped[1] == awake[1]
+
+
+def test_an_anchor_on_an_accelerator_wakes_it_as_well() -> None:
+    """It is awake before the first session, whoever says that it sleeps."""
+    first, anchor = Fake("a", 0.25), Fake("anchor", 0.25)
+    anchor.ramps = True  # type: ignore[attr-defined]
+    measure([first], rng=rng(), min_rounds=3, max_rounds=3, anchor=Anchor(anchor, 0.25))
+    assert 0.25 * sum(first.repeats[:-3]) >= RAMP_MS
 
 
 def test_bursts_are_long_enough_and_warm_up_is_by_time() -> None:

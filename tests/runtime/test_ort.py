@@ -14,8 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 from sluice.errors import SluiceError
 from sluice.runtime import ort as ort_module
 from sluice.runtime.compare import assert_close
+from sluice.runtime.flush import FLUSH_BITS
 from sluice.runtime.ort import OrtRunner
-from sluice.runtime.runner import TARGETS, make_runner
 
 
 def linear(batch: int | str | None = "n", features: int | str = 5) -> onnx.ModelProto:
@@ -152,7 +152,7 @@ def subnormal() -> bool:
 
 
 @pytest.mark.skipif(
-    (sys.platform, platform.machine()) not in ort_module.FLUSH_BITS, reason="no control over the floating-point mode"
+    (sys.platform, platform.machine()) not in FLUSH_BITS, reason="no control over the floating-point mode"
 )
 def test_subnormals_are_flushed_while_timing_and_only_then(monkeypatch: pytest.MonkeyPatch) -> None:
     session = OrtRunner().build(linear(), batch=2)
@@ -181,7 +181,3 @@ def test_subnormals_are_flushed_while_timing_and_only_then(monkeypatch: pytest.M
 def test_settings_are_checked() -> None:
     with pytest.raises(SluiceError, match="threads=0"):
         OrtRunner(0)
-    with pytest.raises(SluiceError, match="no target 'abacus'; choose one of ort-cpu"):
-        make_runner("abacus")
-    for target in TARGETS:
-        assert make_runner(target, threads=2) == OrtRunner(2)

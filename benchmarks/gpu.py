@@ -1,0 +1,258 @@
+"""Staircases, fidelity and halved networks on a GPU, with whatever runtimes it has, within a time limit.
+
+    python -m benchmarks.gpu [--seconds 540] [--target torch-cuda ort-cuda tensorrt] [--network resnet50] [--batch 1]
+                             [--out benchmarks/results] [--plots docs] [--tables build/gpu]
+    python -m benchmarks.gpu --small --target ort-cpu        the same code on a machine without a GPU
+
+1. What is cheap comes first: staircases of one convolution, then whole dense networks, then, network by network, a
+   profile with its calibration, random plans against their promise, and a plan for half of the dense time.
+2. After every stage the file ``gpu-<device>.json`` is written anew, and the last line is the same JSON. A stage that is
+   cut off by the limit says so. The next call goes on from there: it takes finished stages from the file, measured
+   points from the tables. ``seconds`` of a stage are those of all calls.
+3. A stage that fails is recorded with its reason, and the others go on. Exit status 1 then.
+
+Needs torch, numpy, onnx, a runtime, and: onnxscript with onnx_ir (export), onnx_graphsurgeon (pieces), scipy (solver),
+ml_dtypes (typed graphs). Of these scipy and ml_dtypes are compiled, so carry those for the Python of the GPU's machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_plot import staircase_plot
+from benchmarks.gpu_stages import FULL, SMALL, Network, Sizes, dense, fidelity, half, profiled, staircase
+from sluice.errors import SluiceError
+from sluice.files import write_atomically
+from sluice.passes.export import to_onnx
+from sluice.runtime import nvidia
+from sluice.runtime.runner import Runner, available_targets, make_runner
+
+__all__ = ["main"]
+
+AGAIN_S = 0.25
+NEEDED = ("onnxscript", "onnx_ir", "onnx_graphsurgeon", "scipy", "ml_dtypes")
+
+
+class TimeUp(BaseException):
+    """The limit has come; no `Exception`, so that nothing on the way takes it for a failure of its own."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise `TimeUp` in the block after ``seconds``; where the system has no timers, before it only."""
+    if seconds <= 0:
+        raise TimeUp
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeUp
+
+    before = signal.signal(signal.SIGALRM, stop)
+    # Again and again, since an exception that is raised in a destructor or in a runtime's log callback is lost.
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Record:
+    """Figures by stage, written after each of them; those of an earlier call under the same conditions stay."""
+
+    def __init__(self, path: Path, seconds: float, head: dict[str, Any]) -> None:
+        self.path, self.end = path, time.monotonic() + seconds
+        before = _read(path) if path.exists() else {}
+        same = bool(before) and all(before.get(key) == value for key, value in head.items())
+        self.found: dict[str, Any] = {**head, "stages": before["stages"] if same else {}}
+        self.failed = False
+
+    def known(self, name: str) -> Any:
+        """What an earlier call found, or None."""
+        return self.found["stages"].get(name, {}).get("result")
+
+    def stage(self, name: str, work: Callable[[], Any]) -> Any:
+        """What ``work`` gives, or None where it did not finish; what JSON can hold of it is kept."""
+        started, clock = time.monotonic(), nvidia.sm_clock_mhz()
+        before = self.found["stages"].get(name, {})
+        result: Any = None
+        try:
+            with time_limit(self.end - started):
+                result = work()
+            entry: dict[str, Any] = {"result": _plain(result)}
+        except TimeUp:
+            late = {"reason": "the time limit came first; call again with the same tables"}
+            entry = {"result": before["result"]} if before.get("result") else late
+        except SluiceError as error:
+            entry = {"reason": str(error)}
+            self.failed = True
+        except Exception as error:  # one stage must not cost the others their time on a GPU
+            traceback.print_exc()
+            entry = {"reason": f"{type(error).__name__}: {error}"}
+            self.failed = True
+        if result is None:
+            gc.collect()  # engines that the exception kept alive, in cycles with its frames
+        entry |= {
+            "seconds": round(before.get("seconds", 0.0) + time.monotonic() - started, 1),
+            "sm_clock_mhz": [clock, nvidia.sm_clock_mhz()],
+        }
+        self.found["stages"][name] = entry
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, json.dumps(self.found, indent=1).encode())
+        print(f"{name}: {json.dumps(entry)[:300]}", file=sys.stderr, flush=True)
+        return result
+
+
+def run(sizes: Sizes, runners: Mapping[str, Runner], record: Record, tables: Path, plots: Path) -> None:
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for precision in sizes.staircases:
+        for batch in sizes.batches:
+            for target, runner in runners.items():
+                name = f"staircase {target} batch {batch} {precision}"
+                line = record.known(name) or record.stage(
+                    name,
+                    partial(staircase, runner, sizes.layer, batch, precision),
+                )
+                if line is not None:
+                    panels.setdefault(f"batch {batch}, {precision}", {})[target] = line
+    if panels:
+        layer = sizes.layer
+        title = f"{layer.kernel}x{layer.kernel} convolution, {layer.into} channels in, {layer.size}x{layer.size}"
+        plots.mkdir(parents=True, exist_ok=True)
+        picture = staircase_plot(f"{title}, on {record.found['device']}", panels)
+        write_atomically(plots / f"{record.path.stem}-staircase.svg", picture.encode())
+    models = {}
+    for name, network in sizes.networks.items():
+        model = record.stage(f"export {name}", partial(_export, network))
+        if model is not None:
+            models[name] = model
+    jobs = [(name, batch, target) for name in models for batch in sizes.batches for target in runners]
+    for name, batch, target in jobs:
+        stage = f"dense {name} {target} batch {batch} {sizes.precision}"
+        if not record.known(stage):
+            record.stage(stage, partial(dense, runners[target], models[name], batch, sizes.precision))
+    for name, batch, target in jobs:
+        which = f"{name} {target} batch {batch} {sizes.precision}"
+        if all(record.known(f"{kind} {which}") for kind in ("profile", "half", "fidelity")):
+            continue
+        table = tables / f"{name}-{target}-b{batch}-{sizes.precision}.db"
+        made = record.stage(
+            f"profile {which}",
+            partial(profiled, models[name], table, batch=batch, target=target, precision=sizes.precision),
+        )
+        if made is None:
+            continue
+        if not record.known(f"half {which}"):
+            record.stage(f"half {which}", partial(half, made["profile"]))
+        if not record.known(f"fidelity {which}"):
+            record.stage(f"fidelity {which}", partial(fidelity, made["profile"], table, sizes.plans))
+
+
+def _export(network: Network) -> Any:
+    torch.manual_seed(0)
+    return to_onnx(network.make().eval(), (torch.randn(2, *network.image),))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What an earlier call wrote; `SluiceError` where it is no such file."""
+    advice = "move it away, or give another folder with --out"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SluiceError(f"cannot read the results in {path} ({error}); {advice}") from error
+    stages = found.get("stages") if isinstance(found, dict) else None
+    if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
+        raise SluiceError(f"{path} holds no results of this benchmark; {advice}")
+    return dict(found)
+
+
+def _plain(result: Any) -> Any:
+    """What JSON can hold of a stage's result."""
+    if isinstance(result, dict):
+        return {key: value for key, value in result.items() if key != "profile"}
+    return result if isinstance(result, list) else None
+
+
+def _targets(asked: Sequence[str] | None) -> list[str]:
+    """Those asked for, or all that run on a GPU here."""
+    if asked:
+        return list(asked)
+    found = [target for target, reason in available_targets().items() if not reason and target != "ort-cpu"]
+    # Of the runtimes torch is the one whose kernels are chosen fastest.
+    found.sort(key=lambda target: target != "torch-cuda")
+    if not found:
+        reasons = "; ".join(f"{target}: {reason}" for target, reason in available_targets().items() if reason)
+        raise SluiceError(f"no target that needs a GPU can run here ({reasons}); name one with --target")
+    return found
+
+
+def _chosen(sizes: Sizes, networks: Sequence[str] | None, batches: Sequence[int] | None) -> Sizes:
+    unknown = sorted(set(networks or ()) - set(sizes.networks))
+    if unknown:
+        raise SluiceError(f"there is no network {unknown[0]!r} here; choose of {', '.join(sizes.networks)}")
+    kept = {name: network for name, network in sizes.networks.items() if not networks or name in networks}
+    return replace(sizes, networks=kept, batches=tuple(batches or sizes.batches))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=540.0, help="limit of the whole run (default 540)")
+    parser.add_argument("--target", nargs="+", metavar="TARGET", help="default: all that run on a GPU here")
+    parser.add_argument("--network", nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument("--batch", nargs="+", type=int, metavar="N", help="default: 1 and 32")
+    parser.add_argument("--small", action="store_true", help="tiny sizes: a test of the code, not a measurement")
+    parser.add_argument("--out", type=Path, help="folder of the JSON file (default benchmarks/results)")
+    parser.add_argument("--plots", type=Path, help="folder of the plot (default docs)")
+    parser.add_argument(
+        "--tables", type=Path, default=Path("build/gpu"), help="folder of the tables (default build/gpu)"
+    )
+    options = parser.parse_args(arguments)
+    apart = Path("build/gpu-small")
+    try:
+        absent = [name for name in NEEDED if not find_spec(name)]
+        if absent:
+            raise SluiceError(f"the packages {', '.join(absent)} are missing here; install them or carry their wheels")
+        targets = _targets(options.target)
+        sizes = _chosen(SMALL if options.small else FULL, options.network, options.batch)
+        runners = {target: make_runner(target) for target in targets}
+        device = runners[targets[0]].device
+        head = {
+            "device": device,
+            "targets": {target: runner.version for target, runner in runners.items()},
+            "missing": {target: reason for target, reason in available_targets().items() if reason},
+            "precision": sizes.precision,
+            "small": options.small,
+        }
+        out = options.out or (apart if options.small else Path("benchmarks/results"))
+        slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+        record = Record(out / f"gpu-{slug}.json", options.seconds, head)
+    except SluiceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    plots = options.plots or (apart if options.small else Path("docs"))
+    options.tables.mkdir(parents=True, exist_ok=True)
+    run(sizes, runners, record, options.tables, plots)
+    print(json.dumps(record.found))
+    return int(record.failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

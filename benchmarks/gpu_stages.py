@@ -1,0 +1,166 @@
+"""What `benchmarks.gpu` measures, each as one function from what is timed to figures that JSON can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from sluice.models import mobilenet_v2_224, resnet50
+from sluice.models.imagenet import ImageNetResNet
+from sluice.passes.decide import amplitude_losses, decide, least_ms
+from sluice.passes.precision import typed
+from sluice.passes.sampling import random_configuration
+from sluice.profiler.anchor import make_anchor
+from sluice.profiler.calibrate import errors, measure_engines
+from sluice.profiler.measure import measure
+from sluice.profiler.profile import Profile, profile_onnx
+from sluice.profiler.sweep import Bench
+from sluice.profiler.table import LatencyTable
+from sluice.runtime.runner import Runner
+from sluice.verify import measure_configurations
+
+__all__ = ["FULL", "SMALL", "Layer", "Network", "Sizes", "dense", "fidelity", "half", "profiled", "staircase"]
+
+SHARE = 0.5
+AT_A_TIME = 24  # sessions that are alive together
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A convolution whose output channels are varied: kernel x kernel, on ``size`` x ``size``."""
+
+    into: int
+    size: int
+    kernel: int
+    widths: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A network without weights that matter, and one image of it."""
+
+    make: Callable[[], nn.Module]
+    image: tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is measured."""
+
+    layer: Layer
+    networks: Mapping[str, Network]
+    batches: tuple[int, ...]
+    staircases: tuple[str, ...]  # precisions
+    precision: str
+    plans: int
+
+
+# The 3x3 convolutions of ResNet-50's second stage; every eighth width, and some that no tile divides.
+FULL = Sizes(
+    Layer(128, 28, 3, tuple(sorted({*range(8, 257, 8), *range(1, 257, 32), *range(31, 256, 32), 4}))),
+    {"mobilenet_v2_224": Network(mobilenet_v2_224, (3, 224, 224)), "resnet50": Network(resnet50, (3, 224, 224))},
+    (1, 32),
+    ("fp16", "fp32"),
+    "fp16",
+    12,
+)
+SMALL = Sizes(
+    Layer(8, 9, 3, (1, 8, 15, 16, 17, 24, 32)),
+    {"resnet": Network(lambda: ImageNetResNet((1,), (6,), 5, 3), (3, 33, 33))},
+    (1, 2),
+    ("fp32",),
+    "fp32",
+    4,
+)
+
+
+def staircase(runner: Runner, layer: Layer, batch: int, precision: str) -> list[tuple[int, float]]:
+    """(output channels, ms) of the convolution with its activation, measured in random order."""
+    rng = np.random.default_rng(0)
+    order = [layer.widths[k] for k in rng.permutation(len(layer.widths))]
+    found: dict[int, float] = {}
+    for start in range(0, len(order), AT_A_TIME):
+        widths = order[start : start + AT_A_TIME]
+        sessions = [runner.build(typed(_conv(layer, width, batch), precision, part=True)) for width in widths]
+        found |= {width: m.ms for width, m in zip(widths, measure(sessions, rng=rng), strict=True)}
+    return sorted(found.items())
+
+
+def dense(runner: Runner, model: onnx.ModelProto, batch: int, precision: str) -> dict[str, Any]:
+    """Milliseconds of a whole network as it is."""
+    session = runner.build(typed(model, precision), batch=batch)
+    found = measure([session], min_rounds=60, rng=np.random.default_rng(0))[0]
+    return {"ms": found.ms, "spread": found.spread}
+
+
+def profiled(model: onnx.ModelProto, table: Path, *, batch: int, target: str, precision: str) -> dict[str, Any]:
+    """What profiling measured and what error it states; ``profile`` is the profile itself."""
+    profile = profile_onnx(model, table, batch=batch, target=target, precision=precision, progress=False)
+    with LatencyTable.open(table) as opened:
+        points = len(opened)
+    return {
+        "profile": profile,
+        "points": points,
+        "calibration": dict(profile.latency.error),
+        "promised_dense_ms": profile.latency.dense_ms(),
+    }
+
+
+def fidelity(profile: Profile, table: Path, plans: int, seed: int = 1000) -> dict[str, Any]:
+    """Promised against measured ms of random plans that no fit has seen."""
+    rng = np.random.default_rng(seed)
+    drawn = [random_configuration(profile.latency, rng) for _ in range(plans)]
+    promised = np.array([profile.latency.ms(plan) for plan in drawn])
+    runner = profile.runner()
+    with LatencyTable.open(table) as opened:
+        bench = Bench(opened, runner, make_anchor(opened, runner, rng), rng)
+        measured = np.array(measure_engines(profile.dissection, bench, drawn))
+    return {**errors(promised, measured), "promised_ms": promised.tolist(), "measured_ms": measured.tolist()}
+
+
+def half(profile: Profile, share: float = SHARE) -> dict[str, Any]:
+    """The solver's widths for a share of the dense time, its promise, and dense and slim engines measured in turns.
+
+    Channels are scored at random, since the time of a network does not depend on its weights; a share that widths alone
+    do not reach becomes the least they do.
+    """
+    latency, rng = profile.latency, np.random.default_rng(0)
+    scores = {group: rng.exponential(size=levels[-1]) for group, levels in latency.levels.items()}
+    target_ms = max(share * latency.dense_ms(), least_ms(latency).promised_ms)
+    choice = decide(latency, amplitude_losses(latency.levels, scores), target_ms)
+    dense_ms, slim_ms = measure_configurations(profile, [latency.dense, choice.widths])
+    return {
+        "share": share,
+        "target_ms": target_ms,
+        "promised_ms": choice.promised_ms,
+        "dense_ms": dense_ms,
+        "slim_ms": slim_ms,
+        "slim_over_dense": slim_ms / dense_ms,
+        "promised_over_measured": choice.promised_ms / slim_ms,
+        "channels_kept": sum(choice.widths.values()) / sum(latency.dense.values()),
+    }
+
+
+def _conv(layer: Layer, width: int, batch: int) -> onnx.ModelProto:
+    rng = np.random.default_rng(width)
+    weight = rng.standard_normal((width, layer.into, layer.kernel, layer.kernel)) / layer.kernel / layer.into**0.5
+    values = {"w": weight, "b": rng.standard_normal(width)}
+    pads = [layer.kernel // 2] * 4
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["x", "w", "b"], ["c"], pads=pads),
+            helper.make_node("Relu", ["c"], ["y"]),
+        ],
+        "staircase",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, layer.into, layer.size, layer.size])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, width, layer.size, layer.size])],
+        [numpy_helper.from_array(value.astype(np.float32), name) for name, value in values.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)

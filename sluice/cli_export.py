@@ -1,0 +1,157 @@
+"""What the command line makes of an exported file: an engine, and the commands that build, time and check it elsewhere.
+
+1. ``trtexec`` of TensorRT 11: the types are in the file, so no flag gives a precision (10.x wants ``--stronglyTyped``
+   as well). Times are those of a CUDA graph without transfers, as `sluice bench` takes them.
+2. ``polygraphy`` compares TensorRT with ONNX Runtime, each value within an absolute or a relative tolerance. Tolerances
+   are multiples of what the precision resolves, about 2e-7, 5e-4, 4e-3 and 8e-3: runtimes sum in another order, and
+   choose algorithms of their own. ONNX Runtime has no bfloat16 convolutions on a CPU; such a file is only checked for
+   infinities and NaNs.
+3. An int8 file has the form that one runtime wants; TensorRT's commands are for a file that was written for it.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sluice.errors import SluiceError
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["Commands", "Engine", "Outcome", "commands", "outcome", "write_engine"]
+
+TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "bf16": None, "int8": 1e-1}
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """Command lines, quoted for a shell."""
+
+    trtexec: str
+    polygraphy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine that was written: its file, its size, and what built it."""
+
+    file: str
+    bytes: int
+    builder: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What is printed as JSON or as lines, and why there is no engine although one was asked for."""
+
+    data: dict[str, Any]
+    lines: list[str]
+    refusal: SluiceError | None
+
+
+def outcome(
+    model: onnx.ModelProto, path: str, engine: str | None, *, precision: str, target: str, batch: int
+) -> Outcome:
+    """Build the engine, if one is asked for, and say what became of everything; ``model`` is what ``path`` holds.
+
+    Where there is no engine, the file and the commands are still of use on another machine.
+    """
+    data: dict[str, Any] = {"out": path, "bytes": model.ByteSize(), "precision": precision}
+    lines = [f"{path}: {model.ByteSize():,} bytes, {precision}"]
+    refusal = None
+    if engine is not None:
+        try:
+            built = write_engine(model, engine, batch)
+        except SluiceError as error:
+            refusal = error
+        else:
+            data["engine"] = asdict(built)
+            lines.append(f"{built.file}: {built.bytes:,} bytes, batch {batch}, by {built.builder}")
+    if precision != "int8" or target == "tensorrt":
+        own = engine or str(Path(path).with_suffix(".engine"))
+        found = commands(model, path, own, precision=precision, batch=batch)
+        data |= asdict(found)
+        lines += [
+            "build and time with TensorRT 11:",
+            f"  {found.trtexec}",
+            "check the result:",
+            f"  {found.polygraphy}",
+        ]
+    return Outcome(data, lines, refusal)
+
+
+def commands(
+    model: onnx.ModelProto,
+    path: str | os.PathLike[str],
+    engine: str | os.PathLike[str],
+    *,
+    precision: str,
+    batch: int = 1,
+) -> Commands:
+    """The command lines for ``model``, written to ``path``, and its engine.
+
+    Raises:
+        SluiceError: an input has a dynamic dimension that is not its batch.
+    """
+    shapes = _dynamic_inputs(model, batch)
+    cache = _cache_of(engine)
+    trtexec = [f"--onnx={os.fspath(path)}", f"--saveEngine={os.fspath(engine)}"]
+    if shapes:
+        trtexec.append("--shapes=" + ",".join(f"{name}:{'x'.join(map(str, dims))}" for name, dims in shapes.items()))
+    trtexec += [f"--timingCacheFile={cache}", "--useCudaGraph", "--useSpinWait", "--noDataTransfers"]
+    polygraphy = ["run", os.fspath(path), "--trt", "--strongly-typed"]
+    tolerance = TOLERANCES[precision]
+    if tolerance is None:
+        polygraphy.append("--validate")
+    else:
+        polygraphy += ["--onnxrt", "--rtol", f"{tolerance:g}", "--atol", f"{tolerance:g}"]
+    if shapes:
+        polygraphy += ["--input-shapes", *(f"{name}:[{','.join(map(str, dims))}]" for name, dims in shapes.items())]
+    polygraphy += ["--load-timing-cache", cache, "--save-timing-cache", cache]
+    return Commands(shlex.join(["trtexec", *trtexec]), shlex.join(["polygraphy", *polygraphy]))
+
+
+def write_engine(model: onnx.ModelProto, path: str | os.PathLike[str], batch: int) -> Engine:
+    """Build ``model`` with the TensorRT of this machine and write the engine; its timing cache is kept next to it.
+
+    Raises:
+        SluiceError: TensorRT is not here, cannot start, or refuses the model; or the file cannot be written.
+    """
+    from sluice.files import write_atomically
+    from sluice.runtime.trt_build import build_engine, find_tensorrt, product
+
+    trt, cache = find_tensorrt(), Path(_cache_of(path))
+    before = cache.read_bytes() if cache.is_file() else b""
+    built = build_engine(trt, model, batch=batch, cache=before)
+    write_atomically(path, built.plan)
+    # RTX has no cache; one that the full TensorRT left is not lost by that.
+    if built.cache and built.cache != before:
+        write_atomically(cache, built.cache)
+    return Engine(os.fspath(path), len(built.plan), product(trt))
+
+
+def _dynamic_inputs(model: onnx.ModelProto, batch: int) -> dict[str, list[int]]:
+    """The shape at ``batch`` of every input that the file leaves open."""
+    from sluice.runtime.inputs import static_shapes
+
+    open_, fixed = static_shapes(model, None, {}).inputs, static_shapes(model, batch, {}).inputs
+    found: dict[str, list[int]] = {}
+    for name, dims in fixed.items():
+        sizes = [size for size in dims if isinstance(size, int)]
+        if len(sizes) < len(dims):
+            raise SluiceError(
+                f"input {name!r} has shape {list(dims)}, of which only the batch may be open in a deployment; "
+                f"export the model with its other sizes fixed"
+            )
+        if sizes != list(open_[name]):
+            found[name] = sizes
+    return found
+
+
+def _cache_of(engine: str | os.PathLike[str]) -> str:
+    """Where the timing cache of an engine is kept."""
+    return str(Path(engine).with_suffix(".cache"))

@@ -1,0 +1,119 @@
+"""TensorRT on an NVIDIA GPU, without torch: ONNX -> engine -> session.
+
+1. The timing cache belongs to the device and the version, as a latency table does. The runner takes one, adds to it in
+   every build, and `TensorRtRunner.cache` is what there is now, to be stored with the table.
+2. Warming up to the clock that a device settles at is a matter of time, not of counts, and of all engines together:
+   `sluice.profiler.measure` does it. `TensorRtRunner.sm_clock_mhz` is for the record.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sluice.errors import SluiceError
+from sluice.files import write_atomically
+from sluice.runtime import nvidia
+from sluice.runtime.cuda import Cuda
+from sluice.runtime.inputs import place
+from sluice.runtime.runner import Clock
+from sluice.runtime.trt_build import Settings, build_engine, find_tensorrt, make_builder, product
+from sluice.runtime.trt_session import TensorRtSession
+
+if TYPE_CHECKING:
+    from sluice.runtime.inputs import Model
+
+__all__ = ["TensorRtRunner", "missing"]
+
+
+def missing() -> str:
+    """Why engines cannot run here, and what to do; empty where they can."""
+    try:
+        find_tensorrt()
+        if not nvidia.gpu_names():
+            return "there is no NVIDIA GPU that its driver lets this process use; run on a machine with one"
+        Cuda.load()
+    except SluiceError as error:
+        return str(error)
+    return ""
+
+
+class TensorRtRunner:
+    """TensorRT (or RTX, where that is installed instead) on device 0.
+
+    Args:
+        cache: a timing cache, or the file to read one from and to keep it in.
+        settings: what the builder may use.
+    Raises:
+        SluiceError: TensorRT, the CUDA runtime or the device is not here.
+    """
+
+    def __init__(self, cache: bytes | str | os.PathLike[str] | None = None, settings: Settings | None = None) -> None:
+        self._trt = find_tensorrt()
+        self._cuda = Cuda.load()
+        self._settings = settings
+        self._builder: Any = None
+        self._file = None if cache is None or isinstance(cache, bytes) else Path(cache)
+        self.cache = cache if isinstance(cache, bytes) else _content(self._file)
+
+    @property
+    def clock(self) -> Clock:
+        return "cuda"
+
+    @property
+    def device(self) -> str:
+        return next(iter(nvidia.gpu_names()), "no GPU")
+
+    @property
+    def version(self) -> str:
+        return f"{product(self._trt)}, driver {nvidia.driver_version()}"
+
+    def sm_clock_mhz(self) -> int | None:
+        """The clock at which the device computes right now, where its driver tells."""
+        return nvidia.sm_clock_mhz()
+
+    def build(
+        self,
+        model: Model,
+        *,
+        batch: int | None = None,
+        feeds_shapes: Mapping[str, Sequence[int]] | None = None,
+    ) -> TensorRtSession:
+        """An engine for ``model`` at fixed shapes, on the device.
+
+        ``batch`` is the size of every dynamic first dimension; ``feeds_shapes[input]`` is a whole shape and wins over
+        it. Raises `SluiceError` where a size is missing, TensorRT refuses the model, or the device has no room.
+        """
+        # Kept until the runner goes: without a builder TensorRT unloads its kernels.
+        self._builder = self._builder or make_builder(self._trt)
+        built = build_engine(
+            self._trt,
+            model,
+            batch=batch,
+            feeds_shapes=feeds_shapes,
+            cache=self.cache,
+            settings=self._settings,
+            builder=self._builder,
+        )
+        # RTX has no cache; one that the full TensorRT left is not lost by that.
+        if built.cache and built.cache != self.cache:
+            self.cache = built.cache
+            if self._file is not None:
+                write_atomically(self._file, built.cache)
+        return self.load(built.plan, place(model))
+
+    def load(self, plan: bytes, where: str = "the engine in memory") -> TensorRtSession:
+        """A session for a serialized engine, built by this version for this device."""
+        return TensorRtSession(self._trt, self._cuda, plan, where)
+
+
+def _content(file: Path | None) -> bytes:
+    """What a file holds; nothing where there is none yet."""
+    if file is None or not file.exists():
+        return b""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise SluiceError(f"cannot read {str(file)!r}: {error.strerror or error}; give a timing cache's path") from None

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from sluice.runtime import nvidia
+
+
+class FakeCuda:
+    """libcuda of a process that sees two GPUs; ``failing`` is the call that reports an error."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.failing = failing
+
+    def _status(self, name: str) -> int:
+        return int(name == self.failing)
+
+    def cuInit(self, flags: int) -> int:
+        return self._status("cuInit")
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        count._obj.value = 2
+        return self._status("cuDeviceGetCount")
+
+    def cuDeviceGet(self, handle: Any, index: int) -> int:
+        handle._obj.value = index + 10
+        return self._status("cuDeviceGet")
+
+    def cuDeviceGetName(self, text: Any, size: int, handle: ctypes.c_int) -> int:
+        text.value = {10: b"Big GPU", 11: b"Small GPU"}[handle.value]
+        return self._status("cuDeviceGetName")
+
+    def cuDeviceGetPCIBusId(self, text: Any, size: int, handle: ctypes.c_int) -> int:
+        text.value = {10: b"0000:41:00.0"}[handle.value]
+        return self._status("cuDeviceGetPCIBusId")
+
+
+class FakeNvml:
+    def __init__(self, failing: str = "") -> None:
+        self.failing, self.opened = failing, 0
+
+    def nvmlInit_v2(self) -> int:
+        self.opened += 1
+        return int(self.failing == "nvmlInit_v2")
+
+    def nvmlShutdown(self) -> int:
+        self.opened -= 1
+        return 0
+
+    def nvmlSystemGetDriverVersion(self, text: Any, size: int) -> int:
+        text.value = b"580.159.03"
+        return int(self.failing == "nvmlSystemGetDriverVersion")
+
+    def nvmlDeviceGetHandleByPciBusId_v2(self, bus: Any, handle: Any) -> int:
+        assert bus.value == b"0000:41:00.0"
+        handle._obj.value = 7
+        return 0
+
+    def nvmlDeviceGetClockInfo(self, handle: Any, kind: int, clock: Any) -> int:
+        assert (handle.value, kind) == (7, 1)
+        clock._obj.value = 1980
+        return int(self.failing == "nvmlDeviceGetClockInfo")
+
+
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Install:
+    def use(cuda: Any = None, nvml: Any = None) -> None:
+        def load(names: Sequence[str]) -> Any:
+            return {nvidia.LIBCUDA: cuda, nvidia.NVML: nvml}[tuple(names)]
+
+        monkeypatch.setattr(nvidia, "load", load)
+
+    return use
+
+
+def test_names_clocks_and_driver(install: Install) -> None:
+    nvml = FakeNvml()
+    install(FakeCuda(), nvml)
+    assert nvidia.gpu_names() == ("Big GPU", "Small GPU")
+    assert nvidia.driver_version() == "580.159.03"
+    assert nvidia.sm_clock_mhz() == 1980
+    assert nvml.opened == 0  # closed as often as opened
+
+
+def test_without_a_driver_nothing_is_known(install: Install) -> None:
+    install()
+    assert (nvidia.gpu_names(), nvidia.driver_version(), nvidia.sm_clock_mhz()) == ((), "unknown", None)
+
+
+@pytest.mark.parametrize("failing", ["cuInit", "cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetName"])
+def test_a_driver_that_fails_shows_no_gpu(failing: str, install: Install) -> None:
+    install(FakeCuda(failing), FakeNvml())
+    assert nvidia.gpu_names() == ()
+
+
+@pytest.mark.parametrize("failing", ["nvmlInit_v2", "nvmlSystemGetDriverVersion", "nvmlDeviceGetClockInfo"])
+def test_what_nvml_does_not_tell_is_unknown(failing: str, install: Install) -> None:
+    install(FakeCuda(), FakeNvml(failing))
+    assert (nvidia.driver_version() == "unknown") == (failing != "nvmlDeviceGetClockInfo")
+    assert (nvidia.sm_clock_mhz() is None) == (failing != "nvmlSystemGetDriverVersion")
+
+
+def test_a_library_that_is_not_there_is_none() -> None:
+    assert nvidia.load(("libno-such-library.so.1",)) is None

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+
+from sluice.errors import SluiceError
+from sluice.runtime import ort, ort_cuda, tensorrt, torch_cuda
+from sluice.runtime.ort import OrtRunner
+from sluice.runtime.ort_cuda import OrtCudaRunner
+from sluice.runtime.runner import TARGETS, available_targets, make_runner
+from sluice.runtime.torch_cuda import TorchCudaRunner
+
+MODULES: dict[str, ModuleType] = {
+    "ort-cpu": ort, "ort-cuda": ort_cuda, "torch-cuda": torch_cuda, "tensorrt": tensorrt
+}  # fmt: skip
+
+
+@pytest.fixture
+def nothing_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in MODULES.values():
+        monkeypatch.setattr(module, "missing", lambda: "")
+
+
+def test_every_target_has_a_runner(nothing_missing: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "TensorRtRunner", lambda: "TensorRT")
+    assert available_targets() == dict.fromkeys(TARGETS, "")
+    made = [make_runner(target) for target in TARGETS]
+    assert made == [OrtRunner(1), OrtCudaRunner(), TorchCudaRunner(), "TensorRT"]
+
+
+def test_threads_are_the_cpus(nothing_missing: None) -> None:
+    assert make_runner("ort-cpu", threads=3) == OrtRunner(3)
+    for target in TARGETS[1:]:
+        with pytest.raises(
+            SluiceError, match=f"cannot run target '{target}' with threads=2: a GPU has no such threads"
+        ):
+            make_runner(target, threads=2)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_is_missing_is_one_sentence(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in MODULES.items():
+        monkeypatch.setattr(module, "missing", lambda own=name: "" if own == "ort-cpu" else "there is no such device")
+    monkeypatch.setattr(MODULES[target], "missing", lambda: "the runtime is not installed; install it")
+    here = "none" if target == "ort-cpu" else "ort-cpu"
+    reason = f"^target '{target}' cannot run here: the runtime is not installed; install it; targets that can: {here}$"
+    with pytest.raises(SluiceError, match=reason):
+        make_runner(target)
+    assert available_targets()[target] == "the runtime is not installed; install it"
+
+
+def test_an_unknown_target_names_all_and_those_that_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in MODULES.items():
+        monkeypatch.setattr(module, "missing", lambda own=name: "" if own in ("ort-cpu", "torch-cuda") else "gone")
+    reason = r"no target 'abacus'; choose one of ort-cpu, ort-cuda, torch-cuda, tensorrt \(here: ort-cpu, torch-cuda\)"
+    with pytest.raises(SluiceError, match=reason):
+        make_runner("abacus")
+
+
+def test_this_machine_runs_onnx_runtime() -> None:
+    found = available_targets()
+    assert list(found) == list(TARGETS) and found["ort-cpu"] == ""
+    for target, reason in found.items():
+        if reason:
+            with pytest.raises(SluiceError):
+                make_runner(target)

@@ -1,0 +1,223 @@
+"""What we write is what TensorRT takes: TensorRT-RTX parses and builds it, on a machine without a GPU.
+
+Every reference network, dense and cut by plans with all kinds of edits, whole and in pieces, in every precision. It is
+no proof that a fast kernel exists on another GPU, but types, operators and attributes are those of the real importer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import nn
+
+from sluice import models
+from sluice.models import EXAMPLE_SHAPES, example_inputs
+from sluice.onnx_file import finalize
+from sluice.passes.blocks import find_blocks
+from sluice.passes.drop_onnx import view_onnx
+from sluice.passes.export import to_onnx
+from sluice.passes.factor import forms_of
+from sluice.passes.merge_onnx import chains_onnx
+from sluice.passes.onnx_axes import analyze_onnx
+from sluice.passes.options import Edits
+from sluice.passes.precision import PRECISIONS, typed
+from sluice.passes.resolve import make_plan
+from sluice.passes.rewrite_onnx import rewrite_onnx
+from sluice.passes.segments import find_segments, folded_norms
+from sluice.plan import Drop, Factorize, Merge, Plan
+from sluice.profiler.pieces import build_piece, dissect
+from sluice.profiler.sources import add_sources
+from sluice.runtime.trt_inspect import Placement, owners, place_pieces, read_layers
+from tests import networks
+from tests.device import chain
+from tests.rtx import INSTALLED, Rtx
+
+pytestmark = pytest.mark.skipif(not INSTALLED, reason="TensorRT-RTX is not installed")
+
+BATCH = 2
+TARGET = "tensorrt"
+WIDTHS = (5, 7, 9)
+SMALL: dict[str, Callable[[], nn.Module]] = {
+    "densenet": lambda: models.densenet(7, growth=5),
+    "mobilenet_v2": lambda: models.mobilenet_v2(7, width=0.25),
+    "resnet1d": lambda: models.resnet1d(7, widths=WIDTHS),
+    "resnet20": lambda: models.resnet20(7, widths=WIDTHS),
+    "se_resnet": lambda: models.se_resnet(7, widths=WIDTHS),
+    "vgg16_bn": lambda: models.vgg16_bn(7, widths=(5, 7, 9, 11, 13), hidden=17),
+}
+LARGE: dict[str, Callable[[], nn.Module]] = {
+    "mobilenet_v2_224": models.mobilenet_v2_224,
+    "resnet20_mnist": models.resnet20_mnist,
+    "resnet50": models.resnet50,
+    "resnet56": lambda: models.resnet56(7, widths=WIDTHS),
+}
+REFERENCE = [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
+METHODS = ("filter", "rank", "block", "merge")
+
+
+@pytest.fixture(scope="module")
+def rtx() -> Iterator[Rtx]:
+    with Rtx() as found:
+        yield found
+
+
+@functools.cache
+def named(name: str) -> onnx.ModelProto:
+    """A network with its parameter names; what its weights are is nothing to a parser."""
+    if name == "mixed":
+        model, inputs = networks.mixed()
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model, inputs = {**SMALL, **LARGE}[name](), example_inputs(name, BATCH)
+    return to_onnx(model, inputs)
+
+
+@functools.cache
+def cut(name: str, methods: tuple[str, ...] = METHODS) -> tuple[onnx.ModelProto, Plan]:
+    """The network with about half of every group, and one edit of every kind that it offers, on disjoint layers."""
+    dense, rng = named(name), np.random.default_rng(3)
+    analysis, view = analyze_onnx(dense), view_onnx(dense)
+    tensors = {init.name: onnx.numpy_helper.to_array(init) for init in dense.graph.initializer}
+    taken: set[str] = set()
+    drops: list[Drop] = []
+    merges: list[Merge] = []
+    factorizations: list[Factorize] = []
+    if "block" in methods:
+        for block in find_blocks(view)[0][:1]:
+            drops.append(Drop(block.name, block.params))
+            taken |= set(block.params)
+    if "merge" in methods:
+        for chain_ in chains_onnx(dense):
+            for segment in find_segments(chain_, folded_norms(chain_, tensors), set()):
+                merge = segment.merge()
+                if (
+                    not merges
+                    and len(merge.layers) > 1
+                    and merge.runs == (merge.layers,)
+                    and not taken & {*merge.layers}
+                ):
+                    merges.append(merge)
+                    taken |= set(merge.layers)
+    if "rank" in methods:
+        weights = [n.tensors[0] for n in view.nodes if n.kind == "weighted" and n.op in ("Conv", "Gemm")]
+        for weight in weights:
+            shape = tensors[weight].shape
+            if weight not in taken and min(shape[:2]) > 3 and len(factorizations) < 3:
+                form = forms_of(shape)[len(factorizations) % len(forms_of(shape))]
+                factorizations.append(Factorize(weight, form, 2))
+    kept = {g.name: sorted(rng.choice(g.size, max(1, g.size // 2), replace=False).tolist()) for g in analysis.groups}
+    edits = Edits(tuple(factorizations), tuple(drops), tuple(merges))
+    plan = make_plan(analysis, kept if "filter" in methods else {}, (), edits)
+    return rewrite_onnx(dense, plan), plan
+
+
+def accepted(rtx: Rtx, model: onnx.ModelProto) -> None:
+    found = rtx.build(model, BATCH)
+    assert not found.error and found.size > 1000, found.error
+
+
+def test_every_reference_network_is_here() -> None:
+    assert {*SMALL, *LARGE} == set(EXAMPLE_SHAPES)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", REFERENCE)
+def test_a_dense_network(rtx: Rtx, name: str, precision: str) -> None:
+    accepted(rtx, typed(finalize(named(name)), precision, target=TARGET))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["mixed", "se_resnet", "resnet1d"])
+def test_a_slim_network(rtx: Rtx, name: str, precision: str) -> None:
+    accepted(rtx, typed(finalize(cut(name)[0]), precision, target=TARGET))
+
+
+@pytest.mark.parametrize("name", ["densenet", "mobilenet_v2", "resnet20", "vgg16_bn"])
+def test_a_thinner_network(rtx: Rtx, name: str) -> None:
+    accepted(rtx, finalize(cut(name, ("filter",))[0]))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_engine_as_it_is_timed(rtx: Rtx, precision: str) -> None:
+    """Nothing is folded there, since names are needed to the end."""
+    accepted(rtx, typed(cut("mixed")[0], precision, target=TARGET))
+
+
+def test_all_edits_are_among_the_plans() -> None:
+    plan = cut("mixed")[1]
+    assert plan.slices and plan.factorizations and plan.drops and plan.merges
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_piece(rtx: Rtx, precision: str) -> None:
+    found = dissect(named("mixed"), BATCH)
+    pieces = {piece.key: piece for piece in found.pieces}
+    halves = {group: max(1, size // 2) for group, size in found.dense.items()}
+    assert len(pieces) > 5
+    for piece in pieces.values():
+        model, _ = add_sources(build_piece(found, piece, halves), piece.bare)
+        answer = rtx.build(typed(model, precision, part=True, target=TARGET), BATCH)
+        assert not answer.error and answer.size, f"{piece.description}: {answer.error}"
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_layers_are_traced_to_pieces(rtx: Rtx, precision: str) -> None:
+    """By what the builder says of the layers that it made of every piece."""
+    placed, pieces = placement(rtx, precision)
+    assert list(placed.pieces) == pieces
+    assert all(placed.pieces.values()), placed
+    assert all(len(held) > 1 for held in placed.shared.values())
+
+
+def placement(rtx: Rtx, precision: str) -> tuple[Placement, list[str]]:
+    found = dissect(named("mixed"), BATCH)
+    deployed = typed(found.model, precision, target=TARGET)
+    layers = read_layers(rtx.build(deployed, BATCH, described=True).information)
+    assert len(layers) > len(found.pieces) // 2
+    pieces = {piece.name: piece.model.graph for piece in found.pieces}
+    return place_pieces(layers, owners(deployed.graph, pieces)), list(pieces)
+
+
+def attention(opset: int = 23) -> onnx.ModelProto:
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 3, 8, 16]) for name in "qkvy"]
+    graph = helper.make_graph(
+        [helper.make_node("Attention", ["q", "k", "v"], ["y"])], "attention", infos[:3], infos[3:]
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+
+
+def half_typed() -> onnx.ModelProto:
+    model = chain([5, 7])
+    weight = next(init for init in model.graph.initializer if init.name == "conv1.weight")
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight).astype(np.float16), weight.name))
+    return model
+
+
+def unknown_operator() -> onnx.ModelProto:
+    model = chain([5])
+    model.graph.node[1].op_type = "Relo"
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (half_typed, ["parse", "'node_of_c1' (Conv)", "must be of same type", "Float", "Half"]),
+        (unknown_operator, ["parse", "'node_of_a0' (Relo)", "Plugin not found"]),
+        (attention, ["build", "Attention operation was not supported"]),
+    ],
+)
+def test_what_is_wrong_is_refused_in_one_sentence(
+    rtx: Rtx, model: Callable[[], onnx.ModelProto], words: list[str]
+) -> None:
+    error = rtx.build(model(), BATCH).error
+    assert error.startswith("TensorRT-RTX 1.") and "\n" not in error
+    assert all(word in error for word in words), error
