@@ -1,24 +1,23 @@
 """Random configurations that obey the rules: what calibration builds engines of.
 
 1. *Widths and ranks* share a tendency per plan, so that slim and wide networks occur, and each site draws around it.
-2. *Switches* are the solution of a random linear objective over the rules. A tendency per plan says how many layers
-   are to leave their dense state, so that nearly dense and heavily restructured plans both occur: a switch that is set
-   in the dense network attracts with one point, or repels with one if its layer is to leave. Any other switch attracts
-   with a uniform share of as many points as it has rules, or one that covers several layers would seldom outbid those
-   that cover one. Under exactly-one rules every state is so the only optimum of some objectives: dense switches that
-   stay and nearly full shares for the others that are set, next to nothing for the rest.
+2. *Switches* are set one after another. A tendency per plan says how many layers are to leave their dense state, so
+   that nearly dense and heavily restructured plans both occur. Rules take turns in random order: one that is not yet
+   settled prefers the switch that is set in the dense network, or else, if its layer is to leave, the others in random
+   order. A switch of k rules has so k chances to come first, and one that covers several layers is not outbid by those
+   that cover one.
+3. What a choice implies under the rules is settled at once (bounds propagation), and a choice that leaves some rule
+   without a solution is taken back. So the search is complete: every state that obeys the rules is the first choice
+   under some order and some tendency, and where none is found there is none.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
-from sluice.latency import LatencyModel
+from sluice.latency import LatencyModel, Rule
 
 __all__ = ["random_configuration"]
 
@@ -37,25 +36,88 @@ def random_configuration(model: LatencyModel, rng: np.random.Generator) -> dict[
 
 
 def _random_switches(model: LatencyModel, rng: np.random.Generator) -> Mapping[str, int]:
-    names = [s for s in model.levels if s in model.switches]
-    column = {s: k for k, s in enumerate(names)}
+    found = _search(model, _preferences(model, rng))
+    if found is None:
+        raise RuntimeError(f"the model's {len(model.rules)} rules exclude every configuration")
+    return found
+
+
+def _preferences(model: LatencyModel, rng: np.random.Generator) -> list[tuple[str, int]]:
+    """Rule 2: switches and the values that they would have, those that come first first."""
     leaving = rng.uniform()
+    wanted: list[tuple[str, int]] = []
     # Rules of total 0 tie switches together and leave nothing to compete for.
-    rules_of = Counter(s for rule in model.rules if rule.total for s in dict(rule.coefs))
-    attraction = []
-    for switch in names:
-        toward = -1.0 if rng.uniform() < leaving else 1.0
-        share = rng.uniform(0.0, rules_of[switch]) if rules_of[switch] else -toward
-        attraction.append(toward if model.dense[switch] else share)
-    entries = [(row, column[s], coef) for row, rule in enumerate(model.rules) for s, coef in rule.coefs]
-    constraints = []
-    if entries:
-        at, of, coefs = (np.asarray(values) for values in zip(*entries, strict=True))
-        matrix = csr_array((coefs.astype(float), (at, of)), shape=(len(model.rules), len(names)))
-        totals = np.asarray([rule.total for rule in model.rules], float)
-        constraints = [LinearConstraint(matrix, totals, totals)]
-    bounds = Bounds([model.levels[s][0] for s in names], [model.levels[s][-1] for s in names])
-    result = milp(-np.asarray(attraction), integrality=np.ones(len(names)), bounds=bounds, constraints=constraints)
-    if result.x is None:
-        raise RuntimeError(f"the model's {len(model.rules)} rules exclude every configuration ({result.message})")
-    return {s: int(v) for s, v in zip(names, result.x.round(), strict=True)}
+    competing = [rule for rule in model.rules if rule.total]
+    for index in rng.permutation(len(competing)):
+        names = [name for name, _ in competing[index].coefs]
+        others = [names[k] for k in rng.permutation(len(names)) if not model.dense[names[k]]]
+        dense = [name for name in names if model.dense[name]]
+        order = [*others, *dense] if rng.uniform() < leaving else [*dense, *others]
+        wanted += [(name, 1) for name in order]
+    bound = {name for name, _ in wanted}
+    for name in model.levels:
+        if name in model.switches and name not in bound:
+            usual = model.dense[name]
+            wanted.append((name, 1 - usual if rng.uniform() < leaving else usual))
+    return wanted
+
+
+def _search(model: LatencyModel, wanted: Sequence[tuple[str, int]]) -> dict[str, int] | None:
+    """The first solution of the rules in the order of ``wanted``, depth first; None where there is none."""
+    rules_of: dict[str, list[Rule]] = {}
+    for rule in model.rules:
+        for name, _ in rule.coefs:
+            rules_of.setdefault(name, []).append(rule)
+    values = {name: model.levels[name][0] for name in model.switches if len(model.levels[name]) == 1}
+    settled: list[str] = []  # in the order in which the search settled them
+
+    def consistent(todo: Sequence[Rule]) -> bool:
+        """Settle what follows from ``todo``; whether no rule is broken."""
+        queue = list(todo)
+        while queue:
+            rule = queue.pop()
+            free = [(name, coef) for name, coef in rule.coefs if name not in values]
+            left = rule.total - sum(coef * values[name] for name, coef in rule.coefs if name in values)
+            low = sum(min(coef, 0) for _, coef in free)
+            high = sum(max(coef, 0) for _, coef in free)
+            if not low <= left <= high:
+                return False
+            for name, coef in free:
+                possible = [v for v in (0, 1) if low - min(coef, 0) <= left - coef * v <= high - max(coef, 0)]
+                if not possible:
+                    return False
+                if len(possible) == 1:
+                    values[name] = possible[0]
+                    settled.append(name)
+                    queue += rules_of[name]
+                    queue.append(rule)
+                    break  # the bounds of the others have changed
+        return True
+
+    if not consistent(model.rules):
+        return None
+    choices: list[tuple[int, int, bool]] = []  # (position in wanted, length of settled before, whether taken back)
+    position = 0
+    while position < len(wanted):
+        name, value = wanted[position]
+        if name in values:
+            position += 1
+            continue
+        choices.append((position, len(settled), False))
+        values[name] = value
+        settled.append(name)
+        while not consistent(rules_of.get(name, ())):
+            while choices and choices[-1][2]:
+                choices.pop()
+            if not choices:
+                return None
+            position, length, _ = choices.pop()
+            for gone in settled[length:]:
+                del values[gone]
+            del settled[length:]
+            choices.append((position, length, True))
+            name, value = wanted[position]
+            values[name] = 1 - value
+            settled.append(name)
+        position += 1
+    return values

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -22,12 +22,22 @@ import numpy as np
 from sluice.latency import LatencyModel, Term
 from sluice.passes.options import Options
 from sluice.passes.sampling import random_configuration
+from sluice.profiler import timing_cache
 from sluice.profiler.engine import build_engine, with_ranks_in_reach
 from sluice.profiler.pieces import Dissection, Piece, spread_widths, weight_bytes
 from sluice.profiler.sweep import Bench
 from sluice.profiler.variants import Alternatives
 
-__all__ = ["calibrate", "errors", "fit_linear", "left_out", "measure_engines", "model_key"]
+__all__ = [
+    "calibrate",
+    "errors",
+    "fit_linear",
+    "left_out",
+    "measure_engines",
+    "missing_plans",
+    "model_key",
+    "rank_correlation",
+]
 
 ENGINES = 14
 RESTRUCTURED = 24  # where not only widths vary
@@ -41,13 +51,23 @@ def model_key(dissection: Dissection, model: LatencyModel) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def _missing(
-    draw: Callable[[], dict[str, int]], dense: Mapping[str, int], known: Sequence[Mapping[str, int]], engines: int
+def missing_plans(
+    dissection: Dissection,
+    model: LatencyModel,
+    alternatives: Alternatives,
+    known: Sequence[Mapping[str, int]],
+    rng: np.random.Generator,
+    engines: int | None = None,
 ) -> list[dict[str, int]]:
     """Plans that make ``known`` up to ``engines`` different ones, the dense one among them, if there are so many."""
+    engines = engines or (RESTRUCTURED if model.switches else ENGINES)
+
+    def draw() -> dict[str, int]:
+        return with_ranks_in_reach(dissection, model, random_configuration(model, rng), alternatives.options)
+
     seen = {tuple(sorted(widths.items())) for widths in known}
     plans: list[dict[str, int]] = []
-    for plan in itertools.chain([dict(dense)], (draw() for _ in range(20 * engines))):
+    for plan in itertools.chain([dict(model.dense)], (draw() for _ in range(20 * engines))):
         if len(seen) >= engines:
             break
         if (identity := tuple(sorted(plan.items()))) not in seen:
@@ -69,11 +89,12 @@ def measure_engines(
     for start in range(0, len(plans), 8):
         chunk = plans[start : start + 8]
         engines = [build_engine(dissection, plan, options) for plan in chunk]
-        measured = bench.time([bench.runner.build(engine) for engine in engines])
+        measured = bench.time([bench.session(engine, part=False) for engine in engines])
         for plan, measurement in zip(chunk if record else [], measured if record else [], strict=True):
             bench.table.put_engine(record, plan, measurement)
         found += [m.ms for m in measured]
         bench.progress(start + len(chunk), len(plans))
+        timing_cache.keep(bench.runner, bench.table)
     return found
 
 
@@ -98,16 +119,24 @@ def errors(promised: np.ndarray, measured: np.ndarray) -> dict[str, float]:
 
     There is no rank correlation where all engines are promised, or take, the same.
     """
-    from scipy.stats import spearmanr
-
     relative = np.abs(promised / measured - 1.0)
     ranked = len(np.unique(promised)) > 1 and len(np.unique(measured)) > 1
     return {
         "median_abs_err": float(np.median(relative)),
         "p95_abs_err": float(np.quantile(relative, 0.95)),
-        **({"spearman": float(spearmanr(promised, measured).statistic)} if ranked else {}),
+        **({"spearman": rank_correlation(promised, measured)} if ranked else {}),
         "n": float(len(measured)),
     }
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's: Pearson's correlation of the ranks, equal values sharing the mean of theirs."""
+
+    def ranks(values: np.ndarray) -> np.ndarray:
+        _, index, count = np.unique(values, return_inverse=True, return_counts=True)
+        return np.asarray((np.cumsum(count) - (count - 1) / 2)[index])
+
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
 
 
 def calibrate(
@@ -119,15 +148,9 @@ def calibrate(
 ) -> LatencyModel:
     """The model with slope, intercept and left-out error; engines that the table knows are not measured again."""
     alternatives = alternatives or Alternatives(Options())
-    engines = engines or (RESTRUCTURED if model.switches else ENGINES)
     key = model_key(dissection, model)
     known = bench.table.engines(key)
-
-    def draw() -> dict[str, int]:
-        drawn = random_configuration(model, bench.rng)
-        return with_ranks_in_reach(dissection, model, drawn, alternatives.options)
-
-    plans = _missing(draw, model.dense, [widths for widths, _ in known], engines)
+    plans = missing_plans(dissection, model, alternatives, [widths for widths, _ in known], bench.rng, engines)
     if plans:
         measure_engines(dissection, bench, plans, alternatives.options, record=key)
         known = bench.table.engines(key)

@@ -1,13 +1,13 @@
 """Profile one network on this device: dissect, explore, measure, join, calibrate.
 
 Everything that the table knows already is not measured again, so a second call, another network with equal pieces or
-a run after a kill costs only what is missing. Needs onnx and a runtime, not torch.
+a run after a kill costs only what is missing. Needs numpy, onnx, onnx-graphsurgeon and a runtime, nothing else.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,18 +16,21 @@ import onnx
 from sluice.errors import SluiceError
 from sluice.latency import LatencyModel
 from sluice.passes.options import Options, check_methods
-from sluice.profiler.alternatives import find_alternatives
+from sluice.passes.precision import check_precision, typed
+from sluice.profiler import timing_cache
 from sluice.profiler.anchor import anchor_model, make_anchor
-from sluice.profiler.assemble import assemble
 from sluice.profiler.calibrate import calibrate
-from sluice.profiler.fingerprint import Fingerprint, host_device
+from sluice.profiler.fingerprint import Fingerprint
 from sluice.profiler.measure import Anchor
 from sluice.profiler.pieces import Dissection, dissect
-from sluice.profiler.sweep import Bench, explore, joint_points, piece_points
+from sluice.profiler.progress import Progress, progress_of
+from sluice.profiler.shards import Shard
+from sluice.profiler.survey import measure_engine_share, survey, survey_of_known
+from sluice.profiler.sweep import Bench
 from sluice.profiler.table import LatencyTable
 from sluice.runtime.runner import Runner, make_runner
 
-__all__ = ["Profile", "fingerprint_here", "profile_onnx"]
+__all__ = ["Profile", "ShardDone", "fingerprint_here", "profile_onnx", "profile_shard"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,21 +43,51 @@ class Profile:
     target: str
     anchor_ms: float
     options: Options = field(default_factory=Options)
+    timing_cache: bytes | None = None
 
     def anchor(self, runner: Runner) -> Anchor:
         """The reference engine that makes times of different moments comparable."""
         return Anchor(runner.build(anchor_model()), self.anchor_ms)
 
     def runner(self) -> Runner:
-        return make_runner(self.target, self.fingerprint.threads)
+        runner = make_runner(self.target, self.fingerprint.threads)
+        timing_cache.restore(runner, self.timing_cache)
+        return runner
+
+    def engine(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        """An fp32 network as its engine is timed: in the profile's precision."""
+        return typed(model, self.fingerprint.precision, target=self.target)
 
 
-def fingerprint_here(target: str, threads: int, batch: int) -> Fingerprint:
-    """What a table measured now, on this machine, must carry."""
-    import onnxruntime
+# What a runtime would refuse piece by piece, or run as another network than the one that is asked for.
+UNFIT = {
+    ("ort-cuda", "int8"): "its CUDA provider computes int8 pairs in floating point",
+    ("torch-cuda", "int8"): "it has no int8 convolutions",
+    ("ort-cuda", "bf16"): "numpy cannot hand it bfloat16",
+    ("ort-cpu", "bf16"): "it has no bfloat16 convolutions on a CPU",
+}
 
-    clock = make_runner(target, threads).clock
-    return Fingerprint(host_device(), target, onnxruntime.__version__, threads, "fp32", batch, clock)
+
+def fingerprint_here(target: str, threads: int, batch: int, precision: str = "fp32") -> Fingerprint:
+    """What a table measured now, on this machine, must carry.
+
+    Raises:
+        SluiceError: the target is not here, or cannot run this precision.
+    """
+    if reason := UNFIT.get((target, check_precision(precision))):
+        raise SluiceError(f"{target} cannot be timed in {precision}: {reason}; choose fp16, or another target")
+    runner = make_runner(target, threads)
+    return Fingerprint(runner.device, target, runner.version, threads, precision, batch, runner.clock)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardDone:
+    """What a shard added to its table, and whether the table now holds all points of the network."""
+
+    shard: Shard
+    points: int
+    engines: int
+    complete: bool
 
 
 def profile_onnx(
@@ -64,10 +97,11 @@ def profile_onnx(
     batch: int,
     target: str = "ort-cpu",
     threads: int = 1,
+    precision: str = "fp32",
     exclude: Sequence[str] = (),
     methods: Sequence[str] = ("filter",),
     seed: int = 0,
-    progress: bool = True,
+    progress: bool | Progress = True,
 ) -> Profile:
     """Measure what is missing in ``table`` for ``model`` and return its calibrated latency model.
 
@@ -75,56 +109,71 @@ def profile_onnx(
         model: dense ONNX whose initialisers carry parameter names.
         table: SQLite file, made if it does not exist; refused if it belongs to another device or setting.
         batch: batch size of the deployment.
+        precision: of the deployment; ``model`` itself is fp32.
         methods: what may be chosen, of ``filter``, ``rank``, ``block``, ``merge``.
-        progress: bars with the time left, on standard error.
+        progress: True for bars with the time left, on standard error; or a way of one's own.
     Raises:
         SluiceError: nothing can be cut; the table is foreign, damaged or cannot be written.
     """
-    methods = check_methods(methods)
-    runner = make_runner(target, threads)
-    dissection = dissect(model, batch, exclude)
-    if not dissection.analysis.groups:
-        raise SluiceError(f"nothing in this model can be cut: {dict(list(dissection.analysis.frozen.items())[:3])}")
-    fingerprint = fingerprint_here(target, threads, batch)
+    methods, show = check_methods(methods), progress_of(progress)
+    fingerprint = fingerprint_here(target, threads, batch, precision)
+    runner, dissection = make_runner(target, threads), _dissect(model, batch, exclude, methods)
     rng = np.random.default_rng(seed)
     with LatencyTable.open_or_create(table, fingerprint) as opened:
+        timing_cache.restore(runner, opened.get_blob(timing_cache.NAME))
         bench = Bench(opened, runner, make_anchor(opened, runner, rng), rng)
-        with _bar("staircases", progress) as advance:
-            stairs = explore(dissection, replace(bench, progress=advance))
-        with _bar("pieces", progress) as advance:
-            replace(bench, progress=advance).pieces(dissection, piece_points(dissection, stairs))
-        with _bar("joints", progress) as advance:
-            replace(bench, progress=advance).joints(dissection, joint_points(dissection, stairs))
-        with _bar("alternatives", progress) as advance:
+        found = survey(dissection, bench, show, batch=batch, methods=methods, exclude=exclude)
+        _check_choice(dissection, found.alternatives.options)
+        with show("engines") as advance:
             own = replace(bench, progress=advance)
-            alternatives = find_alternatives(dissection, stairs, own, batch, methods, exclude)
-        latency = assemble(dissection, stairs, opened, alternatives)
-        with _bar("engines", progress) as advance:
-            latency = calibrate(dissection, latency, replace(bench, progress=advance), alternatives)
-    return Profile(latency, dissection, fingerprint, target, bench.anchor.ms, alternatives.options)
+            latency = calibrate(dissection, found.latency(bench), own, found.alternatives)
+        cache = opened.get_blob(timing_cache.NAME)
+    return Profile(latency, dissection, fingerprint, target, bench.anchor.ms, found.alternatives.options, cache)
 
 
-class _bar:
-    """A tqdm bar that is told (done, total) of successive batches of points."""
+def profile_shard(
+    model: onnx.ModelProto,
+    table: str | os.PathLike[str],
+    shard: Shard,
+    *,
+    batch: int,
+    target: str = "ort-cpu",
+    threads: int = 1,
+    precision: str = "fp32",
+    exclude: Sequence[str] = (),
+    methods: Sequence[str] = ("filter",),
+    seed: int = 0,
+    progress: bool | Progress = True,
+) -> ShardDone:
+    """Measure one shard's share of what ``table`` lacks (`sluice.profiler.shards`); arguments as of `profile_onnx`.
 
-    def __init__(self, name: str, show: bool):
-        self.name, self.show = name, show
+    Engines are measured only where the table holds all points, as that of merged shards does.
+    """
+    methods, show = check_methods(methods), progress_of(progress)
+    fingerprint = fingerprint_here(target, threads, batch, precision)
+    runner, dissection = make_runner(target, threads), _dissect(model, batch, exclude, methods)
+    rng = np.random.default_rng(seed)
+    with LatencyTable.open_or_create(table, fingerprint) as opened:
+        timing_cache.restore(runner, opened.get_blob(timing_cache.NAME))
+        bench = Bench(opened, runner, make_anchor(opened, runner, rng), rng)
+        before = len(opened)
+        survey(dissection, bench, show, batch=batch, methods=methods, exclude=exclude, shard=shard)
+        points, engines = len(opened) - before, 0
+        known = survey_of_known(dissection, bench, batch=batch, methods=methods, exclude=exclude)
+        if known is not None:
+            with show("engines") as advance:
+                engines = measure_engine_share(known, replace(bench, progress=advance), shard, seed)
+    return ShardDone(shard, points, engines, known is not None)
 
-    def __enter__(self) -> Callable[[int, int], None]:
-        from tqdm import tqdm
 
-        self.bar = tqdm(desc=f"profile: {self.name}", unit="point", disable=not self.show, leave=False, delay=1.0)
-        self.before = 0
+def _dissect(model: onnx.ModelProto, batch: int, exclude: Sequence[str], methods: Sequence[str]) -> Dissection:
+    dissection = dissect(model, batch, exclude)
+    if tuple(methods) == ("filter",):
+        _check_choice(dissection, Options())
+    return dissection
 
-        def advance(done: int, total: int) -> None:
-            if done <= self.before:  # a new batch of points
-                self.before = 0
-            if self.before == 0:
-                self.bar.total = self.bar.n + total
-            self.bar.update(done - self.before)
-            self.before = done if done < total else 0
 
-        return advance
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
+def _check_choice(dissection: Dissection, options: Options) -> None:
+    """Something must be left to choose."""
+    if not (dissection.analysis.groups or options.ranks or options.drops or options.merges):
+        raise SluiceError(f"nothing in this model can be cut: {dict(list(dissection.analysis.frozen.items())[:3])}")

@@ -18,7 +18,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import onnx
 
+from sluice.passes.precision import typed
+from sluice.profiler import timing_cache
 from sluice.profiler.joints import Joint, find_joints, joint_models, joint_widths
 from sluice.profiler.measure import Anchor, Measurement, measure
 from sluice.profiler.pieces import Dissection, Piece, build_piece, spread_widths
@@ -61,19 +64,20 @@ class Bench:
                 for (_, extents), piece in chunk
             ]
             source_ms = self.sources([shape for _, shapes in built for shape in shapes])
-            found = self.time([self.runner.build(model) for model, _ in built])
+            found = self.time([self.session(model) for model, _ in built])
             self.table.put_many(
                 (key, extents, replace(m, ms=m.ms - sum(source_ms[s] for s in shapes)))
                 for ((key, extents), _), (_, shapes), m in zip(chunk, built, found, strict=True)
             )
             self.progress(start + len(chunk), len(points))
+            timing_cache.keep(self.runner, self.table)
 
     def sources(self, shapes: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
         """Milliseconds of sources by shape, measured once and kept."""
         missing = [s for s in dict.fromkeys(shapes) if self.table.get(SOURCE_KEY, s) is None]
         for start in range(0, len(missing), BATCH_OF_SESSIONS):
             chunk = missing[start : start + BATCH_OF_SESSIONS]
-            found = self.time([self.runner.build(source_model(shape)) for shape in chunk])
+            found = self.time([self.session(source_model(shape)) for shape in chunk])
             self.table.put_many([(SOURCE_KEY, s, m) for s, m in zip(chunk, found, strict=True)])
         return {shape: self.table.require(SOURCE_KEY, shape).ms for shape in shapes}
 
@@ -87,11 +91,18 @@ class Bench:
             own = _joint_groups(dissection, joint, extents)
             parts, whole, shapes = joint_models(dissection, joint, joint_widths(dissection, joint, own))
             source_ms = self.sources(shapes)
-            *single, together = self.time([self.runner.build(m) for m in (*parts, whole)])
+            *single, together = self.time([self.session(m) for m in (*parts, whole)])
             saved = sum(m.ms for m in single) - together.ms - sum(source_ms[s] for s in shapes)
             spread = max(m.spread for m in (*single, together))
             self.table.put(key, extents, Measurement(saved, spread, together.samples, together.clock))
             self.progress(done, len(points))
+            if done % BATCH_OF_SESSIONS == 0 or done == len(points):
+                timing_cache.keep(self.runner, self.table)
+
+    def session(self, model: onnx.ModelProto, *, part: bool = True) -> Session:
+        """The engine of a part of a network, or of a whole one, in the precision of the table."""
+        asked = self.table.fingerprint
+        return self.runner.build(typed(model, asked.precision, part=part, target=asked.runtime))
 
     def time(self, sessions: Sequence[Session]) -> tuple[Measurement, ...]:
         return measure(sessions, anchor=self.anchor, rng=self.rng)

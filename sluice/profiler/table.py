@@ -4,9 +4,8 @@
    pieces of different networks share their points.
 2. Everything written together is one transaction of SQLite's rollback journal, so a killed sweep loses what was in
    flight and nothing else; it goes on by asking which points are missing.
-3. The `Fingerprint` says what the times are valid for. A table is never opened for another one, and a file that is
-   not a table of this format is refused before SQLite may write to it.
-4. ``user_version`` of the file is the version of the format; ``application_id`` tells it from other SQLite files.
+3. The `Fingerprint` says what the times are valid for. A table is never opened for another one.
+4. A *blob* is what a runtime wants to find again next time, as bytes by name: its timing cache.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ import json
 import math
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,25 +22,20 @@ from typing import Any
 from sluice.errors import SluiceError
 from sluice.profiler.fingerprint import Fingerprint, difference
 from sluice.profiler.measure import Measurement
+from sluice.profiler.table_file import (
+    add_blobs,
+    check_content,
+    check_header,
+    connect,
+    exists,
+    lay_out,
+    transaction,
+    translated,
+)
 
 __all__ = ["LatencyTable"]
 
-APPLICATION_ID = 0x736C7569  # "slui"
-VERSION = 1
 MEMORY = ":memory:"
-
-SCHEMA = """
-CREATE TABLE fingerprint (json TEXT NOT NULL);
-CREATE TABLE pieces (key TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE points (
-    key TEXT NOT NULL, extents TEXT NOT NULL, ms REAL NOT NULL, spread REAL NOT NULL, samples INTEGER NOT NULL,
-    PRIMARY KEY (key, extents)) WITHOUT ROWID;
-CREATE TABLE calibrations (
-    model_key TEXT PRIMARY KEY, slope REAL NOT NULL, intercept REAL NOT NULL, error TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE engines (
-    model_key TEXT NOT NULL, widths TEXT NOT NULL, ms REAL NOT NULL, spread REAL NOT NULL, samples INTEGER NOT NULL,
-    PRIMARY KEY (model_key, widths)) WITHOUT ROWID;
-"""
 
 
 class LatencyTable:
@@ -58,18 +51,18 @@ class LatencyTable:
         """A new, empty table; `SluiceError` where ``path`` is taken. ``":memory:"`` makes one without a file."""
         name = os.fspath(path)
         if name == MEMORY:
-            connection = _connect(name)
-            _lay_out(connection, name, fingerprint)
+            connection = connect(name)
+            lay_out(connection, name, fingerprint)
             return cls(connection, name, fingerprint)
-        if _exists(name):
+        if exists(name):
             raise SluiceError(f"{name} exists already; open it, or remove it to measure anew")
         # Built aside and moved, so that a kill in between leaves no half-made table under the name.
         draft = Path(name).with_name(f".{Path(name).name}.{os.getpid()}")
         draft.unlink(missing_ok=True)
         try:
-            connection = _connect(str(draft))
+            connection = connect(str(draft))
             try:
-                _lay_out(connection, name, fingerprint)
+                lay_out(connection, name, fingerprint)
             finally:
                 connection.close()
             os.replace(draft, name)
@@ -77,7 +70,7 @@ class LatencyTable:
             raise SluiceError(f"cannot create {name}: {error}; choose a place that can be written") from error
         finally:
             draft.unlink(missing_ok=True)
-        return cls(_connect(name), name, fingerprint)
+        return cls(connect(name), name, fingerprint)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], expect: Fingerprint | None = None) -> LatencyTable:
@@ -87,10 +80,10 @@ class LatencyTable:
         it was), and where its fingerprint is not ``expect``.
         """
         name = os.fspath(path)
-        _check_header(name)
-        connection = _connect(name)
+        check_header(name)
+        connection = connect(name)
         try:
-            fingerprint = _check_content(connection, name)
+            fingerprint = check_content(connection, name)
             differences = difference(fingerprint, expect) if expect is not None else ()
             if differences:
                 raise SluiceError(
@@ -106,7 +99,7 @@ class LatencyTable:
     def open_or_create(cls, path: str | os.PathLike[str], fingerprint: Fingerprint) -> LatencyTable:
         """The table at ``path`` if there is one (it must have this fingerprint), else a new one."""
         name = os.fspath(path)
-        return cls.open(name, fingerprint) if name != MEMORY and _exists(name) else cls.create(name, fingerprint)
+        return cls.open(name, fingerprint) if name != MEMORY and exists(name) else cls.create(name, fingerprint)
 
     def close(self) -> None:
         self._connection.close()
@@ -160,7 +153,10 @@ class LatencyTable:
 
     def describe(self, key: str, text: str) -> None:
         """Say in words which piece ``key`` is, as in ``"Conv 3x3 16x28x28 + Relu"``."""
-        self._write("INSERT OR REPLACE INTO pieces VALUES (?, ?)", [(key, text)])
+        self.describe_all({key: text})
+
+    def describe_all(self, texts: Mapping[str, str]) -> None:
+        self._write("INSERT OR REPLACE INTO pieces VALUES (?, ?)", list(texts.items()))
 
     def description(self, key: str) -> str:
         """What `describe` said, or an empty string."""
@@ -189,6 +185,28 @@ class LatencyTable:
         rows = self._rows("SELECT widths, ms, spread, samples FROM engines WHERE model_key = ?", (model_key,))
         return [(json.loads(row[0]), self._measurement(row[1:])) for row in rows]
 
+    def networks(self) -> tuple[str, ...]:
+        """The model keys that have engines or a calibration."""
+        sql = "SELECT model_key FROM engines UNION SELECT model_key FROM calibrations ORDER BY model_key"
+        return tuple(row[0] for row in self._rows(sql))
+
+    def put_blob(self, name: str, content: bytes) -> None:
+        """Keep ``content`` under ``name``, replacing what was there."""
+        with translated(self.path), transaction(self._connection):
+            add_blobs(self._connection)
+            self._connection.execute("INSERT OR REPLACE INTO blobs VALUES (?, ?)", (name, content))
+
+    def get_blob(self, name: str) -> bytes | None:
+        if name not in self.blobs():
+            return None
+        return bytes(self._rows("SELECT content FROM blobs WHERE name = ?", (name,))[0][0])
+
+    def blobs(self) -> dict[str, int]:
+        """The size in bytes of every blob."""
+        if not self._rows("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'blobs'"):
+            return {}
+        return dict(self._rows("SELECT name, length(content) FROM blobs ORDER BY name"))
+
     def _columns(self, measurement: Measurement) -> tuple[float, float, int]:
         if not (math.isfinite(measurement.ms) and math.isfinite(measurement.spread)):
             raise SluiceError(f"a time of {measurement.ms} ms, spread {measurement.spread}, is none; measure again")
@@ -203,105 +221,13 @@ class LatencyTable:
         return Measurement(row[0], row[1], row[2], self.fingerprint.clock)
 
     def _rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        with _translated(self.path):
+        with translated(self.path):
             return self._connection.execute(sql, values).fetchall()
 
     def _write(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
-        with _translated(self.path), _transaction(self._connection):
+        with translated(self.path), transaction(self._connection):
             self._connection.executemany(sql, rows)
-
-
-def _connect(name: str) -> sqlite3.Connection:
-    with _translated(name):
-        return sqlite3.connect(name, timeout=30.0, isolation_level=None)
-
-
-def _lay_out(connection: sqlite3.Connection, name: str, fingerprint: Fingerprint) -> None:
-    with _translated(name), _transaction(connection):
-        for statement in SCHEMA.split(";\n"):
-            connection.execute(statement)
-        connection.execute("INSERT INTO fingerprint VALUES (?)", (fingerprint.to_json(),))
-        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        connection.execute(f"PRAGMA user_version = {VERSION}")
-
-
-def _exists(name: str) -> bool:
-    """An empty file, as temporary-file makers leave, counts as none."""
-    return os.path.exists(name) and (os.path.isdir(name) or os.path.getsize(name) > 0)
-
-
-def _check_header(name: str) -> None:
-    """Refuse what is not ours from its first bytes (SQLite's documented file header), without opening it as a table."""
-    try:
-        with open(name, "rb") as file:
-            header = file.read(100)
-    except OSError as error:
-        raise SluiceError(f"cannot open the latency table {name}: {error.strerror}; check the path") from error
-    if len(header) < 100 or header[:16] != b"SQLite format 3\0" or _big_endian(header[68:72]) != APPLICATION_ID:
-        raise SluiceError(f"{name} is not a latency table; choose another file, it was left as it is")
-    version = _big_endian(header[60:64])
-    if version > VERSION:
-        raise SluiceError(
-            f"{name} is of version {version}, this program knows up to {VERSION}; use a newer release of sluice"
-        )
-
-
-def _big_endian(data: bytes) -> int:
-    return int.from_bytes(data, "big")
-
-
-def _check_content(connection: sqlite3.Connection, name: str) -> Fingerprint:
-    try:
-        sound = connection.execute("PRAGMA quick_check(1)").fetchall() == [("ok",)]
-        rows = connection.execute("SELECT json FROM fingerprint").fetchall()
-        for table in ("pieces", "points", "calibrations", "engines"):
-            connection.execute(f"SELECT 1 FROM {table} LIMIT 1")
-    except sqlite3.OperationalError as error:
-        if "locked" in str(error):
-            raise SluiceError(f"{name} is in use by another process; wait for that to end") from error
-        sound, rows = False, []
-    except sqlite3.DatabaseError:
-        sound, rows = False, []
-    if not sound or len(rows) != 1:
-        raise SluiceError(f"the latency table {name} is damaged; restore a copy, or remove it and measure again")
-    return Fingerprint.from_json(rows[0][0])
 
 
 def _encode(extents: Sequence[int]) -> str:
     return json.dumps([int(extent) for extent in extents], separators=(",", ":"))
-
-
-@contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        # A full disk may have rolled back already.
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
-
-
-@contextmanager
-def _translated(name: str) -> Iterator[None]:
-    """SQLite's errors as the user's."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        reason = str(error)
-        advice = "check the path and its rights"
-        if "full" in reason:
-            advice = "what was recorded before is kept; make room on the disk and run again, it will go on from there"
-        elif "readonly" in reason:
-            advice = "what was recorded before is kept; make the file and its folder writable and run again"
-        elif "locked" in reason:
-            advice = "another process is writing to it; wait for that to end and run again"
-        elif "disk I/O" in reason:
-            advice = "what was recorded before is kept; check the disk and run again"
-        raise SluiceError(f"cannot use the latency table {name}: {reason}; {advice}") from error
-    except sqlite3.DatabaseError as error:
-        raise SluiceError(
-            f"the latency table {name} is damaged ({error}); restore a copy, or remove it and measure again"
-        ) from error

@@ -48,6 +48,33 @@ def test_rules_and_levels_hold(layers: int, seed: int, fixed: set[int]) -> None:
     assert all(rule.holds(plan) for rule in model.rules)
 
 
+@st.composite
+def systems(draw: st.DrawFn) -> LatencyModel:
+    """Up to seven switches under up to five linear rules with small coefficients, some switches fixed."""
+    names = [f"s{k}" for k in range(draw(st.integers(1, 7)))]
+    rules = []
+    for _ in range(draw(st.integers(0, 5))):
+        own = draw(st.lists(st.sampled_from(names), min_size=1, max_size=5, unique=True))
+        coefs = tuple((name, draw(st.sampled_from([1, 1, 1, -1, 2]))) for name in own)
+        rules.append(Rule(coefs, draw(st.integers(-1, 2))))
+    dense = {name: draw(st.integers(0, 1)) for name in names}
+    levels = {name: draw(st.sampled_from([(0, 1), (0, 1), (0, 1), (dense[name],)])) for name in names}
+    return LatencyModel((), dense, levels, rules=tuple(rules), switches=frozenset(names))
+
+
+@settings(max_examples=200, deadline=None)
+@given(systems(), st.integers(0, 2**31))
+def test_a_state_is_found_exactly_where_there_is_one(model: LatencyModel, seed: int) -> None:
+    states = itertools.product(*model.levels.values())
+    named = (dict(zip(model.levels, state, strict=True)) for state in states)
+    allowed = [plan for plan in named if all(rule.holds(plan) for rule in model.rules)]
+    if allowed:
+        assert random_configuration(model, np.random.default_rng(seed)) in allowed
+    else:
+        with pytest.raises(RuntimeError, match="exclude every configuration"):
+            random_configuration(model, np.random.default_rng(seed))
+
+
 def test_every_state_and_both_ends_occur() -> None:
     model = layered(3)
     rng = np.random.default_rng(0)
@@ -62,6 +89,15 @@ def test_every_state_and_both_ends_occur() -> None:
     assert {tuple(plan[s] for s in names) for plan in plans} == allowed
     dense = [sum(plan[f"dense {k}"] for k in range(3)) for plan in plans]
     assert min(dense.count(k) for k in (0, 3)) > 150
+
+
+def test_what_covers_several_layers_is_chosen_about_as_often_as_what_covers_one() -> None:
+    model = layered(5)
+    rng = np.random.default_rng(1)
+    plans = [random_configuration(model, rng) for _ in range(600)]
+    merged = np.mean([sum(plan[f"merge {k}"] for k in range(1, 5)) for plan in plans]) / 4
+    form = np.mean([sum(plan[f"form {k}"] for k in range(5)) for plan in plans]) / 5
+    assert 0.5 < merged / form < 2
 
 
 def test_without_switches_only_widths_are_drawn() -> None:

@@ -3,6 +3,9 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
 
 from sluice.latency import LatencyModel
 from sluice.passes.rewrite_onnx import cut_graph
@@ -16,6 +19,7 @@ from sluice.profiler.calibrate import (
     left_out,
     measure_engines,
     model_key,
+    rank_correlation,
 )
 from sluice.profiler.pieces import Dissection, dissect
 from sluice.profiler.sweep import Bench, explore, joint_points, piece_points
@@ -69,6 +73,14 @@ def test_errors_by_hand() -> None:
     assert found["median_abs_err"] == 0.0
     assert found["p95_abs_err"] == pytest.approx(0.45)  # of 0, 0, 0, 0.25, 0.5
     assert errors(np.array([2.0, 1.0, 3.0]), np.array([1.0, 2.0, 3.0]))["spearman"] == pytest.approx(0.5)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=12))
+def test_the_rank_correlation_shares_ranks_as_scipy_does(pairs: list[tuple[int, int]]) -> None:
+    a, b = (np.array(side, dtype=float) for side in zip(*pairs, strict=True))
+    assume(len(np.unique(a)) > 1 and len(np.unique(b)) > 1)
+    assert rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic, abs=1e-12)
 
 
 def profiled(dissection: Dissection, bench: Bench) -> LatencyModel:

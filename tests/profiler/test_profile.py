@@ -10,7 +10,7 @@ import pytest
 from sluice.errors import SluiceError
 from sluice.passes.rewrite_onnx import cut_graph
 from sluice.profiler import profile as profile_module
-from sluice.profiler.profile import Profile, fingerprint_here, profile_onnx
+from sluice.profiler.profile import UNFIT, Profile, fingerprint_here, profile_onnx
 from sluice.profiler.table import LatencyTable
 from sluice.runtime.compare import assert_close
 from tests.device import ANCHOR_MS, Cost, FakeRunner, chain, line, staircase
@@ -32,6 +32,12 @@ def promises(profile: Profile, runner: FakeRunner) -> tuple[list[float], list[fl
     plans = [plans[int(k)] for k in np.random.default_rng(0).integers(len(plans), size=25)]
     engines = [runner.ms(cut_graph(cut.model, cut.analysis, cut.masks(plan))) for plan in plans]
     return [profile.latency.ms(plan) for plan in plans], engines
+
+
+@pytest.mark.parametrize(("target", "precision"), UNFIT)
+def test_what_a_target_cannot_run_is_said_before_it_is_asked_for(target: str, precision: str) -> None:
+    with pytest.raises(SluiceError, match=f"^{target} cannot be timed in {precision}: .*; choose fp16, or another"):
+        profile_onnx(chain([20, 13], batch="N"), batch=2, target=target, precision=precision, progress=False)
 
 
 @pytest.mark.parametrize("cost", [staircase(16), staircase(8, 1.3)], ids=["16", "8"])
@@ -98,7 +104,6 @@ def test_the_bars_tell_all_points(on_fake: Callable[[FakeRunner], FakeRunner], m
 
     class Bar:
         def __init__(self, **given: object) -> None:
-            assert not given["disable"]
             self.n, self.total = 0, 0
             bars.append(self)
 

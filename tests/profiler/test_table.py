@@ -136,7 +136,7 @@ def damaged(kind: str, path: Path) -> None:
         elif kind == "garbled":
             data[4096:-4096] = b"\xa5" * (len(data) - 8192)
         elif kind == "newer":
-            data[60:64] = (2).to_bytes(4, "big")
+            data[60:64] = (3).to_bytes(4, "big")
         elif kind == "no schema":
             path.unlink()
             connection = sqlite3.connect(path)
@@ -157,7 +157,7 @@ def damaged(kind: str, path: Path) -> None:
         ("cut inside a page", "is damaged"),
         ("garbled", "is damaged"),
         ("no schema", "is damaged"),
-        ("newer", "is of version 2, this program knows up to 1"),
+        ("newer", "is of version 3, this program knows up to 2"),
     ],
 )
 def test_a_damaged_file_is_refused_and_left_alone(tmp_path: Path, kind: str, message: str) -> None:
@@ -267,7 +267,11 @@ def start(script: str, path: Path) -> subprocess.Popen[str]:
 
 def kill(process: subprocess.Popen[str]) -> str:
     process.kill()
-    rest, _ = process.communicate()
+    assert process.stdout is not None and process.stdin is not None
+    rest = process.stdout.read()  # communicate() would lose what readline() has buffered
+    process.stdin.close()
+    process.wait()
+    process.stdout.close()
     assert process.returncode in (-signal.SIGKILL, 1)
     return rest
 
@@ -315,3 +319,48 @@ def test_the_golden_table_loads(tmp_path: Path) -> None:
         assert table.description("conv") == "Conv 3x3 16x28x28 + Relu"
         assert table.get_calibration("net") == (0.875, 0.125, {"median": 0.015625})
         assert table.engines("net") == [({"g": 5, "h": 16}, Measurement(2.5, 0.01, 80, "thread_cpu"))]
+
+
+def test_blobs(tmp_path: Path) -> None:
+    path = tmp_path / "table.db"
+    with LatencyTable.create(path, ORIGIN) as table:
+        assert table.blobs() == {} and table.get_blob("timing cache") is None
+        table.put_blob("timing cache", b"\0\xff" * 5000)
+        table.put_blob("timing cache", b"\0\xfe" * 4000)
+        table.put_blob("empty", b"")
+    with LatencyTable.open(path) as table:
+        assert table.blobs() == {"empty": 0, "timing cache": 8000}
+        assert table.get_blob("timing cache") == b"\0\xfe" * 4000 and table.get_blob("empty") == b""
+
+
+def version(path: Path) -> int:
+    return int.from_bytes(path.read_bytes()[60:64], "big")
+
+
+def test_a_table_of_version_1_becomes_version_2_with_its_first_blob(tmp_path: Path) -> None:
+    path = tmp_path / "table.db"
+    path.write_bytes(GOLDEN.read_bytes())
+    assert version(path) == 1
+    with LatencyTable.open(path, ORIGIN) as table:
+        assert table.blobs() == {} and table.get_blob("timing cache") is None
+        table.put("conv", (9, 9), found(1.0))
+    assert version(path) == 1
+    with LatencyTable.open(path, ORIGIN) as table:
+        table.put_blob("timing cache", b"abc")
+    assert version(path) == 2
+    with LatencyTable.open(path, ORIGIN) as table:
+        assert table.get_blob("timing cache") == b"abc" and len(table) == 4
+        table.put_blob("timing cache", b"abcd")
+        assert table.blobs() == {"timing cache": 4} and table.networks() == ("net",)
+    assert version(filled(tmp_path / "new.db")) == 1
+
+
+def test_a_version_2_without_its_blobs_is_damaged(tmp_path: Path) -> None:
+    path = filled(tmp_path / "table.db")
+    with LatencyTable.open(path) as table:
+        table.put_blob("timing cache", b"abc")
+    connection = sqlite3.connect(path)
+    connection.execute("DROP TABLE blobs")
+    connection.close()
+    with pytest.raises(SluiceError, match="is damaged"):
+        LatencyTable.open(path)

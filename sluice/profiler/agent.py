@@ -1,0 +1,98 @@
+"""Run a job (`sluice.profiler.job`) on this device, which needs Python, numpy, onnx and the runtime, nothing else.
+
+    python job.zip -o table.db                               all code from the job
+    python -m sluice.profiler.agent job.zip -o table.db      where sluice is installed, with its dependencies or without
+
+1. The table is made, from what the job knows already, or continued. Running the same command again after a kill goes
+   on from there; what was lost is the batch of points in flight, which are timed in turns and so end together.
+2. ``--shard 2/8`` measures one share of it (`sluice.profiler.shards`).
+3. The summary goes to standard output, progress and errors to standard error. Exit status 0: done; 1: a mistake of the
+   user's, told in one sentence; 2: wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sluice.errors import SluiceError
+from sluice.files import write_atomically
+from sluice.profiler.fingerprint import Fingerprint, difference
+from sluice.profiler.job import SITE, read_job
+from sluice.profiler.profile import fingerprint_here, profile_onnx, profile_shard
+from sluice.profiler.progress import lines, silent
+from sluice.profiler.shards import Shard
+from sluice.profiler.summary import profile_summary, shard_summary
+from sluice.profiler.table import LatencyTable
+
+__all__ = ["main", "run_job"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one job; the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        data, text = run_job(args.job, args.out, Shard.parse(args.shard) if args.shard else None, quiet=args.quiet)
+    except SluiceError as error:
+        print(f"sluice: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("sluice: interrupted; what was measured is kept in the table", file=sys.stderr)
+        return 130
+    print(json.dumps(data, indent=2) if args.json else "\n".join(text))
+    return 0
+
+
+def run_job(
+    path: str | Path, table: str | Path, shard: Shard | None = None, *, quiet: bool = False
+) -> tuple[dict[str, Any], list[str]]:
+    """Measure what ``table`` lacks of the job, or one shard's share of it; the summary as data and as lines.
+
+    Raises:
+        SluiceError: the job or the table is damaged, foreign or newer, or the runtime is not here.
+    """
+    job, model, known = read_job(path)
+    if importlib.util.find_spec("onnx_graphsurgeon") is None:
+        sys.path.append(f"{path}/{SITE}")
+    fingerprint = fingerprint_here(job.target, job.threads, job.batch, job.precision)
+    if known is not None and not Path(table).exists():
+        _check_known(known, str(path), fingerprint)
+        write_atomically(table, known)
+    progress = silent if quiet else lines
+    if shard is not None:
+        return shard_summary(profile_shard(model, table, shard, **asdict(job), progress=progress))
+    return profile_summary(profile_onnx(model, table, **asdict(job), progress=progress), job.methods)
+
+
+def _check_known(table: bytes, job: str, here: Fingerprint) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "table.db"
+        copy.write_bytes(table)
+        with LatencyTable.open(copy) as opened:
+            differences = difference(opened.fingerprint, here)
+    if differences:
+        raise SluiceError(
+            f"the table in the job {job!r} was measured under other conditions: {'; '.join(differences)}; run the job "
+            f"on that device, or pack it without --table"
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Profile the network of a job on this device.")
+    parser.add_argument("job", metavar="JOB.zip", help="what `sluice profile --pack` wrote")
+    parser.add_argument("-o", "--out", required=True, metavar="TABLE.db", help="latency table, made or continued")
+    parser.add_argument("--shard", metavar="K/N", help="measure the share of one of N devices or hosts of this kind")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""What a run of the profiler has to tell, as data and as lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from sluice.profiler.profile import Profile, ShardDone
+
+__all__ = ["profile_summary", "shard_summary"]
+
+
+def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Dense and least milliseconds, the calibration's error, and what may be chosen.
+
+    The least that can be reached is found by scipy's solver; without scipy it is None and said to be unknown.
+    """
+    model, offered = measured.latency, measured.options
+    ranks = {option.rank for option in offered.ranks}
+    least = _least(measured, methods)
+    data: dict[str, Any] = {
+        "dense_ms": model.dense_ms(),
+        "least_ms": None if least is None else least[0],
+        "least_ms_alone": None if least is None else least[1],
+        "error": dict(model.error),
+        "levels": {g: list(v) for g, v in model.levels.items() if g not in model.switches and g not in ranks},
+        "ranks": {option.switch: list(model.levels[option.rank]) for option in offered.ranks},
+        "blocks": [drop.name for drop in offered.drops.values()],
+        "merges": list(offered.merges),
+    }
+    dense = data["dense_ms"]
+    reached = "least reachable not known without scipy"
+    if least is not None:
+        reached = f"least reachable {least[0]:.4g} ms ({least[0] / dense:.1%})"
+    lines = [
+        f"dense {dense:.4g} ms, {reached}",
+        f"calibration on {model.error['n']:.0f} engines: median error {model.error['median_abs_err']:.1%}, 95th "
+        f"percentile {model.error['p95_abs_err']:.1%}, rank correlation {model.error.get('spearman', 1.0):.3f}",
+        *(f"  by {name} alone {ms:.4g} ms ({ms / dense:.1%})" for name, ms in (least[1] if least else {}).items()),
+        "widths worth having",
+        *(f"  {group}: {_words(widths)}" for group, widths in data["levels"].items()),
+    ]
+    if offered.ranks:
+        lines += [f"ranks worth having: {len(ranks)}", *(f"  {s}: {_words(v)}" for s, v in data["ranks"].items())]
+    if offered.drops:
+        lines += [f"blocks that can be dropped: {len(offered.drops)}", *(f"  {name}" for name in data["blocks"])]
+    if offered.merges:
+        lines += [f"runs worth merging: {len(offered.merges)}", *(f"  {name}" for name in data["merges"])]
+    return data, lines
+
+
+def shard_summary(done: ShardDone) -> tuple[dict[str, Any], list[str]]:
+    """How much a shard measured, and what to do next."""
+    lines = [f"shard {done.shard}: {done.points} points and {done.engines} engines measured, its share is done"]
+    if done.complete:
+        lines.append("all points are there; engines of other shards, if any, come with `sluice table merge`")
+    else:
+        lines.append("merge the tables of all shards (`sluice table merge`), then profile on the result to finish")
+    return {**asdict(done), "shard": str(done.shard)}, lines
+
+
+def _least(measured: Profile, methods: Sequence[str]) -> tuple[float, dict[str, float]] | None:
+    """With all methods together, and with each of several alone."""
+    try:
+        from sluice.passes.decide import least_ms, restricted
+    except ImportError:
+        return None
+
+    def least_with(*names: str) -> float:
+        return least_ms(restricted(measured.latency, measured.options.sites(measured.latency, names))).promised_ms
+
+    return least_with(*methods), {name: least_with(name) for name in methods} if len(methods) > 1 else {}
+
+
+def _words(values: Iterable[object]) -> str:
+    return " ".join(map(str, values))
