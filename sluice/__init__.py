@@ -20,7 +20,7 @@ _WHERE = {
     "capture": "sluice.passes.capture",
     "close_gates": "sluice.passes.gating",
     "compress": "sluice.pipeline",
-    "export": "sluice.passes.export",
+    "export": "sluice.deploy",
     "finish": "sluice.pipeline",
     "insert_gates": "sluice.passes.gating",
     "load": "sluice.store",
@@ -53,10 +53,10 @@ __all__ = [
 
 if TYPE_CHECKING:
     from sluice.budget import Budget
+    from sluice.deploy import export
     from sluice.errors import SluiceError
     from sluice.passes.aten import analyze
     from sluice.passes.capture import capture
-    from sluice.passes.export import export
     from sluice.passes.gating import close_gates, insert_gates
     from sluice.passes.rewrite_onnx import rewrite_onnx
     from sluice.passes.rewrite_torch import rewrite_torch

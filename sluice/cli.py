@@ -12,12 +12,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from sluice import cli_options as options
 from sluice.cli_model import (
     blocks_in,
     data_of,
+    evaluate_of,
     factorable_in,
     inputs_of,
     is_onnx,
@@ -26,6 +28,7 @@ from sluice.cli_model import (
     read_onnx,
     runs_in,
 )
+from sluice.cli_table import add_table
 from sluice.errors import SluiceError
 
 __all__ = ["main"]
@@ -86,52 +89,51 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def profile(args: argparse.Namespace) -> int:
-    """Measure, on this device, what the table does not know yet."""
-    from sluice.passes.decide import least_ms, restricted
+    """Measure, on this device, what the table does not know yet; with --pack, write a job that does so elsewhere."""
+    from sluice.profiler.profile import profile_onnx, profile_shard
+    from sluice.profiler.shards import Shard
+    from sluice.profiler.summary import profile_summary, shard_summary
 
+    if args.pack:
+        return _pack(args)
+    if args.out or not args.table:
+        args.wrong("give --table TABLE.db, or --pack with -o JOB.zip")
+    shard = Shard.parse(args.shard) if args.shard else None
     settings = _settings(args)
+    dense = _dense_onnx(args)
+    if shard is not None:
+        return _print(args, *shard_summary(profile_shard(dense, shard=shard, **settings)))
+    return _print(args, *profile_summary(profile_onnx(dense, **settings), settings["methods"]))
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from sluice.profiler.job import Job, known_table, write_job
+
+    if not args.out or args.shard:
+        args.wrong("--pack writes one job for all shards: give -o JOB.zip, and --shard where the job is run")
+    settings = _settings(args)
+    names = ("batch", "target", "threads", "precision", "methods")
+    job = Job(**{n: settings[n] for n in names}, exclude=tuple(args.exclude))
+    known = known_table(args.table, job) if args.table else None
+    size = write_job(args.out, _dense_onnx(args), job, known)
+    lines = [f"{args.out}: {size:,} bytes; on the device: python {Path(args.out).name} -o TABLE.db"]
+    return _print(args, {"out": args.out, "bytes": size}, lines)
+
+
+def _dense_onnx(args: argparse.Namespace) -> Any:
+    """The dense network with its parameter names, from its file or its factory."""
+    from sluice.onnx_file import load_onnx
+
     if is_onnx(args.model):
-        from sluice.onnx_file import load_onnx
-        from sluice.profiler.profile import profile_onnx
+        return load_onnx(args.model)
+    from sluice.passes.export import to_onnx
+    from sluice.prepare import check_float32
+    from sluice.stages import stage
 
-        measured = profile_onnx(load_onnx(args.model), **settings)
-    else:
-        from sluice import profile as measure
-
-        measured = measure(model_of(args.model), inputs_of(args.model, args.shape, args.batch), **settings)
-    model, offered, methods = measured.latency, measured.options, settings["methods"]
-
-    def least_with(*names: str) -> float:
-        return least_ms(restricted(model, offered.sites(model, names))).promised_ms
-
-    least = least_with(*methods)
-    alone = {name: least_with(name) for name in methods} if len(methods) > 1 else {}
-    ranks = {option.rank for option in offered.ranks}
-    data: dict[str, Any] = {
-        "dense_ms": model.dense_ms(),
-        "least_ms": least,
-        "least_ms_alone": alone,
-        "error": dict(model.error),
-        "levels": {g: list(v) for g, v in model.levels.items() if g not in model.switches and g not in ranks},
-        "ranks": {option.switch: list(model.levels[option.rank]) for option in offered.ranks},
-        "blocks": [drop.name for drop in offered.drops.values()],
-        "merges": list(offered.merges),
-    }
-    lines = [
-        f"dense {model.dense_ms():.4g} ms, least reachable {least:.4g} ms ({least / model.dense_ms():.1%})",
-        f"calibration on {model.error['n']:.0f} engines: median error {model.error['median_abs_err']:.1%}, 95th "
-        f"percentile {model.error['p95_abs_err']:.1%}, rank correlation {model.error.get('spearman', 1.0):.3f}",
-        *(f"  by {name} alone {ms:.4g} ms ({ms / model.dense_ms():.1%})" for name, ms in alone.items()),
-        "widths worth having",
-        *(f"  {group}: {' '.join(map(str, widths))}" for group, widths in data["levels"].items()),
-    ]
-    if offered.ranks:
-        lines += [f"ranks worth having: {len(ranks)}", *(f"  {s}: {_words(v)}" for s, v in data["ranks"].items())]
-    if offered.drops:
-        lines += [f"blocks that can be dropped: {len(offered.drops)}", *(f"  {name}" for name in data["blocks"])]
-    if offered.merges:
-        lines += [f"runs worth merging: {len(offered.merges)}", *(f"  {name}" for name in data["merges"])]
-    return _print(args, data, lines)
+    model = model_of(args.model)
+    check_float32(model)
+    with stage("export", not args.quiet):
+        return to_onnx(model, inputs_of(args.model, args.shape, args.batch))
 
 
 def compress(args: argparse.Namespace) -> int:
@@ -146,7 +148,8 @@ def compress(args: argparse.Namespace) -> int:
     done = run(
         model_of(args.model), inputs_of(args.model, args.shape, args.batch), budget=args.budget,
         data=data_of(args.data), out=args.out, gate_epochs=args.gate_epochs, epochs=args.epochs,
-        rehearsal=args.rehearsal, lr=args.lr, **settings,
+        rehearsal=args.rehearsal, lr=args.lr, evaluate=evaluate_of(args.evaluate) if args.evaluate else None,
+        **settings,
     )  # fmt: skip
     if args.json:
         print(done.report.to_json(), end="")
@@ -192,10 +195,15 @@ def apply(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    """Write deployment-ready ONNX of the dense network or, with --plan, of the slim one."""
-    from sluice import export as write
+    """Write deployment-ready ONNX of the dense network or, with --plan, of the slim one; with --engine, build it."""
     from sluice import load
+    from sluice.cli_export import outcome
+    from sluice.deploy import export as write
 
+    if args.calibration and args.precision != "int8":
+        raise SluiceError(f"--calibration is for int8, not {args.precision}; leave it out, or give --precision int8")
+    if args.names and (args.engine or args.precision != "fp32"):
+        raise SluiceError("--names writes what plans are applied to, in fp32; leave out --engine and --precision")
     inputs = inputs_of(args.model, args.shape, 2)
     model = load(model_of(args.model), args.plan, example_inputs=inputs) if args.plan else model_of(args.model)
     if args.names:
@@ -204,9 +212,15 @@ def export(args: argparse.Namespace) -> int:
 
         done = to_onnx(model, inputs)
         save_onnx(done, args.out)
-    else:
-        done = write(model, args.out, inputs)
-    return _print(args, {"out": args.out, "bytes": done.ByteSize()}, [f"{args.out}: {done.ByteSize():,} bytes"])
+        return _print(args, {"out": args.out, "bytes": done.ByteSize()}, [f"{args.out}: {done.ByteSize():,} bytes"])
+    target = "tensorrt" if args.engine else args.target
+    calibration = data_of(args.calibration) if args.calibration else None
+    done = write(model, args.out, inputs, precision=args.precision, calibration=calibration, target=target)
+    found = outcome(done, args.out, args.engine, precision=args.precision, target=target, batch=args.batch)
+    _print(args, found.data, found.lines)
+    if found.refusal is not None:
+        raise found.refusal
+    return 0
 
 
 def check(args: argparse.Namespace) -> int:
@@ -262,7 +276,8 @@ def parser() -> argparse.ArgumentParser:
         return made
 
     verb(inspect, options.model, options.exclude)
-    verb(profile, options.model, options.table)
+    timed = verb(profile, options.model, options.profiling)
+    timed.set_defaults(wrong=timed.error)
     full = verb(compress, options.model, options.table, options.budget)
     full.add_argument("--out", required=True, help="folder for plan, weights, ONNX file and report")
     full.add_argument("--gate-epochs", type=int, default=0, help="epochs with gates; 0 decides in one shot (default 0)")
@@ -271,6 +286,7 @@ def parser() -> argparse.ArgumentParser:
         "--rehearsal", type=int, default=40, metavar="N", help="steps of training in which plans are compared "
         "before one is chosen; 0 takes the solver's word (default 40)",
     )  # fmt: skip
+    full.add_argument("--evaluate", metavar="FUNCTION", help="package.module:function from a module to its accuracy")
     full.add_argument("--lr", type=float, default=1e-3, help="learning rate of the weights (default 1e-3)")
     verb(plan, options.model, options.table, options.budget).add_argument(
         "-o", "--out", required=True, help="the plan to write"
@@ -279,25 +295,32 @@ def parser() -> argparse.ArgumentParser:
     cut.add_argument("model", metavar="MODEL.onnx", help="dense ONNX with parameter names (`sluice export --names`)")
     cut.add_argument("plan", metavar="PLAN.json")
     cut.add_argument("-o", "--out", required=True, help="the ONNX file to write")
-    write = verb(export, options.model)
+    write = verb(export, options.model, options.precision)
     write.add_argument("--plan", metavar="DIR", help="folder that `sluice compress` wrote, or a plan")
     write.add_argument(
         "--names", action="store_true", help="fold nothing: what `sluice apply` and `sluice profile` take"
     )
     write.add_argument("-o", "--out", required=True, help="the ONNX file to write")
+    write.add_argument(
+        "--calibration", metavar="DATA", help="for int8: package.module:factory of some hundred inputs in batches"
+    )
+    write.add_argument("--target", default="ort-cpu", help="for int8: runtime that the file is for (default ort-cpu)")
+    write.add_argument("--engine", metavar="FILE", help="build an engine with the TensorRT of this machine")
+    write.add_argument("--batch", type=int, default=1, help="batch size of the engine and of commands (default 1)")
     test = verb(check)
     test.add_argument("model", metavar="MODEL", help=f"{options.MODEL}, or its dense ONNX with parameter names")
     test.add_argument("folder", metavar="DIR", help="folder that `sluice compress` wrote")
     test.add_argument("--tolerance", type=float, default=TOLERANCE, help=f"relative (default {TOLERANCE:g})")
     time = verb(bench, options.device)
     time.add_argument("models", nargs="+", metavar="MODEL.onnx", help="ONNX files, measured in turns")
+    add_table(verbs)
     return top
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     from sluice.passes.options import check_methods
 
-    names = ("table", "batch", "target", "threads", "exclude")
+    names = ("table", "batch", "target", "threads", "precision", "exclude")
     settings = {name: getattr(args, name) for name in names}
     return {**settings, "methods": check_methods(args.methods.split(",")), "progress": not args.quiet}
 

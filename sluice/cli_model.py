@@ -11,7 +11,7 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sluice.errors import SluiceError
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "blocks_in",
     "data_of",
+    "evaluate_of",
     "factorable_in",
     "inputs_of",
     "is_onnx",
@@ -67,6 +68,12 @@ def data_of(spec: str) -> Iterable[Any]:
     if not isinstance(made, Iterable):
         raise SluiceError(f"{spec!r} returned {type(made).__name__}; let it return batches, a DataLoader for one")
     return made
+
+
+def evaluate_of(spec: str) -> Callable[[Any], float]:
+    """The function itself, from a module to a number; it is not called."""
+    found: Callable[[Any], float] = _found(spec, spec)
+    return found
 
 
 def inputs_of(spec: str, shape: tuple[int, ...] | None, batch: int) -> torch.Tensor:
@@ -191,8 +198,8 @@ def _excluded(weight: str, exclude: Sequence[str]) -> str | None:
     return next((p for p in exclude if any(fnmatch.fnmatchcase(name, p) for name in names)), None)
 
 
-def _made(spec: str, written: str) -> Any:
-    """What the factory returns; ``written`` is how the user named it."""
+def _found(spec: str, written: str) -> Any:
+    """The callable of that name; ``written`` is how the user named it."""
     _refuse_onnx(spec)
     place, _, name = spec.partition(":")
     if not place or not name:
@@ -212,6 +219,12 @@ def _made(spec: str, written: str) -> Any:
     if not callable(found):
         here = getattr(module, "__all__", [n for n, v in vars(module).items() if callable(v) and n[0] != "_"])
         raise SluiceError(f"{place!r} has no factory {name!r}; it has {', '.join(here[:12]) or 'none'}")
+    return found
+
+
+def _made(spec: str, written: str) -> Any:
+    """What the factory returns."""
+    found = _found(spec, written)
     try:
         return found()
     except SluiceError:

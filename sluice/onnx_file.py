@@ -6,10 +6,11 @@ plan is applied by.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import onnx
@@ -17,11 +18,13 @@ import onnx
 from sluice.errors import SluiceError
 from sluice.files import write_atomically
 
-__all__ = ["finalize", "load_onnx", "quiet", "save_onnx"]
+__all__ = ["buffers_of", "finalize", "load_onnx", "note_buffers", "quiet", "save_onnx", "without_defaults"]
+
+BUFFERS = "sluice.buffers"
 
 
 def load_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """The model in a file.
+    """The model in a file, its initialisers no inputs: `without_defaults`.
 
     Raises:
         SluiceError: the file cannot be read, or is none.
@@ -36,7 +39,25 @@ def load_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
         raise SluiceError(f"{name!r} is not an ONNX file ({reason}); give one that `sluice export` wrote") from None
     if not model.graph.node:  # an empty file is a valid message
         raise SluiceError(f"{name!r} is not an ONNX file (it holds no operator); give one that `sluice export` wrote")
-    return model
+    return without_defaults(model)
+
+
+def without_defaults(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with constant initialisers; itself if it is such a one.
+
+    Before IR version 4 every initialiser had to be a graph input too, and since then one that is can be fed another
+    value: nothing may be folded into it, or stored in another type.
+    """
+    initial = {init.name for init in model.graph.initializer}
+    kept = [info for info in model.graph.input if info.name not in initial]
+    if len(kept) == len(model.graph.input):
+        return model
+    done = onnx.ModelProto()
+    done.CopyFrom(model)
+    done.ir_version = max(done.ir_version, 4)
+    del done.graph.input[:]
+    done.graph.input.extend(kept)
+    return done
 
 
 def finalize(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -58,6 +79,18 @@ def save_onnx(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
     if model.ByteSize() >= 2**31:
         raise SluiceError(f"{os.fspath(path)!r} would exceed the 2 GiB of one ONNX file; export a smaller model")
     write_atomically(path, model.SerializeToString())
+
+
+def note_buffers(model: onnx.ModelProto, names: Iterable[str]) -> None:
+    """Say in the file which initialisers were buffers: ONNX does not tell what is trained from what is not."""
+    if noted := sorted(names):
+        model.metadata_props.add(key=BUFFERS, value=json.dumps(noted))
+
+
+def buffers_of(model: onnx.ModelProto) -> frozenset[str]:
+    """The initialisers that are known to have been buffers."""
+    noted = (entry.value for entry in model.metadata_props if entry.key == BUFFERS)
+    return frozenset(name for value in noted for name in json.loads(value))
 
 
 @contextmanager

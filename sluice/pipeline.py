@@ -2,77 +2,52 @@
 
 1. Everything is decided and its engine measured *before* fine-tuning, since latency does not depend on the weights.
 2. Closing and cutting are exact; their parity (closed = slim torch = slim ONNX) is part of the report. Accuracy changes
-   only in the two training stages and in the decision between them.
+   only in the two training stages, in the decision between them, and in the precision of the file.
+3. Everything up to that file is fp32; engines are timed in the precision that is asked for. int8 is calibrated on
+   `CALIBRATION` inputs of the training data.
+4. What may fail with a precision is tried on the cut network before it is trained: writing the file, and judging it.
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
-from torch import fx, nn
+from torch import nn
+from torch.utils import _pytree as pytree
 
 from sluice.budget import Budget, parse_budget
 from sluice.choose import Reading, ask, choose
 from sluice.closing import close
+from sluice.compressed import Compressed, claim
+from sluice.deploy import as_module, deploy_onnx
 from sluice.errors import SluiceError
-from sluice.files import write_atomically
 from sluice.macs import count_macs
-from sluice.onnx_file import finalize, save_onnx
-from sluice.outcome import captured_inputs, count_parameters, make_report, parity
+from sluice.onnx_file import finalize
+from sluice.outcome import captured_inputs, count_parameters, example_outputs, make_report, parity
 from sluice.passes.capture import Inputs
 from sluice.passes.decide import least_ms
 from sluice.passes.export import to_onnx
 from sluice.passes.gating import Gated, strip_gates
 from sluice.passes.importance import learned_scores
 from sluice.passes.options import METHODS, check_methods
+from sluice.passes.precision import check_precision
 from sluice.passes.rewrite_onnx import rewrite_onnx
 from sluice.passes.rewrite_torch import merge_runs, rewrite_torch
-from sluice.plan import Plan
-from sluice.prepare import Ready, check_precision, prepare
-from sluice.profiler.profile import Profile
-from sluice.report import Report
+from sluice.prepare import Ready, check_float32, prepare
 from sluice.stages import stage
-from sluice.store import save_weights
-from sluice.train import Data, Loss, check_data, default_loss, fit
-from sluice.verify import AIM, Question, Settled, measure_pair, settle
+from sluice.train import Data, Loss, check_data, default_loss, fit, split_batch
+from sluice.verify import AIM, final_pair, settle_first
 
 __all__ = ["Compressed", "compress", "finish", "sweep"]
 
 Evaluate = Callable[[nn.Module], float]
+CALIBRATION = 512
 PARITY = 1e-4  # relative; beyond this a rewrite has changed the function, and that is our fault
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Compressed:
-    """The slim network, how it was cut, its deployment file and the figures."""
-
-    module: fx.GraphModule
-    plan: Plan
-    onnx: onnx.ModelProto
-    report: Report
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """``plan.json``, ``slim.safetensors``, ``slim.onnx`` and ``report.json`` in ``folder``."""
-        _claim(folder)
-        # Made aside and moved when all are complete: a full disk must not leave one plan's weights beside another's.
-        try:
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".part") as part:
-                draft = Path(part)
-                self.plan.save(draft / "plan.json")
-                save_weights(self.module, draft / "slim.safetensors")
-                save_onnx(self.onnx, draft / "slim.onnx")
-                self.report.save(draft / "report.json")
-                for file in sorted(draft.iterdir()):
-                    os.replace(file, Path(folder) / file.name)
-        except OSError as error:
-            raise SluiceError(f"cannot write to {os.fspath(folder)!r}: {error}; choose another folder") from error
 
 
 def compress(
@@ -86,6 +61,7 @@ def compress(
     batch: int = 1,
     target: str = "ort-cpu",
     threads: int = 1,
+    precision: str = "fp32",
     exclude: Sequence[str] = (),
     methods: Sequence[str] = METHODS,
     gate_epochs: int = 0,
@@ -105,6 +81,7 @@ def compress(
         data: re-iterable batches, ``(inputs, labels)`` or inputs alone.
         table: latency table (SQLite), made or continued.
         out: folder for plan, weights, ONNX and report.
+        precision: that the network is deployed and timed in: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
         methods: what may be done to the network, of ``filter``, ``rank``, ``block``, ``merge``.
         gate_epochs: epochs of training with gates; 0 scores channels in one shot (Fisher, with or without labels).
         epochs: epochs of fine-tuning with the dense network as teacher.
@@ -117,13 +94,15 @@ def compress(
     methods = check_methods(methods)
     parse_budget(budget, 1.0)  # a typing error is said before anything is measured, and so is the rest of these
     _check_rehearsal(rehearsal)
-    check_precision(model)
+    check_precision(precision)
+    check_float32(model)
     check_data(model, data, loss=loss)
     if out is not None:
-        _claim(out)
+        claim(out)
     ready = prepare(
         model, example_inputs, budget=budget, data=data, table=table, batch=batch, target=target, threads=threads,
-        exclude=exclude, methods=methods, gate_epochs=gate_epochs, lr=lr, loss=loss, progress=progress,
+        precision=precision, exclude=exclude, methods=methods, gate_epochs=gate_epochs, lr=lr, loss=loss,
+        progress=progress,
     )  # fmt: skip
     return _finish(
         ready, budget, data=data, epochs=epochs, rehearsal=rehearsal, lr=lr, loss=loss, evaluate=evaluate, out=out,
@@ -142,6 +121,7 @@ def sweep(
     batch: int = 1,
     target: str = "ort-cpu",
     threads: int = 1,
+    precision: str = "fp32",
     exclude: Sequence[str] = (),
     methods: Sequence[str] = METHODS,
     epochs: int = 10,
@@ -153,23 +133,26 @@ def sweep(
 ) -> Iterator[tuple[str, Compressed]]:
     """`compress` for several budgets, one after the other: the network is profiled and every choice priced only once.
 
-    No gates are trained, since those would be trained for one budget. Arguments and errors are those of `compress`;
+    No gates are trained, since those would be trained for one budget. Arguments and errors are those of `compress`,
+    and the first budget that fails ends the sweep; that one cannot be met is said before anything is priced.
     ``out/<budget without its %>`` holds the files of a budget.
     """
     methods = check_methods(methods)
+    if not budgets:
+        raise SluiceError("there are no budgets; give at least one, budgets=['50%']")
     for budget in budgets:
         parse_budget(budget, 1.0)
     _check_rehearsal(rehearsal)
-    check_precision(model)
+    check_precision(precision)
+    check_float32(model)
     check_data(model, data, loss=loss)
     folders = {budget: None if out is None else Path(out) / budget.strip().removesuffix("%") for budget in budgets}
     for folder in folders.values():
         if folder is not None:
-            _claim(folder)
+            claim(folder)
     ready = prepare(
-        model, example_inputs, budget=min(budgets, key=lambda b: parse_budget(b, 1.0)), data=data, table=table,
-        batch=batch, target=target, threads=threads, exclude=exclude, methods=methods, gate_epochs=0, lr=lr, loss=loss,
-        progress=progress,
+        model, example_inputs, budget=budgets, data=data, table=table, batch=batch, target=target, threads=threads,
+        precision=precision, exclude=exclude, methods=methods, loss=loss, progress=progress,
     )  # fmt: skip
     for budget, folder in folders.items():
         started = time.perf_counter()
@@ -208,8 +191,10 @@ def finish(
         raise SluiceError("this budget has no profile, so no engine can be measured; make it from sluice.profile(...)")
     methods = check_methods(methods)
     given = importance if importance is not None else {}
-    scores = learned_scores(gated.gates) if importance is None and "filter" in methods else given
-    question = ask(gated, budget.profile, methods, scores, data=data, loss=loss)
+    learned = importance is None and "filter" in methods and gated.meta["analysis"].groups
+    scores = learned_scores(gated.gates) if learned else given
+    with stage("price every choice", progress) as advance:
+        question = ask(gated, budget.profile, methods, scores, data=data, loss=loss, advance=advance)
     reference = teacher if teacher is not None else strip_gates(gated, thresholded=True).eval()
     return _finish(
         Ready(gated, budget.profile, methods, reference, question), budget.target, data=data, epochs=epochs,
@@ -224,7 +209,9 @@ def _finish(
     started: float,
 ) -> Compressed:  # fmt: skip
     gated, measured, methods, reference = ready.gated, ready.measured, ready.methods, ready.teacher
-    question = ready.question
+    question, precision = ready.question, measured.fingerprint.precision
+    if precision == "int8" and data is None:
+        raise SluiceError("int8 is calibrated on data; give data= some batches of inputs")
     stripped = strip_gates(gated, thresholded=True).eval()
     inputs = captured_inputs(stripped)
     readings: list[Reading] = []
@@ -237,58 +224,53 @@ def _finish(
         )  # fmt: skip
     with stage("decide and verify on engines", progress):
         dense_onnx = to_onnx(stripped, inputs)
-        settled = _settle([*(r.question for r in readings), question], budget, dense_onnx)
+        settled = settle_first([*(r.question for r in readings), question], budget, dense_onnx)
     slim = rewrite_torch(stripped, settled.plan, inputs, merged=False).eval()
-    closed = parity(
-        close(gated, settled.answer).eval(),
-        slim,
-        finalize(rewrite_onnx(dense_onnx, settled.plan)),
-        stripped,
-        measured,
-    )
+    cut = finalize(rewrite_onnx(dense_onnx, settled.plan))
+    closed = parity(close(gated, settled.answer).eval(), slim, cut, stripped)
     _same(closed)
+
+    def deploy(model: onnx.ModelProto) -> tuple[onnx.ModelProto, float | None]:
+        if precision == "fp32":
+            return model, None
+        batches = None if data is None else _first(data, CALIBRATION)
+        made = deploy_onnx(model, precision, batches, target=measured.target)
+        return made, None if evaluate is None else evaluate(as_module(made, example_outputs(slim, stripped)))
+
+    deploy(cut)  # rule 4
     if epochs and data is not None:
         fit(slim, data, epochs=epochs, teacher=reference, loss=loss, lr=lr, progress=progress, name="fine-tune")
     slim = merge_runs(slim, settled.plan).eval()
     with stage("export and measure", progress):
         slim_onnx = finalize(to_onnx(slim, inputs))
-        exported = parity(slim, slim, slim_onnx, stripped, measured)
+        exported = parity(slim, slim, slim_onnx, stripped)
         dense_engine = finalize(dense_onnx)
-        dense_ms, slim_ms = _final_pair(measured, dense_engine, slim_onnx, budget)
+        deployed, metric_deployed = deploy(slim_onnx)
+        dense_ms, slim_ms = final_pair(measured, measured.engine(dense_engine), deployed, budget)
     report = make_report(
         measured, settled, dense_ms=dense_ms, slim_ms=slim_ms, worst=max(closed, exported),
         budget_ms=parse_budget(budget, dense_ms),
         params=(count_parameters(stripped), count_parameters(slim)),
         macs=(count_macs(dense_engine), count_macs(slim_onnx)),
-        metrics=(None, None) if evaluate is None else (evaluate(reference), evaluate(slim)),
-        frozen=gated.meta["analysis"].frozen, seconds=time.perf_counter() - started, losses=ready.question.losses,
+        metrics=(*((None, None) if evaluate is None else (evaluate(reference), evaluate(slim))), metric_deployed),
+        frozen={**gated.meta["analysis"].frozen, **measured.options.refused},
+        seconds=time.perf_counter() - started, losses=ready.question.losses,
         readings=[(r.name, r.answer.choice.promised_ms, r.rehearsed) for r in readings],
     )  # fmt: skip
-    done = Compressed(slim, settled.plan, slim_onnx, report)
+    done = Compressed(slim, settled.plan, slim_onnx, deployed, report)
     if out is not None:
         done.save(out)
     _same(exported)  # last: what was trained is saved even then
     return done
 
 
-def _settle(questions: Sequence[Question], budget: str | Mapping[str, str | float], dense: onnx.ModelProto) -> Settled:
-    """The first question that has an engine within the budget: what trained best may just not be fast enough."""
-    for question in questions[:-1]:
-        try:
-            return settle(question, budget, dense)
-        except SluiceError:
-            continue
-    return settle(questions[-1], budget, dense)
-
-
-def _final_pair(
-    measured: Profile, dense: onnx.ModelProto, slim: onnx.ModelProto, budget: str | Mapping[str, str | float]
-) -> tuple[float, float]:
-    """Milliseconds of both engines; where a first measurement says that the budget is missed, the median of three."""
-    pairs = [measure_pair(measured, dense, slim, seed=99)]
-    if pairs[0][1] > parse_budget(budget, pairs[0][0]):
-        pairs += [measure_pair(measured, dense, slim, seed=seed) for seed in (100, 101)]
-    return sorted(pairs, key=lambda pair: pair[1] / pair[0])[len(pairs) // 2]
+def _first(data: Data, count: int) -> Iterator[object]:
+    """Batches until ``count`` inputs have come."""
+    for batch in data:
+        yield batch
+        count -= len(pytree.tree_leaves(split_batch(batch)[0])[0])
+        if count <= 0:
+            return
 
 
 def _check_rehearsal(steps: int) -> None:
@@ -299,10 +281,3 @@ def _check_rehearsal(steps: int) -> None:
 def _same(worst: float) -> None:
     if worst > PARITY:
         raise AssertionError(f"two forms of the slim network differ by {worst:.2e} of the output's scale")
-
-
-def _claim(folder: str | os.PathLike[str]) -> None:
-    """Make the folder, and make sure that it can be written to."""
-    probe = Path(folder) / ".probe"
-    write_atomically(probe, b"")
-    probe.unlink()

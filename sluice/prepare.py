@@ -26,10 +26,10 @@ from sluice.passes.importance import learned_scores
 from sluice.passes.options import BSR, METHODS
 from sluice.profiler.profile import Profile, profile_onnx
 from sluice.stages import stage
-from sluice.train import Data, Loss, fit
+from sluice.train import Data, Loss, default_loss, fit
 from sluice.verify import AIM, Question
 
-__all__ = ["Ready", "check_precision", "check_reachable", "prepare", "profile"]
+__all__ = ["Ready", "check_float32", "check_reachable", "prepare", "profile"]
 
 
 def profile(
@@ -40,17 +40,19 @@ def profile(
     batch: int = 1,
     target: str = "ort-cpu",
     threads: int = 1,
+    precision: str = "fp32",
     exclude: Sequence[str] = (),
     methods: Sequence[str] = METHODS,
     progress: bool = True,
 ) -> Profile:
     """Measure, on this device, what ``table`` does not know yet about the model; see `sluice.profiler.profile_onnx`."""
-    check_precision(model)
+    check_float32(model)
     with stage("export", progress):
         dense = to_onnx(model, example_inputs)
     return profile_onnx(
-        dense, table, batch=batch, target=target, threads=threads, exclude=exclude, methods=methods, progress=progress
-    )
+        dense, table, batch=batch, target=target, threads=threads, precision=precision, exclude=exclude,
+        methods=methods, progress=progress,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,43 +67,51 @@ class Ready:
 
 
 def prepare(
-    model: nn.Module, example_inputs: Inputs, *, budget: str | Mapping[str, str | float], data: Data,
-    table: str | os.PathLike[str], batch: int, target: str, threads: int, exclude: Sequence[str],
-    methods: tuple[str, ...], gate_epochs: int, lr: float, loss: Loss, progress: bool,
+    model: nn.Module, example_inputs: Inputs, *, budget: str | Mapping[str, str | float] | Sequence[str], data: Data,
+    table: str | os.PathLike[str], batch: int, target: str, threads: int, precision: str, exclude: Sequence[str],
+    methods: tuple[str, ...], gate_epochs: int = 0, lr: float = 1e-3, loss: Loss = default_loss, progress: bool,
 ) -> Ready:  # fmt: skip
-    """Profile, train gates or score channels, price every choice."""
+    """Profile, train gates (at ``lr``, if there are ``gate_epochs``) or score channels, price every choice.
+
+    Several budgets may be given where no gates are trained.
+    """
+    budgets = [budget] if isinstance(budget, (str, Mapping)) else list(budget)
     measured = profile(
-        model, example_inputs, table, batch=batch, target=target, threads=threads, exclude=exclude, methods=methods,
-        progress=progress,
+        model, example_inputs, table, batch=batch, target=target, threads=threads, precision=precision,
+        exclude=exclude, methods=methods, progress=progress,
     )  # fmt: skip
-    check_reachable(measured, methods, budget)  # says at once if the budget cannot be met
-    steps = max(1, gate_epochs * length(data))
-    gated = insert_gates(model, example_inputs, steps=steps, exclude=exclude)
+    for each in budgets:
+        check_reachable(measured, methods, each)  # says at once if a budget cannot be met
+    widths_vary = bool(measured.dissection.analysis.groups)
+    gated = insert_gates(model, example_inputs, exclude=exclude, kinds=("filter",) if widths_vary else ())
     teacher = strip_gates(gated).eval()
     scores: Mapping[str, np.ndarray] = {}
     if methods == (BSR,):
         question = ask(gated, measured, methods, scores, data=data, loss=loss)
-        ranks = question.answer(AIM * parse_budget(budget, measured.latency.dense_ms())).plan.factorizations
-        if gate_epochs and ranks:
-            fit(
-                gated, data, epochs=gate_epochs, teacher=teacher, loss=stable_rank_loss(loss, gated, ranks), lr=lr,
-                progress=progress, name="stable ranks",
-            )  # fmt: skip
+        if gate_epochs:
+            target_ms = AIM * parse_budget(budgets[0], measured.latency.dense_ms())
+            ranks = question.answer(target_ms).plan.factorizations
+            if ranks:
+                fit(
+                    gated, data, epochs=gate_epochs, teacher=teacher, loss=stable_rank_loss(loss, gated, ranks), lr=lr,
+                    progress=progress, name="stable ranks",
+                )  # fmt: skip
         return Ready(gated, measured, methods, teacher, question)
-    trained = (
-        insert_all(model, example_inputs, measured, methods, steps=steps, exclude=exclude) if gate_epochs else None
-    )
-    held = None if trained is None else _budget(trained, measured, budget)
+    trained: Gated | None = None
+    if gate_epochs:
+        steps = max(1, gate_epochs * _length(data))
+        trained = insert_all(model, example_inputs, measured, methods, steps=steps, exclude=exclude)
+    held = None if trained is None else _budget(trained, measured, budgets[0])
     if trained is not None and held is not None:
         gated = trained
         fit(gated, data, epochs=gate_epochs, teacher=teacher, budget=held, loss=loss, lr=lr, progress=progress,
             name="gates")  # fmt: skip
-        scores = learned_scores(gated.gates) if "filter" in methods else {}
+        scores = learned_scores(gated.gates) if "filter" in methods and widths_vary else {}
         absorb_masks(gated)  # what is priced next is the network that was trained
-    elif "filter" in methods:
+    elif "filter" in methods and widths_vary:
         scores = one_shot_scores(gated, data, loss)
-    with stage("price every choice", progress):
-        question = ask(gated, measured, methods, scores, data=data, loss=loss)
+    with stage("price every choice", progress) as advance:
+        question = ask(gated, measured, methods, scores, data=data, loss=loss, advance=advance)
     return Ready(gated, measured, methods, teacher, question)
 
 
@@ -122,14 +132,14 @@ def check_reachable(measured: Profile, methods: Sequence[str], budget: str | Map
         raise unreachable(target_ms, least, latency.dense_ms(), structure=tuple(methods) != ("filter",))
 
 
-def check_precision(model: nn.Module) -> None:
-    """Only float32 is measured so far."""
+def check_float32(model: nn.Module) -> None:
+    """The network itself is float32; the precision of its deployment is another matter."""
     for name, tensor in model.named_parameters():
         if tensor.dtype != torch.float32:
             raise SluiceError(
-                f"parameter {name!r} is {tensor.dtype}, only float32 is supported so far; call model.float()"
+                f"parameter {name!r} is {tensor.dtype}; call model.float(), and give the deployment's as precision="
             )
 
 
-def length(data: Data) -> int:
+def _length(data: Data) -> int:
     return len(data) if hasattr(data, "__len__") else sum(1 for _ in data)  # type: ignore[arg-type]

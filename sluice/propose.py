@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from sluice.budget import parse_budget
-from sluice.choose import ask, one_shot_scores
 from sluice.passes.capture import Inputs
-from sluice.passes.gating import insert_gates
 from sluice.passes.options import METHODS, check_methods
 from sluice.plan import Plan
-from sluice.prepare import check_reachable, profile
-from sluice.train import Data, check_data, default_loss
+from sluice.prepare import prepare
+from sluice.train import Data, check_data
 
 __all__ = ["Proposal", "propose"]
 
@@ -41,6 +39,7 @@ def propose(
     batch: int = 1,
     target: str = "ort-cpu",
     threads: int = 1,
+    precision: str = "fp32",
     exclude: Sequence[str] = (),
     methods: Sequence[str] = METHODS,
     progress: bool = True,
@@ -52,15 +51,11 @@ def propose(
     methods = check_methods(methods)
     parse_budget(budget, 1.0)
     check_data(model, data)
-    measured = profile(
-        model, example_inputs, table, batch=batch, target=target, threads=threads, exclude=exclude, methods=methods,
-        progress=progress,
+    ready = prepare(
+        model, example_inputs, budget=budget, data=data, table=table, batch=batch, target=target, threads=threads,
+        precision=precision, exclude=exclude, methods=methods, progress=progress,
     )  # fmt: skip
-    check_reachable(measured, methods, budget)
-    gated = insert_gates(model, example_inputs, exclude=exclude)
-    target_ms = parse_budget(budget, measured.latency.dense_ms())
-    scores = one_shot_scores(gated, data)
-    question = ask(gated, measured, methods, scores, data=data, loss=default_loss)
-    answer = question.answer(target_ms)
-    choice = answer.choice
-    return Proposal(answer.plan, target_ms, measured.latency.dense_ms(), choice.promised_ms, choice.retained)
+    dense_ms = ready.measured.latency.dense_ms()
+    target_ms = parse_budget(budget, dense_ms)
+    answer = ready.question.answer(target_ms)
+    return Proposal(answer.plan, target_ms, dense_ms, answer.choice.promised_ms, answer.choice.retained)

@@ -1,8 +1,8 @@
 """What was promised, what was measured, and what was left alone, as one frozen value.
 
-JSON (``version`` 2; 1, which knew widths only, still loads) and a terminal table. Times are milliseconds,
-``parity_max_rel`` is the largest deviation of the slim network's output relative to the dense output's scale. Figures
-that were not taken are ``None``.
+JSON (``version`` 3; 1, which knew widths only, and 2, which knew fp32 only, still load) and a terminal table. Times are
+milliseconds, ``parity_max_rel`` is the largest deviation of the slim network's output relative to the dense output's
+scale. Figures that were not taken are ``None``.
 """
 
 from __future__ import annotations
@@ -22,8 +22,13 @@ if TYPE_CHECKING:
 
 __all__ = ["EditRow", "GroupRow", "MethodRow", "PieceRow", "Report", "edit_rows"]
 
-VERSION = 2
-SINCE_2: dict[str, Any] = {"methods": (), "edits": (), "readings": ()}  # what reports of version 1 lack
+VERSION = 3
+# What reports of earlier versions lack, by version.
+LATER: dict[int, dict[str, Any]] = {
+    1: {"methods": (), "edits": (), "readings": (), "metric_deployed": None},
+    2: {"metric_deployed": None},
+    VERSION: {},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +96,8 @@ class Report:
     """The outcome of one compression.
 
     ``readings`` are the plans that were rehearsed: name, promised milliseconds, held-out loss after every round that
-    the plan took part in. The first is the one that was trusted.
+    the plan took part in. The first is the one that was trusted. ``metric_deployed`` is that of the file itself, where
+    its precision (``fingerprint["precision"]``) is not fp32.
     """
 
     budget_ms: float
@@ -115,6 +121,7 @@ class Report:
     methods: tuple[MethodRow, ...] = ()
     edits: tuple[EditRow, ...] = ()
     readings: tuple[tuple[str, float, tuple[float, ...]], ...] = ()
+    metric_deployed: float | None = None
 
     def met(self) -> bool:
         """Whether the measured (where there is none, the promised) time is within the budget."""
@@ -131,12 +138,11 @@ class Report:
         except json.JSONDecodeError as error:
             raise SluiceError(f"this is no report: {error}; give the JSON that Report.save wrote") from None
         version = data.pop("version", None) if isinstance(data, dict) else None
-        if version not in (1, VERSION):
+        if version not in LATER:
             raise SluiceError(
                 f"report has version {version!r}, this package reads 1 to {VERSION}; make the report again"
             )
-        if version == 1:
-            data = {**SINCE_2, **data}
+        data = {**LATER[version], **data}
         names = {f.name for f in fields(cls)}
         if set(data) != names:
             raise SluiceError(f"report lacks or adds {sorted(set(data) ^ names)}; make the report again")
@@ -199,6 +205,11 @@ class Report:
             both = self.metric_dense is not None and self.metric_slim is not None
             change = f"{(self.metric_slim or 0.0) - (self.metric_dense or 0.0):+.4g}" if both else ""
             table.add_row("metric", _figure(self.metric_dense, ".4f"), _figure(self.metric_slim, ".4f"), change)
+        if self.metric_deployed is not None:
+            name = f"metric in {self.fingerprint.get('precision', 'the file')}"
+            both = self.metric_dense is not None
+            change = f"{self.metric_deployed - (self.metric_dense or 0.0):+.4g}" if both else ""
+            table.add_row(name, "", _figure(self.metric_deployed, ".4f"), change)
         return table
 
     def _verdict(self) -> str:

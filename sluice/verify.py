@@ -27,7 +27,16 @@ from sluice.profiler.engine import build_engine
 from sluice.profiler.measure import measure
 from sluice.profiler.profile import Profile
 
-__all__ = ["Answer", "Question", "Settled", "measure_configurations", "measure_pair", "settle"]
+__all__ = [
+    "Answer",
+    "Question",
+    "Settled",
+    "final_pair",
+    "measure_configurations",
+    "measure_pair",
+    "settle",
+    "settle_first",
+]
 
 ROUNDS = 4
 RUNS = 3
@@ -88,7 +97,7 @@ class Settled:
 
 
 def measure_pair(profile: Profile, dense: onnx.ModelProto, slim: onnx.ModelProto, seed: int = 0) -> tuple[float, float]:
-    """Milliseconds of both engines, interleaved; of three such runs the one with the median ratio.
+    """Milliseconds of both files as they are, interleaved; of three such runs the one with the median ratio.
 
     One run may fall into an episode in which the host slows one engine more than the other.
     """
@@ -106,7 +115,9 @@ def measure_pair(profile: Profile, dense: onnx.ModelProto, slim: onnx.ModelProto
 def measure_configurations(profile: Profile, configurations: Sequence[Mapping[str, int]]) -> list[float]:
     """Milliseconds of engines with the first channels of every group kept, interleaved."""
     runner = profile.runner()
-    sessions = [runner.build(build_engine(profile.dissection, one, profile.options)) for one in configurations]
+    sessions = [
+        runner.build(profile.engine(build_engine(profile.dissection, one, profile.options))) for one in configurations
+    ]
     found = measure(sessions, min_rounds=60, anchor=profile.anchor(runner), rng=np.random.default_rng(0))
     return [m.ms for m in found]
 
@@ -119,7 +130,8 @@ def settle(question: Question, budget: str | Mapping[str, str | float], dense: o
     Raises:
         SluiceError: the budget cannot be met.
     """
-    profile, dense_engine = question.profile, finalize(dense)
+    profile = question.profile
+    dense_engine = profile.engine(finalize(dense))
     target_ms = AIM * parse_budget(budget, profile.latency.dense_ms())
     least = least_ms(question.model).promised_ms
     best: Settled | None = None
@@ -131,7 +143,7 @@ def settle(question: Question, budget: str | Mapping[str, str | float], dense: o
             if fastest is None:
                 raise
             break
-        slim = finalize(rewrite_onnx(dense, answer.plan))
+        slim = profile.engine(finalize(rewrite_onnx(dense, answer.plan)))
         dense_ms, slim_ms = measure_pair(profile, dense_engine, slim, seed=attempt)
         budget_ms = parse_budget(budget, dense_ms)
         found = Settled(answer, budget_ms, dense_ms, slim_ms, attempt)
@@ -155,3 +167,29 @@ def settle(question: Question, budget: str | Mapping[str, str | float], dense: o
             f"{chosen.measured_ms:.4g} ms (dense {chosen.dense_ms:.4g} ms); ask for at least that"
         )
     return chosen
+
+
+def settle_first(
+    questions: Sequence[Question], budget: str | Mapping[str, str | float], dense: onnx.ModelProto
+) -> Settled:
+    """The first question that has an engine within the budget: what trained best may just not be fast enough.
+
+    The last one, which may move the most, says what is wrong where none has.
+    """
+    refused: dict[Question, SluiceError] = {}
+    for question in dict.fromkeys(questions):
+        try:
+            return settle(question, budget, dense)
+        except SluiceError as error:
+            refused[question] = error
+    raise refused[questions[-1]]
+
+
+def final_pair(
+    profile: Profile, dense: onnx.ModelProto, slim: onnx.ModelProto, budget: str | Mapping[str, str | float]
+) -> tuple[float, float]:
+    """Milliseconds of both engines; where a first measurement says that the budget is missed, the median of three."""
+    pairs = [measure_pair(profile, dense, slim, seed=99)]
+    if pairs[0][1] > parse_budget(budget, pairs[0][0]):
+        pairs += [measure_pair(profile, dense, slim, seed=seed) for seed in (100, 101)]
+    return sorted(pairs, key=lambda pair: pair[1] / pair[0])[len(pairs) // 2]

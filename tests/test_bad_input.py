@@ -180,8 +180,10 @@ def test_fisher_of_nan() -> None:
 
 def test_nothing_to_cut(refused: Refused, tmp_path: Path) -> None:
     assert "nothing in this model can be cut" in refused("inspect tests.tiny:uncuttable --shape 3,9,9")
-    said = refused("profile tests.tiny:uncuttable --shape 3,9,9", DEVICE, "--table", tmp_path / "new.db")
-    assert "nothing in this model can be cut" in said
+    uncuttable = f"profile tests.tiny:uncuttable --shape 3,9,9 {DEVICE} --table"
+    assert "nothing in this model can be cut" in refused(uncuttable, tmp_path / "new.db", "--methods filter")
+    # Whether a factor pays is known only when it has been measured.
+    assert "nothing in this model can be cut" in refused(uncuttable, tmp_path / "new.db", new=("new.db",))
     said = refused("inspect tests.tiny:model --shape 3,9,9 --exclude conv9")
     assert "exclude pattern 'conv9' matches no layer" in said
 
@@ -302,7 +304,7 @@ def test_disk_full_while_saving(refused: Refused, tmp_path: Path, monkeypatch: p
     def full(*_: object) -> None:
         raise SluiceError("cannot write 'slim.onnx': No space left on device; choose another folder or make room")
 
-    monkeypatch.setattr("sluice.pipeline.save_onnx", full)
+    monkeypatch.setattr("sluice.compressed.save_onnx", full)
     said = refused(
         f"compress tests.tiny:model {COMPRESS} --gate-epochs 0 --data tests.tiny:data --budget 80% --out", folder,
         "--table", table,
@@ -312,7 +314,7 @@ def test_disk_full_while_saving(refused: Refused, tmp_path: Path, monkeypatch: p
 
 def test_disk_full_while_profiling(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was recorded stays, and with room the next run goes on from there to the same result."""
-    connect = table_module._connect
+    connect = table_module.connect
 
     def small(name: str) -> sqlite3.Connection:
         connection = connect(name)
@@ -322,7 +324,7 @@ def test_disk_full_while_profiling(refused: Refused, tmp_path: Path, monkeypatch
     table = tmp_path / "new.db"
     profile = ("profile", dense_onnx_in(tmp_path), DEVICE, "--table", table)
     with monkeypatch.context() as patch:
-        patch.setattr(table_module, "_connect", small)
+        patch.setattr(table_module, "connect", small)
         said = refused(*profile, new=("new.db",))
     assert "full" in said
     assert "what was recorded before is kept" in said
@@ -337,7 +339,7 @@ def test_disk_full_while_profiling(refused: Refused, tmp_path: Path, monkeypatch
 
 def test_read_only_table(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rights do not bind the superuser, so the connection is made read-only."""
-    connect = table_module._connect
+    connect = table_module.connect
 
     def read_only(name: str) -> sqlite3.Connection:
         connection = connect(name)
@@ -346,7 +348,7 @@ def test_read_only_table(refused: Refused, tmp_path: Path, monkeypatch: pytest.M
 
     table = tmp_path / "t.db"
     LatencyTable.create(table, fingerprint_here("ort-cpu", 1, tiny.BATCH)).close()
-    monkeypatch.setattr(table_module, "_connect", read_only)
+    monkeypatch.setattr(table_module, "connect", read_only)
     said = refused("profile", dense_onnx_in(tmp_path), DEVICE, "--table", table)
     assert "readonly" in said
     assert "make the file and its folder writable" in said
@@ -387,8 +389,11 @@ def test_a_fixed_batch_is_not_measured_under_another_name() -> None:
         dissect(to_onnx(Fixed().eval(), torch.randn(3, 3, 9, 9)), 8)
 
 
-def test_another_precision_is_refused_before_anything_is_measured() -> None:
-    with pytest.raises(SluiceError, match=r"is torch\.float64, only float32"):
+def test_a_network_that_is_not_float32_is_refused_before_anything_is_measured() -> None:
+    with pytest.raises(
+        SluiceError,
+        match=r"'conv1\.weight' is torch\.float64; call model\.float\(\)",
+    ):
         sluice.compress(tiny.model().double(), tiny.inputs().double(), budget="50%", data=tiny.data())
 
 

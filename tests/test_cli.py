@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import sluice
 from sluice import __version__
 from sluice import cli_options as options
 from sluice.cli import main, parser
-from sluice.cli_model import inputs_of
+from sluice.cli_model import evaluate_of, inputs_of
+from sluice.errors import SluiceError
 from sluice.models import EXAMPLE_SHAPES, enliven
 from sluice.onnx_file import finalize, save_onnx
 from sluice.passes.aten import analyze
@@ -384,6 +386,33 @@ def test_interrupted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert "interrupted" in capsys.readouterr().err
 
 
+def test_a_function_that_evaluates_is_found_and_not_called() -> None:
+    assert evaluate_of("tests.tiny:raises") is tiny.raises
+    with pytest.raises(SluiceError, match=r"'tests\.tiny' has no factory 'nosuch'"):
+        evaluate_of("tests.tiny:nosuch")
+
+
+def test_what_compress_is_given_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: dict[str, object] = {}
+
+    def stop(*args: object, **settings: object) -> None:
+        given.update(settings)
+        raise SluiceError("stopped")
+
+    monkeypatch.setattr(sluice, "compress", stop, raising=False)
+    line = f"compress {MODEL} --shape 3,9,9 --budget 50% --data tests.tiny:data --precision int8 --target tensorrt"
+    assert main(words(line, "--evaluate tests.tiny:returns_a_number --table t.db --out", tmp_path / "out")) == 1
+    assert given["evaluate"] is tiny.returns_a_number
+    assert (given["precision"], given["target"], given["table"]) == ("int8", "tensorrt", "t.db")
+
+
+def test_calibration_is_for_int8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"export {MODEL} --shape 3,9,9 --calibration tests.tiny:data --precision fp16 -o"
+    assert main(words(line, tmp_path / "a.onnx")) == 1
+    assert "--calibration is for int8, not fp16; leave it out" in capsys.readouterr().err
+    assert not (tmp_path / "a.onnx").exists()
+
+
 def test_own_networks_know_their_inputs() -> None:
     for name, shape in EXAMPLE_SHAPES.items():
         assert tuple(inputs_of(f"sluice:{name}", None, 2).shape) == (2, *shape)
@@ -392,7 +421,7 @@ def test_own_networks_know_their_inputs() -> None:
 
 def test_every_verb_has_a_description() -> None:
     verbs = next(iter(parser()._subparsers._group_actions)).choices  # type: ignore[union-attr]
-    assert list(verbs) == ["inspect", "profile", "compress", "plan", "apply", "export", "check", "bench"]
+    assert list(verbs) == ["inspect", "profile", "compress", "plan", "apply", "export", "check", "bench", "table"]
     assert all(verb.description for verb in verbs.values())
 
 

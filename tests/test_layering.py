@@ -48,12 +48,19 @@ WITHOUT_TORCH = (
     "sluice.passes.merge_onnx",
     "sluice.passes.factor_onnx",
     "sluice.passes.rewrite_onnx",
+    "sluice.passes.fold",
+    "sluice.passes.half",
+    "sluice.passes.integers",
+    "sluice.passes.pairs",
+    "sluice.passes.quantize",
+    "sluice.passes.precision",
     "sluice.profiler.",
     "sluice.runtime.",
     "sluice.onnx_file",
     "sluice.check",
     "sluice.cli",
     "sluice.cli_options",
+    "sluice.cli_table",
     "sluice.macs",
     "sluice.report",
 )
@@ -139,3 +146,17 @@ print(sorted(early), sorted({{"torch", "onnxruntime", "onnx_graphsurgeon"}} & se
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent, timeout=120
     )
     assert done.stdout.strip() == "[] []"
+
+
+def test_the_agent_needs_numpy_and_onnx_alone() -> None:
+    """What profiles on a device loads nothing that a device may lack."""
+    code = """
+import sys
+import sluice.profiler.agent
+lacking = {"torch", "scipy", "tqdm", "rich", "safetensors", "onnxscript", "onnx_graphsurgeon", "onnxruntime"}
+print(sorted(lacking & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent, timeout=120
+    )
+    assert done.stdout.strip() == "[]"

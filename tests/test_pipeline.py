@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,21 +13,26 @@ import torch
 from torch import nn
 
 import sluice
+from sluice import pipeline, prepare, verify
+from sluice.bsr import BeamQuestion
 from sluice.budget import Budget
+from sluice.check import check
+from sluice.deploy import as_module
 from sluice.errors import SluiceError
-from sluice.onnx_file import finalize
+from sluice.onnx_file import buffers_of, finalize
 from sluice.passes.export import to_onnx
 from sluice.passes.gating import insert_gates
 from sluice.passes.options import METHODS
 from sluice.passes.rewrite_onnx import rewrite_onnx
-from sluice.pipeline import Compressed, compress, finish
+from sluice.pipeline import Compressed, compress, finish, sweep
 from sluice.plan import Plan
 from sluice.profiler.profile import Profile
 from sluice.propose import propose
 from sluice.report import Report
 from sluice.runtime.compare import assert_close
 from sluice.runtime.ort import OrtRunner
-from sluice.train import Data
+from sluice.train import Data, default_loss
+from sluice.verify import Question
 from tests import tiny
 
 BUDGET = "70%"
@@ -77,7 +83,7 @@ def test_every_field_of_the_report_is_filled(compressed: tuple[Compressed, Path]
     done, _ = compressed
     report = done.report
     for field in fields(Report):
-        if field.name in ("edits", "readings"):  # widths alone have neither
+        if field.name in ("edits", "readings", "metric_deployed"):  # widths alone, and fp32, have none
             continue
         assert getattr(report, field.name) not in (None, (), {}), field.name
     assert 0 <= report.parity_max_rel < 1e-5  # type: ignore[operator]
@@ -99,7 +105,7 @@ def test_the_report_on_disk_is_the_report(compressed: tuple[Compressed, Path]) -
     done, out = compressed
     assert sorted(p.name for p in out.iterdir()) == ["plan.json", "report.json", "slim.onnx", "slim.safetensors"]
     assert Report.from_json((out / "report.json").read_text()) == done.report
-    assert json.loads((out / "report.json").read_text())["version"] == 2
+    assert json.loads((out / "report.json").read_text())["version"] == 3
     assert Plan.load(out / "plan.json") == done.plan
 
 
@@ -116,6 +122,81 @@ def test_what_is_loaded_is_what_is_deployed(compressed: tuple[Compressed, Path])
     widths = dict(done.plan.widths)
     assert loaded.get_parameter("conv1.weight").shape == (widths["conv1"], 3, 3, 3)
     assert loaded.get_parameter("conv2.weight").shape == (widths["conv2"], widths["conv1"], 3, 3)
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+def test_another_precision(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces, engines and the deployed file have it; the fp32 file beside that still is what the plan gives."""
+    built: list[onnx.ModelProto] = []
+    real = OrtRunner.build
+
+    def build(self: OrtRunner, model: Any, **options: Any) -> Any:
+        built.append(model)
+        return real(self, model, **options)
+
+    monkeypatch.setattr(OrtRunner, "build", build)
+    done = compress(
+        tiny.model(), tiny.inputs(), budget=BUDGET, data=tiny.data(), table=tmp_path / "t.db", out=tmp_path / "out",
+        batch=tiny.BATCH, methods=("filter",), precision=precision, epochs=1, rehearsal=0, evaluate=accuracy,
+        progress=False,
+    )  # fmt: skip
+    report, file = done.report, onnx.load(tmp_path / "out" / f"slim.{precision}.onnx")
+    assert report.met() and report.fingerprint["precision"] == precision
+    assert file == done.deployed != done.onnx and file in built
+    assert report.metric_deployed == accuracy(as_module(file))
+    narrow = {"int8": (onnx.TensorProto.UINT8, onnx.TensorProto.INT8), "fp16": (onnx.TensorProto.FLOAT16,)}[precision]
+    pieces = [m for m in built if m.graph.input[0].type.tensor_type.elem_type in narrow]
+    assert len(pieces) > 10
+    assert max(check(tiny.model(), tmp_path / "out").values()) < 1e-5
+    assert Report.from_json((tmp_path / "out" / "report.json").read_text()) == report
+
+
+def test_what_may_fail_with_a_precision_fails_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judging the deployed file, for one; and a network whose figure is no number has a report all the same."""
+
+    def cannot_judge(model: nn.Module) -> float:
+        raise RuntimeError("no such attribute")
+
+    monkeypatch.setattr(pipeline, "fit", lambda *args, **options: pytest.fail("trained"))
+    settings: dict[str, Any] = dict(
+        budget=BUDGET, data=tiny.data(), table=tmp_path / "t.db", batch=tiny.BATCH, methods=("filter",),
+        precision="int8", rehearsal=0, progress=False,
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="no such attribute"):
+        compress(tiny.model(), tiny.inputs(), epochs=1, evaluate=cannot_judge, **settings)
+    done = compress(
+        tiny.model(), tiny.inputs(), epochs=0, evaluate=lambda model: float("nan"), out=tmp_path / "out", **settings
+    )
+    assert done.report.metric_deployed is None
+    assert (tmp_path / "out" / "slim.int8.onnx").exists()
+
+
+def test_a_file_of_another_precision_does_not_stay(compressed: tuple[Compressed, Path], tmp_path: Path) -> None:
+    done, _ = compressed
+    stale = tmp_path / "slim.int8.onnx"
+    stale.write_bytes(b"of another plan")
+    done.save(tmp_path)
+    assert not stale.exists() and (tmp_path / "slim.onnx").exists()
+
+
+def test_sweeps_say_what_cannot_be_reached_before_pricing(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the units are in which the budgets are given."""
+    settings: dict[str, Any] = dict(
+        data=tiny.data(), table=table, batch=tiny.BATCH, methods=("filter",), progress=False
+    )  # fmt: skip
+    with pytest.raises(SluiceError, match="there are no budgets"):
+        next(sweep(tiny.model(), tiny.inputs(), budgets=[], **settings))
+    monkeypatch.setattr(prepare, "ask", lambda *args, **options: pytest.fail("priced"))
+    with pytest.raises(SluiceError, match="cannot be met"):
+        next(sweep(tiny.model(), tiny.inputs(), budgets=["90%", "0.000001ms"], **settings))
+
+
+def test_int8_without_data_is_refused_before_anything_is_trained() -> None:
+    measured = sluice.profile(tiny.model(), tiny.inputs(), batch=tiny.BATCH, precision="int8", progress=False)
+    gated = insert_gates(tiny.model(), tiny.inputs())
+    scores = {group.name: np.ones(group.size) for group in gated.meta["analysis"].groups}
+    with pytest.raises(SluiceError, match="int8 is calibrated on data; give data="):
+        finish(gated, Budget(gated, measured, BUDGET), importance=scores, progress=False)
 
 
 def engine_input(out: Path) -> str:
@@ -274,3 +355,49 @@ def check_methods(methods: tuple[str, ...], budget: str, table: Path, folder: Pa
         assert_close(next(iter(OrtRunner().build(engine).run({engine_input(out): x.numpy()}).values())), expected, 1e-5)
     shapes = {tuple(i.dims) for i in rewritten.graph.initializer if len(i.dims) > 1}
     assert shapes == {tuple(i.dims) for i in engine.graph.initializer if len(i.dims) > 1}
+
+
+def test_every_question_is_settled_once_and_the_last_says_what_is_wrong(
+    measured: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readings may hold the question itself, and two of them may be the same."""
+    part, whole = (Question(measured, measured.dissection.analysis, measured.latency, {}, {}) for _ in range(2))
+    asked: list[Question] = []
+
+    def refuse(question: Question, budget: object, dense: object) -> None:
+        asked.append(question)
+        raise SluiceError("the whole" if question is whole else "a part")
+
+    monkeypatch.setattr(verify, "settle", refuse)
+    with pytest.raises(SluiceError, match="the whole"):
+        verify.settle_first([whole, part, part, whole], BUDGET, onnx.ModelProto())
+    assert [question is whole for question in asked] == [True, False]
+    with pytest.raises(SluiceError, match="the whole"):
+        verify.settle_first([whole], BUDGET, onnx.ModelProto())
+    assert len(asked) == 3
+
+
+def test_without_gates_nothing_is_decided_before_the_end(residual_table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BeamQuestion, "answer", lambda self, target_ms: pytest.fail("decided"))
+    monkeypatch.setattr(prepare, "_length", lambda data: pytest.fail("read to the end"))
+    ready = prepare.prepare(
+        tiny.residual(), tiny.inputs(), budget=BUDGET, data=tiny.data(), table=residual_table, batch=tiny.BATCH,
+        target="ort-cpu", threads=1, precision="fp32", exclude=(), methods=("bsr",), loss=default_loss, progress=False,
+    )  # fmt: skip
+    assert isinstance(ready.question, BeamQuestion) and ready.question.steps
+
+
+def test_what_is_profiled_says_which_weights_are_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Transform(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("kernel", torch.randn(9, 3, 1, 1), persistent=False)
+            self.conv, self.bn = nn.Conv2d(9, 5, 3), nn.BatchNorm2d(5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.bn(self.conv(nn.functional.conv2d(x, self.kernel)))  # type: ignore[arg-type]
+
+    seen: list[onnx.ModelProto] = []
+    monkeypatch.setattr(prepare, "profile_onnx", lambda dense, *args, **kwargs: seen.append(dense))
+    prepare.profile(Transform().eval(), torch.randn(2, 3, 7, 6), progress=False)
+    assert buffers_of(seen[0]) == {"kernel"} and "kernel" in {init.name for init in seen[0].graph.initializer}

@@ -8,35 +8,47 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 import sluice
 from sluice.cli import main, parser
 from sluice.passes.options import METHODS
+from sluice.profiler import agent
+from sluice.profiler.shards import Shard
 from sluice.report import Report
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-VERBS = ["apply", "bench", "check", "compress", "export", "inspect", "plan", "profile"]
+VERBS = ["apply", "bench", "check", "compress", "export", "inspect", "plan", "profile", "table"]
 
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
+def shell_lines(program: str) -> list[str]:
+    return [line for block in blocks("bash") for line in block.splitlines() if line.startswith(program)]
+
+
 def commands() -> list[str]:
     """Lines of the shell blocks and of the table; what is optional is given."""
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
-    lines += re.findall(r"^\| `([^`]+)` \|", README, re.MULTILINE)
+    lines = shell_lines("sluice")
+    lines += re.findall(r"^\| `(sluice [^`]+)` \|", README, re.MULTILINE)
     return [re.sub(r"[\[\]]", "", line) for line in lines if line]
 
 
-@pytest.mark.parametrize("chosen", [(0, 2), (1,)], ids=["own loop", "compress"])
+def accuracy(model: torch.nn.Module) -> float:
+    with torch.no_grad():
+        return float(torch.cat([model(x).argmax(1) == y for x, y in tiny.data()]).float().mean())
+
+
+@pytest.mark.parametrize("chosen", [(0, 3), (1,), (2,)], ids=["own loop", "compress", "int8"])
 def test_python_blocks(chosen: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names = {"sluice": sluice, "model": tiny.model(), "x": tiny.inputs(8), "batches": tiny.data()}
+    names = {"sluice": sluice, "model": tiny.model(), "x": tiny.inputs(8), "batches": tiny.data(), "accuracy": accuracy}
     code = blocks("python")
-    assert len(code) == 3
+    assert len(code) == 4
     # The fewest epochs that say the same; the simulated device is no faster at training.
     text = "\n".join(code[i] for i in chosen).replace("epochs=10", "epochs=1")
     text = text.replace("out=", "gate_epochs=1, epochs=1, progress=False, out=")
@@ -50,9 +62,11 @@ def test_python_blocks(chosen: tuple[int, ...], tmp_path: Path, monkeypatch: pyt
     assert {row.name for row in report.methods if row.sites} <= ({"filter"} if 0 in chosen else set(METHODS))
     assert any(row.sites for row in report.methods)
     files = {"plan.json", "report.json", "slim.onnx", "slim.safetensors"}
-    assert {path.name for path in (tmp_path / "slim").iterdir()} == files
-    assert (tmp_path / "table.db").exists()
-    assert (tmp_path / "again.onnx").exists() == (2 in chosen)
+    small = chosen == (2,)
+    found = {path.name for path in (tmp_path / ("small" if small else "slim")).iterdir()}
+    assert found == (files | {"slim.int8.onnx"} if small else files)
+    assert (tmp_path / ("int8.db" if small else "table.db")).exists()
+    assert (tmp_path / "again.onnx").exists() == (3 in chosen)
 
 
 def test_all_verbs_are_shown() -> None:
@@ -68,6 +82,17 @@ def test_commands_parse(line: str, capsys: pytest.CaptureFixture[str]) -> None:
         main([verb, "--help"])
     assert caught.value.code == 0
     assert f"usage: sluice {verb}" in capsys.readouterr().out
+
+
+def test_what_runs_on_the_device_parses() -> None:
+    lines = shell_lines("python")
+    assert len(lines) == 3
+    for line in lines:
+        program, job, *rest = shlex.split(line)
+        assert (program, job) == ("python", "job.zip")
+        found = agent._parser().parse_args([job, *rest])
+        assert found.out.endswith(".db")
+        assert found.shard is None or Shard.parse(found.shard)
 
 
 def test_options_in_the_text_exist() -> None:

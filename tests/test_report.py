@@ -157,8 +157,8 @@ def test_other_files_are_refused(report: Report) -> None:
     data = json.loads(report.to_json())
     with pytest.raises(SluiceError, match="no report"):
         Report.from_json("{")
-    with pytest.raises(SluiceError, match="version 3"):
-        Report.from_json(json.dumps({**data, "version": 3}))
+    with pytest.raises(SluiceError, match="version 4"):
+        Report.from_json(json.dumps({**data, "version": 4}))
     with pytest.raises(SluiceError, match=r"lacks or adds \['rounds'\]"):
         Report.from_json(json.dumps({k: v for k, v in data.items() if k != "rounds"}))
 

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,10 @@ from onnx import numpy_helper
 from torch import nn
 
 from sluice.errors import SluiceError
-from sluice.onnx_file import finalize, quiet, save_onnx
+from sluice.onnx_file import finalize, note_buffers, quiet, save_onnx
 from sluice.passes.capture import MARK, Inputs, capture, free_batch
 
-__all__ = ["export", "finalize", "save_onnx", "to_onnx"]
+__all__ = ["OPSET", "finalize", "save_onnx", "to_onnx"]
 
 OPSET = 20
 
@@ -69,7 +68,9 @@ def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> 
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
             common.ClearMetadataAndDocStringPass(),
         )(ir_model)
-        return _without_bias(to_proto(ir_model), names)
+        done = _without_bias(to_proto(ir_model), names)
+    note_buffers(done, (name for name, tensor in gm.named_buffers() if tensor.ndim > 1))
+    return done
 
 
 def _without_bias(model: onnx.ModelProto, names: set[str]) -> onnx.ModelProto:
@@ -85,16 +86,3 @@ def _without_bias(model: onnx.ModelProto, names: set[str]) -> onnx.ModelProto:
         if not any(bias.name in other.input for other in model.graph.node):
             model.graph.initializer.remove(bias)
     return model
-
-
-def export(
-    model: nn.Module, path: str | os.PathLike[str], example_inputs: Inputs, *, opset: int = OPSET
-) -> onnx.ModelProto:
-    """Write the network as deployment-ready ONNX and return it.
-
-    Raises:
-        SluiceError: the model cannot be exported or the file cannot be written.
-    """
-    done = finalize(to_onnx(model, example_inputs, opset=opset))
-    save_onnx(done, path)
-    return done

@@ -1,0 +1,119 @@
+"""The ranges of activations, from calibration batches: what int8 scales are made of.
+
+The range of a tensor is the amplitude that its scale maps to the last step; larger values saturate. It is a percentile
+of ``|x|`` over one slice of a batch, and the largest of those over all slices; 100 is the plain maximum. The network
+runs in fp32 in ONNX Runtime with every tensor that will have a scale as an extra output, and one number per tensor is
+kept. All those outputs are in memory at once, so a batch is run in slices of at most 16 inputs, where the file leaves
+its size free and all inputs share it; otherwise the slice is the batch.
+
+The default, 99.999, takes off lone outliers of large tensors and is the maximum of small ones. On the trained ResNet-20
+(calibrated on three draws of 256 digits, for both forms of int8) it had the smallest root mean square error of the
+logits, 1.2% on average; the maximum had 1.4%, the clipping with the least squared error per tensor 1.4%, the
+percentiles 99.99, 99.9 and 99.5 1.6%, 6% and 18%. Those figures were taken with percentiles over whole batches; over
+slices a percentile lies nearer to the maximum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from sluice.errors import SluiceError
+from sluice.passes.fold import fold_batch_norms
+from sluice.passes.quantize import tensors_to_calibrate
+
+__all__ = ["PERCENTILE", "activation_ranges"]
+
+PERCENTILE = 99.999
+ROWS = 16  # of a batch that are run at once
+
+
+def activation_ranges(
+    model: onnx.ModelProto,
+    batches: Iterable[Any],
+    *,
+    percentile: float = PERCENTILE,
+    target: str = "ort-cpu",
+    exclude: Collection[str] = (),
+) -> dict[str, float]:
+    """The range of every tensor that int8 needs one of.
+
+    Args:
+        model: the fp32 network.
+        batches: ``(inputs, labels)`` or inputs alone, as for `sluice.compress`.
+        percentile: of ``|x|`` within a slice of a batch, above 0 and up to 100.
+        target, exclude: as for `sluice.passes.precision.typed`.
+    Raises:
+        SluiceError: there is no batch, one does not fit the network, or a range is not finite.
+    """
+    if not 0 < percentile <= 100:
+        raise SluiceError(f"cannot take percentile {percentile:g} of activations; give one above 0 and up to 100")
+    from sluice.runtime.runner import make_runner
+
+    names = tensors_to_calibrate(model, target=target, exclude=exclude)
+    session = make_runner("ort-cpu").build(_with_outputs(fold_batch_norms(model), names))
+    initializers = {init.name for init in model.graph.initializer}
+    inputs = [info for info in model.graph.input if info.name not in initializers]
+    found: dict[str, float] = {}
+    for feeds in _slices(batches, inputs):
+        values = {**feeds, **session.run(feeds)}
+        for name in names:
+            amplitude = _amplitude(values[name], percentile)
+            if not math.isfinite(amplitude):
+                raise SluiceError(
+                    f"tensor {name!r} is not finite on a calibration batch; take out inputs that are not numbers, or "
+                    f"mend the network"
+                )
+            found[name] = max(found.get(name, 0.0), amplitude)
+    if names and not found:
+        raise SluiceError("there is no calibration batch; give at least one, of inputs as they occur in deployment")
+    return found
+
+
+def _with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
+    """Inner tensors as outputs too; ``model`` is changed."""
+    there = {info.name for info in [*model.graph.output, *model.graph.input]}
+    model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names if name not in there)
+    return model
+
+
+def _slices(batches: Iterable[Any], inputs: list[onnx.ValueInfoProto]) -> Iterator[Mapping[str, np.ndarray]]:
+    """The batches, in slices of at most `ROWS` inputs where the network takes batches of any size."""
+    names = [info.name for info in inputs]
+    axes = {next((dim.dim_param for dim in info.type.tensor_type.shape.dim), "") for info in inputs}
+    for batch in batches:
+        feeds = _feeds(batch, names)
+        sizes = {len(array) if array.ndim else 1 for array in feeds.values()}
+        if len(axes) != 1 or "" in axes or len(sizes) != 1:
+            yield feeds
+            continue
+        for start in range(0, max(sizes), ROWS):
+            yield {name: array[start : start + ROWS] for name, array in feeds.items()}
+
+
+def _feeds(batch: Any, names: list[str]) -> Mapping[str, np.ndarray]:
+    from torch import Tensor
+    from torch.utils import _pytree as pytree
+
+    from sluice.train import split_batch
+
+    leaves = [x for x in pytree.tree_leaves(split_batch(batch)[0]) if isinstance(x, Tensor)]
+    if len(leaves) != len(names):
+        raise SluiceError(
+            f"a calibration batch has {len(leaves)} inputs, the network {len(names)} ({', '.join(names)}); give one "
+            f"for each"
+        )
+    return {name: leaf.detach().cpu().numpy() for name, leaf in zip(names, leaves, strict=True)}
+
+
+def _amplitude(values: np.ndarray, percentile: float) -> float:
+    amplitudes = np.abs(values)
+    largest = float(amplitudes.max(initial=0))
+    if percentile == 100 or not amplitudes.size or not math.isfinite(largest):
+        return largest
+    return float(np.percentile(amplitudes, percentile))

@@ -1,0 +1,187 @@
+"""The file that is deployed, in any precision, and how it can be judged before.
+
+1. `export`: module -> ONNX in its precision, written whole or not at all. `deploy_onnx` is the same for a graph that
+   was exported before.
+2. `as_module`: a deployment file as ``nn.Module``, so that the code that evaluates the model gives the accuracy in
+   every precision. fp32 and int8 run in ONNX Runtime as they are. It has no bfloat16 kernels on a CPU and few for
+   float16, so those two are *emulated*: every operator computes in float32 and its result is rounded to 16 bits, which
+   is what an accelerator does that accumulates in float32 and stores 16 bits. One that fuses operators rounds less
+   often.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sluice.activations import PERCENTILE, activation_ranges
+from sluice.errors import SluiceError
+from sluice.onnx_file import finalize, save_onnx
+from sluice.passes.capture import Inputs
+from sluice.passes.export import OPSET, to_onnx
+from sluice.passes.precision import check_precision, typed
+from sluice.runtime.runner import TARGETS
+
+if TYPE_CHECKING:
+    from sluice.runtime.runner import Session
+
+__all__ = ["as_module", "deploy_onnx", "export"]
+
+_HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Inputs,
+    *,
+    precision: str = "fp32",
+    calibration: Iterable[Any] | None = None,
+    target: str = "ort-cpu",
+    exclude: Collection[str] = (),
+    opset: int = OPSET,
+) -> onnx.ModelProto:
+    """Write the network as deployment-ready ONNX and return it.
+
+    Args:
+        precision: one of `sluice.passes.precision.PRECISIONS`.
+        calibration, target, exclude: as for `deploy_onnx`.
+    Raises:
+        SluiceError: the model cannot be exported, or not in this precision, or the file cannot be written.
+    """
+    check_precision(precision)
+    fp32 = finalize(to_onnx(model, example_inputs, opset=opset))
+    done = deploy_onnx(fp32, precision, calibration, target=target, exclude=exclude)
+    save_onnx(done, path)
+    return done
+
+
+def deploy_onnx(
+    model: onnx.ModelProto,
+    precision: str,
+    calibration: Iterable[Any] | None = None,
+    *,
+    target: str = "ort-cpu",
+    exclude: Collection[str] = (),
+    percentile: float = PERCENTILE,
+) -> onnx.ModelProto:
+    """An fp32 network, finalized, as it is deployed in ``precision``.
+
+    Args:
+        calibration: for int8, some hundred inputs as they occur in deployment, in batches of ``(inputs, labels)`` or of
+            inputs alone.
+        target: the runtime that the file is for; int8 has another form for each.
+        exclude: for int8, names of weights whose layers stay float, often the first and the last.
+        percentile: for int8, see `sluice.activations`.
+    Raises:
+        SluiceError: there is no such precision or target, int8 has no calibration, or the network cannot be written in
+            the precision.
+    """
+    if target not in TARGETS:
+        raise SluiceError(f"there is no target {target!r} to write a file for; choose one of {', '.join(TARGETS)}")
+    if check_precision(precision) != "int8":
+        return typed(model, precision, target=target)
+    if calibration is None:
+        raise SluiceError(
+            "int8 needs to know the ranges of activations; give calibration= some hundred inputs, in batches"
+        )
+    ranges = activation_ranges(model, calibration, percentile=percentile, target=target, exclude=exclude)
+    return typed(model, precision, ranges=ranges, target=target, exclude=exclude)
+
+
+def as_module(model: onnx.ModelProto, like: Any = None) -> nn.Module:
+    """The network of a deployment file as a module, without gradients; it computes on the CPU.
+
+    It takes tensors in the order of the file's inputs, nested as the exported model's were; keyword arguments with the
+    names of inputs may come in any order, and what is no tensor is passed over, since it is part of the file. The
+    results are on the device of the first tensor.
+
+    Args:
+        like: how the results are nested: outputs of the exported model, whose tensors are replaced and whose other
+            leaves (None, flags) stay, or a ``TreeSpec`` with tensors alone. Without it, the output, or a tuple of them
+            if there are several.
+    Raises:
+        SluiceError: ``like`` has another number of tensors than the file has outputs.
+    """
+    outputs = [info.name for info in model.graph.output]
+    if isinstance(like, pytree.TreeSpec):
+        like = pytree.tree_unflatten([torch.empty(0)] * like.num_leaves, like)
+    count = sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(like))
+    if like is not None and count != len(outputs):
+        raise SluiceError(
+            f"the file has {len(outputs)} outputs ({', '.join(outputs)}), but like= holds {count} tensors; give "
+            f"outputs of the model that was exported"
+        )
+    from sluice.runtime.runner import make_runner
+
+    initializers = {init.name for init in model.graph.initializer}
+    inputs = tuple(info.name for info in model.graph.input if info.name not in initializers)
+    return _Deployed(make_runner("ort-cpu").build(_emulated(model)), inputs, like)
+
+
+class _Deployed(nn.Module):
+    def __init__(self, session: Session, inputs: tuple[str, ...], like: Any):
+        super().__init__()
+        self.session, self.inputs = session, inputs
+        self.like = pytree.tree_map_only(Tensor, lambda _: torch.empty(0), like)
+        # Code that evaluates models asks their parameters for the device that data should be moved to.
+        self.placeholder = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = {name: x for name, x in kwargs.items() if name in self.inputs and isinstance(x, Tensor)}
+        others = {name: x for name, x in kwargs.items() if name not in given}
+        leaves = [x for x in pytree.tree_leaves((args, others)) if isinstance(x, Tensor)]
+        if len(leaves) + len(given) != len(self.inputs):
+            raise SluiceError(
+                f"the network takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), not "
+                f"{len(leaves) + len(given)}; give one tensor for each"
+            )
+        given.update(zip([name for name in self.inputs if name not in given], leaves, strict=True))
+        feeds = {name: x.detach().cpu().numpy() for name, x in given.items()}
+        device = next((given[name].device for name in self.inputs), self.placeholder.device)
+        found = [torch.from_numpy(array).to(device) for array in self.session.run(feeds).values()]
+        if self.like is not None:
+            results = iter(found)
+            return pytree.tree_map_only(Tensor, lambda _: next(results), self.like)
+        return found[0] if len(found) == 1 else tuple(found)
+
+
+def _emulated(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The network with every 16-bit value as a float32 of the same number; one without 16-bit values as it is."""
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
+    values = [*inferred.input, *inferred.value_info, *inferred.output]
+    halves = {i.name: i.type.tensor_type.elem_type for i in values if i.type.tensor_type.elem_type in _HALVES}
+    if not halves and not any(init.data_type in _HALVES for init in model.graph.initializer):
+        return model
+    done = onnx.ModelProto()
+    done.CopyFrom(model)
+    for init in done.graph.initializer:
+        if init.data_type in _HALVES:
+            init.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(init).astype("float32"), init.name))
+    for info in [*done.graph.input, *done.graph.output]:
+        if info.name in halves:
+            info.type.tensor_type.elem_type = TensorProto.FLOAT
+    del done.graph.value_info[:], done.graph.node[:]
+    for node in model.graph.node:
+        copy = done.graph.node.add()
+        copy.CopyFrom(node)
+        for attribute in copy.attribute:
+            if attribute.name in ("to", "dtype") and attribute.i in _HALVES:
+                attribute.i = TensorProto.FLOAT
+            elif attribute.name == "value" and attribute.t.data_type in _HALVES:
+                array = numpy_helper.to_array(attribute.t).astype("float32")
+                attribute.t.CopyFrom(numpy_helper.from_array(array))
+        for index, name in enumerate(node.output):
+            if name in halves:
+                copy.output[index] = f"{name}:exact"
+                rounded = helper.make_node("Cast", [f"{name}:exact"], [f"{name}:rounded"], to=halves[name])
+                widened = helper.make_node("Cast", [f"{name}:rounded"], [name], to=TensorProto.FLOAT)
+                done.graph.node.extend([rounded, widened])
+    return done

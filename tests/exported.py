@@ -1,0 +1,67 @@
+"""Small networks as fp32 ONNX, exported once per run, and running one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from sluice.passes.export import finalize, to_onnx
+from sluice.runtime.ort import OrtRunner
+from tests.networks import any_network
+
+__all__ = ["arrays", "deployed", "named", "ops", "optimised", "random_feeds", "run"]
+
+
+@cache
+def _bytes(name: str, deployed: bool) -> bytes:
+    exported = to_onnx(*any_network(name))
+    return (finalize(exported) if deployed else exported).SerializeToString()
+
+
+def named(name: str) -> onnx.ModelProto:
+    """With parameter names, as pieces are cut from it."""
+    return onnx.load_model_from_string(_bytes(name, False))
+
+
+def deployed(name: str) -> onnx.ModelProto:
+    """Folded."""
+    return onnx.load_model_from_string(_bytes(name, True))
+
+
+def random_feeds(model: onnx.ModelProto, batch: int = 3) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(5)
+    return {
+        info.name: rng.standard_normal(
+            [dim.dim_value or batch for dim in info.type.tensor_type.shape.dim], dtype=np.float32
+        )
+        for info in model.graph.input
+    }
+
+
+def run(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return OrtRunner().build(model).run(feeds)
+
+
+def ops(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def arrays(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    return {init.name: numpy_helper.to_array(init) for init in model.graph.initializer}
+
+
+def optimised(model: onnx.ModelProto, folder: Path) -> Counter[str]:
+    """Operators of the graph that ONNX Runtime really runs."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return ops(onnx.load(folder / "optimised.onnx"))
