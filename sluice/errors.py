@@ -6,7 +6,7 @@ prints it and exits with status 1; every other exception is a fault of this pack
 
 from __future__ import annotations
 
-__all__ = ["SluiceError", "Unreachable"]
+__all__ = ["SluiceError", "Unreachable", "first_line"]
 
 
 class SluiceError(Exception):
@@ -15,3 +15,8 @@ class SluiceError(Exception):
 
 class Unreachable(SluiceError):
     """A budget below what any configuration reaches."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, short enough for one sentence; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

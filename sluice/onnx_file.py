@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import onnx
 
-from sluice.errors import SluiceError
+from sluice.errors import SluiceError, first_line
 from sluice.files import write_atomically
 
 __all__ = ["buffers_of", "finalize", "load_onnx", "note_buffers", "quiet", "save_onnx", "without_defaults"]
@@ -35,8 +35,9 @@ def load_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
     except OSError as error:
         raise SluiceError(f"cannot read {name!r}: {error.strerror or error}; give the path of an ONNX file") from None
     except Exception as error:  # protobuf's errors share no public base class
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SluiceError(f"{name!r} is not an ONNX file ({reason}); give one that `sluice export` wrote") from None
+        raise SluiceError(
+            f"{name!r} is not an ONNX file ({first_line(error)}); give one that `sluice export` wrote"
+        ) from None
     if not model.graph.node:  # an empty file is a valid message
         raise SluiceError(f"{name!r} is not an ONNX file (it holds no operator); give one that `sluice export` wrote")
     return without_defaults(model)

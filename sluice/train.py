@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from sluice.budget import Budget
 from sluice.distill import logit_distillation
-from sluice.errors import SluiceError
+from sluice.errors import SluiceError, first_line
 from sluice.gates import gate_parameters, other_parameters
 
 __all__ = ["Data", "Loss", "check_data", "fit", "on_device", "split_batch"]
@@ -85,7 +85,7 @@ def check_data(model: nn.Module, data: Data, *, loss: Loss | None = None) -> Non
         raise
     except Exception as error:
         shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise SluiceError(
             f"the {step} on the first batch of data {shapes}: {reason}; give batches (inputs, labels) as they need"
         ) from error

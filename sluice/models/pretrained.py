@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from sluice.errors import SluiceError
+from sluice.errors import SluiceError, first_line
 from sluice.models.resnet import ResNet, resnet20
 
 __all__ = ["CHECKPOINT", "checkpoint_metadata", "resnet20_mnist", "save_checkpoint"]
@@ -33,8 +33,7 @@ def resnet20_mnist(path: str | Path = CHECKPOINT) -> ResNet:
     try:
         model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SluiceError(f"cannot read the checkpoint {str(path)!r}: {reason}; {_REMEDY}") from error
+        raise SluiceError(f"cannot read the checkpoint {str(path)!r}: {first_line(error)}; {_REMEDY}") from error
     return model.eval()
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from sluice.errors import SluiceError
+from sluice.errors import SluiceError, first_line
 
 __all__ = ["BatchNorm", "Inputs", "capture", "clone", "free_batch", "normalize_inputs", "set_tensor"]
 
@@ -79,7 +79,7 @@ def capture(model: nn.Module, example_inputs: Inputs, *, dynamic_batch: bool = T
             source(*args, **kwargs)
     except Exception as error:
         raise SluiceError(
-            f"the model does not run on the example inputs {_shapes(args, kwargs)}: {_first_line(error)}; "
+            f"the model does not run on the example inputs {_shapes(args, kwargs)}: {first_line(error)}; "
             "give inputs as its forward() takes them"
         ) from error
     exported, dynamic = _export(source, args, kwargs, dynamic_batch)
@@ -174,7 +174,7 @@ def _export(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
         return torch.export.export(source, args, kwargs, strict=False), False
     except Exception as error:
         raise SluiceError(
-            f"torch.export cannot capture {type(source).__name__}: {_first_line(error)}; change its forward() so that "
+            f"torch.export cannot capture {type(source).__name__}: {first_line(error)}; change its forward() so that "
             "torch.export.export(model, inputs, strict=False) succeeds"
         ) from error
 
@@ -254,7 +254,3 @@ def _same_names(gm: fx.GraphModule, model: nn.Module) -> None:
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     leaves = pytree.tree_leaves((args, kwargs))
     return ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in leaves)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 import onnx
 from onnx import checker, shape_inference, version_converter
 
-from sluice.errors import SluiceError
+from sluice.errors import SluiceError, first_line
 from sluice.onnx_file import without_defaults
 from sluice.passes.half import LEAST_OPSET, at_opset, halve
 from sluice.passes.quantize import quantize
@@ -61,7 +61,7 @@ def typed(
             return quantize(at_opset(model, LEAST_OPSET), ranges=ranges, part=part, target=target, exclude=exclude)
         return halve(model, precision, part=part)
     except (checker.ValidationError, shape_inference.InferenceError, version_converter.ConvertError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(": ")
+        reason = first_line(error).rstrip(": ")
         raise SluiceError(
             f"the network cannot be written in {precision}: {reason}; check the fp32 file with onnx.checker, export it "
             f"anew with a recent opset, or choose another precision"

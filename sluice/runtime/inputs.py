@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sluice.errors import SluiceError
+from sluice.errors import SluiceError, first_line
 
 if TYPE_CHECKING:
     import onnx
 
     Model = onnx.ModelProto | bytes | str | os.PathLike[str]
 
-__all__ = ["Shapes", "first_line", "made_up", "parsed", "place", "serialized", "sized", "static_shapes"]
+__all__ = ["Shapes", "made_up", "parsed", "place", "serialized", "sized", "static_shapes"]
 
 Dims = tuple[int | str | None, ...]
 
@@ -140,11 +140,6 @@ def made_up(name: str, shape: Dims, dtype: type[np.generic] | np.dtype, where: s
     if not np.issubdtype(dtype, np.floating):
         return np.ones(sizes, dtype)
     return np.asarray(np.random.default_rng(seed).standard_normal(sizes)).astype(dtype)
-
-
-def first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _dims(value: onnx.ValueInfoProto) -> Dims:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["driver_version", "gpu_names", "sm_clock_mhz"]
+__all__ = ["device_name", "driver_version", "gpu_names", "missing", "sm_clock_mhz"]
 
 LIBCUDA = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so")
 NVML = ("nvml.dll",) if sys.platform == "win32" else ("libnvidia-ml.so.1",)
@@ -31,6 +31,18 @@ def gpu_names() -> tuple[str, ...]:
             return ()
         names.append(text.value.decode())
     return tuple(names)
+
+
+def device_name() -> str:
+    """The name of the GPU that engines run on."""
+    return next(iter(gpu_names()), "no GPU")
+
+
+def missing() -> str:
+    """Why there is no GPU to run on, and what to do; empty where there is one."""
+    if gpu_names():
+        return ""
+    return "there is no NVIDIA GPU that its driver lets this process use; run on a machine with one"
 
 
 def driver_version() -> str:

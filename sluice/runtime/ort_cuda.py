@@ -63,8 +63,8 @@ def missing() -> str:
     """Why engines cannot run here, and what to do; empty where they can."""
     if not find_spec("onnxruntime"):
         return "ONNX Runtime is not installed; install it with 'pip install onnxruntime-gpu'"
-    if not nvidia.gpu_names():
-        return "there is no NVIDIA GPU that its driver lets this process use; run on a machine with one"
+    if reason := nvidia.missing():
+        return reason
     if reason := load_library(cuda=True):
         return reason
     import onnxruntime
@@ -86,7 +86,7 @@ class OrtCudaRunner:
 
     @property
     def device(self) -> str:
-        return next(iter(nvidia.gpu_names()), "no GPU")
+        return nvidia.device_name()
 
     @property
     def version(self) -> str:

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sluice.errors import SluiceError
+from sluice.errors import SluiceError, first_line
 from sluice.runtime.cuda import Cuda
 from sluice.runtime.flush import floating_point_mode
-from sluice.runtime.inputs import Dims, Shapes, first_line, made_up, place, serialized, sized
+from sluice.runtime.inputs import Dims, Shapes, made_up, place, serialized, sized
 
 if TYPE_CHECKING:
     from sluice.runtime.inputs import Model

@@ -32,8 +32,8 @@ def missing() -> str:
     """Why engines cannot run here, and what to do; empty where they can."""
     try:
         find_tensorrt()
-        if not nvidia.gpu_names():
-            return "there is no NVIDIA GPU that its driver lets this process use; run on a machine with one"
+        if reason := nvidia.missing():
+            return reason
         Cuda.load()
     except SluiceError as error:
         return str(error)
@@ -64,7 +64,7 @@ class TensorRtRunner:
 
     @property
     def device(self) -> str:
-        return next(iter(nvidia.gpu_names()), "no GPU")
+        return nvidia.device_name()
 
     @property
     def version(self) -> str:

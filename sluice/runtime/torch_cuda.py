@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sluice.errors import SluiceError
+from sluice.errors import SluiceError, first_line
 from sluice.runtime import nvidia
-from sluice.runtime.inputs import Dims, first_line, made_up, parsed, place, static_shapes
+from sluice.runtime.inputs import Dims, made_up, parsed, place, static_shapes
 from sluice.runtime.runner import Clock
 from sluice.runtime.torch_driver import Driver, Graph, cuda_driver
 from sluice.runtime.torch_ops import dtype_of
@@ -50,8 +50,8 @@ def missing() -> str:
     """Why engines cannot run here, and what to do; empty where they can."""
     if not find_spec("torch"):
         return "torch is not installed; install a CUDA build of it"
-    if not nvidia.gpu_names():
-        return "there is no NVIDIA GPU that its driver lets this process use; run on a machine with one"
+    if reason := nvidia.missing():
+        return reason
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -73,7 +73,7 @@ class TorchCudaRunner:
 
     @property
     def device(self) -> str:
-        return next(iter(nvidia.gpu_names()), "no GPU")
+        return nvidia.device_name()
 
     @property
     def version(self) -> str:

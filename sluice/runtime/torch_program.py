@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sluice.errors import SluiceError
-from sluice.runtime.inputs import first_line
+from sluice.errors import SluiceError, first_line
 from sluice.runtime.torch_ops import OPS, Op
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from sluice.errors import SluiceError
+from sluice.errors import SluiceError, first_line
 from sluice.runtime.inputs import parsed, place, serialized, static_shapes
 from sluice.runtime.trt_inspect import node_name
 
@@ -84,7 +84,7 @@ def find_tensorrt() -> ModuleType:
             broken = broken or ("" if error.name == name else f"; {name} lacks {error.name}")
             continue
         except (ImportError, OSError) as error:  # its libraries are not there
-            broken = broken or f"; {name} cannot be loaded ({_first_line(error)})"
+            broken = broken or f"; {name} cannot be loaded ({first_line(error)})"
             continue
         if not _is_rtx(found) and int(str(found.__version__).split(".")[0]) < OLDEST:
             raise SluiceError(f"{product(found)} is too old; install version {OLDEST} or newer")
@@ -109,7 +109,7 @@ def make_builder(trt: Any) -> Any:
         return trt.Builder(log)
     except TypeError as error:  # what the binding raises where the library made no builder
         raise SluiceError(
-            f"{product(trt)} cannot start on this machine: {log.reason() or _first_line(error)}; "
+            f"{product(trt)} cannot start on this machine: {log.reason() or first_line(error)}; "
             f"run where an NVIDIA GPU with its driver is"
         ) from error
 
@@ -258,7 +258,3 @@ def _reason(message: str) -> str:
                 text = match[1]
         return SOURCE.sub("", text).rstrip(" .")
     return ""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
