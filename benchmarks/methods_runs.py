@@ -26,12 +26,12 @@ from sluice.profiler.measure import measure
 from sluice.runtime.host import host_device
 from sluice.runtime.runner import make_runner
 from sluice.train import fit
+from sluice.verify import ACCEPTED
 
 __all__ = ["pair_ms", "perform", "widest"]
 
 TARGET, THREADS = "ort-cpu", 1
 TURNS = 3
-AIM = 0.985  # of the budget, as for the compressed networks: room for the noise of the last measurement
 PARTS: dict[str, tuple[str, ...]] = {
     "filter": ("filter",),
     "rank": ("rank",),
@@ -96,7 +96,7 @@ def thin(job: Job, run: Run) -> Record:
 
     def fits(share: float) -> bool:
         dense_ms, slim_ms = ms(job.thin(share).eval())
-        return slim_ms <= AIM * parse_budget(run.budget, dense_ms)
+        return slim_ms <= ACCEPTED * parse_budget(run.budget, dense_ms)
 
     share = widest(job.shares, fits)
     if share is None:
@@ -126,10 +126,10 @@ def widest(shares: Sequence[float], fits: Callable[[float], bool]) -> float | No
 
 def pair_ms(dense: onnx.ModelProto, slim: onnx.ModelProto, batch: int) -> tuple[float, float]:
     """Milliseconds of both engines, measured in turns; of some such runs the one with the median ratio."""
-    runner = make_runner(TARGET, THREADS)
-    sessions = [runner.build(model, batch=batch) for model in (dense, slim)]
-    rng = np.random.default_rng(0)
-    runs = [measure(sessions, min_rounds=60, max_rounds=160, target_spread=0.015, rng=rng) for _ in range(TURNS)]
+    runner, rng, runs = make_runner(TARGET, THREADS), np.random.default_rng(0), []
+    for _ in range(TURNS):
+        sessions = [runner.build(model, batch=batch) for model in (dense, slim)]
+        runs.append(measure(sessions, min_rounds=60, max_rounds=160, target_spread=0.015, rng=rng))
     first, second = sorted(runs, key=lambda pair: pair[1].ms / pair[0].ms)[TURNS // 2]
     return first.ms, second.ms
 

@@ -40,8 +40,9 @@ __all__ = [
 
 ROUNDS = 4
 RUNS = 3
-AIM = 0.985  # of the budget: room for the noise of the last measurement
-ENOUGH = 0.96  # of the budget: no need to look for more
+AIM = 0.97  # of the budget: one engine, built again, differs by 1 to 2% from itself
+ACCEPTED = 0.98  # of the budget, of what is measured before training
+ENOUGH = 0.95  # of the budget: no need to look for more
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,15 +100,15 @@ class Settled:
 def measure_pair(profile: Profile, dense: onnx.ModelProto, slim: onnx.ModelProto, seed: int = 0) -> tuple[float, float]:
     """Milliseconds of both files as they are, interleaved; of three such runs the one with the median ratio.
 
-    One run may fall into an episode in which the host slows one engine more than the other.
+    One run may fall into an episode in which the host slows one engine more than the other, and the same engine is
+    faster or slower by where its memory came to lie: it is built anew for every run.
     """
     runner = profile.runner()
-    sessions = [runner.build(model, batch=profile.fingerprint.batch) for model in (dense, slim)]
     anchor, rng = profile.anchor(runner), np.random.default_rng(seed)
-    runs = [
-        measure(sessions, min_rounds=60, max_rounds=160, target_spread=0.015, anchor=anchor, rng=rng)
-        for _ in range(RUNS)
-    ]
+    runs = []
+    for _ in range(RUNS):
+        sessions = [runner.build(model, batch=profile.fingerprint.batch) for model in (dense, slim)]
+        runs.append(measure(sessions, min_rounds=60, max_rounds=160, target_spread=0.015, anchor=anchor, rng=rng))
     first, second = sorted(runs, key=lambda run: run[1].ms / run[0].ms)[RUNS // 2]
     return first.ms, second.ms
 
@@ -149,13 +150,13 @@ def settle(question: Question, budget: str | Mapping[str, str | float], dense: o
         found = Settled(answer, budget_ms, dense_ms, slim_ms, attempt)
         if fastest is None or slim_ms / budget_ms < fastest.measured_ms / fastest.budget_ms:
             fastest = found
-        if slim_ms <= AIM * 1.01 * budget_ms and (best is None or answer.choice.loss <= best.choice.loss):
+        if slim_ms <= ACCEPTED * budget_ms and (best is None or answer.choice.loss <= best.choice.loss):
             best = found
         if answer.choice.widths == profile.latency.dense and slim_ms <= budget_ms:
             return found  # nothing has to go
-        if ENOUGH * budget_ms <= slim_ms <= AIM * 1.01 * budget_ms:
+        if ENOUGH * budget_ms <= slim_ms <= ACCEPTED * budget_ms:
             break
-        change = float(np.clip((AIM + ENOUGH) / 2 * budget_ms / slim_ms, 0.5, 1.15))
+        change = float(np.clip(AIM * budget_ms / slim_ms, 0.5, 1.15))
         # Values come in levels, so the promise may lie well below the target; tightening starts from the promise, or
         # the same ones would be chosen again.
         target_ms = change * (target_ms if change > 1 else min(target_ms, answer.choice.promised_ms))

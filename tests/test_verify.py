@@ -130,3 +130,23 @@ def test_measuring_names_the_engines_in_order(device: Device) -> None:
     assert (dense, slim) == pytest.approx((device.runner.ms(DENSE), device.runner.ms(chain([25, 18, 10], batch="N"))))
     widths = [{"conv0": 25, "conv1": 18, "conv2": 10}, device.profile.latency.dense]
     assert measure_configurations(device.profile, widths) == pytest.approx([slim, dense])
+
+
+@pytest.mark.parametrize("budget", ["75%", "60%", "45%", "30%"])
+def test_what_is_settled_has_room_for_an_engine_that_is_built_again(budget: str, device: Device) -> None:
+    """The same file differs from itself by up to 2%, and after training nothing can be chosen anew."""
+    found = device.settle(budget)
+    assert 1.02 * found.measured_ms <= found.budget_ms
+
+
+def test_an_engine_that_came_to_lie_badly_once_is_outvoted(device: Device) -> None:
+    profile, runner = device.profile, device.runner
+    want = measure_pair(profile, DENSE, DENSE)
+    first = runner.built
+
+    def unlucky(ms: float) -> float:
+        return ms * (1.3 if runner.built == first + 2 else 1.0)  # `built` counts this one already
+
+    device.slow_down(unlucky)
+    assert measure_pair(profile, DENSE, DENSE) == pytest.approx(want)
+    assert runner.built >= first + 6
