@@ -79,7 +79,7 @@ def mobilenet_job(folder: Path) -> Job:
     model = _mobilenet(1.0)
     model.load_state_dict(load_file(path))
     # Widths are multiples of 8, so finer steps would give the same networks again.
-    return _digits_job(name, model.eval(), _mobilenet, tuple(k / 20 for k in range(20, 1, -1)))
+    return _digits_job(name, _channels_last(model).eval(), _mobilenet, tuple(k / 20 for k in range(20, 1, -1)))
 
 
 def crepe_job(folder: Path) -> Job:
@@ -159,7 +159,4 @@ def _scaled(width: int, share: float) -> int:
 
 def _channels_last(model: nn.Module) -> nn.Module:
     """The same network with weights in the layout in which these train up to twice as fast on a CPU."""
-    for parameter in model.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    return model
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -24,9 +24,9 @@ from sluice.latency import LatencyModel
 from sluice.passes.beam import Option, beam_search
 from sluice.passes.decide import Choice, least_ms, unreachable
 from sluice.passes.factor_torch import truncations_torch
+from sluice.passes.judge import Judge
 from sluice.passes.options import RankOption, chosen_edits
 from sluice.passes.resolve import make_plan
-from sluice.passes.sensitivity import Judge
 from sluice.passes.sites import Analysis
 from sluice.plan import Factorize, InputSpec
 from sluice.profiler.profile import Profile

@@ -27,9 +27,10 @@ from sluice.passes.drop_torch import view_torch
 from sluice.passes.factor import singular_values
 from sluice.passes.gating import Gated, insert_gates, strip_gates
 from sluice.passes.importance import fisher_scores
+from sluice.passes.judge import Judge
 from sluice.passes.label_free import label_free_scores
 from sluice.passes.options import BSR, Options
-from sluice.passes.sensitivity import Judge, measured_losses
+from sluice.passes.sensitivity import measured_losses
 from sluice.profiler.profile import Profile
 from sluice.rehearse import rehearse
 from sluice.store import input_specs

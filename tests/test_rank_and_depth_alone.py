@@ -16,7 +16,7 @@ from sluice.layermerge import DepthQuestion
 from sluice.passes.factor import singular_values
 from sluice.passes.factor_torch import truncations_torch
 from sluice.passes.gating import insert_gates
-from sluice.passes.sensitivity import Judge
+from sluice.passes.judge import Judge
 from sluice.plan import Factorize
 from sluice.runtime.compare import assert_close
 from sluice.train import fit

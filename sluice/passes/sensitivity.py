@@ -2,8 +2,7 @@
 
     loss(site, value) = max(0, L(network with this one change) - L(network))
 
-1. ``L`` is the training loss on a few batches, the dense network being the teacher, with batch norm statistics taken
-   from those batches: a network with a part removed is judged after what one pass of re-estimation would mend.
+1. ``L`` is the training loss on a few batches, the dense network being the teacher (`sluice.passes.judge`).
 2. Which channels go is a matter of their scores (`sluice.passes.importance`); what their going costs is measured, so
    widths, ranks, blocks and merged runs compare. Scores are squared gradients and say nothing about large changes.
 3. At most `LEVELS` values of a site are measured, the rest interpolated; losses do not grow with the value.
@@ -15,36 +14,31 @@ it leads to are compared by a short training (`sluice.rehearse`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor, fx
 
-from sluice.errors import SluiceError
 from sluice.latency import LatencyModel
-from sluice.passes.capture import BatchNorm, clone
 from sluice.passes.drop_torch import drop_torch
 from sluice.passes.factor_torch import truncations_torch
 from sluice.passes.gating import bake
 from sluice.passes.insertion import along
+from sluice.passes.judge import SAMPLES, Judge
 from sluice.passes.merge_torch import linearize_torch
 from sluice.passes.options import Options, RankOption
 from sluice.passes.placement import Placement
 from sluice.passes.resolve import tensor_masks
 from sluice.passes.sites import Analysis, keep_masks
-from sluice.train import Data, Loss, on_device, split_batch
+from sluice.train import Data, Loss
 
-__all__ = ["Judge", "measured_losses"]
+__all__ = ["measured_losses"]
 
 LEVELS = 4
-SAMPLES = 128
-BROKEN = 100.0  # times the network's own loss: what a change costs that makes the loss infinite
 FLOOR = 1e-3  # of the median loss of a whole site
-Batch = tuple[tuple[Any, ...], Any, Any]  # inputs, what the teacher says, labels
 
 
 def measured_losses(
@@ -70,103 +64,80 @@ def measured_losses(
         SluiceError: the loss is not finite.
     """
     judge = Judge(gm, data, loss, samples)
-    changes: dict[str, Callable[[int], float]] = {}
+    changes: list[_Change] = []
     for group in analysis.groups:
         if len(model.levels.get(group.name, ())) > 1:
-            changes[group.name] = _width(judge, analysis, placement, group.name, scores[group.name])
+            changes.append(_width(judge, analysis, placement, group.name, scores[group.name]))
     for option in options.ranks:
         if len(model.levels.get(option.switch, ())) > 1:
-            changes[option.rank] = _rank(judge, option)
+            changes.append(_rank(judge, option))
     for name, drop in options.drops.items():
         if len(model.levels.get(name, ())) > 1:
-            changes[name] = lambda _, drop=drop: judge.restructured(lambda g: drop_torch(g, [drop]))  # type: ignore[misc]
+            changes.append(_restructuring(judge, name, drop.params, partial(drop_torch, drops=[drop])))
     for name, merge in options.merges.items():
         if len(model.levels.get(name, ())) > 1:
-            changes[name] = lambda _, m=merge: judge.restructured(lambda g: linearize_torch(g, [m]))  # type: ignore[misc]
+            changes.append(_restructuring(judge, name, merge.layers, partial(linearize_torch, merges=[merge])))
     found: dict[str, np.ndarray] = {}
     ranks = {option.rank: option.switch for option in options.ranks}
-    for done, (site, change) in enumerate(changes.items(), 1):
+    changes.sort(key=lambda change: judge.place(change.tensors))  # the order that costs least
+    for done, (site, _, increase) in enumerate(changes, 1):
         levels = model.levels[site]
         if site in model.switches:
-            found[site] = np.array([0.0, change(1)])
+            found[site] = np.array([0.0, increase(1)])
         elif site in ranks:
             # Even the largest rank is a truncation; what it costs is the price of the switch.
-            curve = _curve(levels, change, dense=None)
+            curve = _curve(levels, increase, dense=None)
             found[ranks[site]] = np.array([0.0, curve[-1]])
             found[site] = curve - curve[-1]
         else:
-            found[site] = _curve(levels, change, dense=levels[-1])
+            found[site] = _curve(levels, increase, dense=levels[-1])
         advance(done, len(changes))
     return _floored(found, model)
 
 
-class Judge:
-    """The dense network on fixed batches, and the loss of changed copies of it."""
+class _Change(NamedTuple):
+    """What may happen at a site, the tensors it begins at, and the increase of the loss at a value."""
 
-    def __init__(self, gm: fx.GraphModule, data: Data, loss: Loss, samples: int = SAMPLES):
-        self.gm, self.loss = clone(gm), loss
-        self.batches: list[Batch] = []
-        teacher, seen = clone(gm).eval(), 0
-        with torch.no_grad():
-            for batch in data:
-                inputs, labels = on_device(_at_most(split_batch(batch), samples - seen), gm)
-                self.batches.append((inputs, teacher(*inputs), labels))
-                seen += len(inputs[0])
-                if seen >= samples:
-                    break
-        _batch_statistics(self.gm)
-        self.base = self._loss(self.gm)
-        if not np.isfinite(self.base):
-            raise SluiceError(f"the loss is {self.base} on the first batches; give data the network was made for")
-
-    def weights(self, changed: Mapping[str, Tensor]) -> float:
-        """With other values of some tensors."""
-        with _swapped(self.gm, changed):
-            return self._increase(self.gm)
-
-    def restructured(self, change: Callable[[fx.GraphModule], object]) -> float:
-        """With another graph."""
-        copy = clone(self.gm)
-        result = change(copy)
-        changed = result if isinstance(result, nn.Module) else copy
-        _batch_statistics(changed)
-        return self._increase(changed)
-
-    def _increase(self, changed: nn.Module) -> float:
-        value = self._loss(changed)
-        return max(0.0, value - self.base) if np.isfinite(value) else BROKEN * (1.0 + abs(self.base))
-
-    def _loss(self, module: nn.Module) -> float:
-        with torch.no_grad():
-            values = [float(self.loss(module(*inputs), taught, labels)) for inputs, taught, labels in self.batches]
-        return float(np.mean(values))
+    site: str
+    tensors: Collection[str]
+    increase: Callable[[int], float]
 
 
-def _width(
-    judge: Judge, analysis: Analysis, placement: Placement, group: str, scores: np.ndarray
-) -> Callable[[int], float]:
+def _width(judge: Judge, analysis: Analysis, placement: Placement, group: str, scores: np.ndarray) -> _Change:
     order = np.argsort(-scores, kind="stable")
     index = next(i for i, g in enumerate(analysis.groups) if g.name == group)
     normed = any((analysis.values[name].groups == index).any() for name in placement.norms)
+    state = judge.gm.state_dict()
 
-    def change(width: int) -> float:
-        keeps = keep_masks(analysis, {group: order[:width].tolist()})
+    def masks(width: int) -> dict[tuple[str, int], np.ndarray]:
+        found = tensor_masks(analysis, keep_masks(analysis, {group: order[:width].tolist()}))
+        return {at: found[at] for at in sorted(placement.refs & found.keys())}
+
+    def increase(width: int) -> float:
         if normed:  # statistics over the kept channels need another graph
+            keeps = keep_masks(analysis, {group: order[:width].tolist()})
             return judge.restructured(lambda g: bake(g, analysis, placement, keeps))
-        state = judge.gm.state_dict()
         changed: dict[str, Tensor] = {}
-        masks = tensor_masks(analysis, keeps)
-        for param, axis in sorted(placement.refs & masks.keys()):
+        for (param, axis), mask in masks(width).items():
             value = changed.get(param, state[param])
-            changed[param] = value * along(torch.from_numpy(masks[(param, axis)]).to(value), value.ndim, axis)
+            changed[param] = value * along(torch.from_numpy(mask).to(value), value.ndim, axis)
         return judge.weights(changed)
 
-    return change
+    return _Change(group, () if normed else {param for param, _ in masks(1)}, increase)
 
 
-def _rank(judge: Judge, option: RankOption) -> Callable[[int], float]:
-    truncated = truncations_torch(judge.gm.state_dict()[option.param], option.form)
-    return lambda rank: judge.weights({option.param: truncated(rank)})
+def _rank(judge: Judge, option: RankOption) -> _Change:
+    @cache
+    def truncated() -> Callable[[int], Tensor]:  # decomposed when its turn comes
+        return truncations_torch(judge.gm.state_dict()[option.param], option.form)
+
+    return _Change(option.rank, [option.param], lambda rank: judge.weights({option.param: truncated()(rank)}))
+
+
+def _restructuring(
+    judge: Judge, site: str, tensors: Sequence[str], change: Callable[[fx.GraphModule], object]
+) -> _Change:
+    return _Change(site, tensors, lambda _: judge.restructured(change, near=tensors))
 
 
 def _curve(levels: Sequence[int], change: Callable[[int], float], dense: int | None) -> np.ndarray:
@@ -190,33 +161,3 @@ def _floored(losses: dict[str, np.ndarray], model: LatencyModel) -> dict[str, np
         removed = levels if site in model.switches else 1.0 - levels / levels[-1]
         found[site] = values + floor * removed
     return found
-
-
-def _batch_statistics(module: nn.Module) -> None:
-    module.eval()
-    for part in module.modules():
-        if isinstance(part, BatchNorm):
-            part.train()
-            part.momentum = 0.0
-
-
-def _at_most(batch: tuple[tuple[Any, ...], Any], count: int) -> tuple[tuple[Any, ...], Any]:
-    """The first examples of a batch, where all its tensors have as many."""
-    sizes = {len(t) for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim}
-    if len(sizes) != 1 or max(sizes) <= count:
-        return batch
-    cut: tuple[tuple[Any, ...], Any] = pytree.tree_map_only(Tensor, lambda t: t[:count] if t.ndim else t, batch)
-    return cut
-
-
-@contextmanager
-def _swapped(module: nn.Module, changed: Mapping[str, Tensor]) -> Iterator[None]:
-    state = module.state_dict(keep_vars=True)
-    old = {name: state[name].data for name in changed}
-    try:
-        for name, value in changed.items():
-            state[name].data = value
-        yield
-    finally:
-        for name, value in old.items():
-            state[name].data = value
