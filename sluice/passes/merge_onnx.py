@@ -8,7 +8,7 @@ norms, inner activations, removed convolutions and folded shortcuts go, with the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -23,7 +23,7 @@ from sluice.passes.onnx_axes import attributes
 from sluice.passes.runs import Block, Region, Run, bias_name, compose_run, find_region, layers_of, merged_shape
 from sluice.plan import Merge
 
-__all__ = ["chains_onnx", "merge_onnx"]
+__all__ = ["Replacement", "chains_onnx", "merge_onnx", "random_weight", "replaced", "replacement"]
 
 _ACTIVATIONS = """Relu Clip LeakyRelu Elu Selu Celu Gelu Mish HardSwish HardSigmoid Sigmoid Tanh Softplus Softsign Swish
     Dropout Identity"""
@@ -76,24 +76,58 @@ def merge_onnx(model: onnx.ModelProto, merges: Sequence[Merge], *, values: bool 
 def _apply(model: onnx.ModelProto, region: Region, values: bool) -> None:
     graph = model.graph
     arrays = {init.name: numpy_helper.to_array(init) for init in graph.initializer if init.name in region.tensors}
-    new = _Emitter(region, arrays, {init.name for init in graph.initializer}, values)
-    new.emit(region.units, region.source, region.value)
+    new = replacement(region, {init.name for init in graph.initializer})
     nodes = list(graph.node)
-    place = next(index for index, node in enumerate(nodes) if region.value in node.output)
-    old = nodes.pop(place)
-    kept = _alive([*nodes[:place], *new.nodes, *nodes[place:]], {info.name for info in graph.output}, [old])
-    before = {name for node in [*nodes, old] for name in (*node.input, *node.output)}
+    kept = replaced(nodes, {info.name for info in graph.output}, region, new)
+    weights: dict[str, np.ndarray] = {}
+    for name, run in new.runs.items():
+        conv, dtype = compose_run(run, arrays) if values else _random(run), arrays[name].dtype
+        weights[name], weights[bias_name(name)] = conv.weight.astype(dtype), conv.bias.astype(dtype)
+    before = {name for node in nodes for name in (*node.input, *node.output)}
     read = {name for node in kept for name in (*node.input, *node.output)}
-    gone = (before - read) | new.weights.keys()
+    gone = (before - read) | weights.keys()
     initializers = [init for init in graph.initializer if init.name not in gone]
-    initializers += [numpy_helper.from_array(array, name) for name, array in new.weights.items()]
+    initializers += [numpy_helper.from_array(array, name) for name, array in weights.items()]
     infos = [info for info in graph.value_info if info.name not in gone]
     for target, items in ((graph.node, kept), (graph.initializer, initializers), (graph.value_info, infos)):
         del target[:]
         target.extend(items)
 
 
-def _alive(nodes: list[onnx.NodeProto], outputs: set[str], gone: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """The nodes that take a region's place, and the run behind every weight that they read."""
+
+    nodes: Sequence[onnx.NodeProto]
+    runs: Mapping[str, Run]
+
+
+def replacement(region: Region, taken: Collection[str]) -> Replacement:
+    """What takes the region's place.
+
+    Args:
+        taken: names of all initialisers.
+    Raises:
+        SluiceError: a bias that a merged convolution gets would have the name of another tensor.
+    """
+    new = _Emitter(region, taken)
+    new.emit(region.units, region.source, region.value)
+    return Replacement(new.nodes, new.runs)
+
+
+def replaced(
+    nodes: Sequence[onnx.NodeProto], outputs: Collection[str], region: Region, new: Replacement
+) -> list[onnx.NodeProto]:
+    """A graph's nodes with the region's replaced; ``outputs`` are the values that leave the graph."""
+    rest = list(nodes)
+    place = next(index for index, node in enumerate(rest) if region.value in node.output)
+    old = rest.pop(place)
+    return _alive([*rest[:place], *new.nodes, *rest[place:]], outputs, [old])
+
+
+def _alive(
+    nodes: list[onnx.NodeProto], outputs: Collection[str], gone: Sequence[onnx.NodeProto]
+) -> list[onnx.NodeProto]:
     """The nodes without those that only led to the nodes ``gone``."""
     uses = Counter(name for node in nodes for name in node.input)
     dead = {name for node in gone for name in node.input}
@@ -109,14 +143,12 @@ def _alive(nodes: list[onnx.NodeProto], outputs: set[str], gone: Sequence[onnx.N
 
 @dataclass(slots=True)
 class _Emitter:
-    """Nodes and initialisers of a region's units."""
+    """Nodes of a region's units, and the runs that they carry out, by weight."""
 
     region: Region
-    arrays: dict[str, np.ndarray]
-    taken: set[str]
-    values: bool
+    taken: Collection[str]
     nodes: list[onnx.NodeProto] = field(default_factory=list)
-    weights: dict[str, np.ndarray] = field(default_factory=dict)
+    runs: dict[str, Run] = field(default_factory=dict)
 
     def emit(self, units: Sequence[Run | Block], x: str, out: str) -> None:
         for index, unit in enumerate(units):
@@ -134,30 +166,34 @@ class _Emitter:
 
     def run(self, run: Run, x: str, out: str) -> None:
         name = layers_of(run.parts)[-1].weight
-        bias, dtype = bias_name(name), self.arrays[name].dtype
+        bias = bias_name(name)
         if bias in self.taken and bias not in self.region.tensors:
             raise SluiceError(f"cannot merge into {name!r}: its bias would take the name {bias!r}; rename that tensor")
-        conv = compose_run(run, self.arrays) if self.values else _random(run)
-        self.weights[name], self.weights[bias] = conv.weight.astype(dtype), conv.bias.astype(dtype)
+        shape, stride, pad, groups = merged_shape(run)
+        self.runs[name] = run
         self.nodes.append(
             helper.make_node(
                 "Conv",
                 [x, name, bias],
                 [out],
                 name=out,
-                kernel_shape=conv.kernel,
-                strides=conv.stride,
-                pads=conv.pad * 2,
-                dilations=(1,) * len(conv.pad),
-                group=conv.groups,
+                kernel_shape=shape[2:],
+                strides=stride,
+                pads=pad * 2,
+                dilations=(1,) * len(pad),
+                group=groups,
             )
         )
 
 
 def _random(run: Run) -> Conv:
     shape, stride, pad, groups = merged_shape(run)
-    weight = np.random.default_rng(0).standard_normal(shape, np.float32) / np.sqrt(prod(shape[1:]))
-    return Conv(weight, np.zeros(shape[0], np.float32), stride, pad, groups)
+    return Conv(random_weight(shape), np.zeros(shape[0], np.float32), stride, pad, groups)
+
+
+def random_weight(shape: tuple[int, ...]) -> np.ndarray:
+    """A weight (out, in / groups, *kernel) that keeps the scale of what it reads; always the same."""
+    return np.random.default_rng(0).standard_normal(shape, np.float32) / np.sqrt(prod(shape[1:]))
 
 
 def _gate(node: onnx.NodeProto, made: dict[str, onnx.NodeProto], uses: Counter[str]) -> str | None:

@@ -17,19 +17,10 @@ from sluice.passes.blocks import Block, find_blocks
 from sluice.passes.drop_onnx import view_onnx
 from sluice.passes.options import BSR, Options, RankOption
 from sluice.plan import Drop, Merge
+from sluice.profiler.merged import MergeSite, merge_segments, merge_variants
 from sluice.profiler.pieces import Dissection, Piece, anchor_weight
 from sluice.profiler.sweep import Bench, Staircase, explore, joint_points, knots_of
-from sluice.profiler.variants import (
-    Alternatives,
-    MergeSite,
-    Shown,
-    Variant,
-    is_excluded,
-    merge_segments,
-    merge_variants,
-    rank_layers,
-    rank_variants,
-)
+from sluice.profiler.variants import Alternatives, Shown, Variant, is_excluded, rank_layers, rank_variants
 
 __all__ = ["find_alternatives"]
 
@@ -68,7 +59,7 @@ def find_alternatives(
     merges: dict[str, Merge] = {}
     if "merge" in methods:
         sites = merge_segments(dissection, exclude, widths_vary="filter" in methods)
-        paying = _merges(dissection, sites, batch, dense_ms, stairs, bench)
+        paying = _merges(dissection, sites, dense_ms, stairs, bench)
         merges = {s.place.switch: site.merge for s, site in paying}
         shown += [s for s, _ in paying]
     ranks = tuple(RankOption(*s.place.switch.rsplit("|", 1)) for s in shown if s.place.rank)
@@ -106,7 +97,6 @@ def _ranks(
 def _merges(
     dissection: Dissection,
     sites: Sequence[MergeSite],
-    batch: int,
     dense_ms: Mapping[str, float],
     stairs: Mapping[str, Staircase],
     bench: Bench,
@@ -114,7 +104,7 @@ def _merges(
     """Rule 2: every run at the dense widths first, and at others if that pays."""
     by_weight = {anchor_weight(piece): dense_ms[piece.name] for piece in dissection.pieces}
     best: dict[str, tuple[float, Shown, MergeSite]] = {}
-    for variant, shelf in merge_variants(dissection, sites, batch):
+    for variant, shelf in merge_variants(dissection, sites):
         cut = variant.dissection
         own = _widths(cut, stairs)
         for place, site in zip(variant.places, shelf, strict=True):

@@ -1,24 +1,20 @@
 """Cut the user's own exported graph into the pieces that are timed.
 
-1. An *anchor* (convolution or matrix product) opens a piece; every other operator joins the latest piece that feeds
-   it. What a runtime fuses (batch norm, activation, residual add, pooling behind a layer) so stays together, and
-   pieces depend only on earlier pieces.
+1. What belongs to a piece is `sluice.profiler.split`'s: an anchor, and what a runtime fuses with it.
 2. A piece depends on the widths of the groups that lie on its values. Groups that occur only in sums, always
    together (concatenation), count as one *extent*: their total.
 3. The *key* is a hash of the structure with extents as symbols: operators, attributes, fixed sizes, batch. Equal
    pieces, in one network or in several, are timed once.
 4. A piece at given widths is the same sub-graph, cut by the rewriter that will cut the whole graph.
-5. A padding in front of an anchor belongs to the anchor: runtimes fold it into the convolution, which then runs other
-   code, several times slower for some shapes, than on an input that was padded before.
-6. Inputs that meet an operator other than an anchor are made by a source (`sluice.profiler.sources`).
+5. Inputs that meet an operator other than an anchor are made by a source (`sluice.profiler.sources`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -30,19 +26,20 @@ from sluice.passes.onnx_axes import analyze_onnx, attributes
 from sluice.passes.resolve import tensor_masks
 from sluice.passes.rewrite_onnx import cut_graph
 from sluice.passes.sites import Analysis, rename_groups
+from sluice.profiler.hollow import filled
 from sluice.profiler.shapes import static_graph
+from sluice.profiler.split import ANCHORS, Part, anchored_pads, split
 
 __all__ = [
     "Dissection",
     "Piece",
     "anchor_weight",
     "build_piece",
+    "cut_out",
     "dissect",
     "spread_widths",
     "weight_bytes",
 ]
-
-ANCHORS = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul"])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +53,7 @@ class Piece:
     extents: tuple[Extent, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    bare: tuple[str, ...] = ()  # inputs that meet an operator other than an anchor (rule 6)
+    bare: tuple[str, ...] = ()  # inputs that meet an operator other than an anchor (rule 5)
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -100,62 +97,45 @@ def dissect(
     static = static_graph(model, batch)
     analysis = rename_groups(analyze_onnx(static, exclude), names or {})
     graph = static.graph
-    tensors = {init.name: init for init in graph.initializer}
     infos = {i.name: i for i in [*graph.input, *graph.value_info, *graph.output]}
-    activations = {i.name for i in graph.input}
-    owner: dict[str, int] = {}  # activation -> index of the piece that makes it
-    members: list[list[onnx.NodeProto]] = []
-    prepared: dict[str, onnx.NodeProto] = {}  # results that depend on weights only
-    waiting = _pads_of_anchors(graph)  # rule 5
-    for node in graph.node:
-        if not activations.intersection(node.input):
-            prepared.update(dict.fromkeys(node.output, node))
-            continue
-        if node.op_type == "Pad" and node.output[0] in waiting:
-            activations.update(node.output)
-            waiting[node.output[0]] = node
-            continue
-        feeding = [owner[name] for name in node.input if name in owner]
-        if node.op_type in ANCHORS or not feeding:
-            members.append([])
-            index = len(members) - 1
-        else:
-            index = max(feeding)
-        pads = [waiting[name] for name in node.input if name in waiting]
-        members[index] += [*pads, node]
-        owner.update(dict.fromkeys([name for n in (*pads, node) for name in n.output], index))
-        activations.update(node.output)
-    readers: dict[str, set[int]] = {}
-    for index, nodes in enumerate(members):
-        for node in nodes:
-            for name in node.input:
-                readers.setdefault(name, set()).add(index)
-    finals = {out.name for out in graph.output}
-    pieces: list[Piece] = []
-    times: dict[str, int] = {}
-    for index, nodes in enumerate(members):
-        made = [name for node in nodes for name in node.output if name]
-        outputs = tuple(n for n in made if n in finals or readers.get(n, set()) - {index})
-        inputs = tuple(
-            dict.fromkeys(n for node in nodes for n in node.input if n in activations and owner.get(n, -1) != index)
-        )
-        nodes = [*_preparation(nodes, prepared), *nodes]
-        used = {name for node in nodes for name in node.input}
-        part = helper.make_graph(
-            nodes,
+    parts = split(graph.node, {i.name for i in graph.input}, {out.name for out in graph.output})
+    pieces = cut_out(parts, range(len(parts)), static, analysis, {init.name: init for init in graph.initializer}, infos)
+    return Dissection(static, analysis, pieces)
+
+
+def cut_out(
+    parts: Sequence[Part],
+    wanted: Iterable[int],
+    like: onnx.ModelProto,
+    analysis: Analysis,
+    tensors: Mapping[str, onnx.TensorProto],
+    infos: Mapping[str, onnx.ValueInfoProto],
+) -> tuple[Piece, ...]:
+    """The pieces of some of a graph's parts, by index, with the operator sets of the model ``like``.
+
+    Args:
+        tensors: the graph's initialisers.
+        infos: types and sizes of the graph's activations.
+    """
+    anchors = [next((n for n in part.nodes if n.op_type in ANCHORS), part.nodes[0]) for part in parts]
+    names = [next((n for n in node.input if n in tensors), node.output[0]).removesuffix(".weight") for node in anchors]
+    pieces = []
+    for index in wanted:
+        part, name = parts[index], names[index]
+        used = {n for node in part.nodes for n in node.input}
+        graph = helper.make_graph(
+            part.nodes,
             "piece",
-            [infos[n] for n in inputs],
-            [infos[n] for n in outputs],
+            [infos[n] for n in part.inputs],
+            [infos[n] for n in part.outputs],
             [tensors[n] for n in tensors if n in used],
-            value_info=[infos[n] for n in made if n in infos and n not in outputs],
+            value_info=[infos[n] for n in part.made if n in infos and n not in part.outputs],
         )
-        submodel = helper.make_model(part, opset_imports=static.opset_import, ir_version=static.ir_version)
-        piece = _describe(submodel, analysis, inputs, outputs)
-        times[piece.name] = times.get(piece.name, 0) + 1
-        if times[piece.name] > 1:  # one weight, used again
-            piece = replace(piece, name=f"{piece.name}#{times[piece.name]}")
-        pieces.append(piece)
-    return Dissection(static, analysis, tuple(pieces))
+        model = helper.make_model(graph, opset_imports=like.opset_import, ir_version=like.ir_version)
+        before = names[:index].count(name)  # one weight, used again
+        own = name if not before else f"{name}#{before + 1}"
+        pieces.append(_describe(own, model, analysis, part.inputs, part.outputs))
+    return tuple(pieces)
 
 
 def anchor_weight(piece: Piece) -> str | None:
@@ -170,30 +150,14 @@ def anchor_weight(piece: Piece) -> str | None:
     return None
 
 
-def _pads_of_anchors(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
-    """Outputs of paddings that a single anchor reads as its input, and nothing else."""
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    finals = {out.name for out in graph.output}
-    found = {}
-    for node in graph.node:
-        if node.op_type == "Pad" and node.output[0] not in finals:
-            users = readers.get(node.output[0], [])
-            if len(users) == 1 and users[0].op_type in ANCHORS and users[0].input[0] == node.output[0]:
-                found[node.output[0]] = node
-    return found
-
-
 def _is_static(model: onnx.ModelProto) -> bool:
     dims = [dim for info in model.graph.input for dim in info.type.tensor_type.shape.dim]
     return all(dim.HasField("dim_value") for dim in dims)
 
 
 def build_piece(dissection: Dissection, piece: Piece, widths: Mapping[str, int]) -> onnx.ModelProto:
-    """The piece with the first ``widths[g]`` channels of its groups, without sources."""
-    return cut_graph(piece.model, dissection.analysis, dissection.masks(widths))
+    """The piece with the first ``widths[g]`` channels of its groups, without sources; hollow weights are filled."""
+    return cut_graph(filled(piece.model), dissection.analysis, dissection.masks(widths))
 
 
 def weight_bytes(dissection: Dissection, piece: Piece, widths: Mapping[str, int]) -> int:
@@ -227,21 +191,6 @@ def spread_widths(piece: Piece, values: Sequence[int], sizes: Mapping[str, int])
     return widths
 
 
-def _preparation(nodes: list[onnx.NodeProto], prepared: Mapping[str, onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """The weight-only operators that these nodes need, in order."""
-    found: list[onnx.NodeProto] = []
-
-    def visit(node: onnx.NodeProto) -> None:
-        for name in node.input:
-            if name in prepared and prepared[name] not in found:
-                visit(prepared[name])
-                found.append(prepared[name])
-
-    for node in nodes:
-        visit(node)
-    return found
-
-
 def _composition(analysis: Analysis, value: str) -> tuple[int, dict[str, int], int] | None:
     """(axis, group -> positions per channel, fixed positions) of a value's labelled axis."""
     axis = analysis.values.get(value)
@@ -255,7 +204,9 @@ def _composition(analysis: Analysis, value: str) -> tuple[int, dict[str, int], i
     return axis.dim, coefs, int((axis.groups < 0).sum())
 
 
-def _describe(model: onnx.ModelProto, analysis: Analysis, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Piece:
+def _describe(
+    name: str, model: onnx.ModelProto, analysis: Analysis, inputs: tuple[str, ...], outputs: tuple[str, ...]
+) -> Piece:
     graph = model.graph
     joined_only = {n for n in inputs if all(node.op_type == "Concat" for node in graph.node if n in node.input)}
     values = [*inputs, *(name for node in graph.node for name in node.output if name)]
@@ -299,7 +250,6 @@ def _describe(model: onnx.ModelProto, analysis: Analysis, inputs: tuple[str, ...
     lines.append([rename[name] for name in outputs])
     key = hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()[:24]
     anchor = next((n for n in graph.node if n.op_type in ANCHORS), graph.node[0])
-    name = next((n for n in anchor.input if n in initial), anchor.output[0]).removesuffix(".weight")
     epilogue = " + ".join(
         n.op_type for n in graph.node if n is not anchor and n.output[0] not in _weightless(graph, inputs)
     )
@@ -309,7 +259,7 @@ def _describe(model: onnx.ModelProto, analysis: Analysis, inputs: tuple[str, ...
     into = "x".join(map(str, size(inputs[0]))) if inputs else ""
     out = "x".join(map(str, size(outputs[-1]))) if outputs else ""
     text = f"{anchor.op_type} {kernel_text} {into} -> {out}" + (f" + {epilogue}" if epilogue else "")
-    padded = _pads_of_anchors(graph)
+    padded = anchored_pads(graph.node, outputs)
     others = [n for n in graph.node if n.op_type not in ANCHORS and not padded.keys() & set(n.output)]
     bare = tuple(n for n in inputs if any(n in node.input for node in others))
     return Piece(name, key, " ".join(text.split()), model, extents, inputs, outputs, bare)

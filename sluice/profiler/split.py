@@ -1,0 +1,100 @@
+"""Which operators of a graph are timed together: lists of nodes, nothing is copied.
+
+1. An *anchor* (convolution or matrix product) opens a part; every other operator joins the latest part that feeds it.
+   What a runtime fuses (batch norm, activation, residual add, pooling behind a layer) so stays together, and parts
+   depend only on earlier parts.
+2. A padding in front of an anchor belongs to the anchor: runtimes fold it into the convolution, which then runs other
+   code, several times slower for some shapes, than on an input that was padded before.
+3. Operators that depend on weights only go along with whatever needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx
+
+__all__ = ["ANCHORS", "Part", "anchored_pads", "split"]
+
+ANCHORS = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul"])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """The nodes of one part in order, the activations they make, and those shared with other parts or the outside."""
+
+    nodes: tuple[onnx.NodeProto, ...]
+    made: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def split(nodes: Sequence[onnx.NodeProto], entering: Collection[str], leaving: Collection[str]) -> list[Part]:
+    """All parts of a graph between the activations ``entering`` and ``leaving``, in execution order."""
+    activations = set(entering)
+    owner: dict[str, int] = {}  # activation -> index of the part that makes it
+    members: list[list[onnx.NodeProto]] = []
+    prepared: dict[str, onnx.NodeProto] = {}  # results that depend on weights only
+    waiting = anchored_pads(nodes, leaving)  # rule 2
+    for node in nodes:
+        if not activations.intersection(node.input):
+            prepared.update(dict.fromkeys(node.output, node))
+            continue
+        if node.op_type == "Pad" and node.output[0] in waiting:
+            activations.update(node.output)
+            continue
+        feeding = [owner[name] for name in node.input if name in owner]
+        if node.op_type in ANCHORS or not feeding:
+            members.append([])
+            index = len(members) - 1
+        else:
+            index = max(feeding)
+        pads = [waiting[name] for name in node.input if name in waiting]
+        members[index] += [*pads, node]
+        owner.update(dict.fromkeys([name for n in (*pads, node) for name in n.output], index))
+        activations.update(node.output)
+    readers: dict[str, set[int]] = {}
+    for index, own in enumerate(members):
+        for node in own:
+            for name in node.input:
+                readers.setdefault(name, set()).add(index)
+    parts = []
+    for index, own in enumerate(members):
+        made = tuple(name for node in own for name in node.output if name)
+        outputs = tuple(n for n in made if n in leaving or readers.get(n, set()) - {index})
+        inputs = tuple(
+            dict.fromkeys(n for node in own for n in node.input if n in activations and owner.get(n, -1) != index)
+        )
+        parts.append(Part((*_preparation(own, prepared), *own), made, inputs, outputs))
+    return parts
+
+
+def anchored_pads(nodes: Sequence[onnx.NodeProto], leaving: Collection[str]) -> dict[str, onnx.NodeProto]:
+    """Paddings that a single anchor reads as its input, and nothing else, by what they make."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in nodes:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    found = {}
+    for node in nodes:
+        if node.op_type == "Pad" and node.output[0] not in leaving:
+            users = readers.get(node.output[0], [])
+            if len(users) == 1 and users[0].op_type in ANCHORS and users[0].input[0] == node.output[0]:
+                found[node.output[0]] = node
+    return found
+
+
+def _preparation(nodes: Sequence[onnx.NodeProto], prepared: Mapping[str, onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """The weight-only operators that these nodes need, in order."""
+    found: list[onnx.NodeProto] = []
+
+    def visit(node: onnx.NodeProto) -> None:
+        for name in node.input:
+            if name in prepared and prepared[name] not in found:
+                visit(prepared[name])
+                found.append(prepared[name])
+
+    for node in nodes:
+        visit(node)
+    return found
