@@ -1,11 +1,21 @@
 """Promised against measured milliseconds, on random plans that no fit has seen.
 
-    python -m benchmarks.fidelity [--plans 20] [--networks resnet20 vgg16_bn mobilenet_v2] [--batch 8] [--threads 1]
-                                  [--methods filter rank block merge]
+    python -m benchmarks.fidelity [--networks resnet20 crepe_tiny] [--threads 1 2] [--plans 40] [--batch 8]
+                                  [--methods filter rank block merge] [--tables build/fidelity]
+    python -m benchmarks.fidelity --dry-run | --publish | --show
 
-Every network is profiled (pieces, joints, alternatives, calibration on its own engines), then fresh random plans are
-drawn from what the solver may choose, widths, ranks, dropped blocks and merged runs, their engines built and measured.
-Last line: JSON with fractions; the totals pool all plans, ``spearman`` is the worst network's.
+ResNet-20, ResNet-1D, SE-ResNet, DenseNet, MobileNetV2 and VGG16-BN for small inputs, CREPE tiny, all with batch 8, and
+ResNet-50 at 224x224 with batch 1, each on one and on two threads (``--batch`` is for all of them). Every one is
+profiled (pieces, joints, alternatives, calibration on its own engines), then 40 fresh random plans are drawn from what
+the solver may choose, widths, ranks, dropped blocks and merged runs, their engines built and measured.
+
+All of it takes hours on two cores: a finished run is kept in ``build/fidelity/runs`` and never done again, and points
+that are measured stay in the tables, so the command may be stopped and given again, for a part or for all. With one
+thread the clock is that thread's CPU time, with more it is wall time, so nothing else should run then.
+
+Last line: JSON with fractions for every network and thread count, and in all; totals pool all plans, ``spearman`` is
+the worst run's. When no run with the standard settings is left, their result goes to ``benchmarks/results``;
+``--publish`` only writes what there is of it by now, ``--show`` only prints what was written.
 """
 
 from __future__ import annotations
@@ -14,71 +24,136 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from sluice import models
-from sluice.passes.export import to_onnx
+from benchmarks.fidelity_results import (
+    BATCHES,
+    PLANS,
+    SEED,
+    STANDARD,
+    THREADS,
+    Record,
+    Run,
+    Store,
+    detail,
+    product,
+    read_result,
+    summary,
+    table,
+    write_result,
+)
+from sluice.errors import SluiceError
 from sluice.passes.options import METHODS
-from sluice.passes.sampling import random_configuration
-from sluice.profiler.anchor import make_anchor
-from sluice.profiler.calibrate import errors, measure_engines
-from sluice.profiler.engine import with_ranks_in_reach
-from sluice.profiler.profile import profile_onnx
-from sluice.profiler.sweep import Bench
-from sluice.profiler.table import LatencyTable
+
+__all__ = ["main", "work"]
+
+RESULT = Path("benchmarks/results/fidelity-ort-cpu.json")
 
 
-def run(
-    name: str, table: Path, batch: int, threads: int, methods: Sequence[str], plans: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Promised and measured ms of fresh plans, and the seconds that profiling took."""
-    dense = to_onnx(getattr(models, name)().eval(), models.example_inputs(name))
-    started = time.perf_counter()
-    profile = profile_onnx(dense, table, batch=batch, threads=threads, methods=methods)
-    seconds = time.perf_counter() - started
-    rng = np.random.default_rng(seed)
-    latency, options = profile.latency, profile.options
-    drawn = [
-        with_ranks_in_reach(profile.dissection, latency, random_configuration(latency, rng), options)
-        for _ in range(plans)
-    ]
-    runner = profile.runner()
-    with LatencyTable.open(table) as opened:
-        bench = Bench(opened, runner, make_anchor(opened, runner, rng), rng)
-        measured = np.array(measure_engines(profile.dissection, bench, drawn, options))
-    return np.array([latency.ms(configuration) for configuration in drawn]), measured, seconds
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--networks", nargs="+", default=["resnet20", "vgg16_bn", "mobilenet_v2"])
-    parser.add_argument("--plans", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=1)
+def work(
+    store: Store, runs: Sequence[Run], perform: Callable[[Run], Record], say: Callable[[str], None] = _progress
+) -> list[Run]:
+    """Do the runs that are left, and save each; returns those that broke, which are left for another time."""
+    broken: list[Run] = []
+    for number, run in enumerate(runs, 1):
+        record = store.get(run)
+        say(f"{run.name} ({number} of {len(runs)}{'' if record is None else ', kept'})")
+        if record is None:
+            started = time.perf_counter()
+            try:
+                record = perform(run)
+            except Exception as error:
+                # Hours of other runs must not wait for the mending of this one.
+                reason = f"error: {error}" if isinstance(error, SluiceError) else traceback.format_exc()
+                say(f"  broke after {time.perf_counter() - started:.0f} s\n{reason}")
+                broken.append(run)
+                continue
+            store.save(record)
+        say(f"  {json.dumps(record.figures)}\n{detail(record)}")
+    return broken
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fidelity", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--networks", nargs="+", default=list(BATCHES), choices=BATCHES, metavar="NAME")
+    parser.add_argument("--threads", nargs="+", type=_positive, default=list(THREADS), metavar="N")
+    parser.add_argument("--plans", type=_positive, default=PLANS)
+    parser.add_argument("--batch", type=_positive, help="of all networks, in place of their own")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--seed", type=int, default=1000)
-    parser.add_argument("--tables", type=Path, default=Path("build/fidelity"))
-    options = parser.parse_args()
-    options.tables.mkdir(parents=True, exist_ok=True)
-    per_network: dict[str, dict[str, float]] = {}
-    all_promised, all_measured = [], []
-    for name in options.networks:
-        table = options.tables / f"{name}-b{options.batch}-t{options.threads}.db"
-        promised, measured, seconds = run(
-            name, table, options.batch, options.threads, options.methods, options.plans, options.seed
-        )
-        per_network[name] = {**errors(promised, measured), "profile_seconds": round(seconds, 1)}
-        print(f"{name}: {per_network[name]}", file=sys.stderr)
-        print(f"  promised/measured {np.round(promised / measured, 3).tolist()}", file=sys.stderr)
-        all_promised.append(promised)
-        all_measured.append(measured)
-    total = errors(np.concatenate(all_promised), np.concatenate(all_measured))
-    total["spearman"] = min(found["spearman"] for found in per_network.values())
-    print(json.dumps({**total, "per_network": per_network}))
-    return 0
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--tables", type=Path, default=Path("build/fidelity"), help="tables and finished runs")
+    parser.add_argument("--result", type=Path, default=RESULT)
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--dry-run", action="store_true", help="only list what is left")
+    only.add_argument("--publish", action="store_true", help="only write the result, although runs may be left")
+    only.add_argument("--show", action="store_true", help="only print the result")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0, or 1 if a run broke or for a mistake of the user's."""
+    options = _parser().parse_args(argv)
+    asked = product(
+        options.networks, options.threads, options.methods, options.plans, options.seed, batch=options.batch
+    )
+    store = Store(options.tables / "runs")
+    broken: list[Run] = []
+    try:
+        if options.show:
+            shown, runs = read_result(options.result), STANDARD
+        elif options.dry_run:
+            left = [run.name for run in asked if store.get(run) is None]
+            print("\n".join([*left, f"{len(left)} of {len(asked)} runs left"]))
+            return 0
+        elif options.publish:
+            shown, runs = _finished(store, STANDARD), STANDARD
+            _publish(shown, STANDARD, options.result)
+        else:
+            _finished(store, [*STANDARD, *asked])  # a file that cannot be read is told of now, not hours later
+            broken = work(store, asked, _performer(options.tables))
+            shown, runs = _finished(store, asked), asked
+            standing = _finished(store, STANDARD)
+            if len(standing) == len(STANDARD):
+                _publish(standing, STANDARD, options.result)
+        print(table(shown, runs))
+        print(json.dumps(summary(shown, runs)))
+    except SluiceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for run in broken:
+        _progress(f"broke: {run.name}")
+    return 1 if broken else 0
+
+
+def _finished(store: Store, runs: Sequence[Run]) -> list[Record]:
+    return [record for run in runs if (record := store.get(run)) is not None]
+
+
+def _publish(records: Sequence[Record], runs: Sequence[Run], result: Path) -> None:
+    write_result(records, runs, result)
+    _progress(f"written: {result}")
+
+
+def _performer(tables: Path) -> Callable[[Run], Record]:
+    def one(run: Run) -> Record:
+        # What is kept is told without torch.
+        from benchmarks.fidelity_runs import perform
+
+        return perform(run, tables)
+
+    return one
 
 
 if __name__ == "__main__":

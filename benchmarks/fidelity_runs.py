@@ -1,0 +1,87 @@
+"""How one run of `benchmarks.fidelity` is done: profile, draw, build, measure.
+
+1. The weights are random, since the time of a network does not depend on them; CREPE's are not read either.
+2. Profiling is pieces, joints, alternatives and a calibration on engines of its own. Fresh plans are then drawn from
+   all that the solver may choose, and whole engines of them built and measured, interleaved.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from benchmarks.fidelity_results import Outcome, Record, Run
+from examples.crepe.model import FRAME, Crepe
+from sluice import models
+from sluice.passes.export import to_onnx
+from sluice.passes.options import chosen_edits
+from sluice.passes.sampling import random_configuration
+from sluice.profiler.anchor import make_anchor
+from sluice.profiler.calibrate import measure_engines
+from sluice.profiler.engine import with_ranks_in_reach
+from sluice.profiler.profile import profile_onnx
+from sluice.profiler.sweep import Bench
+from sluice.profiler.table import LatencyTable
+
+__all__ = ["NETWORKS", "Network", "perform"]
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A network and the shape of one example of its input."""
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+
+    def export(self) -> onnx.ModelProto:
+        torch.manual_seed(0)
+        return to_onnx(self.make().eval(), (torch.randn(2, *self.shape),))
+
+
+NETWORKS: Mapping[str, Network] = {
+    "resnet20": Network(models.resnet20, models.EXAMPLE_SHAPES["resnet20"]),
+    "resnet1d": Network(models.resnet1d, models.EXAMPLE_SHAPES["resnet1d"]),
+    "se_resnet": Network(models.se_resnet, models.EXAMPLE_SHAPES["se_resnet"]),
+    "densenet": Network(models.densenet, models.EXAMPLE_SHAPES["densenet"]),
+    "mobilenet_v2": Network(models.mobilenet_v2, models.EXAMPLE_SHAPES["mobilenet_v2"]),
+    "vgg16_bn": Network(models.vgg16_bn, models.EXAMPLE_SHAPES["vgg16_bn"]),
+    "crepe_tiny": Network(Crepe, (FRAME,)),
+    "resnet50": Network(models.resnet50, models.EXAMPLE_SHAPES["resnet50"]),
+}
+
+
+def perform(run: Run, folder: Path) -> Record:
+    """Promised and measured milliseconds of the run's plans; ``folder`` holds the latency tables.
+
+    Raises:
+        SluiceError: the table there is of another device or runtime, or nothing in the network can be cut.
+    """
+    dense, table = NETWORKS[run.network].export(), folder / run.table
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    profile = profile_onnx(dense, table, batch=run.batch, threads=run.threads, methods=run.methods)
+    seconds = time.perf_counter() - started
+    rng = np.random.default_rng(run.seed)
+    latency, options = profile.latency, profile.options
+    drawn = [
+        with_ranks_in_reach(profile.dissection, latency, random_configuration(latency, rng), options)
+        for _ in range(run.plans)
+    ]
+    runner = profile.runner()
+    with LatencyTable.open(table) as opened:
+        bench = Bench(opened, runner, make_anchor(opened, runner, rng), rng)
+        measured = measure_engines(profile.dissection, bench, drawn, options)
+    outcomes = []
+    for configuration, ms in zip(drawn, measured, strict=True):
+        edits = chosen_edits(options, configuration)
+        counts = (len(edits.factorizations), len(edits.drops), len(edits.merges))
+        outcomes.append(Outcome(latency.ms(configuration), ms, *counts))
+    fingerprint = profile.fingerprint
+    return Record(run, fingerprint.device, fingerprint.runtime_version, round(seconds, 1), tuple(outcomes))
