@@ -11,6 +11,10 @@ The default, 99.999, takes off lone outliers of large tensors and is the maximum
 logits, 1.2% on average; the maximum had 1.4%, the clipping with the least squared error per tensor 1.4%, the
 percentiles 99.99, 99.9 and 99.5 1.6%, 6% and 18%. Those figures were taken with percentiles over whole batches; over
 slices a percentile lies nearer to the maximum.
+
+Inputs that a batch names are matched by name, whatever their order: two of one shape would be taken for each other
+without a word. The names are those of the file's inputs; where the model takes a mapping as one argument, the exporter
+puts the argument's name in front of its keys (``batch_x`` for ``batch["x"]``), so those may have a prefix in common.
 """
 
 from __future__ import annotations
@@ -45,7 +49,8 @@ def activation_ranges(
 
     Args:
         model: the fp32 network.
-        batches: ``(inputs, labels)`` or inputs alone, as for `sluice.compress`.
+        batches: ``(inputs, labels)`` or inputs alone, as for `sluice.compress`. Tensors stand for the network's inputs
+            in their order, those of a mapping for the inputs of their names.
         percentile: of ``|x|`` within a slice of a batch, above 0 and up to 100.
         target, exclude: as for `sluice.passes.precision.typed`.
     Raises:
@@ -97,18 +102,56 @@ def _slices(batches: Iterable[Any], inputs: list[onnx.ValueInfoProto]) -> Iterat
 
 
 def _feeds(batch: Any, names: list[str]) -> Mapping[str, np.ndarray]:
+    """The tensors of a batch by the names of the network's inputs: those of mappings first, the others in order."""
     from torch import Tensor
     from torch.utils import _pytree as pytree
 
     from sluice.train import split_batch
 
-    leaves = [x for x in pytree.tree_leaves(split_batch(batch)[0]) if isinstance(x, Tensor)]
-    if len(leaves) != len(names):
+    arguments = (batch,) if isinstance(batch, Mapping) else split_batch(batch)[0]
+    found: dict[str, Tensor] = {}
+    unknown: list[str] = []
+    for mapping in (x for x in arguments if isinstance(x, Mapping)):
+        own = {key: x for key, x in _flat(mapping) if isinstance(x, Tensor)}
+        free = [name for name in names if name not in found]
+        prefix = _prefix(own, free)
+        found |= {prefix + key: x for key, x in own.items() if prefix + key in free}
+        unknown += [key for key in own if prefix + key not in free]
+    others = pytree.tree_leaves([x for x in arguments if not isinstance(x, Mapping)])
+    leaves = [x for x in others if isinstance(x, Tensor)]
+    rest = [name for name in names if name not in found]
+    if unknown or (found and rest and not leaves):
+        wrong = [f"lacks {', '.join(rest)}"] if rest and not leaves else []
+        wrong += [f"has {', '.join(unknown)}, which the network does not take"] if unknown else []
         raise SluiceError(
-            f"a calibration batch has {len(leaves)} inputs, the network {len(names)} ({', '.join(names)}); give one "
-            f"for each"
+            f"a calibration batch {' and '.join(wrong)}; name the inputs ({', '.join(names)}), each once, and put "
+            f"labels beside them: (inputs, labels)"
         )
-    return {name: leaf.detach().cpu().numpy() for name, leaf in zip(names, leaves, strict=True)}
+    if len(leaves) != len(rest):
+        raise SluiceError(
+            f"a calibration batch has {len(found) + len(leaves)} inputs, the network {len(names)} "
+            f"({', '.join(names)}); give one for each"
+        )
+    return {name: x.detach().cpu().numpy() for name, x in (found | dict(zip(rest, leaves, strict=True))).items()}
+
+
+def _flat(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Leaves under mappings and sequences, named by their keys as the exporter joins them."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(inner, (*path, str(key)))
+    elif isinstance(value, (tuple, list)):
+        for index, inner in enumerate(value):
+            yield from _flat(inner, (*path, str(index)))
+    else:
+        yield "_".join(path), value
+
+
+def _prefix(keys: Iterable[str], names: list[str]) -> str:
+    """What must stand in front of the keys so that most of them are names; nothing where that does as well."""
+    keys = list(keys)
+    prefixes = {name.removesuffix(key) for key in keys for name in names if name.endswith(f"_{key}")}
+    return max(["", *sorted(prefixes)], key=lambda prefix: sum(prefix + key in names for key in keys))
 
 
 def _amplitude(values: np.ndarray, percentile: float) -> float:

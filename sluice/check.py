@@ -6,6 +6,9 @@
 
 For a dense network given as an ONNX file the first way falls away, and torch is not needed.
 
+A file in another precision, ``slim.int8.onnx``, cannot give the same numbers; whether it is the same network as
+``slim.onnx`` is what `sluice.likeness` judges.
+
 Weights are filled in by the names of the slim network. In torch these follow from rewriting the module, and must be all
 that the file holds. In the cut graph every tensor of the user's, every factor and every merged bias must be found; what
 an exporter made up keeps its value.
@@ -24,18 +27,19 @@ import onnx
 from onnx import numpy_helper
 
 from sluice.errors import SluiceError
+from sluice.likeness import Likeness, compare_precisions, drawn, outputs_of
 from sluice.onnx_file import finalize, load_onnx
 from sluice.passes.factor import first_name, second_name
+from sluice.passes.precision import PRECISIONS
 from sluice.passes.rewrite_onnx import rewrite_onnx
 from sluice.passes.runs import bias_name
-from sluice.plan import Plan
+from sluice.plan import InputSpec, Plan
 from sluice.runtime.compare import relative_error
-from sluice.runtime.runner import make_runner
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["check"]
+__all__ = ["check", "check_deployed"]
 
 
 def check(dense: nn.Module | onnx.ModelProto, folder: str | os.PathLike[str]) -> dict[str, float]:
@@ -49,7 +53,7 @@ def check(dense: nn.Module | onnx.ModelProto, folder: str | os.PathLike[str]) ->
     """
     folder = Path(folder)
     plan = Plan.load(folder / "plan.json")
-    arrays = _draw(plan)
+    arrays = drawn(_inputs(plan))
     outputs = {"slim.onnx": _run(load_onnx(folder / "slim.onnx"), arrays)}
     exported = dense
     if not isinstance(exported, onnx.ModelProto):
@@ -69,24 +73,30 @@ def check(dense: nn.Module | onnx.ModelProto, folder: str | os.PathLike[str]) ->
     return {f"{a} and {b}": relative_error(outputs[a], outputs[b]) for a, b in itertools.combinations(outputs, 2)}
 
 
-def _draw(plan: Plan) -> list[np.ndarray]:
+def check_deployed(folder: str | os.PathLike[str]) -> dict[str, Likeness]:
+    """How like ``slim.onnx`` the files in other precisions are, by file name; empty where the folder has none.
+
+    Raises:
+        SluiceError: files are missing, are no networks, or do not take the same inputs and return the same shapes.
+    """
+    folder = Path(folder)
+    specs = _inputs(Plan.load(folder / "plan.json"))
+    names = {p: f"slim.{p}.onnx" for p in PRECISIONS if p != "fp32"}
+    return {
+        name: compare_precisions(load_onnx(folder / name), load_onnx(folder / "slim.onnx"), precision, specs)
+        for precision, name in names.items()
+        if (folder / name).exists()
+    }
+
+
+def _inputs(plan: Plan) -> tuple[InputSpec, ...]:
     if not plan.inputs:
         raise SluiceError("the plan does not say what inputs the model takes; compress with plain tensors as inputs")
-    rng = np.random.default_rng(0)
-    drawn = []
-    for spec in plan.inputs:
-        dtype = np.dtype(spec.dtype)
-        values = rng.standard_normal(spec.shape) if dtype.kind == "f" else np.ones(spec.shape)
-        drawn.append(values.astype(dtype))
-    return drawn
+    return plan.inputs
 
 
 def _run(model: onnx.ModelProto, arrays: list[np.ndarray]) -> list[np.ndarray]:
-    initial = {init.name for init in model.graph.initializer}
-    names = [info.name for info in model.graph.input if info.name not in initial]
-    if len(names) != len(arrays):
-        raise SluiceError(f"the network takes {len(names)} inputs {names}, the plan knows {len(arrays)}; give its own")
-    return list(make_runner("ort-cpu").build(model).run(dict(zip(names, arrays, strict=True))).values())
+    return next(outputs_of(model, [arrays]))
 
 
 def _filled(model: onnx.ModelProto, plan: Plan, path: Path) -> onnx.ModelProto:

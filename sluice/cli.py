@@ -224,15 +224,24 @@ def export(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    """Compare the slim network in torch, its ONNX file, and the dense ONNX graph cut by the plan."""
+    """Compare the slim network in torch, its ONNX files in all precisions, and the dense ONNX graph cut by the plan."""
     from sluice.check import check as run
+    from sluice.check import check_deployed
     from sluice.onnx_file import load_onnx
 
     errors = run(load_onnx(args.model) if is_onnx(args.model) else model_of(args.model), args.folder)
     worst = max(errors.values())
     lines = [*(f"{pair}: {value:.1e}" for pair, value in errors.items()), f"tolerance {args.tolerance:.1e}"]
-    _print(args, {"errors": errors, "worst": worst, "tolerance": args.tolerance}, lines)
-    return 0 if worst <= args.tolerance else 1
+    deployed = check_deployed(args.folder)
+    for name, found in deployed.items():
+        as_run = "" if found.as_run == found.error else f" by its weights, {found.as_run:.1e} as it runs on noise"
+        lines.append(
+            f"{name} and slim.onnx: {found.error:.1e}{as_run}, {'the same' if found.same else 'ANOTHER'} network"
+        )
+        lines.append(f"tolerance of its rounding {found.tolerance:.1e}; by chance {found.by_chance:.1e}")
+    data = {"errors": errors, "worst": worst, "tolerance": args.tolerance}
+    _print(args, {**data, "deployed": {name: asdict(found) for name, found in deployed.items()}}, lines)
+    return 0 if worst <= args.tolerance and all(found.same for found in deployed.values()) else 1
 
 
 def bench(args: argparse.Namespace) -> int:
@@ -310,7 +319,7 @@ def parser() -> argparse.ArgumentParser:
     test = verb(check)
     test.add_argument("model", metavar="MODEL", help=f"{options.MODEL}, or its dense ONNX with parameter names")
     test.add_argument("folder", metavar="DIR", help="folder that `sluice compress` wrote")
-    test.add_argument("--tolerance", type=float, default=TOLERANCE, help=f"relative (default {TOLERANCE:g})")
+    test.add_argument("--tolerance", type=float, default=TOLERANCE, help=f"relative, in fp32 (default {TOLERANCE:g})")
     time = verb(bench, options.device)
     time.add_argument("models", nargs="+", metavar="MODEL.onnx", help="ONNX files, measured in turns")
     add_table(verbs)

@@ -3,10 +3,7 @@
 1. `export`: module -> ONNX in its precision, written whole or not at all. `deploy_onnx` is the same for a graph that
    was exported before.
 2. `as_module`: a deployment file as ``nn.Module``, so that the code that evaluates the model gives the accuracy in
-   every precision. fp32 and int8 run in ONNX Runtime as they are. It has no bfloat16 kernels on a CPU and few for
-   float16, so those two are *emulated*: every operator computes in float32 and its result is rounded to 16 bits, which
-   is what an accelerator does that accumulates in float32 and stores 16 bits. One that fuses operators rounds less
-   often.
+   every precision. fp32 and int8 run in ONNX Runtime as they are, 16 bits as `sluice.emulation` rewrites them.
 """
 
 from __future__ import annotations
@@ -17,24 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sluice.activations import PERCENTILE, activation_ranges
+from sluice.emulation import emulated
 from sluice.errors import SluiceError
 from sluice.onnx_file import finalize, save_onnx
 from sluice.passes.capture import Inputs
 from sluice.passes.export import OPSET, to_onnx
 from sluice.passes.precision import check_precision, typed
-from sluice.runtime.runner import TARGETS
+from sluice.runtime.runner import check_target
 
 if TYPE_CHECKING:
     from sluice.runtime.runner import Session
 
 __all__ = ["as_module", "deploy_onnx", "export"]
-
-_HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 def export(
@@ -76,7 +71,7 @@ def deploy_onnx(
 
     Args:
         calibration: for int8, some hundred inputs as they occur in deployment, in batches of ``(inputs, labels)`` or of
-            inputs alone.
+            inputs alone; a mapping names the file's inputs, anything else gives them in order.
         target: the runtime that the file is for; int8 has another form for each.
         exclude: for int8, names of weights whose layers stay float, often the first and the last.
         percentile: for int8, see `sluice.activations`.
@@ -84,8 +79,7 @@ def deploy_onnx(
         SluiceError: there is no such precision or target, int8 has no calibration, or the network cannot be written in
             the precision.
     """
-    if target not in TARGETS:
-        raise SluiceError(f"there is no target {target!r} to write a file for; choose one of {', '.join(TARGETS)}")
+    check_target(target)
     if check_precision(precision) != "int8":
         return typed(model, precision, target=target)
     if calibration is None:
@@ -123,7 +117,7 @@ def as_module(model: onnx.ModelProto, like: Any = None) -> nn.Module:
 
     initializers = {init.name for init in model.graph.initializer}
     inputs = tuple(info.name for info in model.graph.input if info.name not in initializers)
-    return _Deployed(make_runner("ort-cpu").build(_emulated(model)), inputs, like)
+    return _Deployed(make_runner("ort-cpu").build(emulated(model)), inputs, like)
 
 
 class _Deployed(nn.Module):
@@ -151,37 +145,3 @@ class _Deployed(nn.Module):
             results = iter(found)
             return pytree.tree_map_only(Tensor, lambda _: next(results), self.like)
         return found[0] if len(found) == 1 else tuple(found)
-
-
-def _emulated(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The network with every 16-bit value as a float32 of the same number; one without 16-bit values as it is."""
-    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
-    values = [*inferred.input, *inferred.value_info, *inferred.output]
-    halves = {i.name: i.type.tensor_type.elem_type for i in values if i.type.tensor_type.elem_type in _HALVES}
-    if not halves and not any(init.data_type in _HALVES for init in model.graph.initializer):
-        return model
-    done = onnx.ModelProto()
-    done.CopyFrom(model)
-    for init in done.graph.initializer:
-        if init.data_type in _HALVES:
-            init.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(init).astype("float32"), init.name))
-    for info in [*done.graph.input, *done.graph.output]:
-        if info.name in halves:
-            info.type.tensor_type.elem_type = TensorProto.FLOAT
-    del done.graph.value_info[:], done.graph.node[:]
-    for node in model.graph.node:
-        copy = done.graph.node.add()
-        copy.CopyFrom(node)
-        for attribute in copy.attribute:
-            if attribute.name in ("to", "dtype") and attribute.i in _HALVES:
-                attribute.i = TensorProto.FLOAT
-            elif attribute.name == "value" and attribute.t.data_type in _HALVES:
-                array = numpy_helper.to_array(attribute.t).astype("float32")
-                attribute.t.CopyFrom(numpy_helper.from_array(array))
-        for index, name in enumerate(node.output):
-            if name in halves:
-                copy.output[index] = f"{name}:exact"
-                rounded = helper.make_node("Cast", [f"{name}:exact"], [f"{name}:rounded"], to=halves[name])
-                widened = helper.make_node("Cast", [f"{name}:rounded"], [name], to=TensorProto.FLOAT)
-                done.graph.node.extend([rounded, widened])
-    return done

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections import UserDict
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import numpy_helper, parser
+from torch import nn
 
 from sluice.activations import PERCENTILE, ROWS, activation_ranges
 from sluice.errors import SluiceError
+from sluice.passes.export import finalize, to_onnx
 from sluice.passes.quantize import tensors_to_calibrate
 from tests.exported import deployed
+from tests.networks import build
 
 WEIGHTS = {"w": [[1.0, -2.0], [0.5, 3.0], [2.0, 1.0]], "v": [[1.0], [-1.0]]}
 
@@ -100,6 +107,68 @@ def test_labels_and_several_inputs() -> None:
     assert found["y"] == pytest.approx(float(y.abs().max()))
 
 
+class TakesMapping(nn.Module):
+    """Two inputs of one shape, in a mapping that is the only argument."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> Any:
+        return self.network(batch["x"], batch["y"])
+
+
+class Encoded(UserDict[str, torch.Tensor]):
+    """A mapping that is no dict, as tokenizers return them."""
+
+
+def test_named_inputs_in_any_order() -> None:
+    network = deployed("tied")
+    x, y = torch.randn(3, 5), 100 * torch.randn(3, 5)
+    want = activation_ranges(network, [((x, y), None)])
+    assert want != activation_ranges(network, [((y, x), None)]), "the order of tensors without names counts"
+    named = {"y": y, "x": x}
+    for batch in (named, (named, None), Encoded(named), ((named,), None), ((x, {"y": y}), None), (({"y": y}, x), None)):
+        assert activation_ranges(network, [batch]) == want
+    assert activation_ranges(network, [{**named, "training": False, "mask": None}]) == want
+
+
+def test_names_of_a_mapping_that_is_an_argument() -> None:
+    source, (x, y) = build("tied")
+    network = finalize(to_onnx(TakesMapping(source), ({"x": x, "y": y},)))
+    assert [info.name for info in network.graph.input] == ["batch_x", "batch_y"]
+    want = activation_ranges(network, [((x, 100 * y), None)])
+    for named in ({"y": 100 * y, "x": x}, {"batch_y": 100 * y, "batch_x": x}, {"batch": {"y": 100 * y, "x": x}}):
+        assert activation_ranges(network, [(named, None)]) == want
+    with pytest.raises(SluiceError, match=r"lacks batch_x and has z, which the network does not take"):
+        activation_ranges(network, [{"y": y, "z": x}])
+
+
+def test_a_name_is_not_taken_for_another_that_ends_alike() -> None:
+    network = parser.parse_model(
+        """<ir_version: 10, opset_import: ["": 20]> test (float[N, 3] old_x, float[N, 3] x)
+        => (float[N, 2] y, float[N, 2] u) { y = MatMul(old_x, w)  u = MatMul(x, w) }"""
+    )
+    network.graph.initializer.append(numpy_helper.from_array(np.array(WEIGHTS["w"], np.float32), "w"))
+    found = activation_ranges(network, [{"x": torch.ones(2, 3), "old_x": torch.full((2, 3), 5.0)}])
+    assert (found["x"], found["old_x"]) == (1, 5)
+    with pytest.raises(SluiceError, match="a calibration batch lacks old_x; name the inputs"):
+        activation_ranges(network, [{"x": torch.ones(2, 3)}])
+
+
+def test_names_that_do_not_fit() -> None:
+    network, (x, y) = deployed("tied"), build("tied")[1]
+    for batch, message in (
+        ({"x": x}, r"a calibration batch lacks y; name the inputs \(x, y\), each once"),
+        ({"x": x, "z": y}, "lacks y and has z, which the network does not take"),
+        ({"x": x, "y": y, "labels": y}, "a calibration batch has labels, which the network does not take"),
+        (((x, {"z": y}), None), "a calibration batch has z, which the network does not take"),
+        (((x, y, {"y": y}), None), r"a calibration batch has 3 inputs, the network 2 \(x, y\)"),
+    ):
+        with pytest.raises(SluiceError, match=message):
+            activation_ranges(network, [batch])
+
+
 def test_excluded_layers_need_no_range() -> None:
     assert set(activation_ranges(model(), batches(), exclude=("w",))) == {"b"}
     assert activation_ranges(model(), [], exclude=("w", "v")) == {}
@@ -112,8 +181,8 @@ def test_bad_batches() -> None:
         activation_ranges(model(), [((batches()[0], batches()[0]), None)])
     with pytest.raises(SluiceError, match="ONNX Runtime cannot run the model in memory on inputs"):
         activation_ranges(model(), [torch.ones(2, 5)])
-    with pytest.raises(SluiceError, match="a batch of data is dict"):
-        activation_ranges(model(), [{"x": batches()[0]}])
+    with pytest.raises(SluiceError, match="a batch of data is str"):
+        activation_ranges(model(), ["x"])
     for value in (float("nan"), float("inf")):
         x = batches()[0]
         x[1, 2] = value

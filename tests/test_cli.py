@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,6 +22,7 @@ from sluice import __version__
 from sluice import cli_options as options
 from sluice.cli import main, parser
 from sluice.cli_model import evaluate_of, inputs_of
+from sluice.deploy import deploy_onnx
 from sluice.errors import SluiceError
 from sluice.models import EXAMPLE_SHAPES, enliven
 from sluice.onnx_file import finalize, save_onnx
@@ -315,6 +317,49 @@ def test_check_fails_for_a_changed_file(capsys: pytest.CaptureFixture[str], tmp_
     text = run(capsys, "check", MODEL, folder, "--json", status=1)
     assert json.loads(text)["worst"] > 1e-4
     run(capsys, "check", MODEL, folder, "--tolerance 1", status=0)
+
+
+def deployed_in(folder: Path, precision: str, source: Path, **options: Any) -> Path:
+    """Beside what is in ``folder``, the network of an fp32 file as it is deployed."""
+    path = folder / f"slim.{precision}.onnx"
+    save_onnx(deploy_onnx(onnx.load(source), precision, tiny.data(), **options), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("precision", "target"), [("fp16", "ort-cpu"), ("bf16", "ort-cpu"), ("int8", "ort-cpu"), ("int8", "tensorrt")]
+)
+def test_check_of_the_deployed_file(
+    precision: str, target: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder, dense = compressed_in(tmp_path), dense_onnx_in(tmp_path)
+    assert json.loads(run(capsys, "check", dense, folder, "--json"))["deployed"] == {}
+    file = deployed_in(folder, precision, folder / "slim.onnx", target=target)
+    found = json.loads(run(capsys, "check", dense, folder, "--json"))
+    (entry,) = found["deployed"].values()
+    assert list(found["deployed"]) == [file.name]
+    assert found["worst"] <= 1e-5 < entry["error"] < entry["tolerance"] <= entry["by_chance"] / 2 <= 0.5
+    text = run(capsys, "check", dense, folder)
+    assert f"\n{file.name} and slim.onnx: {entry['error']:.1e}" in text
+    assert ("by its weights, " in text) == (precision == "int8")
+    assert "the same network" in text
+
+    # The file of another network of the same sizes, and one that is no network.
+    other = onnx.load(folder / "slim.onnx")
+    for init in other.graph.initializer:
+        if len(init.dims) > 1:
+            array = onnx.numpy_helper.to_array(init)
+            init.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(array[::-1]), init.name))
+    save_onnx(other, tmp_path / "other.onnx")
+    deployed_in(folder, precision, tmp_path / "other.onnx", target=target)
+    text = run(capsys, "check", dense, folder, status=1)
+    assert "ANOTHER network" in text
+    found = json.loads(run(capsys, "check", dense, folder, "--json --tolerance 1", status=1))
+    assert found["worst"] <= 1e-5, "the fp32 files agree"
+    assert found["deployed"][file.name]["error"] > entry["tolerance"]
+    file.write_bytes(b"")
+    assert main(words("check", dense, folder)) == 1
+    assert "is not an ONNX file" in capsys.readouterr().err
 
 
 def test_plan_apply_export_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

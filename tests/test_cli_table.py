@@ -145,6 +145,7 @@ def test_pack(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         ("--table {known} --batch 1", "does not fit the job: batch is 3, not 1"),
         ("--precision fp8", "no precision 'fp8'"),
         ("--target abacus", "no target 'abacus'"),
+        ("--target ort-cpu --precision bf16", "ort-cpu cannot be timed in bf16"),
         ("--methods magic", "methods"),
     ):
         assert message in run(capsys, "profile --pack", dense, "-o", job, wrong.format(known=known), status=1)

@@ -158,9 +158,7 @@ def test_a_structure_of_another_size() -> None:
 def test_a_misspelt_target() -> None:
     x = build("plain")[1][0]
     for precision in ("int8", "fp16", "fp32"):
-        with pytest.raises(
-            SluiceError, match=r"no target 'TensorRT' to write a file for; choose one of ort-cpu, .*rt$"
-        ):
+        with pytest.raises(SluiceError, match=r"no target 'TensorRT'; choose one of ort-cpu, .*rt$"):
             deploy_onnx(deployed("plain"), precision, [x], target="TensorRT")
 
 

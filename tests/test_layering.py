@@ -57,6 +57,8 @@ WITHOUT_TORCH = (
     "sluice.profiler.",
     "sluice.runtime.",
     "sluice.onnx_file",
+    "sluice.emulation",
+    "sluice.likeness",
     "sluice.check",
     "sluice.cli",
     "sluice.cli_options",

@@ -16,7 +16,7 @@ import sluice
 from sluice import pipeline, prepare, verify
 from sluice.bsr import BeamQuestion
 from sluice.budget import Budget
-from sluice.check import check
+from sluice.check import check, check_deployed
 from sluice.deploy import as_module
 from sluice.errors import SluiceError
 from sluice.onnx_file import buffers_of, finalize
@@ -148,6 +148,9 @@ def test_another_precision(precision: str, tmp_path: Path, monkeypatch: pytest.M
     pieces = [m for m in built if m.graph.input[0].type.tensor_type.elem_type in narrow]
     assert len(pieces) > 10
     assert max(check(tiny.model(), tmp_path / "out").values()) < 1e-5
+    assert [(name, like.same) for name, like in check_deployed(tmp_path / "out").items()] == [
+        (f"slim.{precision}.onnx", True)
+    ]
     assert Report.from_json((tmp_path / "out" / "report.json").read_text()) == report
 
 

@@ -34,7 +34,7 @@ from sluice.passes.options import check_methods
 from sluice.passes.precision import check_precision
 from sluice.profiler.fingerprint import difference
 from sluice.profiler.table import LatencyTable
-from sluice.runtime.runner import TARGETS
+from sluice.runtime.runner import check_fit
 
 __all__ = ["SITE", "Job", "known_table", "read_job", "write_job"]
 
@@ -69,9 +69,7 @@ class Job:
 
     def __post_init__(self) -> None:
         check_methods(self.methods)
-        check_precision(self.precision)
-        if self.target not in TARGETS:
-            raise SluiceError(f"there is no target {self.target!r}; choose one of {', '.join(TARGETS)}")
+        check_fit(self.target, check_precision(self.precision))
         if min(self.batch, self.threads) < 1:
             raise SluiceError(f"a job with batch={self.batch}, threads={self.threads} cannot run; give 1 or more")
 

@@ -7,7 +7,8 @@ a run after a kill costs only what is missing. Needs numpy, onnx, onnx-graphsurg
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -28,7 +29,7 @@ from sluice.profiler.shards import Shard
 from sluice.profiler.survey import measure_engine_share, survey, survey_of_known
 from sluice.profiler.sweep import Bench
 from sluice.profiler.table import LatencyTable
-from sluice.runtime.runner import Runner, make_runner
+from sluice.runtime.runner import Runner, check_fit, make_runner
 
 __all__ = ["Profile", "ShardDone", "fingerprint_here", "profile_onnx", "profile_shard"]
 
@@ -59,23 +60,13 @@ class Profile:
         return typed(model, self.fingerprint.precision, target=self.target)
 
 
-# What a runtime would refuse piece by piece, or run as another network than the one that is asked for.
-UNFIT = {
-    ("ort-cuda", "int8"): "its CUDA provider computes int8 pairs in floating point",
-    ("torch-cuda", "int8"): "it has no int8 convolutions",
-    ("ort-cuda", "bf16"): "numpy cannot hand it bfloat16",
-    ("ort-cpu", "bf16"): "it has no bfloat16 convolutions on a CPU",
-}
-
-
 def fingerprint_here(target: str, threads: int, batch: int, precision: str = "fp32") -> Fingerprint:
     """What a table measured now, on this machine, must carry.
 
     Raises:
         SluiceError: the target is not here, or cannot run this precision.
     """
-    if reason := UNFIT.get((target, check_precision(precision))):
-        raise SluiceError(f"{target} cannot be timed in {precision}: {reason}; choose fp16, or another target")
+    check_fit(target, check_precision(precision))
     runner = make_runner(target, threads)
     return Fingerprint(runner.device, target, runner.version, threads, precision, batch, runner.clock)
 
@@ -117,17 +108,14 @@ def profile_onnx(
     """
     methods, show = check_methods(methods), progress_of(progress)
     fingerprint = fingerprint_here(target, threads, batch, precision)
-    runner, dissection = make_runner(target, threads), _dissect(model, batch, exclude, methods)
-    rng = np.random.default_rng(seed)
-    with LatencyTable.open_or_create(table, fingerprint) as opened:
-        timing_cache.restore(runner, opened.get_blob(timing_cache.NAME))
-        bench = Bench(opened, runner, make_anchor(opened, runner, rng), rng)
+    dissection = _dissect(model, batch, exclude, methods)
+    with _bench(table, fingerprint, seed) as bench:
         found = survey(dissection, bench, show, batch=batch, methods=methods, exclude=exclude)
         _check_choice(dissection, found.alternatives.options)
         with show("engines") as advance:
             own = replace(bench, progress=advance)
             latency = calibrate(dissection, found.latency(bench), own, found.alternatives)
-        cache = opened.get_blob(timing_cache.NAME)
+        cache = bench.table.get_blob(timing_cache.NAME)
     return Profile(latency, dissection, fingerprint, target, bench.anchor.ms, found.alternatives.options, cache)
 
 
@@ -151,19 +139,25 @@ def profile_shard(
     """
     methods, show = check_methods(methods), progress_of(progress)
     fingerprint = fingerprint_here(target, threads, batch, precision)
-    runner, dissection = make_runner(target, threads), _dissect(model, batch, exclude, methods)
-    rng = np.random.default_rng(seed)
-    with LatencyTable.open_or_create(table, fingerprint) as opened:
-        timing_cache.restore(runner, opened.get_blob(timing_cache.NAME))
-        bench = Bench(opened, runner, make_anchor(opened, runner, rng), rng)
-        before = len(opened)
+    dissection = _dissect(model, batch, exclude, methods)
+    with _bench(table, fingerprint, seed) as bench:
+        before = len(bench.table)
         survey(dissection, bench, show, batch=batch, methods=methods, exclude=exclude, shard=shard)
-        points, engines = len(opened) - before, 0
+        points, engines = len(bench.table) - before, 0
         known = survey_of_known(dissection, bench, batch=batch, methods=methods, exclude=exclude)
         if known is not None:
             with show("engines") as advance:
                 engines = measure_engine_share(known, replace(bench, progress=advance), shard, seed)
     return ShardDone(shard, points, engines, known is not None)
+
+
+@contextmanager
+def _bench(table: str | os.PathLike[str], fingerprint: Fingerprint, seed: int) -> Iterator[Bench]:
+    """The table, opened or made, and the runner that it is for, with its timing cache and the anchor."""
+    rng, runner = np.random.default_rng(seed), make_runner(fingerprint.runtime, fingerprint.threads)
+    with LatencyTable.open_or_create(table, fingerprint) as opened:
+        timing_cache.restore(runner, opened.get_blob(timing_cache.NAME))
+        yield Bench(opened, runner, make_anchor(opened, runner, rng), rng)
 
 
 def _dissect(model: onnx.ModelProto, batch: int, exclude: Sequence[str], methods: Sequence[str]) -> Dissection:

@@ -24,11 +24,28 @@ from sluice.errors import SluiceError
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["TARGETS", "Clock", "Runner", "Session", "available_targets", "make_runner"]
+__all__ = [
+    "TARGETS",
+    "UNFIT",
+    "Clock",
+    "Runner",
+    "Session",
+    "available_targets",
+    "check_fit",
+    "check_target",
+    "make_runner",
+]
 
 Clock = Literal["thread_cpu", "wall", "cuda"]
 
 TARGETS = ("ort-cpu", "ort-cuda", "torch-cuda", "tensorrt")
+# What a runtime would refuse piece by piece, or run as another network than the one that is asked for.
+UNFIT = {
+    ("ort-cuda", "int8"): "its CUDA provider computes int8 pairs in floating point",
+    ("torch-cuda", "int8"): "it has no int8 convolutions",
+    ("ort-cuda", "bf16"): "numpy cannot hand it bfloat16",
+    ("ort-cpu", "bf16"): "it has no bfloat16 convolutions on a CPU",
+}
 
 
 class Session(Protocol):
@@ -77,6 +94,27 @@ class Runner(Protocol):
         ...
 
 
+def check_target(target: str) -> str:
+    """The name, checked; whether the target is here is not asked.
+
+    Raises:
+        SluiceError: there is no such target.
+    """
+    if target not in TARGETS:
+        raise SluiceError(f"there is no target {target!r}; choose one of {', '.join(TARGETS)}")
+    return target
+
+
+def check_fit(target: str, precision: str) -> None:
+    """Can engines of this precision be timed on this target, wherever it is?
+
+    Raises:
+        SluiceError: there is no such target, or it cannot (`UNFIT`).
+    """
+    if reason := UNFIT.get((check_target(target), precision)):
+        raise SluiceError(f"{target} cannot be timed in {precision}: {reason}; choose fp16, or another target")
+
+
 def make_runner(target: str, threads: int = 1) -> Runner:
     """The runner called ``target`` (one of `TARGETS`) with ``threads`` threads inside an operator.
 
@@ -85,9 +123,7 @@ def make_runner(target: str, threads: int = 1) -> Runner:
     Raises:
         SluiceError: there is no such target, or its runtime or device is not here.
     """
-    if target not in TARGETS:
-        raise SluiceError(f"there is no target {target!r}; choose one of {', '.join(TARGETS)} (here: {_here()})")
-    if reason := _missing(target):
+    if reason := _missing(check_target(target)):
         raise SluiceError(f"target {target!r} cannot run here: {reason}; targets that can: {_here()}")
     if target == "ort-cpu":
         from sluice.runtime.ort import OrtRunner

@@ -14,6 +14,7 @@ from sluice.profiler import job as job_module
 from sluice.profiler.fingerprint import Fingerprint
 from sluice.profiler.job import Job, known_table, read_job, write_job
 from sluice.profiler.table import LatencyTable
+from sluice.runtime.runner import UNFIT
 from tests.device import chain
 
 SETTINGS = Job(3, "tensorrt", 1, "fp16", ("filter", "rank"), ("conv1", "fc*"))
@@ -57,6 +58,12 @@ def test_it_carries_all_code_and_its_licences(tmp_path: Path) -> None:
         tops = [node for node in ast.parse(source).body if isinstance(node, (ast.Import, ast.ImportFrom))]
         assert "torch" not in {alias.name.split(".")[0] for n in tops if isinstance(n, ast.Import) for alias in n.names}
         assert "torch" not in {str(n.module).split(".")[0] for n in tops if isinstance(n, ast.ImportFrom)}, name
+
+
+@pytest.mark.parametrize(("target", "precision"), UNFIT)
+def test_what_no_runtime_takes_is_not_packed(target: str, precision: str) -> None:
+    with pytest.raises(SluiceError, match=f"^{target} cannot be timed in {precision}: .*; choose fp16, or another"):
+        Job(target=target, precision=precision)
 
 
 def test_a_truncated_or_garbled_job_is_refused(tmp_path: Path) -> None:
@@ -112,6 +119,7 @@ def test_a_foreign_file_is_refused(tmp_path: Path, entries: dict[str, bytes | No
         ({"methods": ["magic"]}, "methods"),
         ({"target": "abacus"}, "no target 'abacus'"),
         ({"precision": "fp8"}, "no precision 'fp8'"),
+        ({"target": "torch-cuda", "precision": "int8"}, "torch-cuda cannot be timed in int8: it has no int8 conv"),
         ({"more": 1}, "do not hold"),
     ],
 )

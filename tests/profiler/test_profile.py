@@ -10,9 +10,10 @@ import pytest
 from sluice.errors import SluiceError
 from sluice.passes.rewrite_onnx import cut_graph
 from sluice.profiler import profile as profile_module
-from sluice.profiler.profile import UNFIT, Profile, fingerprint_here, profile_onnx
+from sluice.profiler.profile import Profile, fingerprint_here, profile_onnx
 from sluice.profiler.table import LatencyTable
 from sluice.runtime.compare import assert_close
+from sluice.runtime.runner import UNFIT
 from tests.device import ANCHOR_MS, Cost, FakeRunner, chain, line, staircase
 
 

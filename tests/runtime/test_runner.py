@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import itertools
 from types import ModuleType
 
 import pytest
 
 from sluice.errors import SluiceError
+from sluice.passes.precision import PRECISIONS
 from sluice.runtime import ort, ort_cuda, tensorrt, torch_cuda
 from sluice.runtime.ort import OrtRunner
 from sluice.runtime.ort_cuda import OrtCudaRunner
-from sluice.runtime.runner import TARGETS, available_targets, make_runner
+from sluice.runtime.runner import TARGETS, UNFIT, available_targets, check_fit, check_target, make_runner
 from sluice.runtime.torch_cuda import TorchCudaRunner
 
 MODULES: dict[str, ModuleType] = {
@@ -50,12 +52,25 @@ def test_what_is_missing_is_one_sentence(target: str, monkeypatch: pytest.Monkey
     assert available_targets()[target] == "the runtime is not installed; install it"
 
 
-def test_an_unknown_target_names_all_and_those_that_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, module in MODULES.items():
-        monkeypatch.setattr(module, "missing", lambda own=name: "" if own in ("ort-cpu", "torch-cuda") else "gone")
-    reason = r"no target 'abacus'; choose one of ort-cpu, ort-cuda, torch-cuda, tensorrt \(here: ort-cpu, torch-cuda\)"
-    with pytest.raises(SluiceError, match=reason):
-        make_runner("abacus")
+def test_an_unknown_target_names_all() -> None:
+    for refuse in (make_runner, check_target, lambda target: check_fit(target, "fp32")):
+        with pytest.raises(
+            SluiceError, match=r"^there is no target 'abacus'; choose one of ort-cpu, ort-cuda, torch-cuda, tensorrt$"
+        ):
+            refuse("abacus")
+
+
+def test_what_fits_is_not_asked_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in MODULES.values():
+        monkeypatch.setattr(module, "missing", lambda: pytest.fail("asked"))
+    for target, precision in itertools.product(TARGETS, PRECISIONS):
+        assert check_target(target) == target
+        if (target, precision) not in UNFIT:
+            check_fit(target, precision)
+            continue
+        with pytest.raises(SluiceError, match=f"^{target} cannot be timed in {precision}: .*; choose fp16, or another"):
+            check_fit(target, precision)
+    assert {target for target, _ in UNFIT} <= set(TARGETS) and {p for _, p in UNFIT} <= set(PRECISIONS)
 
 
 def test_this_machine_runs_onnx_runtime() -> None:
