@@ -55,7 +55,7 @@ class BeamQuestion(Question):
         try:
             found = beam_search(self.steps, self.score, model.dense_ms() - target_ms)
         except SluiceError:
-            raise unreachable(target_ms, least_ms(model).promised_ms, model.dense_ms(), structure=True) from None
+            raise unreachable(target_ms, least_ms(model).promised_ms, model.dense_ms(), methods=["bsr"]) from None
         widths = dict(model.dense)
         for option, rank in _labels(self.steps, found.choice):
             widths |= option.at(rank)

@@ -51,7 +51,7 @@ class DepthQuestion(Question):
         # Milliseconds are rounded up to the grid's unit; the last unit per segment must not make a budget unreachable.
         room = max(target_ms - fixed, min(front.least_ms, target_ms - fixed + len(order) * most / LEVELS))
         if front.least_ms > room:
-            raise unreachable(target_ms, least_ms(model).promised_ms, model.dense_ms(), structure=True)
+            raise unreachable(target_ms, least_ms(model).promised_ms, model.dense_ms(), methods=["merge"])
         chosen = [str(entry.key) for entry in front.at(room).entries if entry.key in merges]
         widths = _merged(model, chosen)
         choice = Choice(widths, model.ms(widths), sum(prices[c] for c in chosen), 1.0, 0.0, 0.0)

@@ -129,7 +129,7 @@ def check_reachable(measured: Profile, methods: Sequence[str], budget: str | Map
     model = restricted(latency, measured.options.sites(latency, methods))
     target_ms, least = parse_budget(budget, latency.dense_ms()), least_ms(model).promised_ms
     if least > target_ms * (1 + 1e-6):
-        raise unreachable(target_ms, least, latency.dense_ms(), structure=tuple(methods) != ("filter",))
+        raise unreachable(target_ms, least, latency.dense_ms(), methods=methods)
 
 
 def check_float32(model: nn.Module) -> None:

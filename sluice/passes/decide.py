@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,6 +35,8 @@ __all__ = ["Choice", "amplitude_losses", "decide", "least_ms", "restricted", "un
 TOLERANCE = 1e-6  # relative excess of the recomputed promise that still counts as met
 SCALE = 1e3  # of the objective: the solver stops at an absolute gap of 1e-6 as well, and good losses are small
 TIE = 1e-5  # what a structural edit costs in that objective
+# What a method chooses.
+MEANS = {"filter": "widths", "rank": "ranks", "block": "dropped blocks", "merge": "merged runs", "bsr": "ranks"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +148,17 @@ def least_ms(model: LatencyModel, *, time_limit_s: float = 20.0) -> Choice:
     return Choice(widths, model.ms(widths), 1.0 - share, share, proved, time.perf_counter() - started)
 
 
-def unreachable(target_ms: float, least: float, dense: float, *, structure: bool = False) -> Unreachable:
-    """The error for a budget below the least that is reached, in milliseconds; ``structure``: with ranks and depth."""
+def unreachable(
+    target_ms: float, least: float, dense: float, *, structure: bool = False, methods: Sequence[str] = ()
+) -> Unreachable:
+    """The error for a budget below the least that is reached, in milliseconds.
+
+    ``methods`` are those that reach it; where they are not known, ``structure`` says that there are ranks and depth.
+    """
     means = "widths, ranks and depth together reach" if structure else "filter gates alone reach"
+    if methods:
+        *first, last = (MEANS[method] for method in methods)
+        means = f"{', '.join(first)} and {last} together reach" if first else f"{last} alone reach"
     return Unreachable(
         f"budget {_ms(target_ms)} cannot be met: {means} {_ms(least, up=True)} "
         f"({100 * least / dense:.1f}% of dense {_ms(dense)}); ask for at least that"

@@ -152,6 +152,9 @@ def test_the_budget_that_cannot_be_met_says_what_can() -> None:
     )
     assert "0.0512 ms" in str(unreachable(0.0123, 0.05111, 0.1))
     assert "widths, ranks and depth together reach 0.0512 ms" in str(unreachable(0.0123, 0.05111, 0.1, structure=True))
+    assert "met: dropped blocks alone reach" in str(unreachable(1.0, 2.0, 3.0, methods=["block"]))
+    several = str(unreachable(1.0, 2.0, 3.0, methods=["filter", "rank", "merge"]))
+    assert "met: widths, ranks and merged runs together reach" in several
 
 
 def test_least_keeps_what_costs_nothing_and_dense_needs_no_solver() -> None:
