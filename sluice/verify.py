@@ -3,6 +3,9 @@
 Solve, cut, build, measure beside the dense engine. Over budget: solve again with the target tightened by what was
 missed. Well under budget: solve again with the target relaxed, for the budget is there to be used. At most `ROUNDS`
 rounds; of those within the budget the one of least loss wins.
+
+One engine, built again, differs by 1 to 2% from itself, and of several the one that was measured too fast is the one to
+be taken. So an engine has to be within `ACCEPTED` of the budget twice.
 """
 
 from __future__ import annotations
@@ -40,8 +43,8 @@ __all__ = [
 
 ROUNDS = 4
 RUNS = 3
-AIM = 0.97  # of the budget: one engine, built again, differs by 1 to 2% from itself
-ACCEPTED = 0.98  # of the budget, of what is measured before training
+AIM = 0.965  # of the budget
+ACCEPTED = 0.98  # of the budget, before training
 ENOUGH = 0.95  # of the budget: no need to look for more
 
 
@@ -146,6 +149,9 @@ def settle(question: Question, budget: str | Mapping[str, str | float], dense: o
             break
         slim = profile.engine(finalize(rewrite_onnx(dense, answer.plan)))
         dense_ms, slim_ms = measure_pair(profile, dense_engine, slim, seed=attempt)
+        if slim_ms <= ACCEPTED * parse_budget(budget, dense_ms):  # not only by luck
+            pairs = [(dense_ms, slim_ms), measure_pair(profile, dense_engine, slim, seed=ROUNDS + attempt)]
+            dense_ms, slim_ms = max(pairs, key=lambda pair: pair[1] / parse_budget(budget, pair[0]))
         budget_ms = parse_budget(budget, dense_ms)
         found = Settled(answer, budget_ms, dense_ms, slim_ms, attempt)
         if fastest is None or slim_ms / budget_ms < fastest.measured_ms / fastest.budget_ms:

@@ -11,7 +11,7 @@ from sluice.passes.decide import amplitude_losses, least_ms
 from sluice.passes.onnx_axes import analyze_onnx
 from sluice.profiler import profile as profile_module
 from sluice.profiler.profile import Profile, profile_onnx
-from sluice.verify import AIM, ENOUGH, ROUNDS, Question, Settled, measure_configurations, measure_pair, settle
+from sluice.verify import AIM, ENOUGH, ROUNDS, RUNS, Question, Settled, measure_configurations, measure_pair, settle
 from tests.device import Cost, FakeRunner, chain, line, staircase
 
 DENSE = chain([50, 36, 20], batch="N")
@@ -150,3 +150,18 @@ def test_an_engine_that_came_to_lie_badly_once_is_outvoted(device: Device) -> No
     device.slow_down(unlucky)
     assert measure_pair(profile, DENSE, DENSE) == pytest.approx(want)
     assert runner.built >= first + 6
+
+
+def test_an_engine_that_was_fast_once_is_not_taken_for_fast(device: Device) -> None:
+    """Slim engines take 5% more than promised, and every other measurement says that they do not."""
+    dense, runner = device.profile.latency.dense_ms(), device.runner
+    first = runner.built
+
+    def lucky(ms: float) -> float:
+        measurement = (runner.built - first - 1) // (2 * RUNS)
+        return ms if ms > 0.99 * dense or measurement % 2 == 0 else 1.05 * ms
+
+    device.slow_down(lucky)
+    found = device.settle("60%")
+    assert 1 < found.rounds <= ROUNDS and 1.05 * found.choice.promised_ms <= found.budget_ms
+    assert found.measured_ms == pytest.approx(1.05 * found.choice.promised_ms)
