@@ -33,6 +33,7 @@ WIDTH = 4
 # Losses that a search may cost by default, roughly, as far as the fewest and the most levels allow.
 EVALUATIONS = 1200
 LEVELS = (8, 32)
+SIMILAR = 4  # steps of an octave of targets
 # Relative: sums of the same milliseconds in another order differ in the last digits.
 EXACT = 1e-9
 
@@ -77,8 +78,8 @@ def beam_search(
             for every state, starting with what one step leads to.
         target_ms: milliseconds to be saved in all, dense latency minus budget.
         width: states kept of each level, ``K``.
-        step_ms: least milliseconds that a step saves. The default divides the target into as many levels as
-            `EVALUATIONS` losses allow for this width and number of layers.
+        step_ms: least milliseconds that a step saves. The default divides the target, or one up to 19% larger, into as
+            many levels as `EVALUATIONS` losses allow for this width and number of layers.
 
     Raises:
         SluiceError: all layers at their last option do not save enough.
@@ -100,7 +101,9 @@ def beam_search(
         )
     if step_ms is None:
         fewest, largest = LEVELS
-        step_ms = target_ms / min(largest, max(fewest, EVALUATIONS // (width * max(1, len(layers)))))
+        # For similar targets the same step, so that they meet the same states.
+        similar = 2.0 ** (math.ceil(SIMILAR * math.log2(target_ms)) / SIMILAR) if target_ms > 0 else target_ms
+        step_ms = similar / min(largest, max(fewest, EVALUATIONS // (width * max(1, len(layers)))))
 
     def saves(state: State) -> float:
         return sum(float(ms[position]) for ms, position in zip(columns, state, strict=True))
