@@ -180,7 +180,7 @@ def test_the_default_step_bounds_the_cost() -> None:
 
 
 def test_searches_for_similar_targets_meet_the_same_states() -> None:
-    steps = {f"layer{k}": options(*(i / 10 for i in range(20))) for k in range(19)}
+    steps = {f"layer{k}": options(*(i / 100 for i in range(200))) for k in range(19)}
     scored: set[tuple[int, ...]] = set()
     new = []
     for target in (14.6, 14.3, 14.9):
