@@ -190,7 +190,8 @@ def test_an_unknown_precision_is_refused(run: Run, tmp_path: Path) -> None:
 @pytest.mark.skipif(not INSTALLED, reason="TensorRT-RTX is not installed")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_real_engine(tmp_path: Path, precision: str) -> None:
-    line = f"{MODEL} --json --precision {precision} --calibration tests.tiny:data --engine {tmp_path / 'a.engine'}"
+    calibration = "--calibration tests.tiny:data" if precision == "int8" else ""
+    line = f"{MODEL} --json --precision {precision} {calibration} --engine {tmp_path / 'a.engine'}"
     done = subprocess.run(
         [sys.executable, "-m", "sluice", *line.split(), "-o", str(tmp_path / "a.onnx")],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
