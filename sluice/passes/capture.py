@@ -99,12 +99,16 @@ def capture(model: nn.Module, example_inputs: Inputs, *, dynamic_batch: bool = T
     return gm.train(model.training)
 
 
-def clone(gm: fx.GraphModule) -> fx.GraphModule:
-    """Deep copy that keeps tensors no node reads (``copy.deepcopy`` of a GraphModule drops them)."""
+def clone(gm: fx.GraphModule, *, sharing: bool = False) -> fx.GraphModule:
+    """Deep copy that keeps tensors no node reads (``copy.deepcopy`` of a GraphModule drops them).
+
+    ``sharing``: modules and graph are its own, the tensors that nodes read those of ``gm``.
+    """
+    tensors = [*gm.named_parameters(), *gm.named_buffers()]
     with warnings.catch_warnings():  # copying torch's own tree specifications warns of their next form
         warnings.simplefilter("ignore", FutureWarning)
-        result = copy.deepcopy(gm)
-    for name, tensor in [*gm.named_parameters(), *gm.named_buffers()]:
+        result = copy.deepcopy(gm, {id(tensor): tensor for _, tensor in tensors} if sharing else None)
+    for name, tensor in tensors:
         try:
             _owner(result, name).__getattr__(name.rpartition(".")[2])
         except AttributeError:

@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -55,6 +54,12 @@ class Judge:
         self._in_place = any(
             isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in self._nodes
         )
+        self._first: dict[int, int] = {}  # by the tensor itself, which may have several names
+        for place, node in enumerate(self._nodes):
+            for source in (node, *node.all_input_nodes) if node.op != "get_attr" else ():
+                if source is node or source.op == "get_attr":
+                    for tensor in _tensors(self.gm, source):
+                        self._first.setdefault(id(tensor), place)
         self._start_again()
         self.base = self._loss(self.gm)
         if not np.isfinite(self.base):
@@ -62,12 +67,8 @@ class Judge:
 
     def place(self, tensors: Collection[str]) -> int:
         """Where in the dense graph the first node stands that computes with one of the named tensors."""
-        modules = {name.rpartition(".")[0] for name in tensors}
-        for place, node in enumerate(self._nodes):
-            reads = any(n.op == "get_attr" and n.target in tensors for n in node.all_input_nodes)
-            if reads or (node.op == "call_module" and _within(modules, str(node.target))):
-                return place
-        return 0
+        state = self.gm.state_dict(keep_vars=True)
+        return min((self._first[id(state[name])] for name in tensors if id(state[name]) in self._first), default=0)
 
     def weights(self, changed: Mapping[str, Tensor]) -> float:
         """With other values of some tensors."""
@@ -82,7 +83,7 @@ class Judge:
             near: names of tensors at which the change begins, if that is known.
         """
         self._advance(self.place(near))
-        changed = _sharing(self.gm)
+        changed = clone(self.gm, sharing=True)
         twins = dict(zip(changed.graph.nodes, self._nodes, strict=True))
         result = change(changed)
         if isinstance(result, fx.GraphModule):
@@ -110,8 +111,9 @@ class Judge:
     def _loss(self, module: fx.GraphModule, same: Mapping[fx.Node, fx.Node] | None = None) -> float:
         same = same or {}
         every = [node for node in module.graph.nodes if node.op != "placeholder"]
-        open_nodes = [node for node in every if node not in same]
-        needed = {n for node in open_nodes for n in node.all_input_nodes if n in same}
+        # Tensors are fetched anew, or an in-place network would copy all weights with what is kept.
+        open_nodes = [node for node in every if node not in same or node.op == "get_attr"]
+        needed = {n for node in open_nodes for n in node.all_input_nodes if n in same and n.op != "get_attr"}
         if not all(same[n] in self._kept[0].env for n in needed):
             open_nodes, needed = every, set()
         values = []
@@ -133,14 +135,16 @@ class Judge:
 
     def _advance(self, place: int) -> None:
         """Bring the frontier to ``place``, and forget what no node from there on reads."""
+        if place == self._frontier:
+            return
         if place < self._frontier:
             self._start_again()
+        alive = {n for node in self._nodes[place:] for n in node.all_input_nodes}
         with torch.no_grad():
             for kept in self._kept:
                 for node in self._nodes[self._frontier : place]:
                     if node.op != "placeholder":
                         kept.env[node] = kept.run_node(node)
-                alive = {n for node in self._nodes[place:] for n in node.all_input_nodes}
                 kept.env = {n: value for n, value in kept.env.items() if n in alive}
         self._frontier = place
 
@@ -153,16 +157,6 @@ def _runner(module: fx.GraphModule, inputs: tuple[Any, ...], env: dict[fx.Node, 
     return runner
 
 
-def _sharing(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy with modules and a graph of its own and the same tensors."""
-    with warnings.catch_warnings():  # as in `clone`
-        warnings.simplefilter("ignore", FutureWarning)
-        made: fx.GraphModule = copy.deepcopy(
-            gm, {id(tensor): tensor for tensor in gm.state_dict(keep_vars=True).values()}
-        )
-    return made
-
-
 def _tensors(gm: fx.GraphModule, node: fx.Node) -> list[Any]:
     """What a node computes with besides its inputs."""
     if node.op == "get_attr":
@@ -171,10 +165,6 @@ def _tensors(gm: fx.GraphModule, node: fx.Node) -> list[Any]:
     if node.op == "call_module":
         return list(gm.get_submodule(str(node.target)).state_dict(keep_vars=True).values())
     return []
-
-
-def _within(modules: Collection[str], path: str) -> bool:
-    return any(module == path or module.startswith(f"{path}.") for module in modules)
 
 
 def _batch_statistics(module: nn.Module) -> None:
