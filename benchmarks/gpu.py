@@ -1,7 +1,7 @@
 """Staircases, fidelity and halved networks on a GPU, with whatever runtimes it has, within a time limit.
 
     python -m benchmarks.gpu [--seconds 540] [--target torch-cuda ort-cuda tensorrt] [--network resnet50] [--batch 1]
-                             [--out benchmarks/results] [--plots docs] [--tables build/gpu]
+                             [--skip-staircases] [--out benchmarks/results] [--plots docs] [--tables build/gpu]
     python -m benchmarks.gpu --small --target ort-cpu        the same code on a machine without a GPU
 
 1. What is cheap comes first: staircases of one convolution, then whole dense networks, then, network by network, a
@@ -9,7 +9,10 @@
 2. After every stage the file ``gpu-<device>.json`` is written anew, and the last line is the same JSON. A stage that is
    cut off by the limit says so. The next call goes on from there: it takes finished stages from the file, measured
    points from the tables. ``seconds`` of a stage are those of all calls.
-3. A stage that fails is recorded with its reason, and the others go on. Exit status 1 then.
+3. A call may name other targets than the one before. Of a target that it does not name all stages stay; of one that it
+   names they stay as long as its version, the driver's included, is the same. Tables have device and version in their
+   names, as a short hash, so none of other conditions is opened.
+4. A stage that fails is recorded with its reason, and the others go on. Exit status 1 then.
 
 Needs torch, numpy, onnx, a runtime, and: onnxscript with onnx_ir (export), onnx_graphsurgeon (pieces), scipy (solver),
 ml_dtypes (typed graphs). Of these scipy and ml_dtypes are compiled, so carry those for the Python of the GPU's machine.
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
 import json
 import re
 import signal
@@ -36,7 +40,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_plot import staircase_plot
-from benchmarks.gpu_stages import FULL, SMALL, Network, Sizes, dense, fidelity, half, profiled, staircase
+from benchmarks.gpu_stages import FULL, SMALL, Layer, Network, Sizes, dense, fidelity, half, profiled, staircase
 from sluice.errors import SluiceError
 from sluice.files import write_atomically
 from sluice.passes.export import to_onnx
@@ -46,6 +50,8 @@ from sluice.runtime.runner import Runner, available_targets, make_runner
 __all__ = ["main"]
 
 AGAIN_S = 0.25
+SAME = ("device", "precision", "small")  # of all results in one file
+MEASURED = ("dense", "profile", "half", "fidelity")  # of every network, target and batch
 NEEDED = ("onnxscript", "onnx_ir", "onnx_graphsurgeon", "scipy", "ml_dtypes")
 
 
@@ -76,13 +82,19 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 class Record:
-    """Figures by stage, written after each of them; those of an earlier call under the same conditions stay."""
+    """Figures by stage, written after each of them; those of earlier calls stay as rule 3 says.
+
+    ``head["targets"]`` are versions by target. The name of a stage has its target for a word.
+    Raises `SluiceError` where the file holds results of another device, precision or size.
+    """
 
     def __init__(self, path: Path, seconds: float, head: dict[str, Any]) -> None:
         self.path, self.end = path, time.monotonic() + seconds
-        before = _read(path) if path.exists() else {}
-        same = bool(before) and all(before.get(key) == value for key, value in head.items())
-        self.found: dict[str, Any] = {**head, "stages": before["stages"] if same else {}}
+        before = _read(path, head) if path.exists() else {"stages": {}}
+        versions, now = before.get("targets", {}), head.get("targets", {})
+        gone = {target for target, version in now.items() if versions.get(target) != version}
+        kept = {name: stage for name, stage in before["stages"].items() if not gone & set(name.split())}
+        self.found: dict[str, Any] = {**head, "targets": {**versions, **now}, "stages": kept}
         self.failed = False
 
     def known(self, name: str) -> Any:
@@ -112,7 +124,8 @@ class Record:
             gc.collect()  # engines that the exception kept alive, in cycles with its frames
         entry |= {
             "seconds": round(before.get("seconds", 0.0) + time.monotonic() - started, 1),
-            "sm_clock_mhz": [clock, nvidia.sm_clock_mhz()],
+            "sm_clock_mhz_before": clock,  # of a device at rest
+            "sm_clock_mhz_after": nvidia.sm_clock_mhz(),
         }
         self.found["stages"][name] = entry
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,38 +135,35 @@ class Record:
 
 
 def run(sizes: Sizes, runners: Mapping[str, Runner], record: Record, tables: Path, plots: Path) -> None:
-    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for precision in sizes.staircases:
         for batch in sizes.batches:
             for target, runner in runners.items():
                 name = f"staircase {target} batch {batch} {precision}"
-                line = record.known(name) or record.stage(
-                    name,
-                    partial(staircase, runner, sizes.layer, batch, precision),
-                )
-                if line is not None:
-                    panels.setdefault(f"batch {batch}, {precision}", {})[target] = line
-    if panels:
-        layer = sizes.layer
-        title = f"{layer.kernel}x{layer.kernel} convolution, {layer.into} channels in, {layer.size}x{layer.size}"
-        plots.mkdir(parents=True, exist_ok=True)
-        picture = staircase_plot(f"{title}, on {record.found['device']}", panels)
-        write_atomically(plots / f"{record.path.stem}-staircase.svg", picture.encode())
+                if not record.known(name):
+                    record.stage(name, partial(staircase, runner, sizes.layer, batch, precision))
+    _draw(record, sizes.layer, plots)
+    jobs = [
+        (name, batch, target)
+        for name in sizes.networks
+        for batch in sizes.batches
+        for target in runners
+        if not all(record.known(f"{kind} {name} {target} batch {batch} {sizes.precision}") for kind in MEASURED)
+    ]
     models = {}
-    for name, network in sizes.networks.items():
-        model = record.stage(f"export {name}", partial(_export, network))
+    for name in dict.fromkeys(name for name, _, _ in jobs):
+        model = record.stage(f"export {name}", partial(_export, sizes.networks[name]))
         if model is not None:
             models[name] = model
-    jobs = [(name, batch, target) for name in models for batch in sizes.batches for target in runners]
+    jobs = [job for job in jobs if job[0] in models]
     for name, batch, target in jobs:
         stage = f"dense {name} {target} batch {batch} {sizes.precision}"
         if not record.known(stage):
             record.stage(stage, partial(dense, runners[target], models[name], batch, sizes.precision))
     for name, batch, target in jobs:
         which = f"{name} {target} batch {batch} {sizes.precision}"
-        if all(record.known(f"{kind} {which}") for kind in ("profile", "half", "fidelity")):
+        if all(record.known(f"{kind} {which}") for kind in MEASURED[1:]):
             continue
-        table = tables / f"{name}-{target}-b{batch}-{sizes.precision}.db"
+        table = tables / f"{name}-{target}-b{batch}-{sizes.precision}-{_conditions(runners[target])}.db"
         made = record.stage(
             f"profile {which}",
             partial(profiled, models[name], table, batch=batch, target=target, precision=sizes.precision),
@@ -166,21 +176,45 @@ def run(sizes: Sizes, runners: Mapping[str, Runner], record: Record, tables: Pat
             record.stage(f"fidelity {which}", partial(fidelity, made["profile"], table, sizes.plans))
 
 
+def _draw(record: Record, layer: Layer, plots: Path) -> None:
+    """All staircases of the file, those of other calls too."""
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for name, stage in record.found["stages"].items():
+        if name.startswith("staircase ") and stage.get("result"):
+            _, target, _, batch, precision = name.split()
+            panels.setdefault(f"batch {batch}, {precision}", {})[target] = stage["result"]
+    if not panels:
+        return
+    title = f"{layer.kernel}x{layer.kernel} convolution, {layer.into} channels in, {layer.size}x{layer.size}"
+    plots.mkdir(parents=True, exist_ok=True)
+    picture = staircase_plot(f"{title}, on {record.found['device']}", panels)
+    write_atomically(plots / f"{record.path.stem}-staircase.svg", picture.encode())
+
+
+def _conditions(runner: Runner) -> str:
+    """Device and version, short enough for the name of a file."""
+    return hashlib.sha256(f"{runner.device}\n{runner.version}".encode()).hexdigest()[:8]
+
+
 def _export(network: Network) -> Any:
     torch.manual_seed(0)
     return to_onnx(network.make().eval(), (torch.randn(2, *network.image),))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What an earlier call wrote; `SluiceError` where it is no such file."""
+def _read(path: Path, head: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier call wrote; `SluiceError` where it is no such file, or one of other conditions."""
     advice = "move it away, or give another folder with --out"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SluiceError(f"cannot read the results in {path} ({error}); {advice}") from error
-    stages = found.get("stages") if isinstance(found, dict) else None
-    if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
+    stages, versions = (found.get("stages"), found.get("targets", {})) if isinstance(found, dict) else (None, None)
+    sound = isinstance(stages, dict) and all(isinstance(stage, dict) for stage in stages.values())
+    if not sound or not isinstance(versions, dict):
         raise SluiceError(f"{path} holds no results of this benchmark; {advice}")
+    for key in SAME:
+        if found.get(key) != head.get(key):
+            raise SluiceError(f"{path} holds results with {key} {found.get(key)!r}, not {head.get(key)!r}; {advice}")
     return dict(found)
 
 
@@ -218,6 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", nargs="+", metavar="TARGET", help="default: all that run on a GPU here")
     parser.add_argument("--network", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument("--batch", nargs="+", type=int, metavar="N", help="default: 1 and 32")
+    parser.add_argument("--skip-staircases", action="store_true", help="measure networks alone")
     parser.add_argument("--small", action="store_true", help="tiny sizes: a test of the code, not a measurement")
     parser.add_argument("--out", type=Path, help="folder of the JSON file (default benchmarks/results)")
     parser.add_argument("--plots", type=Path, help="folder of the plot (default docs)")
@@ -232,6 +267,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise SluiceError(f"the packages {', '.join(absent)} are missing here; install them or carry their wheels")
         targets = _targets(options.target)
         sizes = _chosen(SMALL if options.small else FULL, options.network, options.batch)
+        if options.skip_staircases:
+            sizes = replace(sizes, staircases=())
         runners = {target: make_runner(target) for target in targets}
         device = runners[targets[0]].device
         head = {

@@ -30,6 +30,7 @@ __all__ = ["FULL", "SMALL", "Layer", "Network", "Sizes", "dense", "fidelity", "h
 
 SHARE = 0.5
 AT_A_TIME = 24  # sessions that are alive together
+SOLVER_S = 5.0  # for each question to the solver: a GPU that waits for it is paid for
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +134,8 @@ def half(profile: Profile, share: float = SHARE) -> dict[str, Any]:
     """
     latency, rng = profile.latency, np.random.default_rng(0)
     scores = {group: rng.exponential(size=levels[-1]) for group, levels in latency.levels.items()}
-    target_ms = max(share * latency.dense_ms(), least_ms(latency).promised_ms)
-    choice = decide(latency, amplitude_losses(latency.levels, scores), target_ms)
+    target_ms = max(share * latency.dense_ms(), least_ms(latency, time_limit_s=SOLVER_S).promised_ms)
+    choice = decide(latency, amplitude_losses(latency.levels, scores), target_ms, time_limit_s=SOLVER_S)
     dense_ms, slim_ms = measure_configurations(profile, [latency.dense, choice.widths])
     return {
         "share": share,

@@ -115,9 +115,31 @@ def test_out_of_time_every_stage_says_so_and_the_next_call_goes_on(simulated: Fa
     whole, engines = written(tmp_path), simulated.built
     assert called(tmp_path, "--target", "torch-cuda", "--batch", "2") == 0
     assert simulated.built == engines  # all is known
-    assert {name: stage["result"] for name, stage in written(tmp_path)["stages"].items()} == {
-        name: stage["result"] for name, stage in whole["stages"].items()
-    }
+    assert written(tmp_path)["stages"] == whole["stages"]
+
+
+def test_a_network_is_exported_only_for_what_is_not_known(
+    simulated: FakeRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exports: list[object] = []
+    export = gpu._export
+
+    def counted(network: gpu_stages.Network) -> Any:
+        exports.append(network)
+        return export(network)
+
+    monkeypatch.setattr(gpu, "_export", counted)
+    which = "resnet torch-cuda batch 2 fp32"
+    for _ in range(2):
+        assert called(tmp_path, "--target", "torch-cuda", "--batch", "2") == 0
+        assert len(exports) == 1
+    path = tmp_path / "results" / "gpu-a-fake-device.json"
+    for count, kind in enumerate(("dense", "profile", "half", "fidelity"), start=2):
+        found = written(tmp_path)
+        del found["stages"][f"{kind} {which}"]
+        path.write_text(json.dumps(found))
+        assert called(tmp_path, "--target", "torch-cuda", "--batch", "2") == 0
+        assert len(exports) == count and "result" in written(tmp_path)["stages"][f"{kind} {which}"]
 
 
 def test_a_call_that_was_cut_off_loses_no_point(
@@ -139,13 +161,105 @@ def test_a_call_that_was_cut_off_loses_no_point(
     assert written(tmp_path)["stages"][f"half {which}"]["result"] == half
 
 
-def test_figures_of_other_conditions_go(simulated: FakeRunner, tmp_path: Path) -> None:
+@pytest.fixture
+def two(simulated: FakeRunner, monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeRunner]:
+    """Two targets, each with a version of its own."""
+    runners = {"torch-cuda": simulated, "ort-cuda": FakeRunner(staircase(4))}
+    for module in (gpu, profile_module):
+        monkeypatch.setattr(module, "make_runner", lambda target, threads=1: runners[target])
+    return runners
+
+
+def of(found: dict[str, Any], target: str) -> dict[str, Any]:
+    return {name: stage for name, stage in found["stages"].items() if target in name.split()}
+
+
+def test_calls_with_other_targets_keep_what_is_known(two: dict[str, FakeRunner], tmp_path: Path) -> None:
     assert called(tmp_path, "--target", "torch-cuda", "--batch", "2") == 0
-    simulated.version = "1"
-    assert called(tmp_path, "--target", "torch-cuda", "--batch", "2", seconds=0) == 0
+    first = written(tmp_path)
+    assert called(tmp_path, "--target", "ort-cuda", "--batch", "2") == 0
+    both = written(tmp_path)
+    assert both["targets"] == {"torch-cuda": "0", "ort-cuda": "0"}
+    assert of(both, "torch-cuda") == of(first, "torch-cuda") and len(of(both, "ort-cuda")) == 5
+    assert all("result" in stage for stage in both["stages"].values())
+    engines = [runner.built for runner in two.values()]
+    assert called(tmp_path, "--target", "ort-cuda", "torch-cuda", "--batch", "2") == 0
+    assert [runner.built for runner in two.values()] == engines and written(tmp_path)["stages"] == both["stages"]
+    picture = ElementTree.parse(tmp_path / "plots" / "gpu-a-fake-device-staircase.svg").getroot()
+    assert len(picture.findall("{*}polyline")) == 2
+
+
+@pytest.mark.parametrize("named", [["ort-cuda"], ["torch-cuda", "ort-cuda"]])
+def test_figures_of_another_version_go_and_no_others(
+    named: list[str], two: dict[str, FakeRunner], tmp_path: Path
+) -> None:
+    assert called(tmp_path, "--target", *two, "--batch", "2") == 0
+    before, tables = written(tmp_path), set((tmp_path / "tables").iterdir())
+    two["ort-cuda"].version = "1"
+    assert called(tmp_path, "--target", *named, "--batch", "2", seconds=0) == 0
     found = written(tmp_path)
-    assert found["targets"] == {"torch-cuda": "1"}
-    assert all("reason" in stage for stage in found["stages"].values())
+    assert found["targets"] == {"torch-cuda": "0", "ort-cuda": "1"}
+    assert of(found, "torch-cuda") == of(before, "torch-cuda")
+    assert of(found, "ort-cuda") and all("result" not in stage for stage in of(found, "ort-cuda").values())
+    # The table of the other version is neither opened nor lost.
+    assert called(tmp_path, "--target", *named, "--batch", "2") == 0
+    assert len(set((tmp_path / "tables").iterdir()) - tables) == 1 and tables <= set((tmp_path / "tables").iterdir())
+    assert all("result" in stage for stage in written(tmp_path)["stages"].values())
+
+
+def test_tables_of_other_devices_have_other_names(two: dict[str, FakeRunner], tmp_path: Path) -> None:
+    for device in ("a fake device", "a second device"):
+        two["torch-cuda"].device = device
+        assert called(tmp_path, "--target", "torch-cuda", "--batch", "2") == 0
+    names = {path.name for path in (tmp_path / "tables").iterdir()}
+    assert len(names) == 2 and all(name.startswith("resnet-torch-cuda-b2-fp32-") for name in names)
+    assert all("result" in stage for stage in written(tmp_path, "a-second-device")["stages"].values())
+
+
+@pytest.mark.parametrize("key", ["device", "precision", "small"])
+def test_results_of_other_sizes_are_not_overwritten(
+    key: str, simulated: FakeRunner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called(tmp_path, "--target", "torch-cuda", "--batch", "2", seconds=0) == 0
+    path = tmp_path / "results" / "gpu-a-fake-device.json"
+    other = json.dumps(written(tmp_path) | {key: "other"})
+    path.write_text(other)
+    capsys.readouterr()
+    assert called(tmp_path, "--target", "torch-cuda", "--batch", "2") == 1
+    assert f"holds results with {key} 'other', not " in capsys.readouterr().err and path.read_text() == other
+
+
+def test_staircases_can_be_left_out(simulated: FakeRunner, tmp_path: Path) -> None:
+    assert called(tmp_path, "--target", "torch-cuda", "--batch", "2", "--skip-staircases") == 0
+    kinds = [name.split()[0] for name in written(tmp_path)["stages"]]
+    assert kinds == ["export", "dense", "profile", "half", "fidelity"] and not (tmp_path / "plots").exists()
+    assert called(tmp_path, "--target", "torch-cuda", "--batch", "2") == 0
+    assert "staircase torch-cuda batch 2 fp32" in written(tmp_path)["stages"]
+
+
+def test_no_question_to_the_solver_takes_long(
+    simulated: FakeRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+    for name in ("decide", "least_ms"):
+        solver = getattr(gpu_stages, name)
+
+        def watched(*arguments: Any, solver: Any = solver, time_limit_s: float = 20.0) -> Any:
+            limits.append(time_limit_s)
+            return solver(*arguments, time_limit_s=time_limit_s)
+
+        monkeypatch.setattr(gpu_stages, name, watched)
+    assert called(tmp_path, "--target", "torch-cuda", "--batch", "2", "--skip-staircases") == 0
+    assert limits == [5.0, 5.0]
+
+
+def test_the_clock_is_read_before_and_after_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = iter([210, 1980])
+    monkeypatch.setattr(gpu.nvidia, "sm_clock_mhz", lambda: next(clocks))
+    record = Record(tmp_path / "r.json", 60, {"device": "this"})
+    record.stage("dense", lambda: [1])
+    entry = record.found["stages"]["dense"]
+    assert (entry["sm_clock_mhz_before"], entry["sm_clock_mhz_after"]) == (210, 1980)
 
 
 def test_the_limit_cuts_a_stage_off(tmp_path: Path) -> None:
@@ -206,6 +320,8 @@ def test_a_stage_that_fails_leaves_no_engine_behind(failure: type[BaseException]
         (b"\xff\xfe", "cannot read the results in "),
         (b"[1]", "holds no results of this benchmark; move it away"),
         (b'{"stages": {"dense": 3}}', "holds no results of this benchmark; move it away"),
+        (b'{"stages": {}, "targets": ["x"]}', "holds no results of this benchmark; move it away"),
+        (b'{"stages": {}}', "holds results with device None, not 'a fake device'; move it away"),
     ],
 )
 def test_results_that_cannot_be_read_are_one_sentence(

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["device_name", "driver_version", "gpu_names", "missing", "sm_clock_mhz"]
+__all__ = ["compute_capability", "device_name", "driver_version", "gpu_names", "missing", "sm_clock_mhz"]
 
 LIBCUDA = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so")
 NVML = ("nvml.dll",) if sys.platform == "win32" else ("libnvidia-ml.so.1",)
 SM_CLOCK = 1  # NVML_CLOCK_SM
+MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 TEXT = 256
 
 
@@ -36,6 +37,18 @@ def gpu_names() -> tuple[str, ...]:
 def device_name() -> str:
     """The name of the GPU that engines run on."""
     return next(iter(gpu_names()), "no GPU")
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """Major and minor number of device 0's architecture; None where its driver does not tell."""
+    cuda, handle = load(LIBCUDA), ctypes.c_int()
+    if cuda is None or cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(handle), 0):
+        return None
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    failed = cuda.cuDeviceGetAttribute(ctypes.byref(major), MAJOR, handle) or cuda.cuDeviceGetAttribute(
+        ctypes.byref(minor), MINOR, handle
+    )
+    return None if failed else (major.value, minor.value)
 
 
 def missing() -> str:

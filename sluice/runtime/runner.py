@@ -9,12 +9,16 @@
    not count), ``"wall"``, or ``"cuda"`` (events on the device's stream). Figures of different clocks never compare.
 4. A runner knows the device it runs on and the version of everything that its times depend on; both go into the
    fingerprint of a table.
+5. What is launched as a whole must take far longer on the device than its launch, or launches are what is timed: of a
+   small network several inferences go in one launch. How many is found on the device as fast as it gets. At the clock
+   of an idle one everything takes longer, and fewer would seem to do.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -33,10 +37,17 @@ __all__ = [
     "available_targets",
     "check_fit",
     "check_target",
+    "inferences_per_launch",
     "make_runner",
 ]
 
 Clock = Literal["thread_cpu", "wall", "cuda"]
+
+LEAST_LAUNCH_MS = 0.2
+MOST_INFERENCES = 128
+TRIAL = 8  # launches of one inference that are timed at once
+TRIALS_MS = 20.0  # of the device's time, in which its clock comes up
+MOST_TRIALS = 2000  # where a driver's clock stands still
 
 TARGETS = ("ort-cpu", "ort-cuda", "torch-cuda", "tensorrt")
 # What a runtime would refuse piece by piece, or run as another network than the one that is asked for.
@@ -113,6 +124,17 @@ def check_fit(target: str, precision: str) -> None:
     """
     if reason := UNFIT.get((check_target(target), precision)):
         raise SluiceError(f"{target} cannot be timed in {precision}: {reason}; choose fp16, or another target")
+
+
+def inferences_per_launch(burst_ms: Callable[[int], float]) -> int:
+    """How many inferences one launch must hold (rule 5); ``burst_ms(n)`` times n launches of one."""
+    least, spent = math.inf, 0.0
+    for _ in range(MOST_TRIALS):
+        taken = burst_ms(TRIAL)
+        least, spent = min(least, taken / TRIAL), spent + taken
+        if spent >= TRIALS_MS:
+            break
+    return MOST_INFERENCES if least <= 0 else min(MOST_INFERENCES, math.ceil(LEAST_LAUNCH_MS / least))
 
 
 def make_runner(target: str, threads: int = 1) -> Runner:

@@ -4,6 +4,7 @@
    every build, and `TensorRtRunner.cache` is what there is now, to be stored with the table.
 2. Warming up to the clock that a device settles at is a matter of time, not of counts, and of all engines together:
    `sluice.profiler.measure` does it. `TensorRtRunner.sm_clock_mhz` is for the record.
+3. RTX serves the GPUs of desktops and refuses others only when it builds; of `NOT_RTX` that is said beforehand.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from sluice.runtime import nvidia
 from sluice.runtime.cuda import Cuda
 from sluice.runtime.inputs import place
 from sluice.runtime.runner import Clock
-from sluice.runtime.trt_build import Settings, build_engine, find_tensorrt, make_builder, product
+from sluice.runtime.trt_build import Settings, build_engine, find_tensorrt, is_rtx, make_builder, product
 from sluice.runtime.trt_session import TensorRtSession
 
 if TYPE_CHECKING:
@@ -27,13 +28,21 @@ if TYPE_CHECKING:
 
 __all__ = ["TensorRtRunner", "missing"]
 
+NOT_RTX = ((9, 0),)  # Hopper
+
 
 def missing() -> str:
     """Why engines cannot run here, and what to do; empty where they can."""
     try:
-        find_tensorrt()
+        trt = find_tensorrt()
         if reason := nvidia.missing():
             return reason
+        if is_rtx(trt) and (capability := nvidia.compute_capability()) in NOT_RTX:
+            assert capability is not None
+            return (
+                f"{product(trt)} does not support {nvidia.device_name()} (compute capability "
+                f"{capability[0]}.{capability[1]}); install tensorrt in its place"
+            )
         Cuda.load()
     except SluiceError as error:
         return str(error)

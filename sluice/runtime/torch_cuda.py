@@ -3,8 +3,8 @@
 1. The graph becomes a torch program (`sluice.runtime.torch_program`), which runs a few times to let cuDNN choose its
    kernels, and is then captured. What is timed are replays, so neither Python nor the launch of single kernels counts;
    kernels are those of eager PyTorch, nothing is fused but batch norm.
-2. Timed by events on the stream (clock ``"cuda"``). A replay must take far longer than its own launch, or the launch is
-   what is timed: of a small network several inferences in a row are captured in one graph.
+2. Timed by events on the stream (clock ``"cuda"``). Of a small network several inferences in a row are captured in one
+   graph, as many as `sluice.runtime.runner.inferences_per_launch` says.
 3. Inputs and outputs have fixed addresses. `run` writes a caller's arrays to them and replays; before the next burst
    the made-up data comes back.
 4. Where capture fails the program runs kernel by kernel, and a warning says that its time includes their launches.
@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import numpy as np
 from sluice.errors import SluiceError, first_line
 from sluice.runtime import nvidia
 from sluice.runtime.inputs import Dims, made_up, parsed, place, static_shapes
-from sluice.runtime.runner import Clock
+from sluice.runtime.runner import Clock, inferences_per_launch
 from sluice.runtime.torch_driver import Driver, Graph, cuda_driver
 from sluice.runtime.torch_ops import dtype_of
 from sluice.runtime.torch_program import Program, build_program, check_operators, laid_out, to_numpy, to_tensor
@@ -41,9 +40,6 @@ if TYPE_CHECKING:
 __all__ = ["TorchCudaRunner", "TorchCudaSession", "missing"]
 
 WARM_UPS = 2
-LEAST_REPLAY_MS = 0.2
-MOST_COPIES = 128
-TRIAL = 8  # replays that are timed to find out how many copies a graph needs
 
 
 def missing() -> str:
@@ -204,7 +200,7 @@ class _Engine:
         self._graph: Graph | None = None
         try:
             self._graph = driver.capture(lambda: program(buffers))
-            ms = self._burst_ms(TRIAL) / TRIAL
+            copies = inferences_per_launch(self._burst_ms)
         except torch.OutOfMemoryError:
             raise  # kernel by kernel it would not fit either
         except RuntimeError as error:
@@ -216,7 +212,6 @@ class _Engine:
                 stacklevel=2,
             )
             return
-        copies = min(MOST_COPIES, math.ceil(LEAST_REPLAY_MS / max(ms, 1e-6)))
         if copies > 1:
             try:
                 self._graph = driver.capture(lambda: _several(program, buffers, copies))

@@ -1,7 +1,8 @@
 """ONNX operators that are layers, in torch: products, convolutions, pools, norms, resizing.
 
 Every function takes its operands (None for one that is left out) and the node's attributes. Padding that is not the
-same on both sides is done before the layer, because torch's layers know symmetric padding only.
+same on both sides is done before the layer, because torch's layers know symmetric padding only. A convolution's image
+of one channel counts as one with channels last: what other operators give has the strides of the other layout.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def conv(x: Args, a: Attributes) -> Tensor:
     if any(before != after for before, after in pairs):
         data, pairs = _padded(data, pairs), [(0, 0)] * len(pairs)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
-    return convolve(data, weight, bias, strides, [before for before, _ in pairs], dilations, a.get("group", 1))
+    padding = [before for before, _ in pairs]
+    return convolve(_channels_last(data), weight, bias, strides, padding, dilations, a.get("group", 1))
 
 
 def conv_transpose(x: Args, a: Attributes) -> Tensor:
@@ -69,7 +71,7 @@ def conv_transpose(x: Args, a: Attributes) -> Tensor:
     common = [min(pair) for pair in pairs]
     extra = list(a.get("output_padding", [0] * len(kernel)))
     convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(kernel) - 1]
-    out = convolve(data, weight, bias, strides, common, extra, a.get("group", 1), dilations)
+    out = convolve(_channels_last(data), weight, bias, strides, common, extra, a.get("group", 1), dilations)
     for axis, ((before, after), both) in enumerate(zip(pairs, common, strict=True), start=2):
         out = out.narrow(axis, before - both, out.shape[axis] - before - after + 2 * both)
     return out
@@ -175,6 +177,14 @@ def resize(x: Args, a: Attributes) -> Tensor:
     if by_size:
         return F.interpolate(data, size=amounts[2:], mode=mode, align_corners=aligned)
     return F.interpolate(data, scale_factor=amounts[2:], mode=mode, align_corners=aligned)
+
+
+def _channels_last(data: Tensor) -> Tensor:
+    """The same data; for the kernel's layout torch asks the strides, and those of one channel fit both."""
+    if data.dim() != 4 or data.shape[1] != 1 or not data.is_contiguous():
+        return data
+    high, wide = data.shape[2:]
+    return data.as_strided(data.shape, (high * wide, 1, wide, 1))
 
 
 def _per_axis(a: Attributes, name: str, kernel: Sequence[int]) -> list[int]:

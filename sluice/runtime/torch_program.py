@@ -7,7 +7,8 @@
 2. A batch norm that alone reads a convolution is folded into its weights, as deployment runtimes do:
    ``w * s / sqrt(v + eps)`` and ``(b - m) * s / sqrt(v + eps) + shift``.
 3. Images and convolution weights are laid out with channels last: tensor cores compute in that layout, so a
-   deployment in torch would choose it. It is a property of the deployment that is timed, as the precision is.
+   deployment in torch would choose it. It is a property of the deployment that is timed, as the precision is. torch
+   reads a layout from the strides, so those are what is set, also where one channel leaves the data as they are.
 4. A value lives until its last reader has run, so the memory of a program is that of its widest moment.
 5. Quantised graphs are refused: torch has no int8 convolution for a GPU, and the time of an emulation in floating point
    is the time of another network.
@@ -137,7 +138,8 @@ def laid_out(value: Tensor) -> Tensor:
     """Rule 3."""
     import torch
 
-    return value.contiguous(memory_format=torch.channels_last if value.dim() == 4 else torch.contiguous_format)
+    # Not contiguous(memory_format=...), which leaves the strides where a size of 1 lets them pass for either layout.
+    return value.to(memory_format=torch.channels_last) if value.dim() == 4 else value.contiguous()
 
 
 def to_tensor(array: np.ndarray) -> Tensor:

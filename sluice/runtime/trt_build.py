@@ -33,7 +33,17 @@ if TYPE_CHECKING:
 
     from sluice.runtime.inputs import Model
 
-__all__ = ["Built", "Settings", "build_engine", "find_tensorrt", "listener", "make_builder", "product", "static_model"]
+__all__ = [
+    "Built",
+    "Settings",
+    "build_engine",
+    "find_tensorrt",
+    "is_rtx",
+    "listener",
+    "make_builder",
+    "product",
+    "static_model",
+]
 
 MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 INSTALL = (
@@ -86,7 +96,7 @@ def find_tensorrt() -> ModuleType:
         except (ImportError, OSError) as error:  # its libraries are not there
             broken = broken or f"; {name} cannot be loaded ({first_line(error)})"
             continue
-        if not _is_rtx(found) and int(str(found.__version__).split(".")[0]) < OLDEST:
+        if not is_rtx(found) and int(str(found.__version__).split(".")[0]) < OLDEST:
             raise SluiceError(f"{product(found)} is too old; install version {OLDEST} or newer")
         return found
     raise SluiceError(f"TensorRT is not here{broken}; {INSTALL}")
@@ -94,7 +104,12 @@ def find_tensorrt() -> ModuleType:
 
 def product(trt: Any) -> str:
     """Name and version, for messages and fingerprints."""
-    return f"TensorRT{'-RTX' if _is_rtx(trt) else ''} {trt.__version__}"
+    return f"TensorRT{'-RTX' if is_rtx(trt) else ''} {trt.__version__}"
+
+
+def is_rtx(trt: Any) -> bool:
+    """Is it TensorRT for RTX, which has fewer devices and no timing cache?"""
+    return "rtx" in str(trt.__name__)
 
 
 def make_builder(trt: Any) -> Any:
@@ -153,7 +168,7 @@ def build_engine(
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
     if settings.optimization_level is not None:
         config.builder_optimization_level = settings.optimization_level
-    if not _is_rtx(trt) and not _take_cache(config, cache):
+    if not is_rtx(trt) and not _take_cache(config, cache):
         log.errors.clear()  # what was wrong with the cache is no reason why a build fails
         config.set_timing_cache(config.create_timing_cache(b""), False)
     plan = builder.build_serialized_network(network, config)
@@ -162,7 +177,7 @@ def build_engine(
             f"{product(trt)} cannot build {where}: {log.reason() or 'it gives no reason'}; change the model there, or "
             f"export it in another precision"
         )
-    return Built(bytes(plan), b"" if _is_rtx(trt) else bytes(config.get_timing_cache().serialize()))
+    return Built(bytes(plan), b"" if is_rtx(trt) else bytes(config.get_timing_cache().serialize()))
 
 
 def static_model(
@@ -226,12 +241,8 @@ def _take_cache(config: Any, content: bytes) -> bool:
     return found is not None and bool(config.set_timing_cache(found, False))
 
 
-def _is_rtx(trt: Any) -> bool:
-    return "rtx" in str(trt.__name__)
-
-
 def _network_flags(trt: Any) -> int:
-    if _is_rtx(trt) or int(str(trt.__version__).split(".")[0]) > OLDEST:
+    if is_rtx(trt) or int(str(trt.__version__).split(".")[0]) > OLDEST:
         return 0
     return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 

@@ -8,8 +8,8 @@
    the figure may hold the CPU's time too, and a line in the log says so.
 3. One launch goes before the first event, so that the device is busy while the burst is enqueued and the events enclose
    the device's work alone.
-4. A launch must take far longer on the device than the CPU needs for it, or launches are what is timed: of a small
-   network several inferences in a row are captured in one graph, and a burst is a whole number of launches.
+4. Of a small network several inferences in a row are captured in one graph, as many as
+   `sluice.runtime.runner.inferences_per_launch` says, and a burst is a whole number of launches.
 """
 
 from __future__ import annotations
@@ -28,16 +28,13 @@ import numpy as np
 from sluice.errors import SluiceError
 from sluice.runtime.cuda import Cuda, Resources
 from sluice.runtime.inputs import made_up
-from sluice.runtime.runner import Clock
+from sluice.runtime.runner import Clock, inferences_per_launch
 from sluice.runtime.trt_build import listener, product
 from sluice.runtime.trt_inspect import Layer, read_layers
 
 __all__ = ["TensorRtSession"]
 
 FIRST = 2
-LEAST_LAUNCH_MS = 0.2
-MOST_COPIES = 128
-TRIAL = 8  # launches that are timed to find out how many copies a graph needs
 # TensorRT's types by name; those that numpy lacks are in ml_dtypes.
 NUMPY = {
     "FLOAT": "float32",
@@ -178,8 +175,7 @@ class TensorRtSession:
         self._graph = self._capture(1)
         if self._graph is None:
             return
-        launch_ms = self._burst(TRIAL) / TRIAL
-        copies = MOST_COPIES if launch_ms <= 0 else min(MOST_COPIES, math.ceil(LEAST_LAUNCH_MS / launch_ms))
+        copies = inferences_per_launch(self._burst)
         if copies > 1 and (graph := self._capture(copies)) is not None:
             self._graph, self._copies = graph, copies
 

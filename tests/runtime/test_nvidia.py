@@ -33,6 +33,10 @@ class FakeCuda:
         text.value = {10: b"Big GPU", 11: b"Small GPU"}[handle.value]
         return self._status("cuDeviceGetName")
 
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, handle: ctypes.c_int) -> int:
+        value._obj.value = {(75, 10): 9, (76, 10): 3}[attribute, handle.value]
+        return self._status(f"cuDeviceGetAttribute {attribute}")
+
     def cuDeviceGetPCIBusId(self, text: Any, size: int, handle: ctypes.c_int) -> int:
         text.value = {10: b"0000:41:00.0"}[handle.value]
         return self._status("cuDeviceGetPCIBusId")
@@ -85,18 +89,26 @@ def test_names_clocks_and_driver(install: Install) -> None:
     assert nvidia.gpu_names() == ("Big GPU", "Small GPU")
     assert nvidia.driver_version() == "580.159.03"
     assert nvidia.sm_clock_mhz() == 1980
+    assert nvidia.compute_capability() == (9, 3)
     assert nvml.opened == 0  # closed as often as opened
 
 
 def test_without_a_driver_nothing_is_known(install: Install) -> None:
     install()
     assert (nvidia.gpu_names(), nvidia.driver_version(), nvidia.sm_clock_mhz()) == ((), "unknown", None)
+    assert nvidia.compute_capability() is None
 
 
 @pytest.mark.parametrize("failing", ["cuInit", "cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetName"])
 def test_a_driver_that_fails_shows_no_gpu(failing: str, install: Install) -> None:
     install(FakeCuda(failing), FakeNvml())
     assert nvidia.gpu_names() == ()
+
+
+@pytest.mark.parametrize("failing", ["cuInit", "cuDeviceGet", "cuDeviceGetAttribute 75", "cuDeviceGetAttribute 76"])
+def test_a_driver_that_fails_tells_no_capability(failing: str, install: Install) -> None:
+    install(FakeCuda(failing), FakeNvml())
+    assert nvidia.compute_capability() is None
 
 
 @pytest.mark.parametrize("failing", ["nvmlInit_v2", "nvmlSystemGetDriverVersion", "nvmlDeviceGetClockInfo"])

@@ -104,8 +104,9 @@ def test_the_bursts_are_timed_on_the_wall_after_one_inference(monkeypatch: pytes
     monkeypatch.setattr(
         session, "_session", SimpleNamespace(run_with_iobinding=lambda binding: events.append("inference"))
     )
+    monkeypatch.setattr(session, "_binding", SimpleNamespace(synchronize_outputs=lambda: events.append("wait")))
     assert session.sample(3) == pytest.approx(2.0)
-    assert events == ["inference", "clock", *["inference"] * 3, "clock"]
+    assert events == ["inference", "wait", "clock", *["inference"] * 3, "wait", "clock"]
 
 
 def test_dynamic_shapes_are_for_run_alone() -> None:
@@ -270,6 +271,13 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no NVIDIA GPU" in missing()
     monkeypatch.setattr(nvidia, "gpu_names", lambda: ("Some GPU",))
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert "no CUDA provider" in missing()
+    devices = [SimpleNamespace(ep_name="CPUExecutionProvider"), SimpleNamespace(ep_name="SomeExecutionProvider")]
+    monkeypatch.setattr(onnxruntime, "get_ep_devices", lambda: devices)
+    assert "no CUDA provider" in missing()
+    devices.append(SimpleNamespace(ep_name=CUDA.name))
+    assert missing() == ""  # a plugin
+    monkeypatch.delattr(onnxruntime, "get_ep_devices")
     assert "no CUDA provider" in missing()
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA.name, "CPUExecutionProvider"])
     assert missing() == "" and OrtCudaRunner().device == "Some GPU"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from types import ModuleType
 
 import pytest
@@ -10,7 +11,20 @@ from sluice.passes.precision import PRECISIONS
 from sluice.runtime import ort, ort_cuda, tensorrt, torch_cuda
 from sluice.runtime.ort import OrtRunner
 from sluice.runtime.ort_cuda import OrtCudaRunner
-from sluice.runtime.runner import TARGETS, UNFIT, available_targets, check_fit, check_target, make_runner
+from sluice.runtime.runner import (
+    LEAST_LAUNCH_MS,
+    MOST_INFERENCES,
+    MOST_TRIALS,
+    TARGETS,
+    TRIAL,
+    TRIALS_MS,
+    UNFIT,
+    available_targets,
+    check_fit,
+    check_target,
+    inferences_per_launch,
+    make_runner,
+)
 from sluice.runtime.torch_cuda import TorchCudaRunner
 
 MODULES: dict[str, ModuleType] = {
@@ -80,3 +94,34 @@ def test_this_machine_runs_onnx_runtime() -> None:
         if reason:
             with pytest.raises(SluiceError):
                 make_runner(target)
+
+
+class Device:
+    """One launch takes ``ms``, and ``slow`` times as long until it has worked for ``ramp_ms``."""
+
+    def __init__(self, ms: float, slow: float = 1.0, ramp_ms: float = 0.0) -> None:
+        self.ms, self.slow, self.ramp_ms = ms, slow, ramp_ms
+        self.worked = 0.0
+        self.bursts: list[int] = []
+
+    def burst_ms(self, launches: int) -> float:
+        taken = launches * self.ms * (self.slow if self.worked < self.ramp_ms else 1.0)
+        self.worked += taken
+        self.bursts.append(launches)
+        return taken
+
+
+@pytest.mark.parametrize("ms", [0.0014, 0.006, 0.03, 0.15, 0.9])
+@pytest.mark.parametrize("slow", [1.0, 7.0])
+def test_a_launch_holds_what_it_needs_at_the_highest_clock(ms: float, slow: float) -> None:
+    device = Device(ms, slow, ramp_ms=15.0)
+    found = inferences_per_launch(device.burst_ms)
+    # What is still slow after the whole of the trials is far longer than its launch.
+    assert found == max(1, min(MOST_INFERENCES, math.ceil(LEAST_LAUNCH_MS / ms)))
+    assert set(device.bursts) == {TRIAL} and TRIALS_MS <= device.worked < TRIALS_MS + TRIAL * ms * slow + 1e-9
+
+
+def test_a_clock_that_stands_still_does_not_stop_the_trials() -> None:
+    device = Device(0.0)
+    assert inferences_per_launch(device.burst_ms) == MOST_INFERENCES
+    assert len(device.bursts) == MOST_TRIALS

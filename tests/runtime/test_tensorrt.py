@@ -18,19 +18,26 @@ from onnx import TensorProto, helper
 
 from sluice.errors import SluiceError
 from sluice.runtime import nvidia, tensorrt
+from sluice.runtime import runner as runner_module
 from sluice.runtime.compare import assert_close
 from sluice.runtime.cuda import Cuda
 from sluice.runtime.ort import OrtRunner
-from sluice.runtime.runner import make_runner
+from sluice.runtime.runner import TRIAL, TRIALS_MS, make_runner
 from sluice.runtime.tensorrt import TensorRtRunner, missing
 from sluice.runtime.trt_build import listener
-from sluice.runtime.trt_session import TRIAL, TensorRtSession
+from sluice.runtime.trt_session import TensorRtSession
 from tests.device import chain
 from tests.fake_tensorrt import MS, FakeCuda, fake_tensorrt
 
 BATCH = 3
 X = np.random.default_rng(1).standard_normal((BATCH, 3, 9, 9)).astype(np.float32)
 Here = Callable[..., tuple[FakeCuda, ModuleType]]
+
+
+@pytest.fixture(autouse=True)
+def short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine here computes in earnest, slowly, and its clock is as high as it gets."""
+    monkeypatch.setattr(runner_module, "TRIALS_MS", 0.01)
 
 
 @pytest.fixture
@@ -157,6 +164,23 @@ def test_launches_are_not_what_is_timed(here: Here, ms: float, copies: int) -> N
         assert session.sample(repeats) == pytest.approx(ms)
     assert cuda.log.count("launch") == 1 + math.ceil(300 / copies)
     assert run(session, {"x": X[:2]}).shape == (2, 5)
+
+
+def test_the_trials_last_until_the_clock_has_come_up(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the clock of an idle device an inference of 0.15 ms takes 0.9 ms, and one would seem to be enough."""
+    monkeypatch.setattr(runner_module, "TRIALS_MS", TRIALS_MS)
+    cuda, _ = here(FakeCuda(ms=0.15))
+    elapsed, tried = cuda.elapsed_ms, list[float]()
+
+    def ramped(start: int, end: int) -> float:
+        tried.append(elapsed(start, end) * (6 if sum(tried) < 10.0 else 1))
+        return tried[-1]
+
+    monkeypatch.setattr(cuda, "elapsed_ms", ramped)
+    session = TensorRtRunner().build(chain([5]), batch=2)
+    session.sample(1)
+    assert session._copies == 2
+    assert tried[0] == pytest.approx(6 * TRIAL * 0.15) and sum(tried[:-1]) >= TRIALS_MS > sum(tried[:-2])
 
 
 def test_after_a_run_the_data_is_random_again(here: Here) -> None:
@@ -339,6 +363,28 @@ def test_what_is_missing(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing() == "TensorRT is not here; install it"
     with pytest.raises(SluiceError, match="TensorRT is not here"):
         make_runner("tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "said"),
+    [
+        ("tensorrt_rtx", (9, 0), True),
+        ("tensorrt_rtx_bindings", (9, 0), True),
+        ("tensorrt_rtx", (8, 9), False),
+        ("tensorrt_rtx", (12, 0), False),
+        ("tensorrt_rtx", None, False),
+        ("tensorrt", (9, 0), False),
+    ],
+)
+def test_a_device_that_rtx_does_not_serve_is_named(
+    name: str, capability: tuple[int, int] | None, said: bool, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here(name=name, version="1.7.1.116")
+    monkeypatch.setattr(nvidia, "compute_capability", lambda: capability)
+    reason = (
+        "TensorRT-RTX 1.7.1.116 does not support NVIDIA Some (compute capability 9.0); install tensorrt in its place"
+    )
+    assert missing() == (reason if said else "")
 
 
 def test_layers_come_from_the_inspector(here: Here) -> None:

@@ -19,7 +19,7 @@ from sluice.passes.export import finalize, to_onnx
 from sluice.passes.precision import typed
 from sluice.passes.rewrite_onnx import cut_graph
 from sluice.profiler.pieces import dissect
-from sluice.profiler.sources import add_sources
+from sluice.profiler.sources import add_sources, source_model
 from sluice.runtime import torch_ops
 from sluice.runtime.compare import assert_close, relative_error
 from sluice.runtime.inputs import static_shapes
@@ -382,6 +382,54 @@ def test_the_steps_read_the_device_alone(name: str, exported: dict[str, onnx.Mod
         for k, value in step.bound.items():
             on_host = k in step.op.numbers or (step.op.scalars and value is not None and value.dim() == 0)
             assert value is None or value.device.type == ("cpu" if on_host else "meta")
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [
+        ((2, 1, 5, 5), (25, 1, 5, 1)),
+        ((1, 1, 5, 3), (15, 1, 3, 1)),
+        ((7, 1, 3, 3), (9, 1, 3, 1)),
+        ((7, 3, 1, 1), (3, 1, 3, 3)),
+        ((2, 3, 5, 4), (60, 1, 12, 3)),
+        ((7, 1, 1, 1), (1, 1, 1, 1)),
+        ((2, 3, 5), (15, 5, 1)),
+    ],
+)
+def test_images_and_weights_have_their_channels_last(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    value = torch.arange(float(np.prod(shape))).reshape(shape)
+    found = laid_out(value)
+    assert found.stride() == strides and torch.equal(found, value)
+    assert laid_out(found.half()).stride() == strides
+
+
+def test_a_source_gives_its_piece_channels_last() -> None:
+    """Whatever reads it in the whole network finds them so."""
+    model = source_model((2, 7, 5, 3))
+    program = program_of(model, random_feeds(model))
+    (made,) = program([laid_out(to_tensor(value)) for value in random_feeds(model).values()])
+    assert made.stride() == (105, 1, 21, 7)
+
+
+@pytest.mark.parametrize("kind", ["Conv", "ConvTranspose"])
+def test_one_channel_between_two_layers_keeps_the_layout(kind: str) -> None:
+    """What torch computes of one channel, value by value, has the strides of channels first."""
+    rng = np.random.default_rng(0)
+    wide = (7, 1, 1, 1) if kind == "Conv" else (1, 7, 1, 1)
+    weights = {
+        "narrow": rng.standard_normal((1, 3, 3, 3)).astype(np.float32),
+        "wide": rng.standard_normal(wide).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "narrow"], ["c"]),
+        helper.make_node("Relu", ["c"], ["r"]),
+        helper.make_node(kind, ["r", "wide"], ["y"]),
+    ]
+    model = graph_of(nodes, weights, [2, 3, 7, 5])
+    feeds = {"x": IMAGE["x"]}
+    (made,) = program_of(model, feeds)([laid_out(to_tensor(feeds["x"]))])
+    assert made.stride() == (105, 1, 21, 7)
+    assert_close(computed(model, feeds), OrtRunner().build(model).run(feeds), 1e-6)
 
 
 def test_a_value_lives_until_its_last_reader(exported: dict[str, onnx.ModelProto]) -> None:
