@@ -1,24 +1,27 @@
 """The command ``sluice``: arguments -> one call of the Python interface -> print.
 
 The result goes to standard output (``--json``: for programs), progress and errors to standard error. Exit status
-0: done; 1: a mistake of the user's, told in one sentence, or a check that failed; 2: wrong usage of the command.
+0: done; 1: a mistake of the user's, told in one sentence, or a check that failed; 2: wrong usage of the command;
+130 and 141: interrupted, and nobody reads any more.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sluice import cli_options as options
 from sluice.cli_model import (
     blocks_in,
+    check_batch,
     data_of,
+    dense_in,
     evaluate_of,
     factorable_in,
     inputs_of,
@@ -28,12 +31,10 @@ from sluice.cli_model import (
     read_onnx,
     runs_in,
 )
-from sluice.cli_table import add_table
+from sluice.cli_parser import make_parser
 from sluice.errors import SluiceError
 
-__all__ = ["main"]
-
-TOLERANCE = 1e-5  # relative, of `sluice check`
+__all__ = ["main", "parser"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,19 +44,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             # torch 2.13 exports by copying its own pytree specs, which calls what it has itself deprecated.
             warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", category=FutureWarning)
-            return int(args.run(args))
+            status = int(args.run(args))
+        sys.stdout.flush()  # what cannot be written is noticed here rather than on the way out
+        return status
     except SluiceError as error:
         print(f"sluice: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("sluice: interrupted; what was measured is kept in the table", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # As in `sluice table csv t.db | head`, which has enough. What is still in the buffer would be tried again at
+        # the end of the process.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def inspect(args: argparse.Namespace) -> int:
     """Show what can be cut, factorised, dropped and merged, and what is left alone and why."""
     if is_onnx(args.model):
-        found, view, chains, tensors = read_onnx(args.model, args.exclude)
+        found, view, chains, tensors = read_onnx(args.model, args.shape, args.exclude)
     else:
         model = model_of(args.model)
         found, view, chains, tensors = read_module(model, inputs_of(args.model, args.shape, 2), args.exclude)
@@ -122,10 +130,10 @@ def _pack(args: argparse.Namespace) -> int:
 
 def _dense_onnx(args: argparse.Namespace) -> Any:
     """The dense network with its parameter names, from its file or its factory."""
-    from sluice.onnx_file import load_onnx
-
     if is_onnx(args.model):
-        return load_onnx(args.model)
+        dense = dense_in(args.model, args.shape)
+        check_batch(dense, args.batch, args.model)
+        return dense
     from sluice.passes.export import to_onnx
     from sluice.prepare import check_float32
     from sluice.stages import stage
@@ -142,8 +150,6 @@ def compress(args: argparse.Namespace) -> int:
 
     from sluice import compress as run
 
-    if args.rehearsal < 0:
-        raise SluiceError(f"--rehearsal {args.rehearsal} is no number of steps; give 0 or more")
     settings = _settings(args)
     done = run(
         model_of(args.model), inputs_of(args.model, args.shape, args.batch), budget=args.budget,
@@ -199,12 +205,21 @@ def export(args: argparse.Namespace) -> int:
     from sluice import load
     from sluice.cli_export import outcome
     from sluice.deploy import export as write
+    from sluice.runtime.runner import check_fit
 
     if args.calibration and args.precision != "int8":
         raise SluiceError(f"--calibration is for int8, not {args.precision}; leave it out, or give --precision int8")
     if args.names and (args.engine or args.precision != "fp32"):
         raise SluiceError("--names writes what plans are applied to, in fp32; leave out --engine and --precision")
-    inputs = inputs_of(args.model, args.shape, 2)
+    if args.engine and args.target not in (None, "tensorrt"):
+        raise SluiceError(
+            f"--engine is built by TensorRT, --target {args.target} asks for a file of another runtime; leave out one "
+            f"of the two"
+        )
+    if args.target:
+        check_fit(args.target, args.precision)
+    # Where the network does not leave its batch free, the file has the batch of these.
+    inputs = inputs_of(args.model, args.shape, args.batch)
     model = load(model_of(args.model), args.plan, example_inputs=inputs) if args.plan else model_of(args.model)
     if args.names:
         from sluice.onnx_file import save_onnx
@@ -213,7 +228,7 @@ def export(args: argparse.Namespace) -> int:
         done = to_onnx(model, inputs)
         save_onnx(done, args.out)
         return _print(args, {"out": args.out, "bytes": done.ByteSize()}, [f"{args.out}: {done.ByteSize():,} bytes"])
-    target = "tensorrt" if args.engine else args.target
+    target = args.target or ("tensorrt" if args.engine else "ort-cpu")
     calibration = data_of(args.calibration) if args.calibration else None
     done = write(model, args.out, inputs, precision=args.precision, calibration=calibration, target=target)
     found = outcome(done, args.out, args.engine, precision=args.precision, target=target, batch=args.batch)
@@ -249,8 +264,11 @@ def bench(args: argparse.Namespace) -> int:
     import numpy as np
 
     from sluice.profiler.measure import measure
+    from sluice.runtime.inputs import parsed
     from sluice.runtime.runner import make_runner
 
+    for path in args.models:
+        check_batch(parsed(path), args.batch, path)
     runner = make_runner(args.target, args.threads)
     sessions = [runner.build(path, batch=args.batch) for path in args.models]
     found = measure(sessions, min_rounds=60, max_rounds=240, target_spread=0.01, rng=np.random.default_rng(0))
@@ -267,63 +285,7 @@ def bench(args: argparse.Namespace) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
-    from sluice import __version__
-
-    top = argparse.ArgumentParser(
-        prog="sluice", description="Makes a network fit a latency budget measured on the device."
-    )
-    top.add_argument("--version", action="version", version=f"sluice {__version__}")
-    verbs = top.add_subparsers(required=True, metavar="VERB")
-
-    def verb(run: Callable[[argparse.Namespace], int], *groups: Callable[[argparse.ArgumentParser], None]) -> Any:
-        text = str(run.__doc__).strip()
-        made = verbs.add_parser(run.__name__, help=text, description=text)
-        for group in groups:
-            group(made)
-        made.add_argument("--json", action="store_true", help="print the result as JSON")
-        made.set_defaults(run=run)
-        return made
-
-    verb(inspect, options.model, options.exclude)
-    timed = verb(profile, options.model, options.profiling)
-    timed.set_defaults(wrong=timed.error)
-    full = verb(compress, options.model, options.table, options.budget)
-    full.add_argument("--out", required=True, help="folder for plan, weights, ONNX file and report")
-    full.add_argument("--gate-epochs", type=int, default=0, help="epochs with gates; 0 decides in one shot (default 0)")
-    full.add_argument("--epochs", type=int, default=10, help="epochs of fine-tuning (default 10)")
-    full.add_argument(
-        "--rehearsal", type=int, default=40, metavar="N", help="steps of training in which plans are compared "
-        "before one is chosen; 0 takes the solver's word (default 40)",
-    )  # fmt: skip
-    full.add_argument("--evaluate", metavar="FUNCTION", help="package.module:function from a module to its accuracy")
-    full.add_argument("--lr", type=float, default=1e-3, help="learning rate of the weights (default 1e-3)")
-    verb(plan, options.model, options.table, options.budget).add_argument(
-        "-o", "--out", required=True, help="the plan to write"
-    )
-    cut = verb(apply)
-    cut.add_argument("model", metavar="MODEL.onnx", help="dense ONNX with parameter names (`sluice export --names`)")
-    cut.add_argument("plan", metavar="PLAN.json")
-    cut.add_argument("-o", "--out", required=True, help="the ONNX file to write")
-    write = verb(export, options.model, options.precision)
-    write.add_argument("--plan", metavar="DIR", help="folder that `sluice compress` wrote, or a plan")
-    write.add_argument(
-        "--names", action="store_true", help="fold nothing: what `sluice apply` and `sluice profile` take"
-    )
-    write.add_argument("-o", "--out", required=True, help="the ONNX file to write")
-    write.add_argument(
-        "--calibration", metavar="DATA", help="for int8: package.module:factory of some hundred inputs in batches"
-    )
-    write.add_argument("--target", default="ort-cpu", help="for int8: runtime that the file is for (default ort-cpu)")
-    write.add_argument("--engine", metavar="FILE", help="build an engine with the TensorRT of this machine")
-    write.add_argument("--batch", type=int, default=1, help="batch size of the engine and of commands (default 1)")
-    test = verb(check)
-    test.add_argument("model", metavar="MODEL", help=f"{options.MODEL}, or its dense ONNX with parameter names")
-    test.add_argument("folder", metavar="DIR", help="folder that `sluice compress` wrote")
-    test.add_argument("--tolerance", type=float, default=TOLERANCE, help=f"relative, in fp32 (default {TOLERANCE:g})")
-    time = verb(bench, options.device)
-    time.add_argument("models", nargs="+", metavar="MODEL.onnx", help="ONNX files, measured in turns")
-    add_table(verbs)
-    return top
+    return make_parser((inspect, profile, compress, plan, apply, export, check, bench))
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -336,10 +298,6 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def _closes(block: dict[str, Any]) -> str:
     return "a gate can close it" if block["closes"] else f"no gate can close it: {block['reason']}"
-
-
-def _words(values: Iterable[object]) -> str:
-    return " ".join(map(str, values))
 
 
 def _print(args: argparse.Namespace, data: Any, lines: Iterable[str]) -> int:

@@ -1,7 +1,8 @@
 """What the command line makes of an exported file: an engine, and the commands that build, time and check it elsewhere.
 
-1. ``trtexec`` of TensorRT 11: the types are in the file, so no flag gives a precision (10.x wants ``--stronglyTyped``
-   as well). Times are those of a CUDA graph without transfers, as `sluice bench` takes them.
+1. ``trtexec``: the types are in the file, so no flag gives a precision. TensorRT 10 wants ``--stronglyTyped`` as well,
+   which 11 refuses, so the line is for the one found here, and for 11 where there is none. Times are those of a CUDA
+   graph without transfers, as `sluice bench` takes them. The engine that it saves never replaces one written here.
 2. ``polygraphy`` compares TensorRT with ONNX Runtime, each value within an absolute or a relative tolerance. Tolerances
    are multiples of what the precision resolves, about 2e-7, 5e-4, 4e-3 and 8e-3: runtimes sum in another order, and
    choose algorithms of their own. ONNX Runtime has no bfloat16 convolutions on a CPU; such a file is only checked for
@@ -12,11 +13,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sluice.cli_model import fixed_rows
 from sluice.errors import SluiceError
 
 if TYPE_CHECKING:
@@ -60,9 +65,10 @@ def outcome(
 
     Where there is no engine, the file and the commands are still of use on another machine.
     """
-    data: dict[str, Any] = {"out": path, "bytes": model.ByteSize(), "precision": precision}
-    lines = [f"{path}: {model.ByteSize():,} bytes, {precision}"]
-    refusal = None
+    fixed = bool(fixed_rows(model))  # the network does not leave it free
+    data: dict[str, Any] = {"out": path, "bytes": model.ByteSize(), "precision": precision, "batch_fixed": fixed}
+    lines = [f"{path}: {model.ByteSize():,} bytes, {precision}{f', batch fixed at {batch}' * fixed}"]
+    refusal, built = None, None
     if engine is not None:
         try:
             built = write_engine(model, engine, batch)
@@ -73,10 +79,11 @@ def outcome(
             lines.append(f"{built.file}: {built.bytes:,} bytes, batch {batch}, by {built.builder}")
     if precision != "int8" or target == "tensorrt":
         own = engine or str(Path(path).with_suffix(".engine"))
-        found = commands(model, path, own, precision=precision, batch=batch)
+        version = _version(built)
+        found = commands(model, path, own, precision=precision, batch=batch, written=built is not None, version=version)
         data |= asdict(found)
         lines += [
-            "build and time with TensorRT 11:",
+            f"build and time with TensorRT {version or '11 (10 wants --stronglyTyped as well)'}:",
             f"  {found.trtexec}",
             "check the result:",
             f"  {found.polygraphy}",
@@ -91,15 +98,23 @@ def commands(
     *,
     precision: str,
     batch: int = 1,
+    written: bool = False,
+    version: int | None = None,
 ) -> Commands:
     """The command lines for ``model``, written to ``path``, and its engine.
 
+    Args:
+        written: the engine is there already; the command saves its own beside it.
+        version: of TensorRT, the major one.
     Raises:
         SluiceError: an input has a dynamic dimension that is not its batch.
     """
     shapes = _dynamic_inputs(model, batch)
     cache = _cache_of(engine)
-    trtexec = [f"--onnx={os.fspath(path)}", f"--saveEngine={os.fspath(engine)}"]
+    saved = Path(engine).with_suffix(".trtexec.engine") if written else engine
+    trtexec = [f"--onnx={os.fspath(path)}", f"--saveEngine={os.fspath(saved)}"]
+    if version == 10:
+        trtexec.append("--stronglyTyped")
     if shapes:
         trtexec.append("--shapes=" + ",".join(f"{name}:{'x'.join(map(str, dims))}" for name, dims in shapes.items()))
     trtexec += [f"--timingCacheFile={cache}", "--useCudaGraph", "--useSpinWait", "--noDataTransfers"]
@@ -150,6 +165,18 @@ def _dynamic_inputs(model: onnx.ModelProto, batch: int) -> dict[str, list[int]]:
         if sizes != list(open_[name]):
             found[name] = sizes
     return found
+
+
+def _version(built: Engine | None) -> int | None:
+    """The major version of the TensorRT that built the engine, or of the one that is installed; RTX has no trtexec."""
+    from sluice.runtime.trt_build import find_tensorrt, product
+
+    name = built.builder if built is not None else ""
+    if not name and find_spec("tensorrt") is not None:
+        with suppress(SluiceError):
+            name = product(find_tensorrt())
+    found = re.match(r"TensorRT (\d+)\.", name)
+    return int(found[1]) if found else None
 
 
 def _cache_of(engine: str | os.PathLike[str]) -> str:

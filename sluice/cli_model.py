@@ -18,6 +18,7 @@ from sluice.errors import SluiceError
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx
     import torch
     from torch import nn
 
@@ -29,9 +30,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "blocks_in",
+    "check_batch",
     "data_of",
+    "dense_in",
     "evaluate_of",
     "factorable_in",
+    "fixed_rows",
     "inputs_of",
     "is_onnx",
     "model_of",
@@ -46,6 +50,51 @@ OWN = "sluice:"
 def is_onnx(spec: str) -> bool:
     """Is ``spec`` the path of an ONNX file rather than a factory?"""
     return spec.endswith(".onnx")
+
+
+def dense_in(path: str, shape: tuple[int, ...] | None) -> onnx.ModelProto:
+    """The dense network of an ONNX file, which says the shapes of its inputs itself.
+
+    Raises:
+        SluiceError: the file cannot be read, a shape is given, or it is in another precision: all starts from fp32.
+    """
+    from sluice.onnx_file import load_onnx
+
+    model = load_onnx(path)
+    if shape is not None:
+        raise SluiceError(
+            f"--shape {','.join(map(str, shape))} is for a factory, the ONNX file {path!r} says its shapes itself; "
+            f"leave it out"
+        )
+    if reason := _not_float32(model):
+        raise SluiceError(
+            f"{path!r} is not in fp32: {reason}; give the file that `sluice export --names` writes, and the precision "
+            f"of the deployment as --precision"
+        )
+    return model
+
+
+def fixed_rows(model: onnx.ModelProto) -> dict[str, int]:
+    """The first size of every input of a file whose batch is fixed; empty where any of them is free."""
+    initializers = {init.name for init in model.graph.initializer}
+    shapes = {info.name: info.type.tensor_type.shape.dim for info in model.graph.input if info.name not in initializers}
+    first = {name: dims[0] for name, dims in shapes.items() if dims}
+    return {name: dim.dim_value for name, dim in first.items()} if all(map(_is_fixed, first.values())) else {}
+
+
+def check_batch(model: onnx.ModelProto, batch: int, path: str) -> None:
+    """A file whose batch is fixed can be used at that one alone.
+
+    Raises:
+        SluiceError: no input has ``batch`` rows; an input beside the one with the batch may have rows of its own.
+    """
+    rows = fixed_rows(model)
+    if rows and batch not in rows.values():
+        name, fixed = next(iter(rows.items()))
+        raise SluiceError(
+            f"{path!r} fixes its batch: input {name!r} has {fixed} rows, not {batch}; give --batch {fixed}, or a file "
+            f"that leaves its batch free"
+        )
 
 
 def model_of(spec: str) -> nn.Module:
@@ -90,16 +139,15 @@ def inputs_of(spec: str, shape: tuple[int, ...] | None, batch: int) -> torch.Ten
     return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def read_onnx(path: str, exclude: Sequence[str]) -> Readings:
+def read_onnx(path: str, shape: tuple[int, ...] | None, exclude: Sequence[str]) -> Readings:
     """Axis groups, operators, chains of convolutions and tensors of an ONNX file."""
     from onnx import numpy_helper
 
-    from sluice.onnx_file import load_onnx
     from sluice.passes.drop_onnx import view_onnx
     from sluice.passes.merge_onnx import chains_onnx
     from sluice.passes.onnx_axes import analyze_onnx
 
-    model = load_onnx(path)
+    model = dense_in(path, shape)
     tensors = {init.name: numpy_helper.to_array(init) for init in model.graph.initializer}
     return analyze_onnx(model, exclude), view_onnx(model), chains_onnx(model), tensors
 
@@ -231,6 +279,36 @@ def _made(spec: str, written: str) -> Any:
         raise
     except Exception as error:
         raise SluiceError(f"{written!r} raised {_reason(error)}; it is called without arguments, mend it") from error
+
+
+def _is_fixed(dim: onnx.TensorShapeProto.Dimension) -> bool:
+    return dim.HasField("dim_value")
+
+
+def _not_float32(model: onnx.ModelProto) -> str:
+    """The first thing in the file that no fp32 network has; empty where there is none."""
+    from onnx import TensorProto
+
+    # Constants may be in float64, which no deployment is in; weights and inputs in it show by the inputs.
+    short = {
+        code: name
+        for name, code in TensorProto.DataType.items()
+        if name.startswith(("FLOAT", "BFLOAT")) and code != TensorProto.FLOAT
+    }
+    for info in model.graph.input:
+        code = info.type.tensor_type.elem_type
+        if code in short or code == TensorProto.DOUBLE:
+            return f"input {info.name!r} is {TensorProto.DataType.Name(code)}"
+    for init in model.graph.initializer:
+        if init.data_type in short:
+            return f"tensor {init.name!r} is {short[init.data_type]}"
+    for node in model.graph.node:
+        if "Quantize" in node.op_type or node.op_type.startswith("QLinear") or node.op_type.endswith("Integer"):
+            return f"operator {node.name or node.output[0]!r} is {node.op_type}"
+        for attribute in node.attribute:
+            if attribute.t.data_type in short:
+                return f"constant {node.output[0]!r} is {short[attribute.t.data_type]}"
+    return ""
 
 
 def _refuse_onnx(spec: str) -> None:

@@ -1,10 +1,27 @@
-"""Options that several verbs of the command line share."""
+"""Options that several verbs of the command line share, and the types of their values.
+
+A type says what is wrong with a word and what to write instead; `argparse` adds which option it was.
+"""
 
 from __future__ import annotations
 
 import argparse
 
-__all__ = ["budget", "device", "exclude", "model", "precision", "profiling", "table"]
+__all__ = [
+    "METHODS",
+    "MODEL",
+    "budget",
+    "count",
+    "device",
+    "exclude",
+    "model",
+    "network",
+    "positive",
+    "precision",
+    "profiling",
+    "shape",
+    "table",
+]
 
 METHODS = "filter,rank,block,merge"
 MODEL = "package.module:factory, or sluice:NAME for a network of sluice.models"
@@ -12,7 +29,18 @@ MODEL = "package.module:factory, or sluice:NAME for a network of sluice.models"
 
 def model(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", metavar="MODEL", help=MODEL)
-    p.add_argument("--shape", type=_shape, help="shape of the input without the batch: 3,32,32")
+    p.add_argument("--shape", type=shape, help="shape of the input without the batch: 3,32,32")
+
+
+def network(p: argparse.ArgumentParser) -> None:
+    """A model, or its ONNX file, for verbs that need no weights to train."""
+    p.add_argument(
+        "model", metavar="MODEL", help=f"{MODEL}; or an ONNX file in fp32 with parameter names, as "
+        "`sluice export --names` writes it",
+    )  # fmt: skip
+    p.add_argument(
+        "--shape", type=shape, help="shape of the input without the batch: 3,32,32; an ONNX file has its own"
+    )
 
 
 def exclude(p: argparse.ArgumentParser) -> None:
@@ -20,8 +48,8 @@ def exclude(p: argparse.ArgumentParser) -> None:
 
 
 def device(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--batch", type=_positive, default=1, help="batch size of the deployment (default 1)")
-    p.add_argument("--threads", type=_positive, default=1, help="threads inside an operator (default 1)")
+    p.add_argument("--batch", type=positive, default=1, help="batch size of the deployment (default 1)")
+    p.add_argument("--threads", type=positive, default=1, help="threads inside an operator (default 1)")
     p.add_argument("--target", default="ort-cpu", help="ort-cpu, ort-cuda, torch-cuda or tensorrt (default ort-cpu)")
 
 
@@ -60,11 +88,34 @@ def budget(p: argparse.ArgumentParser) -> None:
     p.add_argument("--data", required=True, help="package.module:factory of batches (inputs, labels)")
 
 
-def _shape(text: str) -> tuple[int, ...]:
-    return tuple(_positive(part) for part in text.split(","))
+def shape(text: str) -> tuple[int, ...]:
+    """``3,32,32``."""
+    sizes = [_whole(part) for part in text.split(",")]
+    if any(size is None or size < 1 for size in sizes):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no shape; give whole numbers of 1 or more, without the batch, as in 3,32,32"
+        )
+    return tuple(size for size in sizes if size is not None)
 
 
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise ValueError(text)
+def positive(text: str) -> int:
+    """A whole number of 1 or more."""
+    return _at_least(1, text)
+
+
+def count(text: str) -> int:
+    """A whole number of 0 or more."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if (value := _whole(text)) is None or value < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is too small or no whole number; give one of {least} or more")
     return value
+
+
+def _whole(text: str) -> int | None:
+    try:
+        return int(text)
+    except ValueError:
+        return None

@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import sluice
 from sluice import __version__
 from sluice import cli_options as options
 from sluice.cli import main, parser
-from sluice.cli_model import evaluate_of, inputs_of
+from sluice.cli_model import check_batch, evaluate_of, fixed_rows, inputs_of
 from sluice.deploy import deploy_onnx
 from sluice.errors import SluiceError
 from sluice.models import EXAMPLE_SHAPES, enliven
@@ -36,6 +36,7 @@ from sluice.passes.resolve import make_plan
 from sluice.passes.rewrite_torch import merge_runs, rewrite_torch
 from sluice.passes.sites import keep_masks
 from sluice.plan import Factorize, Merge, Plan
+from sluice.profiler.shapes import static_graph
 from sluice.report import Report
 from sluice.runtime.compare import assert_close
 from sluice.runtime.ort import OrtRunner
@@ -163,10 +164,9 @@ def test_methods_are_those_of_the_library() -> None:
         ("profile {model} --methods ,", r"methods \['', ''\] are not understood"),
         ("plan {model} --budget 50% --data a:b -o p.json --methods ranks", r"methods \['ranks'\] are not understood"),
         ("compress {model} --budget 50% --data tests.tiny:data --out o --methods x", "are not understood"),
-        ("compress {model} --budget 50% --data a:b --out o --rehearsal -1", "--rehearsal -1 is no number of steps"),
     ],
 )
-def test_bad_methods_and_rehearsals(
+def test_bad_methods(
     line: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -413,13 +413,132 @@ def test_python_m_sluice() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["", "nothing", "inspect", "profile x", "inspect x --shape 3,0", "inspect x --shape a", "bench --batch -1 x"],
+    ["", "nothing", "inspect", "profile x"],
 )
 def test_wrong_usage_exits_with_2(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(line.split())
     assert caught.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+COMPRESS = "compress x --budget 50% --data a:b --table t.db --out o"
+
+
+@pytest.mark.parametrize(
+    ("line", "option", "message"),
+    [
+        *(
+            (f"inspect x --shape {shape}", "--shape", f"{shape!r} is no shape; give whole numbers of 1 or more")
+            for shape in ("3,x", "3,0", "a", "3,,9", "-1")
+        ),
+        *(
+            (f"{verb} --batch {batch}", "--batch", f"{batch!r} is too small or no whole number; give one of 1 or more")
+            for verb in ("bench x", "export x -o y.onnx", "profile x --table t.db")
+            for batch in ("0", "-1", "2.5")
+        ),
+        *(
+            (f"{COMPRESS} {option} {steps}", option, f"{steps!r} is too small or no whole number; give one of 0 or")
+            for option in ("--epochs", "--gate-epochs", "--rehearsal")
+            for steps in ("-1", "many")
+        ),
+    ],
+)
+def test_wrong_numbers_are_told(line: str, option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(line.split())
+    assert caught.value.code == 2
+    assert f"error: argument {option}: {message}" in capsys.readouterr().err
+
+
+def test_zero_steps_are_steps() -> None:
+    args = parser().parse_args(f"{COMPRESS} --epochs 0 --gate-epochs 0 --rehearsal 0".split())
+    assert (args.epochs, args.gate_epochs, args.rehearsal) == (0, 0, 0)
+
+
+def fixed_in(folder: Path, batch: int) -> Path:
+    """An ONNX file, in fp32 and with parameter names, of one batch."""
+    path = folder / f"fixed{batch}.onnx"
+    save_onnx(static_graph(onnx.load(dense_onnx_in(folder)), batch), path)
+    return path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *parts: object) -> str:
+    """The sentence of a command that fails and prints nothing else."""
+    assert main(words(*parts)) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("sluice: error: ") and err.count("\n") == 1
+    return err
+
+
+def test_files_of_another_batch_are_not_timed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, free = fixed_in(tmp_path, 1), dense_onnx_in(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(OrtRunner, "build", lambda *_, **__: pytest.fail("built"))
+        said = refused(capsys, "bench", free, one, "--batch 8")
+        assert (
+            "fixed1.onnx' fixes its batch: input 'x' has 1 rows, not 8; give --batch 1, or a file that leaves" in said
+        )
+        said = refused(capsys, "profile", one, "--batch 8 --table", tmp_path / "t.db")
+        assert "fixes its batch: input 'x' has 1 rows, not 8" in said
+        assert "fixes its batch" in refused(capsys, "profile --pack", one, "--batch 8 -o", tmp_path / "job.zip")
+    run(capsys, "bench", free, one, "--batch 1")
+    assert sorted(files_of(tmp_path)) == ["dense.onnx", "fixed1.onnx"]
+
+
+def test_a_file_with_one_free_batch_is_not_fixed(tmp_path: Path) -> None:
+    model = onnx.load(dense_onnx_in(tmp_path))
+    table = onnx.helper.make_tensor_value_info("table", onnx.TensorProto.FLOAT, [5, 3])
+    scalar = onnx.helper.make_tensor_value_info("scalar", onnx.TensorProto.FLOAT, [])
+    model.graph.input.extend([table, scalar])
+    assert fixed_rows(model) == {}
+    check_batch(model, 8, "a.onnx")
+    fixed = static_graph(model, 8)
+    assert fixed_rows(fixed) == {"x": 8, "table": 5}
+    check_batch(fixed, 8, "a.onnx")
+    with pytest.raises(SluiceError, match="input 'x' has 8 rows, not 3"):
+        check_batch(fixed, 3, "a.onnx")
+
+
+def test_an_onnx_file_has_its_shape(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    dense = dense_onnx_in(tmp_path)
+    for line in (("inspect",), ("profile --table", tmp_path / "t.db"), ("profile --pack -o", tmp_path / "j.zip")):
+        said = refused(capsys, *line, dense, "--shape 3,9,9")
+        assert "--shape 3,9,9 is for a factory, the ONNX file" in said and "leave it out" in said
+    assert sorted(files_of(tmp_path)) == ["dense.onnx"]
+
+
+def constant_in_half(model: onnx.ModelProto) -> onnx.ModelProto:
+    value = onnx.numpy_helper.from_array(np.ones(3, np.float16))
+    model.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["half"], value=value))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: deploy_onnx(m, "fp16"), "tensor 'conv1.weight' is FLOAT16"),
+        (lambda m: deploy_onnx(m, "bf16"), "tensor 'conv1.weight' is BFLOAT16"),
+        (lambda m: deploy_onnx(m, "int8", tiny.data()), "is QuantizeLinear"),
+        (constant_in_half, "constant 'half' is FLOAT16"),
+        (lambda m: to_onnx(tiny.model().double(), tiny.inputs().double()), "input 'x' is DOUBLE"),
+    ],
+    ids=["fp16", "bf16", "int8", "constant", "double"],
+)
+def test_a_dense_file_is_in_fp32(
+    change: Callable[[onnx.ModelProto], onnx.ModelProto],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "other.onnx"
+    save_onnx(change(onnx.load(dense_onnx_in(tmp_path))), file)
+    for line in (("inspect",), ("profile --table", tmp_path / "t.db"), ("profile --pack -o", tmp_path / "j.zip")):
+        said = refused(capsys, *line, file)
+        assert "other.onnx' is not in fp32: " in said and message in said and "`sluice export --names` writes" in said
+    assert sorted(files_of(tmp_path)) == ["dense.onnx", "other.onnx"]
 
 
 def test_interrupted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

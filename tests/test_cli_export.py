@@ -7,13 +7,16 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from torch import Tensor, nn
 
+from sluice import cli_export
 from sluice.cli import main
 from sluice.cli_export import commands
 from sluice.errors import SluiceError
@@ -123,11 +126,86 @@ def test_export_in_half_precision_with_its_engine(run: Run, monkeypatch: pytest.
     assert engine.read_bytes() == static_model(onnx.load(path), 4).SerializeToString()
     assert found["engine"] == {"file": str(engine), "bytes": engine.stat().st_size, "builder": "TensorRT 11.4.0.106"}
     assert (found["out"], found["precision"], found["bytes"]) == (str(path), "fp16", path.stat().st_size)
-    assert f"--saveEngine={engine}" in found["trtexec"] and ":4x3x9x9" in found["trtexec"]
+    assert f"--saveEngine={engine.with_suffix('.trtexec.engine')}" in shlex.split(found["trtexec"])
+    assert f"--timingCacheFile={engine.with_suffix('.cache')}" in shlex.split(found["trtexec"])
+    assert ":4x3x9x9" in found["trtexec"] and found["batch_fixed"] is False
     cache = (tmp_path / "deep" / "out.cache").read_bytes()
     assert cache
     run(MODEL, "-o", path, "--precision fp16 --batch 4 --engine", engine)
     assert trt.calls["caches"] == [b"", cache]
+
+
+@pytest.mark.parametrize(
+    ("version", "name", "major"),
+    [("10.13.3.9", "tensorrt", "10"), ("11.4.0.106", "tensorrt", "11"), ("1.2.0.54", "tensorrt_rtx", "11 (10 wants")],
+)
+def test_types_are_strong_in_the_version_found(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    version: str, name: str, major: str,
+) -> None:  # fmt: skip
+    """TensorRT 10 must be told, 11 refuses the flag; so too where it is only installed and builds nothing here."""
+    install(monkeypatch, version=version, name=name)
+    monkeypatch.setattr(cli_export, "find_spec", lambda module: module == name or None)
+    for option in ((), ("--engine", tmp_path / "a.engine")):
+        assert main(words(MODEL, "-o", tmp_path / "a.onnx", *option)) == 0
+        lines = capsys.readouterr().out.splitlines()
+        title, line = next((a, b) for a, b in pairwise(lines) if a.startswith("build and time"))
+        assert title.startswith(f"build and time with TensorRT {major}")
+        assert ("--stronglyTyped" in shlex.split(line)) is (major == "10")
+
+
+def test_what_is_installed_and_cannot_be_loaded_is_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise SluiceError("TensorRT is not here")
+
+    monkeypatch.setattr(trt_build, "find_tensorrt", broken)
+    monkeypatch.setattr(cli_export, "find_spec", lambda module: True)
+    assert cli_export._version(None) is None
+
+
+class Stubborn(nn.Module):
+    """Takes any batch, but not a free one: its Python asks for the number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).relu().mean((2, 3)) * float(1 / int(x.shape[0]))
+
+
+@pytest.mark.parametrize("option", ["", "--names"])
+def test_a_network_that_fixes_its_batch_is_exported_at_the_one_asked_for(
+    option: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    line = f"export tests.test_cli_export:Stubborn --shape 3,9,9 {option}"
+    for batch in (1, 5):
+        assert main(words(line, f"--batch {batch} -o", tmp_path / "a.onnx")) == 0
+        (info,) = onnx.load(tmp_path / "a.onnx").graph.input
+        assert [dim.dim_value for dim in info.type.tensor_type.shape.dim] == [batch, 3, 9, 9]
+        out = capsys.readouterr().out
+        assert f"bytes, fp32, batch fixed at {batch}\n" in out or option
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--engine a.engine --target ort-cpu", "--engine is built by TensorRT, --target ort-cpu asks for"),
+        ("--engine a.engine --target ort-cuda", "--engine is built by TensorRT, --target ort-cuda asks for"),
+        ("--precision int8 --target ort-cuda", "ort-cuda cannot be timed in int8: its CUDA provider"),
+        ("--precision int8 --target torch-cuda", "torch-cuda cannot be timed in int8: it has no int8"),
+        ("--precision bf16 --target ort-cpu", "ort-cpu cannot be timed in bf16"),
+        ("--target abacus", "there is no target 'abacus'"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sluice.cli.model_of", lambda _: pytest.fail("the model was made"))
+    calibration = "--calibration tests.tiny:data" if "int8" in options else ""
+    run(MODEL, "-o a.onnx", options, calibration, status=1, error=message)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rtx_leaves_the_timing_cache_of_another(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

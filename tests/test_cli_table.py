@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +23,7 @@ from sluice.profiler.table import LatencyTable
 from tests import tiny
 from tests.tiny import dense_onnx_in, words
 
+ROOT = Path(__file__).resolve().parent.parent
 ORIGIN = Fingerprint("Some CPU", "ort-cpu", "1.2.3", 1, "fp32", 8, "thread_cpu")
 
 
@@ -102,6 +106,19 @@ def test_csv(capsys: pytest.CaptureFixture[str], a: Path, tmp_path: Path) -> Non
     }  # fmt: skip
     assert run(capsys, "table csv", a, "-o", tmp_path / "a.csv") == ""
     assert (tmp_path / "a.csv").read_text() == text
+
+
+@pytest.mark.parametrize("verb", ["csv", "show"])
+def test_a_reader_that_has_enough(a: Path, verb: str) -> None:
+    """As in ``sluice table csv t.db | head -1``: the other end of the pipe is closed."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with os.fdopen(theirs, "wb") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "sluice", "table", verb, str(a)], stdout=pipe, stderr=subprocess.PIPE, cwd=ROOT,
+            timeout=60,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_merge(capsys: pytest.CaptureFixture[str], a: Path, b: Path, tmp_path: Path) -> None:

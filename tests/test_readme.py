@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from sluice.cli import main, parser
 from sluice.passes.options import METHODS
 from sluice.profiler import agent
 from sluice.profiler.shards import Shard
+from sluice.profiler.table import LatencyTable
 from sluice.report import Report
+from sluice.runtime.runner import TARGETS, UNFIT
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,15 +87,51 @@ def test_commands_parse(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"usage: sluice {verb}" in capsys.readouterr().out
 
 
+def section(title: str) -> str:
+    return re.split(r"^#+ ", README.split(f"# {title}\n")[1], maxsplit=1, flags=re.MULTILINE)[0]
+
+
 def test_what_runs_on_the_device_parses() -> None:
     lines = shell_lines("python")
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         program, job, *rest = shlex.split(line)
         assert (program, job) == ("python", "job.zip")
         found = agent._parser().parse_args([job, *rest])
         assert found.out.endswith(".db")
         assert found.shard is None or Shard.parse(found.shard)
+
+
+def test_the_commands_for_a_device_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One after the other in one folder, on another network, by filters alone; the shards add up to the whole."""
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    lines = re.findall(r"^(?:sluice|python) .*", section("The device has no torch"), re.MULTILINE)
+    with tiny.simulated_device():
+        for line in lines:
+            program, *rest = shlex.split(line.replace("sluice:resnet20", "tests.tiny:model --shape 3,9,9"))
+            if rest[0] == "profile":
+                rest += ["--methods", "filter", "--quiet"]
+            assert {"sluice": main, "python": agent.main}[program](rest) == 0, capsys.readouterr().err
+            ran.append(rest[0])
+    assert ran.count("job.zip") == 4 and {"profile", "export", "table"} < set(ran)
+    with LatencyTable.open("table.db") as whole, LatencyTable.open("all.db") as merged:
+        assert (keys := whole.keys()) == merged.keys()
+        assert all(whole.points(key).keys() <= merged.points(key).keys() for key in keys)
+
+
+def test_the_device_needs_the_python_of_the_package() -> None:
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert f"The device needs Python {wanted.removeprefix('>=')} or later" in README
+
+
+def test_what_a_target_refuses_is_told() -> None:
+    rows = re.findall(r"^\| `(\w[\w-]+)` \|[^|]*\| ([^|]+) \|", section("What is measured where"), re.MULTILINE)
+    told = {(target, p) for target, text in rows for p in text.split(", ") if p != "nothing"}
+    assert [target for target, _ in rows] == list(TARGETS)
+    assert told == set(UNFIT)
 
 
 def test_options_in_the_text_exist() -> None:
