@@ -94,24 +94,32 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a run found on this device; ``profile_seconds`` without those of calls that were stopped."""
+    """What a run found on this device; ``profile_seconds`` without those of calls that were stopped.
+
+    ``points`` of pieces were measured, of ``grid`` that they have at all widths and ranks.
+    """
 
     run: Run
     device: str
     runtime: str
     profile_seconds: float
+    points: int
+    grid: int
     outcomes: tuple[Outcome, ...]
 
     @property
     def figures(self) -> dict[str, float]:
-        return {**_errors([self]), "profile_seconds": self.profile_seconds}
+        counts = {"points": float(self.points), "grid": float(self.grid)}
+        return {**_errors([self]), "profile_seconds": self.profile_seconds, **counts}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Record:
         """The inverse of `dataclasses.asdict`, also after a way through JSON."""
         run = Run(**{**data["run"], "methods": tuple(data["run"]["methods"])})
         outcomes = tuple(Outcome(**outcome) for outcome in data["outcomes"])
-        return Record(run, data["device"], data["runtime"], data["profile_seconds"], outcomes)
+        return Record(
+            run, data["device"], data["runtime"], data["profile_seconds"], data["points"], data["grid"], outcomes
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -238,6 +238,7 @@ def _finish(
         return made, None if evaluate is None else evaluate(as_module(made, example_outputs(slim, stripped)))
 
     deploy(cut)  # rule 4
+    metric_dense = None if evaluate is None else evaluate(reference)  # if it cannot be called, nothing is lost yet
     if epochs and data is not None:
         fit(slim, data, epochs=epochs, teacher=reference, loss=loss, lr=lr, progress=progress, name="fine-tune")
     slim = merge_runs(slim, settled.plan).eval()
@@ -252,7 +253,7 @@ def _finish(
         budget_ms=parse_budget(budget, dense_ms),
         params=(count_parameters(stripped), count_parameters(slim)),
         macs=(count_macs(dense_engine), count_macs(slim_onnx)),
-        metrics=(*((None, None) if evaluate is None else (evaluate(reference), evaluate(slim))), metric_deployed),
+        metrics=(metric_dense, None if evaluate is None else evaluate(slim), metric_deployed),
         frozen={**gated.meta["analysis"].frozen, **measured.options.refused},
         seconds=time.perf_counter() - started, losses=ready.question.losses,
         readings=[(r.name, r.answer.choice.promised_ms, r.rehearsed) for r in readings],

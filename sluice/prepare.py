@@ -24,7 +24,7 @@ from sluice.passes.export import to_onnx
 from sluice.passes.gating import Gated, absorb_masks, insert_gates, strip_gates
 from sluice.passes.importance import learned_scores
 from sluice.passes.options import BSR, METHODS
-from sluice.profiler.profile import Profile, profile_onnx
+from sluice.profiler.profile import Profile, measured_elsewhere, profile_known, profile_onnx
 from sluice.stages import stage
 from sluice.train import Data, Loss, default_loss, fit
 from sluice.verify import AIM, Question
@@ -43,12 +43,18 @@ def profile(
     precision: str = "fp32",
     exclude: Sequence[str] = (),
     methods: Sequence[str] = METHODS,
+    elsewhere: bool = False,
     progress: bool = True,
 ) -> Profile:
-    """Measure, on this device, what ``table`` does not know yet about the model; see `sluice.profiler.profile_onnx`."""
+    """Measure, on this device, what ``table`` does not know yet about the model; see `sluice.profiler.profile_onnx`.
+
+    ``elsewhere``: a table that another device filled will do, if it lacks nothing.
+    """
     check_float32(model)
     with stage("export", progress):
         dense = to_onnx(model, example_inputs)
+    if elsewhere and measured_elsewhere(table, target=target, threads=threads, batch=batch, precision=precision):
+        return profile_known(dense, table, exclude=exclude, methods=methods)
     return profile_onnx(
         dense, table, batch=batch, target=target, threads=threads, precision=precision, exclude=exclude,
         methods=methods, progress=progress,
@@ -69,16 +75,17 @@ class Ready:
 def prepare(
     model: nn.Module, example_inputs: Inputs, *, budget: str | Mapping[str, str | float] | Sequence[str], data: Data,
     table: str | os.PathLike[str], batch: int, target: str, threads: int, precision: str, exclude: Sequence[str],
-    methods: tuple[str, ...], gate_epochs: int = 0, lr: float = 1e-3, loss: Loss = default_loss, progress: bool,
+    methods: tuple[str, ...], gate_epochs: int = 0, lr: float = 1e-3, loss: Loss = default_loss,
+    elsewhere: bool = False, progress: bool,
 ) -> Ready:  # fmt: skip
     """Profile, train gates (at ``lr``, if there are ``gate_epochs``) or score channels, price every choice.
 
-    Several budgets may be given where no gates are trained.
+    Several budgets may be given where no gates are trained. ``elsewhere`` as for `profile`.
     """
     budgets = [budget] if isinstance(budget, (str, Mapping)) else list(budget)
     measured = profile(
         model, example_inputs, table, batch=batch, target=target, threads=threads, precision=precision,
-        exclude=exclude, methods=methods, progress=progress,
+        exclude=exclude, methods=methods, elsewhere=elsewhere, progress=progress,
     )  # fmt: skip
     for each in budgets:
         check_reachable(measured, methods, each)  # says at once if a budget cannot be met

@@ -46,14 +46,15 @@ def propose(
 ) -> Proposal:
     """A plan in one shot: Fisher scores on a few labelled batches of ``data``, then the solver; nothing is trained.
 
-    Arguments and errors are those of `compress`. With a table that knows the model this takes seconds.
+    Arguments and errors are those of `compress`, but nothing needs to run on the device: a table that was filled there
+    will do, if it knows all of the model.
     """
     methods = check_methods(methods)
     parse_budget(budget, 1.0)
     check_data(model, data)
     ready = prepare(
         model, example_inputs, budget=budget, data=data, table=table, batch=batch, target=target, threads=threads,
-        precision=precision, exclude=exclude, methods=methods, progress=progress,
+        precision=precision, exclude=exclude, methods=methods, elsewhere=True, progress=progress,
     )  # fmt: skip
     dense_ms = ready.measured.latency.dense_ms()
     target_ms = parse_budget(budget, dense_ms)

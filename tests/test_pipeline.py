@@ -31,6 +31,7 @@ from sluice.propose import propose
 from sluice.report import Report
 from sluice.runtime.compare import assert_close
 from sluice.runtime.ort import OrtRunner
+from sluice.runtime.runner import Runner
 from sluice.train import Data, default_loss
 from sluice.verify import Question
 from tests import tiny
@@ -264,6 +265,19 @@ def test_a_proposal_is_the_one_shot_plan(methods: tuple[str, ...], data: Callabl
     assert 0 < found.retained < 1
     slim = sluice.load(tiny.model, found.plan)
     assert slim(tiny.inputs()).shape == (tiny.BATCH, 5)
+
+
+def test_a_proposal_needs_no_device(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"budget": BUDGET, "data": tiny.data(), "table": table, "batch": tiny.BATCH, "methods": ("filter",)}
+    expected = propose(tiny.model(), tiny.inputs(), **asked, progress=False)
+
+    def absent(target: str, *rest: object) -> Runner:
+        raise SluiceError(f"the target {target!r} cannot run here")
+
+    monkeypatch.setattr("sluice.profiler.profile.make_runner", absent)
+    assert propose(tiny.model(), tiny.inputs(), **asked, progress=False) == expected
+    with pytest.raises(SluiceError, match="cannot run here"):  # whose engines must be measured
+        compress(tiny.model(), tiny.inputs(), **asked, progress=False)
 
 
 def test_the_users_model_is_not_changed(table: Path) -> None:

@@ -17,9 +17,11 @@ from sluice.passes.blocks import Block, find_blocks
 from sluice.passes.drop_onnx import view_onnx
 from sluice.passes.options import BSR, Options, RankOption
 from sluice.plan import Drop, Merge
+from sluice.profiler.grids import Staircase, dense_ms, knots_of
+from sluice.profiler.joint_sweep import explore_joints, joint_tolerance
 from sluice.profiler.merged import MergeSite, merge_segments, merge_variants
 from sluice.profiler.pieces import Dissection, Piece, anchor_weight
-from sluice.profiler.sweep import Bench, Staircase, explore, joint_points, knots_of
+from sluice.profiler.sweep import Bench, explore
 from sluice.profiler.variants import Alternatives, Shown, Variant, is_excluded, rank_layers, rank_variants
 
 __all__ = ["find_alternatives"]
@@ -34,23 +36,22 @@ def find_alternatives(
     dissection: Dissection,
     stairs: Mapping[str, Staircase],
     bench: Bench,
-    batch: int,
     methods: Sequence[str],
     exclude: Sequence[str] = (),
 ) -> Alternatives:
     """Measure what ``methods`` could put in the place of the dense layers."""
-    dense_ms = _dense_ms(dissection, bench)
+    dense = dense_ms(dissection, bench.table)
     shown: list[Shown] = []
     drops: dict[str, Drop] = {}
     hidden: dict[str, tuple[str, ...]] = {}
     refused: dict[str, str] = {}
     if "rank" in methods or BSR in methods:
-        layers = rank_layers(dissection, dense_ms, exclude)
+        layers = rank_layers(dissection, dense, exclude)
         # Nothing would train the factors of a weight that nothing trained.
         refused = dict.fromkeys(layers.keys() & buffers_of(dissection.model), "is a buffer, not a parameter: no rank")
         layers = {weight: piece for weight, piece in layers.items() if weight not in refused}
-        for variant in rank_variants(dissection, layers, batch):
-            shown += _ranks(variant, layers, dense_ms, stairs, bench)
+        for variant in rank_variants(dissection, layers):
+            shown += _ranks(variant, layers, dense, stairs, bench, joint_tolerance(dissection, bench.table))
     if "block" in methods:
         found, _ = find_blocks(view_onnx(dissection.model))
         blocks = [b for b in found if not any(is_excluded(param, exclude) for param in b.params)]
@@ -59,7 +60,7 @@ def find_alternatives(
     merges: dict[str, Merge] = {}
     if "merge" in methods:
         sites = merge_segments(dissection, exclude, widths_vary="filter" in methods)
-        paying = _merges(dissection, sites, dense_ms, stairs, bench)
+        paying = _merges(dissection, sites, dense, stairs, bench)
         merges = {s.place.switch: site.merge for s, site in paying}
         shown += [s for s, _ in paying]
     ranks = tuple(RankOption(*s.place.switch.rsplit("|", 1)) for s in shown if s.place.rank)
@@ -76,9 +77,10 @@ def _without_weight(dissection: Dissection, block: Block) -> tuple[str, ...]:
 def _ranks(
     variant: Variant,
     layers: Mapping[str, Piece],
-    dense_ms: Mapping[str, float],
+    dense: Mapping[str, float],
     stairs: Mapping[str, Staircase],
     bench: Bench,
+    tolerance: float,
 ) -> list[Shown]:
     cut = variant.dissection
     explored = explore(cut, bench, {p.rank for p in variant.places if p.rank}, most=RANKS)
@@ -86,23 +88,23 @@ def _ranks(
     shown = []
     for place in variant.places:
         assert place.rank is not None
-        stair, most = explored[place.rank], PAYS * dense_ms[layers[place.layers[0]].name]
+        stair, most = explored[place.rank], PAYS * dense[layers[place.layers[0]].name]
         levels = tuple(rank for rank in stair.levels if stair.cost[rank] < most)
         if levels:
             shown.append(Shown(place, cut, {**own, place.rank: Staircase(stair.cost, levels)}, POINTS))
-    _measure(shown, bench)
+    _measure(shown, bench, tolerance)
     return shown
 
 
 def _merges(
     dissection: Dissection,
     sites: Sequence[MergeSite],
-    dense_ms: Mapping[str, float],
+    dense: Mapping[str, float],
     stairs: Mapping[str, Staircase],
     bench: Bench,
 ) -> list[tuple[Shown, MergeSite]]:
     """Rule 2: every run at the dense widths first, and at others if that pays."""
-    by_weight = {anchor_weight(piece): dense_ms[piece.name] for piece in dissection.pieces}
+    by_weight = {anchor_weight(piece): dense[piece.name] for piece in dissection.pieces}
     best: dict[str, tuple[float, Shown, MergeSite]] = {}
     for variant, shelf in merge_variants(dissection, sites):
         cut = variant.dissection
@@ -115,11 +117,11 @@ def _merges(
             if ms < replaced and (place.switch not in best or ms < best[place.switch][0]):
                 best[place.switch] = (ms, Shown(place, cut, own, FEW_POINTS), site)
     paying = [(shown, site) for _, shown, site in best.values()]
-    _measure([shown for shown, _ in paying], bench)
+    _measure([shown for shown, _ in paying], bench, joint_tolerance(dissection, bench.table))
     return paying
 
 
-def _measure(shown: Sequence[Shown], bench: Bench) -> None:
+def _measure(shown: Sequence[Shown], bench: Bench, tolerance: float) -> None:
     """All pieces and inner joints of one restructured graph, with ranks that share its pieces' names apart."""
     for s in shown:
         points = [
@@ -129,15 +131,7 @@ def _measure(shown: Sequence[Shown], bench: Bench) -> None:
         ]
         bench.pieces(s.dissection, points)
         if s.place.inner:
-            bench.joints(s.dissection, joint_points(s.dissection, s.stairs, s.place.inner))
-
-
-def _dense_ms(dissection: Dissection, bench: Bench) -> dict[str, float]:
-    dense = dissection.dense
-    return {
-        piece.name: bench.table.require(piece.key, tuple(int(e.at(dense)) for e in piece.extents)).ms
-        for piece in dissection.pieces
-    }
+            explore_joints(s.dissection, s.stairs, bench, tolerance, s.place.inner)
 
 
 def _widths(cut: Dissection, stairs: Mapping[str, Staircase]) -> dict[str, Staircase]:

@@ -16,9 +16,11 @@ import numpy as np
 
 from sluice.latency import Extent, LatencyModel, Rule, Term
 from sluice.passes.options import Options, dense_switch
+from sluice.profiler.grids import MAX_GRID, Staircase, knots_of
+from sluice.profiler.joint_sweep import joint_ms, joint_points, joint_tolerance
 from sluice.profiler.joints import Joint
 from sluice.profiler.pieces import Dissection, Piece, anchor_weight
-from sluice.profiler.sweep import MAX_GRID, Staircase, joint_points, knots_of
+from sluice.profiler.sweep import CALL_KEY
 from sluice.profiler.table import LatencyTable
 from sluice.profiler.variants import Alternatives, Shown
 
@@ -51,7 +53,7 @@ def assemble(
     # weight -> the switches under which its layer is not dense
     states = {weight: [switch for switch, gone in named if weight in gone] for weight in anchors.values() if weight}
     states = {weight: switches for weight, switches in states.items() if switches}
-    terms, known = [], dissection.dense
+    terms, known, tolerance = [], dissection.dense, joint_tolerance(dissection, table)
     for piece in dissection.pieces:
         weight = anchors[piece.name]
         when = (dense_switch(weight),) if weight in states else ()
@@ -60,8 +62,10 @@ def assemble(
         when = (s.place.switch,)
         terms += [_term(piece, s.dissection, s.stairs, table, when, known, s.most) for piece in s.place.pieces]
         if s.place.inner:
-            terms += _joint_terms(s.dissection, s.stairs, table, dict.fromkeys(s.place.inner, when), known)
-    terms += _joint_terms(dissection, stairs, table, _alive(dissection, shown, anchors, states), known)
+            inner = dict.fromkeys(s.place.inner, when)
+            terms += _joint_terms(s.dissection, s.stairs, table, tolerance, inner, known)
+    alive = _alive(dissection, shown, anchors, states)
+    terms += _joint_terms(dissection, stairs, table, tolerance, alive, known)
     rules = tuple(Rule(tuple((n, 1) for n in (dense_switch(w), *switches))) for w, switches in states.items())
     switches = {name: int(name.endswith("|dense")) for rule in rules for name, _ in rule.coefs}
     ranks = {s.place.rank: s for s in shown if s.place.rank is not None}
@@ -121,16 +125,20 @@ def _joint_terms(
     dissection: Dissection,
     stairs: Mapping[str, Staircase],
     table: LatencyTable,
+    tolerance: float,
     when: Mapping[str, tuple[str, ...]],
     known: Mapping[str, int],
 ) -> list[Term]:
     """The joints at the tensors that ``when`` names."""
     values: dict[Joint, list[tuple[int, ...]]] = {}
-    for joint, at in joint_points(dissection, stairs, when):
+    call = table.get(CALL_KEY, ())
+    call_ms = call.ms if call is not None else 0.0  # no joint, no call
+    for joint, at in joint_points(dissection, stairs, table, tolerance, when):
         values.setdefault(joint, []).append(at)
     terms = []
     for joint, points in values.items():
-        saved = np.array([table.require(joint.key, point).ms for point in points])
+        found = (table.require(joint.key, point).ms for point in points)
+        saved = np.array([joint_ms(joint, dissection, ms, call_ms) for ms in found])
         extents: tuple[Extent, ...] = ()
         knots: tuple[np.ndarray, ...] = ()
         if joint.extent is not None:

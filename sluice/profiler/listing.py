@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from sluice.profiler.anchor import KEY as ANCHOR_KEY
+from sluice.profiler.clocks import clock_range
 from sluice.profiler.table import LatencyTable
 
 __all__ = ["extents_text", "to_csv", "to_data", "to_lines"]
@@ -43,6 +44,7 @@ def to_data(table: LatencyTable) -> dict[str, Any]:
     anchor = table.get(ANCHOR_KEY, ())
     return {
         "fingerprint": asdict(table.fingerprint),
+        "clock_mhz": clock_range(table),
         "anchor_ms": None if anchor is None else anchor.ms,
         "points": len(table),
         "pieces": pieces,
@@ -56,6 +58,8 @@ def to_lines(data: dict[str, Any]) -> list[str]:
     lines = [f"{name.replace('_', ' ')}: {value}" for name, value in data["fingerprint"].items()]
     if data["anchor_ms"] is not None:
         lines.append(f"reference engine: {data['anchor_ms']:.4g} ms")
+    if data["clock_mhz"] is not None:
+        lines.append("clock while measuring: {} to {} MHz".format(*data["clock_mhz"]))
     lines.append(f"{data['points']} points of {len(data['pieces'])} pieces and joints")
     for piece in data["pieces"]:
         ranges = " x ".join(f"{low}..{high}" for low, high in piece["extents"])

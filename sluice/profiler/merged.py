@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx
 from onnx import helper, numpy_helper
@@ -101,9 +101,13 @@ def merge_variants(base: Dissection, sites: Sequence[MergeSite]) -> Iterator[tup
             shelves.append([site])
         else:
             shelf.append(site)
-    dense = _Dense(base)
+    dense, small = _Dense(base), None if base.small is None else _Dense(base.small)
     for shelf in shelves:
-        yield _merge_variant(dense, shelf), shelf
+        variant = _merge_variant(dense, shelf)
+        if small is not None and any(place.inner for place in variant.places):
+            less = _merge_variant(small, shelf).dissection
+            variant = replace(variant, dissection=replace(variant.dissection, small=less))
+        yield variant, shelf
 
 
 def names_in(base: Dissection, sites: Sequence[MergeSite]) -> dict[tuple[str, int], str]:
@@ -168,7 +172,7 @@ def _merge_variant(dense: _Dense, sites: Sequence[MergeSite]) -> Variant:
     shared = any(dense.uses[name] > 1 for change in changes for name in change.region.tensors)
     analysis = None if shared else relabel(dense.analysis, changes, names, known, seen)
     analysis = analysis or rename_groups(analyze_onnx(model), names)
-    cut = Dissection(model, analysis, cut_out(parts, shown, model, analysis, tensors, infos))
+    cut = Dissection(model, analysis, cut_out(parts, shown, model, analysis, tensors, infos), dense.base.batch)
     by_weight = {anchor_weight(piece): piece for piece in cut.pieces}
     places = []
     for site in sites:

@@ -30,6 +30,8 @@ from sluice.profiler.hollow import filled
 from sluice.profiler.shapes import static_graph
 from sluice.profiler.split import ANCHORS, Part, anchored_pads, split
 
+FEWER = 4
+
 __all__ = [
     "Dissection",
     "Piece",
@@ -62,11 +64,16 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dissection:
-    """A graph at one batch, its analysis and its pieces in execution order."""
+    """A graph at one batch, its analysis and its pieces in execution order.
+
+    ``small`` is the same graph at a smaller batch, for its joints; where there is none, they are measured at this one.
+    """
 
     model: onnx.ModelProto
     analysis: Analysis
     pieces: tuple[Piece, ...]
+    batch: int
+    small: Dissection | None = None
 
     @property
     def dense(self) -> dict[str, int]:
@@ -82,10 +89,14 @@ def dissect(
     batch: int,
     exclude: Sequence[str] = (),
     names: Mapping[tuple[str, int], str] | None = None,
+    *,
+    small: bool = False,
 ) -> Dissection:
     """All pieces of a dense model with named initialisers.
 
-    ``names`` gives groups other names, by a (tensor, axis) that they lie on.
+    Args:
+        names: other names for groups, by a (tensor, axis) that they lie on.
+        small: dissect it at a smaller batch too, if its batch is free.
     """
     for info in model.graph.input:
         first = next(iter(info.type.tensor_type.shape.dim), None)
@@ -100,7 +111,9 @@ def dissect(
     infos = {i.name: i for i in [*graph.input, *graph.value_info, *graph.output]}
     parts = split(graph.node, {i.name for i in graph.input}, {out.name for out in graph.output})
     pieces = cut_out(parts, range(len(parts)), static, analysis, {init.name: init for init in graph.initializer}, infos)
-    return Dissection(static, analysis, pieces)
+    other = max(1, batch // FEWER)
+    less = dissect(model, other, exclude, names) if small and other < batch and not _is_static(model) else None
+    return Dissection(static, analysis, pieces, batch, less)
 
 
 def cut_out(

@@ -6,6 +6,7 @@ a run after a kill costs only what is missing. Needs numpy, onnx, onnx-graphsurg
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,24 +20,36 @@ from sluice.latency import LatencyModel
 from sluice.passes.options import Options, check_methods
 from sluice.passes.precision import check_precision, typed
 from sluice.profiler import timing_cache
+from sluice.profiler.anchor import KEY as ANCHOR_KEY
 from sluice.profiler.anchor import anchor_model, make_anchor
 from sluice.profiler.calibrate import calibrate
 from sluice.profiler.fingerprint import Fingerprint
 from sluice.profiler.measure import Anchor
 from sluice.profiler.pieces import Dissection, dissect
-from sluice.profiler.progress import Progress, progress_of
+from sluice.profiler.progress import Progress, progress_of, silent
 from sluice.profiler.shards import Shard
-from sluice.profiler.survey import measure_engine_share, survey, survey_of_known
+from sluice.profiler.survey import Unknown, closed_bench, measure_engine_share, survey, survey_of_known
 from sluice.profiler.sweep import Bench
 from sluice.profiler.table import LatencyTable
 from sluice.runtime.runner import Runner, check_fit, make_runner
 
-__all__ = ["Profile", "ShardDone", "fingerprint_here", "profile_onnx", "profile_shard"]
+__all__ = [
+    "Profile",
+    "ShardDone",
+    "fingerprint_here",
+    "measured_elsewhere",
+    "profile_known",
+    "profile_onnx",
+    "profile_shard",
+]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Profile:
-    """A calibrated latency model, what it was measured on, and the graph it speaks of."""
+    """A calibrated latency model, what it was measured on, and the graph it speaks of.
+
+    ``points`` of its pieces are in the table, of ``grid`` that there are at all widths and ranks.
+    """
 
     latency: LatencyModel
     dissection: Dissection
@@ -45,6 +58,8 @@ class Profile:
     anchor_ms: float
     options: Options = field(default_factory=Options)
     timing_cache: bytes | None = None
+    points: int = 0
+    grid: int = 0
 
     def anchor(self, runner: Runner) -> Anchor:
         """The reference engine that makes times of different moments comparable."""
@@ -69,6 +84,20 @@ def fingerprint_here(target: str, threads: int, batch: int, precision: str = "fp
     check_fit(target, check_precision(precision))
     runner = make_runner(target, threads)
     return Fingerprint(runner.device, target, runner.version, threads, precision, batch, runner.clock)
+
+
+def measured_elsewhere(table: str | os.PathLike[str], *, target: str, threads: int, batch: int, precision: str) -> bool:
+    """Whether there is a table for these settings that another device, or another version of its runtime, filled."""
+    if not os.path.exists(table):
+        return False
+    with LatencyTable.open(table) as opened:
+        there = opened.fingerprint
+    if (there.runtime, there.threads, there.batch, there.precision) != (target, threads, batch, precision):
+        return False
+    try:
+        return there != fingerprint_here(target, threads, batch, precision)
+    except SluiceError:
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +137,48 @@ def profile_onnx(
     """
     methods, show = check_methods(methods), progress_of(progress)
     fingerprint = fingerprint_here(target, threads, batch, precision)
-    dissection = _dissect(model, batch, exclude, methods)
+    dissection = _dissect(model, fingerprint, exclude, methods)
     with _bench(table, fingerprint, seed) as bench:
-        found = survey(dissection, bench, show, batch=batch, methods=methods, exclude=exclude)
+        found = survey(dissection, bench, show, methods=methods, exclude=exclude)
         _check_choice(dissection, found.alternatives.options)
         with show("engines") as advance:
             own = replace(bench, progress=advance)
             latency = calibrate(dissection, found.latency(bench), own, found.alternatives)
-        cache = bench.table.get_blob(timing_cache.NAME)
-    return Profile(latency, dissection, fingerprint, target, bench.anchor.ms, found.alternatives.options, cache)
+        cache, counts = bench.table.get_blob(timing_cache.NAME), found.coverage(bench.table)
+    return Profile(
+        latency, dissection, fingerprint, target, bench.anchor.ms, found.alternatives.options, cache, *counts
+    )
+
+
+def profile_known(
+    model: onnx.ModelProto,
+    table: str | os.PathLike[str],
+    *,
+    exclude: Sequence[str] = (),
+    methods: Sequence[str] = ("filter",),
+) -> Profile:
+    """The profile of a network that ``table`` knows all of, whatever device that was measured on; arguments as above.
+
+    Raises:
+        SluiceError: the table cannot be read, or lacks a point of this network.
+    """
+    methods = check_methods(methods)
+    with LatencyTable.open(table) as opened:
+        there, bench = opened.fingerprint, closed_bench(opened)
+        dissection = _dissect(model, there, exclude, methods)
+        try:
+            found = survey(dissection, bench, silent, methods=methods, exclude=exclude)
+            _check_choice(dissection, found.alternatives.options)
+            latency = calibrate(dissection, found.latency(bench), bench, found.alternatives)
+        except Unknown:
+            raise SluiceError(
+                f"{opened.path} was measured on {there.device!r} and lacks points of this network; profile it there, "
+                f"with a job that `sluice profile --pack --table` makes"
+            ) from None
+        cache, options = opened.get_blob(timing_cache.NAME), found.alternatives.options
+        anchor, counts = opened.get(ANCHOR_KEY, ()), found.coverage(opened)
+    anchor_ms = anchor.ms if anchor is not None else math.nan
+    return Profile(latency, dissection, there, there.runtime, anchor_ms, options, cache, *counts)
 
 
 def profile_shard(
@@ -139,12 +201,12 @@ def profile_shard(
     """
     methods, show = check_methods(methods), progress_of(progress)
     fingerprint = fingerprint_here(target, threads, batch, precision)
-    dissection = _dissect(model, batch, exclude, methods)
+    dissection = _dissect(model, fingerprint, exclude, methods)
     with _bench(table, fingerprint, seed) as bench:
         before = len(bench.table)
-        survey(dissection, bench, show, batch=batch, methods=methods, exclude=exclude, shard=shard)
+        survey(dissection, bench, show, methods=methods, exclude=exclude, shard=shard)
         points, engines = len(bench.table) - before, 0
-        known = survey_of_known(dissection, bench, batch=batch, methods=methods, exclude=exclude)
+        known = survey_of_known(dissection, bench.table, methods=methods, exclude=exclude)
         if known is not None:
             with show("engines") as advance:
                 engines = measure_engine_share(known, replace(bench, progress=advance), shard, seed)
@@ -160,8 +222,11 @@ def _bench(table: str | os.PathLike[str], fingerprint: Fingerprint, seed: int) -
         yield Bench(opened, runner, make_anchor(opened, runner, rng), rng)
 
 
-def _dissect(model: onnx.ModelProto, batch: int, exclude: Sequence[str], methods: Sequence[str]) -> Dissection:
-    dissection = dissect(model, batch, exclude)
+def _dissect(
+    model: onnx.ModelProto, fingerprint: Fingerprint, exclude: Sequence[str], methods: Sequence[str]
+) -> Dissection:
+    # On an accelerator small batches leave it idle, and less work takes no less time.
+    dissection = dissect(model, fingerprint.batch, exclude, small=fingerprint.runtime == "ort-cpu")
     if tuple(methods) == ("filter",):
         _check_choice(dissection, Options())
     return dissection

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-__all__ = ["add_sources", "source_model"]
+__all__ = ["add_sources", "has_source", "source_model"]
 
 
 def add_sources(model: onnx.ModelProto, names: Sequence[str]) -> tuple[onnx.ModelProto, list[tuple[int, ...]]]:
@@ -24,13 +24,18 @@ def add_sources(model: onnx.ModelProto, names: Sequence[str]) -> tuple[onnx.Mode
     shapes: list[tuple[int, ...]] = []
     for info in result.graph.input:
         shape = tuple(d.dim_value for d in info.type.tensor_type.shape.dim)
-        if info.name in names and len(shape) >= 3:
+        if info.name in names and has_source(shape):
             nodes, seed, weight = _source(info.name, shape)
             info.CopyFrom(seed)
             result.graph.node.insert(0, nodes)
             result.graph.initializer.append(weight)
             shapes.append(shape)
     return result, shapes
+
+
+def has_source(shape: Sequence[int]) -> bool:
+    """Whether a tensor of this shape can be made by a convolution."""
+    return len(shape) >= 3
 
 
 def source_model(shape: tuple[int, ...]) -> onnx.ModelProto:

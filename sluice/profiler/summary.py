@@ -24,6 +24,8 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
         "least_ms": None if least is None else least[0],
         "least_ms_alone": None if least is None else least[1],
         "error": dict(model.error),
+        "points": measured.points,
+        "grid": measured.grid,
         "levels": {g: list(v) for g, v in model.levels.items() if g not in model.switches and g not in ranks},
         "ranks": {option.switch: list(model.levels[option.rank]) for option in offered.ranks},
         "blocks": [drop.name for drop in offered.drops.values()],
@@ -37,6 +39,8 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
         f"dense {dense:.4g} ms, {reached}",
         f"calibration on {model.error['n']:.0f} engines: median error {model.error['median_abs_err']:.1%}, 95th "
         f"percentile {model.error['p95_abs_err']:.1%}, rank correlation {model.error.get('spearman', 1.0):.3f}",
+        f"{measured.points} points measured, {measured.points / max(1, measured.grid):.2%} of {measured.grid} at all "
+        "widths and ranks of the pieces",
         *(f"  by {name} alone {ms:.4g} ms ({ms / dense:.1%})" for name, ms in (least[1] if least else {}).items()),
         "widths worth having",
         *(f"  {group}: {_words(widths)}" for group, widths in data["levels"].items()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,14 +16,19 @@ from sluice.passes.options import Options
 from sluice.profiler.alternatives import find_alternatives
 from sluice.profiler.assemble import assemble
 from sluice.profiler.calibrate import measure_engines, missing_plans, model_key
+from sluice.profiler.fingerprint import Fingerprint
+from sluice.profiler.grids import Staircase, dense_points, piece_points
+from sluice.profiler.joint_sweep import explore_joints, joint_tolerance
+from sluice.profiler.measure import Anchor
 from sluice.profiler.pieces import Dissection
 from sluice.profiler.progress import Progress, silent
 from sluice.profiler.shards import WHOLE, Shard, share_of
-from sluice.profiler.sweep import Bench, Staircase, explore, joint_points, piece_points
+from sluice.profiler.sweep import Bench, explore
+from sluice.profiler.table import LatencyTable
 from sluice.profiler.variants import Alternatives
-from sluice.runtime.runner import Clock, Runner, Session
+from sluice.runtime.runner import Clock, Session
 
-__all__ = ["Survey", "measure_engine_share", "survey", "survey_of_known"]
+__all__ = ["Survey", "Unknown", "closed_bench", "measure_engine_share", "survey", "survey_of_known"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,13 +43,19 @@ class Survey:
         """The model, not calibrated; only of a survey of the whole."""
         return assemble(self.dissection, self.stairs, bench.table, self.alternatives)
 
+    def coverage(self, table: LatencyTable) -> tuple[int, int]:
+        """How many points of the pieces are in the table, and how many there would be at all widths and ranks."""
+        dense = [(piece, self.dissection.dense) for piece in self.dissection.pieces]
+        shown = [(piece, s.dissection.dense) for s in self.alternatives.shown for piece in s.place.pieces]
+        pieces = {piece.key: math.prod(int(e.at(sizes)) for e in piece.extents) for piece, sizes in (*shown, *dense)}
+        return sum(len(table.points(key)) for key in pieces), sum(pieces.values())
+
 
 def survey(
     dissection: Dissection,
     bench: Bench,
     progress: Progress,
     *,
-    batch: int,
     methods: Sequence[str],
     exclude: Sequence[str],
     shard: Shard = WHOLE,
@@ -57,30 +69,28 @@ def survey(
         points = [(piece, at) for piece, at in piece_points(dissection, stairs) if share.has(piece)]
         replace(bench, progress=advance).pieces(dissection, points)
     with progress("joints") as advance:
-        joints = [(joint, at) for joint, at in joint_points(dissection, stairs) if share.has(joint.producer)]
-        replace(bench, progress=advance).joints(dissection, joints)
+        own = replace(bench, progress=advance)
+        tolerance = joint_tolerance(dissection, bench.table)
+        ours = {piece.name for piece in dissection.pieces if share.has(piece)}
+        explore_joints(dissection, stairs, own, tolerance, wanted=lambda joint: joint.producer.name in ours)
     with progress("alternatives") as advance:
         alternatives = Alternatives(Options())
         if set(methods) - {"filter"}:
-            own, dense = replace(bench, progress=advance), dissection.dense
-            # What takes a layer's place is compared with the dense layers, whoever has those.
-            every = [(piece, tuple(int(e.at(dense)) for e in piece.extents)) for piece in dissection.pieces]
-            own.pieces(dissection, every)
             left_out = (*exclude, *map(glob.escape, share.foreign))
-            alternatives = find_alternatives(dissection, stairs, own, batch, methods, left_out)
+            own = replace(bench, progress=advance)
+            # What takes a layer's place is compared with the dense layers, whoever has those.
+            own.pieces(dissection, dense_points(dissection))
+            alternatives = find_alternatives(dissection, stairs, own, methods, left_out)
     return Survey(dissection, stairs, alternatives)
 
 
 def survey_of_known(
-    dissection: Dissection, bench: Bench, *, batch: int, methods: Sequence[str], exclude: Sequence[str]
+    dissection: Dissection, table: LatencyTable, *, methods: Sequence[str], exclude: Sequence[str]
 ) -> Survey | None:
     """The survey of the whole if the table holds all of it, else None; nothing is measured."""
     try:
-        return survey(
-            dissection, replace(bench, runner=_Closed(bench.runner)), silent, batch=batch, methods=methods,
-            exclude=exclude,
-        )  # fmt: skip
-    except _Unknown:
+        return survey(dissection, closed_bench(table), silent, methods=methods, exclude=exclude)
+    except Unknown:
         return None
 
 
@@ -97,27 +107,27 @@ def measure_engine_share(known: Survey, bench: Bench, shard: Shard, seed: int) -
     return len(own)
 
 
-class _Unknown(Exception):
+class Unknown(Exception):
     """A point that would have to be measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Closed:
-    """A runner that builds nothing."""
+    """A runner that builds nothing, and an engine that does not run."""
 
-    runner: Runner
+    fingerprint: Fingerprint
 
     @property
     def clock(self) -> Clock:
-        return self.runner.clock
+        return self.fingerprint.clock
 
     @property
     def device(self) -> str:
-        return self.runner.device
+        return self.fingerprint.device
 
     @property
     def version(self) -> str:
-        return self.runner.version
+        return self.fingerprint.runtime_version
 
     def build(
         self,
@@ -126,4 +136,16 @@ class _Closed:
         batch: int | None = None,
         feeds_shapes: Mapping[str, Sequence[int]] | None = None,
     ) -> Session:
-        raise _Unknown
+        raise Unknown
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        raise Unknown
+
+    def sample(self, repeats: int) -> float:
+        raise Unknown
+
+
+def closed_bench(table: LatencyTable) -> Bench:
+    """A bench that only reads: `Unknown` is raised where something would have to be measured."""
+    nothing = _Closed(table.fingerprint)
+    return Bench(table, nothing, Anchor(nothing, math.nan), np.random.default_rng(0))

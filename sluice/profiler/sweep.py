@@ -6,7 +6,7 @@
    `MAX_WIDTHS` are known.
 2. *Levels*: a width is worth having if no larger width costs as little. These are what the solver may choose.
 3. *Grid*: every piece on the product of the levels of its extents (thinned where the product would be large).
-4. *Joints* at the levels of their tensor.
+4. *Joints* as `sluice.profiler.joint_sweep` says.
 
 Every finished batch of points is committed; what the table already knows is not measured again.
 """
@@ -21,22 +21,25 @@ import numpy as np
 import onnx
 
 from sluice.passes.precision import typed
-from sluice.profiler import timing_cache
-from sluice.profiler.joints import Joint, find_joints, joint_models, joint_widths
+from sluice.profiler import clocks, timing_cache
+from sluice.profiler.grids import Staircase
+from sluice.profiler.joints import Joint, call_models, joint_models, joint_widths
 from sluice.profiler.measure import Anchor, Measurement, measure
 from sluice.profiler.pieces import Dissection, Piece, build_piece, spread_widths
 from sluice.profiler.sources import add_sources, source_model
 from sluice.profiler.table import LatencyTable
 from sluice.runtime.runner import Runner, Session
 
-__all__ = ["Bench", "Staircase", "explore", "joint_points", "knots_of", "piece_points", "thin"]
+__all__ = ["Bench", "explore"]
 
 GAIN = 0.06
 WORTH = 0.015
 MAX_WIDTHS = 14
-MAX_GRID = 49
 BATCH_OF_SESSIONS = 24
+BATCH_OF_JOINTS = 8
+ROUNDS = 24
 SOURCE_KEY = "source-v1"
+CALL_KEY = "call-v1"  # what an engine with nothing to do takes
 Progress = Callable[[int, int], None]  # (points done, points known to be needed)
 
 
@@ -82,22 +85,34 @@ class Bench:
         return {shape: self.table.require(SOURCE_KEY, shape).ms for shape in shapes}
 
     def joints(self, dissection: Dissection, wanted: Sequence[tuple[Joint, tuple[int, ...]]]) -> None:
-        """Measure what is missing of (joint, extents): parts and whole side by side, the difference is recorded."""
+        """Measure what is missing of (joint, extents): the pieces beside each other and joined; their difference."""
         todo = {(j.key, e): j for j, e in wanted if self.table.get(j.key, e) is None}
         for joint in {j.key: j for j in todo.values()}.values():
             self.table.describe(joint.key, joint.description)
         points = list(todo.items())
-        for done, ((key, extents), joint) in enumerate(points, 1):
-            own = _joint_groups(dissection, joint, extents)
-            parts, whole, shapes = joint_models(dissection, joint, joint_widths(dissection, joint, own))
-            source_ms = self.sources(shapes)
-            *single, together = self.time([self.session(m) for m in (*parts, whole)])
-            saved = sum(m.ms for m in single) - together.ms - sum(source_ms[s] for s in shapes)
-            spread = max(m.spread for m in (*single, together))
-            self.table.put(key, extents, Measurement(saved, spread, together.samples, together.clock))
-            self.progress(done, len(points))
-            if done % BATCH_OF_SESSIONS == 0 or done == len(points):
-                timing_cache.keep(self.runner, self.table)
+        for start in range(0, len(points), BATCH_OF_JOINTS):
+            chunk = points[start : start + BATCH_OF_JOINTS]
+            built = [
+                joint_models(dissection, joint, joint_widths(dissection, joint, _joint_groups(dissection, joint, at)))
+                for (_, at), joint in chunk
+            ]
+            call_ms, source_ms = self.call(), self.sources([shape for *_, shapes in built for shape in shapes])
+            found = self.time([self.session(model) for apart, whole, _ in built for model in (apart, whole)])
+            saved = []
+            for (point, joint), (*_, shapes), a, w in zip(chunk, built, found[::2], found[1::2], strict=True):
+                ms = a.ms + len(joint.consumers) * call_ms - w.ms - sum(source_ms[s] for s in shapes)
+                saved.append((*point, replace(a, ms=ms, spread=max(a.spread, w.spread))))
+            self.table.put_many(saved)
+            self.progress(start + len(chunk), len(points))
+            timing_cache.keep(self.runner, self.table)
+
+    def call(self) -> float:
+        """Milliseconds that an inference costs beside what its operators do, measured once and kept."""
+        if self.table.get(CALL_KEY, ()) is None:
+            one, both = self.time([self.session(model) for model in call_models()])
+            self.table.put(CALL_KEY, (), replace(one, ms=max(0.0, 2 * one.ms - both.ms)))
+            self.table.describe(CALL_KEY, "one call of an engine")
+        return self.table.require(CALL_KEY, ()).ms
 
     def session(self, model: onnx.ModelProto, *, part: bool = True) -> Session:
         """The engine of a part of a network, or of a whole one, in the precision of the table."""
@@ -105,15 +120,9 @@ class Bench:
         return self.runner.build(typed(model, asked.precision, part=part, target=asked.runtime))
 
     def time(self, sessions: Sequence[Session]) -> tuple[Measurement, ...]:
-        return measure(sessions, anchor=self.anchor, rng=self.rng)
-
-
-@dataclass(frozen=True, slots=True)
-class Staircase:
-    """Measured cost (ms) of a kind of group by width, and the widths worth having."""
-
-    cost: Mapping[int, float]
-    levels: tuple[int, ...]
+        found = measure(sessions, min_rounds=ROUNDS, anchor=self.anchor, rng=self.rng)
+        clocks.keep(self.runner, self.table)
+        return found
 
 
 def explore(
@@ -137,57 +146,6 @@ def explore(
                 known[group][w] = sum(bench.table.require(p.key, _at(p, group, w, dense)).ms for p in pieces_of[group])
         asked = {group: _next_widths(known[group], most) for group in known}
     return {group: Staircase(known[lead[kind]], _levels(known[lead[kind]])) for group, kind in kinds.items()}
-
-
-def piece_points(dissection: Dissection, stairs: Mapping[str, Staircase]) -> list[tuple[Piece, tuple[int, ...]]]:
-    """Rule 3."""
-    return [
-        (piece, tuple(int(v) for v in point))
-        for piece in dissection.pieces
-        for point in itertools.product(*knots_of(piece, dissection, stairs))
-    ]
-
-
-def joint_points(
-    dissection: Dissection, stairs: Mapping[str, Staircase], tensors: Collection[str] | None = None
-) -> list[tuple[Joint, tuple[int, ...]]]:
-    """Rule 4, for all joints or those at ``tensors``."""
-    points: list[tuple[Joint, tuple[int, ...]]] = []
-    for joint in find_joints(dissection):
-        if tensors is not None and joint.tensor not in tensors:
-            continue
-        if joint.extent is None:
-            points.append((joint, ()))
-        else:
-            names = [g for g, _ in joint.extent.coefs]
-            points += [(joint, (int(v),)) for v in thin(_totals(names, dissection, stairs), 5)]
-    return points
-
-
-def knots_of(
-    piece: Piece, dissection: Dissection, stairs: Mapping[str, Staircase], most: int = MAX_GRID
-) -> list[list[int]]:
-    """The values of every extent of a piece at which it is measured, at most ``most`` points if there are several."""
-    lists = [_totals([g for g, _ in extent.coefs], dissection, stairs) for extent in piece.extents]
-    while len(lists) > 1 and int(np.prod([len(values) for values in lists])) > most:
-        longest = max(range(len(lists)), key=lambda k: len(lists[k]))
-        lists[longest] = [*thin(lists[longest], len(lists[longest]) - 1)]
-    return lists
-
-
-def _totals(names: Sequence[str], dissection: Dissection, stairs: Mapping[str, Staircase]) -> list[int]:
-    if len(names) == 1:
-        return list(stairs[names[0]].levels)
-    low = sum(stairs[n].levels[0] for n in names)
-    high = sum(dissection.dense[n] for n in names)
-    return sorted({int(v) for v in np.linspace(low, high, 5).round()})
-
-
-def thin(values: Sequence[int], count: int) -> tuple[int, ...]:
-    """``count`` of the values, ends included."""
-    if len(values) <= count:
-        return tuple(values)
-    return tuple(sorted({values[round(k * (len(values) - 1) / (count - 1))] for k in range(count)}))
 
 
 def _distinct(pieces: Sequence[Piece], group: str) -> list[Piece]:

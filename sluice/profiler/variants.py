@@ -13,7 +13,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sluice.passes.factor import first_name, forms_of, random_factors, second_name, useful_rank
 from sluice.passes.factor_onnx import factorize_onnx
@@ -21,9 +21,9 @@ from sluice.passes.onnx_axes import attributes
 from sluice.passes.options import Options, RankOption, groups_on
 from sluice.passes.sites import module_of
 from sluice.plan import FORMS, Factorize
+from sluice.profiler.grids import Staircase
 from sluice.profiler.pieces import Dissection, Piece, anchor_weight, dissect
 from sluice.profiler.split import ANCHORS
-from sluice.profiler.sweep import Staircase
 
 __all__ = ["Alternatives", "Place", "Shown", "Variant", "is_excluded", "rank_layers", "rank_variants"]
 
@@ -97,7 +97,7 @@ def rank_layers(base: Dissection, dense_ms: Mapping[str, float], exclude: Sequen
     return found
 
 
-def rank_variants(base: Dissection, layers: Mapping[str, Piece], batch: int) -> list[Variant]:
+def rank_variants(base: Dissection, layers: Mapping[str, Piece]) -> list[Variant]:
     """One variant per form that any of the layers can take."""
     variants = []
     for form in FORMS:
@@ -107,11 +107,15 @@ def rank_variants(base: Dissection, layers: Mapping[str, Piece], batch: int) -> 
             if form in forms_of(base.analysis.tensors[weight])
         ]
         if edits:
-            variants.append(_rank_variant(base, edits, batch))
+            variant = _rank_variant(base, edits)
+            if base.small is not None:
+                less = _rank_variant(base.small, edits).dissection
+                variant = replace(variant, dissection=replace(variant.dissection, small=less))
+            variants.append(variant)
     return variants
 
 
-def _rank_variant(base: Dissection, edits: Sequence[Factorize], batch: int) -> Variant:
+def _rank_variant(base: Dissection, edits: Sequence[Factorize]) -> Variant:
     names, flipped = groups_on(base.analysis), _flipped(base)
     for edit in edits:
         first, second = first_name(edit.param), second_name(edit.param)
@@ -120,7 +124,7 @@ def _rank_variant(base: Dissection, edits: Sequence[Factorize], batch: int) -> V
             if of in names:
                 names[own] = names[of]
         names[(first, out)] = names[(second, into)] = RankOption(edit.param, edit.form).rank
-    cut = dissect(factorize_onnx(base.model, edits, split=random_factors), batch, names=names)
+    cut = dissect(factorize_onnx(base.model, edits, split=random_factors), base.batch, names=names)
     by_weight = {anchor_weight(piece): piece for piece in cut.pieces}
     sizes = cut.dense
     places = []

@@ -21,8 +21,10 @@ from sluice.profiler.calibrate import (
     model_key,
     rank_correlation,
 )
+from sluice.profiler.grids import piece_points
+from sluice.profiler.joint_sweep import explore_joints, joint_tolerance
 from sluice.profiler.pieces import Dissection, dissect
-from sluice.profiler.sweep import Bench, explore, joint_points, piece_points
+from sluice.profiler.sweep import Bench, explore
 from sluice.profiler.table import LatencyTable
 from tests.device import FINGERPRINT, FakeRunner, chain, staircase
 
@@ -86,7 +88,7 @@ def test_the_rank_correlation_shares_ranks_as_scipy_does(pairs: list[tuple[int, 
 def profiled(dissection: Dissection, bench: Bench) -> LatencyModel:
     stairs = explore(dissection, bench)
     bench.pieces(dissection, piece_points(dissection, stairs))
-    bench.joints(dissection, joint_points(dissection, stairs))
+    explore_joints(dissection, stairs, bench, joint_tolerance(dissection, bench.table))
     return assemble(dissection, stairs, bench.table)
 
 

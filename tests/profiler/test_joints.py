@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 from sluice.passes.export import to_onnx
-from sluice.profiler.joints import SMALL, find_joints, joint_models, joint_widths
+from sluice.profiler.joints import SMALL, call_models, find_joints, joint_models, joint_widths
 from sluice.profiler.pieces import Dissection, build_piece, dissect
 from sluice.profiler.sources import add_sources
 from sluice.runtime.compare import assert_close
@@ -55,9 +55,8 @@ def test_the_joined_model_is_its_parts_in_sequence(name: str) -> None:
     for joint in find_joints(dissection):
         own = {} if joint.extent is None else {g: max(1, dissection.dense[g] - 1) for g, _ in joint.extent.coefs}
         widths = joint_widths(dissection, joint, own)
-        parts, whole, sources = joint_models(dissection, joint, widths)
+        _, whole, sources = joint_models(dissection, joint, widths)
         pieces = (joint.producer, *joint.consumers)
-        assert len(parts) == len(pieces)
         rank = len(dissection.analysis.shapes[joint.tensor])
         assert len(sources) == sum(joint.tensor in p.bare for p in joint.consumers) * (rank >= 3)
         onnx.checker.check_model(whole, full_check=True)
@@ -74,6 +73,29 @@ def test_the_joined_model_is_its_parts_in_sequence(name: str) -> None:
             tensor = made[joint.tensor] if index == 0 else tensor
             expected.update({f"{index}/{n}": value for n, value in made.items() if n != joint.tensor})
         assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_parts_beside_each_other_share_nothing(name: str) -> None:
+    dissection = dissection_of(name)
+    for joint in find_joints(dissection):
+        widths = joint_widths(dissection, joint, {})
+        apart, _, _ = joint_models(dissection, joint, widths)
+        onnx.checker.check_model(apart, full_check=True)
+        feeds = feeds_of(apart)
+        expected: dict[str, np.ndarray] = {}
+        for index, piece in enumerate((joint.producer, *joint.consumers)):
+            part = add_sources(build_piece(dissection, piece, widths), piece.bare)[0]
+            given = {i.name: feeds.pop(f"{index}/{i.name}") for i in part.graph.input}
+            expected.update({f"{index}/{n}": value for n, value in OrtRunner().build(part).run(given).items()})
+        assert not feeds
+        assert_close(OrtRunner().build(apart).run(feeds_of(apart)), expected)
+
+
+def test_two_tiny_engines_in_one_are_one_call() -> None:
+    one, both = call_models()
+    assert len(both.graph.node) == 2 * len(one.graph.node) and len(both.graph.output) == 2
+    assert set(OrtRunner().build(both).run(feeds_of(both))) == {"0/x", "1/x"}
 
 
 def test_widths_of_a_joint_are_small_but_its_own() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -128,17 +129,49 @@ def test_the_anchor_takes_out_what_is_common() -> None:
     assert [m.ms for m in measure(sessions, rng=rng())] == [pytest.approx(0.3 * 1.22), pytest.approx(2.0 * 1.22)]
 
 
-def test_the_anchor_is_compared_over_the_same_rounds() -> None:
-    """A session that was done early must not be scaled by what happened to the anchor later."""
+class Shared:
+    """A machine on which something else runs at times; each session suffers from it in its own measure."""
 
-    class Later(Fake):
-        def sample(self, repeats: int) -> float:
-            self.slowdown = 0.5 if len(self.repeats) >= 60 else 1.0
-            return super().sample(repeats)
+    def __init__(self, busy: Callable[[int], bool]) -> None:
+        self.bursts, self.busy = 0, busy
 
-    quiet, noisy = measure([Fake("q", 0.5), Fake("n", 0.5, 2.0)], rng=rng(), anchor=Anchor(Later("anchor", 1.0), 1.0))
-    assert quiet.samples == 40 and noisy.samples > 60
-    assert quiet.ms == pytest.approx(0.5)
+    def session(self, ms: float, suffers: float) -> Fake:
+        shared = self
+
+        class Suffering(Fake):
+            def sample(self, repeats: int) -> float:
+                shared.bursts += 1
+                self.slowdown = suffers if shared.busy(shared.bursts) else 1.0
+                return super().sample(repeats)
+
+        return Suffering("s", ms, 0.001)
+
+
+@pytest.mark.parametrize("period", [37, 400, 9000])
+def test_only_bursts_on_a_quiet_machine_count(period: int) -> None:
+    """What shares the core slows the anchor by half and a session hardly, or the other way round."""
+    shared = Shared(lambda burst: burst % period < 0.8 * period)
+    sessions = [shared.session(0.4, 1.02), shared.session(0.7, 1.9), shared.session(3.0, 1.3)]
+    found = measure(sessions, rng=rng(), anchor=Anchor(shared.session(0.5, 1.5), 0.5))
+    assert [m.ms for m in found] == [pytest.approx(ms, rel=0.01) for ms in (0.4, 0.7, 3.0)]
+
+
+def test_where_the_machine_is_never_quiet_the_anchor_scales() -> None:
+    shared = Shared(lambda burst: True)
+    sessions = [shared.session(0.4, 1.3), shared.session(3.0, 1.4)]
+    found = measure(sessions, rng=rng(), anchor=Anchor(shared.session(0.5, 1.3), 0.5), max_rounds=50)
+    assert shared.bursts > 8000
+    assert [m.ms for m in found] == [pytest.approx(0.4, rel=0.01), pytest.approx(3.0 * 1.4 / 1.3, rel=0.01)]
+    assert {m.samples for m in found} == {50}
+
+
+def test_bursts_stand_between_two_of_the_anchor() -> None:
+    """One that is over before the anchor slows down is not clean: nobody saw how it ended."""
+    journal: list[str] = []
+    sessions = [Fake(name, 0.6, 0.0, journal) for name in "abcdefgh"]
+    measure(sessions, rng=rng(), min_rounds=9, max_rounds=9, anchor=Anchor(Fake("*", 0.5, 0.0, journal), 0.5))
+    turns = "".join(journal)[-(1 + 9 * 10) :]
+    assert [place for place, name in enumerate(turns) if name == "*"] == list(range(0, 91, 5))
 
 
 def test_nothing_to_measure() -> None:

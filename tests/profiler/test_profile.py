@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from sluice.errors import SluiceError
 from sluice.passes.rewrite_onnx import cut_graph
+from sluice.passes.sampling import random_configuration
 from sluice.profiler import profile as profile_module
-from sluice.profiler.profile import Profile, fingerprint_here, profile_onnx
+from sluice.profiler.profile import Profile, fingerprint_here, measured_elsewhere, profile_known, profile_onnx
 from sluice.profiler.table import LatencyTable
 from sluice.runtime.compare import assert_close
 from sluice.runtime.runner import UNFIT
@@ -49,6 +52,9 @@ def test_where_times_add_up_the_promise_is_exact(cost: Cost, on_fake: Callable[[
     assert_close(promised, engines, tol=1e-9)
     assert profile.latency.dense_ms() == pytest.approx(runner.ms(profile.dissection.model))
     assert profile.latency.error["p95_abs_err"] < 1e-9
+    # 3 -> 50 -> 36 -> 20 -> 5 channels
+    assert profile.grid == 50 + 50 * 36 + 36 * 20 + 20 and len(profile.dissection.pieces) < profile.points
+    assert profile.points < 0.05 * profile.grid
 
 
 def test_what_every_engine_costs_once_is_in_the_joints(on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
@@ -60,6 +66,34 @@ def test_what_every_engine_costs_once_is_in_the_joints(on_fake: Callable[[FakeRu
     joints = [t for t in profile.latency.terms if t.weight < 0]
     assert len(joints) == len(profile.dissection.pieces) - 1
     assert all(np.asarray(t.ms).ravel() == pytest.approx(0.2) for t in joints)
+
+
+class Copying(FakeRunner):
+    """Every tensor at the border of an engine is copied, 3 ns per element, and every engine is a call of 0.05 ms."""
+
+    def ms(self, model: onnx.ModelProto, batch: int = 2) -> float:
+        graph = model.graph
+        dims = [[d.dim_value for d in i.type.tensor_type.shape.dim] for i in [*graph.input, *graph.output]]
+        return super().ms(model, batch) + 0.05 + sum(3e-6 * math.prod(n or batch for n in shape) for shape in dims)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+def test_joints_at_a_smaller_batch_save_what_they_save_at_the_whole(
+    batch: int, on_fake: Callable[[FakeRunner], FakeRunner]
+) -> None:
+    runner = on_fake(Copying(staircase(8)))
+    profile = profile_onnx(chain([26, 18, 30], batch="N"), batch=batch, progress=False)
+    cut = profile.dissection
+    assert (cut.batch, (cut.small or cut).batch) == (batch, max(1, batch // 4))
+    for widths in ({}, {"conv0": 8, "conv1": 16, "conv2": 24}):
+        plan = {**profile.latency.dense, **widths}
+        engine = runner.ms(cut_graph(cut.model, cut.analysis, cut.masks(plan)), batch)
+        assert profile.latency.raw_ms(plan) == pytest.approx(engine)
+
+
+def test_joints_of_a_fixed_batch_are_measured_at_it(on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
+    on_fake(FakeRunner(staircase(8)))
+    assert profile_onnx(chain([26, 18], batch=8), batch=8, progress=False).dissection.small is None
 
 
 def test_a_line_is_met_closely_even_where_grids_are_thinned(on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
@@ -92,6 +126,36 @@ def test_a_table_of_other_conditions_is_refused(tmp_path: Path, on_fake: Callabl
     profile_onnx(model, tmp_path / "t.db", batch=2, progress=False)
     with pytest.raises(SluiceError, match="batch"):
         profile_onnx(model, tmp_path / "t.db", batch=3, progress=False)
+
+
+def test_a_table_of_another_device_is_read(tmp_path: Path, on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
+    """Filled where the network will run, asked where that runtime may not even be installed."""
+    path, methods = tmp_path / "t.db", ("filter", "rank")
+    settings = {"target": "ort-cpu", "threads": 1, "batch": 2, "precision": "fp32"}
+    model = chain([26, 18], batch="N")
+    assert not measured_elsewhere(path, **settings)
+    on_fake(FakeRunner(staircase(8)))
+    profile_onnx(model, path, batch=2, methods=("filter",), progress=False)
+    assert not measured_elsewhere(path, **settings)
+    here = FakeRunner()
+    here.device = "another device"
+    on_fake(here)
+    assert measured_elsewhere(path, **settings)
+    assert not measured_elsewhere(path, **{**settings, "batch": 3})  # not the table that is asked for at all
+    with pytest.raises(SluiceError, match=r"was measured on 'a fake device' and lacks points .* profile it there"):
+        profile_known(model, path, methods=methods)
+    there = on_fake(FakeRunner(staircase(8)))
+    expected = profile_onnx(model, path, batch=2, methods=methods, progress=False)
+    before, there.built = path.read_bytes(), 0
+    on_fake(here)
+    found = profile_known(model, path, methods=methods)
+    assert here.built == there.built == 0 and path.read_bytes() == before
+    assert found.fingerprint == expected.fingerprint and found.options == expected.options
+    for k in range(9):
+        plan = random_configuration(found.latency, np.random.default_rng(k))
+        assert found.latency.ms(plan) == expected.latency.ms(plan)
+    with pytest.raises(SluiceError, match="device is 'a fake device', not 'another device'"):
+        profile_onnx(model, path, batch=2, methods=methods, progress=False)
 
 
 def test_nothing_to_cut_is_said(on_fake: Callable[[FakeRunner], FakeRunner]) -> None:

@@ -10,19 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sluice.profiler.anchor import make_anchor
+from sluice.profiler.grids import MAX_GRID, SUMS, Staircase, knots_of, piece_points, totals
+from sluice.profiler.joint_sweep import explore_joints, joint_tolerance
 from sluice.profiler.pieces import Dissection, dissect
-from sluice.profiler.sweep import (
-    BATCH_OF_SESSIONS,
-    MAX_GRID,
-    MAX_WIDTHS,
-    WORTH,
-    Bench,
-    Staircase,
-    explore,
-    joint_points,
-    knots_of,
-    piece_points,
-)
+from sluice.profiler.sweep import BATCH_OF_SESSIONS, MAX_WIDTHS, WORTH, Bench, explore
 from sluice.profiler.table import LatencyTable
 from tests.device import FINGERPRINT, Cost, FakeRunner, chain, line, staircase
 
@@ -40,7 +31,7 @@ def stairs_of(widths: list[int], cost: Cost) -> dict[str, Staircase]:
 def everything(dissection: Dissection, bench: Bench) -> dict[str, Staircase]:
     stairs = explore(dissection, bench)
     bench.pieces(dissection, piece_points(dissection, stairs))
-    bench.joints(dissection, joint_points(dissection, stairs))
+    explore_joints(dissection, stairs, bench, joint_tolerance(dissection, bench.table))
     return stairs
 
 
@@ -141,6 +132,16 @@ def test_grids_are_thinned_to_a_limit_and_keep_their_ends() -> None:
         assert math.prod(len(k) for k in knots) <= MAX_GRID
         for extent, values in zip(piece.extents, knots, strict=True):
             assert (values[0], values[-1]) == (2, extent.at(dissection.dense)) and values == sorted(set(values))
+
+
+def test_a_sum_of_groups_is_measured_at_sums_of_levels() -> None:
+    """A total between two levels may be a width that no device likes, and that no plan has."""
+    dissection = dissect(chain([48, 36, 64]), 2)
+    stairs = {g: Staircase({}, tuple(range(4, n + 1, 4))) for g, n in dissection.dense.items()}
+    found = totals(["conv0", "conv1", "conv2"], dissection, stairs)
+    assert (found[0], found[-1]) == (12, 148) and len(found) == SUMS
+    assert all(size % 4 == 0 for size in found) and found == sorted(found)
+    assert totals(["conv1"], dissection, stairs) == list(stairs["conv1"].levels)
 
 
 def test_progress_counts_up_to_the_end() -> None:

@@ -1,0 +1,98 @@
+"""At which sizes of its tensor a joint is measured.
+
+1. `FEW` sizes, ends included, of those that the tensor can have (the levels of its group).
+2. What a joint saves jumps where the layout of its tensor changes, and may be flat otherwise. So where two neighbouring
+   sizes differ by more than the tolerance, the size in the middle between them is measured too, and so on.
+3. The tolerance is a share of the dense network's time (`GAIN`): a finer one would follow the noise.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from sluice.profiler.grids import Staircase, dense_points, thin, totals
+from sluice.profiler.joints import Joint, find_joints
+from sluice.profiler.pieces import Dissection
+from sluice.profiler.sweep import Bench
+from sluice.profiler.table import LatencyTable
+
+__all__ = ["explore_joints", "joint_batch", "joint_ms", "joint_points", "joint_sizes", "joint_tolerance"]
+
+FEW = 5
+GAIN = 0.003
+
+
+def joint_tolerance(dissection: Dissection, table: LatencyTable) -> float:
+    """Milliseconds (rule 3); what a shard does not know of the dense graph's pieces is taken to be like the rest."""
+    points = dense_points(dissection)
+    known = [found.ms for piece, at in points if (found := table.get(piece.key, at)) is not None]
+    return GAIN * sum(known) * len(points) / max(1, len(known))
+
+
+def joint_sizes(
+    values: Sequence[int], saved: Callable[[int], float | None], tolerance: float
+) -> tuple[tuple[int, ...], bool]:
+    """The sizes to be measured, given what is ``saved`` at those that were, and whether these are all."""
+    chosen = thin(values, FEW)
+    place = {value: k for k, value in enumerate(values)}
+    while all(saved(value) is not None for value in chosen):
+        between = {
+            values[(place[a] + place[b]) // 2]
+            for a, b in itertools.pairwise(chosen)
+            if place[b] - place[a] > 1 and abs((saved(b) or 0.0) - (saved(a) or 0.0)) > tolerance
+        }
+        if not between:
+            return chosen, True
+        chosen = tuple(sorted({*chosen, *between}))
+    return chosen, False
+
+
+def joint_points(
+    dissection: Dissection,
+    stairs: Mapping[str, Staircase],
+    table: LatencyTable,
+    tolerance: float,
+    tensors: Collection[str] | None = None,
+) -> list[tuple[Joint, tuple[int, ...]]]:
+    """What is wanted of all joints, or those at ``tensors``, by what the table knows so far; at `joint_batch`."""
+    small = joint_batch(dissection)
+    points: list[tuple[Joint, tuple[int, ...]]] = []
+    for joint in find_joints(small):
+        if tensors is not None and joint.tensor not in tensors:
+            continue
+        if joint.extent is None:
+            points.append((joint, ()))
+            continue
+        known = {extents[0]: found.ms for extents, found in table.points(joint.key).items()}
+        values = totals([g for g, _ in joint.extent.coefs], dissection, stairs)
+        sizes, _ = joint_sizes(values, known.get, tolerance * small.batch / dissection.batch)
+        points += [(joint, (size,)) for size in sizes]
+    return points
+
+
+def joint_batch(dissection: Dissection) -> Dissection:
+    """The graph at the batch that its joints are measured at (rule 2 of `sluice.profiler.joints`)."""
+    return dissection.small or dissection
+
+
+def joint_ms(joint: Joint, dissection: Dissection, ms: float, call_ms: float) -> float:
+    """What the joint saves at the batch of the dissection, given ``ms`` at that of `joint_batch`."""
+    calls = joint.calls * call_ms
+    return (ms - calls) * dissection.batch / joint_batch(dissection).batch + calls
+
+
+def explore_joints(
+    dissection: Dissection,
+    stairs: Mapping[str, Staircase],
+    bench: Bench,
+    tolerance: float,
+    tensors: Collection[str] | None = None,
+    wanted: Callable[[Joint], bool] = lambda joint: True,
+) -> None:
+    """Measure all joints that are ``wanted``, until the table holds what they need."""
+    done = -1
+    while len(bench.table) != done:
+        done = len(bench.table)
+        points = joint_points(dissection, stairs, bench.table, tolerance, tensors)
+        bench.joints(joint_batch(dissection), [(joint, at) for joint, at in points if wanted(joint)])
