@@ -96,7 +96,8 @@ class Outcome:
 class Record:
     """What a run found on this device; ``profile_seconds`` without those of calls that were stopped.
 
-    ``points`` of pieces were measured, of ``grid`` that they have at all widths and ranks.
+    ``points`` of pieces were measured, of ``grid`` that they have at all widths and ranks; ``disturbed`` of the former
+    on a machine that was never quiet.
     """
 
     run: Run
@@ -105,21 +106,21 @@ class Record:
     profile_seconds: float
     points: int
     grid: int
+    disturbed: int
     outcomes: tuple[Outcome, ...]
 
     @property
     def figures(self) -> dict[str, float]:
-        counts = {"points": float(self.points), "grid": float(self.grid)}
-        return {**_errors([self]), "profile_seconds": self.profile_seconds, **counts}
+        counts = {"points": self.points, "grid": self.grid, "disturbed": self.disturbed}
+        return {**_errors([self]), "profile_seconds": self.profile_seconds, **{k: float(v) for k, v in counts.items()}}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Record:
         """The inverse of `dataclasses.asdict`, also after a way through JSON."""
         run = Run(**{**data["run"], "methods": tuple(data["run"]["methods"])})
         outcomes = tuple(Outcome(**outcome) for outcome in data["outcomes"])
-        return Record(
-            run, data["device"], data["runtime"], data["profile_seconds"], data["points"], data["grid"], outcomes
-        )
+        counts = (data["points"], data["grid"], data["disturbed"])
+        return Record(run, data["device"], data["runtime"], data["profile_seconds"], *counts, outcomes)
 
 
 @dataclass(frozen=True, slots=True)

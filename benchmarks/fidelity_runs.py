@@ -83,5 +83,5 @@ def perform(run: Run, folder: Path) -> Record:
         edits = chosen_edits(options, configuration)
         counts = (len(edits.factorizations), len(edits.drops), len(edits.merges))
         outcomes.append(Outcome(latency.ms(configuration), ms, *counts))
-    there, took = profile.fingerprint, round(seconds, 1)
-    return Record(run, there.device, there.runtime_version, took, profile.points, profile.grid, tuple(outcomes))
+    there, counts = profile.fingerprint, (profile.points, profile.grid, profile.disturbed)
+    return Record(run, there.device, there.runtime_version, round(seconds, 1), *counts, tuple(outcomes))

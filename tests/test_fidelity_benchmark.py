@@ -39,7 +39,7 @@ ONE, TWO, OTHER = product(["resnet20"]) + product(["crepe_tiny"], [2])
 def record(run: Run, *ratios: float) -> Record:
     """Plans that take 2, 3, 4 .. ms, and promise ``ratios`` of that."""
     found = [Outcome(ratio * ms, float(ms), ms, 0, 1) for ms, ratio in enumerate(ratios, 2)]
-    return Record(run, "a device", "1.2", 7.5, 90, 3000, tuple(found))
+    return Record(run, "a device", "1.2", 7.5, 90, 3000, 4, tuple(found))
 
 
 def test_the_standard_runs_are_every_network_on_one_and_on_two_threads() -> None:

@@ -62,7 +62,10 @@ RAMP_MS = 200.0
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """``ms`` per inference, its relative ``spread`` (rule 3), the number of bursts behind it, and the clock."""
+    """``ms`` per inference, its relative ``spread`` (rule 3), the number of bursts behind it, and the clock.
+
+    Where the anchor scaled (rule 4), the spread is at least the share that it took out.
+    """
 
     ms: float
     spread: float
@@ -92,7 +95,8 @@ class _Bursts:
             lowest, scale = _lowest(clean), 1.0
         else:
             lowest, scale = _lowest(self.ms), float(np.mean(_lowest(self.ratios)))
-        return float(np.mean(lowest)) / scale, float((lowest[-1] - lowest[0]) / np.mean(lowest))
+        spread = float((lowest[-1] - lowest[0]) / np.mean(lowest))
+        return float(np.mean(lowest)) / scale, max(spread, abs(scale - 1.0))
 
     def settled(self, target_spread: float) -> bool:
         enough = sum(abs(ratio - 1.0) <= CLEAN for ratio in self.ratios) >= LEAST

@@ -48,7 +48,8 @@ __all__ = [
 class Profile:
     """A calibrated latency model, what it was measured on, and the graph it speaks of.
 
-    ``points`` of its pieces are in the table, of ``grid`` that there are at all widths and ranks.
+    ``points`` of its pieces are in the table, of ``grid`` that there are at all widths and ranks; ``disturbed`` of them
+    were measured on a machine that was never quiet.
     """
 
     latency: LatencyModel
@@ -60,6 +61,7 @@ class Profile:
     timing_cache: bytes | None = None
     points: int = 0
     grid: int = 0
+    disturbed: int = 0
 
     def anchor(self, runner: Runner) -> Anchor:
         """The reference engine that makes times of different moments comparable."""

@@ -26,6 +26,7 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
         "error": dict(model.error),
         "points": measured.points,
         "grid": measured.grid,
+        "disturbed": measured.disturbed,
         "levels": {g: list(v) for g, v in model.levels.items() if g not in model.switches and g not in ranks},
         "ranks": {option.switch: list(model.levels[option.rank]) for option in offered.ranks},
         "blocks": [drop.name for drop in offered.drops.values()],
@@ -45,6 +46,10 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
         "widths worth having",
         *(f"  {group}: {_words(widths)}" for group, widths in data["levels"].items()),
     ]
+    if measured.disturbed:
+        lines.insert(
+            2, f"{measured.disturbed} points are uncertain, the machine was busy; quieter, measure a new table"
+        )
     if offered.ranks:
         lines += [f"ranks worth having: {len(ranks)}", *(f"  {s}: {_words(v)}" for s, v in data["ranks"].items())]
     if offered.drops:

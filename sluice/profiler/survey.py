@@ -19,7 +19,7 @@ from sluice.profiler.calibrate import measure_engines, missing_plans, model_key
 from sluice.profiler.fingerprint import Fingerprint
 from sluice.profiler.grids import Staircase, dense_points, piece_points
 from sluice.profiler.joint_sweep import explore_joints, joint_tolerance
-from sluice.profiler.measure import Anchor
+from sluice.profiler.measure import CLEAN, Anchor
 from sluice.profiler.pieces import Dissection
 from sluice.profiler.progress import Progress, silent
 from sluice.profiler.shards import WHOLE, Shard, share_of
@@ -43,12 +43,14 @@ class Survey:
         """The model, not calibrated; only of a survey of the whole."""
         return assemble(self.dissection, self.stairs, bench.table, self.alternatives)
 
-    def coverage(self, table: LatencyTable) -> tuple[int, int]:
-        """How many points of the pieces are in the table, and how many there would be at all widths and ranks."""
+    def coverage(self, table: LatencyTable) -> tuple[int, int, int]:
+        """How many points of the pieces are in the table, how many there would be at all widths and ranks, and how many
+        of the first were measured on a machine that was never quiet."""
         dense = [(piece, self.dissection.dense) for piece in self.dissection.pieces]
         shown = [(piece, s.dissection.dense) for s in self.alternatives.shown for piece in s.place.pieces]
         pieces = {piece.key: math.prod(int(e.at(sizes)) for e in piece.extents) for piece, sizes in (*shown, *dense)}
-        return sum(len(table.points(key)) for key in pieces), sum(pieces.values())
+        found = [measured for key in pieces for measured in table.points(key).values()]
+        return len(found), sum(pieces.values()), sum(measured.spread > CLEAN for measured in found)
 
 
 def survey(

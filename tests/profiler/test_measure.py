@@ -163,6 +163,7 @@ def test_where_the_machine_is_never_quiet_the_anchor_scales() -> None:
     assert shared.bursts > 8000
     assert [m.ms for m in found] == [pytest.approx(0.4, rel=0.01), pytest.approx(3.0 * 1.4 / 1.3, rel=0.01)]
     assert {m.samples for m in found} == {50}
+    assert [m.spread for m in found] == [pytest.approx(0.3, rel=0.01)] * 2  # what is not known for certain
 
 
 def test_bursts_stand_between_two_of_the_anchor() -> None:

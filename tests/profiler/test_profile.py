@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,10 +15,11 @@ from sluice.passes.rewrite_onnx import cut_graph
 from sluice.passes.sampling import random_configuration
 from sluice.profiler import profile as profile_module
 from sluice.profiler.profile import Profile, fingerprint_here, measured_elsewhere, profile_known, profile_onnx
+from sluice.profiler.summary import profile_summary
 from sluice.profiler.table import LatencyTable
 from sluice.runtime.compare import assert_close
 from sluice.runtime.runner import UNFIT
-from tests.device import ANCHOR_MS, Cost, FakeRunner, chain, line, staircase
+from tests.device import ANCHOR_MS, Cost, FakeRunner, FakeSession, chain, line, staircase
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_where_times_add_up_the_promise_is_exact(cost: Cost, on_fake: Callable[[
     assert profile.latency.error["p95_abs_err"] < 1e-9
     # 3 -> 50 -> 36 -> 20 -> 5 channels
     assert profile.grid == 50 + 50 * 36 + 36 * 20 + 20 and len(profile.dissection.pieces) < profile.points
-    assert profile.points < 0.05 * profile.grid
+    assert profile.points < 0.05 * profile.grid and profile.disturbed == 0
 
 
 def test_what_every_engine_costs_once_is_in_the_joints(on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
@@ -126,6 +128,28 @@ def test_a_table_of_other_conditions_is_refused(tmp_path: Path, on_fake: Callabl
     profile_onnx(model, tmp_path / "t.db", batch=2, progress=False)
     with pytest.raises(SluiceError, match="batch"):
         profile_onnx(model, tmp_path / "t.db", batch=3, progress=False)
+
+
+def test_points_of_a_busy_machine_are_told(on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
+    class Busy(FakeSession):
+        """The anchor of a machine that is quiet while the anchor's own time is taken, and never again."""
+
+        bursts = 0
+
+        def sample(self, repeats: int) -> float:
+            self.bursts += 1
+            return self.ms * (1.3 if self.bursts > 2010 else 1.0)
+
+    class OnBusy(FakeRunner):
+        def build(self, model: Any, **given: Any) -> FakeSession:
+            found = super().build(model, **given)
+            return Busy(found.ms) if found.ms == ANCHOR_MS else found
+
+    on_fake(OnBusy(staircase(8)))
+    profile = profile_onnx(chain([9, 5], batch="N"), batch=2, progress=False)
+    assert profile.disturbed == profile.points > 0
+    told = profile_summary(profile, ["filter"])[1]
+    assert any(line.startswith(f"{profile.points} points are uncertain, the machine was busy") for line in told)
 
 
 def test_a_table_of_another_device_is_read(tmp_path: Path, on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
