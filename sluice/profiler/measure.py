@@ -21,7 +21,7 @@
    ``warmup_ms`` is; the others find the device awake. A session that runs on an accelerator says so with an attribute
    ``ramps``, which sessions by the wall clock need; without it a session does so if its clock is ``"cuda"``.
 
-How the defaults were found (24 convolutions 16->16 at 28x28 to 48->64 at 7x7, batch 8, one thread, thread CPU time, two
+How bursts were chosen (24 convolutions 16->16 at 28x28 to 48->64 at 7x7, batch 8, one thread, thread CPU time, two
 virtual cores that others used too; run-to-run standard deviation at 40 ms a session):
 
     burst      minimum   lowest tenth   lower quartile   median
@@ -29,13 +29,14 @@ virtual cores that others used too; run-to-run standard deviation at 40 ms a ses
     1 ms       4.1 %     4.4 %          4.9 %            4.9 %
     2 ms       3.9 %     3.9 %          4.7 %            4.8 %
 
-Of the 2.8 %, 2.5 % are common to all sessions of a call (rule 4 is for that) and 1.1 % are the session's own (the
-minimum: 1.7 %). Of four stopping rules (halves, quarters, best two of four, rule 3) rule 3 gave the smallest error at
-equal cost. The function itself, called nine times in a row on these 24 sessions, twice each way, at a load of 2.6:
+Of four stopping rules (halves, quarters, best two of four, rule 3) rule 3 gave the smallest error at equal cost.
 
-    anchor     run-to-run standard deviation   cost a session   one convolution's ms in the two trials
-    none       6.1 %, 1.5 %                    91 ms, 40 ms     0.357, 0.319
-    one        1.3 %, 1.2 %                    45 ms, 47 ms     0.302, 0.301
+What rule 4 is worth (12 convolutions, 3x3, 1x1 and 65x1, of 0.015 to 5 ms; the two ways in turns, seven times each;
+another tenant's episode fell into one of the calls):
+
+    anchor                                run-to-run standard deviation   of the 65x1 convolutions   cost of a call
+    scales always (40 rounds)             3.7 %                           9.1 %                      2.3 s
+    says which bursts count (24 rounds)   1.1 %                           0.4 %                      2.4 s
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ MIN_KEPT = 3
 ANCHOR_EVERY_MS = 2.0
 CLEAN = 0.12  # beside engines that empty its caches the anchor takes up to 8 % longer than alone
 LEAST = 12  # clean bursts
+PATIENCE = 8000
 MAX_REPEATS = 1 << 20
 RAMP_MS = 200.0
 
@@ -112,7 +114,7 @@ def measure(
     burst_ms: float = 0.5,
     warmup_ms: float = 5.0,
     anchor: Anchor | None = None,
-    patience: int = 8000,
+    patience: int = PATIENCE,
     rng: np.random.Generator,
 ) -> tuple[Measurement, ...]:
     """One measurement per session, in order.
@@ -120,8 +122,8 @@ def measure(
     Every session is warmed up for ``warmup_ms``, then takes part in ``min_rounds`` to ``max_rounds`` rounds of one
     burst of at least ``burst_ms`` each (or one inference), until `LEAST` of its bursts are clean (without an anchor all
     are) and its spread is at most ``target_spread``. ``patience`` is the number of the anchor's bursts that the call
-    may wait for the machine to be quiet. The cost is about COST ms a session at the defaults, more on a
-    noisy host and for inferences slower than ``burst_ms``.
+    may wait for the machine to be quiet. A burst costs twice its time, since an inference precedes it, and the anchor's
+    turns come on top.
     Raises `SluiceError` where the sessions or the anchor do not share one clock, or a session's time is not positive.
     """
     if not 1 <= min_rounds <= max_rounds:

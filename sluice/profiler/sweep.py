@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
@@ -24,7 +24,7 @@ from sluice.passes.precision import typed
 from sluice.profiler import clocks, timing_cache
 from sluice.profiler.grids import Staircase
 from sluice.profiler.joints import Joint, call_models, joint_models, joint_widths
-from sluice.profiler.measure import Anchor, Measurement, measure
+from sluice.profiler.measure import CLEAN, PATIENCE, Anchor, Measurement, measure
 from sluice.profiler.pieces import Dissection, Piece, build_piece, spread_widths
 from sluice.profiler.sources import add_sources, source_model
 from sluice.profiler.table import LatencyTable
@@ -37,10 +37,25 @@ WORTH = 0.015
 MAX_WIDTHS = 14
 BATCH_OF_SESSIONS = 24
 BATCH_OF_JOINTS = 8
-ROUNDS = 24
+ROUNDS, MAX_ROUNDS = 24, 160
 SOURCE_KEY = "source-v1"
 CALL_KEY = "call-v1"  # what an engine with nothing to do takes
 Progress = Callable[[int, int], None]  # (points done, points known to be needed)
+
+
+@dataclass(slots=True)
+class Waits:
+    """What a call may spend on waiting for a quiet machine: little as long as the last one waited in vain."""
+
+    in_vain: bool = False
+
+    @property
+    def rounds(self) -> int:
+        return 2 * ROUNDS if self.in_vain else MAX_ROUNDS
+
+    @property
+    def patience(self) -> int:
+        return PATIENCE // 16 if self.in_vain else PATIENCE
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +67,7 @@ class Bench:
     anchor: Anchor
     rng: np.random.Generator
     progress: Progress = lambda done, total: None
+    waits: Waits = field(default_factory=Waits)
 
     def pieces(self, dissection: Dissection, wanted: Sequence[tuple[Piece, tuple[int, ...]]]) -> None:
         """Measure what is missing of (piece, extents)."""
@@ -120,7 +136,11 @@ class Bench:
         return self.runner.build(typed(model, asked.precision, part=part, target=asked.runtime))
 
     def time(self, sessions: Sequence[Session]) -> tuple[Measurement, ...]:
-        found = measure(sessions, min_rounds=ROUNDS, anchor=self.anchor, rng=self.rng)
+        rounds, patience = self.waits.rounds, self.waits.patience
+        found = measure(
+            sessions, min_rounds=ROUNDS, max_rounds=rounds, patience=patience, anchor=self.anchor, rng=self.rng
+        )
+        self.waits.in_vain = bool(found) and all(measured.spread > CLEAN for measured in found)
         clocks.keep(self.runner, self.table)
         return found
 

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from sluice.profiler.anchor import make_anchor
 from sluice.profiler.grids import MAX_GRID, SUMS, Staircase, knots_of, piece_points, totals
 from sluice.profiler.joint_sweep import explore_joints, joint_tolerance
+from sluice.profiler.measure import CLEAN, PATIENCE, Anchor
 from sluice.profiler.pieces import Dissection, dissect
 from sluice.profiler.sweep import BATCH_OF_SESSIONS, MAX_WIDTHS, WORTH, Bench, explore
 from sluice.profiler.table import LatencyTable
-from tests.device import FINGERPRINT, Cost, FakeRunner, chain, line, staircase
+from tests.device import FINGERPRINT, Cost, FakeRunner, FakeSession, chain, line, staircase
 
 
 def bench_on(table: LatencyTable, runner: FakeRunner) -> Bench:
@@ -142,6 +143,32 @@ def test_a_sum_of_groups_is_measured_at_sums_of_levels() -> None:
     assert (found[0], found[-1]) == (12, 148) and len(found) == SUMS
     assert all(size % 4 == 0 for size in found) and found == sorted(found)
     assert totals(["conv1"], dissection, stairs) == list(stairs["conv1"].levels)
+
+
+def test_a_machine_that_is_never_quiet_is_not_waited_for_again_and_again() -> None:
+    class Slow(FakeSession):
+        bursts, slowness = 0, 1.3
+
+        def sample(self, repeats: int) -> float:
+            Slow.bursts += 1
+            return self.ms * Slow.slowness
+
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        anchor = Anchor(Slow(0.4), 0.4)
+        bench = Bench(table, FakeRunner(), anchor, np.random.default_rng(0))
+
+        def bursts() -> int:
+            before = Slow.bursts
+            (found,) = bench.time([FakeSession(1.0)])
+            assert (found.spread > CLEAN) == (Slow.slowness > 1.0)
+            return Slow.bursts - before
+
+        first, *later = [bursts() for _ in range(4)]
+        assert first > PATIENCE and max(later) < first / 8
+        Slow.slowness = 1.0  # and once it is quiet, the next disturbance is waited for
+        bursts()
+        Slow.slowness = 1.3
+        assert bursts() == first
 
 
 def test_progress_counts_up_to_the_end() -> None:
