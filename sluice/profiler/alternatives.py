@@ -17,7 +17,7 @@ from sluice.passes.blocks import Block, find_blocks
 from sluice.passes.drop_onnx import view_onnx
 from sluice.passes.options import BSR, Options, RankOption
 from sluice.plan import Drop, Merge
-from sluice.profiler.grids import Staircase, dense_ms, knots_of
+from sluice.profiler.grids import Staircase, dense_ms, dense_points, knots_of
 from sluice.profiler.joint_sweep import explore_joints, joint_tolerance
 from sluice.profiler.merged import MergeSite, merge_segments, merge_variants
 from sluice.profiler.pieces import Dissection, Piece, anchor_weight
@@ -109,9 +109,10 @@ def _merges(
     for variant, shelf in merge_variants(dissection, sites):
         cut = variant.dissection
         own = _widths(cut, stairs)
+        at_dense = {place.switch: dense_points(cut, place.pieces) for place in variant.places}
+        bench.pieces(cut, [point for points in at_dense.values() for point in points])
         for place, site in zip(variant.places, shelf, strict=True):
-            points = [(p, tuple(int(e.at(cut.dense)) for e in p.extents)) for p in place.pieces]
-            bench.pieces(cut, points)
+            points = at_dense[place.switch]
             ms = sum(bench.table.require(piece.key, extents).ms for piece, extents in points)
             replaced = sum(by_weight.get(weight, 0.0) for weight in place.layers)
             if ms < replaced and (place.switch not in best or ms < best[place.switch][0]):
@@ -122,14 +123,15 @@ def _merges(
 
 
 def _measure(shown: Sequence[Shown], bench: Bench, tolerance: float) -> None:
-    """All pieces and inner joints of one restructured graph, with ranks that share its pieces' names apart."""
+    """All pieces and inner joints of restructured graphs, with ranks that share its pieces' names apart."""
+    points = [
+        (s.dissection, piece, tuple(int(v) for v in point))
+        for s in shown
+        for piece in s.place.pieces
+        for point in itertools.product(*knots_of(piece, s.dissection, s.stairs, s.most))
+    ]
+    bench.pieces_of(points)
     for s in shown:
-        points = [
-            (piece, tuple(int(v) for v in point))
-            for piece in s.place.pieces
-            for point in itertools.product(*knots_of(piece, s.dissection, s.stairs, s.most))
-        ]
-        bench.pieces(s.dissection, points)
         if s.place.inner:
             explore_joints(s.dissection, s.stairs, bench, tolerance, s.place.inner)
 

@@ -25,10 +25,10 @@ class Staircase:
     levels: tuple[int, ...]
 
 
-def dense_points(dissection: Dissection) -> list[tuple[Piece, tuple[int, ...]]]:
-    """Every piece at its dense size."""
-    dense = dissection.dense
-    return [(piece, tuple(int(e.at(dense)) for e in piece.extents)) for piece in dissection.pieces]
+def dense_points(dissection: Dissection, pieces: Sequence[Piece] | None = None) -> list[tuple[Piece, tuple[int, ...]]]:
+    """Every piece of the graph, or some of them, at its dense size."""
+    dense, pieces = dissection.dense, dissection.pieces if pieces is None else pieces
+    return [(piece, tuple(int(e.at(dense)) for e in piece.extents)) for piece in pieces]
 
 
 def dense_ms(dissection: Dissection, table: LatencyTable) -> dict[str, float]:

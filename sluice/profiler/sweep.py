@@ -71,16 +71,19 @@ class Bench:
 
     def pieces(self, dissection: Dissection, wanted: Sequence[tuple[Piece, tuple[int, ...]]]) -> None:
         """Measure what is missing of (piece, extents)."""
-        todo = {(p.key, e): p for p, e in wanted if self.table.get(p.key, e) is None}
-        for piece in {p.key: p for p in todo.values()}.values():
-            self.table.describe(piece.key, piece.description)
-        sizes = dissection.dense
+        self.pieces_of([(dissection, *point) for point in wanted])
+
+    def pieces_of(self, wanted: Sequence[tuple[Dissection, Piece, tuple[int, ...]]]) -> None:
+        """The same for pieces of several graphs: the fuller a call, the less it waits for a quiet machine per point."""
+        todo = {(p.key, e): (cut, p) for cut, p, e in wanted if self.table.get(p.key, e) is None}
+        if todo:  # a complete table is only read
+            self.table.describe_all({piece.key: piece.description for _, piece in todo.values()})
         points = list(todo.items())
         for start in range(0, len(points), BATCH_OF_SESSIONS):
             chunk = points[start : start + BATCH_OF_SESSIONS]
             built = [
-                add_sources(build_piece(dissection, piece, spread_widths(piece, extents, sizes)), piece.bare)
-                for (_, extents), piece in chunk
+                add_sources(build_piece(cut, piece, spread_widths(piece, extents, cut.dense)), piece.bare)
+                for (_, extents), (cut, piece) in chunk
             ]
             source_ms = self.sources([shape for _, shapes in built for shape in shapes])
             found = self.time([self.session(model) for model, _ in built])
