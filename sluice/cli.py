@@ -165,7 +165,7 @@ def compress(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> int:
-    """Make a plan in one shot, without training; again for another budget takes seconds."""
+    """Make a plan in one shot, without training."""
     from sluice.propose import propose
     from sluice.report import edit_rows
 
