@@ -37,7 +37,7 @@ def dense_ms(dissection: Dissection, table: LatencyTable) -> dict[str, float]:
 
 
 def piece_points(dissection: Dissection, stairs: Mapping[str, Staircase]) -> list[tuple[Piece, tuple[int, ...]]]:
-    """Rule 3."""
+    """Every piece on the product of the levels of its extents (rule 3 of `sluice.profiler.sweep`)."""
     return [
         (piece, tuple(int(v) for v in point))
         for piece in dissection.pieces
