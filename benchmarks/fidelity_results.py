@@ -19,7 +19,7 @@ import numpy as np
 from sluice.errors import SluiceError
 from sluice.files import write_atomically
 from sluice.passes.options import METHODS
-from sluice.profiler.calibrate import errors
+from sluice.profiler.fit import errors
 
 __all__ = [
     "BATCHES",

@@ -33,8 +33,11 @@ from sluice.cli_model import (
 )
 from sluice.cli_parser import make_parser
 from sluice.errors import SluiceError
+from sluice.files import read_bytes
 
 __all__ = ["main", "parser"]
+
+ENGINES = (".engine", ".plan", ".trt")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,6 +101,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 def profile(args: argparse.Namespace) -> int:
     """Measure, on this device, what the table does not know yet; with --pack, write a job that does so elsewhere."""
+    from sluice.profiler.placement import check_inspector, place_profile, placement_data, placement_lines
     from sluice.profiler.profile import profile_onnx, profile_shard
     from sluice.profiler.shards import Shard
     from sluice.profiler.summary import profile_summary, shard_summary
@@ -108,10 +112,17 @@ def profile(args: argparse.Namespace) -> int:
         args.wrong("give --table TABLE.db, or --pack with -o JOB.zip")
     shard = Shard.parse(args.shard) if args.shard else None
     settings = _settings(args)
+    if args.layers:
+        check_inspector(args.target)
     dense = _dense_onnx(args)
     if shard is not None:
         return _print(args, *shard_summary(profile_shard(dense, shard=shard, **settings)))
-    return _print(args, *profile_summary(profile_onnx(dense, **settings), settings["methods"]))
+    measured = profile_onnx(dense, **settings)
+    data, lines = profile_summary(measured, settings["methods"])
+    if args.layers:
+        placed = place_profile(measured)
+        data, lines = {**data, "layers": placement_data(placed)}, [*lines, *placement_lines(placed)]
+    return _print(args, data, lines)
 
 
 def _pack(args: argparse.Namespace) -> int:
@@ -119,6 +130,8 @@ def _pack(args: argparse.Namespace) -> int:
 
     if not args.out or args.shard:
         args.wrong("--pack writes one job for all shards: give -o JOB.zip, and --shard where the job is run")
+    if args.layers:
+        args.wrong("--layers asks the runtime of this machine, --pack is for another; leave out one of the two")
     settings = _settings(args)
     names = ("batch", "target", "threads", "precision", "methods")
     job = Job(**{n: settings[n] for n in names}, exclude=tuple(args.exclude))
@@ -203,7 +216,7 @@ def apply(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     """Write deployment-ready ONNX of the dense network or, with --plan, of the slim one; with --engine, build it."""
     from sluice import load
-    from sluice.cli_export import outcome
+    from sluice.cli_export import Asked, known_cache, outcome
     from sluice.deploy import export as write
     from sluice.runtime.runner import check_fit
 
@@ -211,6 +224,8 @@ def export(args: argparse.Namespace) -> int:
         raise SluiceError(f"--calibration is for int8, not {args.precision}; leave it out, or give --precision int8")
     if args.names and (args.engine or args.precision != "fp32"):
         raise SluiceError("--names writes what plans are applied to, in fp32; leave out --engine and --precision")
+    if args.table and not args.engine:
+        raise SluiceError("--table gives an engine the timing cache of that table; give --engine, or leave it out")
     if args.engine and args.target not in (None, "tensorrt"):
         raise SluiceError(
             f"--engine is built by TensorRT, --target {args.target} asks for a file of another runtime; leave out one "
@@ -218,6 +233,7 @@ def export(args: argparse.Namespace) -> int:
         )
     if args.target:
         check_fit(args.target, args.precision)
+    asked = None if args.engine is None else Asked(args.engine, known_cache(args.table) if args.table else b"")
     # Where the network does not leave its batch free, the file has the batch of these.
     inputs = inputs_of(args.model, args.shape, args.batch)
     model = load(model_of(args.model), args.plan, example_inputs=inputs) if args.plan else model_of(args.model)
@@ -231,7 +247,7 @@ def export(args: argparse.Namespace) -> int:
     target = args.target or ("tensorrt" if args.engine else "ort-cpu")
     calibration = data_of(args.calibration) if args.calibration else None
     done = write(model, args.out, inputs, precision=args.precision, calibration=calibration, target=target)
-    found = outcome(done, args.out, args.engine, precision=args.precision, target=target, batch=args.batch)
+    found = outcome(done, args.out, asked, precision=args.precision, target=target, batch=args.batch)
     _print(args, found.data, found.lines)
     if found.refusal is not None:
         raise found.refusal
@@ -260,17 +276,21 @@ def check(args: argparse.Namespace) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
-    """Measure one engine, or two of them in turns."""
+    """Measure one engine or several in turns: ONNX files, or engines of TensorRT."""
     import numpy as np
 
     from sluice.profiler.measure import measure
     from sluice.runtime.inputs import parsed
     from sluice.runtime.runner import make_runner
 
+    built = [path for path in args.models if path.endswith(ENGINES)]
+    if built and args.target != "tensorrt":
+        raise SluiceError(f"{built[0]!r} is an engine of TensorRT, --target is {args.target}; give --target tensorrt")
     for path in args.models:
-        check_batch(parsed(path), args.batch, path)
+        if path not in built:
+            check_batch(parsed(path), args.batch, path)
     runner = make_runner(args.target, args.threads)
-    sessions = [runner.build(path, batch=args.batch) for path in args.models]
+    sessions = [_loaded(runner, p) if p in built else runner.build(p, batch=args.batch) for p in args.models]
     found = measure(sessions, min_rounds=60, max_rounds=240, target_spread=0.01, rng=np.random.default_rng(0))
     data: dict[str, Any] = {
         "engines": [{"file": f, "ms": m.ms, "spread": m.spread} for f, m in zip(args.models, found, strict=True)],
@@ -286,6 +306,11 @@ def bench(args: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
     return make_parser((inspect, profile, compress, plan, apply, export, check, bench))
+
+
+def _loaded(runner: Any, path: str) -> Any:
+    """A session of an engine that was built before, with the batch that it was built for."""
+    return runner.load(read_bytes(path, "an engine"), path)
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from sluice.errors import SluiceError
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Commands", "Engine", "Outcome", "commands", "outcome", "write_engine"]
+__all__ = ["Asked", "Commands", "Engine", "Outcome", "commands", "known_cache", "outcome", "write_engine"]
 
 TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "bf16": None, "int8": 1e-1}
 
@@ -38,6 +38,14 @@ class Commands:
 
     trtexec: str
     polygraphy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The file that an engine is wanted in, and a timing cache to build it with (else the one next to it, if any)."""
+
+    file: str
+    cache: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +67,7 @@ class Outcome:
 
 
 def outcome(
-    model: onnx.ModelProto, path: str, engine: str | None, *, precision: str, target: str, batch: int
+    model: onnx.ModelProto, path: str, asked: Asked | None, *, precision: str, target: str, batch: int
 ) -> Outcome:
     """Build the engine, if one is asked for, and say what became of everything; ``model`` is what ``path`` holds.
 
@@ -69,16 +77,16 @@ def outcome(
     data: dict[str, Any] = {"out": path, "bytes": model.ByteSize(), "precision": precision, "batch_fixed": fixed}
     lines = [f"{path}: {model.ByteSize():,} bytes, {precision}{f', batch fixed at {batch}' * fixed}"]
     refusal, built = None, None
-    if engine is not None:
+    if asked is not None:
         try:
-            built = write_engine(model, engine, batch)
+            built = write_engine(model, asked, batch)
         except SluiceError as error:
             refusal = error
         else:
             data["engine"] = asdict(built)
             lines.append(f"{built.file}: {built.bytes:,} bytes, batch {batch}, by {built.builder}")
     if precision != "int8" or target == "tensorrt":
-        own = engine or str(Path(path).with_suffix(".engine"))
+        own = asked.file if asked is not None else str(Path(path).with_suffix(".engine"))
         version = _version(built)
         found = commands(model, path, own, precision=precision, batch=batch, written=built is not None, version=version)
         data |= asdict(found)
@@ -130,7 +138,33 @@ def commands(
     return Commands(shlex.join(["trtexec", *trtexec]), shlex.join(["polygraphy", *polygraphy]))
 
 
-def write_engine(model: onnx.ModelProto, path: str | os.PathLike[str], batch: int) -> Engine:
+def known_cache(table: str | os.PathLike[str]) -> bytes:
+    """The timing cache in a latency table of this TensorRT on this device.
+
+    Raises:
+        SluiceError: the table cannot be read, is of another runtime, version or device, or holds no cache.
+    """
+    from sluice.profiler.fingerprint import difference
+    from sluice.profiler.profile import fingerprint_here
+    from sluice.profiler.table import LatencyTable
+    from sluice.profiler.timing_cache import NAME
+
+    with LatencyTable.open(table) as opened:
+        there, cache = opened.fingerprint, opened.get_blob(NAME)
+    if there.runtime != "tensorrt" or not cache:
+        raise SluiceError(
+            f"{os.fspath(table)!r} holds no timing cache (its runtime is {there.runtime}); give a table that "
+            f"`sluice profile --target tensorrt` filled, or leave out --table"
+        )
+    here = fingerprint_here("tensorrt", there.threads, there.batch, there.precision)
+    if differences := difference(there, here):
+        raise SluiceError(
+            f"the timing cache in {os.fspath(table)!r} is of no use here: {'; '.join(differences)}; leave out --table"
+        )
+    return cache
+
+
+def write_engine(model: onnx.ModelProto, asked: Asked, batch: int) -> Engine:
     """Build ``model`` with the TensorRT of this machine and write the engine; its timing cache is kept next to it.
 
     Raises:
@@ -139,14 +173,14 @@ def write_engine(model: onnx.ModelProto, path: str | os.PathLike[str], batch: in
     from sluice.files import write_atomically
     from sluice.runtime.trt_build import build_engine, find_tensorrt, product
 
-    trt, cache = find_tensorrt(), Path(_cache_of(path))
-    before = cache.read_bytes() if cache.is_file() else b""
+    trt, cache = find_tensorrt(), Path(_cache_of(asked.file))
+    before = asked.cache or (cache.read_bytes() if cache.is_file() else b"")
     built = build_engine(trt, model, batch=batch, cache=before)
-    write_atomically(path, built.plan)
+    write_atomically(asked.file, built.plan)
     # RTX has no cache; one that the full TensorRT left is not lost by that.
     if built.cache and built.cache != before:
         write_atomically(cache, built.cache)
-    return Engine(os.fspath(path), len(built.plan), product(trt))
+    return Engine(asked.file, len(built.plan), product(trt))
 
 
 def _dynamic_inputs(model: onnx.ModelProto, batch: int) -> dict[str, list[int]]:

@@ -68,6 +68,9 @@ def profiling(p: argparse.ArgumentParser) -> None:
     p.add_argument("--shard", metavar="K/N", help="measure the share of one of N devices or hosts of one kind")
     p.add_argument("--pack", action="store_true", help="measure nothing, write a job for a device without torch")
     p.add_argument("-o", "--out", metavar="JOB.zip", help="with --pack, the job to write")
+    p.add_argument(
+        "--layers", action="store_true", help="tell which layers of the dense engine hold which piece (tensorrt)"
+    )
 
 
 def _profiled(p: argparse.ArgumentParser) -> None:

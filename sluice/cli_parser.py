@@ -95,6 +95,10 @@ def _export(p: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     p.add_argument("--engine", metavar="FILE", help="build an engine with the TensorRT of this machine")
     p.add_argument(
+        "--table", help="latency table of this device whose timing cache the engine is built with: it then takes the "
+        "kernels that were measured",
+    )  # fmt: skip
+    p.add_argument(
         "--batch", type=options.positive, default=1, help="batch size of the engine, of commands, and of the file if "
         "the network does not leave it free (default 1)",
     )  # fmt: skip
@@ -108,7 +112,10 @@ def _check(p: argparse.ArgumentParser) -> None:
 
 def _bench(p: argparse.ArgumentParser) -> None:
     options.device(p)
-    p.add_argument("models", nargs="+", metavar="MODEL.onnx", help="ONNX files of that batch, measured in turns")
+    p.add_argument(
+        "models", nargs="+", metavar="MODEL.onnx", help="ONNX files of that batch, measured in turns; with --target "
+        "tensorrt also engines (.engine, .plan, .trt), which have a batch of their own",
+    )  # fmt: skip
 
 
 _ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {

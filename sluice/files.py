@@ -1,4 +1,7 @@
-"""Files are written whole or not at all: aside in the same folder, flushed to the disk, then moved over the old one."""
+"""Files are written whole or not at all: aside in the same folder, flushed to the disk, then moved over the old one.
+
+What cannot be read or written is the user's to mend, and told in one sentence.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,17 @@ from pathlib import Path
 
 from sluice.errors import SluiceError
 
-__all__ = ["write_atomically"]
+__all__ = ["read_bytes", "write_atomically"]
+
+
+def read_bytes(path: str | os.PathLike[str], what: str) -> bytes:
+    """All that the file holds; ``what`` it should be is for the error: "an engine"."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise SluiceError(
+            f"cannot read {os.fspath(path)!r}: {error.strerror or error}; give the path of {what}"
+        ) from None
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:

@@ -22,6 +22,7 @@ from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 
 from sluice.errors import SluiceError
+from sluice.runtime.trt_inspect import node_name
 
 __all__ = ["MS", "FakeCuda", "fake_tensorrt"]
 
@@ -304,7 +305,8 @@ def fake_tensorrt(
             return Context(self)
 
         def create_engine_inspector(self) -> SimpleNamespace:
-            layers = [{"Name": n.output[0], "Metadata": f"[ONNX Layer: {n.output[0]}]"} for n in self.model.graph.node]
+            nodes = self.model.graph.node
+            layers = [{"Name": n.output[0], "Metadata": f"[ONNX Layer: {node_name(n)}]"} for n in nodes]
             return SimpleNamespace(get_engine_information=lambda layout: json.dumps({"Layers": layers, "as": layout}))
 
     class Context:

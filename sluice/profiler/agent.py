@@ -85,7 +85,10 @@ def _check_known(table: bytes, job: str, here: Fingerprint) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Profile the network of a job on this device.")
+    started = Path(sys.argv[0])
+    # Started from inside a job, `argparse` would call itself __main__.py.
+    prog = f"python {started}" if started.suffix == ".zip" else "python -m sluice.profiler.agent"
+    parser = argparse.ArgumentParser(prog=prog, description="Profile the network of a job on this device.")
     parser.add_argument("job", metavar="JOB.zip", help="what `sluice profile --pack` wrote")
     parser.add_argument("-o", "--out", required=True, metavar="TABLE.db", help="latency table, made or continued")
     parser.add_argument("--shard", metavar="K/N", help="measure the share of one of N devices or hosts of this kind")

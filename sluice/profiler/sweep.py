@@ -74,11 +74,15 @@ class Bench:
         self.pieces_of([(dissection, *point) for point in wanted])
 
     def pieces_of(self, wanted: Sequence[tuple[Dissection, Piece, tuple[int, ...]]]) -> None:
-        """The same for pieces of several graphs: the fuller a call, the less it waits for a quiet machine per point."""
+        """The same for pieces of several graphs: the fuller a call, the less it waits for a quiet machine per point.
+
+        In random order, so that what one call has in common with itself does not fall on one piece.
+        """
         todo = {(p.key, e): (cut, p) for cut, p, e in wanted if self.table.get(p.key, e) is None}
         if todo:  # a complete table is only read
             self.table.describe_all({piece.key: piece.description for _, piece in todo.values()})
         points = list(todo.items())
+        points = [points[k] for k in self.rng.permutation(len(points))]
         for start in range(0, len(points), BATCH_OF_SESSIONS):
             chunk = points[start : start + BATCH_OF_SESSIONS]
             built = [
@@ -138,10 +142,11 @@ class Bench:
         asked = self.table.fingerprint
         return self.runner.build(typed(model, asked.precision, part=part, target=asked.runtime))
 
-    def time(self, sessions: Sequence[Session]) -> tuple[Measurement, ...]:
-        rounds, patience = self.waits.rounds, self.waits.patience
+    def time(self, sessions: Sequence[Session], rounds: int = ROUNDS) -> tuple[Measurement, ...]:
+        """All of them in turns, each at least ``rounds`` times."""
+        most, patience = max(rounds, self.waits.rounds), self.waits.patience
         found = measure(
-            sessions, min_rounds=ROUNDS, max_rounds=rounds, patience=patience, anchor=self.anchor, rng=self.rng
+            sessions, min_rounds=rounds, max_rounds=most, patience=patience, anchor=self.anchor, rng=self.rng
         )
         self.waits.in_vain = bool(found) and all(measured.spread > CLEAN for measured in found)
         clocks.keep(self.runner, self.table)

@@ -98,6 +98,10 @@ class OrtCudaRunner:
 
         return f"{onnxruntime.__version__}, CUDA {onnxruntime.cuda_version or 'none'}, driver {nvidia.driver_version()}"
 
+    def sm_clock_mhz(self) -> int | None:
+        """The clock at which the device computes right now, where its driver tells."""
+        return nvidia.sm_clock_mhz()
+
     def build(
         self,
         model: Model,

@@ -9,13 +9,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sluice.errors import SluiceError
-from sluice.files import write_atomically
 from sluice.runtime import nvidia
 from sluice.runtime.cuda import Cuda
 from sluice.runtime.inputs import place
@@ -53,19 +50,18 @@ class TensorRtRunner:
     """TensorRT (or RTX, where that is installed instead) on device 0.
 
     Args:
-        cache: a timing cache, or the file to read one from and to keep it in.
+        cache: a timing cache to begin with.
         settings: what the builder may use.
     Raises:
         SluiceError: TensorRT, the CUDA runtime or the device is not here.
     """
 
-    def __init__(self, cache: bytes | str | os.PathLike[str] | None = None, settings: Settings | None = None) -> None:
+    def __init__(self, cache: bytes = b"", settings: Settings | None = None) -> None:
         self._trt = find_tensorrt()
         self._cuda = Cuda.load()
         self._settings = settings
         self._builder: Any = None
-        self._file = None if cache is None or isinstance(cache, bytes) else Path(cache)
-        self.cache = cache if isinstance(cache, bytes) else _content(self._file)
+        self.cache = cache
 
     @property
     def clock(self) -> Clock:
@@ -107,22 +103,9 @@ class TensorRtRunner:
             builder=self._builder,
         )
         # RTX has no cache; one that the full TensorRT left is not lost by that.
-        if built.cache and built.cache != self.cache:
-            self.cache = built.cache
-            if self._file is not None:
-                write_atomically(self._file, built.cache)
+        self.cache = built.cache or self.cache
         return self.load(built.plan, place(model))
 
     def load(self, plan: bytes, where: str = "the engine in memory") -> TensorRtSession:
         """A session for a serialized engine, built by this version for this device."""
         return TensorRtSession(self._trt, self._cuda, plan, where)
-
-
-def _content(file: Path | None) -> bytes:
-    """What a file holds; nothing where there is none yet."""
-    if file is None or not file.exists():
-        return b""
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise SluiceError(f"cannot read {str(file)!r}: {error.strerror or error}; give a timing cache's path") from None

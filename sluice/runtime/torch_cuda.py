@@ -79,6 +79,10 @@ class TorchCudaRunner:
         toolkit = torch.version.cuda or "none"
         return f"{torch.__version__}, CUDA {toolkit}, cuDNN {cudnn}, driver {nvidia.driver_version()}"
 
+    def sm_clock_mhz(self) -> int | None:
+        """The clock at which the device computes right now, where its driver tells."""
+        return nvidia.sm_clock_mhz()
+
     def build(
         self,
         model: Model,

@@ -1,88 +1,33 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-from scipy.stats import spearmanr
 
-from sluice.latency import LatencyModel
+from sluice.latency import Extent, LatencyModel, Term
+from sluice.passes.options import Options, RankOption
 from sluice.passes.rewrite_onnx import cut_graph
+from sluice.plan import Drop, Merge
+from sluice.profiler import calibrate as calibrate_module
 from sluice.profiler.anchor import make_anchor
 from sluice.profiler.assemble import assemble
-from sluice.profiler.calibrate import (
-    ENGINES,
-    calibrate,
-    errors,
-    fit_linear,
-    left_out,
-    measure_engines,
-    model_key,
-    rank_correlation,
-)
+from sluice.profiler.calibrate import ENGINES, _kind, calibrate, measure_engines, model_key
+from sluice.profiler.engine import build_engine
 from sluice.profiler.grids import piece_points
 from sluice.profiler.joint_sweep import explore_joints, joint_tolerance
+from sluice.profiler.measure import Measurement
 from sluice.profiler.pieces import Dissection, dissect
 from sluice.profiler.sweep import Bench, explore
 from sluice.profiler.table import LatencyTable
+from sluice.runtime.runner import Session
 from tests.device import FINGERPRINT, FakeRunner, chain, staircase
 
 
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
-
-
-def test_the_fit_recovers_slope_and_intercept() -> None:
-    raw, megabytes = rng().uniform(0.2, 7.0, (2, 13))
-    assert fit_linear([raw, np.ones(13)], 0.91 * raw + 0.13) == pytest.approx([0.91, 0.13])
-    measured = 0.91 * raw + 0.13 + 0.05 * megabytes
-    assert fit_linear([raw, np.ones(13), megabytes], measured) == pytest.approx([0.91, 0.13, 0.05])
-
-
-def test_the_fit_minimises_the_relative_residual() -> None:
-    raw, measured = np.array([0.5, 1.0, 4.0, 9.0]), np.array([0.7, 1.1, 5.0, 9.5])
-
-    def loss(slope: float, intercept: float) -> float:
-        return float((((slope * raw + intercept) / measured - 1) ** 2).sum())
-
-    slope, intercept = fit_linear([raw, np.ones(4)], measured)
-    for ds, di in ((1e-3, 0), (-1e-3, 0), (0, 1e-3), (0, -1e-3)):
-        assert loss(slope + ds, intercept + di) > loss(slope, intercept)
-
-
-def test_the_left_out_error_is_honest() -> None:
-    """Each prediction ignores its own engine, so on noise the error exceeds the in-sample one."""
-    noise = rng().normal(0.0, 0.1, 9)
-    raw = np.linspace(1.0, 5.0, 9)
-    measured = raw * (1 + noise)
-    columns = [raw, np.ones(9)]
-    outside = left_out(columns, measured)
-    inside = sum(c * x for c, x in zip(fit_linear(columns, measured), columns, strict=True))
-    assert np.mean((outside / measured - 1) ** 2) > 1.2 * np.mean((inside / measured - 1) ** 2)
-    moved = measured.copy()
-    moved[4] *= 3.0
-    assert left_out(columns, moved)[4] == pytest.approx(outside[4])
-    assert left_out(columns, moved)[3] != pytest.approx(outside[3])
-
-
-def test_errors_by_hand() -> None:
-    found = errors(np.array([1.1, 1.8, 3.0, 4.4]), np.array([1.0, 2.0, 3.0, 4.0]))
-    assert found["median_abs_err"] == pytest.approx(0.1)
-    assert found["p95_abs_err"] == pytest.approx(0.1)
-    assert found["spearman"] == pytest.approx(1.0) and found["n"] == 4.0
-    found = errors(np.array([1.0, 1.0, 4.0, 3.0, 5.0]), np.array([1.0, 2.0, 4.0, 4.0, 5.0]))
-    assert found["median_abs_err"] == 0.0
-    assert found["p95_abs_err"] == pytest.approx(0.45)  # of 0, 0, 0, 0.25, 0.5
-    assert errors(np.array([2.0, 1.0, 3.0]), np.array([1.0, 2.0, 3.0]))["spearman"] == pytest.approx(0.5)
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=12))
-def test_the_rank_correlation_shares_ranks_as_scipy_does(pairs: list[tuple[int, int]]) -> None:
-    a, b = (np.array(side, dtype=float) for side in zip(*pairs, strict=True))
-    assume(len(np.unique(a)) > 1 and len(np.unique(b)) > 1)
-    assert rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic, abs=1e-12)
 
 
 def profiled(dissection: Dissection, bench: Bench) -> LatencyModel:
@@ -145,6 +90,74 @@ def test_engines_for_validation_stay_out_of_the_calibration() -> None:
         assert [(widths, m.ms) for widths, m in table.engines(key)] == list(zip(plans[:2], recorded, strict=True))
         engines = [cut_graph(dissection.model, dissection.analysis, dissection.masks(plan)) for plan in plans]
         assert found == pytest.approx([runner.ms(engine) for engine in engines])
+
+
+@pytest.mark.parametrize("truth", [1.5, 1.0, -0.4])
+def test_joints_that_save_more_than_was_measured_are_corrected(truth: float) -> None:
+    """They save ``truth`` times what the table says; where that is not even a saving, the table is left as it is."""
+    dissection = dissect(chain([26, 18]), 2)
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        bench = bench_on(table, FakeRunner(staircase(8)))
+        raw = profiled(dissection, bench)
+        knots = np.array([1.0, 9.0, 26.0])
+        joint = Term("j", (Extent((("conv0", 1),)),), (knots,), raw.dense_ms() * np.array([0.04, 0.1, 0.16]), -1.0)
+        raw = replace(raw, terms=(*raw.terms, joint))
+
+        def whole(widths: dict[str, int]) -> float:
+            return 0.9 * (raw.raw_ms(widths) + (1.0 - truth) * joint.at(widths)) + 0.01 * raw.dense_ms()
+
+        plans = [
+            {"conv0": int(a), "conv1": int(b)}
+            for a, b in zip(rng().permutation(26) + 1, [*range(1, 19), *range(1, 9)], strict=True)
+        ]
+        for plan in plans[:ENGINES]:
+            table.put_engine(model_key(dissection, raw), plan, Measurement(whole(plan), 0.01, 48, "thread_cpu"))
+        model = calibrate(dissection, raw, bench)
+        off = [model.ms(plan) / whole(plan) - 1.0 for plan in plans[ENGINES:]]
+        assert model.ms(plans[0]) == pytest.approx(model.intercept + model.slope * model.raw_ms(plans[0]))
+        corrected = next(term for term in model.terms if term.name == "j")
+        if truth == -0.4:
+            assert max(map(abs, off)) > 0.02 and (corrected.ms == joint.ms).all()
+        else:
+            assert max(map(abs, off)) < 0.01
+            assert corrected.ms == pytest.approx(truth * joint.ms, rel=0.05)
+
+
+def test_kinds_of_terms() -> None:
+    options = Options(
+        (RankOption("w", "channel"),), {"b|drop": Drop("b", ("w",))}, {"m": Merge(("w", "v"), (("w", "v"),))}
+    )
+    one = np.ones(())
+
+    def kind(weight: float, *when: str) -> str:
+        return _kind(Term("t", (), (), one, weight, when), options)
+
+    rank = options.ranks[0].switch
+    assert [kind(1.0), kind(1.0, "w|dense"), kind(1.0, rank), kind(1.0, "m")] == ["", "", "ranks", "merges"]
+    assert {kind(-1.0), kind(-1.0, rank, "w|dense"), kind(-1.0, "m")} == {"joints"}
+
+
+def test_engines_are_timed_together_as_far_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    dissection = dissect(chain([26, 18]), 2)
+    plans = [{"conv0": 3 + k, "conv1": 18 - k} for k in range(11)]
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        bench = bench_on(table, FakeRunner())
+        together: list[int] = []
+        time = Bench.time
+
+        def noted(self: Bench, sessions: Sequence[Session], rounds: int = 0) -> tuple[Measurement, ...]:
+            together.append(len(sessions))
+            return time(self, sessions, rounds)
+
+        monkeypatch.setattr(Bench, "time", noted)
+        everything = measure_engines(dissection, bench, plans)
+        assert together == [11]
+        sizes = [build_engine(dissection, plan).ByteSize() for plan in plans]
+        monkeypatch.setattr(calibrate_module, "AT_ONCE", sum(sizes[:4]))
+        assert measure_engines(dissection, bench, plans) == everything
+        assert together[1] == 4 and sum(together[1:]) == 11 and len(together) > 3
+        monkeypatch.setattr(calibrate_module, "AT_ONCE", 1)  # one engine must fit, whatever it takes
+        assert measure_engines(dissection, bench, plans[:2]) == everything[:2] and together[-2:] == [1, 1]
 
 
 def sites(**dense: int) -> LatencyModel:

@@ -1,0 +1,54 @@
+"""Where the pieces of a network lie in the engine that the runtime makes of the whole: what its compiler fused.
+
+A piece that shares a layer with others is timed apart and runs together; the joints and the calibration stand for the
+difference. So this is for reading, when a promise is worse than it should be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from sluice.errors import SluiceError
+from sluice.profiler.profile import Profile
+from sluice.runtime.tensorrt import TensorRtRunner
+from sluice.runtime.trt_inspect import Placement, owners, place_pieces
+
+__all__ = ["check_inspector", "place_profile", "placement_data", "placement_lines"]
+
+
+def check_inspector(target: str) -> None:
+    """Raises `SluiceError` for a target whose runtime does not tell what its engines are made of."""
+    if target != "tensorrt":
+        raise SluiceError(f"{target} does not tell the layers of its engines; leave out --layers, or use tensorrt")
+
+
+def place_profile(profile: Profile) -> Placement:
+    """The layers of the dense engine that hold each piece, by TensorRT's inspector.
+
+    Raises:
+        SluiceError: the target is not TensorRT, or the engine cannot be built here.
+    """
+    check_inspector(profile.target)
+    runner = profile.runner()
+    assert isinstance(runner, TensorRtRunner)
+    dissection = profile.dissection
+    deployed = profile.engine(dissection.model)
+    layers = runner.build(deployed, batch=dissection.batch).layers()
+    return place_pieces(layers, owners(deployed.graph, {p.name: p.model.graph for p in dissection.pieces}))
+
+
+def placement_data(placed: Placement) -> dict[str, Any]:
+    """For JSON."""
+    return asdict(placed)
+
+
+def placement_lines(placed: Placement) -> list[str]:
+    """For reading: every piece with its layers, and of each layer that it shares, with how many others."""
+    lines = [f"layers of the dense engine, by piece; {len(placed.shared)} are shared by several pieces"]
+    for piece, layers in placed.pieces.items():
+        told = [f"{n} (with {len(placed.shared[n]) - 1} more)" if n in placed.shared else n for n in layers]
+        lines.append(f"  {piece}: {', '.join(told) or 'no layer of its own'}")
+    if placed.own:
+        lines.append(f"  put in by the compiler: {', '.join(placed.own)}")
+    return lines
