@@ -4,12 +4,13 @@
    never does is not measured further.
 2. A merged run is offered if it takes less than the pieces it replaces, all widths dense; where layers are removed from
    it, as one convolution or as what is left of several, whichever is faster.
-3. Widths are thinned on the pieces of alternatives: `POINTS` or `FEW_POINTS` points per piece.
+3. Widths are thinned on the pieces of alternatives: `points_of` points per piece, more where they replace more.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 
 from sluice.onnx_file import buffers_of
@@ -24,11 +25,10 @@ from sluice.profiler.pieces import Dissection, Piece, anchor_weight
 from sluice.profiler.sweep import Bench, explore
 from sluice.profiler.variants import Alternatives, Shown, Variant, is_excluded, rank_layers, rank_variants
 
-__all__ = ["find_alternatives"]
+__all__ = ["find_alternatives", "points_of"]
 
 PAYS = 1.1
-POINTS = 16
-FEW_POINTS = 9  # of the many runs that could be merged
+POINTS = ((0.02, 9), (0.06, 16), (math.inf, 25))  # below this share of the dense cost, so many
 RANKS = 10  # of one form
 
 
@@ -68,6 +68,11 @@ def find_alternatives(
     return Alternatives(options, tuple(shown), hidden)
 
 
+def points_of(share: float) -> int:
+    """The most points of a piece that takes the place of layers with this share of the dense cost."""
+    return next(points for below, points in POINTS if share < below)
+
+
 def _without_weight(dissection: Dissection, block: Block) -> tuple[str, ...]:
     """Pieces of a branch that no weight tells from others: products of activations, as in attention."""
     own = set(block.own)
@@ -91,7 +96,8 @@ def _ranks(
         stair, most = explored[place.rank], PAYS * dense[layers[place.layers[0]].name]
         levels = tuple(rank for rank in stair.levels if stair.cost[rank] < most)
         if levels:
-            shown.append(Shown(place, cut, {**own, place.rank: Staircase(stair.cost, levels)}, POINTS))
+            points = points_of(dense[layers[place.layers[0]].name] / sum(dense.values()))
+            shown.append(Shown(place, cut, {**own, place.rank: Staircase(stair.cost, levels)}, points))
     _measure(shown, bench, tolerance)
     return shown
 
@@ -116,7 +122,7 @@ def _merges(
             ms = sum(bench.table.require(piece.key, extents).ms for piece, extents in points)
             replaced = sum(by_weight.get(weight, 0.0) for weight in place.layers)
             if ms < replaced and (place.switch not in best or ms < best[place.switch][0]):
-                best[place.switch] = (ms, Shown(place, cut, own, FEW_POINTS), site)
+                best[place.switch] = (ms, Shown(place, cut, own, points_of(replaced / sum(dense.values()))), site)
     paying = [(shown, site) for _, shown, site in best.values()]
     _measure([shown for shown, _ in paying], bench, joint_tolerance(dissection, bench.table))
     return paying

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -41,7 +42,7 @@ ENGINES = 14
 RESTRUCTURED = 48  # where not only widths vary
 FEWEST = 4  # engines that two coefficients can be fitted to with one left out
 ROUNDS = 48
-AT_ONCE = 2**30  # bytes of ONNX; a runtime takes two to three times as much
+AT_ONCE = 2**30  # bytes of ONNX and of `_working_bytes`; a runtime takes two to three times as much
 WORTH = 0.95
 STIFFNESS = 0.02 / 0.2  # of a gain
 TRAFFIC = "traffic_ms_per_mb"
@@ -90,12 +91,13 @@ def measure_engines(
 ) -> list[float]:
     """Milliseconds of whole engines (rule 5); kept in the table under the key ``record``."""
     found: list[float] = []
+    working = _working_bytes(dissection)
     while len(found) < len(plans):
         sessions: list[Session] = []
         size = 0
         for plan in plans[len(found) :]:
             engine = build_engine(dissection, plan, options)
-            size += engine.ByteSize()
+            size += engine.ByteSize() + working
             if sessions and size > AT_ONCE:
                 break
             sessions.append(bench.session(engine, part=False))
@@ -107,6 +109,14 @@ def measure_engines(
         bench.progress(len(found), len(plans))
         timing_cache.keep(bench.runner, bench.table)
     return found
+
+
+def _working_bytes(dissection: Dissection) -> int:
+    """What an engine holds beside its weights at the least: inputs and outputs of one node, where they are largest."""
+    shapes = dissection.analysis.shapes
+    moving = shapes.keys() - dissection.analysis.tensors.keys()
+    tensors = [{*node.input, *node.output} & moving for node in dissection.model.graph.node]
+    return 4 * max(sum(math.prod(shapes[name]) for name in names) for names in tensors)
 
 
 def calibrate(

@@ -1,20 +1,39 @@
-"""The points of a graph's pieces: grids over the levels of their groups, thinned where there would be too many."""
+"""The points of a graph's pieces: grids over the levels of their groups, thinned where there would be too many.
+
+1. Levels crowd where a group's cost is steep, which is mostly near its full width. So the values that stay are not
+   every other one, but those that leave the others nearest to the lines between them: the one that is furthest off the
+   group's known cost, in turn. `EVEN` times its distance to the next value counts as much, so that a wide gap is split.
+2. Sums of groups are measured at sums of the levels nearest to equal shares of the groups.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from sluice.profiler.pieces import Dissection, Piece
 from sluice.profiler.table import LatencyTable
 
-__all__ = ["MAX_GRID", "SUMS", "Staircase", "dense_ms", "dense_points", "knots_of", "piece_points", "thin", "totals"]
+__all__ = [
+    "MAX_GRID",
+    "SUMS",
+    "Staircase",
+    "dense_ms",
+    "dense_points",
+    "knots_of",
+    "piece_points",
+    "step_of",
+    "thin",
+    "totals",
+]
 
 MAX_GRID = 49
+EVEN = 0.2
 SUMS = 7
+PACK = 16  # bytes: four floats, eight halves; what kernels load at once
+ITEM = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # bytes of a value
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +68,13 @@ def knots_of(
     piece: Piece, dissection: Dissection, stairs: Mapping[str, Staircase], most: int = MAX_GRID
 ) -> list[list[int]]:
     """The values of every extent of a piece at which it is measured, at most ``most`` points if there are several."""
-    lists = [totals([g for g, _ in extent.coefs], dissection, stairs) for extent in piece.extents]
-    while len(lists) > 1 and int(np.prod([len(values) for values in lists])) > most:
-        longest = max(range(len(lists)), key=lambda k: len(lists[k]))
-        lists[longest] = [*thin(lists[longest], len(lists[longest]) - 1)]
-    return lists
+    names = [[group for group, _ in extent.coefs] for extent in piece.extents]
+    lists = [totals(groups, dissection, stairs) for groups in names]
+    counts = [len(values) for values in lists]
+    while len(lists) > 1 and math.prod(counts) > most:
+        counts[counts.index(max(counts))] -= 1
+    costs = [stairs[groups[0]].cost if len(groups) == 1 else {} for groups in names]
+    return [list(thin(values, count, cost)) for values, count, cost in zip(lists, counts, costs, strict=True)]
 
 
 def totals(names: Sequence[str], dissection: Dissection, stairs: Mapping[str, Staircase]) -> list[int]:
@@ -62,11 +83,35 @@ def totals(names: Sequence[str], dissection: Dissection, stairs: Mapping[str, St
         return list(stairs[names[0]].levels)
     shares = (k / (SUMS - 1) for k in range(SUMS))
     lists = [stairs[name].levels for name in names]
-    return sorted({sum(levels[round(share * (len(levels) - 1))] for levels in lists) for share in shares})
+    return sorted({sum(_nearest(levels, share * levels[-1]) for levels in lists) for share in shares})
 
 
-def thin(values: Sequence[int], count: int) -> tuple[int, ...]:
-    """``count`` of the values, ends included."""
+def step_of(size: int, precision: str) -> int:
+    """What the widths that are tried of a group of this size are multiples of (rule 1 of `sluice.profiler.sweep`)."""
+    step = PACK // ITEM[precision]
+    while step > 1 and 2 * step > size:
+        step //= 2
+    return step
+
+
+def _nearest(levels: Sequence[int], width: float) -> int:
+    return min(levels, key=lambda level: abs(level - width))
+
+
+def thin(values: Sequence[int], count: int, cost: Mapping[int, float] | None = None) -> tuple[int, ...]:
+    """``count`` of the increasing values, ends included, by rule 1; spread evenly where the cost is not known."""
     if len(values) <= count:
         return tuple(values)
-    return tuple(sorted({values[round(k * (len(values) - 1) / (count - 1))] for k in range(count)}))
+    curve = {v: cost[v] for v in values} if cost and cost.keys() >= set(values) else dict.fromkeys(values, 0.0)
+    height, width = max(curve.values()) - min(curve.values()) or 1.0, values[-1] - values[0]
+    chosen = {values[0], values[-1]}
+
+    def missed(value: int) -> float:
+        low, high = max(c for c in chosen if c < value), min(c for c in chosen if c > value)
+        share = (value - low) / (high - low)
+        off = abs(curve[value] - (1.0 - share) * curve[low] - share * curve[high])
+        return off / height + EVEN * min(value - low, high - value) / width
+
+    while len(chosen) < count:
+        chosen.add(max((value for value in values if value not in chosen), key=missed))
+    return tuple(sorted(chosen))

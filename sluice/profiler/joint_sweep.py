@@ -17,7 +17,7 @@ from sluice.profiler.pieces import Dissection
 from sluice.profiler.sweep import Bench
 from sluice.profiler.table import LatencyTable
 
-__all__ = ["explore_joints", "joint_batch", "joint_ms", "joint_points", "joint_sizes", "joint_tolerance"]
+__all__ = ["explore_joints", "joint_graph", "joint_ms", "joint_points", "joint_sizes", "joint_tolerance"]
 
 FEW = 5
 GAIN = 0.003
@@ -55,10 +55,9 @@ def joint_points(
     tolerance: float,
     tensors: Collection[str] | None = None,
 ) -> list[tuple[Joint, tuple[int, ...]]]:
-    """What is wanted of all joints, or those at ``tensors``, by what the table knows so far; at `joint_batch`."""
-    small = joint_batch(dissection)
+    """What is wanted of all joints, or those at ``tensors``, by what the table knows so far."""
     points: list[tuple[Joint, tuple[int, ...]]] = []
-    for joint in find_joints(small):
+    for joint in _joints(dissection):
         if tensors is not None and joint.tensor not in tensors:
             continue
         if joint.extent is None:
@@ -66,20 +65,29 @@ def joint_points(
             continue
         known = {extents[0]: found.ms for extents, found in table.points(joint.key).items()}
         values = totals([g for g, _ in joint.extent.coefs], dissection, stairs)
-        sizes, _ = joint_sizes(values, known.get, tolerance * small.batch / dissection.batch)
+        sizes, _ = joint_sizes(values, known.get, tolerance * joint_graph(joint, dissection).batch / dissection.batch)
         points += [(joint, (size,)) for size in sizes]
     return points
 
 
-def joint_batch(dissection: Dissection) -> Dissection:
-    """The graph at the batch that its joints are measured at (rule 2 of `sluice.profiler.joints`)."""
-    return dissection.small or dissection
+def joint_graph(joint: Joint, dissection: Dissection) -> Dissection:
+    """The graph at the batch that the joint is measured at (rules 1 and 2 of `sluice.profiler.joints`)."""
+    return dissection if joint.pair else dissection.small or dissection
+
+
+def _joints(dissection: Dissection) -> list[Joint]:
+    """All joints, each of the graph that it is measured in."""
+    at_batch = find_joints(dissection)
+    if dissection.small is None:
+        return list(at_batch)
+    small = {joint.tensor: joint for joint in find_joints(dissection.small)}
+    return [joint if joint.pair else small[joint.tensor] for joint in at_batch]
 
 
 def joint_ms(joint: Joint, dissection: Dissection, ms: float, call_ms: float) -> float:
-    """What the joint saves at the batch of the dissection, given ``ms`` at that of `joint_batch`."""
+    """What the joint saves at the batch of the dissection, given ``ms`` in `joint_graph`."""
     calls = joint.calls * call_ms
-    return (ms - calls) * dissection.batch / joint_batch(dissection).batch + calls
+    return (ms - calls) * dissection.batch / joint_graph(joint, dissection).batch + calls
 
 
 def explore_joints(
@@ -95,4 +103,6 @@ def explore_joints(
     while len(bench.table) != done:
         done = len(bench.table)
         points = joint_points(dissection, stairs, bench.table, tolerance, tensors)
-        bench.joints(joint_batch(dissection), [(joint, at) for joint, at in points if wanted(joint)])
+        points = [(joint, at) for joint, at in points if wanted(joint)]
+        bench.joints(dissection, [point for point in points if point[0].pair])
+        bench.joints(dissection.small or dissection, [point for point in points if not point[0].pair])

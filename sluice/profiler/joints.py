@@ -10,15 +10,28 @@ tensors that the pieces share stay borders, they have joints of their own. Input
 parts and in the whole (`sluice.profiler.sources`), so that all that differs is t. Sum over pieces minus sum over
 joints is the cluster expansion of the latency up to its second term.
 
-1. The parts are timed beside each other in one engine, which is one call instead of 1 + k, so
+1. A tensor with one consumer makes a *pair*: both parts are timed alone, each as the piece is that the sum counts, and
+   joined, so
+
+       J(t) = T(p) + T(c) - T(p and c joined at t) - T(sources of t)
+
+2. With several consumers the joined engine has more inputs and outputs than any layer of the network, and outgrows the
+   cache that one layer after the other lives in; all that it does then takes longer. Its parts are therefore timed
+   beside each other in one engine, which outgrows it as well and is one call instead of 1 + k,
 
        J(t) = T(p | c_1 | ... | c_k) - T(p and all c_i joined at t) - T(sources of t) + k * T(call)
 
-2. Where the batch is free, joints are measured at a quarter of it. What neighbours save beside the calls is work on t,
-   hence in proportion to the batch; but an engine of several pieces, each with inputs and outputs of its own, outgrows
-   the cache that one layer after the other in the whole network lives in, and all that it does then takes longer. For
-   ResNet-20 at batch 8 the promise was off by 3 to 4% in the median (95th percentile 10%) with joints at that batch,
-   by 1.7% (4.5%) with joints at batch 2.
+   and where the batch is free, at a quarter of it: what neighbours save beside the calls is work on t, hence in
+   proportion to the batch.
+
+Chains of three convolutions at batch 8 (one core with 2 MB of its own; what the joints of both tensors leave of the
+difference between the three alone and the chain, in percent of the chain):
+
+                                    1x1, depthwise 3x3, 1x1    1x1, ..., 1x1    3x3, 3x3, 3x3
+                                    96 channels, 28x28         192, 14x14       16, 28x28    64, 28x28
+    beside each other, batch 2      +29 to +50                 +22 to +37       +1 to +3     +2 to +3
+    beside each other, batch 8      -10 to +8                  -12 to +4        -10 to -8    0 to +1
+    alone, batch 8                  +5                         +15              +1           -1
 """
 
 from __future__ import annotations
@@ -54,6 +67,11 @@ class Joint:
     consumers: tuple[Piece, ...]
     calls: int
 
+    @property
+    def pair(self) -> bool:
+        """Rule 1."""
+        return len(self.consumers) == 1
+
 
 def find_joints(dissection: Dissection) -> tuple[Joint, ...]:
     readers: dict[str, list[Piece]] = {}
@@ -76,7 +94,8 @@ def find_joints(dissection: Dissection) -> tuple[Joint, ...]:
             key = hashlib.sha256(";".join(own).encode()).hexdigest()[:24]
             text = f"joint of {producer.description.split(' ->')[0]} with {len(consumers)} consumer(s)"
             sourced = has_source(dissection.analysis.shapes[tensor]) * sum(tensor in p.bare for p in consumers)
-            joints.append(Joint(tensor, f"j{key}", text, extent, producer, consumers, len(consumers) - sourced))
+            kind = "jp" if len(consumers) == 1 else "j"
+            joints.append(Joint(tensor, kind + key, text, extent, producer, consumers, len(consumers) - sourced))
     return tuple(joints)
 
 
@@ -95,16 +114,16 @@ def joint_widths(dissection: Dissection, joint: Joint, own: Mapping[str, int]) -
 
 def joint_models(
     dissection: Dissection, joint: Joint, widths: Mapping[str, int]
-) -> tuple[onnx.ModelProto, onnx.ModelProto, list[tuple[int, ...]]]:
-    """The parts beside each other, all of them joined at the tensor, and the shapes of the tensor's sources."""
+) -> tuple[tuple[onnx.ModelProto, ...], onnx.ModelProto, list[tuple[int, ...]]]:
+    """The parts (rule 1), or they beside each other (2); the pieces joined; shapes of the tensor's sources."""
     pieces = (joint.producer, *joint.consumers)
     bare = [build_piece(dissection, p, widths) for p in pieces]
     others = [[n for n in p.bare if n != joint.tensor] for p in pieces]
     whole = _join([add_sources(m, names)[0] for m, names in zip(bare, others, strict=True)], joint.tensor)
-    apart = _join([add_sources(m, p.bare)[0] for m, p in zip(bare, pieces, strict=True)])
+    parts = tuple(add_sources(m, p.bare)[0] for m, p in zip(bare, pieces, strict=True))
     own = [shape for m, p in zip(bare, pieces, strict=True) if joint.tensor in p.bare
            for shape in add_sources(m, [joint.tensor])[1]]  # fmt: skip
-    return apart, whole, own
+    return parts if joint.pair else (_join(parts),), whole, own
 
 
 def call_models() -> tuple[onnx.ModelProto, onnx.ModelProto]:

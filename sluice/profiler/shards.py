@@ -72,7 +72,7 @@ class Shard:
 WHOLE = Shard(1, 1)
 
 # What is expected to be measured behind a piece, of one form of its layer with the ranks, and of runs that may merge.
-JOINT_POINTS, FORM_POINTS, MERGE_POINTS = 4, 50, 9
+JOINT_POINTS, FORM_POINTS, MERGE_POINTS = 4, 50, 16
 
 
 Part = tuple[str, tuple[int, ...]]  # a kind of piece at its dense sizes

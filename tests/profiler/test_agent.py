@@ -71,7 +71,7 @@ def test_all_methods_without_any_other_package(tmp_path: Path, residual: onnx.Mo
     data = json.loads(done.stdout)
     assert data["least_ms"] is None and data["error"]["p95_abs_err"] < 0.05
     assert data["ranks"] and data["blocks"] == ["block1", "block2"] and data["merges"]
-    assert "profile: engines 24/24, took" in done.stderr
+    assert "profile: engines 48/48, took" in done.stderr
 
     again = on_device(tmp_path / "job.zip", "-o", "t.db", "--quiet")
     assert again.returncode == 0 and again.stderr == ""

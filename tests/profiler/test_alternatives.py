@@ -28,6 +28,7 @@ from sluice.passes.resolve import make_plan
 from sluice.passes.rewrite_onnx import rewrite_onnx
 from sluice.passes.sampling import random_configuration
 from sluice.profiler import profile as profile_module
+from sluice.profiler.calibrate import RESTRUCTURED
 from sluice.profiler.engine import build_engine, with_ranks_in_reach
 from sluice.profiler.profile import Profile, profile_onnx
 from sluice.runtime.compare import assert_close
@@ -143,7 +144,7 @@ def widths_of(profile: Profile, plan: Mapping[str, int]) -> dict[str, int]:
 def test_calibration_finds_nothing_to_mend() -> None:
     model = eight().latency
     assert model.slope == pytest.approx(1.0, abs=2e-3) and model.intercept == pytest.approx(0.0, abs=2e-3)
-    assert model.error["p95_abs_err"] < 2e-3 and model.error["n"] == 24
+    assert model.error["p95_abs_err"] < 2e-3 and model.error["n"] == RESTRUCTURED
 
 
 def test_a_narrowed_weight_has_no_more_ranks_than_its_smaller_side() -> None:
@@ -285,7 +286,7 @@ def test_a_profile_continues_its_table(tmp_path: Path) -> None:
     assert model_of(second) == model_of(eight())
     one = FakeRunner(EIGHT)  # a part of the methods needs only engines of its own
     profiled(one, ("filter", "block"), table=tmp_path / "t.db")
-    assert 0 < one.built <= 24
+    assert 0 < one.built <= RESTRUCTURED
 
 
 @pytest.mark.parametrize("share", [0.3, 0.8])
@@ -298,7 +299,7 @@ def test_a_kill_among_the_alternatives_loses_what_was_in_flight_only(share: floa
     again = FakeRunner(EIGHT)
     profiled(again, ("rank", "merge"), table=tmp_path / "t.db")
     assert 0 < again.built < whole.built
-    assert killed.built + again.built <= whole.built + 24
+    assert killed.built + again.built <= whole.built + RESTRUCTURED
 
 
 def test_an_engine_has_the_structure_of_its_plan() -> None:

@@ -9,14 +9,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sluice.passes.export import to_onnx
 from sluice.profiler.anchor import make_anchor
 from sluice.profiler.grids import dense_ms
-from sluice.profiler.joint_sweep import FEW, GAIN, explore_joints, joint_points, joint_sizes, joint_tolerance
+from sluice.profiler.joint_sweep import (
+    FEW,
+    GAIN,
+    explore_joints,
+    joint_graph,
+    joint_ms,
+    joint_points,
+    joint_sizes,
+    joint_tolerance,
+)
 from sluice.profiler.joints import find_joints
 from sluice.profiler.pieces import dissect
-from sluice.profiler.sweep import CALL_KEY, Bench, explore
+from sluice.profiler.sweep import Bench, explore
 from sluice.profiler.table import LatencyTable
 from tests.device import FINGERPRINT, FakeRunner, chain, staircase
+from tests.tiny import inputs, residual
 
 
 def sizes_of(values: list[int], saved: Callable[[int], float], tolerance: float) -> tuple[int, ...]:
@@ -82,4 +93,21 @@ def test_joints_that_are_not_wanted_are_left_to_others(tmp_path: Path) -> None:
         stairs = explore(dissection, bench)
         own, before = find_joints(dissection)[1], set(table.keys())
         explore_joints(dissection, stairs, bench, 1.0, wanted=lambda joint: joint.key == own.key)
-        assert set(table.keys()) - before == {own.key, CALL_KEY}
+        assert set(table.keys()) - before == {own.key}
+
+
+def test_only_joints_of_several_consumers_are_measured_at_a_part_of_the_batch() -> None:
+    dissection = dissect(to_onnx(residual(), inputs()), 8, small=True)
+    assert dissection.small is not None and dissection.small.batch == 2
+    rng = np.random.default_rng(0)
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        bench = Bench(table, FakeRunner(staircase(8)), make_anchor(table, FakeRunner(), rng), rng)
+        stairs = explore(dissection, bench)
+        explore_joints(dissection, stairs, bench, 1.0)
+        points = joint_points(dissection, stairs, table, 1.0)
+    full, small = ({joint.key for joint in find_joints(cut)} for cut in (dissection, dissection.small))
+    assert {joint.pair for joint, _ in points} == {True, False}
+    for joint, _ in points:
+        assert joint.key in (full if joint.pair else small)
+        assert joint_graph(joint, dissection) is (dissection if joint.pair else dissection.small)
+        assert joint_ms(joint, dissection, 0.25, 0.0) == pytest.approx(0.25 if joint.pair else 1.0)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sluice.profiler.anchor import make_anchor
-from sluice.profiler.grids import MAX_GRID, SUMS, Staircase, knots_of, piece_points, totals
+from sluice.profiler.grids import MAX_GRID, SUMS, Staircase, knots_of, piece_points, step_of, totals
 from sluice.profiler.joint_sweep import explore_joints, joint_tolerance
 from sluice.profiler.measure import CLEAN, PATIENCE, Anchor
 from sluice.profiler.pieces import Dissection, dissect
@@ -51,7 +51,7 @@ def test_edges_of_a_finer_staircase_with_a_penalty() -> None:
 
 def test_a_line_is_split_evenly() -> None:
     levels = stairs_of([50, 36], line)["conv0"].levels
-    assert (levels[0], levels[-1]) == (1, 50)
+    assert (levels[0], levels[-1]) == (4, 50)
     assert max(b - a for a, b in itertools.pairwise(levels)) <= 8
 
 
@@ -72,7 +72,9 @@ def test_a_width_that_costs_more_than_dense_is_not_offered() -> None:
 def test_levels_of_any_staircase(size: int, step: int, penalty: float) -> None:
     stairs = stairs_of([size, 5], staircase(step, penalty))["conv0"]
     assert len(stairs.cost) <= MAX_WIDTHS
-    assert min(stairs.cost) == 1 and max(stairs.cost) == size
+    pack = step_of(size, "fp32")
+    assert min(stairs.cost) == pack and max(stairs.cost) == size
+    assert all(width % pack == 0 or width == size for width in stairs.cost)
     assert stairs.levels[-1] == size and set(stairs.levels) <= set(stairs.cost)
     # No level is dominated, no known width that is left out would have been worth having.
     for width, cost in stairs.cost.items():
@@ -143,6 +145,33 @@ def test_a_sum_of_groups_is_measured_at_sums_of_levels() -> None:
     assert (found[0], found[-1]) == (12, 148) and len(found) == SUMS
     assert all(size % 4 == 0 for size in found) and found == sorted(found)
     assert totals(["conv1"], dissection, stairs) == list(stairs["conv1"].levels)
+
+
+@pytest.mark.parametrize(
+    ("size", "precision", "step"),
+    [
+        (64, "fp32", 4),
+        (64, "fp16", 8),
+        (64, "int8", 16),
+        (26, "int8", 8),
+        (7, "fp32", 2),
+        (3, "bf16", 1),
+        (1, "fp32", 1),
+    ],
+)
+def test_widths_are_tried_in_packs(size: int, precision: str, step: int) -> None:
+    assert step_of(size, precision) == step
+
+
+def test_a_layer_that_is_quick_alone_for_being_misaligned_is_not_offered() -> None:
+    """At its borders a piece is laid out plainly, as no multiple of four wants it; in the network nothing is."""
+
+    def alone(into: int, out: int, rest: float) -> float:
+        return 1e-6 * into * out * rest * math.prod(0.6 if width % 4 else 1.0 for width in (into, out))
+
+    for stairs in stairs_of([64, 30], alone).values():
+        *less, full = stairs.levels
+        assert len(less) > 2 and all(width % 4 == 0 for width in less) and full in (64, 30)
 
 
 def test_a_machine_that_is_never_quiet_is_not_waited_for_again_and_again() -> None:
