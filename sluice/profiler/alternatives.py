@@ -50,7 +50,7 @@ def find_alternatives(
         # Nothing would train the factors of a weight that nothing trained.
         refused = dict.fromkeys(layers.keys() & buffers_of(dissection.model), "is a buffer, not a parameter: no rank")
         layers = {weight: piece for weight, piece in layers.items() if weight not in refused}
-        for variant in rank_variants(dissection, layers):
+        for variant in rank_variants(dissection, layers, bench.table.fingerprint.precision):
             shown += _ranks(variant, layers, dense, stairs, bench, joint_tolerance(dissection, bench.table))
     if "block" in methods:
         found, _ = find_blocks(view_onnx(dissection.model))

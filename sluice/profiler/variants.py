@@ -4,7 +4,8 @@ What would take a layer's place is cut out of the user's own graph as well: the 
 that allows it in one form, at the largest rank worth measuring, and dissected like the dense one. The rank is then the
 width of one more axis group, and a factorised layer is two pieces of that graph and the joint between them.
 
-1. Only layers that matter (`SHARE` of the dense cost) have variants.
+1. Only layers that matter (`SHARE` of the dense cost) have variants. Their largest rank is the largest useful one that
+   is a multiple of what kernels load at once, as all ranks that are tried.
 2. The groups of a restructured graph are those of the dense one, found by the tensors they lie on.
 """
 
@@ -21,7 +22,7 @@ from sluice.passes.onnx_axes import attributes
 from sluice.passes.options import Options, RankOption, groups_on
 from sluice.passes.sites import module_of
 from sluice.plan import FORMS, Factorize
-from sluice.profiler.grids import Staircase
+from sluice.profiler.grids import Staircase, step_of
 from sluice.profiler.pieces import Dissection, Piece, anchor_weight, dissect
 from sluice.profiler.split import ANCHORS
 
@@ -97,12 +98,12 @@ def rank_layers(base: Dissection, dense_ms: Mapping[str, float], exclude: Sequen
     return found
 
 
-def rank_variants(base: Dissection, layers: Mapping[str, Piece]) -> list[Variant]:
+def rank_variants(base: Dissection, layers: Mapping[str, Piece], precision: str) -> list[Variant]:
     """One variant per form that any of the layers can take."""
     variants = []
     for form in FORMS:
         edits = [
-            Factorize(weight, form, _most(base, weight, piece, form))
+            Factorize(weight, form, _most(base, weight, piece, form, precision))
             for weight, piece in layers.items()
             if form in forms_of(base.analysis.tensors[weight])
         ]
@@ -145,9 +146,10 @@ def _flipped(base: Dissection) -> set[str]:
     }
 
 
-def _most(base: Dissection, weight: str, piece: Piece, form: str) -> int:
+def _most(base: Dissection, weight: str, piece: Piece, form: str, precision: str) -> int:
     anchor = next(n for n in piece.model.graph.node if n.op_type in ANCHORS)
     shapes = base.analysis.shapes
     into, out = shapes[anchor.input[0]], shapes[anchor.output[0]]
     areas = (math.prod(out[2:]), math.prod(into[2:])) if anchor.op_type == "Conv" else (1, 1)
-    return useful_rank(base.analysis.tensors[weight], form, out_area=areas[0], in_area=areas[1])
+    rank = useful_rank(base.analysis.tensors[weight], form, out_area=areas[0], in_area=areas[1])
+    return rank - rank % step_of(rank, precision)
