@@ -149,11 +149,10 @@ class Bench:
         asked = self.table.fingerprint
         return self.runner.build(typed(model, asked.precision, part=part, target=asked.runtime))
 
-    def time(self, sessions: Sequence[Session], rounds: int = ROUNDS) -> tuple[Measurement, ...]:
-        """All of them in turns, each at least ``rounds`` times."""
-        most, patience = max(rounds, self.waits.rounds), self.waits.patience
+    def time(self, sessions: Sequence[Session]) -> tuple[Measurement, ...]:
+        rounds, patience = self.waits.rounds, self.waits.patience
         found = measure(
-            sessions, min_rounds=rounds, max_rounds=most, patience=patience, anchor=self.anchor, rng=self.rng
+            sessions, min_rounds=ROUNDS, max_rounds=rounds, patience=patience, anchor=self.anchor, rng=self.rng
         )
         self.waits.in_vain = bool(found) and all(measured.spread > CLEAN for measured in found)
         clocks.keep(self.runner, self.table)

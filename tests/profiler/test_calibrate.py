@@ -145,11 +145,12 @@ def test_engines_are_timed_together_as_far_as_memory_allows(monkeypatch: pytest.
         together: list[int] = []
         time = Bench.time
 
-        def noted(self: Bench, sessions: Sequence[Session], rounds: int = 0) -> tuple[Measurement, ...]:
+        def noted(self: Bench, sessions: Sequence[Session]) -> tuple[Measurement, ...]:
             together.append(len(sessions))
-            return time(self, sessions, rounds)
+            return time(self, sessions)
 
         monkeypatch.setattr(Bench, "time", noted)
+        monkeypatch.setattr(calibrate_module, "PASSES", 1)
         everything = measure_engines(dissection, bench, plans)
         assert together == [11]
         working = 4 * 2 * 9 * 9 * (26 + 26)  # the first activation's input and output
@@ -159,6 +160,32 @@ def test_engines_are_timed_together_as_far_as_memory_allows(monkeypatch: pytest.
         assert together[1] == 4 and sum(together[1:]) == 11 and len(together) > 3
         monkeypatch.setattr(calibrate_module, "AT_ONCE", 1)  # one engine must fit, whatever it takes
         assert measure_engines(dissection, bench, plans[:2]) == everything[:2] and together[-2:] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("slow", "passes"), [((), 2), ((1.09,), 3), ((1.0, 1.09), 3), ((1.09, 1.05), 4), ((1.12, 1.09, 1.07, 1.05), 5)]
+)
+def test_engines_are_timed_again_until_two_passes_agree(
+    slow: tuple[float, ...], passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass is slow as a whole, or one engine in it is."""
+    done: list[float] = []
+
+    def one(self: Bench, sessions: Sequence[Session]) -> tuple[Measurement, ...]:
+        done.append(slow[len(done)] if len(done) < len(slow) else 1.0)
+        odd = 1.3 if len(done) == 1 else 1.0
+        ms = [done[-1] * session.sample(1) * (odd if k == 4 else 1.0) for k, session in enumerate(sessions)]
+        return tuple(Measurement(m, 0.01, 24, "thread_cpu") for m in ms)
+
+    dissection = dissect(chain([26, 18]), 2)
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        bench = bench_on(table, FakeRunner())
+        monkeypatch.setattr(Bench, "time", one)
+        plans = [{"conv0": 3 + k, "conv1": 18 - k} for k in range(11)]
+        found = measure_engines(dissection, bench, plans)
+        engines = [build_engine(dissection, plan) for plan in plans]
+    assert len(done) == passes
+    assert found == pytest.approx([FakeRunner().ms(engine) for engine in engines])
 
 
 def sites(**dense: int) -> LatencyModel:
