@@ -35,7 +35,7 @@ from sluice.profiler.engine import build_engine, with_ranks_in_reach
 from sluice.profiler.fit import errors, fit_linear, left_out, mean_error
 from sluice.profiler.measure import Measurement
 from sluice.profiler.pieces import Dissection, Piece, spread_widths, weight_bytes
-from sluice.profiler.sweep import Bench
+from sluice.profiler.sweep import ROUNDS, Bench
 from sluice.profiler.variants import Alternatives
 from sluice.runtime.runner import Session
 
@@ -44,7 +44,7 @@ __all__ = ["calibrate", "measure_engines", "missing_plans", "model_key"]
 ENGINES = 14
 RESTRUCTURED = 48  # where not only widths vary
 FEWEST = 4  # engines that two coefficients can be fitted to with one left out
-AGREE, PASSES = 0.015, 5
+AGREE, PASSES = 0.015, 4
 AT_ONCE = 2**30  # bytes of ONNX and of `_working_bytes`; a runtime takes two to three times as much
 WORTH = 0.95
 STIFFNESS = 0.02 / 0.2  # of a gain
@@ -116,9 +116,9 @@ def measure_engines(
 
 def _passes(bench: Bench, sessions: Sequence[Session]) -> list[Measurement]:
     """Rule 5."""
-    passes = [bench.time(sessions)]
+    passes = [bench.time(sessions, 2 * ROUNDS)]
     while len(passes) < PASSES:
-        passes.append(bench.time(sessions))
+        passes.append(bench.time(sessions, 2 * ROUNDS))
         ms = np.array([[m.ms for m in found] for found in passes])
         _, second, *_ = sorted(np.median(ms / ms.min(axis=0), axis=1))
         if second <= 1.0 + AGREE:

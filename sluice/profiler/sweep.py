@@ -149,8 +149,9 @@ class Bench:
         asked = self.table.fingerprint
         return self.runner.build(typed(model, asked.precision, part=part, target=asked.runtime))
 
-    def time(self, sessions: Sequence[Session]) -> tuple[Measurement, ...]:
-        rounds, patience = self.waits.rounds, self.waits.patience
+    def time(self, sessions: Sequence[Session], most: int = MAX_ROUNDS) -> tuple[Measurement, ...]:
+        """All of them in turns, `ROUNDS` to ``most`` rounds."""
+        rounds, patience = min(most, self.waits.rounds), self.waits.patience
         found = measure(
             sessions, min_rounds=ROUNDS, max_rounds=rounds, patience=patience, anchor=self.anchor, rng=self.rng
         )
