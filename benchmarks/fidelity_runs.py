@@ -2,7 +2,8 @@
 
 1. The weights are random, since the time of a network does not depend on them; CREPE's are not read either.
 2. Profiling is pieces, joints, alternatives and a calibration on engines of its own. Fresh plans are then drawn from
-   all that the solver may choose, and whole engines of them built and measured, interleaved.
+   all that the solver may choose, and whole engines of them built and measured, interleaved. A few of the calibration's
+   engines take their turns with them and say how much slower the machine is by now (`sluice.profiler.calibrate`, 6).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sluice.passes.export import to_onnx
 from sluice.passes.options import chosen_edits
 from sluice.passes.sampling import random_configuration
 from sluice.profiler.anchor import make_anchor
-from sluice.profiler.calibrate import measure_engines
+from sluice.profiler.calibrate import measure_engines, model_key
 from sluice.profiler.engine import with_ranks_in_reach
 from sluice.profiler.profile import profile_onnx
 from sluice.profiler.sweep import Bench
@@ -77,7 +78,8 @@ def perform(run: Run, folder: Path) -> Record:
     runner = profile.runner()
     with LatencyTable.open(table) as opened:
         bench = Bench(opened, runner, make_anchor(opened, runner, rng), rng)
-        measured = measure_engines(profile.dissection, bench, drawn, options)
+        known = opened.engines(model_key(profile.dissection, latency))
+        measured = measure_engines(profile.dissection, bench, drawn, options, known=known)
     outcomes = []
     for configuration, ms in zip(drawn, measured, strict=True):
         edits = chosen_edits(options, configuration)

@@ -18,7 +18,7 @@ from sluice.passes.decide import amplitude_losses, decide, least_ms
 from sluice.passes.precision import typed
 from sluice.passes.sampling import random_configuration
 from sluice.profiler.anchor import make_anchor
-from sluice.profiler.calibrate import measure_engines
+from sluice.profiler.calibrate import measure_engines, model_key
 from sluice.profiler.fit import errors
 from sluice.profiler.measure import measure
 from sluice.profiler.profile import Profile, profile_onnx
@@ -123,7 +123,8 @@ def fidelity(profile: Profile, table: Path, plans: int, seed: int = 1000) -> dic
     runner = profile.runner()
     with LatencyTable.open(table) as opened:
         bench = Bench(opened, runner, make_anchor(opened, runner, rng), rng)
-        measured = np.array(measure_engines(profile.dissection, bench, drawn))
+        known = opened.engines(model_key(profile.dissection, profile.latency))
+        measured = np.array(measure_engines(profile.dissection, bench, drawn, known=known))
     return {**errors(promised, measured), "promised_ms": promised.tolist(), "measured_ms": measured.tolist()}
 
 

@@ -30,6 +30,7 @@ from sluice import models
 from sluice.errors import SluiceError
 from sluice.passes.options import METHODS
 from sluice.profiler import profile as profile_module
+from sluice.profiler.calibrate import REFERENCES
 from tests import tiny
 from tests.device import FakeRunner, staircase
 
@@ -228,7 +229,7 @@ def test_promises_hold_where_times_add_up(
     assert simulated.built == engines
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
     assert called(tmp_path, "--threads", "1", "--seed", "2") == 0
-    assert simulated.built == engines + 9  # the plans, and nothing of the profile again
+    assert simulated.built == engines + 9 + REFERENCES  # the plans, and nothing of the profile again
     others = Store(tmp_path / "tables" / "runs").get(replace(run, seed=2))
     assert others is not None and {o.measured_ms for o in others.outcomes} != {o.measured_ms for o in kept.outcomes}
 
@@ -236,7 +237,9 @@ def test_promises_hold_where_times_add_up(
 def test_a_wrong_promise_shows(simulated: FakeRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole engines of random plans that take a quarter longer than their pieces: the figures must say so."""
     measured = fidelity_runs.measure_engines
-    monkeypatch.setattr(fidelity_runs, "measure_engines", lambda *given: [1.25 * ms for ms in measured(*given)])
+    monkeypatch.setattr(
+        fidelity_runs, "measure_engines", lambda *given, **more: [1.25 * ms for ms in measured(*given, **more)]
+    )
     assert called(tmp_path, "--threads", "1", "--methods", "filter") == 0
     (path,) = (tmp_path / "tables" / "runs").iterdir()
     found = Record.from_dict(json.loads(path.read_text()))

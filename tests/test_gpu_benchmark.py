@@ -22,6 +22,7 @@ from benchmarks.gpu_plot import staircase_plot, ticks
 from benchmarks.gpu_stages import FULL, SMALL
 from sluice.errors import SluiceError
 from sluice.profiler import profile as profile_module
+from sluice.profiler.calibrate import REFERENCES
 from sluice.runtime.compare import assert_close
 from tests.device import FakeRunner, chain, staircase
 
@@ -79,7 +80,7 @@ def test_a_wrong_promise_shows(simulated: FakeRunner, tmp_path: Path, monkeypatc
     """Whole engines of random plans that take a fifth longer than their pieces: the figures must say so."""
     measure_engines = gpu_stages.measure_engines
     monkeypatch.setattr(
-        gpu_stages, "measure_engines", lambda *arguments: [1.25 * ms for ms in measure_engines(*arguments)]
+        gpu_stages, "measure_engines", lambda *given, **more: [1.25 * ms for ms in measure_engines(*given, **more)]
     )
     assert called(tmp_path, "--target", "torch-cuda", "--batch", "2") == 0
     fidelity = written(tmp_path)["stages"]["fidelity resnet torch-cuda batch 2 fp32"]["result"]
@@ -157,7 +158,7 @@ def test_a_call_that_was_cut_off_loses_no_point(
     engines, half = simulated.built, written(tmp_path)["stages"][f"half {which}"]["result"]
     monkeypatch.setattr(gpu, "fidelity", fidelity)
     assert called(tmp_path, "--target", "torch-cuda", "--batch", "2") == 0
-    assert simulated.built - engines == SMALL.plans  # but for the plans all is in file and tables
+    assert simulated.built - engines == SMALL.plans + REFERENCES  # all else is in file and tables
     assert written(tmp_path)["stages"][f"half {which}"]["result"] == half
 
 

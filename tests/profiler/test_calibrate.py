@@ -188,6 +188,22 @@ def test_engines_are_timed_again_until_two_passes_agree(
     assert found == pytest.approx([FakeRunner().ms(engine) for engine in engines])
 
 
+def test_new_engines_are_given_in_the_time_of_the_known_ones() -> None:
+    """The machine is a tenth slower by now, for these engines though not for the anchor."""
+    dissection = dissect(chain([26, 18]), 2)
+    plans = [{"conv0": 3 + k, "conv1": 18 - k} for k in range(16)]
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        measure_engines(dissection, bench_on(table, FakeRunner()), plans[:9], record="net")
+        known = table.engines("net")
+        later = FakeRunner(slower=lambda ms: 1.1 * ms)
+        truth = [FakeRunner().ms(build_engine(dissection, plan)) for plan in plans]
+        bench = bench_on(table, later)
+        assert measure_engines(dissection, bench, plans[9:], known=known) == pytest.approx(truth[9:])
+        assert later.built == len(plans[9:]) + calibrate_module.REFERENCES
+        assert measure_engines(dissection, bench, plans[9:]) == pytest.approx([1.1 * ms for ms in truth[9:]])
+        assert measure_engines(dissection, bench, plans[9:], known=known[:1]) == pytest.approx(truth[9:])
+
+
 def sites(**dense: int) -> LatencyModel:
     return LatencyModel((), dense, {site: (value,) for site, value in dense.items()})
 
