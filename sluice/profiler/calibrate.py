@@ -13,8 +13,8 @@
    is turned upside down. It is then part of the terms' own tables, so that solver and training loss know of it.
 5. Whole engines are timed in turns, as many at once as memory allows: what other tenants do to the caches makes one ten
    seconds differ from the next by up to 5%, and one minute by up to 10%, which must not tell engines apart. They are
-   timed in passes, until two of those agree on the whole (`AGREE`) or there were `PASSES`; the figure is each engine's
-   lowest, since noise only ever adds.
+   timed in passes, until two in which the machine was quiet agree on the whole (`AGREE`) or there were `PASSES`; the
+   figure is each engine's lowest of quiet passes, since noise only ever adds, or else of all.
 6. Where engines of the network are known already, `REFERENCES` of them take their turns with the new ones, and the new
    figures are given in the time of the known ones: times the median of ``known / now``. As the anchor, but of the
    network's own kind: an hour that is 7% slower for MobileNetV2 may be none for the anchor.
@@ -36,7 +36,7 @@ from sluice.passes.sampling import random_configuration
 from sluice.profiler import timing_cache
 from sluice.profiler.engine import build_engine, with_ranks_in_reach
 from sluice.profiler.fit import errors, fit_linear, left_out, mean_error
-from sluice.profiler.measure import Measurement
+from sluice.profiler.measure import CLEAN, Measurement
 from sluice.profiler.pieces import Dissection, Piece, spread_widths, weight_bytes
 from sluice.profiler.sweep import ROUNDS, Bench
 from sluice.profiler.variants import Alternatives
@@ -138,11 +138,10 @@ def _passes(bench: Bench, sessions: Sequence[Session]) -> list[Measurement]:
     passes = [bench.time(sessions, 2 * ROUNDS)]
     while len(passes) < PASSES:
         passes.append(bench.time(sessions, 2 * ROUNDS))
-        ms = np.array([[m.ms for m in found] for found in passes])
-        _, second, *_ = sorted(np.median(ms / ms.min(axis=0), axis=1))
-        if second <= 1.0 + AGREE:
+        ms = np.array([[m.ms for m in found] for found in passes if any(m.spread <= CLEAN for m in found)])
+        if len(ms) > 1 and sorted(np.median(ms / ms.min(axis=0), axis=1))[1] <= 1.0 + AGREE:
             break
-    return [min(tries, key=lambda m: m.ms) for tries in zip(*passes, strict=True)]
+    return [min(tries, key=lambda m: (m.spread > CLEAN, m.ms)) for tries in zip(*passes, strict=True)]
 
 
 def _working_bytes(dissection: Dissection) -> int:

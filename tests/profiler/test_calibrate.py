@@ -188,6 +188,28 @@ def test_engines_are_timed_again_until_two_passes_agree(
     assert found == pytest.approx([FakeRunner().ms(engine) for engine in engines])
 
 
+def test_a_pass_on_a_busy_machine_counts_only_where_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The anchor's scale made the first too quick by a fifth."""
+    given = [(0.8, 0.25), (0.8, 0.25), (1.0, 0.01), (1.0, 0.01)]
+    done: list[float] = []
+
+    def one(self: Bench, sessions: Sequence[Session], most: int) -> tuple[Measurement, ...]:
+        factor, spread = given[len(done)]
+        done.append(factor)
+        return tuple(Measurement(factor * s.sample(1), spread, 24, "thread_cpu") for s in sessions)
+
+    dissection = dissect(chain([26, 18]), 2)
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        bench = bench_on(table, FakeRunner())
+        monkeypatch.setattr(Bench, "time", one)
+        plans = [{"conv0": 9, "conv1": 18}, {"conv0": 26, "conv1": 4}]
+        truth = [FakeRunner().ms(build_engine(dissection, plan)) for plan in plans]
+        assert measure_engines(dissection, bench, plans) == pytest.approx(truth) and len(done) == 4
+        given[2:] = given[:2]
+        done.clear()
+        assert measure_engines(dissection, bench, plans) == pytest.approx([0.8 * ms for ms in truth])
+
+
 def test_new_engines_are_given_in_the_time_of_the_known_ones() -> None:
     """The machine is a tenth slower by now, for these engines though not for the anchor."""
     dissection = dissect(chain([26, 18]), 2)
