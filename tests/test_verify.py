@@ -14,7 +14,7 @@ from sluice.profiler.profile import Profile, profile_onnx
 from sluice.verify import AIM, ENOUGH, ROUNDS, RUNS, Question, Settled, measure_configurations, measure_pair, settle
 from tests.device import Cost, FakeRunner, chain, line, staircase
 
-DENSE = chain([50, 36, 20], batch="N")
+DENSE = chain([62, 36, 20], batch="N")
 PROFILES: dict[Cost, Profile] = {}  # made once each
 
 
@@ -126,9 +126,9 @@ def test_what_no_engine_reaches_is_an_error(device: Device) -> None:
 
 
 def test_measuring_names_the_engines_in_order(device: Device) -> None:
-    dense, slim = measure_pair(device.profile, DENSE, chain([25, 18, 10], batch="N"))
-    assert (dense, slim) == pytest.approx((device.runner.ms(DENSE), device.runner.ms(chain([25, 18, 10], batch="N"))))
-    widths = [{"conv0": 25, "conv1": 18, "conv2": 10}, device.profile.latency.dense]
+    dense, slim = measure_pair(device.profile, DENSE, chain([31, 18, 10], batch="N"))
+    assert (dense, slim) == pytest.approx((device.runner.ms(DENSE), device.runner.ms(chain([31, 18, 10], batch="N"))))
+    widths = [{"conv0": 31, "conv1": 18, "conv2": 10}, device.profile.latency.dense]
     assert measure_configurations(device.profile, widths) == pytest.approx([slim, dense])
 
 
