@@ -101,7 +101,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 def profile(args: argparse.Namespace) -> int:
     """Measure, on this device, what the table does not know yet; with --pack, write a job that does so elsewhere."""
-    from sluice.profiler.placement import check_inspector, place_profile, placement_data, placement_lines
+    from sluice.profiler.placement import check_inspector, place_profile, placement_lines
     from sluice.profiler.profile import profile_onnx, profile_shard
     from sluice.profiler.shards import Shard
     from sluice.profiler.summary import profile_summary, shard_summary
@@ -110,6 +110,8 @@ def profile(args: argparse.Namespace) -> int:
         return _pack(args)
     if args.out or not args.table:
         args.wrong("give --table TABLE.db, or --pack with -o JOB.zip")
+    if args.layers and args.shard:
+        args.wrong("--layers is told of the whole network, --shard measures a share of it; leave out one of the two")
     shard = Shard.parse(args.shard) if args.shard else None
     settings = _settings(args)
     if args.layers:
@@ -121,7 +123,7 @@ def profile(args: argparse.Namespace) -> int:
     data, lines = profile_summary(measured, settings["methods"])
     if args.layers:
         placed = place_profile(measured)
-        data, lines = {**data, "layers": placement_data(placed)}, [*lines, *placement_lines(placed)]
+        data, lines = {**data, "layers": asdict(placed)}, [*lines, *placement_lines(placed)]
     return _print(args, data, lines)
 
 

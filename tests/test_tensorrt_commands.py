@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from sluice.profiler import clocks
 from sluice.profiler.fingerprint import Fingerprint
 from sluice.profiler.measure import Measurement
 from sluice.profiler.pieces import dissect
-from sluice.profiler.placement import check_inspector, place_profile, placement_data, placement_lines
+from sluice.profiler.placement import check_inspector, place_profile, placement_lines
 from sluice.profiler.profile import Profile
 from sluice.profiler.table import LatencyTable
 from sluice.profiler.timing_cache import NAME
@@ -85,7 +86,7 @@ def test_a_placement_for_people() -> None:
         "  c: no layer of its own",
         "  put in by the compiler: copy",
     ]
-    assert json.loads(json.dumps(placement_data(placed)))["shared"] == {"k1": ["a", "b"]}
+    assert json.loads(json.dumps(asdict(placed)))["shared"] == {"k1": ["a", "b"]}
 
 
 def test_other_runtimes_do_not_tell_their_layers(run: Run, tmp_path: Path) -> None:
@@ -96,6 +97,8 @@ def test_other_runtimes_do_not_tell_their_layers(run: Run, tmp_path: Path) -> No
     assert error.startswith("sluice: error: ort-cpu does not tell the layers of its engines") and not table.exists()
     with pytest.raises(SystemExit):
         run("profile tests.tiny:model --shape 3,9,9 --layers --pack -o", tmp_path / "job.zip")
+    with pytest.raises(SystemExit):
+        run("profile tests.tiny:model --shape 3,9,9 --layers --shard 1/2 --target tensorrt --table", table)
 
 
 def test_an_engine_is_timed_beside_the_file_it_came_from(trt: Any, run: Run, tmp_path: Path) -> None:

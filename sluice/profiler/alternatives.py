@@ -89,15 +89,15 @@ def _ranks(
 ) -> list[Shown]:
     cut = variant.dissection
     explored = explore(cut, bench, {p.rank for p in variant.places if p.rank}, most=RANKS)
-    own = _widths(cut, stairs)
+    own, total = _widths(cut, stairs), sum(dense.values())
     shown = []
     for place in variant.places:
         assert place.rank is not None
-        stair, most = explored[place.rank], PAYS * dense[layers[place.layers[0]].name]
-        levels = tuple(rank for rank in stair.levels if stair.cost[rank] < most)
+        stair, replaced = explored[place.rank], dense[layers[place.layers[0]].name]
+        levels = tuple(rank for rank in stair.levels if stair.cost[rank] < PAYS * replaced)
         if levels:
-            points = points_of(dense[layers[place.layers[0]].name] / sum(dense.values()))
-            shown.append(Shown(place, cut, {**own, place.rank: Staircase(stair.cost, levels)}, points))
+            now = {**own, place.rank: Staircase(stair.cost, levels)}
+            shown.append(Shown(place, cut, now, points_of(replaced / total)))
     _measure(shown, bench, tolerance)
     return shown
 
@@ -110,7 +110,7 @@ def _merges(
     bench: Bench,
 ) -> list[tuple[Shown, MergeSite]]:
     """Rule 2: every run at the dense widths first, and at others if that pays."""
-    by_weight = {anchor_weight(piece): dense[piece.name] for piece in dissection.pieces}
+    by_weight, total = {anchor_weight(piece): dense[piece.name] for piece in dissection.pieces}, sum(dense.values())
     best: dict[str, tuple[float, Shown, MergeSite]] = {}
     for variant, shelf in merge_variants(dissection, sites):
         cut = variant.dissection
@@ -122,7 +122,7 @@ def _merges(
             ms = sum(bench.table.require(piece.key, extents).ms for piece, extents in points)
             replaced = sum(by_weight.get(weight, 0.0) for weight in place.layers)
             if ms < replaced and (place.switch not in best or ms < best[place.switch][0]):
-                best[place.switch] = (ms, Shown(place, cut, own, points_of(replaced / sum(dense.values()))), site)
+                best[place.switch] = (ms, Shown(place, cut, own, points_of(replaced / total)), site)
     paying = [(shown, site) for _, shown, site in best.values()]
     _measure([shown for shown, _ in paying], bench, joint_tolerance(dissection, bench.table))
     return paying

@@ -1,7 +1,7 @@
 """A fixed small engine that takes part in every measurement, so that points measured at different times compare.
 
-A slow episode of the host that lasts longer than one call of `measure` slows the anchor as well; every time is scaled
-by ``quiet anchor time / anchor time now``. The quiet time is measured once, long, and kept in the table.
+It says which bursts count, and scales where a slow episode of the host outlasts a call
+(`sluice.profiler.measure`, rule 4). The quiet time is measured once, long, and kept in the table.
 """
 
 from __future__ import annotations

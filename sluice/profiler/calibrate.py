@@ -12,12 +12,12 @@
 4. A correction (2, 3) is kept only if it lowers the left-out error by a twentieth, the traffic is positive and no kind
    is turned upside down. It is then part of the terms' own tables, so that solver and training loss know of it.
 5. Whole engines are timed in turns, as many at once as memory allows: what other tenants do to the caches makes one ten
-   seconds differ from the next by up to 5%, and one minute by up to 10%, which must not tell engines apart. They are
-   timed in passes, until two in which the machine was quiet agree on the whole (`AGREE`) or there were `PASSES`; the
-   figure is each engine's lowest of quiet passes, since noise only ever adds, or else of all.
+   seconds differ from the next by up to 5%, which must not tell engines apart. They are timed in passes, until two in
+   which the machine was quiet agree on the whole (`AGREE`) or there were `PASSES`; the figure is each engine's lowest
+   of quiet passes, since noise only ever adds, or else of all.
 6. Where engines of the network are known already, `REFERENCES` of them take their turns with the new ones, and the new
    figures are given in the time of the known ones: times the median of ``known / now``. As the anchor, but of the
-   network's own kind: an hour that is 7% slower for MobileNetV2 may be none for the anchor.
+   network's own kind, which what shares a core slows in a measure of its own.
 """
 
 from __future__ import annotations
@@ -168,7 +168,12 @@ def calibrate(
         measure_engines(dissection, bench, plans, alternatives.options, known=known, record=key)
         known = bench.table.engines(key)
     plans, measured = [widths for widths, _ in known], np.array([m.ms for _, m in known])
-    raw = np.array([model.raw_ms(widths) for widths in plans])
+
+    def sums(terms: Sequence[Term]) -> np.ndarray:
+        of_these = replace(model, terms=tuple(terms))
+        return np.array([of_these.raw_ms(widths) for widths in plans])
+
+    raw = sums(model.terms)
     if len(raw) < FEWEST:
         # Nothing can be left out; the plain sum has seen no engine either.
         (slope,) = (float(c) for c in fit_linear([raw], measured))
@@ -176,10 +181,9 @@ def calibrate(
         bench.table.put_calibration(key, slope, 0.0, error)
         return model.calibrated(slope, 0.0, error)
     traffic = _traffic(dissection, model, alternatives)
-    by_kind = _by_kind(model, alternatives.options)
     base = {"slope": raw, "intercept": np.ones(len(raw))}
-    cache = {TRAFFIC: np.array([sum(t.on(widths) * t.at(widths) for t in traffic.values()) for widths in plans])}
-    kinds = {kind: np.array([_sum(terms, widths) for widths in plans]) for kind, terms in by_kind.items()}
+    cache = {TRAFFIC: sums(list(traffic.values()))}
+    kinds = {kind: sums(terms) for kind, terms in _by_kind(model, alternatives.options).items()}
     best = _fitted(base, measured)
     most = WORTH * mean_error(best.predicted, measured)
     for more in [cache, *([kinds, cache | kinds] if kinds else [])]:
@@ -233,10 +237,6 @@ def _kind(term: Term, options: Options) -> str:
 def _by_kind(model: LatencyModel, options: Options) -> dict[str, list[Term]]:
     found = {kind: [term for term in model.terms if _kind(term, options) == kind] for kind in KINDS}
     return {kind: terms for kind, terms in found.items() if terms}
-
-
-def _sum(terms: Sequence[Term], widths: Mapping[str, int]) -> float:
-    return sum(on * t.weight * t.at(widths) for t in terms if (on := t.on(widths)))
 
 
 def _traffic(dissection: Dissection, model: LatencyModel, alternatives: Alternatives) -> dict[str, Term]:

@@ -103,6 +103,4 @@ def explore_joints(
     while len(bench.table) != done:
         done = len(bench.table)
         points = joint_points(dissection, stairs, bench.table, tolerance, tensors)
-        points = [(joint, at) for joint, at in points if wanted(joint)]
-        bench.joints(dissection, [point for point in points if point[0].pair])
-        bench.joints(dissection.small or dissection, [point for point in points if not point[0].pair])
+        bench.joints([(joint_graph(joint, dissection), joint, at) for joint, at in points if wanted(joint)])

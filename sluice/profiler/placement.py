@@ -6,15 +6,12 @@ difference. So this is for reading, when a promise is worse than it should be.
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
-
 from sluice.errors import SluiceError
 from sluice.profiler.profile import Profile
 from sluice.runtime.tensorrt import TensorRtRunner
 from sluice.runtime.trt_inspect import Placement, owners, place_pieces
 
-__all__ = ["check_inspector", "place_profile", "placement_data", "placement_lines"]
+__all__ = ["check_inspector", "place_profile", "placement_lines"]
 
 
 def check_inspector(target: str) -> None:
@@ -36,11 +33,6 @@ def place_profile(profile: Profile) -> Placement:
     deployed = profile.engine(dissection.model)
     layers = runner.build(deployed, batch=dissection.batch).layers()
     return place_pieces(layers, owners(deployed.graph, {p.name: p.model.graph for p in dissection.pieces}))
-
-
-def placement_data(placed: Placement) -> dict[str, Any]:
-    """For JSON."""
-    return asdict(placed)
 
 
 def placement_lines(placed: Placement) -> list[str]:

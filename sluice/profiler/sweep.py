@@ -111,23 +111,23 @@ class Bench:
             self.table.put_many([(SOURCE_KEY, s, m) for s, m in zip(chunk, found, strict=True)])
         return {shape: self.table.require(SOURCE_KEY, shape).ms for shape in shapes}
 
-    def joints(self, dissection: Dissection, wanted: Sequence[tuple[Joint, tuple[int, ...]]]) -> None:
+    def joints(self, wanted: Sequence[tuple[Dissection, Joint, tuple[int, ...]]]) -> None:
         """Measure what is missing of (joint, extents): the parts and the pieces joined; their difference."""
-        todo = {(j.key, e): j for j, e in wanted if self.table.get(j.key, e) is None}
-        for joint in {j.key: j for j in todo.values()}.values():
-            self.table.describe(joint.key, joint.description)
+        todo = {(j.key, e): (cut, j) for cut, j, e in wanted if self.table.get(j.key, e) is None}
+        if todo:
+            self.table.describe_all({joint.key: joint.description for _, joint in todo.values()})
         points = list(todo.items())
         for start in range(0, len(points), BATCH_OF_JOINTS):
             chunk = points[start : start + BATCH_OF_JOINTS]
             built = [
-                joint_models(dissection, joint, joint_widths(dissection, joint, _joint_groups(dissection, joint, at)))
-                for (_, at), joint in chunk
+                joint_models(cut, joint, joint_widths(cut, joint, _joint_groups(cut, joint, at)))
+                for (_, at), (cut, joint) in chunk
             ]
             source_ms = self.sources([shape for *_, shapes in built for shape in shapes])
-            call_ms = 0.0 if all(joint.pair for _, joint in chunk) else self.call()
+            call_ms = 0.0 if all(joint.pair for _, (_, joint) in chunk) else self.call()
             found = iter(self.time([self.session(model) for parts, whole, _ in built for model in (*parts, whole)]))
             saved = []
-            for (point, joint), (parts, _, shapes) in zip(chunk, built, strict=True):
+            for (point, (_, joint)), (parts, _, shapes) in zip(chunk, built, strict=True):
                 own, whole = [next(found) for _ in parts], next(found)
                 calls = 0 if joint.pair else len(joint.consumers)
                 ms = sum(m.ms for m in own) + calls * call_ms - whole.ms - sum(source_ms[s] for s in shapes)
