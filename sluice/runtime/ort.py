@@ -4,7 +4,11 @@
    engine.
 2. One thread: all the work runs in the thread that calls, so the CPU time of that thread is the latency on an idle
    core, and the waiting for other processes does not count. More threads: wall time, the only clock that sees them all.
-3. Inputs are made up (`sluice.runtime.inputs`), subnormal numbers are flushed while timing (`sluice.runtime.flush`).
+3. Workers go on spinning after a run, for a second and more by default, and every session has its own: sessions that
+   take turns would find the cores busy with each other's. So a worker spins for `SPIN_US` here, longer than the gaps
+   between kernels, and a burst begins when those of the session before have stopped. Twelve copies of one engine of
+   0.12 ms in turns, two threads on two cores: median 0.217 ms with the default, 0.138 ms so; alone it is 0.127 ms.
+4. Inputs are made up (`sluice.runtime.inputs`), subnormal numbers are flushed while timing (`sluice.runtime.flush`).
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ __all__ = ["OrtRunner", "OrtSession", "missing"]
 
 # A coarser CPU-time clock (Windows counts in ticks of 15.6 ms) cannot time a burst of a few milliseconds.
 MAX_CLOCK_RESOLUTION_S = 1e-5
+SPIN_US = 100
 
 
 def missing() -> str:
@@ -82,19 +87,21 @@ class OrtRunner:
         """
         given = batch is not None or bool(feeds_shapes)
         shapes = static_shapes(model, batch, feeds_shapes or {}) if given else Shapes()
-        session = load_session(model, shapes, "CPUExecutionProvider", threads=self.threads)
-        return OrtSession(session, self.clock, shapes.inputs, place(model))
+        entries = {"session.intra_op.spin_duration_us": str(SPIN_US)} if self.threads > 1 else {}
+        session = load_session(model, shapes, "CPUExecutionProvider", threads=self.threads, entries=entries)
+        return OrtSession(session, self.clock, shapes.inputs, place(model), self.threads)
 
 
 class OrtSession:
     """One engine in ONNX Runtime on the CPU; made by `OrtRunner.build`."""
 
-    def __init__(self, session: Any, clock: Clock, shapes: Mapping[str, Dims], where: str) -> None:
+    def __init__(self, session: Any, clock: Clock, shapes: Mapping[str, Dims], where: str, threads: int = 1) -> None:
         self._session = session
         self._clock: Clock = clock
         self._now_ns = time.thread_time_ns if clock == "thread_cpu" else time.perf_counter_ns
         self._shapes = dict(shapes)
         self._where = where
+        self._settle_ns = 2000 * SPIN_US if threads > 1 else 0
         self._binding: Any = None
 
     @property
@@ -109,12 +116,15 @@ class OrtSession:
         """Milliseconds per inference of one burst on resident inputs.
 
         One inference goes before the clock starts: what other sessions left in the caches is theirs, while a deployed
-        engine finds its own weights there as far as they fit.
+        engine finds its own weights there as far as they fit. More of them go where other workers may spin (rule 3).
         """
         if self._binding is None:
             self._binding = self._bind()
         run, binding = self._session.run_with_iobinding, self._binding
+        settled = time.perf_counter_ns() + self._settle_ns
         run(binding)
+        while time.perf_counter_ns() < settled:
+            run(binding)
         with floating_point_mode(flush=True):
             start = self._now_ns()
             for _ in range(repeats):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sluice.errors import SluiceError
-from sluice.profiler.measure import RAMP_MS, Anchor, Measurement, measure
+from sluice.profiler.measure import CLEAN, PROBE, RAMP_MS, Anchor, Measurement, measure
 from sluice.runtime.runner import Clock
 
 
@@ -173,6 +173,48 @@ def test_bursts_stand_between_two_of_the_anchor() -> None:
     measure(sessions, rng=rng(), min_rounds=9, max_rounds=9, anchor=Anchor(Fake("*", 0.5, 0.0, journal), 0.5))
     turns = "".join(journal)[-(1 + 9 * 10) :]
     assert [place for place, name in enumerate(turns) if name == "*"] == list(range(0, 91, 5))
+
+
+class Stretches:
+    """A host whose sessions all take ``slow[t]`` times as long in its t-th stretch of 1,000 bursts, then 1."""
+
+    def __init__(self, *slow: float) -> None:
+        self.slow, self.bursts = slow, 0
+
+    def session(self, name: str, ms: float) -> Fake:
+        host = self
+
+        class Slowed(Fake):
+            def sample(self, repeats: int) -> float:
+                stretch, host.bursts = host.bursts // 1000, host.bursts + 1
+                self.slowdown = host.slow[stretch] if stretch < len(host.slow) else 1.0
+                return super().sample(repeats)
+
+        session = Slowed(name, ms)
+        session.clock = "wall"
+        return session
+
+
+def test_calls_on_a_busy_machine_are_done_again() -> None:
+    """The anchor is quick when a call begins, all are slow soon after; nothing is scaled."""
+    host = Stretches(1.0, 1.2, 1.3)
+    sessions = [host.session(name, ms) for name, ms in (("a", 0.6), ("b", 7.0))]
+    anchor = Anchor(host.session("*", 0.5), 0.5, "calls")
+    host.bursts = 500
+    found = measure(sessions, rng=rng(), anchor=anchor, min_rounds=400, max_rounds=400)
+    assert [m.ms for m in found] == pytest.approx([0.6, 7.0]) and all(m.spread < 0.01 for m in found)
+
+
+@pytest.mark.parametrize("probes", [0, 1, 12])
+def test_a_call_that_was_never_calm_says_so(probes: int) -> None:
+    """It is waited for a calm machine, then the call is made once."""
+    host = Stretches(*[1.2] * 100)
+    session, own = host.session("a", 0.6), host.session("*", 0.5)
+    anchor = Anchor(own, 0.5, "calls")
+    (found,) = measure([session], rng=rng(), anchor=anchor, patience=probes * PROBE, min_rounds=40, max_rounds=40)
+    assert found.ms == pytest.approx(0.72) and found.spread == pytest.approx(CLEAN + 0.2)
+    assert found.samples == session.repeats.count(1) - 1 == 40  # one of them was for warming up
+    assert sum(repeats == 1 for repeats in own.repeats) == 40 + 1 + probes * (PROBE + 1)
 
 
 def test_nothing_to_measure() -> None:
