@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sluice.profiler.measure import Anchor, measure
 from sluice.profiler.table import LatencyTable
-from sluice.runtime.runner import Runner
+from sluice.runtime.runner import Runner, Session
 
 __all__ = ["anchor_model", "anchor_of", "make_anchor"]
 
@@ -39,19 +39,19 @@ def anchor_model() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def anchor_of(runner: Runner, ms: float, threads: int) -> Anchor:
-    """The anchor engine with its quiet time in milliseconds."""
-    return Anchor(runner.build(anchor_model()), ms, "bursts" if threads == 1 else "calls")
+def anchor_of(session: Session, ms: float, threads: int) -> Anchor:
+    """The anchor of engines with ``threads`` threads: `anchor_model`'s session and its quiet time in milliseconds."""
+    return Anchor(session, ms, "bursts" if threads == 1 else "calls")
 
 
 def make_anchor(table: LatencyTable, runner: Runner, rng: np.random.Generator) -> Anchor:
     """The anchor engine with the quiet time that the table knows, or that is measured now and recorded."""
-    threads, known = table.fingerprint.threads, table.get(KEY, ())
+    session, threads = runner.build(anchor_model()), table.fingerprint.threads
+    known = table.get(KEY, ())
     if known is None:
-        session = runner.build(anchor_model())
         times = TRIES if threads == 1 else 4 * TRIES
         tries = [measure([session], min_rounds=1000, max_rounds=1000, rng=rng)[0] for _ in range(times)]
         known = min(tries, key=lambda m: m.ms)
         table.put(KEY, (), known)
         table.describe(KEY, "reference engine measured along with every point")
-    return anchor_of(runner, known.ms, threads)
+    return anchor_of(session, known.ms, threads)
