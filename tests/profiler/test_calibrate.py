@@ -211,6 +211,32 @@ def test_a_pass_on_a_busy_machine_counts_only_where_there_is_no_other(monkeypatc
         assert measure_engines(dissection, bench, plans) == pytest.approx([0.8 * ms for ms in truth])
 
 
+def test_a_kill_costs_one_pass_over_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But what a busy machine showed is not kept before the last pass: it would be taken for known."""
+    spreads = [0.25, 0.01]
+
+    def one(self: Bench, sessions: Sequence[Session], most: int) -> tuple[Measurement, ...]:
+        if not spreads:
+            raise KeyboardInterrupt
+        spread = spreads.pop(0)
+        return tuple(Measurement((1.0 + spread) * s.sample(1), spread, 24, "thread_cpu") for s in sessions)
+
+    dissection = dissect(chain([26, 18]), 2)
+    plans = [{"conv0": 9, "conv1": 18}, {"conv0": 26, "conv1": 4}]
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        bench = bench_on(table, FakeRunner())
+        monkeypatch.setattr(Bench, "time", one)
+        with pytest.raises(KeyboardInterrupt):
+            measure_engines(dissection, bench, plans, record="net")
+        kept = {tuple(widths.items()): m.ms for widths, m in table.engines("net")}
+        truth = {tuple(plan.items()): FakeRunner().ms(build_engine(dissection, plan)) for plan in plans}
+        assert kept == {plan: pytest.approx(1.01 * ms) for plan, ms in truth.items()}
+        spreads.append(0.25)
+        with pytest.raises(KeyboardInterrupt):
+            measure_engines(dissection, bench, plans, record="other")
+        assert table.engines("other") == []
+
+
 def test_new_engines_are_given_in_the_time_of_the_known_ones() -> None:
     """The machine is a tenth slower by now, for these engines though not for the anchor."""
     dissection = dissect(chain([26, 18]), 2)
