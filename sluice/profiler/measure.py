@@ -18,8 +18,8 @@
    since what shares a core slows one kernel and not another: in one episode the anchor took 1.42 times as long, a
    convolution of 15 to 16 channels 1.73 times, a 64x1 convolution 1.09 times.
 5. Where several threads compute, by wall time, a burst says nothing of the one beside it: each waits for its threads
-   in its own way. What shares the cores shows over seconds, and then in the lowest tenth as well: convolutions slower
-   by 3 to 12%, small ones by up to 30%. So the anchor that ``judges`` calls is one more session, and a call in which
+   in its own way. What shares the cores shows over seconds, and then in the lowest tenth as well: most convolutions
+   were slower by up to 12%, some by half. So the anchor that ``judges`` calls is one more session, and a call in which
    its own figure is more than `CALM` above the one from before is done again, as often as there is patience; it
    begins once the anchor alone is that quick. The lowest figure of all calls counts; nothing is scaled.
 6. An accelerator raises its clock under load only. So before a call the first session runs for `RAMP_MS`, whatever

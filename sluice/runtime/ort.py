@@ -7,7 +7,8 @@
 3. Workers go on spinning after a run, for a second and more by default, and every session has its own: sessions that
    take turns would find the cores busy with each other's. So a worker spins for `SPIN_US` here, longer than the gaps
    between kernels, and a burst begins when those of the session before have stopped. Twelve copies of one engine of
-   0.12 ms in turns, two threads on two cores: median 0.217 ms with the default, 0.138 ms so; alone it is 0.127 ms.
+   0.12 ms in turns, two threads on two cores, in one run: median 0.217 ms and 9.0 s in all with the default, 0.188 ms
+   and 1.8 s so; alone it is 0.127 ms.
 4. Inputs are made up (`sluice.runtime.inputs`), subnormal numbers are flushed while timing (`sluice.runtime.flush`).
 """
 

@@ -133,7 +133,6 @@ def test_the_clock_follows_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert OrtRunner(1).clock == "wall"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="counts the threads of the process in /proc")
 def test_workers_of_the_session_before_have_stopped_when_a_burst_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     """They spin for as long as they were told, and a burst begins only after twice as long."""
     entry = "session.intra_op.spin_duration_us"
@@ -142,29 +141,26 @@ def test_workers_of_the_session_before_have_stopped_when_a_burst_begins(monkeypa
     with pytest.raises(RuntimeError):
         one._session.get_session_options().get_session_config_entry(entry)
 
-    now = 0.0  # microseconds; every look at the clock, and every inference, takes some
-
-    def tick(step: float) -> int:
-        nonlocal now
-        now += step
-        return int(1000 * now)
+    now = 0.0  # microseconds; only an inference takes any
 
     class Counted:
         done: ClassVar[list[float]] = []
 
         def run_with_iobinding(self, binding: object) -> None:
+            nonlocal now
             self.done.append(now)
-            tick(30)
+            now += 30
 
-    monkeypatch.setattr(ort_module.time, "perf_counter_ns", lambda: tick(0))
+    monkeypatch.setattr(ort_module.time, "perf_counter_ns", lambda: int(1000 * now))
     for session, before in ((one, 1), (two, 7)):
         session._binding, session._session = object(), Counted()
-        session._now_ns = lambda: tick(0)
+        session._now_ns = lambda: int(1000 * now)
         now, Counted.done = 0.0, []
         assert session.sample(5) == pytest.approx(0.03)
         assert len(Counted.done) == before + 5
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the threads of the process in /proc")
 def test_one_thread_starts_no_other() -> None:
     """The premise of timing the calling thread alone."""
     assert OrtRunner(1).clock == "thread_cpu"
