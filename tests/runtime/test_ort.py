@@ -143,6 +143,9 @@ def test_workers_of_the_session_before_have_stopped_when_a_burst_begins(monkeypa
 
     now = 0.0  # microseconds; only an inference takes any
 
+    def clock() -> int:
+        return int(1000 * now)
+
     class Counted:
         done: ClassVar[list[float]] = []
 
@@ -151,10 +154,10 @@ def test_workers_of_the_session_before_have_stopped_when_a_burst_begins(monkeypa
             self.done.append(now)
             now += 30
 
-    monkeypatch.setattr(ort_module.time, "perf_counter_ns", lambda: int(1000 * now))
+    monkeypatch.setattr(ort_module.time, "perf_counter_ns", clock)
     for session, before in ((one, 1), (two, 7)):
         session._binding, session._session = object(), Counted()
-        session._now_ns = lambda: int(1000 * now)
+        session._now_ns = clock
         now, Counted.done = 0.0, []
         assert session.sample(5) == pytest.approx(0.03)
         assert len(Counted.done) == before + 5
