@@ -5,7 +5,7 @@
 
 1. The table is made, from what the job knows already, or continued. Running the same command again after a kill goes
    on from there; what was lost is the batch in flight, points or at last whole engines, timed in turns and so ending
-   together: seconds of work on points, one pass over the engines, 10 to 60 seconds where the machine is quiet.
+   together: seconds of work on points, one pass over the engines, or all of them where the machine was never quiet.
 2. ``--shard 2/8`` measures one share of it (`sluice.profiler.shards`).
 3. The summary goes to standard output, progress and errors to standard error. Exit status 0: done; 1: a mistake of the
    user's, told in one sentence; 2: wrong usage.
