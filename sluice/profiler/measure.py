@@ -141,8 +141,8 @@ def measure(
     Every session is warmed up for ``warmup_ms``, then takes part in ``min_rounds`` to ``max_rounds`` rounds of one
     burst of at least ``burst_ms`` each (or one inference), until `LEAST` of its bursts are clean (without an anchor all
     are) and its spread is at most ``target_spread``. ``patience`` is the number of the anchor's bursts that the call
-    may wait for the machine to be quiet (rule 5: a call takes `PATIENCE_PER_CALL`). A burst costs twice its time, since an inference precedes it, and the anchor's
-    turns come on top.
+    may wait for the machine to be quiet (rule 5: a call takes `PATIENCE_PER_CALL`). A burst costs twice its time, since
+    an inference precedes it, and the anchor's turns come on top.
     Raises `SluiceError` where the sessions or the anchor do not share one clock, or a session's time is not positive.
     """
     if not 1 <= min_rounds <= max_rounds:
