@@ -1,7 +1,9 @@
 """Joints: what neighbours save when they run together.
 
-A piece alone pays for its borders: its output is laid out for the caller, its input laid out for its kernels, a call
-is made. For a tensor t between its producer p and its consumers c_1 ... c_k
+A piece alone pays for a call, and for its borders: where the runtime cannot time it without changes of layout there
+(`sluice.runtime.runner`, 6), its output is laid out for the caller, its input for its kernels. And where neighbours
+want different layouts, it is between them that it changes. For a tensor t between its producer p and its consumers
+c_1 ... c_k
 
     J(t) = T(p) + sum_i T(c_i) - T(p and all c_i joined at t)
 
@@ -24,8 +26,12 @@ joints is the cluster expansion of the latency up to its second term.
    and where the batch is free, at a quarter of it: what neighbours save beside the calls is work on t, hence in
    proportion to the batch.
 
-Chains of three convolutions at batch 8 (one core with 2 MB of its own; what the joints of both tensors leave of the
-difference between the three alone and the chain, in percent of the chain):
+3. Where the runtime tells that the pieces joined run the very kernels that they run apart (less the sources of t), they
+   save their calls, and nothing is timed. That is the rule where borders are free; what is left to be timed is where
+   layouts change, or an addition is fused into another convolution.
+
+Chains of three convolutions at batch 8, with changes of layout at all borders (one core with 2 MB of its own; what the
+joints of both tensors leave of the difference between the three alone and the chain, in percent of the chain):
 
                                     1x1, depthwise 3x3, 1x1    1x1, ..., 1x1    3x3, 3x3, 3x3
                                     96 channels, 28x28         192, 14x14       16, 28x28    64, 28x28

@@ -31,6 +31,7 @@ from sluice.profiler.shapes import static_graph
 from sluice.profiler.split import ANCHORS, Part, anchored_pads, split
 
 FEWER = 4
+SCHEME = 2  # of how a piece is timed; those of another one never meet
 
 __all__ = [
     "Dissection",
@@ -248,7 +249,7 @@ def _describe(
 
     rename = {name: f"i{k}" for k, name in enumerate(inputs)}
     initial = {init.name: init for init in graph.initializer}
-    lines: list[object] = [[size(name) for name in inputs]]
+    lines: list[object] = [SCHEME, [size(name) for name in inputs]]
     for index, node in enumerate(graph.node):
         operands = [rename.get(n) or _constant_text(initial, n) for n in node.input]
         own = {k: repr(v) for k, v in sorted(attributes(node).items())}

@@ -4,10 +4,9 @@
    widths dense. The interval with the largest difference between its ends is split, at the roundest number near its
    middle, until no interval spans more than `GAIN` of the dense cost, or a sixteenth of the width, or
    `MAX_WIDTHS` are known. Only multiples of what kernels load at once are tried, 16 bytes (four floats, eight halves),
-   less in narrow groups, and the full width. Alone a layer of 19 channels is quick: it takes another kernel, which
-   wants the plain layout that a piece has at its borders anyway. In the network all that is around it is laid out in
-   blocks, and it costs two changes of layout: plans of MobileNetV2 with such widths took up to a quarter longer than
-   their pieces and joints told.
+   less in narrow groups, and the full width. A layer of 19 channels takes another kernel, which wants the plain layout,
+   while all that is around it is laid out in blocks: plans of MobileNetV2 with such widths took up to a quarter longer
+   than their pieces and joints told.
 2. *Levels*: a width is worth having if no larger width costs as little. These are what the solver may choose.
 3. *Grid*: every piece on the product of the levels of its extents (thinned where the product would be large).
 4. *Joints* as `sluice.profiler.joint_sweep` says.
@@ -18,7 +17,8 @@ Every finished batch of points is committed; what the table already knows is not
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -42,8 +42,8 @@ MAX_WIDTHS = 14
 BATCH_OF_SESSIONS = 24
 BATCH_OF_JOINTS = 8
 ROUNDS, MAX_ROUNDS = 24, 160
-SOURCE_KEY = "source-v1"
-CALL_KEY = "call-v1"  # what an engine with nothing to do takes
+SOURCE_KEY = "source-v2"
+CALL_KEY = "call-v2"  # what an engine with nothing to do takes
 Progress = Callable[[int, int], None]  # (points done, points known to be needed)
 
 
@@ -112,7 +112,10 @@ class Bench:
         return {shape: self.table.require(SOURCE_KEY, shape).ms for shape in shapes}
 
     def joints(self, wanted: Sequence[tuple[Dissection, Joint, tuple[int, ...]]]) -> None:
-        """Measure what is missing of (joint, extents): the parts and the pieces joined; their difference."""
+        """Find what is missing of (joint, extents): the parts and the pieces joined are timed; their difference.
+
+        What follows from the kernels (`sluice.profiler.joints`, 3) is kept as a point of no samples.
+        """
         todo = {(j.key, e): (cut, j) for cut, j, e in wanted if self.table.get(j.key, e) is None}
         if todo:
             self.table.describe_all({joint.key: joint.description for _, joint in todo.values()})
@@ -123,18 +126,29 @@ class Bench:
                 joint_models(cut, joint, joint_widths(cut, joint, _joint_groups(cut, joint, at)))
                 for (_, at), (cut, joint) in chunk
             ]
-            source_ms = self.sources([shape for *_, shapes in built for shape in shapes])
-            call_ms = 0.0 if all(joint.pair for _, (_, joint) in chunk) else self.call()
-            found = iter(self.time([self.session(model) for parts, whole, _ in built for model in (*parts, whole)]))
-            saved = []
-            for (point, (_, joint)), (parts, _, shapes) in zip(chunk, built, strict=True):
-                own, whole = [next(found) for _ in parts], next(found)
+            engines = [[self.session(model) for model in (*parts, whole)] for parts, whole, _ in built]
+            call_ms, saved, timed = self.call(), [], []
+            for (point, (_, joint)), own, (*_, shapes) in zip(chunk, engines, built, strict=True):
+                if self._as_apart(own, shapes):
+                    saved.append((*point, Measurement(joint.calls * call_ms, 0.0, 0, self.runner.clock)))
+                else:
+                    timed.append((point, joint, own, shapes))
+            source_ms = self.sources([shape for *_, shapes in timed for shape in shapes])
+            found = iter(self.time([session for _, _, own, _ in timed for session in own]) if timed else ())
+            for point, joint, own, shapes in timed:
+                *parts, whole = [next(found) for _ in own]
                 calls = 0 if joint.pair else len(joint.consumers)
-                ms = sum(m.ms for m in own) + calls * call_ms - whole.ms - sum(source_ms[s] for s in shapes)
-                saved.append((*point, replace(whole, ms=ms, spread=max(m.spread for m in (*own, whole)))))
+                ms = sum(m.ms for m in parts) + calls * call_ms - whole.ms - sum(source_ms[s] for s in shapes)
+                saved.append((*point, replace(whole, ms=ms, spread=max(m.spread for m in (*parts, whole)))))
             self.table.put_many(saved)
             self.progress(start + len(chunk), len(points))
             timing_cache.keep(self.runner, self.table)
+
+    def _as_apart(self, engines: Sequence[Session], shapes: Sequence[tuple[int, ...]]) -> bool:
+        """Does the last engine run the kernels of the others, less those of sources of these ``shapes``?"""
+        *parts, whole = [_kernels(engine) for engine in engines]
+        sources = [_kernels(self.session(source_model(shape))) for shape in shapes]
+        return bool(whole) and sum(parts, Counter()) == sum(sources, whole)
 
     def call(self) -> float:
         """Milliseconds that an inference costs beside what its operators do, measured once and kept."""
@@ -147,7 +161,8 @@ class Bench:
     def session(self, model: onnx.ModelProto, *, part: bool = True) -> Session:
         """The engine of a part of a network, or of a whole one, in the precision of the table."""
         asked = self.table.fingerprint
-        return self.runner.build(typed(model, asked.precision, part=part, target=asked.runtime))
+        build = getattr(self.runner, "build_part", self.runner.build) if part else self.runner.build
+        return build(typed(model, asked.precision, part=part, target=asked.runtime))
 
     def time(self, sessions: Sequence[Session], most: int = MAX_ROUNDS) -> tuple[Measurement, ...]:
         """All of them in turns, `ROUNDS` to ``most`` rounds."""
@@ -182,6 +197,11 @@ def explore(
                 known[group][w] = sum(bench.table.require(p.key, _at(p, group, w, dense)).ms for p in pieces_of[group])
         asked = {group: _next_widths(known[group], most, step[group]) for group in known}
     return {group: Staircase(known[lead[kind]], _levels(known[lead[kind]])) for group, kind in kinds.items()}
+
+
+def _kernels(session: Session) -> Counter[Hashable]:
+    """What the engine of a part runs, nothing where the runtime does not tell."""
+    return getattr(session, "kernels", None) or Counter()
 
 
 def _distinct(pieces: Sequence[Piece], group: str) -> list[Piece]:

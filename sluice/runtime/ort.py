@@ -9,13 +9,15 @@
    between kernels, and a burst begins when those of the session before have stopped. Twelve copies of one engine of
    0.12 ms in turns, two threads on two cores, in one run: median 0.217 ms and 9.0 s in all with the default, 0.188 ms
    and 1.8 s so; alone it is 0.127 ms.
-4. Inputs are made up (`sluice.runtime.inputs`), subnormal numbers are flushed while timing (`sluice.runtime.flush`).
+4. A part of a network is timed as it is laid out inside of the network (`sluice.runtime.ort_part`).
+5. Inputs are made up (`sluice.runtime.inputs`), subnormal numbers are flushed while timing (`sluice.runtime.flush`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -26,10 +28,13 @@ from sluice.errors import SluiceError
 from sluice.runtime.flush import floating_point_mode
 from sluice.runtime.host import host_device
 from sluice.runtime.inputs import Dims, Shapes, place, static_shapes
+from sluice.runtime.ort_part import part_session
 from sluice.runtime.ort_session import compute, load_library, load_session, resident_inputs
 from sluice.runtime.runner import Clock
 
 if TYPE_CHECKING:
+    import onnx
+
     from sluice.runtime.inputs import Model
 
 __all__ = ["OrtRunner", "OrtSession", "missing"]
@@ -88,15 +93,38 @@ class OrtRunner:
         """
         given = batch is not None or bool(feeds_shapes)
         shapes = static_shapes(model, batch, feeds_shapes or {}) if given else Shapes()
-        entries = {"session.intra_op.spin_duration_us": str(SPIN_US)} if self.threads > 1 else {}
-        session = load_session(model, shapes, "CPUExecutionProvider", threads=self.threads, entries=entries)
+        session = load_session(model, shapes, "CPUExecutionProvider", threads=self.threads, entries=self._entries)
         return OrtSession(session, self.clock, shapes.inputs, place(model), self.threads)
+
+    def build_part(self, model: onnx.ModelProto) -> OrtSession:
+        """A session for a part of a network with static shapes, laid out as inside of it (`sluice.runtime.ort_part`).
+
+        It is for timing: its inputs and outputs may be blocks of channels. Raises `SluiceError` as `build` does.
+        """
+        session, kernels = part_session(model, self.threads, self._entries)
+        return OrtSession(session, self.clock, {}, place(model), self.threads, kernels)
+
+    @property
+    def _entries(self) -> dict[str, str]:
+        return {"session.intra_op.spin_duration_us": str(SPIN_US)} if self.threads > 1 else {}
 
 
 class OrtSession:
-    """One engine in ONNX Runtime on the CPU; made by `OrtRunner.build`."""
+    """One engine in ONNX Runtime on the CPU; made by `OrtRunner.build` or `OrtRunner.build_part`.
 
-    def __init__(self, session: Any, clock: Clock, shapes: Mapping[str, Dims], where: str, threads: int = 1) -> None:
+    ``kernels`` are those of a part, by how often each runs (`sluice.runtime.ort_part`, rule 4).
+    """
+
+    def __init__(
+        self,
+        session: Any,
+        clock: Clock,
+        shapes: Mapping[str, Dims],
+        where: str,
+        threads: int = 1,
+        kernels: Counter[Hashable] | None = None,
+    ) -> None:
+        self.kernels = kernels
         self._session = session
         self._clock: Clock = clock
         self._now_ns = time.thread_time_ns if clock == "thread_cpu" else time.perf_counter_ns
@@ -138,6 +166,11 @@ class OrtSession:
         binding = self._session.io_binding()
         for name, data in resident_inputs(self._session, self._shapes, self._where).items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(data))
-        for output in self._session.get_outputs():
-            binding.bind_output(output.name)
+        names = [output.name for output in self._session.get_outputs()]
+        for name in names:
+            binding.bind_output(name)
+        # Every run would make outputs anew beside those of the run before, and have twice their room in the caches.
+        self._session.run_with_iobinding(binding)
+        for name, value in zip(names, binding.get_outputs(), strict=True):
+            binding.bind_ortvalue_output(name, value)
         return binding

@@ -68,11 +68,15 @@ def load_session(
     *,
     threads: int = 1,
     entries: Mapping[str, str] | None = None,
+    optimize: bool = True,
+    save: Path | None = None,
 ) -> Any:
     """An ``onnxruntime.InferenceSession`` of ``model`` with static ``shapes`` (rule 2).
 
     Args:
         entries: further entries of the session's configuration.
+        optimize: as a deployed engine is; else the graph is computed as it stands.
+        save: where the optimised graph is written to.
     Raises:
         SluiceError: the model cannot be loaded; with the file's name and ONNX Runtime's reason.
     """
@@ -82,7 +86,10 @@ def load_session(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    if save is not None:
+        options.optimized_model_filepath = str(save)
     options.log_severity_level = 3
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     for key, value in (entries or {}).items():

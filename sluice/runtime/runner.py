@@ -12,6 +12,10 @@
 5. What is launched as a whole must take far longer on the device than its launch, or launches are what is timed: of a
    small network several inferences go in one launch. How many is found on the device as fast as it gets. At the clock
    of an idle one everything takes longer, and fewer would seem to do.
+6. A runtime lays activations out in its own way, and plainly at the borders of a model. A runner that can build the
+   engine of a part of a network without these changes of layout has a method ``build_part(model)`` for it (static
+   shapes, for timing only); for parts of the others `build` is used. Where it knows what such an engine runs, that has
+   an attribute ``kernels``, a `Counter` of them.
 """
 
 from __future__ import annotations

@@ -8,12 +8,16 @@ import onnx
 import pytest
 
 from sluice.passes.export import to_onnx
+from sluice.profiler.anchor import make_anchor
 from sluice.profiler.joints import SMALL, call_models, find_joints, joint_models, joint_widths
 from sluice.profiler.pieces import Dissection, build_piece, dissect
 from sluice.profiler.sources import add_sources
+from sluice.profiler.sweep import Bench
+from sluice.profiler.table import LatencyTable
 from sluice.runtime.compare import assert_close
 from sluice.runtime.ort import OrtRunner
-from tests.device import chain
+from sluice.runtime.ort_part import block_size
+from tests.device import FINGERPRINT, chain
 from tests.networks import any_network
 
 NAMES = [
@@ -104,6 +108,24 @@ def test_two_tiny_engines_in_one_are_one_call() -> None:
     one, both = call_models()
     assert len(both.graph.node) == 2 * len(one.graph.node) and len(both.graph.output) == 2
     assert set(OrtRunner().build(both).run(feeds_of(both))) == {"0/x", "1/x"}
+
+
+def test_neighbours_that_run_the_same_kernels_save_their_calls_and_are_not_timed() -> None:
+    dissection = dissect(chain([32, 33, 24, 16]), 2)
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        runner, rng = OrtRunner(), np.random.default_rng(0)
+        bench = Bench(table, runner, make_anchor(table, runner, rng), rng)
+        found = {}
+        for joint in find_joints(dissection)[:3]:
+            assert joint.extent is not None and joint.calls == 1
+            ((group, _),) = joint.extent.coefs
+            bench.joints([(dissection, joint, (dissection.dense[group],))])
+            found[group] = table.require(joint.key, (dissection.dense[group],))
+        for group in ("conv0", "conv2"):
+            assert found[group].ms == bench.call() > 0
+            assert (found[group].samples, found[group].spread) == (0, 0.0)
+        # 33 channels make no whole blocks, so the layout changes behind them.
+        assert (found["conv1"].samples > 0) == (block_size() > 1)
 
 
 def test_widths_of_a_joint_are_small_but_its_own() -> None:
