@@ -18,11 +18,12 @@ from sluice.passes.blocks import Block, find_blocks
 from sluice.passes.drop_onnx import view_onnx
 from sluice.passes.options import BSR, Options, RankOption
 from sluice.plan import Drop, Merge
+from sluice.profiler.explore import explore
 from sluice.profiler.grids import Staircase, dense_ms, dense_points, knots_of
 from sluice.profiler.joint_sweep import explore_joints, joint_tolerance
 from sluice.profiler.merged import MergeSite, merge_segments, merge_variants
 from sluice.profiler.pieces import Dissection, Piece, anchor_weight
-from sluice.profiler.sweep import Bench, explore
+from sluice.profiler.sweep import Bench
 from sluice.profiler.variants import Alternatives, Shown, Variant, is_excluded, rank_layers, rank_variants
 
 __all__ = ["find_alternatives", "points_of"]
@@ -144,4 +145,4 @@ def _measure(shown: Sequence[Shown], bench: Bench, tolerance: float) -> None:
 
 def _widths(cut: Dissection, stairs: Mapping[str, Staircase]) -> dict[str, Staircase]:
     """The staircases of the dense graph; groups that it does not have keep their size."""
-    return {group: stairs.get(group, Staircase({}, (size,))) for group, size in cut.dense.items()}
+    return {**stairs, **{group: stairs.get(group, Staircase({}, (size,))) for group, size in cut.dense.items()}}

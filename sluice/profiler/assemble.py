@@ -73,7 +73,7 @@ def assemble(
         tuple(terms),
         {**known, **{rank: s.stairs[rank].levels[-1] for rank, s in ranks.items()}, **switches},
         {
-            **{group: stair.levels for group, stair in stairs.items()},
+            **{group: stairs[group].levels for group in known},
             **{rank: s.stairs[rank].levels for rank, s in ranks.items()},
             **{switch: (0, 1) for switch in switches},
         },

@@ -3,7 +3,8 @@
 1. Levels crowd where a group's cost is steep, which is mostly near its full width. So the values that stay are not
    every other one, but those that leave the others nearest to the lines between them: the one that is furthest off the
    group's known cost, in turn. `EVEN` times its distance to the next value counts as much, so that a wide gap is split.
-2. Sums of groups are measured at sums of the levels nearest to equal shares of the groups.
+2. Sums of groups are measured where they were explored; one that was not, since it is a restructured graph's alone, at
+   sums of the levels nearest to equal shares of the groups.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ __all__ = [
     "knots_of",
     "piece_points",
     "step_of",
+    "sum_of",
     "thin",
     "totals",
 ]
@@ -56,7 +58,7 @@ def dense_ms(dissection: Dissection, table: LatencyTable) -> dict[str, float]:
 
 
 def piece_points(dissection: Dissection, stairs: Mapping[str, Staircase]) -> list[tuple[Piece, tuple[int, ...]]]:
-    """Every piece on the product of the levels of its extents (rule 3 of `sluice.profiler.sweep`)."""
+    """Every piece on the product of the levels of its extents (rule 1 of `sluice.profiler.sweep`)."""
     return [
         (piece, tuple(int(v) for v in point))
         for piece in dissection.pieces
@@ -73,21 +75,26 @@ def knots_of(
     counts = [len(values) for values in lists]
     while len(lists) > 1 and math.prod(counts) > most:
         counts[counts.index(max(counts))] -= 1
-    costs = [stairs[groups[0]].cost if len(groups) == 1 else {} for groups in names]
+    costs = [stairs[name].cost if (name := sum_of(groups)) in stairs else {} for groups in names]
     return [list(thin(values, count, cost)) for values, count, cost in zip(lists, counts, costs, strict=True)]
 
 
+def sum_of(groups: Sequence[str]) -> str:
+    """What a staircase of the sum of these groups is found under; of one group, its name."""
+    return " + ".join(groups)
+
+
 def totals(names: Sequence[str], dissection: Dissection, stairs: Mapping[str, Staircase]) -> list[int]:
-    """The sizes that a sum of groups is measured at: a group's levels; of several, sums of levels that stand alike."""
-    if len(names) == 1:
-        return list(stairs[names[0]].levels)
+    """The sizes that a sum of groups is measured at: a group's levels; those of several by rule 2."""
+    if (found := stairs.get(sum_of(names))) is not None:
+        return list(found.levels)
     shares = (k / (SUMS - 1) for k in range(SUMS))
     lists = [stairs[name].levels for name in names]
     return sorted({sum(_nearest(levels, share * levels[-1]) for levels in lists) for share in shares})
 
 
 def step_of(size: int, precision: str) -> int:
-    """What the widths that are tried of a group of this size are multiples of (rule 1 of `sluice.profiler.sweep`)."""
+    """What the widths that are tried of a group of this size are multiples of (rule 1 of `sluice.profiler.explore`)."""
     step = PACK // ITEM[precision]
     while step > 1 and 2 * step > size:
         step //= 2

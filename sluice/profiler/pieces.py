@@ -6,14 +6,15 @@
 3. The *key* is a hash of the structure with extents as symbols: operators, attributes, fixed sizes, batch. Equal
    pieces, in one network or in several, are timed once.
 4. A piece at given widths is the same sub-graph, cut by the rewriter that will cut the whole graph.
-5. Inputs that meet an operator other than an anchor are made by a source (`sluice.profiler.sources`).
+5. Inputs that meet an operator other than an anchor are made by a source (`sluice.profiler.sources`). Not so what was
+   concatenated: it is plain in the network too, but where all widths are whole blocks, which its joint tells.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,7 +57,7 @@ class Piece:
     extents: tuple[Extent, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    bare: tuple[str, ...] = ()  # inputs that meet an operator other than an anchor (rule 5)
+    bare: tuple[str, ...] = ()  # inputs that need a source (rule 5)
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -133,6 +134,7 @@ def cut_out(
     """
     anchors = [next((n for n in part.nodes if n.op_type in ANCHORS), part.nodes[0]) for part in parts]
     names = [next((n for n in node.input if n in tensors), node.output[0]).removesuffix(".weight") for node in anchors]
+    joined = _concatenated(node for part in parts for node in part.nodes)
     pieces = []
     for index in wanted:
         part, name = parts[index], names[index]
@@ -148,7 +150,7 @@ def cut_out(
         model = helper.make_model(graph, opset_imports=like.opset_import, ir_version=like.ir_version)
         before = names[:index].count(name)  # one weight, used again
         own = name if not before else f"{name}#{before + 1}"
-        pieces.append(_describe(own, model, analysis, part.inputs, part.outputs))
+        pieces.append(_describe(own, model, analysis, part.inputs, part.outputs, joined))
     return tuple(pieces)
 
 
@@ -218,10 +220,28 @@ def _composition(analysis: Analysis, value: str) -> tuple[int, dict[str, int], i
     return axis.dim, coefs, int((axis.groups < 0).sum())
 
 
+def _concatenated(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    """Activations that a concatenation made, or what is no anchor of such."""
+    found: set[str] = set()
+    for node in nodes:
+        if node.op_type == "Concat" or (node.op_type not in ANCHORS and found.intersection(node.input)):
+            found.update(node.output)
+    return found
+
+
 def _describe(
-    name: str, model: onnx.ModelProto, analysis: Analysis, inputs: tuple[str, ...], outputs: tuple[str, ...]
+    name: str,
+    model: onnx.ModelProto,
+    analysis: Analysis,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    joined: Collection[str],
 ) -> Piece:
     graph = model.graph
+    padded = anchored_pads(graph.node, outputs)
+    others = [n for n in graph.node if n.op_type not in ANCHORS and not padded.keys() & set(n.output)]
+    met = [n for n in inputs if any(n in node.input for node in others)]
+    bare = tuple(n for n in met if n not in joined)
     joined_only = {n for n in inputs if all(node.op_type == "Concat" for node in graph.node if n in node.input)}
     values = [*inputs, *(name for node in graph.node for name in node.output if name)]
     compositions = {v: c for v in values if (c := _composition(analysis, v)) is not None}
@@ -262,6 +282,8 @@ def _describe(
         shapes = [size(out) for out in node.output if out in analysis.shapes]
         lines.append([node.op_type, own, operands, kernel, shapes])
     lines.append([rename[name] for name in outputs])
+    if len(bare) < len(met):
+        lines.append([rename[name] for name in bare])
     key = hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()[:24]
     anchor = next((n for n in graph.node if n.op_type in ANCHORS), graph.node[0])
     epilogue = " + ".join(
@@ -273,9 +295,6 @@ def _describe(
     into = "x".join(map(str, size(inputs[0]))) if inputs else ""
     out = "x".join(map(str, size(outputs[-1]))) if outputs else ""
     text = f"{anchor.op_type} {kernel_text} {into} -> {out}" + (f" + {epilogue}" if epilogue else "")
-    padded = anchored_pads(graph.node, outputs)
-    others = [n for n in graph.node if n.op_type not in ANCHORS and not padded.keys() & set(n.output)]
-    bare = tuple(n for n in inputs if any(n in node.input for node in others))
     return Piece(name, key, " ".join(text.split()), model, extents, inputs, outputs, bare)
 
 

@@ -16,6 +16,7 @@ from sluice.passes.options import Options
 from sluice.profiler.alternatives import find_alternatives
 from sluice.profiler.assemble import assemble
 from sluice.profiler.calibrate import measure_engines, missing_plans, model_key
+from sluice.profiler.explore import explore
 from sluice.profiler.fingerprint import Fingerprint
 from sluice.profiler.grids import Staircase, dense_points, piece_points
 from sluice.profiler.joint_sweep import explore_joints, joint_tolerance
@@ -23,7 +24,7 @@ from sluice.profiler.measure import CLEAN, Anchor
 from sluice.profiler.pieces import Dissection
 from sluice.profiler.progress import Progress, silent
 from sluice.profiler.shards import WHOLE, Shard, share_of
-from sluice.profiler.sweep import Bench, explore
+from sluice.profiler.sweep import Bench
 from sluice.profiler.table import LatencyTable
 from sluice.profiler.variants import Alternatives
 from sluice.runtime.runner import Clock, Session
@@ -66,7 +67,8 @@ def survey(
     share = share_of(dissection, shard, methods)
     with progress("staircases") as advance:
         explored = explore(dissection, replace(bench, progress=advance), share.groups)
-    stairs = {group: explored.get(group, Staircase({}, (size,))) for group, size in dissection.dense.items()}
+    unexplored = {group: Staircase({}, (size,)) for group, size in dissection.dense.items()}
+    stairs = {**unexplored, **explored}
     with progress("pieces") as advance:
         points = [(piece, at) for piece, at in piece_points(dissection, stairs) if share.has(piece)]
         replace(bench, progress=advance).pieces(dissection, points)

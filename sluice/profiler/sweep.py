@@ -1,24 +1,14 @@
-"""Which points are measured: the staircase is found, not assumed.
+"""Points are measured, many at once, and kept.
 
-1. *Explore* every kind of group by bisection on its cost, the sum of all distinct pieces that lie on it, the other
-   widths dense. The interval with the largest difference between its ends is split, at the roundest number near its
-   middle, until no interval spans more than `GAIN` of the dense cost, or a sixteenth of the width, or
-   `MAX_WIDTHS` are known. Only multiples of what kernels load at once are tried, 16 bytes (four floats, eight halves),
-   less in narrow groups, and the full width. A layer of 19 channels takes another kernel, which wants the plain layout,
-   while all that is around it is laid out in blocks: plans of MobileNetV2 with such widths took up to a quarter longer
-   than their pieces and joints told.
-2. *Levels*: a width is worth having if no larger width costs as little. These are what the solver may choose.
-3. *Grid*: every piece on the product of the levels of its extents (thinned where the product would be large).
-4. *Joints* as `sluice.profiler.joint_sweep` says.
-
-Every finished batch of points is committed; what the table already knows is not measured again.
+1. Pieces on the product of the levels of their extents (`sluice.profiler.explore`), thinned where the product would be
+   large (`sluice.profiler.grids`); joints as `sluice.profiler.joint_sweep` says.
+2. Every finished batch of points is committed; what the table already knows is not measured again.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -26,7 +16,6 @@ import onnx
 
 from sluice.passes.precision import typed
 from sluice.profiler import clocks, timing_cache
-from sluice.profiler.grids import Staircase, step_of
 from sluice.profiler.joints import Joint, call_models, joint_models, joint_widths
 from sluice.profiler.measure import CLEAN, PATIENCE, Anchor, Measurement, measure
 from sluice.profiler.pieces import Dissection, Piece, build_piece, spread_widths
@@ -34,11 +23,8 @@ from sluice.profiler.sources import add_sources, source_model
 from sluice.profiler.table import LatencyTable
 from sluice.runtime.runner import Runner, Session
 
-__all__ = ["Bench", "explore"]
+__all__ = ["Bench"]
 
-GAIN = 0.06
-WORTH = 0.015
-MAX_WIDTHS = 14
 BATCH_OF_SESSIONS = 24
 BATCH_OF_JOINTS = 8
 ROUNDS, MAX_ROUNDS = 24, 160
@@ -127,9 +113,11 @@ class Bench:
                 for (_, at), (cut, joint) in chunk
             ]
             engines = [[self.session(model) for model in (*parts, whole)] for parts, whole, _ in built]
-            call_ms, saved, timed = self.call(), [], []
-            for (point, (_, joint)), own, (*_, shapes) in zip(chunk, engines, built, strict=True):
-                if self._as_apart(own, shapes):
+            known = [self._as_apart(own, shapes) for own, (*_, shapes) in zip(engines, built, strict=True)]
+            call_ms = self.call() if any(known) or not all(joint.pair for _, (_, joint) in chunk) else 0.0
+            saved, timed = [], []
+            for (point, (_, joint)), own, (*_, shapes), apart in zip(chunk, engines, built, known, strict=True):
+                if apart:
                     saved.append((*point, Measurement(joint.calls * call_ms, 0.0, 0, self.runner.clock)))
                 else:
                     timed.append((point, joint, own, shapes))
@@ -175,79 +163,9 @@ class Bench:
         return found
 
 
-def explore(
-    dissection: Dissection, bench: Bench, only: Collection[str] | None = None, most: int = MAX_WIDTHS
-) -> dict[str, Staircase]:
-    """Rules 1 and 2 for every group (or those of ``only``), with at most ``most`` widths each."""
-    dense = dissection.dense
-    asked_for = [g for g in dense if only is None or g in only]
-    kinds: dict[str, tuple[tuple[tuple[str, int], ...], int]] = {}
-    pieces_of = {g: _distinct([p for p in dissection.pieces if g in p.groups], g) for g in asked_for}
-    step = {group: step_of(dense[group], bench.table.fingerprint.precision) for group in asked_for}
-    for group in asked_for:
-        kinds[group] = (tuple((p.key, _extent_index(p, group)) for p in pieces_of[group]), dense[group])
-    lead = {kind: group for group, kind in reversed(list(kinds.items()))}
-    known: dict[str, dict[int, float]] = {group: {} for group in lead.values()}
-    asked: dict[str, list[int]] = {group: sorted({step[group], dense[group]}) for group in known}
-    while any(asked.values()):
-        wanted = [(p, _at(p, group, w, dense)) for group, ws in asked.items() for w in ws for p in pieces_of[group]]
-        bench.pieces(dissection, wanted)
-        for group, widths in asked.items():
-            for w in widths:
-                known[group][w] = sum(bench.table.require(p.key, _at(p, group, w, dense)).ms for p in pieces_of[group])
-        asked = {group: _next_widths(known[group], most, step[group]) for group in known}
-    return {group: Staircase(known[lead[kind]], _levels(known[lead[kind]])) for group, kind in kinds.items()}
-
-
 def _kernels(session: Session) -> Counter[Hashable]:
     """What the engine of a part runs, nothing where the runtime does not tell."""
     return getattr(session, "kernels", None) or Counter()
-
-
-def _distinct(pieces: Sequence[Piece], group: str) -> list[Piece]:
-    return list({(p.key, _extent_index(p, group)): p for p in pieces}.values())
-
-
-def _extent_index(piece: Piece, group: str) -> int:
-    return next(k for k, extent in enumerate(piece.extents) if group in dict(extent.coefs))
-
-
-def _at(piece: Piece, group: str, width: int, dense: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(int(e.at({**dense, group: width})) for e in piece.extents)
-
-
-def _next_widths(cost: Mapping[int, float], most: int, step: int) -> list[int]:
-    """The multiple of ``step`` that splits the interval with the largest difference, if any is worth it."""
-    widths = sorted(cost)
-    full = widths[-1]
-    if len(widths) >= most:
-        return []
-    intervals = [
-        (abs(cost[b] - cost[a]), a, b)
-        for a, b in itertools.pairwise(widths)
-        if (b - 1) // step * step > a and b - a > max(1, full // 16) and abs(cost[b] - cost[a]) > GAIN * cost[full]
-    ]
-    return [_roundest(*max(intervals)[1:], step)] if intervals else []
-
-
-def _roundest(low: int, high: int, step: int = 1) -> int:
-    """The number strictly inside the middle half (or, failing that, inside) with the largest power of two in it."""
-    quarter, middle = (high - low) / 4, (low + high) / 2
-    multiples = range(low // step * step + step, high, step)
-    inside = [w for w in multiples if low + quarter <= w <= high - quarter] or [*multiples]
-    return max(inside, key=lambda w: (w & -w, -abs(w - middle)))
-
-
-def _levels(cost: Mapping[int, float]) -> tuple[int, ...]:
-    """Widths for which no larger one costs as little, within `WORTH` of the dense cost."""
-    widths = sorted(cost, reverse=True)
-    margin = WORTH * cost[widths[0]]
-    levels, cheapest = [widths[0]], cost[widths[0]]
-    for width in widths[1:]:
-        if cost[width] < cheapest - margin:
-            levels.append(width)
-            cheapest = cost[width]
-    return tuple(sorted(levels))
 
 
 def _joint_groups(dissection: Dissection, joint: Joint, extents: tuple[int, ...]) -> dict[str, int]:

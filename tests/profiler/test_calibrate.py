@@ -16,11 +16,12 @@ from sluice.profiler.anchor import make_anchor
 from sluice.profiler.assemble import assemble
 from sluice.profiler.calibrate import ENGINES, _kind, calibrate, measure_engines, model_key
 from sluice.profiler.engine import build_engine
+from sluice.profiler.explore import explore
 from sluice.profiler.grids import piece_points
 from sluice.profiler.joint_sweep import explore_joints, joint_tolerance
 from sluice.profiler.measure import Measurement
 from sluice.profiler.pieces import Dissection, dissect
-from sluice.profiler.sweep import Bench, explore
+from sluice.profiler.sweep import Bench
 from sluice.profiler.table import LatencyTable
 from sluice.runtime.runner import Session
 from tests.device import FINGERPRINT, FakeRunner, chain, staircase

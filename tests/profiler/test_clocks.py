@@ -5,9 +5,10 @@ import pytest
 
 from sluice.profiler import clocks
 from sluice.profiler.anchor import make_anchor
+from sluice.profiler.explore import explore
 from sluice.profiler.listing import to_data, to_lines
 from sluice.profiler.pieces import dissect
-from sluice.profiler.sweep import Bench, explore
+from sluice.profiler.sweep import Bench
 from sluice.profiler.table import LatencyTable
 from tests.device import FINGERPRINT, FakeRunner, chain
 

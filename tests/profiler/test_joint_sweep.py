@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sluice.passes.export import to_onnx
 from sluice.profiler.anchor import make_anchor
+from sluice.profiler.explore import explore
 from sluice.profiler.grids import dense_ms
 from sluice.profiler.joint_sweep import (
     FEW,
@@ -24,7 +25,7 @@ from sluice.profiler.joint_sweep import (
 )
 from sluice.profiler.joints import find_joints
 from sluice.profiler.pieces import dissect
-from sluice.profiler.sweep import Bench, explore
+from sluice.profiler.sweep import Bench
 from sluice.profiler.table import LatencyTable
 from tests.device import FINGERPRINT, FakeRunner, chain, staircase
 from tests.tiny import inputs, residual

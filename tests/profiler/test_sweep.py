@@ -6,15 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from sluice.passes.export import to_onnx
 from sluice.profiler.anchor import make_anchor
-from sluice.profiler.grids import MAX_GRID, SUMS, Staircase, knots_of, piece_points, step_of, totals
+from sluice.profiler.explore import MAX_WIDTHS, WORTH, explore
+from sluice.profiler.grids import MAX_GRID, SUMS, Staircase, knots_of, piece_points, step_of, sum_of, totals
 from sluice.profiler.joint_sweep import explore_joints, joint_tolerance
 from sluice.profiler.measure import CLEAN, PATIENCE, Anchor
 from sluice.profiler.pieces import Dissection, dissect
-from sluice.profiler.sweep import BATCH_OF_SESSIONS, MAX_WIDTHS, WORTH, Bench, explore
+from sluice.profiler.sweep import BATCH_OF_SESSIONS, Bench
 from sluice.profiler.table import LatencyTable
 from tests.device import FINGERPRINT, Cost, FakeRunner, FakeSession, chain, line, staircase
 
@@ -145,6 +150,33 @@ def test_a_sum_of_groups_is_measured_at_sums_of_levels() -> None:
     assert (found[0], found[-1]) == (12, 148) and len(found) == SUMS
     assert all(size % 4 == 0 for size in found) and found == sorted(found)
     assert totals(["conv1"], dissection, stairs) == list(stairs["conv1"].levels)
+
+
+class Joined(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 40, 1), nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(64, 9, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(F.relu(torch.cat([self.a(x), self.b(x)], 1)))
+
+
+def test_both_sides_of_the_steps_of_a_sum_are_measured() -> None:
+    dissection = dissect(to_onnx(Joined(), torch.randn(2, 3, 9, 8)), 2)
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        bench = bench_on(table, FakeRunner(staircase(16)))
+        stairs = explore(dissection, bench)
+        (joined,) = (name for name in stairs if name not in dissection.dense)
+        assert joined == sum_of(["a", "b"]) and joined in explore(dissection, bench, only=["a"])
+        assert {16, 20, 32, 36, 48, 52, 64} <= set(stairs[joined].levels)
+        assert totals(["a", "b"], dissection, stairs) == list(stairs[joined].levels)
+        piece = next(p for p in dissection.pieces if p.name == "c")
+        (values,) = knots_of(piece, dissection, stairs)
+        bench.pieces(dissection, [(piece, (v,)) for v in (*values, *range(16, 65, 4))])
+        exact = {v: table.require(piece.key, (v,)).ms for v in range(16, 65, 4)}
+        known = [table.require(piece.key, (v,)).ms for v in values]
+        for value, ms in exact.items():
+            assert np.interp(value, values, known) == pytest.approx(ms)
 
 
 @pytest.mark.parametrize(
