@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,31 @@ def test_a_kill_loses_what_was_in_flight_only(fail_at: int, tmp_path: Path) -> N
         assert {key: table.points(key) for key in sorted(table.keys())} == whole
         assert again.built < runner.built
         assert killed.built + again.built <= runner.built + BATCH_OF_SESSIONS
+
+
+@pytest.mark.parametrize("factor", [1.3, 1.02])
+def test_a_point_that_takes_longer_than_larger_ones_is_timed_once_more(factor: float) -> None:
+    dissection = dissect(chain([40, 24]), 2)
+    piece = next(p for p in dissection.pieces if p.name == "conv1")
+    grid = [(piece, (a, b)) for a in range(4, 41, 4) for b in range(4, 25, 4)]
+
+    def measured(slower: Callable[[float], float]) -> tuple[dict[tuple[int, ...], float], int]:
+        runner = FakeRunner(lambda into, out, rest: 1e-3 * (into + out) * (5 if into == 12 else 1), slower)
+        with LatencyTable.create(":memory:", FINGERPRINT) as table:
+            bench_on(table, runner).pieces(dissection, grid)
+            return {at: m.ms for at, m in table.points(piece.key).items()}, runner.built
+
+    exact, plainly = measured(float)
+    assert plainly == len(grid) + 6  # 12 channels do cost more than 16, and still do when they are timed again
+    times: dict[float, int] = {}
+
+    def at_first(ms: float) -> float:
+        times[ms] = times.get(ms, 0) + 1
+        return factor * ms if ms == exact[20, 16] and times[ms] == 1 else ms
+
+    found, built = measured(at_first)
+    wrong = {at for at in exact if found[at] != exact[at]}
+    assert len(wrong) == (factor < 1.03) and built == plainly + (factor > 1.03)
 
 
 def test_grids_are_thinned_to_a_limit_and_keep_their_ends() -> None:
