@@ -46,7 +46,7 @@ class Extent:
 class Term:
     """One measured table over the extents it depends on.
 
-    ``knots[k]`` are the increasing values of ``extents[k]`` that were measured; ``ms`` has shape
+    ``knots[k]`` are the increasing values of ``extents[k]`` at which the time is known; ``ms`` has shape
     ``tuple(len(k) for k in knots)`` (a 0-d array for a piece that depends on no width).
     """
 

@@ -16,10 +16,11 @@ import numpy as np
 
 from sluice.latency import Extent, LatencyModel, Rule, Term
 from sluice.passes.options import Options, dense_switch
-from sluice.profiler.grids import MAX_GRID, Staircase, knots_of
+from sluice.profiler.grids import MAX_GRID, Staircase, knots_of, sum_of, totals
 from sluice.profiler.joint_sweep import joint_ms, joint_points, joint_tolerance
 from sluice.profiler.joints import Joint
 from sluice.profiler.pieces import Dissection, Piece, anchor_weight
+from sluice.profiler.steps import with_steps
 from sluice.profiler.sweep import CALL_KEY
 from sluice.profiler.table import LatencyTable
 from sluice.profiler.variants import Alternatives, Shown
@@ -116,9 +117,25 @@ def _term(
     ms = [table.require(piece.key, point).ms for point in itertools.product(*knots)]
     arrays = tuple(np.array(k, dtype=np.float64) for k in knots)
     values = np.array(ms, dtype=np.float64).reshape(tuple(len(k) for k in knots))
-    return Term(
-        _under(piece.name, when), tuple(_extent(e, dissection, known) for e in piece.extents), arrays, values, 1.0, when
-    )
+    arrays, values = with_steps(arrays, values, _curves(piece, dissection, stairs, table))
+    extents = tuple(_extent(e, dissection, known) for e in piece.extents)
+    return Term(_under(piece.name, when), extents, arrays, values, 1.0, when)
+
+
+def _curves(
+    piece: Piece, dissection: Dissection, stairs: Mapping[str, Staircase], table: LatencyTable
+) -> list[dict[int, float]]:
+    """What is known of every extent of a piece at all values it may have (`sluice.profiler.steps`)."""
+    points, dense = table.points(piece.key), [int(e.at(dissection.dense)) for e in piece.extents]
+    curves = []
+    for k, extent in enumerate(piece.extents):
+        groups = [group for group, _ in extent.coefs]
+        values = totals(groups, dissection, stairs)
+        own = {v: points[at].ms for v in values if (at := (*dense[:k], v, *dense[k + 1 :])) in points}
+        cost = stairs[name].cost if (name := sum_of(groups)) in stairs else {}
+        curve = own if len(own) == len(values) else {v: cost[v] for v in values if v in cost}
+        curves.append(curve if len(curve) == len(values) else {})
+    return curves
 
 
 def _joint_terms(

@@ -8,11 +8,11 @@
    while all that is around it is laid out in blocks: plans of MobileNetV2 with such widths took up to a quarter longer
    than their pieces and joints told.
 2. *Levels*: a width is worth having if no larger width costs as little. These are what the solver may choose.
-3. Sums of groups (concatenations) are explored like groups. Any sum of levels may come up, so all values that were
-   tried are kept: a line between two far ones crosses steps. Between 28 and 52 channels, where there is a step behind
-   32 and behind 48, it gave a layer of DenseNet a third more than it took. All up to `VECTOR` are tried: kernels take
-   fewer channels than that in other ways, and more may cost less (1x1 convolutions to 32: of 12 channels 112 us, of 16
-   49, of 20 to 32 90, of 36 to 48 135).
+3. Sums of groups (concatenations) are explored like groups, but closer (`SUM_GAIN`, `SUM_WIDTHS`). Any sum of levels
+   may come up, so all values that were tried are kept: a line between two far ones crosses steps. Between 28 and 52
+   channels, where there is a step behind 32 and behind 48, it gave a layer of DenseNet a third more than it took. All
+   up to `VECTOR` are tried: kernels take fewer channels than that in other ways, and more may cost less (1x1
+   convolutions to 32: of 12 channels 112 us, of 16 49, of 20 to 32 90, of 36 to 48 135).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ __all__ = ["explore"]
 GAIN = 0.06
 WORTH = 0.015
 MAX_WIDTHS = 14
+SUM_GAIN, SUM_WIDTHS = 0.02, 20
 VECTOR = 4  # packs: 64 bytes
 Axis = tuple[str, ...]  # a group, or the groups of a sum
 
@@ -64,7 +65,10 @@ def explore(
         for axis, widths in asked.items():
             for w in widths:
                 known[axis][w] = sum(bench.table.require(p.key, _at(p, axis, w, dense)).ms for p in pieces_of[axis])
-        asked = {axis: _next_widths(known[axis], most, max(step[g] for g in axis)) for axis in known}
+        asked = {}
+        for axis in known:
+            limits = (most, GAIN) if len(axis) == 1 else (max(most, SUM_WIDTHS), SUM_GAIN)
+            asked[axis] = _next_widths(known[axis], max(step[g] for g in axis), *limits)
     found = {}
     for axis, kind in kinds.items():
         cost = known[lead[kind]]
@@ -95,7 +99,7 @@ def _at(piece: Piece, axis: Axis, width: int, dense: Mapping[str, int]) -> tuple
     return tuple(width if _axis(e) == axis else int(e.at(dense)) for e in piece.extents)
 
 
-def _next_widths(cost: Mapping[int, float], most: int, step: int) -> list[int]:
+def _next_widths(cost: Mapping[int, float], step: int, most: int, gain: float) -> list[int]:
     """The multiple of ``step`` that splits the interval with the largest difference, if any is worth it."""
     widths = sorted(cost)
     full = widths[-1]
@@ -104,7 +108,7 @@ def _next_widths(cost: Mapping[int, float], most: int, step: int) -> list[int]:
     intervals = [
         (abs(cost[b] - cost[a]), a, b)
         for a, b in itertools.pairwise(widths)
-        if (b - 1) // step * step > a and b - a > max(1, full // 16) and abs(cost[b] - cost[a]) > GAIN * cost[full]
+        if (b - 1) // step * step > a and b - a > max(1, full // 16) and abs(cost[b] - cost[a]) > gain * cost[full]
     ]
     return [_roundest(*max(intervals)[1:], step)] if intervals else []
 
