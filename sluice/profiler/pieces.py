@@ -7,7 +7,8 @@
    pieces, in one network or in several, are timed once.
 4. A piece at given widths is the same sub-graph, cut by the rewriter that will cut the whole graph.
 5. Inputs that meet an operator other than an anchor are made by a source (`sluice.profiler.sources`). Not so what was
-   concatenated: it is plain in the network too, but where all widths are whole blocks, which its joint tells.
+   concatenated: it is plain in the network too, but where all widths are whole blocks, which its joint tells. So it is
+   marked as plain (`sluice.runtime.runner`, 6).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from sluice.passes.sites import Analysis, rename_groups
 from sluice.profiler.hollow import filled
 from sluice.profiler.shapes import static_graph
 from sluice.profiler.split import ANCHORS, Part, anchored_pads, split
+from sluice.runtime.runner import PLAIN
 
 FEWER = 4
 SCHEME = 2  # of how a piece is timed; those of another one never meet
@@ -147,6 +149,8 @@ def cut_out(
             [tensors[n] for n in tensors if n in used],
             value_info=[infos[n] for n in part.made if n in infos and n not in part.outputs],
         )
+        for info in graph.input:
+            info.doc_string = PLAIN if info.name in joined else ""
         model = helper.make_model(graph, opset_imports=like.opset_import, ir_version=like.ir_version)
         before = names[:index].count(name)  # one weight, used again
         own = name if not before else f"{name}#{before + 1}"
@@ -173,7 +177,11 @@ def _is_static(model: onnx.ModelProto) -> bool:
 
 def build_piece(dissection: Dissection, piece: Piece, widths: Mapping[str, int]) -> onnx.ModelProto:
     """The piece with the first ``widths[g]`` channels of its groups, without sources; hollow weights are filled."""
-    return cut_graph(filled(piece.model), dissection.analysis, dissection.masks(widths))
+    model = cut_graph(filled(piece.model), dissection.analysis, dissection.masks(widths))
+    marks = {info.name: info.doc_string for info in piece.model.graph.input}
+    for info in model.graph.input:
+        info.doc_string = marks[info.name]
+    return model
 
 
 def weight_bytes(dissection: Dissection, piece: Piece, widths: Mapping[str, int]) -> int:
@@ -240,8 +248,7 @@ def _describe(
     graph = model.graph
     padded = anchored_pads(graph.node, outputs)
     others = [n for n in graph.node if n.op_type not in ANCHORS and not padded.keys() & set(n.output)]
-    met = [n for n in inputs if any(n in node.input for node in others)]
-    bare = tuple(n for n in met if n not in joined)
+    bare = tuple(n for n in inputs if n not in joined and any(n in node.input for node in others))
     joined_only = {n for n in inputs if all(node.op_type == "Concat" for node in graph.node if n in node.input)}
     values = [*inputs, *(name for node in graph.node for name in node.output if name)]
     compositions = {v: c for v in values if (c := _composition(analysis, v)) is not None}
@@ -282,8 +289,8 @@ def _describe(
         shapes = [size(out) for out in node.output if out in analysis.shapes]
         lines.append([node.op_type, own, operands, kernel, shapes])
     lines.append([rename[name] for name in outputs])
-    if len(bare) < len(met):
-        lines.append([rename[name] for name in bare])
+    if plain := [rename[name] for name in inputs if name in joined]:
+        lines.append([PLAIN, *plain])
     key = hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()[:24]
     anchor = next((n for n in graph.node if n.op_type in ANCHORS), graph.node[0])
     epilogue = " + ".join(

@@ -7,7 +7,7 @@
    networks took 11.2 and 3.90 ms in the same run.
 2. So the part is optimised and saved, the nodes at its borders are taken off, and the rest is loaded as it stands. An
    input that was laid out in blocks is one of whole blocks then. What is read plainly too stays as it is, and so does
-   whatever needs no change of layout.
+   whatever needs no change of layout, and inputs that are plain inside the network (`sluice.runtime.runner.PLAIN`).
 3. The network's own inputs and outputs lose theirs as well: what they cost is the same for every plan, and is in what
    the calibration adds to every engine.
 4. The *kernels* of a part are the nodes that are left, with what each computes and of which sizes its weights are.
@@ -28,6 +28,7 @@ from onnx import TensorProto, helper
 
 from sluice.runtime.inputs import Shapes
 from sluice.runtime.ort_session import load_session
+from sluice.runtime.runner import PLAIN
 
 __all__ = ["block_size", "kernels", "part_session", "without_reorders"]
 
@@ -57,7 +58,7 @@ def kernels(optimized: onnx.ModelProto) -> Counter[Hashable]:
 
 def without_reorders(model: onnx.ModelProto) -> onnx.ModelProto:
     """The optimised model without the reorders of its inputs and outputs (rule 2)."""
-    result = _optimized(model)
+    result, plain = _optimized(model), {info.name for info in model.graph.input if info.doc_string == PLAIN}
     graph = result.graph
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
@@ -71,7 +72,7 @@ def without_reorders(model: onnx.ModelProto) -> onnx.ModelProto:
         if node.domain != BLOCKED or node.op_type not in ("ReorderInput", "ReorderOutput"):
             continue
         (source,), (target,) = node.input, node.output
-        if source in inputs and len(readers[source]) == 1:
+        if source in inputs and source not in plain and len(readers[source]) == 1:
             channels = inputs[source].type.tensor_type.shape.dim[1]
             channels.dim_value = -(-channels.dim_value // block_size()) * block_size()
             renamed[target] = source

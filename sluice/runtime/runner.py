@@ -15,7 +15,7 @@
 6. A runtime lays activations out in its own way, and plainly at the borders of a model. A runner that can build the
    engine of a part of a network without these changes of layout has a method ``build_part(model)`` for it (static
    shapes, for timing only); for parts of the others `build` is used. Where it knows what such an engine runs, that has
-   an attribute ``kernels``, a `Counter` of them.
+   an attribute ``kernels``, a `Counter` of them. Inputs whose ``doc_string`` is `PLAIN` are plain inside as well.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import onnx
 
 __all__ = [
+    "PLAIN",
     "TARGETS",
     "UNFIT",
     "Clock",
@@ -52,6 +53,8 @@ MOST_INFERENCES = 128
 TRIAL = 8  # launches of one inference that are timed at once
 TRIALS_MS = 20.0  # of the device's time, in which its clock comes up
 MOST_TRIALS = 2000  # where a driver's clock stands still
+
+PLAIN = "plain"
 
 TARGETS = ("ort-cpu", "ort-cuda", "torch-cuda", "tensorrt")
 # What a runtime would refuse piece by piece, or run as another network than the one that is asked for.

@@ -21,6 +21,7 @@ from sluice.profiler.pieces import ANCHORS, Dissection, Piece, build_piece, diss
 from sluice.profiler.sources import add_sources, source_model
 from sluice.runtime.compare import assert_close
 from sluice.runtime.ort import OrtRunner
+from sluice.runtime.runner import PLAIN
 from tests.device import chain
 from tests.networks import NETWORKS, any_network
 
@@ -206,12 +207,17 @@ class Grown(nn.Module):
 
 
 def test_what_was_concatenated_has_no_source_and_another_key() -> None:
-    pieces = {p.name: p for p in dissect(to_onnx(Grown().eval(), torch.randn(2, 3, 9, 8)), 2).pieces}
+    found = dissect(to_onnx(Grown().eval(), torch.randn(2, 3, 9, 8)), 2)
+    pieces = {p.name: p for p in found.pieces}
     made, joined, again = (pieces[f"more.{k}"] for k in range(3))
     assert [len(p.inputs) for p in (made, joined)] == [2, 2]
     assert made.bare == made.inputs[1:] and joined.bare == ()
     assert made.key != joined.key
     assert not pieces["last"].bare and not again.bare
+    for piece in (joined, pieces["last"]):
+        for model in (piece.model, build_piece(found, piece, {"first": 3})):
+            assert {i.doc_string for i in model.graph.input} == {PLAIN}
+    assert {i.doc_string for i in build_piece(found, made, {}).graph.input} == {""}
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -13,6 +13,7 @@ from sluice.errors import SluiceError
 from sluice.runtime.compare import assert_close
 from sluice.runtime.ort import OrtRunner
 from sluice.runtime.ort_part import block_size, kernels, without_reorders
+from sluice.runtime.runner import PLAIN
 
 N, H, W = 2, 5, 7
 BLOCKS = pytest.mark.skipif(block_size() == 1, reason="this processor has no blocked layout")
@@ -97,6 +98,17 @@ def test_keeps_the_reorders_inside_and_what_is_read_plainly() -> None:
     wanted = OrtRunner().build(model).run({"x": x})
     found = OrtRunner().build_part(model).run({"x": x})
     assert_close({"y": plain(found["y"], 32), "z": found["z"]}, wanted)
+
+
+@BLOCKS
+def test_what_is_plain_inside_the_network_is_laid_out_in_the_part() -> None:
+    model = residual(32, 24)
+    model.graph.input[0].doc_string = PLAIN
+    assert operators(without_reorders(model)).count("ReorderInput") == 1
+    assert "ReorderOutput" not in operators(without_reorders(model))
+    x = np.random.default_rng(3).standard_normal((N, 32, H, W)).astype(np.float32)
+    found = OrtRunner().build_part(model).run({"x": x})
+    assert_close({"y": plain(found["y"], 24)}, OrtRunner().build(model).run({"x": x}))
 
 
 @BLOCKS
