@@ -71,6 +71,8 @@ def without_reorders(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in graph.node:
         if node.domain != BLOCKED or node.op_type not in ("ReorderInput", "ReorderOutput"):
             continue
+        if any(a.name == "channels_last" and a.i for a in node.attribute):  # a transpose that the network has as well
+            continue
         (source,), (target,) = node.input, node.output
         if source in inputs and source not in plain and len(readers[source]) == 1:
             channels = inputs[source].type.tensor_type.shape.dim[1]

@@ -133,6 +133,19 @@ def test_what_is_plain_stays_plain() -> None:
     assert_close(OrtRunner().build_part(model).run({"x": x}), OrtRunner().build(model).run({"x": x}))
 
 
+def test_a_transpose_that_is_fused_into_the_change_of_layout_stays() -> None:
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["t"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["t", "v"], ["c"]),
+        helper.make_node("Transpose", ["c"], ["y"], perm=[0, 2, 3, 1]),
+    ]
+    model = graph(nodes, {"v": weight(24, 32)}, {"x": 32, "y": 24})
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, [N, H, W, 32]))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, [N, H, W, 24]))
+    x = np.random.default_rng(5).standard_normal((N, H, W, 32)).astype(np.float32)
+    assert_close(OrtRunner().build_part(model).run({"x": x}), OrtRunner().build(model).run({"x": x}))
+
+
 def test_kernels_are_told_apart_by_what_they_compute_and_not_by_names() -> None:
     one = helper.make_node("Conv", ["x", "v"], ["y"], name="a")
     same = helper.make_node("Conv", ["x", "v"], ["z"], name="b")
