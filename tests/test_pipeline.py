@@ -129,13 +129,16 @@ def test_what_is_loaded_is_what_is_deployed(compressed: tuple[Compressed, Path])
 def test_another_precision(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces, engines and the deployed file have it; the fp32 file beside that still is what the plan gives."""
     built: list[onnx.ModelProto] = []
-    real = OrtRunner.build
 
-    def build(self: OrtRunner, model: Any, **options: Any) -> Any:
-        built.append(model)
-        return real(self, model, **options)
+    def counted(build: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(self: OrtRunner, model: Any, **options: Any) -> Any:
+            built.append(model)
+            return build(self, model, **options)
 
-    monkeypatch.setattr(OrtRunner, "build", build)
+        return counting
+
+    monkeypatch.setattr(OrtRunner, "build", counted(OrtRunner.build))
+    monkeypatch.setattr(OrtRunner, "build_part", counted(OrtRunner.build_part))
     done = compress(
         tiny.model(), tiny.inputs(), budget=BUDGET, data=tiny.data(), table=tmp_path / "t.db", out=tmp_path / "out",
         batch=tiny.BATCH, methods=("filter",), precision=precision, epochs=1, rehearsal=0, evaluate=accuracy,

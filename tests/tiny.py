@@ -148,6 +148,7 @@ def simulated_device() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OrtRunner, "build", build)
+        patch.setattr(OrtRunner, "build_part", build)
         yield
 
 

@@ -9,8 +9,9 @@
 3. ``S_k`` is what the terms of one kind add up to: joints, pieces of factorised layers, merged runs. Dense pieces are
    measured as they stand in the user's graph, these are made for being measured or measured on coarser grids, and
    what is wrong with one of a kind is wrong with all.
-4. A correction (2, 3) is kept only if it lowers the left-out error by a twentieth, the traffic is positive and no kind
-   is turned upside down. It is then part of the terms' own tables, so that solver and training loss know of it.
+4. A correction (2, 3) is kept only if there is an error to speak of (`EXACT`), it lowers it by a twentieth, the traffic
+   is positive and no kind is turned upside down. It is then part of the terms' own tables, so that solver and training
+   loss know of it.
 5. Whole engines are timed in turns, as many at once as memory allows: what other tenants do to the caches makes one ten
    seconds differ from the next by up to 5%, which must not tell engines apart. They are timed in passes, until nine in
    ten engines were seen twice near their lowest (`AGREE`) in passes in which the machine was quiet, or there were
@@ -52,6 +53,7 @@ AGREE, PASSES = 0.015, 4
 REFERENCES = 6
 AT_ONCE = 2**30  # bytes of ONNX and of `_working_bytes`; a runtime takes two to three times as much
 WORTH = 0.95
+EXACT = 0.001
 STIFFNESS = 0.02 / 0.2  # of a gain
 TRAFFIC = "traffic_ms_per_mb"
 KINDS = ("joints", "ranks", "merges")
@@ -191,7 +193,8 @@ def calibrate(
     kinds = {kind: sums(terms) for kind, terms in _by_kind(model, alternatives.options).items()}
     best = _fitted(base, measured)
     most = WORTH * mean_error(best.predicted, measured)
-    for more in [cache, *([kinds, cache | kinds] if kinds else [])]:
+    corrections = [cache, *([kinds, cache | kinds] if kinds else [])]
+    for more in corrections if most > EXACT else []:
         fit = _fitted(base | more, measured)
         if fit.sound() and mean_error(fit.predicted, measured) < most:
             best, most = fit, mean_error(fit.predicted, measured)

@@ -8,10 +8,10 @@
    while all that is around it is laid out in blocks: plans of MobileNetV2 with such widths took up to a quarter longer
    than their pieces and joints told.
 2. *Levels*: a width is worth having if no larger width costs as little. These are what the solver may choose.
-3. Sums of groups (concatenations) are explored like groups, but closer (`SUM_GAIN`, `SUM_WIDTHS`). Any sum of levels
-   may come up, so all values that were tried are kept: a line between two far ones crosses steps. Between 28 and 52
-   channels, where there is a step behind 32 and behind 48, it gave a layer of DenseNet a third more than it took. All
-   up to `VECTOR` are tried: kernels take fewer channels than that in other ways, and more may cost less (1x1
+3. Sums of groups (concatenations) are explored like groups, but closer (`SUM_GAIN`, `SUM_WIDTHS`). Of what levels add
+   up to any value may come up, so all that were tried are kept: a line between two far ones crosses steps. Between 28
+   and 52 channels, where there is a step behind 32 and behind 48, it gave a layer of DenseNet a third more than it
+   took. All up to `VECTOR` are tried: kernels take fewer channels than that in other ways, and more may cost less (1x1
    convolutions to 32: of 12 channels 112 us, of 16 49, of 20 to 32 90, of 36 to 48 135).
 """
 
@@ -38,42 +38,60 @@ Axis = tuple[str, ...]  # a group, or the groups of a sum
 def explore(
     dissection: Dissection, bench: Bench, only: Collection[str] | None = None, most: int = MAX_WIDTHS
 ) -> dict[str, Staircase]:
-    """Every group (or those of ``only``), and every sum with one of them, with at most ``most`` widths each.
+    """Every group (or those of ``only``) with at most ``most`` widths each, and every sum of these.
 
     Sums are called what `sluice.profiler.grids.sum_of` calls them.
     """
     dense = dissection.dense
     groups = [g for g in dense if only is None or g in only]
+    step = {group: step_of(dense[group], bench.table.fingerprint.precision) for group in groups}
+    tried: dict[Axis, tuple[int, ...]] = {(g,): (*range(step[g], dense[g], step[g]), dense[g]) for g in groups}
+    ends = {axis: [values[0], values[-1]] for axis, values in tried.items()}
+    found = {
+        axis[0]: Staircase(c, _levels(c)) for axis, c in _costs(dissection, bench, tried, ends, most, GAIN).items()
+    }
     sums = {_axis(e): None for p in dissection.pieces for e in p.extents if len(e.coefs) > 1}
-    axes: list[Axis] = [*((g,) for g in groups), *(s for s in sums if not set(groups).isdisjoint(s))]
-    kinds: dict[Axis, tuple[tuple[tuple[str, int], ...], int, int]] = {}
-    pieces_of = {axis: _distinct([p for p in dissection.pieces if _lies_on(p, axis)], axis) for axis in axes}
-    step = {group: step_of(size, bench.table.fingerprint.precision) for group, size in dense.items()}
-    ends = {axis: (sum(step[g] for g in axis), sum(dense[g] for g in axis)) for axis in axes}
-    for axis in axes:
-        kinds[axis] = (tuple((p.key, _index(p, axis)) for p in pieces_of[axis]), *ends[axis])
+    tried = {axis: _sums([found[g].levels for g in axis]) for axis in sums if found.keys() >= set(axis)}
+    first = {}
+    for axis, values in tried.items():
+        narrow = VECTOR * max(step[g] for g in axis)
+        first[axis] = [v for v in values if v <= narrow or v in (values[0], values[-1])]
+    for axis, cost in _costs(dissection, bench, tried, first, max(most, SUM_WIDTHS), SUM_GAIN).items():
+        found[sum_of(axis)] = Staircase(cost, tuple(sorted(cost)))
+    return found
+
+
+def _costs(
+    dissection: Dissection,
+    bench: Bench,
+    tried: Mapping[Axis, tuple[int, ...]],
+    first: Mapping[Axis, list[int]],
+    most: int,
+    gain: float,
+) -> dict[Axis, dict[int, float]]:
+    """Cost of axes by value, those asked for first, and what bisection needs of the values that may be ``tried``."""
+    dense = dissection.dense
+    pieces_of = {axis: _distinct([p for p in dissection.pieces if _lies_on(p, axis)], axis) for axis in tried}
+    kinds = {axis: (tuple((p.key, _index(p, axis)) for p in pieces_of[axis]), tried[axis]) for axis in tried}
     lead = {kind: axis for axis, kind in reversed(list(kinds.items()))}
     known: dict[Axis, dict[int, float]] = {axis: {} for axis in lead.values()}
-    asked: dict[Axis, list[int]] = {axis: sorted({*ends[axis]}) for axis in known}
-    for axis in (axis for axis in known if len(axis) > 1):
-        low, high = ends[axis]
-        pack = max(step[g] for g in axis)
-        asked[axis] = sorted({low, high, *(n * pack for n in range(1, VECTOR + 1) if low < n * pack < high)})
+    asked = {axis: list(first[axis]) for axis in known}
     while any(asked.values()):
         wanted = [(p, _at(p, axis, w, dense)) for axis, ws in asked.items() for w in ws for p in pieces_of[axis]]
         bench.pieces(dissection, wanted)
         for axis, widths in asked.items():
             for w in widths:
                 known[axis][w] = sum(bench.table.require(p.key, _at(p, axis, w, dense)).ms for p in pieces_of[axis])
-        asked = {}
-        for axis in known:
-            limits = (most, GAIN) if len(axis) == 1 else (max(most, SUM_WIDTHS), SUM_GAIN)
-            asked[axis] = _next_widths(known[axis], max(step[g] for g in axis), *limits)
-    found = {}
-    for axis, kind in kinds.items():
-        cost = known[lead[kind]]
-        found[sum_of(axis)] = Staircase(cost, _levels(cost) if len(axis) == 1 else tuple(sorted(cost)))
-    return found
+        asked = {axis: _next_widths(known[axis], tried[axis], most, gain) for axis in known}
+    return {axis: known[lead[kind]] for axis, kind in kinds.items()}
+
+
+def _sums(levels: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """All values that levels of several groups may add up to."""
+    found = {0}
+    for own in levels:
+        found = {a + b for a in found for b in own}
+    return tuple(sorted(found))
 
 
 def _axis(extent: Extent) -> Axis:
@@ -99,8 +117,8 @@ def _at(piece: Piece, axis: Axis, width: int, dense: Mapping[str, int]) -> tuple
     return tuple(width if _axis(e) == axis else int(e.at(dense)) for e in piece.extents)
 
 
-def _next_widths(cost: Mapping[int, float], step: int, most: int, gain: float) -> list[int]:
-    """The multiple of ``step`` that splits the interval with the largest difference, if any is worth it."""
+def _next_widths(cost: Mapping[int, float], tried: Sequence[int], most: int, gain: float) -> list[int]:
+    """The value that splits the interval with the largest difference, if any is worth it."""
     widths = sorted(cost)
     full = widths[-1]
     if len(widths) >= most:
@@ -108,17 +126,19 @@ def _next_widths(cost: Mapping[int, float], step: int, most: int, gain: float) -
     intervals = [
         (abs(cost[b] - cost[a]), a, b)
         for a, b in itertools.pairwise(widths)
-        if (b - 1) // step * step > a and b - a > max(1, full // 16) and abs(cost[b] - cost[a]) > gain * cost[full]
+        if any(a < v < b for v in tried) and b - a > max(1, full // 16) and abs(cost[b] - cost[a]) > gain * cost[full]
     ]
-    return [_roundest(*max(intervals)[1:], step)] if intervals else []
+    if not intervals:
+        return []
+    _, low, high = max(intervals)
+    return [_roundest(low, high, [v for v in tried if low < v < high])]
 
 
-def _roundest(low: int, high: int, step: int = 1) -> int:
-    """The number strictly inside the middle half (or, failing that, inside) with the largest power of two in it."""
+def _roundest(low: int, high: int, values: Sequence[int]) -> int:
+    """Of the values those inside the middle half (or, failing that, all), the one with the largest power of two."""
     quarter, middle = (high - low) / 4, (low + high) / 2
-    multiples = range(low // step * step + step, high, step)
-    inside = [w for w in multiples if low + quarter <= w <= high - quarter] or [*multiples]
-    return max(inside, key=lambda w: (w & -w, -abs(w - middle)))
+    inside = [v for v in values if low + quarter <= v <= high - quarter] or values
+    return max(inside, key=lambda v: (v & -v, -abs(v - middle)))
 
 
 def _levels(cost: Mapping[int, float]) -> tuple[int, ...]:
