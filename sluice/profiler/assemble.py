@@ -16,7 +16,7 @@ import numpy as np
 
 from sluice.latency import Extent, LatencyModel, Rule, Term
 from sluice.passes.options import Options, dense_switch
-from sluice.profiler.grids import MAX_GRID, Staircase, knots_of, sum_of, totals
+from sluice.profiler.grids import MAX_GRID, Staircase, cost_of, knots_of, totals
 from sluice.profiler.joint_sweep import joint_ms, joint_points, joint_tolerance
 from sluice.profiler.joints import Joint
 from sluice.profiler.pieces import Dissection, Piece, anchor_weight
@@ -132,7 +132,7 @@ def _curves(
         groups = [group for group, _ in extent.coefs]
         values = totals(groups, dissection, stairs)
         own = {v: points[at].ms for v in values if (at := (*dense[:k], v, *dense[k + 1 :])) in points}
-        cost = stairs[name].cost if (name := sum_of(groups)) in stairs else {}
+        cost = cost_of(groups, stairs)
         curve = own if len(own) == len(values) else {v: cost[v] for v in values if v in cost}
         curves.append(curve if len(curve) == len(values) else {})
     return curves

@@ -21,6 +21,7 @@ __all__ = [
     "MAX_GRID",
     "SUMS",
     "Staircase",
+    "cost_of",
     "dense_ms",
     "dense_points",
     "knots_of",
@@ -75,13 +76,19 @@ def knots_of(
     counts = [len(values) for values in lists]
     while len(lists) > 1 and math.prod(counts) > most:
         counts[counts.index(max(counts))] -= 1
-    costs = [stairs[name].cost if (name := sum_of(groups)) in stairs else {} for groups in names]
+    costs = [cost_of(groups, stairs) for groups in names]
     return [list(thin(values, count, cost)) for values, count, cost in zip(lists, counts, costs, strict=True)]
 
 
 def sum_of(groups: Sequence[str]) -> str:
     """What a staircase of the sum of these groups is found under; of one group, its name."""
     return " + ".join(groups)
+
+
+def cost_of(groups: Sequence[str], stairs: Mapping[str, Staircase]) -> Mapping[int, float]:
+    """The cost of a group or a sum by its value; empty where it was not explored."""
+    found = stairs.get(sum_of(groups))
+    return found.cost if found is not None else {}
 
 
 def totals(names: Sequence[str], dissection: Dissection, stairs: Mapping[str, Staircase]) -> list[int]:
