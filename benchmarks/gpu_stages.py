@@ -98,7 +98,7 @@ def staircase(runner: Runner, layer: Layer, batch: int, precision: str) -> list[
 def dense(runner: Runner, model: onnx.ModelProto, batch: int, precision: str) -> dict[str, Any]:
     """Milliseconds of a whole network as it is."""
     session = runner.build(typed(model, precision), batch=batch)
-    found = measure([session], min_rounds=60, rng=np.random.default_rng(0))[0]
+    found = measure([session], min_bursts=60, rng=np.random.default_rng(0))[0]
     return {"ms": found.ms, "spread": found.spread}
 
 

@@ -129,7 +129,7 @@ def pair_ms(dense: onnx.ModelProto, slim: onnx.ModelProto, batch: int) -> tuple[
     runner, rng, runs = make_runner(TARGET, THREADS), np.random.default_rng(0), []
     for _ in range(TURNS):
         sessions = [runner.build(model, batch=batch) for model in (dense, slim)]
-        runs.append(measure(sessions, min_rounds=60, max_rounds=160, target_spread=0.015, rng=rng))
+        runs.append(measure(sessions, min_bursts=60, max_bursts=160, target_spread=0.015, rng=rng))
     first, second = sorted(runs, key=lambda pair: pair[1].ms / pair[0].ms)[TURNS // 2]
     return first.ms, second.ms
 

@@ -293,7 +293,7 @@ def bench(args: argparse.Namespace) -> int:
             check_batch(parsed(path), args.batch, path)
     runner = make_runner(args.target, args.threads)
     sessions = [_loaded(runner, p) if p in built else runner.build(p, batch=args.batch) for p in args.models]
-    found = measure(sessions, min_rounds=60, max_rounds=240, target_spread=0.01, rng=np.random.default_rng(0))
+    found = measure(sessions, min_bursts=60, max_bursts=240, target_spread=0.01, rng=np.random.default_rng(0))
     data: dict[str, Any] = {
         "engines": [{"file": f, "ms": m.ms, "spread": m.spread} for f, m in zip(args.models, found, strict=True)],
         "clock": found[0].clock,

@@ -111,7 +111,7 @@ def measure_pair(profile: Profile, dense: onnx.ModelProto, slim: onnx.ModelProto
     runs = []
     for _ in range(RUNS):
         sessions = [runner.build(model, batch=profile.fingerprint.batch) for model in (dense, slim)]
-        runs.append(measure(sessions, min_rounds=60, max_rounds=160, target_spread=0.015, anchor=anchor, rng=rng))
+        runs.append(measure(sessions, min_bursts=60, max_bursts=160, target_spread=0.015, anchor=anchor, rng=rng))
     first, second = sorted(runs, key=lambda run: run[1].ms / run[0].ms)[RUNS // 2]
     return first.ms, second.ms
 
@@ -122,7 +122,7 @@ def measure_configurations(profile: Profile, configurations: Sequence[Mapping[st
     sessions = [
         runner.build(profile.engine(build_engine(profile.dissection, one, profile.options))) for one in configurations
     ]
-    found = measure(sessions, min_rounds=60, anchor=profile.anchor(runner), rng=np.random.default_rng(0))
+    found = measure(sessions, min_bursts=60, anchor=profile.anchor(runner), rng=np.random.default_rng(0))
     return [m.ms for m in found]
 
 

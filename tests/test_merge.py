@@ -19,6 +19,7 @@ from sluice.models.resnet import BasicBlock
 from sluice.models.resnet1d import Block1d
 from sluice.passes.aten import analyze
 from sluice.passes.capture import capture, clone
+from sluice.passes.chain import NEUTRAL
 from sluice.passes.export import to_onnx
 from sluice.passes.merge_onnx import chains_onnx, merge_onnx
 from sluice.passes.merge_torch import chains_torch, linearize_torch, merge_torch
@@ -113,6 +114,10 @@ def projection() -> nn.Module:
     return Blocks(stem(5), BasicBlock(5, 7, 2), BasicBlock(7, 7))
 
 
+def widening() -> nn.Module:
+    return Blocks(stem(5), BasicBlock(5, 7), BasicBlock(7, 7), nn.Conv2d(7, 4, 3))
+
+
 def mobile() -> nn.Module:
     return Blocks(stem(5), InvertedResidual(5, 5, 1, 3), InvertedResidual(5, 7, 2, 3))
 
@@ -146,6 +151,7 @@ CASES: dict[str, tuple[Build, list[tuple[Sequence[str], Runs]]]] = {
     "projection": (projection, [(TWO[:2], [TWO[:2]])]),
     "projection, layer removed": (projection, [(TWO[:2], [TWO[:1]])]),
     "projection and block": (projection, [(TWO, [TWO])]),
+    "widening": (widening, [(TWO, [TWO])]),
     "projection in runs": (projection, [(TWO[:2], [TWO[:1], TWO[1:2]])]),
     "inverted residual": (mobile, [(IR, [IR])]),
     "inverted residual without depthwise": (mobile, [(IR, [IR[::2]])]),
@@ -340,6 +346,31 @@ def test_merges_come_after_slices() -> None:
     assert shapes(done)[TWO[-1]] == (7, 3, 15, 15)
     assert_close(done(x), slim(x))
     assert_close(run_onnx(merge_onnx(rewrite_onnx(onnx.load_from_string(data), plan), merges), x), slim(x))
+
+
+@pytest.mark.parametrize("runs", [[TWO], [TWO[1:]], [TWO[:2], TWO[2:]], [TWO[1:2]]])
+@torch.no_grad()
+def test_a_width_may_leave_a_projection_nothing_to_change(runs: Runs) -> None:
+    """Narrowed from 7 to as many channels as come in, 3: then no layer of the first block changes channels."""
+    model, x, dense, data = exported(widening)
+    analysis = analyze(dense)
+    plan = make_plan(analysis, {group.name: [0, 2, group.size - 1] for group in analysis.groups})
+    slim = rewrite_torch(model, plan, x)
+    chain = next(c for c in chains_torch(slim) if any(v.weight == TWO[0] for v in c.layers))
+    assert chain.spans[0].barrier == NEUTRAL
+    merges = edits([(TWO, runs)])
+    linearize_torch(slim, merges)
+    assert_close(merged(slim, merges)(x), slim(x))
+    assert_close(run_onnx(merge_onnx(rewrite_onnx(onnx.load_from_string(data), plan), merges), x), slim(x))
+
+
+@torch.no_grad()
+def test_a_block_with_a_projection_is_not_emptied() -> None:
+    model, x, dense, _ = exported(widening)
+    analysis = analyze(dense)
+    slim = rewrite_torch(model, make_plan(analysis, {g.name: [0, 2, g.size - 1] for g in analysis.groups}), x)
+    with pytest.raises(SluiceError, match=f"cannot be taken in: {NEUTRAL}"):
+        linearize_torch(slim, edits([(TWO, [TWO[2:]])]))
 
 
 @torch.no_grad()

@@ -18,7 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
-__all__ = ["Chain", "Layer", "Norm", "Op", "Span", "find_chains"]
+__all__ = ["NEUTRAL", "Chain", "Layer", "Norm", "Op", "Span", "find_chains"]
+
+NEUTRAL = "the shortcut is a convolution that changes neither channels nor size"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sluice.errors import SluiceError
-from sluice.passes.chain import Chain, Layer, Span
+from sluice.passes.chain import NEUTRAL, Chain, Layer, Span
 from sluice.passes.compose import Conv, add_shortcut, compose, fold_norm
 from sluice.passes.segments import swallowed
 from sluice.plan import Merge
@@ -99,6 +99,7 @@ def find_region(chains: Sequence[Chain], merge: Merge) -> Region:
     """
     kept = {name: index for index, run in enumerate(merge.runs) for name in run}
     chain = next((c for c in chains if kept.keys() & {v.weight for v in c.layers}), None)
+    chain = _as_planned(chain, kept) if chain else None
     names = [layer.weight for layer in chain.layers] if chain else []
     present = [name for name in merge.layers if name in names]
     missing = [name for name in kept if name not in names]
@@ -142,6 +143,19 @@ def find_region(chains: Sequence[Chain], merge: Merge) -> Region:
         layers[0].source,
         closing[-1] if closing else layers[-1].out,
     )
+
+
+def _as_planned(chain: Chain, kept: Collection[str]) -> Chain:
+    """The chain with the blocks open that only other widths than the plan was made at have closed.
+
+    A block whose shortcut is a convolution cannot be emptied. In the dense graph one of its layers changes channels and
+    is kept; narrowed to as many as come in, all of them look removable. The plan still keeps one.
+    """
+
+    def open_(span: Span) -> bool:
+        return span.barrier == NEUTRAL and any(v.weight in kept for v in chain.layers[span.start : span.end])
+
+    return replace(chain, spans=tuple(replace(s, barrier=None) if open_(s) else s for s in chain.spans))
 
 
 def compose_run(run: Run, tensors: Mapping[str, np.ndarray]) -> Conv:

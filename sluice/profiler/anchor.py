@@ -50,7 +50,7 @@ def make_anchor(table: LatencyTable, runner: Runner, rng: np.random.Generator) -
     known = table.get(KEY, ())
     if known is None:
         times = TRIES if threads == 1 else 4 * TRIES
-        tries = [measure([session], min_rounds=1000, max_rounds=1000, rng=rng)[0] for _ in range(times)]
+        tries = [measure([session], min_bursts=1000, max_bursts=1000, rng=rng)[0] for _ in range(times)]
         known = min(tries, key=lambda m: m.ms)
         table.put(KEY, (), known)
         table.describe(KEY, "reference engine measured along with every point")

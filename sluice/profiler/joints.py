@@ -23,8 +23,8 @@ joints is the cluster expansion of the latency up to its second term.
 
        J(t) = T(p | c_1 | ... | c_k) - T(p and all c_i joined at t) - T(sources of t) + k * T(call)
 
-   and where the batch is free, at a quarter of it: what neighbours save beside the calls is work on t, hence in
-   proportion to the batch.
+   and where the batch is free and one thread computes, at a quarter of it: what neighbours save beside the calls is
+   work on t, hence in proportion to the batch. What several threads take to share an operator is not.
 
 3. Where the runtime tells that the pieces joined run the very kernels that they run apart (less the sources of t), they
    save their calls, and nothing is timed. That is the rule where borders are free; what is left to be timed is where

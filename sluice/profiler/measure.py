@@ -1,51 +1,35 @@
-"""Milliseconds per inference on a shared host: interleaved bursts, the lowest tenth of them, more where needed.
+"""Milliseconds per inference on a shared host: interleaved bursts, the lowest of them, more where needed.
 
 1. Noise is one-sided: other processes, a busy sibling hyperthread or a lower clock only ever make a burst slower. It
    comes in episodes of 50 ms to seconds in which everything runs at one slower speed (factor 1.2 to 1.3 was seen).
    So the median is useless (it jumps between the two speeds) and the figure wanted is the fast speed:
 
-       ms = mean of the lowest tenth of the bursts (at least 3 of them)
+       ms = mean of the lowest 3% of the bursts (at least 3 of them)
 
 2. Short bursts, many rounds. Sessions take turns in a fresh random order every round, so that an episode hits all of
    them and the samples of one session are spread over a long time. Many sessions in one call are better than few.
-3. A session is measured again until the lowest tenth agrees with itself:
-   ``spread = (largest - smallest of the lowest tenth) / ms``. A fast speed that was seen once is no floor.
+   A turn is as many bursts in a row as hold `SETTLED` inferences, for the caches take that many to settle after
+   others, and a deployed engine runs by itself: of MobileNetV2 the first bursts take 4 to 8% longer, of the sixth 1%.
+3. A session is measured again until the lowest bursts agree with each other:
+   ``spread = (largest - smallest of the lowest) / ms``. A fast speed that was seen once is no floor.
 4. An *anchor*, an engine whose fast figure is known from before, says when the machine is itself. It takes its turn
    every `ANCHOR_EVERY_MS`. A burst is *clean* if the anchor's on both sides of it are within `CLEAN` of that figure;
    clean bursts alone make a session's figure, and a session is measured until it has `LEAST` of them. While the anchor
-   is slow, no round is begun; the call waits for as many bursts of the anchor as it has patience. Only where an episode
+   is slow, no turn is begun; the call waits for as many bursts of the anchor as it has patience. Only where an episode
    outlasts that, the anchor scales: ``ms * anchor.ms / (anchor's figure beside the same bursts)``. That is worth less,
    since what shares a core slows one kernel and not another: in one episode the anchor took 1.42 times as long, a
    convolution of 15 to 16 channels 1.73 times, a 64x1 convolution 1.09 times.
-5. Where several threads compute, by wall time, a burst says nothing of the one beside it: each waits for its threads
-   in its own way. What shares the cores shows over seconds, and then in the lowest tenth as well: most convolutions
+5. Where several threads compute, by wall time, a burst says little of the one beside it: each waits for its threads
+   in its own way. What shares the cores shows over seconds, and then in the lowest bursts as well: most convolutions
    were slower by up to 12%, some by half. So the anchor that ``judges`` calls is one more session, and a call in which
    its own figure is more than `CALM` above the one from before is done again, as often as there is patience; it
-   begins once the anchor alone is that quick. The lowest figure of all calls counts; nothing is scaled.
+   begins once the anchor alone is that quick. The lowest figure of all calls counts; nothing is scaled. All cores are
+   quiet for a few milliseconds at a time, so a session takes `SEVERAL` times as many bursts.
 6. An accelerator raises its clock under load only. So before a call the first session runs for `RAMP_MS`, whatever
    ``warmup_ms`` is; the others find the device awake. A session that runs on an accelerator says so with an attribute
    ``ramps``, which sessions by the wall clock need; without it a session does so if its clock is ``"cuda"``.
 
-How bursts were chosen (24 convolutions 16->16 at 28x28 to 48->64 at 7x7, batch 8, one thread, thread CPU time, two
-virtual cores that others used too; run-to-run standard deviation at 40 ms a session):
-
-    burst      minimum   lowest tenth   lower quartile   median
-    0.5 ms     2.9 %     2.8 %          4.9 %            4.6 %
-    1 ms       4.1 %     4.4 %          4.9 %            4.9 %
-    2 ms       3.9 %     3.9 %          4.7 %            4.8 %
-
-Of four stopping rules (halves, quarters, best two of four, rule 3) rule 3 gave the smallest error at equal cost.
-
-What rule 4 is worth (12 convolutions, 3x3, 1x1 and 65x1, of 0.015 to 5 ms; the two ways in turns, seven times each;
-another tenant's episode fell into one of the calls):
-
-    anchor                                run-to-run standard deviation   of the 65x1 convolutions   cost of a call
-    scales always (40 rounds)             3.7 %                           9.1 %                      2.3 s
-    says which bursts count (24 rounds)   1.1 %                           0.4 %                      2.4 s
-
-What rule 5 is worth (two threads on both cores of the same host). From the same bursts of four calls, 48 engines of 1
-to 8 ms: 3.6% where the anchor says which bursts count (rule 4), 0.6% where it does not. Ten convolutions of 0.3 to 5 ms
-in 14 windows of 10 s: 4 to 16%; in the seven windows with the anchor within 5%, 1 to 3%.
+What each rule is worth was measured: docs/measuring.md.
 """
 
 from __future__ import annotations
@@ -63,15 +47,17 @@ from sluice.runtime.runner import Clock, Session
 
 __all__ = ["Anchor", "Measurement", "measure"]
 
-FRACTION = 0.1
+FRACTION = 0.03
 MIN_KEPT = 3
+SETTLED, LONGEST_TURN = 12, 6  # inferences, bursts
 ANCHOR_EVERY_MS = 2.0
 CLEAN = 0.12  # beside engines that empty its caches the anchor takes up to 8 % longer than alone
 LEAST = 12  # clean bursts
 PATIENCE = 8000
 CALM = 0.05
-PATIENCE_PER_CALL = 1600
+PATIENCE_PER_CALL = 3200
 PROBE = 100
+SEVERAL = 4
 MAX_REPEATS = 1 << 20
 RAMP_MS = 200.0
 
@@ -127,8 +113,8 @@ class _Bursts:
 def measure(
     sessions: Sequence[Session],
     *,
-    min_rounds: int = 40,
-    max_rounds: int = 160,
+    min_bursts: int = 40,
+    max_bursts: int = 160,
     target_spread: float = 0.03,
     burst_ms: float = 0.5,
     warmup_ms: float = 5.0,
@@ -138,15 +124,15 @@ def measure(
 ) -> tuple[Measurement, ...]:
     """One measurement per session, in order.
 
-    Every session is warmed up for ``warmup_ms``, then takes part in ``min_rounds`` to ``max_rounds`` rounds of one
-    burst of at least ``burst_ms`` each (or one inference), until `LEAST` of its bursts are clean (without an anchor all
-    are) and its spread is at most ``target_spread``. ``patience`` is the number of the anchor's bursts that the call
-    may wait for the machine to be quiet (rule 5: a call takes `PATIENCE_PER_CALL`). A burst costs twice its time, since
-    an inference precedes it, and the anchor's turns come on top.
+    Every session is warmed up for ``warmup_ms``, then takes its turns (rule 2) until it has ``min_bursts`` to
+    ``max_bursts`` bursts of at least ``burst_ms`` each (or one inference), `LEAST` of them clean (without an anchor all
+    are) and its spread at most ``target_spread``. ``patience`` is the number of the anchor's bursts that the call may
+    wait for the machine to be quiet (rule 5: a call takes `PATIENCE_PER_CALL`). A burst costs twice its time, since an
+    inference precedes it, and the anchor's turns come on top.
     Raises `SluiceError` where the sessions or the anchor do not share one clock, or a session's time is not positive.
     """
-    if not 1 <= min_rounds <= max_rounds:
-        raise SluiceError(f"cannot measure with min_rounds={min_rounds}, max_rounds={max_rounds}; need 1 <= min <= max")
+    if not 1 <= min_bursts <= max_bursts:
+        raise SluiceError(f"cannot measure with min_bursts={min_bursts}, max_bursts={max_bursts}; need 1 <= min <= max")
     if not sessions:
         return ()
     everyone = [*sessions, anchor.session] if anchor is not None else list(sessions)
@@ -158,36 +144,37 @@ def measure(
 
     if anchor is not None and anchor.judges == "calls":
         again = partial(
-            measure, [*sessions, anchor.session], min_rounds=min_rounds, max_rounds=max_rounds,
-            target_spread=target_spread, burst_ms=burst_ms, warmup_ms=warmup_ms, rng=rng,
+            measure, [*sessions, anchor.session], min_bursts=SEVERAL * min_bursts,
+            max_bursts=max(SEVERAL * min_bursts, max_bursts), target_spread=target_spread, burst_ms=burst_ms,
+            warmup_ms=warmup_ms, rng=rng,
         )  # fmt: skip
-        alone = partial(measure, [anchor.session], min_rounds=PROBE, max_rounds=PROBE, burst_ms=burst_ms, rng=rng)
+        alone = partial(measure, [anchor.session], min_bursts=PROBE, max_bursts=PROBE, burst_ms=burst_ms, rng=rng)
         return _calm(again, alone, anchor.ms, patience)
     ramp_ms = RAMP_MS if any(_ramps(session) for session in everyone) else 0.0
     repeats = [_warm_up(s, burst_ms, warmup_ms if k else max(warmup_ms, ramp_ms)) for k, s in enumerate(everyone)]
     bursts = [_Bursts() for _ in sessions]
-    active = list(range(len(sessions)))
+    turns = [max(1, min(LONGEST_TURN, math.ceil(SETTLED / (n + 1)))) for n in repeats]
 
     def ratio() -> float:
         return anchor.session.sample(repeats[-1]) / anchor.ms if anchor is not None else 1.0
 
+    def wanted(own: _Bursts) -> bool:
+        return len(own.ms) < min_bursts or (len(own.ms) < max_bursts and not own.settled(target_spread))
+
     before = ratio()
-    for done in range(max_rounds):
-        while abs(before - 1.0) > CLEAN and patience > 0:
-            before, patience = ratio(), patience - 1
-        if done >= min_rounds:
-            active = [i for i in active if not bursts[i].settled(target_spread)]
-        if not active:
-            break
+    while active := [i for i, own in enumerate(bursts) if wanted(own)]:
         waiting: list[_Bursts] = []  # for the anchor's turn
         spent = 0.0
         for i in rng.permutation(active):
-            waiting.append(bursts[i])
-            bursts[i].ms.append(sessions[i].sample(repeats[i]))
-            spent += bursts[i].ms[-1] * repeats[i]
-            if spent >= ANCHOR_EVERY_MS:
-                before = _beside(waiting, before, ratio())
-                waiting, spent = [], 0.0
+            while abs(before - 1.0) > CLEAN and patience > 0:
+                before, patience = ratio(), patience - 1
+            for _ in range(min(turns[i], max_bursts - len(bursts[i].ms))):
+                waiting.append(bursts[i])
+                bursts[i].ms.append(sessions[i].sample(repeats[i]))
+                spent += bursts[i].ms[-1] * repeats[i]
+                if spent >= ANCHOR_EVERY_MS:
+                    before = _beside(waiting, before, ratio())
+                    waiting, spent = [], 0.0
         if waiting:
             before = _beside(waiting, before, ratio())
 

@@ -227,8 +227,9 @@ def _bench(table: str | os.PathLike[str], fingerprint: Fingerprint, seed: int) -
 def _dissect(
     model: onnx.ModelProto, fingerprint: Fingerprint, exclude: Sequence[str], methods: Sequence[str]
 ) -> Dissection:
-    # On an accelerator small batches leave it idle, and less work takes no less time.
-    dissection = dissect(model, fingerprint.batch, exclude, small=fingerprint.runtime == "ort-cpu")
+    # Less work takes no less time where a small batch leaves an accelerator idle, or threads wait for each other.
+    proportional = fingerprint.runtime == "ort-cpu" and fingerprint.threads == 1
+    dissection = dissect(model, fingerprint.batch, exclude, small=proportional)
     if tuple(methods) == ("filter",):
         _check_choice(dissection, Options())
     return dissection

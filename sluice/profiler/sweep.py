@@ -6,13 +6,15 @@
 3. What fills the caches that cores share slows large activations, and not the anchor: points of DenseNet were up to 20%
    off in one call and not in the next. So some of the new pieces are timed once more, and unless nine in ten of these
    are within `DOUBT` of what they took, all are; and so is a piece that seems to take longer than at larger widths by
-   more than that. The lower figure counts, since noise only adds.
+   more than that. The lower figure counts, since noise only adds. A call that is killed before leaves word in the table
+   of what it had not looked at again, and the next call that wants these points does.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,16 +29,17 @@ from sluice.profiler.sources import add_sources, source_model
 from sluice.profiler.table import LatencyTable
 from sluice.runtime.runner import Runner, Session
 
-__all__ = ["Bench"]
+__all__ = ["Bench", "keep_once", "timed_once"]
 
 BATCH_OF_SESSIONS = 24
 BATCH_OF_JOINTS = 8
 DOUBT = 0.03
-ROUNDS, MAX_ROUNDS = 24, 160
-SOURCE_KEY = "source-v2"
-CALL_KEY = "call-v2"  # what an engine with nothing to do takes
+BURSTS, MAX_BURSTS = 24, 160
+SOURCE_KEY = "source-v3"
+ONCE = "points timed once"
+CALL_KEY = "call-v3"  # what an engine with nothing to do takes
 Progress = Callable[[int, int], None]  # (points done, points known to be needed)
-_Point = tuple[tuple[str, tuple[int, ...]], tuple[Dissection, Piece]]  # key and extents, what is cut out of what
+Point = tuple[str, tuple[int, ...]]  # key and extents
 
 
 @dataclass(slots=True)
@@ -46,8 +49,8 @@ class Waits:
     in_vain: bool = False
 
     @property
-    def rounds(self) -> int:
-        return 2 * ROUNDS if self.in_vain else MAX_ROUNDS
+    def bursts(self) -> int:
+        return 2 * BURSTS if self.in_vain else MAX_BURSTS
 
     @property
     def patience(self) -> int:
@@ -74,20 +77,27 @@ class Bench:
 
         In random order, so that what one call has in common with itself does not fall on one piece.
         """
-        todo = {(p.key, e): (cut, p) for cut, p, e in wanted if self.table.get(p.key, e) is None}
-        if todo:  # a complete table is only read
-            self.table.describe_all({piece.key: piece.description for _, piece in todo.values()})
+        once = timed_once(self.table)
+        missing = {(p.key, e) for _, p, e in wanted if self.table.get(p.key, e) is None}
+        todo = {(p.key, e): (cut, p) for cut, p, e in wanted if (p.key, e) in missing | once}
+        if not todo:  # a complete table is only read
+            return
+        keep_once(self.table, once | missing)
+        self.table.describe_all({piece.key: piece.description for _, piece in todo.values()})
         points = list(todo.items())
         points = [points[k] for k in self.rng.permutation(len(points))]
-        self._time_pieces(points, self.progress)
+        self._time_pieces([p for p in points if p[0] in missing], self.progress)
         some = [points[k] for k in self.rng.permutation(len(points))[:BATCH_OF_SESSIONS]]
         before = np.array([self.table.require(*point).ms for point, _ in some])
         self._time_pieces(some)
         lower = before > (1.0 + DOUBT) * np.array([self.table.require(*point).ms for point, _ in some])
-        disturbed = len(some) > 0 and float(np.mean(lower)) > 0.1
+        disturbed = float(np.mean(lower)) > 0.1
         self._time_pieces([p for p in points if p not in some and (disturbed or _doubtful(p[0], self.table))])
+        keep_once(self.table, once - todo.keys())
 
-    def _time_pieces(self, points: Sequence[_Point], progress: Progress = lambda done, total: None) -> None:
+    def _time_pieces(
+        self, points: Sequence[tuple[Point, tuple[Dissection, Piece]]], progress: Progress = lambda done, total: None
+    ) -> None:
         """Time these points; of what the table has already, the lower figure is kept."""
         for start in range(0, len(points), BATCH_OF_SESSIONS):
             chunk = points[start : start + BATCH_OF_SESSIONS]
@@ -172,18 +182,31 @@ class Bench:
         build = getattr(self.runner, "build_part", self.runner.build) if part else self.runner.build
         return build(typed(model, asked.precision, part=part, target=asked.runtime))
 
-    def time(self, sessions: Sequence[Session], most: int = MAX_ROUNDS) -> tuple[Measurement, ...]:
-        """All of them in turns, `ROUNDS` to ``most`` rounds."""
-        rounds, patience = min(most, self.waits.rounds), self.waits.patience
+    def time(self, sessions: Sequence[Session], most: int = MAX_BURSTS) -> tuple[Measurement, ...]:
+        """All of them in turns, `BURSTS` to ``most`` bursts each."""
+        bursts, patience = min(most, self.waits.bursts), self.waits.patience
         found = measure(
-            sessions, min_rounds=ROUNDS, max_rounds=rounds, patience=patience, anchor=self.anchor, rng=self.rng
+            sessions, min_bursts=BURSTS, max_bursts=bursts, patience=patience, anchor=self.anchor, rng=self.rng
         )
         self.waits.in_vain = bool(found) and all(measured.spread > CLEAN for measured in found)
         clocks.keep(self.runner, self.table)
         return found
 
 
-def _doubtful(point: tuple[str, tuple[int, ...]], table: LatencyTable) -> bool:
+def timed_once(table: LatencyTable) -> set[Point]:
+    """The points that a call was killed before it had looked at again, and some that it had not come to at all."""
+    return {(key, tuple(extents)) for key, extents in json.loads(table.get_blob(ONCE) or b"[]")}
+
+
+def keep_once(table: LatencyTable, points: Collection[Point]) -> None:
+    """Leave word of ``points`` for `timed_once`."""
+    if points:
+        table.put_blob(ONCE, json.dumps(sorted(points)).encode())
+    else:
+        table.drop_blob(ONCE)
+
+
+def _doubtful(point: Point, table: LatencyTable) -> bool:
     """Does the piece take longer than at larger widths?"""
     key, extents = point
     least = table.require(key, extents).ms / (1.0 + DOUBT)

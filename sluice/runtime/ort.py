@@ -99,7 +99,8 @@ class OrtRunner:
     def build_part(self, model: onnx.ModelProto) -> OrtSession:
         """A session for a part of a network with static shapes, laid out as inside of it (`sluice.runtime.ort_part`).
 
-        It is for timing: its inputs and outputs may be blocks of channels. Raises `SluiceError` as `build` does.
+        It is for timing: its inputs may be blocks of channels, its outputs are shapes. Raises `SluiceError` as `build`
+        does.
         """
         session, kernels = part_session(model, self.threads, self._entries)
         return OrtSession(session, self.clock, {}, place(model), self.threads, kernels)
@@ -112,7 +113,7 @@ class OrtRunner:
 class OrtSession:
     """One engine in ONNX Runtime on the CPU; made by `OrtRunner.build` or `OrtRunner.build_part`.
 
-    ``kernels`` are those of a part, by how often each runs (`sluice.runtime.ort_part`, rule 4).
+    ``kernels`` are those of a part, by how often each runs (`sluice.runtime.ort_part`, rule 5).
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from sluice.profiler.grids import MAX_GRID, SUMS, Staircase, knots_of, piece_poi
 from sluice.profiler.joint_sweep import explore_joints, joint_tolerance
 from sluice.profiler.measure import CLEAN, PATIENCE, Anchor
 from sluice.profiler.pieces import Dissection, dissect
-from sluice.profiler.sweep import BATCH_OF_SESSIONS, DOUBT, Bench
+from sluice.profiler.sweep import BATCH_OF_SESSIONS, DOUBT, Bench, keep_once, timed_once
 from sluice.profiler.table import LatencyTable
 from tests.device import FINGERPRINT, Cost, FakeRunner, FakeSession, chain, line, staircase
 
@@ -145,15 +145,18 @@ def at_first(factor: float, disturbed: Callable[[float], bool]) -> Callable[[flo
     return slower
 
 
-def on_a_grid(slower: Callable[[float], float]) -> tuple[dict[tuple[int, ...], float], int]:
+def on_a_grid(
+    slower: Callable[[float], float], fail_at: int | None = None, table: LatencyTable | None = None
+) -> tuple[dict[tuple[int, ...], float], int]:
     """A piece's times at 60 points, of 12 channels longer than of 16, and how many engines were built for them."""
     dissection = dissect(chain([40, 24]), 2)
     piece = next(p for p in dissection.pieces if p.name == "conv1")
     grid = [(piece, (a, b)) for a in range(4, 41, 4) for b in range(4, 25, 4)]
-    runner = FakeRunner(lambda into, out, rest: 1e-3 * (into + 1e-3 * out) * (5 if into == 12 else 1), slower)
-    with LatencyTable.create(":memory:", FINGERPRINT) as table:
-        bench_on(table, runner).pieces(dissection, grid)
-        return {at: m.ms for at, m in table.points(piece.key).items()}, runner.built
+    rule = lambda into, out, rest: 1e-3 * (into + 1e-3 * out) * (5 if into == 12 else 1)  # noqa: E731
+    runner = FakeRunner(rule, slower, fail_at=fail_at)
+    table = LatencyTable.create(":memory:", FINGERPRINT) if table is None else table
+    bench_on(table, runner).pieces(dissection, grid)
+    return {at: m.ms for at, m in table.points(piece.key).items()}, runner.built
 
 
 def test_a_piece_that_takes_longer_than_a_larger_one_is_timed_once_more() -> None:
@@ -173,6 +176,27 @@ def test_on_a_disturbed_machine_all_pieces_are_timed_twice() -> None:
     largest = exact[40, 24]
     found, built = on_a_grid(at_first(1.3, lambda ms: round(1e6 * ms) % 3 == 0 or math.isclose(ms, largest)))
     assert found == exact and built == 120
+
+
+@pytest.mark.parametrize("fail_at", [30, 70, 100])
+def test_what_a_killed_call_had_not_looked_at_again_is_looked_at_by_the_next(fail_at: int) -> None:
+    exact, _ = on_a_grid(float)
+    slower = at_first(1.3, lambda ms: True)
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        with pytest.raises(KeyboardInterrupt):
+            on_a_grid(slower, fail_at, table)
+        assert len(timed_once(table)) == 60
+        found, built = on_a_grid(slower, None, table)
+        assert found == exact and fail_at + built <= 120 + 2 * BATCH_OF_SESSIONS
+        assert timed_once(table) == set() and table.blobs() == {}
+        assert on_a_grid(slower, None, table) == (exact, 0)
+
+
+def test_other_points_stay_for_another_call() -> None:
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        keep_once(table, {("another", (3, 5))})
+        on_a_grid(float, None, table)
+        assert timed_once(table) == {("another", (3, 5))}
 
 
 def test_grids_are_thinned_to_a_limit_and_keep_their_ends() -> None:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,8 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sluice.errors import SluiceError
 from sluice.runtime.compare import assert_close
+from sluice.runtime.inputs import Shapes
 from sluice.runtime.ort import OrtRunner
-from sluice.runtime.ort_part import block_size, kernels, without_reorders
+from sluice.runtime.ort_part import ADDED, PROVIDER, block_size, kernels, outputs_inside, without_reorders
+from sluice.runtime.ort_session import compute, load_session
 from sluice.runtime.runner import PLAIN
 
 N, H, W = 2, 5, 7
@@ -56,6 +61,12 @@ def plain(value: np.ndarray, channels: int) -> np.ndarray:
     return grouped.reshape(value.shape)[:, :channels]
 
 
+def computed(model: onnx.ModelProto, x: np.ndarray) -> dict[str, np.ndarray]:
+    """What a part computes in place of the shapes that it gives out."""
+    session = load_session(without_reorders(model), Shapes(), PROVIDER, optimize=False)
+    return compute(session, "part", {"x": x})
+
+
 def operators(model: onnx.ModelProto) -> list[str]:
     return [node.op_type for node in model.graph.node]
 
@@ -68,7 +79,7 @@ def test_computes_the_same_on_blocks(quarter: int, out: int) -> None:
     model = residual(into, out)
     x = np.random.default_rng(2).standard_normal((N, into, H, W)).astype(np.float32)
     wanted = OrtRunner().build(model).run({"x": x})
-    found = OrtRunner().build_part(model).run({"x": in_blocks(x)})
+    found = computed(model, in_blocks(x))
     assert_close({"y": plain(found["y"], out)}, wanted)
 
 
@@ -96,7 +107,7 @@ def test_keeps_the_reorders_inside_and_what_is_read_plainly() -> None:
     assert operators(bare).count("ReorderOutput") == 1  # of a
     x = np.random.default_rng(3).standard_normal((N, 32, H, W)).astype(np.float32)
     wanted = OrtRunner().build(model).run({"x": x})
-    found = OrtRunner().build_part(model).run({"x": x})
+    found = computed(model, x)
     assert_close({"y": plain(found["y"], 32), "z": found["z"]}, wanted)
 
 
@@ -107,7 +118,7 @@ def test_what_is_plain_inside_the_network_is_laid_out_in_the_part() -> None:
     assert operators(without_reorders(model)).count("ReorderInput") == 1
     assert "ReorderOutput" not in operators(without_reorders(model))
     x = np.random.default_rng(3).standard_normal((N, 32, H, W)).astype(np.float32)
-    found = OrtRunner().build_part(model).run({"x": x})
+    found = computed(model, x)
     assert_close({"y": plain(found["y"], 24)}, OrtRunner().build(model).run({"x": x}))
 
 
@@ -122,7 +133,7 @@ def test_an_output_that_is_read_inside_is_given_as_it_is_read() -> None:
     assert operators(bare) == ["Conv", "Conv"]
     x = np.random.default_rng(3).standard_normal((N, 32, H, W)).astype(np.float32)
     wanted = OrtRunner().build(model).run({"x": x})
-    found = OrtRunner().build_part(model).run({"x": in_blocks(x)})
+    found = computed(model, in_blocks(x))
     assert_close({"y": plain(found["y"], 24), "z": plain(found["z"], 17)}, wanted)
 
 
@@ -130,7 +141,7 @@ def test_what_is_plain_stays_plain() -> None:
     model = graph([helper.make_node("Erf", ["x"], ["y"])], {}, {"x": 3, "y": 3})
     assert operators(without_reorders(model)) == ["Erf"]
     x = np.random.default_rng(4).standard_normal((N, 3, H, W)).astype(np.float32)
-    assert_close(OrtRunner().build_part(model).run({"x": x}), OrtRunner().build(model).run({"x": x}))
+    assert_close(computed(model, x), OrtRunner().build(model).run({"x": x}))
 
 
 def test_a_transpose_that_is_fused_into_the_change_of_layout_stays() -> None:
@@ -143,7 +154,7 @@ def test_a_transpose_that_is_fused_into_the_change_of_layout_stays() -> None:
     model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, [N, H, W, 32]))
     model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, [N, H, W, 24]))
     x = np.random.default_rng(5).standard_normal((N, H, W, 32)).astype(np.float32)
-    assert_close(OrtRunner().build_part(model).run({"x": x}), OrtRunner().build(model).run({"x": x}))
+    assert_close(computed(model, x), OrtRunner().build(model).run({"x": x}))
 
 
 def test_kernels_are_told_apart_by_what_they_compute_and_not_by_names() -> None:
@@ -163,6 +174,47 @@ def test_kernels_are_told_apart_by_what_they_compute_and_not_by_names() -> None:
     assert OrtRunner().build_part(model).kernels == found
     assert OrtRunner().build(model).kernels is None
     assert all(kernels(without_reorders(other)) != found for other in others)
+
+
+@pytest.mark.parametrize("into", [3, 40])
+def test_a_part_gives_out_the_shapes_of_its_outputs(into: int) -> None:
+    """So the convolution that adds to its sum may write over it, as in the network."""
+    nodes = [*residual(into, 24).graph.node, helper.make_node("Erf", ["x"], ["z"])]
+    model = graph(nodes, {"v": weight(24, into, 3), "w": weight(24, into)}, {"x": into, "y": 24, "z": into})
+    session = OrtRunner().build_part(model)
+    assert session.kernels == kernels(without_reorders(model))
+    found = session.run({"x": np.ones((N, into, H, W), np.float32)})
+    sizes = {name: value[[0, 2, 3]].tolist() for name, value in found.items()}
+    assert sizes == {"y:shape": [N, H, W], "z:shape": [N, H, W]}
+    before = operators(without_reorders(model))
+    assert operators(outputs_inside(without_reorders(model))) == [*before, "Shape", "Shape"]
+
+
+@BLOCKS
+@pytest.mark.parametrize("order", [("y", "z"), ("z", "y")])
+def test_what_is_added_to_is_not_needed_any_more(order: tuple[str, str], tmp_path: Path) -> None:
+    """ONNX Runtime computes the addition z = conv(u) + t behind all others that read t, whichever comes first."""
+    nodes = [
+        helper.make_node("Conv", ["x", "v"], ["t"]),
+        helper.make_node("Conv", ["t", "w"], ["y"]),
+        helper.make_node("Conv", ["x", "w"], ["u"]),
+        helper.make_node("Add", ["u", "t"], ["z"]),
+    ]
+    model = graph(nodes, {"v": weight(32, 32), "w": weight(32, 32, 1, 1)}, {"x": 32, "y": 32, "z": 32})
+    outputs = {info.name: info for info in model.graph.output}
+    del model.graph.output[:]
+    model.graph.output.extend(outputs[name] for name in order)
+    inside = outputs_inside(without_reorders(model))
+    (addition,) = (node.name for node in inside.graph.node if node.op_type == "Conv" and len(node.input) > ADDED)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    session = onnxruntime.InferenceSession(inside.SerializeToString(), options, providers=[PROVIDER])
+    session.run(None, {"x": np.ones((N, 32, H, W), np.float32)})
+    events = json.loads(Path(session.end_profiling()).read_text())
+    run = [e["name"].removesuffix("_kernel_time") for e in events if e["name"].endswith("_kernel_time")]
+    convolutions = [node.name for node in inside.graph.node if node.op_type == "Conv"]
+    assert [name for name in run if name in convolutions][-1] == addition
 
 
 @pytest.mark.parametrize("threads", [1, 2])

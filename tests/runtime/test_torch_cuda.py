@@ -217,7 +217,7 @@ def test_many_engines_are_measured_and_then_forgotten(fake: Fake) -> None:
     driver = fake(inference_ms=0.3)
     sessions = [runner(driver).build(chain([width])) for width in range(1, 7)]
     assert len(driver.graphs) == 6
-    found = measure(sessions, min_rounds=3, max_rounds=3, rng=np.random.default_rng(0))
+    found = measure(sessions, min_bursts=3, max_bursts=3, rng=np.random.default_rng(0))
     assert [m.ms for m in found] == pytest.approx([0.3] * 6)
     gone = [weakref.ref(session) for session in sessions]
     del sessions
