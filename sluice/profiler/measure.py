@@ -4,14 +4,16 @@
    comes in episodes of 50 ms to seconds in which everything runs at one slower speed (factor 1.2 to 1.3 was seen).
    So the median is useless (it jumps between the two speeds) and the figure wanted is the fast speed:
 
-       ms = mean of the lowest 3% of the bursts (at least 3 of them)
+       ms = mean of the lowest 3% of the bursts (at least 3 of them, from as many turns)
 
 2. Short bursts, many rounds. Sessions take turns in a fresh random order every round, so that an episode hits all of
    them and the samples of one session are spread over a long time. Many sessions in one call are better than few.
-   A turn is as many bursts in a row as hold `SETTLED` inferences, for the caches take that many to settle after
-   others, and a deployed engine runs by itself: of MobileNetV2 the first bursts take 4 to 8% longer, of the sixth 1%.
+   A turn is as many bursts in a row as hold `SETTLED` inferences, for caches take some to settle after others, and a
+   deployed engine runs by itself: of MobileNetV2 the first burst takes 4 to 8% longer, the second 2 to 4%. Longer turns
+   are fewer: with turns of six bursts, eight in all, too few met a quiet machine.
 3. A session is measured again until the lowest bursts agree with each other:
-   ``spread = (largest - smallest of the lowest) / ms``. A fast speed that was seen once is no floor.
+   ``spread = (largest - smallest of the lowest) / ms``. A fast speed that was seen once is no floor: the clock rises
+   for moments, too, so of the bursts of a turn the lowest alone counts.
 4. An *anchor*, an engine whose fast figure is known from before, says when the machine is itself. It takes its turn
    every `ANCHOR_EVERY_MS`. A burst is *clean* if the anchor's on both sides of it are within `CLEAN` of that figure;
    clean bursts alone make a session's figure, and a session is measured until it has `LEAST` of them. While the anchor
@@ -49,7 +51,7 @@ __all__ = ["Anchor", "Measurement", "measure"]
 
 FRACTION = 0.03
 MIN_KEPT = 3
-SETTLED, LONGEST_TURN = 12, 6  # inferences, bursts
+SETTLED = 4  # inferences of a turn
 ANCHOR_EVERY_MS = 2.0
 CLEAN = 0.12  # beside engines that empty its caches the anchor takes up to 8 % longer than alone
 LEAST = 12  # clean bursts
@@ -90,24 +92,36 @@ class Anchor:
 
 @dataclass(slots=True)
 class _Bursts:
-    """One session's bursts: milliseconds, and the anchor's beside each as a multiple of its quiet time."""
+    """One session's bursts: milliseconds, the turn, and the anchor's beside each as a multiple of its quiet time."""
 
     ms: list[float] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
 
     def figure(self) -> tuple[float, float]:
         """The session's milliseconds and their spread (rules 1, 3 and 4)."""
-        clean = [ms for ms, ratio in zip(self.ms, self.ratios, strict=True) if abs(ratio - 1.0) <= CLEAN]
-        if len(clean) >= LEAST:
-            lowest, scale = _lowest(clean), 1.0
+        if sum(self._clean()) >= LEAST:
+            lowest, scale = self._lowest(self.ms, self._clean()), 1.0
         else:
-            lowest, scale = _lowest(self.ms), float(np.mean(_lowest(self.ratios)))
+            lowest, scale = self._lowest(self.ms), float(np.mean(self._lowest(self.ratios)))
         spread = float((lowest[-1] - lowest[0]) / np.mean(lowest))
         return float(np.mean(lowest)) / scale, max(spread, abs(scale - 1.0))
 
     def settled(self, target_spread: float) -> bool:
-        enough = sum(abs(ratio - 1.0) <= CLEAN for ratio in self.ratios) >= LEAST
-        return enough and self.figure()[1] <= target_spread
+        turns = {turn for turn, clean in zip(self.turns, self._clean(), strict=True) if clean}
+        return sum(self._clean()) >= LEAST and len(turns) >= MIN_KEPT and self.figure()[1] <= target_spread
+
+    def _clean(self) -> list[bool]:
+        return [abs(ratio - 1.0) <= CLEAN for ratio in self.ratios]
+
+    def _lowest(self, values: Sequence[float], counts: Sequence[bool] | None = None) -> np.ndarray:
+        """The lowest of the turns, each as its lowest burst."""
+        least: dict[int, float] = {}
+        for k, (value, turn) in enumerate(zip(values, self.turns, strict=True)):
+            if counts is None or counts[k]:
+                least[turn] = min(value, least.get(turn, value))
+        kept = max(MIN_KEPT, math.ceil(FRACTION * len(least)))
+        return np.sort(np.asarray(list(least.values()), dtype=np.float64))[:kept]
 
 
 def measure(
@@ -153,7 +167,7 @@ def measure(
     ramp_ms = RAMP_MS if any(_ramps(session) for session in everyone) else 0.0
     repeats = [_warm_up(s, burst_ms, warmup_ms if k else max(warmup_ms, ramp_ms)) for k, s in enumerate(everyone)]
     bursts = [_Bursts() for _ in sessions]
-    turns = [max(1, min(LONGEST_TURN, math.ceil(SETTLED / (n + 1)))) for n in repeats]
+    lengths = [math.ceil(SETTLED / (n + 1)) for n in repeats]
 
     def ratio() -> float:
         return anchor.session.sample(repeats[-1]) / anchor.ms if anchor is not None else 1.0
@@ -162,15 +176,18 @@ def measure(
         return len(own.ms) < min_bursts or (len(own.ms) < max_bursts and not own.settled(target_spread))
 
     before = ratio()
+    turn = 0
     while active := [i for i, own in enumerate(bursts) if wanted(own)]:
+        turn += 1
         waiting: list[_Bursts] = []  # for the anchor's turn
         spent = 0.0
         for i in rng.permutation(active):
             while abs(before - 1.0) > CLEAN and patience > 0:
                 before, patience = ratio(), patience - 1
-            for _ in range(min(turns[i], max_bursts - len(bursts[i].ms))):
+            for _ in range(min(lengths[i], max_bursts - len(bursts[i].ms))):
                 waiting.append(bursts[i])
                 bursts[i].ms.append(sessions[i].sample(repeats[i]))
+                bursts[i].turns.append(turn)
                 spent += bursts[i].ms[-1] * repeats[i]
                 if spent >= ANCHOR_EVERY_MS:
                     before = _beside(waiting, before, ratio())
@@ -230,8 +247,3 @@ def _warm_up(session: Session, burst_ms: float, warmup_ms: float) -> int:
             f"{repeats} inferences took no time by the {session.clock} clock; use a runner with another clock"
         )
     return max(1, min(MAX_REPEATS, math.ceil(burst_ms / ms)))
-
-
-def _lowest(samples: Sequence[float]) -> np.ndarray:
-    kept = max(MIN_KEPT, math.ceil(FRACTION * len(samples)))
-    return np.sort(np.asarray(samples, dtype=np.float64))[:kept]
