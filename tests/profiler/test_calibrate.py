@@ -238,6 +238,17 @@ def test_a_kill_costs_one_pass_over_the_engines(monkeypatch: pytest.MonkeyPatch)
         assert table.engines("other") == []
 
 
+def test_no_more_references_than_there_is_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    dissection = dissect(chain([26, 18]), 2)
+    plans = [{"conv0": 3 + k, "conv1": 18 - k} for k in range(12)]
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        measure_engines(dissection, bench_on(table, FakeRunner()), plans[:9], record="net")
+        monkeypatch.setattr(calibrate_module, "AT_ONCE", 1)
+        later = FakeRunner()
+        measure_engines(dissection, bench_on(table, later), plans[9:], known=table.engines("net"))
+        assert later.built == len(plans[9:]) + calibrate_module.FEWEST
+
+
 def test_new_engines_are_given_in_the_time_of_the_known_ones() -> None:
     """The machine is a tenth slower by now, for these engines though not for the anchor."""
     dissection = dissect(chain([26, 18]), 2)
@@ -249,7 +260,7 @@ def test_new_engines_are_given_in_the_time_of_the_known_ones() -> None:
         truth = [FakeRunner().ms(build_engine(dissection, plan)) for plan in plans]
         bench = bench_on(table, later)
         assert measure_engines(dissection, bench, plans[9:], known=known) == pytest.approx(truth[9:])
-        assert later.built == len(plans[9:]) + calibrate_module.REFERENCES
+        assert later.built == len(plans[9:]) + min(9, calibrate_module.REFERENCES)
         assert measure_engines(dissection, bench, plans[9:]) == pytest.approx([1.1 * ms for ms in truth[9:]])
         assert measure_engines(dissection, bench, plans[9:], known=known[:1]) == pytest.approx(truth[9:])
 
