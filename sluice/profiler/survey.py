@@ -152,4 +152,4 @@ class _Closed:
 def closed_bench(table: LatencyTable) -> Bench:
     """A bench that only reads: `Unknown` is raised where something would have to be measured."""
     nothing = _Closed(table.fingerprint)
-    return Bench(table, nothing, Anchor(nothing, math.nan), np.random.default_rng(0))
+    return Bench(table, nothing, Anchor(nothing, math.nan), np.random.default_rng(0), closed=True)

@@ -59,7 +59,7 @@ class Waits:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bench:
-    """Where points are measured and kept."""
+    """Where points are measured and kept; a ``closed`` one has a runner that builds nothing."""
 
     table: LatencyTable
     runner: Runner
@@ -67,6 +67,7 @@ class Bench:
     rng: np.random.Generator
     progress: Progress = lambda done, total: None
     waits: Waits = field(default_factory=Waits)
+    closed: bool = False
 
     def pieces(self, dissection: Dissection, wanted: Sequence[tuple[Piece, tuple[int, ...]]]) -> None:
         """Measure what is missing of (piece, extents)."""
@@ -77,12 +78,11 @@ class Bench:
 
         In random order, so that what one call has in common with itself does not fall on one piece.
         """
-        once = timed_once(self.table)
+        once = set() if self.closed else timed_once(self.table)
         missing = {(p.key, e) for _, p, e in wanted if self.table.get(p.key, e) is None}
         todo = {(p.key, e): (cut, p) for cut, p, e in wanted if (p.key, e) in missing | once}
         if not todo:  # a complete table is only read
             return
-        keep_once(self.table, once | missing)
         self.table.describe_all({piece.key: piece.description for _, piece in todo.values()})
         points = list(todo.items())
         points = [points[k] for k in self.rng.permutation(len(points))]
@@ -93,7 +93,7 @@ class Bench:
         lower = before > (1.0 + DOUBT) * np.array([self.table.require(*point).ms for point, _ in some])
         disturbed = float(np.mean(lower)) > 0.1
         self._time_pieces([p for p in points if p not in some and (disturbed or _doubtful(p[0], self.table))])
-        keep_once(self.table, once - todo.keys())
+        keep_once(self.table, timed_once(self.table) - todo.keys())
 
     def _time_pieces(
         self, points: Sequence[tuple[Point, tuple[Dissection, Piece]]], progress: Progress = lambda done, total: None
@@ -109,6 +109,8 @@ class Bench:
             found = self.time([self.session(model) for model, _ in built])
             own = [replace(m, ms=m.ms - sum(source_ms[s] for s in sh)) for m, (_, sh) in zip(found, built, strict=True)]
             before = [self.table.get(*point) for point, _ in chunk]
+            if new := {point for (point, _), known in zip(chunk, before, strict=True) if known is None}:
+                keep_once(self.table, timed_once(self.table) | new)
             self.table.put_many(
                 (*point, now if known is None or now.ms < known.ms else known)
                 for (point, _), now, known in zip(chunk, own, before, strict=True)
@@ -194,7 +196,7 @@ class Bench:
 
 
 def timed_once(table: LatencyTable) -> set[Point]:
-    """The points that a call was killed before it had looked at again, and some that it had not come to at all."""
+    """The points that a call was killed before it had looked at again."""
     return {(key, tuple(extents)) for key, extents in json.loads(table.get_blob(ONCE) or b"[]")}
 
 
