@@ -269,5 +269,5 @@ def _barrier(main: _Path, shortcut: Layer | None, shift: tuple[int, ...]) -> str
     if shortcut is None and first.shape[1] * first.groups != last.shape[0]:
         return "branch and shortcut differ in channels"
     if shortcut is not None and all(layer.reducible for layer in main.layers) and not any(shift):
-        return "the shortcut is a convolution that changes neither channels nor size"
+        return NEUTRAL
     return None

@@ -20,7 +20,7 @@
 6. Where engines of the network are known already, up to `REFERENCES` of them take their turns with the new ones, as
    memory allows, and the new figures are given in the time of the known ones: times the median of ``known / now``. As
    the anchor, but of the network's own kind, which what shares a core slows in a measure of its own. Each of them is
-   known to a percent or two, hence many: with six all of 40 plans of ResNet-20 came out 1.5% slower than promised.
+   known to a percent or two, hence many: with six, 40 plans of ResNet-20 took 1.5% longer than promised in the median.
 """
 
 from __future__ import annotations

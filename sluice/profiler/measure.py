@@ -4,7 +4,7 @@
    comes in episodes of 50 ms to seconds in which everything runs at one slower speed (factor 1.2 to 1.3 was seen).
    So the median is useless (it jumps between the two speeds) and the figure wanted is the fast speed:
 
-       ms = mean of the lowest 3% of the bursts (at least 3 of them, from as many turns)
+       ms = mean of the lowest 3% of the turns (at least 3 of them), each as its lowest burst
 
 2. Short bursts, many rounds. Sessions take turns in a fresh random order every round, so that an episode hits all of
    them and the samples of one session are spread over a long time. Many sessions in one call are better than few.
