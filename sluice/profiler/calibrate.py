@@ -36,7 +36,6 @@ import numpy as np
 from sluice.latency import LatencyModel, Term
 from sluice.passes.options import Options
 from sluice.passes.sampling import random_configuration
-from sluice.profiler import timing_cache
 from sluice.profiler.engine import build_engine, with_ranks_in_reach
 from sluice.profiler.fit import errors, fit_linear, left_out, mean_error
 from sluice.profiler.measure import CLEAN, Measurement
@@ -127,7 +126,6 @@ def measure_engines(
                 bench.table.put_engine(record, plan, measurement)
         found += [m.ms for m in measured]
         bench.progress(len(found), len(plans))
-        timing_cache.keep(bench.runner, bench.table)
     return found
 
 

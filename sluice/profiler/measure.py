@@ -15,12 +15,12 @@
    ``spread = (largest - smallest of the lowest) / ms``. A fast speed that was seen once is no floor: the clock rises
    for moments, too, so of the bursts of a turn the lowest alone counts.
 4. An *anchor*, an engine whose fast figure is known from before, says when the machine is itself. It takes its turn
-   every `ANCHOR_EVERY_MS`. A burst is *clean* if the anchor's on both sides of it are within `CLEAN` of that figure;
-   clean bursts alone make a session's figure, and a session is measured until it has `LEAST` of them. While the anchor
-   is slow, no turn is begun; the call waits for as many bursts of the anchor as it has patience. Only where an episode
-   outlasts that, the anchor scales: ``ms * anchor.ms / (anchor's figure beside the same bursts)``. That is worth less,
-   since what shares a core slows one kernel and not another: in one episode the anchor took 1.42 times as long, a
-   convolution of 15 to 16 channels 1.73 times, a 64x1 convolution 1.09 times.
+   every `ANCHOR_EVERY_MS`; the first after an engine of `UPSETS_MS`, which leaves the caches in disorder, is not looked
+   at. A burst is *clean* if the anchor's on both sides of it are within `CLEAN` of that figure; clean bursts alone make
+   a session's figure, and a session is measured until it has `LEAST` of them. While the anchor is slow, no turn is
+   begun; the call waits for as many bursts of the anchor as it has patience. Only where an episode outlasts that, and
+   not even `MIN_KEPT` turns are clean, the anchor scales: ``ms * anchor.ms / (anchor's figure beside the same
+   bursts)``. That is worth less, since what shares a core slows one kernel by a tenth and another by two thirds.
 5. Where several threads compute, by wall time, a burst says little of the one beside it: each waits for its threads
    in its own way. What shares the cores shows over seconds, and then in the lowest bursts as well: most convolutions
    were slower by up to 12%, some by half. So the anchor that ``judges`` calls is one more session, and a call in which
@@ -53,7 +53,8 @@ FRACTION = 0.03
 MIN_KEPT = 3
 SETTLED = 4  # inferences of a turn
 ANCHOR_EVERY_MS = 2.0
-CLEAN = 0.12  # beside engines that empty its caches the anchor takes up to 8 % longer than alone
+UPSETS_MS = 4.0
+CLEAN = 0.12  # beside engines that empty its caches the anchor takes up to 8% longer than alone
 LEAST = 12  # clean bursts
 PATIENCE = 8000
 CALM = 0.05
@@ -100,7 +101,7 @@ class _Bursts:
 
     def figure(self) -> tuple[float, float]:
         """The session's milliseconds and their spread (rules 1, 3 and 4)."""
-        if sum(self._clean()) >= LEAST:
+        if self._clean_turns() >= MIN_KEPT:
             lowest, scale = self._lowest(self.ms, self._clean()), 1.0
         else:
             lowest, scale = self._lowest(self.ms), float(np.mean(self._lowest(self.ratios)))
@@ -108,8 +109,11 @@ class _Bursts:
         return float(np.mean(lowest)) / scale, max(spread, abs(scale - 1.0))
 
     def settled(self, target_spread: float) -> bool:
-        turns = {turn for turn, clean in zip(self.turns, self._clean(), strict=True) if clean}
-        return sum(self._clean()) >= LEAST and len(turns) >= MIN_KEPT and self.figure()[1] <= target_spread
+        enough = sum(self._clean()) >= LEAST and self._clean_turns() >= MIN_KEPT
+        return enough and self.figure()[1] <= target_spread
+
+    def _clean_turns(self) -> int:
+        return len({turn for turn, clean in zip(self.turns, self._clean(), strict=True) if clean})
 
     def _clean(self) -> list[bool]:
         return [abs(ratio - 1.0) <= CLEAN for ratio in self.ratios]
@@ -169,8 +173,12 @@ def measure(
     bursts = [_Bursts() for _ in sessions]
     lengths = [math.ceil(SETTLED / (n + 1)) for n in repeats]
 
-    def ratio() -> float:
-        return anchor.session.sample(repeats[-1]) / anchor.ms if anchor is not None else 1.0
+    def ratio(after_ms: float = 0.0) -> float:
+        if anchor is None:
+            return 1.0
+        if after_ms >= UPSETS_MS:
+            anchor.session.sample(repeats[-1])
+        return anchor.session.sample(repeats[-1]) / anchor.ms
 
     def wanted(own: _Bursts) -> bool:
         return len(own.ms) < min_bursts or (len(own.ms) < max_bursts and not own.settled(target_spread))
@@ -190,10 +198,10 @@ def measure(
                 bursts[i].turns.append(turn)
                 spent += bursts[i].ms[-1] * repeats[i]
                 if spent >= ANCHOR_EVERY_MS:
-                    before = _beside(waiting, before, ratio())
+                    before = _beside(waiting, before, ratio(spent))
                     waiting, spent = [], 0.0
         if waiting:
-            before = _beside(waiting, before, ratio())
+            before = _beside(waiting, before, ratio(spent))
 
     measurements = []
     for session, own in zip(sessions, bursts, strict=True):

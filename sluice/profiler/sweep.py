@@ -2,7 +2,9 @@
 
 1. Pieces on the product of the levels of their extents (`sluice.profiler.explore`), thinned where the product would be
    large (`sluice.profiler.grids`); joints as `sluice.profiler.joint_sweep` says.
-2. Every finished batch of points is committed; what the table already knows is not measured again.
+2. Every finished batch of points is committed; what the table already knows is not measured again. The points of a
+   batch take their turns with each other, so a kill costs the timing of all that are in flight, one to five seconds;
+   of what was built, which takes some runtimes minutes, it costs one engine: the timing cache is kept after each.
 3. What fills the caches that cores share slows large activations, and not the anchor: points of DenseNet were up to 20%
    off in one call and not in the next. So some of the new pieces are timed once more, and unless nine in ten of these
    are within `DOUBT` of what they took, all are; and so is a piece that seems to take longer than at larger widths by
@@ -116,7 +118,6 @@ class Bench:
                 for (point, _), now, known in zip(chunk, own, before, strict=True)
             )
             progress(start + len(chunk), len(points))
-            timing_cache.keep(self.runner, self.table)
 
     def sources(self, shapes: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
         """Milliseconds of sources by shape, measured once and kept."""
@@ -160,7 +161,6 @@ class Bench:
                 saved.append((*point, replace(whole, ms=ms, spread=max(m.spread for m in (*parts, whole)))))
             self.table.put_many(saved)
             self.progress(start + len(chunk), len(points))
-            timing_cache.keep(self.runner, self.table)
 
     def _as_apart(self, engines: Sequence[Session], shapes: Sequence[tuple[int, ...]]) -> bool:
         """Does the last engine run the kernels of the others, less those of sources of these ``shapes``?"""
@@ -179,10 +179,12 @@ class Bench:
         return self.table.require(CALL_KEY, ()).ms
 
     def session(self, model: onnx.ModelProto, *, part: bool = True) -> Session:
-        """The engine of a part of a network, or of a whole one, in the precision of the table."""
+        """The engine of a part of a network, or of a whole one, in the precision of the table (rule 2)."""
         asked = self.table.fingerprint
         build = getattr(self.runner, "build_part", self.runner.build) if part else self.runner.build
-        return build(typed(model, asked.precision, part=part, target=asked.runtime))
+        built = build(typed(model, asked.precision, part=part, target=asked.runtime))
+        timing_cache.keep(self.runner, self.table)
+        return built
 
     def time(self, sessions: Sequence[Session], most: int = MAX_BURSTS) -> tuple[Measurement, ...]:
         """All of them in turns, `BURSTS` to ``most`` bursts each."""

@@ -202,6 +202,32 @@ def test_where_the_machine_is_never_quiet_the_anchor_scales() -> None:
     assert [m.spread for m in found] == [pytest.approx(0.3, rel=0.01)] * 2  # what is not known for certain
 
 
+def test_a_few_bursts_on_a_quiet_machine_are_worth_more_than_many_scaled() -> None:
+    """The engine slows the anchor by 9%, whatever else runs; the machine is quiet in one of four turns."""
+
+    class Beside(Fake):
+        def sample(self, repeats: int) -> float:
+            self.slowdown = 1.09 if len(self.repeats) // 4 % 4 == 0 else 1.5
+            return super().sample(repeats)
+
+    (found,) = measure([Fake("s", 3.0)], rng=rng(), anchor=Anchor(Beside("*", 0.5), 0.5), max_bursts=50, patience=0)
+    assert found.ms == pytest.approx(3.0) and found.spread == 0.0 and found.samples == 50
+
+
+def test_a_long_engine_upsets_the_first_burst_of_the_anchor_alone() -> None:
+    class Upset(Fake):
+        last = ""
+
+        def sample(self, repeats: int) -> float:
+            if self.name == "*":
+                self.slowdown = 1.0 if Upset.last == "*" else 1.2
+            Upset.last = self.name
+            return super().sample(repeats)
+
+    (found,) = measure([Upset("s", 6.0)], rng=rng(), anchor=Anchor(Upset("*", 0.5), 0.5), patience=0)
+    assert found.ms == pytest.approx(6.0) and found.samples == 40
+
+
 def test_bursts_stand_between_two_of_the_anchor() -> None:
     """One that is over before the anchor slows down is not clean: nobody saw how it ended."""
     journal: list[str] = []
