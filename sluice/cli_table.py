@@ -1,4 +1,4 @@
-"""``sluice table``: show, compare, merge and export latency tables."""
+"""``sluice table``: show, compare, merge, mend and export latency tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["add_table"]
 
 def add_table(verbs: Any) -> None:
     """Hook the verb and its own verbs into the command line."""
-    text = "Show, compare, merge and export latency tables."
+    text = "Show, compare, merge, mend and export latency tables."
     tools = verbs.add_parser("table", help=text, description=text).add_subparsers(required=True, metavar="TOOL")
 
     def tool(run: Any) -> argparse.ArgumentParser:
@@ -30,7 +30,9 @@ def add_table(verbs: Any) -> None:
     compared = tool(diff)
     compared.add_argument("a", metavar="A.db")
     compared.add_argument("b", metavar="B.db")
-    for made in (joined, shown, compared):
+    mended = tool(forget)
+    mended.add_argument("table", metavar="TABLE.db")
+    for made in (joined, shown, compared, mended):
         made.add_argument("--json", action="store_true", help="print the result as JSON")
     rows = tool(csv)
     rows.add_argument("table", metavar="TABLE.db")
@@ -71,6 +73,20 @@ def diff(args: argparse.Namespace) -> int:
     with LatencyTable.open(args.a) as a, LatencyTable.open(args.b) as b:
         data = diff_data(a, b)
     return _print(args, data, diff_lines(data, (args.a, args.b)))
+
+
+def forget(args: argparse.Namespace) -> int:
+    """Forget the times of a machine that was never quiet, which are uncertain; the next profile takes them anew."""
+    from sluice.profiler.anchor import KEY
+    from sluice.profiler.measure import CLEAN
+    from sluice.profiler.table import LatencyTable
+
+    with LatencyTable.open(args.table) as table:
+        points, engines = table.forget(CLEAN, but=KEY)
+    text = (
+        f"{args.table}: {points} points and {engines} engines forgotten; profile again on the device, when it is quiet"
+    )
+    return _print(args, {"points": points, "engines": engines}, [text])
 
 
 def csv(args: argparse.Namespace) -> int:

@@ -60,6 +60,21 @@ def run(capsys: pytest.CaptureFixture[str], *parts: object, status: int = 0) -> 
     return out or err
 
 
+def test_forget_drops_what_is_uncertain_and_nothing_else(a: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with LatencyTable.open(a) as table:
+        table.put(ANCHOR, (), Measurement(0.25, 0.3, 1000, "thread_cpu"))
+        table.put("p", (7, 5), Measurement(2.0, 0.13, 40, "thread_cpu"))
+        table.put("j1", (4,), Measurement(-0.5, 0.4, 40, "thread_cpu"))
+        table.put_engine("net", {"g": 3}, Measurement(5.5, 0.2, 40, "thread_cpu"))
+    assert "2 points and 1 engines" in run(capsys, "table", "forget", a)
+    with LatencyTable.open(a) as table:
+        assert list(table.points("p")) == [(3, 5)] and list(table.points("q")) == [()] and not table.points("j1")
+        assert table.get(ANCHOR, ()) is not None
+        assert [widths for widths, _ in table.engines("net")] == [{"g": 5}]
+    assert json.loads(run(capsys, "table", "forget", a, "--json")) == {"points": 0, "engines": 0}
+    assert "No such file" in run(capsys, "table", "forget", a.with_name("none.db"), status=1)
+
+
 def test_show(capsys: pytest.CaptureFixture[str], a: Path) -> None:
     text = run(capsys, "table show", a)
     for line in (

@@ -48,7 +48,9 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
     ]
     if measured.disturbed:
         lines.insert(
-            2, f"{measured.disturbed} points are uncertain, the machine was busy; quieter, measure a new table"
+            2,
+            f"{measured.disturbed} points are uncertain, the machine was busy; `sluice table forget` makes the next "
+            f"profile take them anew",
         )
     if offered.ranks:
         lines += [f"ranks worth having: {len(ranks)}", *(f"  {s}: {_words(v)}" for s, v in data["ranks"].items())]

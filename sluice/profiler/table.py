@@ -151,6 +151,14 @@ class LatencyTable:
         """The pieces that have points."""
         return tuple(row[0] for row in self._rows("SELECT DISTINCT key FROM points ORDER BY key"))
 
+    def forget(self, spread: float, but: str) -> tuple[int, int]:
+        """Remove the points, ``but`` those of one key, and the engines of a larger spread; how many these were."""
+        ((points,),) = self._rows("SELECT count(*) FROM points WHERE spread > ? AND key != ?", (spread, but))
+        ((engines,),) = self._rows("SELECT count(*) FROM engines WHERE spread > ?", (spread,))
+        self._write("DELETE FROM points WHERE spread > ? AND key != ?", [(spread, but)])
+        self._write("DELETE FROM engines WHERE spread > ?", [(spread,)])
+        return points, engines
+
     def describe(self, key: str, text: str) -> None:
         """Say in words which piece ``key`` is, as in ``"Conv 3x3 16x28x28 + Relu"``."""
         self.describe_all({key: text})

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
+from sluice.cli import main
 from sluice.errors import SluiceError
 from sluice.passes.rewrite_onnx import cut_graph
 from sluice.passes.sampling import random_configuration
@@ -130,7 +131,9 @@ def test_a_table_of_other_conditions_is_refused(tmp_path: Path, on_fake: Callabl
         profile_onnx(model, tmp_path / "t.db", batch=3, progress=False)
 
 
-def test_points_of_a_busy_machine_are_told(on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
+def test_points_of_a_busy_machine_are_told_and_measured_anew_once_forgotten(
+    tmp_path: Path, on_fake: Callable[[FakeRunner], FakeRunner]
+) -> None:
     class Busy(FakeSession):
         """The anchor of a machine that is quiet while the anchor's own time is taken, and never again."""
 
@@ -146,10 +149,17 @@ def test_points_of_a_busy_machine_are_told(on_fake: Callable[[FakeRunner], FakeR
             return Busy(found.ms) if found.ms == ANCHOR_MS else found
 
     on_fake(OnBusy(staircase(8)))
-    profile = profile_onnx(chain([9, 5], batch="N"), batch=2, progress=False)
+    model, path = chain([9, 5], batch="N"), tmp_path / "t.db"
+    profile = profile_onnx(model, path, batch=2, progress=False)
     assert profile.disturbed == profile.points > 0
     told = profile_summary(profile, ["filter"])[1]
     assert any(line.startswith(f"{profile.points} points are uncertain, the machine was busy") for line in told)
+
+    calm = on_fake(FakeRunner(staircase(8)))
+    assert profile_onnx(model, path, batch=2, progress=False).disturbed == profile.points and calm.built == 0
+    assert main(["table", "forget", str(path)]) == 0
+    again = profile_onnx(model, path, batch=2, progress=False)
+    assert again.disturbed == 0 and again.points == profile.points <= calm.built
 
 
 def test_a_table_of_another_device_is_read(tmp_path: Path, on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
