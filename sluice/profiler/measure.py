@@ -69,8 +69,8 @@ RAMP_MS = 200.0
 class Measurement:
     """``ms`` per inference, its relative ``spread`` (rule 3), the number of bursts behind it, and the clock.
 
-    Where the anchor scaled (rule 4), the spread is at least the share that it took out; where no call was calm (5),
-    more than `CLEAN`.
+    Where the anchor scaled (rule 4), the spread is at least the share that it took out, and more than `CLEAN`, as where
+    no call was calm (5).
     """
 
     ms: float
@@ -102,11 +102,12 @@ class _Bursts:
     def figure(self) -> tuple[float, float]:
         """The session's milliseconds and their spread (rules 1, 3 and 4)."""
         if self._clean_turns() >= MIN_KEPT:
-            lowest, scale = self._lowest(self.ms, self._clean()), 1.0
+            lowest, scale, doubt = self._lowest(self.ms, self._clean()), 1.0, 0.0
         else:
-            lowest, scale = self._lowest(self.ms), float(np.mean(self._lowest(self.ratios)))
+            beside = self._lowest(self.ratios)
+            lowest, scale, doubt = self._lowest(self.ms), float(np.mean(beside)), abs(float(beside[-1]) - 1.0)
         spread = float((lowest[-1] - lowest[0]) / np.mean(lowest))
-        return float(np.mean(lowest)) / scale, max(spread, abs(scale - 1.0))
+        return float(np.mean(lowest)) / scale, max(spread, doubt)
 
     def settled(self, target_spread: float) -> bool:
         enough = sum(self._clean()) >= LEAST and self._clean_turns() >= MIN_KEPT
