@@ -202,7 +202,7 @@ def measure(
                     before = _beside(waiting, before, ratio(spent))
                     waiting, spent = [], 0.0
         if waiting:
-            before = _beside(waiting, before, ratio(spent))
+            before = _beside(waiting, before, ratio())
 
     measurements = []
     for session, own in zip(sessions, bursts, strict=True):

@@ -3,8 +3,8 @@
 1. Pieces on the product of the levels of their extents (`sluice.profiler.explore`), thinned where the product would be
    large (`sluice.profiler.grids`); joints as `sluice.profiler.joint_sweep` says.
 2. Every finished batch of points is committed; what the table already knows is not measured again. The points of a
-   batch take their turns with each other, so a kill costs the timing of all that are in flight, one to five seconds;
-   of what was built, which takes some runtimes minutes, it costs one engine: the timing cache is kept after each.
+   batch take their turns with each other, so a kill costs the timing of all that are in flight: one to five seconds
+   on one thread. Of what was built it costs one engine, where the runtime has a timing cache: that is kept after each.
 3. What fills the caches that cores share slows large activations, and not the anchor: points of DenseNet were up to 20%
    off in one call and not in the next. So some of the new pieces are timed once more, and unless nine in ten of these
    are within `DOUBT` of what they took, all are; and so is a piece that seems to take longer than at larger widths by
