@@ -28,7 +28,9 @@ joints is the cluster expansion of the latency up to its second term.
 
 3. Where the runtime tells that the pieces joined run the very kernels that they run apart (less the sources of t), they
    save their calls, and nothing is timed. That is the rule where borders are free; what is left to be timed is where
-   layouts change, or an addition is fused into another convolution.
+   layouts change, or an addition is fused into another convolution. Where several threads compute, these joints are
+   timed, too: joined, a piece reads what the neighbour's threads made, half of it in the cache of another core. Within
+   what timing can tell (`sluice.profiler.sweep.DOUBT` of what the joined take), they still save their calls.
 
 Chains of three convolutions at batch 8, with changes of layout at all borders (one core with 2 MB of its own; what the
 joints of both tensors leave of the difference between the three alone and the chain, in percent of the chain):
@@ -119,16 +121,16 @@ def joint_widths(dissection: Dissection, joint: Joint, own: Mapping[str, int]) -
 
 
 def joint_models(
-    dissection: Dissection, joint: Joint, widths: Mapping[str, int]
+    dissection: Dissection, joint: Joint, widths: Mapping[str, int], threads: int = 1
 ) -> tuple[tuple[onnx.ModelProto, ...], onnx.ModelProto, list[tuple[int, ...]]]:
     """The parts (rule 1), or they beside each other (2); the pieces joined; shapes of the tensor's sources."""
     pieces = (joint.producer, *joint.consumers)
     bare = [build_piece(dissection, p, widths) for p in pieces]
     others = [[n for n in p.bare if n != joint.tensor] for p in pieces]
-    whole = _join([add_sources(m, names)[0] for m, names in zip(bare, others, strict=True)], joint.tensor)
-    parts = tuple(add_sources(m, p.bare)[0] for m, p in zip(bare, pieces, strict=True))
+    whole = _join([add_sources(m, names, threads)[0] for m, names in zip(bare, others, strict=True)], joint.tensor)
+    parts = tuple(add_sources(m, p.bare, threads)[0] for m, p in zip(bare, pieces, strict=True))
     own = [shape for m, p in zip(bare, pieces, strict=True) if joint.tensor in p.bare
-           for shape in add_sources(m, [joint.tensor])[1]]  # fmt: skip
+           for shape in add_sources(m, [joint.tensor], threads)[1]]  # fmt: skip
     return parts if joint.pair else (_join(parts),), whole, own
 
 

@@ -34,7 +34,7 @@ from sluice.profiler.split import ANCHORS, Part, anchored_pads, split
 from sluice.runtime.runner import PLAIN
 
 FEWER = 4
-SCHEME = 3  # of how a piece is timed; those of another one never meet
+SCHEME = 4  # of how a piece is timed; those of another one never meet
 
 __all__ = [
     "Dissection",

@@ -2,8 +2,13 @@
 
 Runtimes lay activations out in blocks, and fuse a residual add only if both operands are laid out so. An input that
 meets such an operator directly would arrive plain, as it never does in the whole graph; it is therefore made inside
-the piece by a *source*, a 1x1 convolution of one channel, whose own time is subtracted:
+the piece by a *source*, a convolution of one channel, whose own time is subtracted:
 ``T(piece) = T(piece with sources) - sum T(source)``.
+
+Its kernel is 1x1 where one thread computes. Several threads leave what a layer made in the caches of several cores, and
+the next layer fetches what another core made. A source as light as that is through before the second thread has
+noticed, if only now and then: what it made then lies in one core's cache, and as the lowest times count, the piece
+seems to take as long as that. So where there are several threads it has `TAPS` taps, enough to be shared.
 """
 
 from __future__ import annotations
@@ -17,17 +22,22 @@ from onnx import helper, numpy_helper
 __all__ = ["add_sources", "has_source", "source_model"]
 
 
-def add_sources(model: onnx.ModelProto, names: Sequence[str]) -> tuple[onnx.ModelProto, list[tuple[int, ...]]]:
-    """The model with the named inputs made by sources (rule 5), and the shapes of those."""
+TAPS = 25
+
+
+def add_sources(
+    model: onnx.ModelProto, names: Sequence[str], threads: int = 1
+) -> tuple[onnx.ModelProto, list[tuple[int, ...]]]:
+    """The model with the named inputs made by sources, and the shapes of those."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
     shapes: list[tuple[int, ...]] = []
     for info in result.graph.input:
         shape = tuple(d.dim_value for d in info.type.tensor_type.shape.dim)
         if info.name in names and has_source(shape):
-            nodes, seed, weight = _source(info.name, shape)
+            node, seed, weight = _source(info.name, shape, threads)
             info.CopyFrom(seed)
-            result.graph.node.insert(0, nodes)
+            result.graph.node.insert(0, node)
             result.graph.initializer.append(weight)
             shapes.append(shape)
     return result, shapes
@@ -38,16 +48,20 @@ def has_source(shape: Sequence[int]) -> bool:
     return len(shape) >= 3
 
 
-def source_model(shape: tuple[int, ...]) -> onnx.ModelProto:
+def source_model(shape: tuple[int, ...], threads: int = 1) -> onnx.ModelProto:
     """A source on its own, for its time."""
-    node, seed, weight = _source("x", shape)
+    node, seed, weight = _source("x", shape, threads)
     output = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)
     graph = helper.make_graph([node], "source", [seed], [output], [weight])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def _source(name: str, shape: tuple[int, ...]) -> tuple[onnx.NodeProto, onnx.ValueInfoProto, onnx.TensorProto]:
+def _source(
+    name: str, shape: tuple[int, ...], threads: int
+) -> tuple[onnx.NodeProto, onnx.ValueInfoProto, onnx.TensorProto]:
     seed = helper.make_tensor_value_info(f"{name}:seed", onnx.TensorProto.FLOAT, (shape[0], 1, *shape[2:]))
-    values = np.random.default_rng(0).standard_normal((shape[1], 1, *[1] * (len(shape) - 2)))
+    axes = len(shape) - 2
+    reach = round(TAPS ** (1 / axes)) // 2 if threads > 1 else 0
+    values = np.random.default_rng(0).standard_normal((shape[1], 1, *[2 * reach + 1] * axes))
     weight = numpy_helper.from_array(values.astype(np.float32), f"{name}:source")
-    return helper.make_node("Conv", [seed.name, weight.name], [name]), seed, weight
+    return helper.make_node("Conv", [seed.name, weight.name], [name], pads=[reach] * 2 * axes), seed, weight

@@ -37,7 +37,7 @@ BATCH_OF_SESSIONS = 24
 BATCH_OF_JOINTS = 8
 DOUBT = 0.03
 BURSTS, MAX_BURSTS = 24, 160
-SOURCE_KEY = "source-v3"
+SOURCE_KEY = "source-v4"
 ONCE = "points timed once"
 CALL_KEY = "call-v3"  # what an engine with nothing to do takes
 Progress = Callable[[int, int], None]  # (points done, points known to be needed)
@@ -71,6 +71,10 @@ class Bench:
     waits: Waits = field(default_factory=Waits)
     closed: bool = False
 
+    @property
+    def _threads(self) -> int:
+        return self.table.fingerprint.threads
+
     def pieces(self, dissection: Dissection, wanted: Sequence[tuple[Piece, tuple[int, ...]]]) -> None:
         """Measure what is missing of (piece, extents)."""
         self.pieces_of([(dissection, *point) for point in wanted])
@@ -103,10 +107,8 @@ class Bench:
         """Time these points; of what the table has already, the lower figure is kept."""
         for start in range(0, len(points), BATCH_OF_SESSIONS):
             chunk = points[start : start + BATCH_OF_SESSIONS]
-            built = [
-                add_sources(build_piece(cut, piece, spread_widths(piece, extents, cut.dense)), piece.bare)
-                for (_, extents), (cut, piece) in chunk
-            ]
+            parts = [(p, build_piece(cut, p, spread_widths(p, extents, cut.dense))) for (_, extents), (cut, p) in chunk]
+            built = [add_sources(model, piece.bare, self._threads) for piece, model in parts]
             source_ms = self.sources([shape for _, shapes in built for shape in shapes])
             found = self.time([self.session(model) for model, _ in built])
             own = [replace(m, ms=m.ms - sum(source_ms[s] for s in sh)) for m, (_, sh) in zip(found, built, strict=True)]
@@ -124,14 +126,14 @@ class Bench:
         missing = [s for s in dict.fromkeys(shapes) if self.table.get(SOURCE_KEY, s) is None]
         for start in range(0, len(missing), BATCH_OF_SESSIONS):
             chunk = missing[start : start + BATCH_OF_SESSIONS]
-            found = self.time([self.session(source_model(shape)) for shape in chunk])
+            found = self.time([self.session(source_model(shape, self._threads)) for shape in chunk])
             self.table.put_many([(SOURCE_KEY, s, m) for s, m in zip(chunk, found, strict=True)])
         return {shape: self.table.require(SOURCE_KEY, shape).ms for shape in shapes}
 
     def joints(self, wanted: Sequence[tuple[Dissection, Joint, tuple[int, ...]]]) -> None:
         """Find what is missing of (joint, extents): the parts and the pieces joined are timed; their difference.
 
-        What follows from the kernels (`sluice.profiler.joints`, 3) is kept as a point of no samples.
+        Where equal kernels tell (`sluice.profiler.joints`, 3), it is kept as a point of no samples.
         """
         todo = {(j.key, e): (cut, j) for cut, j, e in wanted if self.table.get(j.key, e) is None}
         if todo:
@@ -140,7 +142,7 @@ class Bench:
         for start in range(0, len(points), BATCH_OF_JOINTS):
             chunk = points[start : start + BATCH_OF_JOINTS]
             built = [
-                joint_models(cut, joint, joint_widths(cut, joint, _joint_groups(cut, joint, at)))
+                joint_models(cut, joint, joint_widths(cut, joint, _joint_groups(cut, joint, at)), self._threads)
                 for (_, at), (cut, joint) in chunk
             ]
             engines = [[self.session(model) for model in (*parts, whole)] for parts, whole, _ in built]
@@ -148,16 +150,18 @@ class Bench:
             call_ms = self.call() if any(known) or not all(joint.pair for _, (_, joint) in chunk) else 0.0
             saved, timed = [], []
             for (point, (_, joint)), own, (*_, shapes), apart in zip(chunk, engines, built, known, strict=True):
-                if apart:
+                if apart and self._threads == 1:
                     saved.append((*point, Measurement(joint.calls * call_ms, 0.0, 0, self.runner.clock)))
                 else:
-                    timed.append((point, joint, own, shapes))
-            source_ms = self.sources([shape for *_, shapes in timed for shape in shapes])
-            found = iter(self.time([session for _, _, own, _ in timed for session in own]) if timed else ())
-            for point, joint, own, shapes in timed:
+                    timed.append((point, joint, own, shapes, apart))
+            source_ms = self.sources([shape for _, _, _, shapes, _ in timed for shape in shapes])
+            found = iter(self.time([session for _, _, own, *_ in timed for session in own]) if timed else ())
+            for point, joint, own, shapes, apart in timed:
                 *parts, whole = [next(found) for _ in own]
                 calls = 0 if joint.pair else len(joint.consumers)
                 ms = sum(m.ms for m in parts) + calls * call_ms - whole.ms - sum(source_ms[s] for s in shapes)
+                if apart and abs(ms - joint.calls * call_ms) <= DOUBT * whole.ms:
+                    ms = joint.calls * call_ms
                 saved.append((*point, replace(whole, ms=ms, spread=max(m.spread for m in (*parts, whole)))))
             self.table.put_many(saved)
             self.progress(start + len(chunk), len(points))
@@ -167,7 +171,7 @@ class Bench:
         *parts, whole = [_kernels(engine) for engine in engines]
         if not whole:  # an engine takes some runtimes seconds to build
             return False
-        sources = [_kernels(self.session(source_model(shape))) for shape in shapes]
+        sources = [_kernels(self.session(source_model(shape, self._threads))) for shape in shapes]
         return sum(parts, Counter()) == sum(sources, whole)
 
     def call(self) -> float:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -17,7 +18,7 @@ from sluice.profiler.table import LatencyTable
 from sluice.runtime.compare import assert_close
 from sluice.runtime.ort import OrtRunner
 from sluice.runtime.ort_part import block_size
-from tests.device import FINGERPRINT, chain
+from tests.device import FINGERPRINT, FakeRunner, FakeSession, chain
 from tests.networks import any_network
 
 NAMES = [
@@ -126,6 +127,37 @@ def test_neighbours_that_run_the_same_kernels_save_their_calls_and_are_not_timed
             assert (found[group].samples, found[group].spread) == (0, 0.0)
         # 33 channels make no whole blocks, so the layout changes behind them.
         assert (found["conv1"].samples > 0) == (block_size() > 1)
+
+
+class Apart(FakeRunner):
+    """Tells kernels, which are the same apart and joined; what is joined takes a share ``more``."""
+
+    def __init__(self, more: float) -> None:
+        super().__init__()
+        self.more = more
+
+    def build(self, model: onnx.ModelProto, *, batch: int | None = None, feeds_shapes: object = None) -> FakeSession:
+        session = super().build(model)
+        session.kernels = Counter(node.op_type for node in model.graph.node)  # type: ignore[attr-defined]
+        session.ms *= 1.0 + self.more * (model.graph.name == "joint")
+        return session
+
+
+@pytest.mark.parametrize(("threads", "more", "costs"), [(1, 0.1, False), (2, 0.1, True), (2, 0.02, False)])
+def test_equal_kernels_on_several_threads_are_timed_and_count_beyond_doubt(
+    threads: int, more: float, costs: bool
+) -> None:
+    dissection = dissect(chain([32, 33, 24, 16]), 2)
+    with LatencyTable.create(":memory:", replace(FINGERPRINT, threads=threads)) as table:
+        runner, rng = Apart(more), np.random.default_rng(0)
+        bench = Bench(table, runner, make_anchor(table, runner, rng), rng)
+        for joint in find_joints(dissection)[:3]:
+            bench.joints([(dissection, joint, (8,))])
+            found = table.require(joint.key, (8,))
+            widths = joint_widths(dissection, joint, {f"conv{joint.tensor[1]}": 8})
+            _, whole, _ = joint_models(dissection, joint, widths, threads)
+            assert (found.samples > 0) == (threads > 1) and bench.call() == 0.0
+            assert found.ms == pytest.approx(-more * runner.ms(whole) if costs else 0.0, rel=1e-6, abs=1e-12)
 
 
 def test_widths_of_a_joint_are_small_but_its_own() -> None:

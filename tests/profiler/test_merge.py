@@ -120,7 +120,7 @@ def test_hosts_too_far_apart_are_refused(tmp_path: Path) -> None:
         ("UPDATE points SET ms = 9e999 WHERE key = 'p'", "holds inf ms"),
         ("UPDATE points SET spread = -9e999 WHERE key = 'p'", "spread -inf"),
         ("UPDATE points SET ms = -9e999 WHERE key = 'j1'", "holds -inf ms, .* for 'j1'"),
-        ("UPDATE points SET ms = -1e-9 WHERE key = 'source-v3'", "for 'source-v3'"),
+        ("UPDATE points SET ms = -1e-9 WHERE key = 'source-v4'", "for 'source-v4'"),
         ("UPDATE points SET ms = 0.0 WHERE key = 'anchor-v1'", "holds 0.0 ms for its reference engine"),
         ("UPDATE engines SET ms = -1e-9", "for an engine of network net"),
     ],
@@ -128,7 +128,7 @@ def test_hosts_too_far_apart_are_refused(tmp_path: Path) -> None:
 def test_poison_is_refused(tmp_path: Path, statement: str, message: str) -> None:
     a = made(tmp_path / "a.db", {("p", (3,)): (1.0, 0.01)})
     # Differences of times may be negative: joints, and by their noise pieces without their sources.
-    sound = {("p", (3,)): (-0.001, 0.01), ("j1", ()): (-0.2, 0.01), ("source-v3", (2,)): (0.01, 0.01)}
+    sound = {("p", (3,)): (-0.001, 0.01), ("j1", ()): (-0.2, 0.01), ("source-v4", (2,)): (0.01, 0.01)}
     b = made(tmp_path / "b.db", sound)
     with LatencyTable.open(b) as table:
         table.describe("p", "Conv 3x3")

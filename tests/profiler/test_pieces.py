@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -227,10 +228,12 @@ def test_pieces_have_names_of_their_own(name: str, case: Callable[[str], Case]) 
     assert len(set(names)) == len(names)
 
 
-def test_a_source_alone() -> None:
-    for shape in ((2, 7, 5, 4), (3, 6, 11), (2, 4, 3, 5, 3)):
-        model = source_model(shape)
+@pytest.mark.parametrize(("threads", "taps"), [(1, (1, 1, 1)), (2, (25, 25, 27))])
+def test_a_source_alone(threads: int, taps: tuple[int, ...]) -> None:
+    for shape, count in zip(((2, 7, 5, 4), (3, 6, 11), (2, 4, 3, 5, 3)), taps, strict=True):
+        model = source_model(shape, threads)
         onnx.checker.check_model(model, full_check=True)
+        assert math.prod(model.graph.initializer[0].dims) == shape[1] * count
         assert run(model, random_feeds(model, 0))["x"].shape == shape
 
 
