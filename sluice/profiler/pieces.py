@@ -1,40 +1,35 @@
 """Cut the user's own exported graph into the pieces that are timed.
 
 1. What belongs to a piece is `sluice.profiler.split`'s: an anchor, and what a runtime fuses with it.
-2. A piece depends on the widths of the groups that lie on its values. Groups that occur only in sums, always
-   together (concatenation), count as one *extent*: their total.
-3. The *key* is a hash of the structure with extents as symbols: operators, attributes, fixed sizes, batch. Equal
-   pieces, in one network or in several, are timed once.
-4. A piece at given widths is the same sub-graph, cut by the rewriter that will cut the whole graph.
-5. Inputs that meet an operator other than an anchor are made by a source (`sluice.profiler.sources`). Not so what was
+2. Pieces of one identity (`sluice.profiler.identity`), in one network or in several, are timed once.
+3. A piece at given widths is the same sub-graph, cut by the rewriter that will cut the whole graph.
+4. Inputs that meet an operator other than an anchor are made by a source (`sluice.profiler.sources`). Not so what was
    concatenated: it is plain in the network too, but where all widths are whole blocks, which its joint tells. So it is
    marked as plain (`sluice.runtime.runner`, 6).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from sluice.errors import SluiceError
 from sluice.latency import Extent
-from sluice.passes.onnx_axes import analyze_onnx, attributes
+from sluice.passes.onnx_axes import analyze_onnx
 from sluice.passes.resolve import tensor_masks
 from sluice.passes.rewrite_onnx import cut_graph
 from sluice.passes.sites import Analysis, rename_groups
 from sluice.profiler.hollow import filled
+from sluice.profiler.identity import identify
 from sluice.profiler.shapes import static_graph
 from sluice.profiler.split import ANCHORS, Part, anchored_pads, split
 from sluice.runtime.runner import PLAIN
 
 FEWER = 4
-SCHEME = 4  # of how a piece is timed; those of another one never meet
 
 __all__ = [
     "Dissection",
@@ -59,7 +54,7 @@ class Piece:
     extents: tuple[Extent, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    bare: tuple[str, ...] = ()  # inputs that need a source (rule 5)
+    bare: tuple[str, ...] = ()  # inputs that need a source (rule 4)
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -154,7 +149,9 @@ def cut_out(
         model = helper.make_model(graph, opset_imports=like.opset_import, ir_version=like.ir_version)
         before = names[:index].count(name)  # one weight, used again
         own = name if not before else f"{name}#{before + 1}"
-        pieces.append(_describe(own, model, analysis, part.inputs, part.outputs, joined))
+        same = identify(graph, analysis, part.inputs, part.outputs, joined)
+        bare = _bare(graph, part.inputs, part.outputs, joined)
+        pieces.append(Piece(own, same.key, same.description, model, same.extents, part.inputs, part.outputs, bare))
     return tuple(pieces)
 
 
@@ -215,17 +212,13 @@ def spread_widths(piece: Piece, values: Sequence[int], sizes: Mapping[str, int])
     return widths
 
 
-def _composition(analysis: Analysis, value: str) -> tuple[int, dict[str, int], int] | None:
-    """(axis, group -> positions per channel, fixed positions) of a value's labelled axis."""
-    axis = analysis.values.get(value)
-    if axis is None or not (axis.groups >= 0).any():
-        return None
-    coefs: dict[str, int] = {}
-    for index in np.unique(axis.groups[axis.groups >= 0]):
-        group = analysis.groups[int(index)]
-        channels = axis.channels[axis.groups == index]
-        coefs[group.name] = len(channels) // len(np.unique(channels))
-    return axis.dim, coefs, int((axis.groups < 0).sum())
+def _bare(
+    graph: onnx.GraphProto, inputs: Sequence[str], outputs: Sequence[str], joined: Collection[str]
+) -> tuple[str, ...]:
+    """Rule 4."""
+    padded = anchored_pads(graph.node, outputs)
+    others = [n for n in graph.node if n.op_type not in ANCHORS and not padded.keys() & set(n.output)]
+    return tuple(n for n in inputs if n not in joined and any(n in node.input for node in others))
 
 
 def _concatenated(nodes: Iterable[onnx.NodeProto]) -> set[str]:
@@ -235,89 +228,3 @@ def _concatenated(nodes: Iterable[onnx.NodeProto]) -> set[str]:
         if node.op_type == "Concat" or (node.op_type not in ANCHORS and found.intersection(node.input)):
             found.update(node.output)
     return found
-
-
-def _describe(
-    name: str,
-    model: onnx.ModelProto,
-    analysis: Analysis,
-    inputs: tuple[str, ...],
-    outputs: tuple[str, ...],
-    joined: Collection[str],
-) -> Piece:
-    graph = model.graph
-    padded = anchored_pads(graph.node, outputs)
-    others = [n for n in graph.node if n.op_type not in ANCHORS and not padded.keys() & set(n.output)]
-    bare = tuple(n for n in inputs if n not in joined and any(n in node.input for node in others))
-    joined_only = {n for n in inputs if all(node.op_type == "Concat" for node in graph.node if n in node.input)}
-    values = [*inputs, *(name for node in graph.node for name in node.output if name)]
-    compositions = {v: c for v in values if (c := _composition(analysis, v)) is not None}
-    incidence: dict[str, list[tuple[int, int]]] = {}
-    for position, coefs in enumerate(
-        sorted({json.dumps(c[1], sort_keys=True) for v, c in compositions.items() if v not in joined_only})
-    ):
-        for group, coef in json.loads(coefs).items():
-            incidence.setdefault(group, []).append((position, coef))
-    classes: dict[tuple[tuple[int, int], ...], list[str]] = {}
-    for group in incidence:
-        classes.setdefault(tuple(incidence[group]), []).append(group)
-    first_seen = {g: i for i, g in reversed(list(enumerate(g for c in compositions.values() for g in c[1])))}
-    ordered = sorted(classes.values(), key=lambda names: min(first_seen[g] for g in names))
-    extents = tuple(Extent(tuple((g, 1) for g in sorted(names))) for names in ordered)
-    symbol = {g: f"e{k}" for k, names in enumerate(ordered) for g in names}
-
-    def size(value: str) -> list[object]:
-        dims: list[object] = list(analysis.shapes[value])
-        if (found := compositions.get(value)) is not None:
-            axis, coefs, fixed = found
-            terms = sorted({f"{coef}*{symbol[g]}" for g, coef in coefs.items()})
-            dims[axis] = "+".join([*terms, str(fixed)])
-        return dims
-
-    rename = {name: f"i{k}" for k, name in enumerate(inputs)}
-    initial = {init.name: init for init in graph.initializer}
-    lines: list[object] = [SCHEME, [size(name) for name in inputs]]
-    for index, node in enumerate(graph.node):
-        operands = [rename.get(n) or _constant_text(initial, n) for n in node.input]
-        own = {k: repr(v) for k, v in sorted(attributes(node).items())}
-        if own.get("group", "1") != "1" and node.input[0] in compositions:
-            own["group"] = "depthwise" if initial[node.input[1]].dims[1] == 1 else own["group"]
-        weight = initial.get(node.input[1]) if node.op_type in ANCHORS and len(node.input) > 1 else None
-        kernel = list(weight.dims[2:]) if weight is not None else []
-        for k, out in enumerate(node.output):
-            rename[out] = f"n{index}.{k}"
-        shapes = [size(out) for out in node.output if out in analysis.shapes]
-        lines.append([node.op_type, own, operands, kernel, shapes])
-    lines.append([rename[name] for name in outputs])
-    if plain := [rename[name] for name in inputs if name in joined]:
-        lines.append([PLAIN, *plain])
-    key = hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()[:24]
-    anchor = next((n for n in graph.node if n.op_type in ANCHORS), graph.node[0])
-    epilogue = " + ".join(
-        n.op_type for n in graph.node if n is not anchor and n.output[0] not in _weightless(graph, inputs)
-    )
-    kernel_text = (
-        "x".join(map(str, initial[anchor.input[1]].dims[2:])) if anchor.input[1:] and anchor.input[1] in initial else ""
-    )
-    into = "x".join(map(str, size(inputs[0]))) if inputs else ""
-    out = "x".join(map(str, size(outputs[-1]))) if outputs else ""
-    text = f"{anchor.op_type} {kernel_text} {into} -> {out}" + (f" + {epilogue}" if epilogue else "")
-    return Piece(name, key, " ".join(text.split()), model, extents, inputs, outputs, bare)
-
-
-def _weightless(graph: onnx.GraphProto, inputs: tuple[str, ...]) -> set[str]:
-    """Outputs of operators that depend on weights only."""
-    active = set(inputs)
-    prepared: set[str] = set()
-    for node in graph.node:
-        (active if active.intersection(node.input) else prepared).update(node.output)
-    return prepared
-
-
-def _constant_text(initial: Mapping[str, onnx.TensorProto], name: str) -> str:
-    """Small float constants matter (clip bounds); weights and sizes do not."""
-    init = initial.get(name)
-    if init is None:
-        return "-" if not name else "w"
-    small = int(np.prod(init.dims)) <= 1 and init.data_type == onnx.TensorProto.FLOAT
-    return repr(numpy_helper.to_array(init).tolist()) if small else f"w{len(init.dims)}"
