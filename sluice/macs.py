@@ -11,7 +11,7 @@ import math
 
 import onnx
 
-from sluice.passes.onnx_axes import attributes
+from sluice.passes.onnx_graph import attributes
 from sluice.profiler.shapes import static_graph
 
 __all__ = ["count_macs"]

@@ -44,6 +44,7 @@ WITHOUT_TORCH = (
     "sluice.passes.sites",
     "sluice.passes.resolve",
     "sluice.passes.onnx_axes",
+    "sluice.passes.onnx_graph",
     "sluice.passes.drop_onnx",
     "sluice.passes.merge_onnx",
     "sluice.passes.factor_onnx",

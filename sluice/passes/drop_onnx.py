@@ -18,7 +18,7 @@ from onnx import helper, numpy_helper
 
 from sluice.passes.axes import Shape
 from sluice.passes.blocks import dropped_values, match_drops
-from sluice.passes.onnx_axes import BATCH, attributes, with_batch
+from sluice.passes.onnx_graph import BATCH, attributes, with_batch
 from sluice.passes.view import Node, View
 from sluice.plan import Drop
 

@@ -18,7 +18,7 @@ from onnx import helper, numpy_helper
 
 from sluice.errors import SluiceError
 from sluice.passes.factor import Split, check_form, factors, first_name, per_axis, second_name
-from sluice.passes.onnx_axes import attributes
+from sluice.passes.onnx_graph import attributes
 from sluice.plan import Factorize
 
 __all__ = ["factorize_onnx"]

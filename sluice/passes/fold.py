@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from sluice.passes.onnx_axes import attributes
+from sluice.passes.onnx_graph import attributes
 
 __all__ = ["fold_batch_norms", "remove_unread"]
 

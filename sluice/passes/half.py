@@ -33,7 +33,7 @@ from onnx import TensorProto, helper, numpy_helper, version_converter
 from sluice.errors import SluiceError
 from sluice.passes.fold import fold_batch_norms
 from sluice.passes.integers import integer_arithmetic
-from sluice.passes.onnx_axes import attributes
+from sluice.passes.onnx_graph import attributes
 from sluice.passes.pairs import WEIGHTED
 
 __all__ = ["LEAST_OPSET", "at_opset", "halve"]

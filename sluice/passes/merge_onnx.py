@@ -19,7 +19,7 @@ from onnx import helper, numpy_helper
 from sluice.errors import SluiceError
 from sluice.passes.chain import Chain, Layer, Norm, Op, find_chains
 from sluice.passes.compose import Conv
-from sluice.passes.onnx_axes import attributes
+from sluice.passes.onnx_graph import attributes
 from sluice.passes.runs import Block, Region, Run, bias_name, compose_run, find_region, layers_of, merged_shape
 from sluice.plan import Merge
 

@@ -38,7 +38,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from sluice.errors import SluiceError
-from sluice.passes.onnx_axes import attributes
+from sluice.passes.onnx_graph import attributes
 
 __all__ = ["WEIGHTED", "Dialect", "Pairs", "dialect_of"]
 

@@ -28,7 +28,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sluice.errors import SluiceError
 from sluice.passes.fold import fold_batch_norms, remove_unread
-from sluice.passes.onnx_axes import attributes
+from sluice.passes.onnx_graph import attributes
 from sluice.passes.pairs import Pairs, dialect_of
 
 __all__ = ["quantize", "tensors_to_calibrate"]

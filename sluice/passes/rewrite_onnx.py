@@ -22,7 +22,8 @@ from sluice.passes.drop_onnx import drop_onnx
 from sluice.passes.factor import factors, random_factors
 from sluice.passes.factor_onnx import factorize_onnx
 from sluice.passes.merge_onnx import merge_onnx
-from sluice.passes.onnx_axes import BATCH, analyze_onnx
+from sluice.passes.onnx_axes import analyze_onnx
+from sluice.passes.onnx_graph import BATCH
 from sluice.passes.options import Edits
 from sluice.passes.resolve import masks_of_slices, tensor_masks
 from sluice.passes.sites import Analysis

@@ -18,7 +18,7 @@ import onnx
 from onnx import numpy_helper
 
 from sluice.latency import Extent
-from sluice.passes.onnx_axes import attributes
+from sluice.passes.onnx_graph import attributes
 from sluice.passes.sites import Analysis
 from sluice.profiler.split import ANCHORS
 from sluice.runtime.runner import PLAIN

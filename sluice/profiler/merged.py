@@ -19,7 +19,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from sluice.passes.merge_onnx import Replacement, chains_onnx, replaced, replacement
-from sluice.passes.onnx_axes import LITERAL, analyze_onnx, attributes
+from sluice.passes.onnx_axes import analyze_onnx
+from sluice.passes.onnx_graph import LITERAL, attributes
 from sluice.passes.options import groups_on, inside
 from sluice.passes.runs import Region, bias_name, find_region, merged_shape
 from sluice.passes.segments import Segment, find_segments, folded_norms, swallowed

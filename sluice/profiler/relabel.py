@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from sluice.passes.onnx_axes import attributes
+from sluice.passes.onnx_graph import attributes
 from sluice.passes.runs import Region, bias_name
 from sluice.passes.sites import Analysis, AxisGroup, AxisRef, ValueAxis, module_of
 

@@ -11,7 +11,7 @@ import onnx
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from sluice.passes.onnx_axes import attributes, constants, with_batch
+from sluice.passes.onnx_graph import attributes, constants, with_batch
 
 __all__ = ["static_graph"]
 

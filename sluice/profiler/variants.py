@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 from sluice.passes.factor import first_name, forms_of, random_factors, second_name, useful_rank
 from sluice.passes.factor_onnx import factorize_onnx
-from sluice.passes.onnx_axes import attributes
+from sluice.passes.onnx_graph import attributes
 from sluice.passes.options import Options, RankOption, groups_on
 from sluice.passes.sites import module_of
 from sluice.plan import FORMS, Factorize

@@ -16,7 +16,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sluice.errors import SluiceError
-from sluice.passes.onnx_axes import RULES, analyze_onnx, with_batch
+from sluice.passes.onnx_axes import RULES, analyze_onnx
+from sluice.passes.onnx_graph import with_batch
 from sluice.passes.resolve import make_plan
 from sluice.passes.rewrite_onnx import rewrite_onnx
 from sluice.runtime.compare import assert_close, relative_error
