@@ -18,18 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from sluice.cli_model import (
-    blocks_in,
     check_batch,
     data_of,
     dense_in,
     evaluate_of,
-    factorable_in,
     inputs_of,
     is_onnx,
     model_of,
-    read_module,
-    read_onnx,
-    runs_in,
 )
 from sluice.cli_parser import make_parser
 from sluice.errors import SluiceError
@@ -65,38 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def inspect(args: argparse.Namespace) -> int:
     """Show what can be cut, factorised, dropped and merged, and what is left alone and why."""
-    if is_onnx(args.model):
-        found, view, chains, tensors = read_onnx(args.model, args.shape, args.exclude)
-    else:
-        model = model_of(args.model)
-        found, view, chains, tensors = read_module(model, inputs_of(args.model, args.shape, 2), args.exclude)
-    weights, dense = factorable_in(view, tensors, args.exclude)
-    blocks, additions = blocks_in(view)
-    runs, alone = runs_in(chains, tensors, args.exclude)
-    groups = {g.name: {"size": g.size, "axes": [[r.param, r.axis] for r in g.refs]} for g in found.groups}
-    lines = [f"{len(found.groups)} groups, {sum(g.size for g in found.groups)} channels that can be cut"]
-    for g in found.groups:
-        lines.append(f"  {g.name}: {g.size} in {', '.join(f'{r.param}[{r.axis}]' for r in g.refs)}")
-    lines.append(f"{len(weights)} weights that can be factorised, with the rank at which nothing is lost")
-    for name, w in weights.items():
-        forms = ", ".join(f"{form} {rank}" for form, rank in w["forms"].items())
-        lines.append(f"  {name} {'x'.join(map(str, w['shape']))}: {forms}")
-    lines.append(f"{len(blocks)} residual blocks that can be dropped")
-    for b in blocks:
-        lines.append(f"  {b['name']}: {', '.join(b['layers'])}; {_closes(b)}")
-    lines.append(f"{len(runs)} runs that can be merged, with the kernels that are possible")
-    lines += [f"  {r['layers'][0]}..{r['layers'][-1]}: {' '.join(r['kernels'])}" for r in runs]
-    data: dict[str, Any] = {"groups": groups, "weights": weights, "blocks": blocks, "runs": runs}
-    for key, title, why in (
-        ("frozen", "left alone", dict(found.frozen)),
-        ("dense", "not factorised", dense),
-        ("additions", "additions that are no residual block", additions),
-        ("alone", "not merged", alone),
-    ):
-        data[key] = why
-        if why or key == "frozen":
-            lines += [f"{title}: {len(why)}", *(f"  {name}: {reason}" for name, reason in why.items())]
-    return _print(args, data, lines)
+    from sluice.cli_inspect import inspection
+
+    return _print(args, *inspection(args.model, args.shape, args.exclude))
 
 
 def profile(args: argparse.Namespace) -> int:
@@ -321,10 +287,6 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     names = ("table", "batch", "target", "threads", "precision", "exclude")
     settings = {name: getattr(args, name) for name in names}
     return {**settings, "methods": check_methods(args.methods.split(",")), "progress": not args.quiet}
-
-
-def _closes(block: dict[str, Any]) -> str:
-    return "a gate can close it" if block["closes"] else f"no gate can close it: {block['reason']}"
 
 
 def _print(args: argparse.Namespace, data: Any, lines: Iterable[str]) -> int:

@@ -1,4 +1,4 @@
-"""What the command line's words stand for: a model, its example inputs, its data; and what a model can become.
+"""What the command line's words stand for: a model, its example inputs, its data.
 
 ``package.module:factory`` is called without arguments and returns a module, or batches; ``sluice:NAME`` is a network
 of `sluice.models`. The folder in which the command runs is searched for modules, as ``python -m`` does.
@@ -6,42 +6,28 @@ of `sluice.models`. The folder in which the command runs is searched for modules
 
 from __future__ import annotations
 
-import fnmatch
 import importlib
-import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from sluice.errors import SluiceError
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx
     import torch
     from torch import nn
 
-    from sluice.passes.chain import Chain
-    from sluice.passes.sites import Analysis
-    from sluice.passes.view import View
-
-    Readings = tuple[Analysis, View, tuple[Chain, ...], dict[str, np.ndarray]]
-
 __all__ = [
-    "blocks_in",
     "check_batch",
     "data_of",
     "dense_in",
     "evaluate_of",
-    "factorable_in",
     "fixed_rows",
     "inputs_of",
     "is_onnx",
     "model_of",
-    "read_module",
-    "read_onnx",
-    "runs_in",
 ]
 
 OWN = "sluice:"
@@ -137,113 +123,6 @@ def inputs_of(spec: str, shape: tuple[int, ...] | None, batch: int) -> torch.Ten
 
         return example_inputs(spec.removeprefix(OWN), batch)[0]
     return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
-
-
-def read_onnx(path: str, shape: tuple[int, ...] | None, exclude: Sequence[str]) -> Readings:
-    """Axis groups, operators, chains of convolutions and tensors of an ONNX file."""
-    from onnx import numpy_helper
-
-    from sluice.passes.drop_onnx import view_onnx
-    from sluice.passes.merge_onnx import chains_onnx
-    from sluice.passes.onnx_axes import analyze_onnx
-
-    model = dense_in(path, shape)
-    tensors = {init.name: numpy_helper.to_array(init) for init in model.graph.initializer}
-    return analyze_onnx(model, exclude), view_onnx(model), chains_onnx(model), tensors
-
-
-def read_module(model: nn.Module, inputs: torch.Tensor, exclude: Sequence[str]) -> Readings:
-    """The same of a torch module."""
-    from sluice import analyze, capture
-    from sluice.passes.drop_torch import view_torch
-    from sluice.passes.merge_torch import chains_torch
-
-    gm = capture(model, inputs)
-    tensors = {name: tensor.detach().cpu().numpy() for name, tensor in gm.state_dict().items()}
-    return analyze(gm, exclude), view_torch(gm), chains_torch(gm), tensors
-
-
-def blocks_in(view: View) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Residual blocks (name, layers, whether a gate can close them and why not), and why other additions are none."""
-    from sluice.passes.blocks import find_blocks
-
-    found, refused = find_blocks(view)
-    blocks = [
-        {"name": b.name, "layers": list(b.layers), "closes": b.closing is not None, "reason": b.reason} for b in found
-    ]
-    return blocks, dict(refused)
-
-
-def factorable_in(
-    view: View, tensors: Mapping[str, np.ndarray], exclude: Sequence[str]
-) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Weights with their shape and, by form, the rank at which nothing is lost; and why other weights have no form."""
-    from sluice.passes.factor import forms_of, max_rank
-
-    reads = [name for node in view.nodes for name in node.tensors]
-    found: dict[str, dict[str, Any]] = {}
-    left: dict[str, str] = {}
-    for node in view.nodes:
-        weight = next((t for t in node.tensors if tensors[t].ndim > 1), None) if node.kind == "weighted" else None
-        if weight is None:
-            continue
-        shape = tensors[weight].shape
-        into = next((view.shapes[v] for v in node.inputs if v in view.shapes and v not in view.derived), None)
-        forms = {form: max_rank(shape, form) for form in forms_of(shape)}
-        if (pattern := _excluded(weight, exclude)) is not None:
-            left[weight] = f"excluded by {pattern!r}"
-        elif reads.count(weight) > 1:
-            left[weight] = f"is read {reads.count(weight)} times"
-        elif "transpose" in node.op.lower():
-            left[weight] = f"is the weight of {node.op}"
-        elif len(shape) > 2 and into is not None and into[1] != shape[1]:
-            left[weight] = f"is the weight of {into[1] // shape[1]} groups"
-        elif max(forms.values()) < 2:
-            left[weight] = f"has rank 1 as it is, shape {shape}"
-        else:
-            found[weight] = {"shape": list(shape), "forms": forms}
-    return found, left
-
-
-def runs_in(
-    chains: Sequence[Chain], tensors: Mapping[str, np.ndarray], exclude: Sequence[str]
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Runs of convolutions with the kernels that they could merge into; and why other layers are in no run."""
-    from sluice.passes.segments import find_segments, folded_norms
-
-    runs: list[dict[str, Any]] = []
-    left: dict[str, str] = {}
-    for chain in chains:
-        patterns = {layer.weight: _excluded(layer.weight, exclude) for layer in chain.layers}
-        banned = {weight for weight, pattern in patterns.items() if pattern is not None}
-        kernels: dict[tuple[str, ...], list[str]] = {}
-        for segment in find_segments(chain, folded_norms(chain, tensors), banned):
-            if len(segment.layers) > 1:
-                kernels.setdefault(segment.layers, []).append("x".join(map(str, segment.kernel)))
-        runs += [
-            {"layers": list(layers), "kernels": sorted(set(found), key=_area)} for layers, found in kernels.items()
-        ]
-        merged = {name for layers in kernels for name in layers}
-        for layer in chain.layers:
-            if patterns[layer.weight] is not None:
-                left[layer.weight] = f"excluded by {patterns[layer.weight]!r}"
-            elif len(chain.layers) == 1:
-                left[layer.weight] = f"between {chain.before} and {chain.after}"
-            elif layer.weight not in merged:
-                left[layer.weight] = "no run crosses a stride or part of a residual block"
-        left |= {f"{chain.layers[s.start].weight}..": s.barrier for s in chain.spans if s.barrier is not None}
-    return runs, left
-
-
-def _area(kernel: str) -> tuple[int, str]:
-    return math.prod(map(int, kernel.split("x"))), kernel
-
-
-def _excluded(weight: str, exclude: Sequence[str]) -> str | None:
-    from sluice.passes.sites import module_of
-
-    names = (weight, module_of(weight))
-    return next((p for p in exclude if any(fnmatch.fnmatchcase(name, p) for name in names)), None)
 
 
 def _found(spec: str, written: str) -> Any:

@@ -545,7 +545,7 @@ def test_interrupted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sluice.cli.model_of", stop)
+    monkeypatch.setattr("sluice.cli_inspect.model_of", stop)
     assert main(words("inspect", MODEL)) == 130
     assert "interrupted" in capsys.readouterr().err
 
