@@ -358,7 +358,7 @@ def test_failures_of_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) 
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("sluice.cli.model_of", broken)
+    monkeypatch.setattr("sluice.cli_inspect.model_of", broken)
     with pytest.raises(ZeroDivisionError):
         main(words("inspect tests.tiny:model --shape 3,9,9"))
 
