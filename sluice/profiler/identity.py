@@ -69,8 +69,7 @@ def identify(
         return dims
 
     lines = _structure(graph, analysis, inputs, outputs, compositions, size)
-    names = {name: f"i{k}" for k, name in enumerate(inputs)}
-    if plain := [names[name] for name in inputs if name in joined]:
+    if plain := [f"i{k}" for k, name in enumerate(inputs) if name in joined]:
         lines.append([PLAIN, *plain])
     key = hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()[:24]
     extents = tuple(Extent(tuple((g, 1) for g in sorted(names))) for names in classes)

@@ -150,7 +150,7 @@ def cut_out(
         before = names[:index].count(name)  # one weight, used again
         own = name if not before else f"{name}#{before + 1}"
         same = identify(graph, analysis, part.inputs, part.outputs, joined)
-        bare = _bare(graph, part.inputs, part.outputs, joined)
+        bare = _bare(part, joined)
         pieces.append(Piece(own, same.key, same.description, model, same.extents, part.inputs, part.outputs, bare))
     return tuple(pieces)
 
@@ -212,13 +212,11 @@ def spread_widths(piece: Piece, values: Sequence[int], sizes: Mapping[str, int])
     return widths
 
 
-def _bare(
-    graph: onnx.GraphProto, inputs: Sequence[str], outputs: Sequence[str], joined: Collection[str]
-) -> tuple[str, ...]:
-    """Rule 4."""
-    padded = anchored_pads(graph.node, outputs)
-    others = [n for n in graph.node if n.op_type not in ANCHORS and not padded.keys() & set(n.output)]
-    return tuple(n for n in inputs if n not in joined and any(n in node.input for node in others))
+def _bare(part: Part, joined: Collection[str]) -> tuple[str, ...]:
+    """Inputs that need a source (rule 4)."""
+    padded = anchored_pads(part.nodes, part.outputs)
+    others = [n for n in part.nodes if n.op_type not in ANCHORS and not padded.keys() & set(n.output)]
+    return tuple(n for n in part.inputs if n not in joined and any(n in node.input for node in others))
 
 
 def _concatenated(nodes: Iterable[onnx.NodeProto]) -> set[str]:

@@ -6,8 +6,8 @@ the piece by a *source*, a convolution of one channel, whose own time is subtrac
 ``T(piece) = T(piece with sources) - sum T(source)``.
 
 Its kernel is 1x1 where one thread computes. Several threads leave what a layer made in the caches of several cores, and
-the next layer fetches what another core made. A source as light as that is through before the second thread has
-noticed, if only now and then: what it made then lies in one core's cache, and as the lowest times count, the piece
+the next layer fetches what another core made. A source as light as that, it seems, is through before the second thread
+has noticed, if only now and then: what it made then lies in one core's cache, and as the lowest times count, the piece
 seems to take as long as that. So where there are several threads it has `TAPS` taps, enough to be shared.
 """
 
