@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sluice: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("sluice: interrupted; what was measured is kept in the table", file=sys.stderr)
+        print("sluice: interrupted; what was measured is kept", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # As in `sluice table csv t.db | head`, which has enough. What is still in the buffer would be tried again at

@@ -325,7 +325,7 @@ def test_disk_full_while_profiling(refused: Refused, tmp_path: Path, monkeypatch
     profile = ("profile", dense_onnx_in(tmp_path), DEVICE, "--table", table)
     with monkeypatch.context() as patch:
         patch.setattr(table_module, "connect", small)
-        said = refused(*profile, new=("new.db",))
+        said = refused(*profile, new=("new.db", "new.db-bursts"))
     assert "full" in said
     assert "what was recorded before is kept" in said
     expected = fingerprint_here("ort-cpu", 1, tiny.BATCH)

@@ -4,8 +4,7 @@
     python -m sluice.profiler.agent job.zip -o table.db      where sluice is installed, with its dependencies or without
 
 1. The table is made, from what the job knows already, or continued. Running the same command again after a kill goes
-   on from there; what was lost is the batch in flight, points or at last whole engines, timed in turns and so ending
-   together: seconds of work on points, one pass over the engines, or all of them where the machine was never quiet.
+   on where it was (`sluice.profiler.in_flight`); engines in flight are built again.
 2. ``--shard 2/8`` measures one share of it (`sluice.profiler.shards`).
 3. The summary goes to standard output, progress and errors to standard error. Exit status 0: done; 1: a mistake of the
    user's, told in one sentence; 2: wrong usage.
@@ -45,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sluice: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("sluice: interrupted; what was measured is kept in the table", file=sys.stderr)
+        print("sluice: interrupted; what was measured is kept", file=sys.stderr)
         return 130
     print(json.dumps(data, indent=2) if args.json else "\n".join(text))
     return 0

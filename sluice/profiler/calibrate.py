@@ -27,8 +27,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,6 +39,7 @@ from sluice.passes.options import Options
 from sluice.passes.sampling import random_configuration
 from sluice.profiler.engine import build_engine, with_ranks_in_reach
 from sluice.profiler.fit import errors, fit_linear, left_out, mean_error
+from sluice.profiler.in_flight import landed
 from sluice.profiler.measure import CLEAN, Measurement
 from sluice.profiler.pieces import Dissection, Piece, spread_widths, weight_bytes
 from sluice.profiler.sweep import BURSTS, Bench
@@ -51,6 +53,7 @@ RESTRUCTURED = 48  # where not only widths vary
 FEWEST = 4  # engines that two coefficients can be fitted to with one left out
 AGREE, PASSES = 0.015, 4
 REFERENCES = 16
+OF_PLANS = 1
 AT_ONCE = 2**30  # bytes of ONNX and of `_working_bytes`; a runtime takes two to three times as much
 WORTH = 0.95
 EXACT = 0.001
@@ -71,10 +74,14 @@ def missing_plans(
     model: LatencyModel,
     alternatives: Alternatives,
     known: Sequence[Mapping[str, int]],
-    rng: np.random.Generator,
+    seed: int,
     engines: int | None = None,
 ) -> list[dict[str, int]]:
-    """Plans that make ``known`` up to ``engines`` different ones, the dense one among them, if there are so many."""
+    """Plans that make ``known`` up to ``engines`` different ones, the dense one among them, if there are so many.
+
+    The same after a kill, and for all shards: from ``seed`` on, numbers that nothing else draws.
+    """
+    rng = np.random.default_rng([seed, OF_PLANS])
     engines = engines or (RESTRUCTURED if model.switches else ENGINES)
 
     def draw() -> dict[str, int]:
@@ -102,10 +109,13 @@ def measure_engines(
 ) -> list[float]:
     """Milliseconds of whole engines (rule 5), in the time of those that are ``known`` (6).
 
-    They are kept in the table under the key ``record``, if there is one, from the first pass on a quiet machine on.
+    They are kept in the table under the key ``record``, if there is one.
     """
-    found: list[float] = []
+    if not plans:  # a complete table is only read
+        return []
+    found: list[Measurement] = []
     working = _working_bytes(dissection)
+    network = hashlib.sha256(";".join(p.key for p in dissection.pieces).encode()).hexdigest()[:24]
     known = _spread(known, AT_ONCE // (dissection.model.ByteSize() + working))
     references = [bench.session(build_engine(dissection, plan, options), part=False) for plan, _ in known]
     while len(found) < len(plans):
@@ -117,16 +127,17 @@ def measure_engines(
             if sessions and size > AT_ONCE:
                 break
             sessions.append(bench.session(engine, part=False))
-        measured: list[Measurement] = []
-        for now in _passes(bench, [*references, *sessions]):
-            ratios = [there.ms / m.ms for (_, there), m in zip(known, now, strict=False)]
-            scale = float(np.median(ratios)) if known else 1.0
-            measured = [replace(m, ms=scale * m.ms) for m in now[len(known) :]]
-            for plan, measurement in zip(plans[len(found) :], measured, strict=False) if record else ():
-                bench.table.put_engine(record, plan, measurement)
-        found += [m.ms for m in measured]
+        together = [*(plan for plan, _ in known), *plans[len(found) :]][: len(known) + len(sessions)]
+        names = [f"{network} {json.dumps(plan, sort_keys=True)}" for plan in together]
+        now = _passes(bench, [*references, *sessions], names)
+        ratios = [there.ms / m.ms for (_, there), m in zip(known, now, strict=False)]
+        scale = float(np.median(ratios)) if known else 1.0
+        found += [replace(m, ms=scale * m.ms) for m in now[len(known) :]]
         bench.progress(len(found), len(plans))
-    return found
+    if record:
+        bench.table.put_engines(record, zip(plans, found, strict=True))
+    landed(bench.table)
+    return [m.ms for m in found]
 
 
 def _spread(
@@ -138,18 +149,16 @@ def _spread(
     return [ordered[round(k * (len(ordered) - 1) / max(1, count - 1))] for k in range(count)]
 
 
-def _passes(bench: Bench, sessions: Sequence[Session]) -> Iterator[list[Measurement]]:
-    """Rule 5: what is known after every pass once the machine was quiet, and in the end."""
+def _passes(bench: Bench, sessions: Sequence[Session], names: Sequence[str]) -> list[Measurement]:
+    """Rule 5."""
     passes: list[tuple[Measurement, ...]] = []
-    done = False
-    while not done:
-        passes.append(bench.time(sessions, 2 * BURSTS))
+    agreed = False
+    while not agreed and len(passes) < PASSES:
+        passes.append(bench.time(sessions, [f"{name} pass {len(passes)}" for name in names], 2 * BURSTS))
         quiet = [[m.ms for m in found] for found in passes if any(m.spread <= CLEAN for m in found)]
         lowest = np.sort(quiet, axis=0)[:2]
         agreed = len(lowest) > 1 and float(np.quantile(lowest[1] / lowest[0], 0.9)) <= 1.0 + AGREE
-        done = agreed or len(passes) == PASSES
-        if quiet or done:
-            yield [min(tries, key=lambda m: (m.spread > CLEAN, m.ms)) for tries in zip(*passes, strict=True)]
+    return [min(tries, key=lambda m: (m.spread > CLEAN, m.ms)) for tries in zip(*passes, strict=True)]
 
 
 def _working_bytes(dissection: Dissection) -> int:
@@ -166,12 +175,13 @@ def calibrate(
     bench: Bench,
     alternatives: Alternatives | None = None,
     engines: int | None = None,
+    seed: int = 0,
 ) -> LatencyModel:
     """The model with slope, intercept and left-out error; engines that the table knows are not measured again."""
     alternatives = alternatives or Alternatives(Options())
     key = model_key(dissection, model)
     known = bench.table.engines(key)
-    plans = missing_plans(dissection, model, alternatives, [widths for widths, _ in known], bench.rng, engines)
+    plans = missing_plans(dissection, model, alternatives, [widths for widths, _ in known], seed, engines)
     if plans:
         measure_engines(dissection, bench, plans, alternatives.options, known=known, record=key)
         known = bench.table.engines(key)

@@ -20,6 +20,7 @@ from sluice.profiler.table import LatencyTable
 __all__ = ["explore_joints", "joint_graph", "joint_ms", "joint_points", "joint_sizes", "joint_tolerance"]
 
 FEW = 5
+BATCH_OF_JOINTS = 8
 GAIN = 0.003
 
 
@@ -98,9 +99,17 @@ def explore_joints(
     tensors: Collection[str] | None = None,
     wanted: Callable[[Joint], bool] = lambda joint: True,
 ) -> None:
-    """Measure all joints that are ``wanted``, until the table holds what they need."""
-    done = -1
-    while len(bench.table) != done:
-        done = len(bench.table)
+    """Measure all joints that are ``wanted``, until the table holds what they need.
+
+    What is wanted follows from what is known, so it is asked for anew after every batch (`sluice.profiler.sweep`, 2).
+    """
+    done = 0
+    while True:
         points = joint_points(dissection, stairs, bench.table, tolerance, tensors)
-        bench.joints([(joint_graph(joint, dissection), joint, at) for joint, at in points if wanted(joint)])
+        missing = [(j, at) for j, at in points if wanted(j) and bench.table.get(j.key, at) is None]
+        if not missing:
+            return
+        batch = missing[:BATCH_OF_JOINTS]
+        bench.joints([(joint_graph(joint, dissection), joint, at) for joint, at in batch])
+        bench.progress(done + len(batch), done + len(missing))
+        done = done + len(batch) if len(missing) > len(batch) else 0

@@ -145,7 +145,7 @@ def profile_onnx(
         _check_choice(dissection, found.alternatives.options)
         with show("engines") as advance:
             own = replace(bench, progress=advance)
-            latency = calibrate(dissection, found.latency(bench), own, found.alternatives)
+            latency = calibrate(dissection, found.latency(bench), own, found.alternatives, seed=seed)
         cache, counts = bench.table.get_blob(timing_cache.NAME), found.coverage(bench.table)
     return Profile(
         latency, dissection, fingerprint, target, bench.anchor.ms, found.alternatives.options, cache, *counts

@@ -103,9 +103,7 @@ def measure_engine_share(known: Survey, bench: Bench, shard: Shard, seed: int) -
     model = known.latency(bench)
     key = model_key(known.dissection, model)
     there = [widths for widths, _ in bench.table.engines(key)]
-    # All shards draw the same list, whatever they have measured since.
-    rng = np.random.default_rng(seed)
-    plans = missing_plans(known.dissection, model, known.alternatives, [], rng)
+    plans = missing_plans(known.dissection, model, known.alternatives, [], seed)  # the same list for all shards
     own = [plan for k, plan in enumerate(plans) if shard.takes(k) and plan not in there]
     measure_engines(known.dissection, bench, own, known.alternatives.options, record=key)
     return len(own)

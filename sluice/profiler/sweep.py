@@ -2,9 +2,10 @@
 
 1. Pieces on the product of the levels of their extents (`sluice.profiler.explore`), thinned where the product would be
    large (`sluice.profiler.grids`); joints as `sluice.profiler.joint_sweep` says.
-2. Every finished batch of points is committed; what the table already knows is not measured again. The points of a
-   batch take their turns with each other, so a kill costs the timing of all that are in flight: one to five seconds
-   on one thread. Of what was built it costs one engine, where the runtime has a timing cache: that is kept after each.
+2. Every finished batch of points is committed; what the table already knows is not measured again. What a kill left of
+   the batch in flight is timed first by the next run, and from where it was (`sluice.profiler.in_flight`). So what a
+   batch is made of follows from what the table holds. Engines of it are built again, with the runtime's timing cache if
+   it has one: that is kept after each.
 3. What fills the caches that cores share slows large activations, and not the anchor: points of DenseNet were up to 20%
    off in one call and not in the next. So some of the new pieces are timed once more, and unless nine in ten of these
    are within `DOUBT` of what they took, all are; and so is a piece that seems to take longer than at larger widths by
@@ -14,9 +15,9 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -24,6 +25,7 @@ import onnx
 
 from sluice.passes.precision import typed
 from sluice.profiler import clocks, timing_cache
+from sluice.profiler.in_flight import AGAIN, ONCE, Call, Point, keep_points, kept, landed, points_kept
 from sluice.profiler.joints import Joint, call_models, joint_models, joint_widths
 from sluice.profiler.measure import CLEAN, PATIENCE, Anchor, Measurement, measure
 from sluice.profiler.pieces import Dissection, Piece, build_piece, spread_widths
@@ -31,17 +33,15 @@ from sluice.profiler.sources import add_sources, source_model
 from sluice.profiler.table import LatencyTable
 from sluice.runtime.runner import Runner, Session
 
-__all__ = ["Bench", "keep_once", "timed_once"]
+__all__ = ["Bench"]
 
 BATCH_OF_SESSIONS = 24
-BATCH_OF_JOINTS = 8
 DOUBT = 0.03
 BURSTS, MAX_BURSTS = 24, 160
 SOURCE_KEY = "source-v4"
-ONCE = "points timed once"
 CALL_KEY = "call-v3"  # what an engine with nothing to do takes
 Progress = Callable[[int, int], None]  # (points done, points known to be needed)
-Point = tuple[str, tuple[int, ...]]  # key and extents
+PieceAt = tuple[Point, tuple[Dissection, Piece]]
 
 
 @dataclass(slots=True)
@@ -82,43 +82,47 @@ class Bench:
     def pieces_of(self, wanted: Sequence[tuple[Dissection, Piece, tuple[int, ...]]]) -> None:
         """The same for pieces of several graphs: the fuller a call, the less it waits for a quiet machine per point.
 
-        In random order, so that what one call has in common with itself does not fall on one piece.
+        In mixed order, so that what one call has in common with itself does not fall on one piece.
         """
-        once = set() if self.closed else timed_once(self.table)
+        once, again = (set() if self.closed else points_kept(self.table, name) for name in (ONCE, AGAIN))
         missing = {(p.key, e) for _, p, e in wanted if self.table.get(p.key, e) is None}
-        todo = {(p.key, e): (cut, p) for cut, p, e in wanted if (p.key, e) in missing | once}
+        todo = {(p.key, e): (cut, p) for cut, p, e in wanted if (p.key, e) in missing | once | again}
         if not todo:  # a complete table is only read
             return
         self.table.describe_all({piece.key: piece.description for _, piece in todo.values()})
-        points = list(todo.items())
-        points = [points[k] for k in self.rng.permutation(len(points))]
-        self._time_pieces([p for p in points if p[0] in missing], self.progress)
-        some = [points[k] for k in self.rng.permutation(len(points))[:BATCH_OF_SESSIONS]]
-        before = np.array([self.table.require(*point).ms for point, _ in some])
+        self._time_pieces(_mixed([p for p in todo.items() if p[0] in missing]), self.progress)
+        points = _mixed(todo.items(), "again")
+        fresh = [p for p in points if p[0] in missing | once]
+        some = fresh[:BATCH_OF_SESSIONS]
+        before = [self.table.require(*point).ms for point, _ in some]
         self._time_pieces(some)
-        lower = before > (1.0 + DOUBT) * np.array([self.table.require(*point).ms for point, _ in some])
-        disturbed = float(np.mean(lower)) > 0.1
-        self._time_pieces([p for p in points if p not in some and (disturbed or _doubtful(p[0], self.table))])
-        keep_once(self.table, timed_once(self.table) - todo.keys())
+        after = [self.table.require(*point).ms for point, _ in some]
+        disturbed = sum(a > (1.0 + DOUBT) * b for a, b in zip(before, after, strict=True)) > 0.1 * len(some)
+        again |= {point for point, _ in fresh[len(some) :] if disturbed or _doubtful(point, self.table)}
+        keep_points(self.table, AGAIN, again)
+        keep_points(self.table, ONCE, points_kept(self.table, ONCE) - todo.keys())
+        self._time_pieces([p for p in points if p[0] in again])
 
-    def _time_pieces(
-        self, points: Sequence[tuple[Point, tuple[Dissection, Piece]]], progress: Progress = lambda done, total: None
-    ) -> None:
+    def _time_pieces(self, points: Sequence[PieceAt], progress: Progress = lambda done, total: None) -> None:
         """Time these points; of what the table has already, the lower figure is kept."""
         for start in range(0, len(points), BATCH_OF_SESSIONS):
             chunk = points[start : start + BATCH_OF_SESSIONS]
             parts = [(p, build_piece(cut, p, spread_widths(p, extents, cut.dense))) for (_, extents), (cut, p) in chunk]
             built = [add_sources(model, piece.bare, self._threads) for piece, model in parts]
             source_ms = self.sources([shape for _, shapes in built for shape in shapes])
-            found = self.time([self.session(model) for model, _ in built])
-            own = [replace(m, ms=m.ms - sum(source_ms[s] for s in sh)) for m, (_, sh) in zip(found, built, strict=True)]
             before = [self.table.get(*point) for point, _ in chunk]
+            names = [_name(p, "again" if known else "") for (p, _), known in zip(chunk, before, strict=True)]
+            found = self.time([self.session(model) for model, _ in built], names)
+            own = [replace(m, ms=m.ms - sum(source_ms[s] for s in sh)) for m, (_, sh) in zip(found, built, strict=True)]
             if new := {point for (point, _), known in zip(chunk, before, strict=True) if known is None}:
-                keep_once(self.table, timed_once(self.table) | new)
-            self.table.put_many(
+                keep_points(self.table, ONCE, points_kept(self.table, ONCE) | new)
+            self._put(
                 (*point, now if known is None or now.ms < known.ms else known)
                 for (point, _), now, known in zip(chunk, own, before, strict=True)
             )
+            if twice := {point for point, _ in chunk} - new:
+                for name in (ONCE, AGAIN):
+                    keep_points(self.table, name, points_kept(self.table, name) - twice)
             progress(start + len(chunk), len(points))
 
     def sources(self, shapes: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
@@ -126,45 +130,44 @@ class Bench:
         missing = [s for s in dict.fromkeys(shapes) if self.table.get(SOURCE_KEY, s) is None]
         for start in range(0, len(missing), BATCH_OF_SESSIONS):
             chunk = missing[start : start + BATCH_OF_SESSIONS]
-            found = self.time([self.session(source_model(shape, self._threads)) for shape in chunk])
-            self.table.put_many([(SOURCE_KEY, s, m) for s, m in zip(chunk, found, strict=True)])
+            sessions = [self.session(source_model(shape, self._threads)) for shape in chunk]
+            found = self.time(sessions, [_name((SOURCE_KEY, shape)) for shape in chunk])
+            self._put((SOURCE_KEY, shape, m) for shape, m in zip(chunk, found, strict=True))
         return {shape: self.table.require(SOURCE_KEY, shape).ms for shape in shapes}
 
     def joints(self, wanted: Sequence[tuple[Dissection, Joint, tuple[int, ...]]]) -> None:
-        """Find what is missing of (joint, extents): the parts and the pieces joined are timed; their difference.
+        """Find what is missing of (joint, extents), all at once: the parts and the pieces joined, or their difference.
 
         Where equal kernels tell (`sluice.profiler.joints`, 3), it is kept as a point of no samples.
         """
         todo = {(j.key, e): (cut, j) for cut, j, e in wanted if self.table.get(j.key, e) is None}
-        if todo:
-            self.table.describe_all({joint.key: joint.description for _, joint in todo.values()})
-        points = list(todo.items())
-        for start in range(0, len(points), BATCH_OF_JOINTS):
-            chunk = points[start : start + BATCH_OF_JOINTS]
-            built = [
-                joint_models(cut, joint, joint_widths(cut, joint, _joint_groups(cut, joint, at)), self._threads)
-                for (_, at), (cut, joint) in chunk
-            ]
-            engines = [[self.session(model) for model in (*parts, whole)] for parts, whole, _ in built]
-            known = [self._as_apart(own, shapes) for own, (*_, shapes) in zip(engines, built, strict=True)]
-            call_ms = self.call() if any(known) or not all(joint.pair for _, (_, joint) in chunk) else 0.0
-            saved, timed = [], []
-            for (point, (_, joint)), own, (*_, shapes), apart in zip(chunk, engines, built, known, strict=True):
-                if apart and self._threads == 1:
-                    saved.append((*point, Measurement(joint.calls * call_ms, 0.0, 0, self.runner.clock)))
-                else:
-                    timed.append((point, joint, own, shapes, apart))
-            source_ms = self.sources([shape for _, _, _, shapes, _ in timed for shape in shapes])
-            found = iter(self.time([session for _, _, own, *_ in timed for session in own]) if timed else ())
-            for point, joint, own, shapes, apart in timed:
-                *parts, whole = [next(found) for _ in own]
-                calls = 0 if joint.pair else len(joint.consumers)
-                ms = sum(m.ms for m in parts) + calls * call_ms - whole.ms - sum(source_ms[s] for s in shapes)
-                if apart and abs(ms - joint.calls * call_ms) <= DOUBT * whole.ms:
-                    ms = joint.calls * call_ms
-                saved.append((*point, replace(whole, ms=ms, spread=max(m.spread for m in (*parts, whole)))))
-            self.table.put_many(saved)
-            self.progress(start + len(chunk), len(points))
+        if not todo:
+            return
+        self.table.describe_all({joint.key: joint.description for _, joint in todo.values()})
+        built = [
+            joint_models(cut, joint, joint_widths(cut, joint, _joint_groups(cut, joint, at)), self._threads)
+            for (_, at), (cut, joint) in todo.items()
+        ]
+        engines = [[self.session(model) for model in (*parts, whole)] for parts, whole, _ in built]
+        known = [self._as_apart(own, shapes) for own, (*_, shapes) in zip(engines, built, strict=True)]
+        call_ms = self.call() if any(known) or not all(joint.pair for _, joint in todo.values()) else 0.0
+        saved, timed = [], []
+        for (point, (_, joint)), own, (*_, shapes), apart in zip(todo.items(), engines, built, known, strict=True):
+            if apart and self._threads == 1:
+                saved.append((*point, Measurement(joint.calls * call_ms, 0.0, 0, self.runner.clock)))
+            else:
+                timed.append((point, joint, own, shapes, apart))
+        source_ms = self.sources([shape for _, _, _, shapes, _ in timed for shape in shapes])
+        names = [_name(point, str(k)) for point, _, own, *_ in timed for k, _ in enumerate(own)]
+        found = iter(self.time([session for _, _, own, *_ in timed for session in own], names) if timed else ())
+        for point, joint, own, shapes, apart in timed:
+            *parts, whole = [next(found) for _ in own]
+            calls = 0 if joint.pair else len(joint.consumers)
+            ms = sum(m.ms for m in parts) + calls * call_ms - whole.ms - sum(source_ms[s] for s in shapes)
+            if apart and abs(ms - joint.calls * call_ms) <= DOUBT * whole.ms:
+                ms = joint.calls * call_ms
+            saved.append((*point, replace(whole, ms=ms, spread=max(m.spread for m in (*parts, whole)))))
+        self._put(saved)
 
     def _as_apart(self, engines: Sequence[Session], shapes: Sequence[tuple[int, ...]]) -> bool:
         """Does the last engine run the kernels of the others, less those of sources of these ``shapes``?"""
@@ -177,8 +180,10 @@ class Bench:
     def call(self) -> float:
         """Milliseconds that an inference costs beside what its operators do, measured once and kept."""
         if self.table.get(CALL_KEY, ()) is None:
-            one, both = self.time([self.session(model) for model in call_models()])
-            self.table.put(CALL_KEY, (), replace(one, ms=max(0.0, 2 * one.ms - both.ms)))
+            one, both = self.time(
+                [self.session(model) for model in call_models()], [f"{CALL_KEY} one", f"{CALL_KEY} two"]
+            )
+            self._put([(CALL_KEY, (), replace(one, ms=max(0.0, 2 * one.ms - both.ms)))])
             self.table.describe(CALL_KEY, "one call of an engine")
         return self.table.require(CALL_KEY, ()).ms
 
@@ -190,28 +195,38 @@ class Bench:
         timing_cache.keep(self.runner, self.table)
         return built
 
-    def time(self, sessions: Sequence[Session], most: int = MAX_BURSTS) -> tuple[Measurement, ...]:
-        """All of them in turns, `BURSTS` to ``most`` bursts each."""
-        bursts, patience = min(most, self.waits.bursts), self.waits.patience
-        found = measure(
-            sessions, min_bursts=BURSTS, max_bursts=bursts, patience=patience, anchor=self.anchor, rng=self.rng
-        )
+    def time(
+        self, sessions: Sequence[Session], names: Sequence[str], most: int = MAX_BURSTS
+    ) -> tuple[Measurement, ...]:
+        """All of them in turns, `BURSTS` to ``most`` bursts each; by their names the next run knows them after a kill.
+
+        Once the table has what it is for, `landed` is to be called.
+        """
+        bursts, seed = min(most, self.waits.bursts), int(self.rng.integers(2**31))
+        within = f"{self.table.fingerprint.to_json()} {self.anchor.ms!r}"
+        asked = Call(tuple(names), within, seed, BURSTS, bursts, self.waits.patience)
+        with kept(self.table, asked, [*sessions, self.anchor.session]) as (call, (*own, anchor)):
+            found = measure(
+                own, min_bursts=call.min_bursts, max_bursts=call.max_bursts, patience=call.patience,
+                anchor=replace(self.anchor, session=anchor), rng=np.random.default_rng(call.seed),
+            )  # fmt: skip
         self.waits.in_vain = bool(found) and all(measured.spread > CLEAN for measured in found)
         clocks.keep(self.runner, self.table)
         return found
 
+    def _put(self, points: Iterable[tuple[str, Sequence[int], Measurement]]) -> None:
+        self.table.put_many(points)
+        landed(self.table)
 
-def timed_once(table: LatencyTable) -> set[Point]:
-    """The points that a call was killed before it had looked at again."""
-    return {(key, tuple(extents)) for key, extents in json.loads(table.get_blob(ONCE) or b"[]")}
+
+def _name(point: Point, label: str = "") -> str:
+    key, extents = point
+    return f"{key} {extents} {label}".rstrip()
 
 
-def keep_once(table: LatencyTable, points: Collection[Point]) -> None:
-    """Leave word of ``points`` for `timed_once`."""
-    if points:
-        table.put_blob(ONCE, json.dumps(sorted(points)).encode())
-    else:
-        table.drop_blob(ONCE)
+def _mixed(points: Iterable[PieceAt], label: str = "") -> list[PieceAt]:
+    """In an order that has nothing to do with what they are, and that stays when some of them are done."""
+    return sorted(points, key=lambda p: hashlib.sha256(_name(p[0], label).encode()).digest())
 
 
 def _doubtful(point: Point, table: LatencyTable) -> bool:

@@ -3,7 +3,8 @@
 1. A *point* is the time of one piece at one tuple of extents. ``key`` is the hash of the piece's structure, so equal
    pieces of different networks share their points.
 2. Everything written together is one transaction of SQLite's rollback journal, so a killed sweep loses what was in
-   flight and nothing else; it goes on by asking which points are missing.
+   flight and nothing else; it goes on by asking which points are missing. What was in flight stands beside the table
+   (`sluice.profiler.in_flight`).
 3. The `Fingerprint` says what the times are valid for. A table is never opened for another one.
 4. A *blob* is what a runtime wants to find again next time, as bytes by name: its timing cache.
 """
@@ -33,9 +34,10 @@ from sluice.profiler.table_file import (
     translated,
 )
 
-__all__ = ["LatencyTable"]
+__all__ = ["BURSTS_SUFFIX", "MEMORY", "LatencyTable"]
 
 MEMORY = ":memory:"
+BURSTS_SUFFIX = "-bursts"  # of the file beside the table that `sluice.profiler.in_flight` writes
 
 
 class LatencyTable:
@@ -65,6 +67,7 @@ class LatencyTable:
                 lay_out(connection, name, fingerprint)
             finally:
                 connection.close()
+            Path(name + BURSTS_SUFFIX).unlink(missing_ok=True)
             os.replace(draft, name)
         except OSError as error:
             raise SluiceError(f"cannot create {name}: {error}; choose a place that can be written") from error
@@ -185,9 +188,15 @@ class LatencyTable:
 
     def put_engine(self, model_key: str, widths: Mapping[str, int], measurement: Measurement) -> None:
         """Record the time of a whole engine at ``widths`` by group."""
-        text = json.dumps({group: int(width) for group, width in widths.items()}, sort_keys=True)
-        row = (model_key, text, *self._columns(measurement))
-        self._write("INSERT OR REPLACE INTO engines VALUES (?, ?, ?, ?, ?)", [row])
+        self.put_engines(model_key, [(widths, measurement)])
+
+    def put_engines(self, model_key: str, engines: Iterable[tuple[Mapping[str, int], Measurement]]) -> None:
+        """Record all engines or, where one of them is refused or cannot be written, none."""
+        rows = []
+        for widths, measurement in engines:
+            text = json.dumps({group: int(width) for group, width in widths.items()}, sort_keys=True)
+            rows.append((model_key, text, *self._columns(measurement)))
+        self._write("INSERT OR REPLACE INTO engines VALUES (?, ?, ?, ?, ?)", rows)
 
     def engines(self, model_key: str) -> list[tuple[dict[str, int], Measurement]]:
         rows = self._rows("SELECT widths, ms, spread, samples FROM engines WHERE model_key = ?", (model_key,))

@@ -147,9 +147,9 @@ def test_engines_are_timed_together_as_far_as_memory_allows(monkeypatch: pytest.
         together: list[int] = []
         time = Bench.time
 
-        def noted(self: Bench, sessions: Sequence[Session], most: int) -> tuple[Measurement, ...]:
+        def noted(self: Bench, sessions: Sequence[Session], names: Sequence[str], most: int) -> tuple[Measurement, ...]:
             together.append(len(sessions))
-            return time(self, sessions, most)
+            return time(self, sessions, names, most)
 
         monkeypatch.setattr(Bench, "time", noted)
         monkeypatch.setattr(calibrate_module, "PASSES", 1)
@@ -173,7 +173,7 @@ def test_engines_are_timed_again_until_two_passes_agree(
     """A pass is slow as a whole, or one engine in it is."""
     done: list[float] = []
 
-    def one(self: Bench, sessions: Sequence[Session], most: int) -> tuple[Measurement, ...]:
+    def one(self: Bench, sessions: Sequence[Session], names: Sequence[str], most: int) -> tuple[Measurement, ...]:
         done.append(slow[len(done)] if len(done) < len(slow) else 1.0)
         odd = 1.3 if len(done) == 1 else 1.0
         ms = [done[-1] * session.sample(1) * (odd if k == 4 else 1.0) for k, session in enumerate(sessions)]
@@ -195,7 +195,7 @@ def test_a_pass_on_a_busy_machine_counts_only_where_there_is_no_other(monkeypatc
     given = [(0.8, 0.25), (0.8, 0.25), (1.0, 0.01), (1.0, 0.01)]
     done: list[float] = []
 
-    def one(self: Bench, sessions: Sequence[Session], most: int) -> tuple[Measurement, ...]:
+    def one(self: Bench, sessions: Sequence[Session], names: Sequence[str], most: int) -> tuple[Measurement, ...]:
         factor, spread = given[min(len(done), 3)]
         done.append(factor)
         return tuple(Measurement(factor * s.sample(1), spread, 24, "thread_cpu") for s in sessions)
@@ -210,32 +210,6 @@ def test_a_pass_on_a_busy_machine_counts_only_where_there_is_no_other(monkeypatc
         given[2:] = given[:2]
         done.clear()
         assert measure_engines(dissection, bench, plans) == pytest.approx([0.8 * ms for ms in truth])
-
-
-def test_a_kill_costs_one_pass_over_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But what a busy machine showed is not kept before the last pass: it would be taken for known."""
-    spreads = [0.25, 0.01]
-
-    def one(self: Bench, sessions: Sequence[Session], most: int) -> tuple[Measurement, ...]:
-        if not spreads:
-            raise KeyboardInterrupt
-        spread = spreads.pop(0)
-        return tuple(Measurement((1.0 + spread) * s.sample(1), spread, 24, "thread_cpu") for s in sessions)
-
-    dissection = dissect(chain([26, 18]), 2)
-    plans = [{"conv0": 9, "conv1": 18}, {"conv0": 26, "conv1": 4}]
-    with LatencyTable.create(":memory:", FINGERPRINT) as table:
-        bench = bench_on(table, FakeRunner())
-        monkeypatch.setattr(Bench, "time", one)
-        with pytest.raises(KeyboardInterrupt):
-            measure_engines(dissection, bench, plans, record="net")
-        kept = {tuple(widths.items()): m.ms for widths, m in table.engines("net")}
-        truth = {tuple(plan.items()): FakeRunner().ms(build_engine(dissection, plan)) for plan in plans}
-        assert kept == {plan: pytest.approx(1.01 * ms) for plan, ms in truth.items()}
-        spreads.append(0.25)
-        with pytest.raises(KeyboardInterrupt):
-            measure_engines(dissection, bench, plans, record="other")
-        assert table.engines("other") == []
 
 
 def test_no_more_references_than_there_is_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
