@@ -5,6 +5,9 @@
 2. A joint exists while its tensor is made by whatever state of the producing layer: dense, factorised, or a merged run
    that ends there.
 3. Exactly one of the states of a layer is chosen: one rule per layer.
+4. An engine makes one call, whatever is in it. Joints save calls between neighbours, and those of a residual block
+   close a ring: of n pieces in it they would save n. So terms are less their calls: a piece its own, less one per
+   source, whose time was subtracted with its call; a joint those that it saves. The one call is the intercept.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from sluice.profiler.grids import MAX_GRID, Staircase, cost_of, knots_of, totals
 from sluice.profiler.joint_sweep import joint_ms, joint_points, joint_tolerance
 from sluice.profiler.joints import Joint
 from sluice.profiler.pieces import Dissection, Piece, anchor_weight
+from sluice.profiler.sources import has_source
 from sluice.profiler.steps import with_steps
 from sluice.profiler.sweep import CALL_KEY
 from sluice.profiler.table import LatencyTable
@@ -44,6 +48,8 @@ def assemble(
     """
     alternatives = alternatives or Alternatives(Options())
     shown, drops = alternatives.shown, alternatives.options.drops
+    found = table.get(CALL_KEY, ())
+    call_ms = found.ms if found is not None else 0.0
     # A piece without a weight goes by its own name where a dropped branch takes it along.
     alone = {name for names in alternatives.without_weight.values() for name in names}
     anchors = {p.name: p.name if p.name in alone else anchor_weight(p) for p in dissection.pieces}
@@ -58,15 +64,15 @@ def assemble(
     for piece in dissection.pieces:
         weight = anchors[piece.name]
         when = (dense_switch(weight),) if weight in states else ()
-        terms.append(_term(piece, dissection, stairs, table, when, known))
+        terms.append(_term(piece, dissection, stairs, table, call_ms, when, known))
     for s in shown:
         when = (s.place.switch,)
-        terms += [_term(piece, s.dissection, s.stairs, table, when, known, s.most) for piece in s.place.pieces]
+        terms += [_term(piece, s.dissection, s.stairs, table, call_ms, when, known, s.most) for piece in s.place.pieces]
         if s.place.inner:
             inner = dict.fromkeys(s.place.inner, when)
-            terms += _joint_terms(s.dissection, s.stairs, table, tolerance, inner, known)
+            terms += _joint_terms(s.dissection, s.stairs, table, call_ms, tolerance, inner, known)
     alive = _alive(dissection, shown, anchors, states)
-    terms += _joint_terms(dissection, stairs, table, tolerance, alive, known)
+    terms += _joint_terms(dissection, stairs, table, call_ms, tolerance, alive, known)
     rules = tuple(Rule(tuple((n, 1) for n in (dense_switch(w), *switches))) for w, switches in states.items())
     switches = {name: int(name.endswith("|dense")) for rule in rules for name, _ in rule.coefs}
     ranks = {s.place.rank: s for s in shown if s.place.rank is not None}
@@ -80,6 +86,7 @@ def assemble(
         },
         rules=rules,
         switches=frozenset(switches),
+        intercept=call_ms,
     )
 
 
@@ -109,12 +116,14 @@ def _term(
     dissection: Dissection,
     stairs: Mapping[str, Staircase],
     table: LatencyTable,
+    call_ms: float,
     when: tuple[str, ...],
     known: Mapping[str, int],
     most: int = MAX_GRID,
 ) -> Term:
     knots = knots_of(piece, dissection, stairs, most)
-    ms = [table.require(piece.key, point).ms for point in itertools.product(*knots)]
+    calls = 1 - sum(has_source(dissection.analysis.shapes[name]) for name in piece.bare)
+    ms = [max(0.0, table.require(piece.key, p).ms - calls * call_ms) for p in itertools.product(*knots)]
     arrays = tuple(np.array(k, dtype=np.float64) for k in knots)
     values = np.array(ms, dtype=np.float64).reshape(tuple(len(k) for k in knots))
     arrays, values = with_steps(arrays, values, _curves(piece, dissection, stairs, table))
@@ -142,14 +151,13 @@ def _joint_terms(
     dissection: Dissection,
     stairs: Mapping[str, Staircase],
     table: LatencyTable,
+    call_ms: float,
     tolerance: float,
     when: Mapping[str, tuple[str, ...]],
     known: Mapping[str, int],
 ) -> list[Term]:
     """The joints at the tensors that ``when`` names."""
     values: dict[Joint, list[tuple[int, ...]]] = {}
-    call = table.get(CALL_KEY, ())
-    call_ms = call.ms if call is not None else 0.0  # no joint, no call
     for joint, at in joint_points(dissection, stairs, table, tolerance, when):
         values.setdefault(joint, []).append(at)
     terms = []

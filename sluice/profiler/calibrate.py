@@ -2,6 +2,8 @@
 
     T(engine) = intercept + slope * (sum of pieces - sum of joints) + traffic * (MB of weights) + sum_k gain_k * S_k
 
+with pieces and joints less the calls in them (`sluice.profiler.assemble`, 4).
+
 1. Fitted to whole engines in random configurations (`sluice.profiler.fit`). The stated error is left-out: every engine
    is predicted by a fit that has not seen it.
 2. The third term is a cache effect: a piece that is timed alone finds its weights where the last run left them, in
@@ -194,10 +196,10 @@ def calibrate(
     raw = sums(model.terms)
     if len(raw) < FEWEST:
         # Nothing can be left out; the plain sum has seen no engine either.
-        (slope,) = (float(c) for c in fit_linear([raw], measured))
-        error = errors(raw, measured)
-        bench.table.put_calibration(key, slope, 0.0, error)
-        return model.calibrated(slope, 0.0, error)
+        (slope,) = (float(c) for c in fit_linear([raw], measured - model.intercept))
+        error = errors(model.intercept + raw, measured)
+        bench.table.put_calibration(key, slope, model.intercept, error)
+        return model.calibrated(slope, model.intercept, error)
     traffic = _traffic(dissection, model, alternatives)
     base = {"slope": raw, "intercept": np.ones(len(raw))}
     cache = {TRAFFIC: sums(list(traffic.values()))}

@@ -86,9 +86,8 @@ def _joints(dissection: Dissection) -> list[Joint]:
 
 
 def joint_ms(joint: Joint, dissection: Dissection, ms: float, call_ms: float) -> float:
-    """What the joint saves at the batch of the dissection, given ``ms`` in `joint_graph`."""
-    calls = joint.calls * call_ms
-    return (ms - calls) * dissection.batch / joint_graph(joint, dissection).batch + calls
+    """What the joint saves beside its calls at the batch of the dissection, given ``ms`` in `joint_graph`."""
+    return (ms - joint.calls * call_ms) * dissection.batch / joint_graph(joint, dissection).batch
 
 
 def explore_joints(

@@ -10,7 +10,9 @@ c_1 ... c_k
 with all widths other than t's small, so that the difference is not lost in large numbers. Only t is connected; other
 tensors that the pieces share stay borders, they have joints of their own. Inputs that need a source have one, in the
 parts and in the whole (`sluice.profiler.sources`), so that all that differs is t. Sum over pieces minus sum over
-joints is the cluster expansion of the latency up to its second term.
+joints is the cluster expansion of the latency up to its second term. Calls are not in it: neighbours in a ring, as
+those of a residual block, would save one too many, so they are taken out of pieces and joints before
+(`sluice.profiler.assemble`, 4).
 
 1. A tensor with one consumer makes a *pair*: both parts are timed alone, each as the piece is that the sum counts, and
    joined, so

@@ -76,6 +76,8 @@ def survey(
         own = replace(bench, progress=advance)
         tolerance = joint_tolerance(dissection, bench.table)
         ours = {piece.name for piece in dissection.pieces if share.has(piece)}
+        if ours:
+            own.call()
         explore_joints(dissection, stairs, own, tolerance, wanted=lambda joint: joint.producer.name in ours)
     with progress("alternatives") as advance:
         alternatives = Alternatives(Options())

@@ -137,6 +137,14 @@ def test_merged_runs_that_begin_with_a_depthwise_convolution() -> None:
     assert_close([model.raw_ms(plan) for plan in plans], [engine_ms(profile, plan) for plan in plans], tol=1e-9)
 
 
+def test_an_engine_makes_one_call_whatever_is_in_it() -> None:
+    """Residual blocks close rings of pieces; dropped, merged and factorised ones have fewer or more in them."""
+    call_ms = 0.02
+    profile = profiled(FakeRunner(EIGHT, slower=lambda ms: ms + call_ms))
+    check_promises(profile, drawn(profile, 40))
+    assert profile.latency.intercept == pytest.approx(call_ms, rel=0.02)
+
+
 def widths_of(profile: Profile, plan: Mapping[str, int]) -> dict[str, int]:
     return {group: plan[group] for group in profile.dissection.dense}
 
