@@ -22,11 +22,12 @@
    not even `MIN_KEPT` turns are clean, the anchor scales: ``ms * anchor.ms / (anchor's figure beside the same
    bursts)``. That is worth less, since what shares a core slows one kernel by a tenth and another by two thirds.
 5. Where several threads compute, by wall time, a burst says little of the one beside it: each waits for its threads
-   in its own way. What shares the cores shows over seconds, and then in the lowest bursts as well: most convolutions
-   were slower by up to 12%, some by half. So the anchor that ``judges`` calls is one more session, and a call in which
-   its own figure is more than `CALM` above the one from before is done again, as often as there is patience; it
-   begins once the anchor alone is that quick. The lowest figure of all calls counts; nothing is scaled. All cores are
-   quiet for a few milliseconds at a time, so a session takes `SEVERAL` times as many bursts.
+   in its own way. All cores are quiet for a few milliseconds at a time, on a busy host one time in a hundred or less.
+   So no burst is put aside, the lowest `MIN_KEPT` turns count, and the anchor that judges ``"calls"`` is one session
+   more: once its own figure is within `CALM` of the one from before, there was as much quiet as it takes, and until
+   then all go on. Its bursts last as long as the longest inference, which needs quiet for that long. A session takes
+   `SEVERAL` times as many bursts at the least, and goes on in steps of `STEP` until its spread is small, as long as
+   there is patience. Nothing is scaled.
 6. An accelerator raises its clock under load only. So before a call the first session runs for `RAMP_MS`, whatever
    ``warmup_ms`` is; the others find the device awake. A session that runs on an accelerator says so with an attribute
    ``ramps``, which sessions by the wall clock need; without it a session does so if its clock is ``"cuda"``.
@@ -37,9 +38,8 @@ What each rule is worth was measured: docs/measuring.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -58,9 +58,8 @@ CLEAN = 0.12  # beside engines that empty its caches the anchor takes up to 8% l
 LEAST = 12  # clean bursts
 PATIENCE = 8000
 CALM = 0.05
-PATIENCE_PER_CALL = 3200
-PROBE = 100
-SEVERAL = 4
+SEVERAL, STEP = 4, 48
+PATIENT = 10.0  # bursts in steps to one of the anchor's that would be waited for
 MAX_REPEATS = 1 << 20
 RAMP_MS = 200.0
 
@@ -70,16 +69,13 @@ class Measurement:
     """``ms`` per inference, its relative ``spread`` (rule 3), the number of bursts behind it, and the clock.
 
     Where the anchor scaled (rule 4), the spread is at least the share that it took out, and more than `CLEAN`, as where
-    no call was calm (5).
+    it was never calm (5).
     """
 
     ms: float
     spread: float
     samples: int
     clock: Clock
-
-
-Call = Callable[[], tuple[Measurement, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +91,7 @@ class Anchor:
 class _Bursts:
     """One session's bursts: milliseconds, the turn, and the anchor's beside each as a multiple of its quiet time."""
 
+    fraction: float
     ms: list[float] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
@@ -125,7 +122,7 @@ class _Bursts:
         for k, (value, turn) in enumerate(zip(values, self.turns, strict=True)):
             if counts is None or counts[k]:
                 least[turn] = min(value, least.get(turn, value))
-        kept = max(MIN_KEPT, math.ceil(FRACTION * len(least)))
+        kept = max(MIN_KEPT, math.ceil(self.fraction * len(least)))
         return np.sort(np.asarray(list(least.values()), dtype=np.float64))[:kept]
 
 
@@ -139,15 +136,17 @@ def measure(
     warmup_ms: float = 5.0,
     anchor: Anchor | None = None,
     patience: int = PATIENCE,
+    fraction: float = FRACTION,
     rng: np.random.Generator,
 ) -> tuple[Measurement, ...]:
     """One measurement per session, in order.
 
     Every session is warmed up for ``warmup_ms``, then takes its turns (rule 2) until it has ``min_bursts`` to
     ``max_bursts`` bursts of at least ``burst_ms`` each (or one inference), `LEAST` of them clean (without an anchor all
-    are) and its spread at most ``target_spread``. ``patience`` is the number of the anchor's bursts that the call may
-    wait for the machine to be quiet (rule 5: a call takes `PATIENCE_PER_CALL`). A burst costs twice its time, since an
-    inference precedes it, and the anchor's turns come on top.
+    are) and its spread at most ``target_spread``; the lowest ``fraction`` of its turns count. ``patience`` is how many
+    of the anchor's bursts the call may wait for the machine to be quiet (rule 5: the time that steps may take is that
+    of `PATIENT` times as many). A burst costs twice its time, since an inference precedes it, and the anchor's turns
+    come on top.
     Raises `SluiceError` where the sessions or the anchor do not share one clock, or a session's time is not positive.
     """
     if not 1 <= min_bursts <= max_bursts:
@@ -162,16 +161,11 @@ def measure(
         raise SluiceError(f"the anchor's time is {anchor.ms} ms; measure it first")
 
     if anchor is not None and anchor.judges == "calls":
-        again = partial(
-            measure, [*sessions, anchor.session], min_bursts=SEVERAL * min_bursts,
-            max_bursts=max(SEVERAL * min_bursts, max_bursts), target_spread=target_spread, burst_ms=burst_ms,
-            warmup_ms=warmup_ms, rng=rng,
-        )  # fmt: skip
-        alone = partial(measure, [anchor.session], min_bursts=PROBE, max_bursts=PROBE, burst_ms=burst_ms, rng=rng)
-        return _calm(again, alone, anchor.ms, patience)
+        limit_ms = PATIENT * patience * burst_ms
+        return _until_calm(sessions, anchor, SEVERAL * min_bursts, target_spread, burst_ms, warmup_ms, limit_ms, rng)
     ramp_ms = RAMP_MS if any(_ramps(session) for session in everyone) else 0.0
     repeats = [_warm_up(s, burst_ms, warmup_ms if k else max(warmup_ms, ramp_ms)) for k, s in enumerate(everyone)]
-    bursts = [_Bursts() for _ in sessions]
+    bursts = [_Bursts(fraction) for _ in sessions]
     lengths = [math.ceil(SETTLED / (n + 1)) for n in repeats]
 
     def ratio(after_ms: float = 0.0) -> float:
@@ -211,20 +205,44 @@ def measure(
     return tuple(measurements)
 
 
-def _calm(call: Call, probe: Call, anchor_ms: float, patience: int) -> tuple[Measurement, ...]:
-    """Rule 5: what ``call`` measures but its last session, the anchor; ``probe`` measures nothing else."""
-    calls: list[list[Measurement]] = []
-    excess = math.inf
-    while excess > CALM and (patience >= 0 or not calls):
-        while patience >= PROBE and probe()[0].ms > (1.0 + CALM) * anchor_ms:
-            patience -= PROBE
-        *found, anchor = call()
-        excess = anchor.ms / anchor_ms - 1.0
-        calls.append([m if excess <= CALM else replace(m, spread=max(m.spread, CLEAN + excess)) for m in found])
-        patience -= PATIENCE_PER_CALL
+def _until_calm(
+    sessions: Sequence[Session],
+    anchor: Anchor,
+    least: int,
+    target_spread: float,
+    burst_ms: float,
+    warmup_ms: float,
+    limit_ms: float,
+    rng: np.random.Generator,
+) -> tuple[Measurement, ...]:
+    """Rule 5: ``least`` bursts of each, then steps for ``limit_ms`` at the most."""
+    everyone = [*sessions, anchor.session]
+    repeats = [_warm_up(session, burst_ms, warmup_ms) for session in everyone]
+    lengths = [math.ceil(SETTLED / (n + 1)) for n in repeats]
+    repeats[-1] = max(repeats[-1], math.ceil(max(session.sample(1) for session in sessions) / anchor.ms))
+    turns: list[list[float]] = [[] for _ in everyone]
+    samples = [0] * len(everyone)
+    going: Sequence[int] = range(len(everyone))
+    spent_ms, goal = 0.0, least
+    while True:
+        while due := [k for k in going if samples[k] < goal]:
+            for k in rng.permutation(due):
+                bursts = [everyone[k].sample(repeats[k]) for _ in range(min(lengths[k], goal - samples[k]))]
+                turns[k].append(min(bursts))
+                samples[k] += len(bursts)
+                spent_ms += sum(bursts) * repeats[k] if goal > least else 0.0
+        lowest = [np.sort(own)[:MIN_KEPT] for own in turns]
+        ms = [float(np.mean(own)) for own in lowest]
+        spreads = [float(own[-1] - own[0]) / mean for own, mean in zip(lowest, ms, strict=True)]
+        excess = ms[-1] / anchor.ms - 1.0
+        if excess <= CALM:
+            going = [k for k, _ in enumerate(sessions) if spreads[k] > target_spread]
+        if not going or spent_ms >= limit_ms:
+            break
+        goal += STEP
+    doubt = CLEAN + excess if excess > CALM else 0.0
     return tuple(
-        replace(min(tries, key=lambda m: m.ms), spread=min(m.spread for m in tries))
-        for tries in zip(*calls, strict=True)
+        Measurement(ms[k], max(spreads[k], doubt), samples[k], session.clock) for k, session in enumerate(sessions)
     )
 
 

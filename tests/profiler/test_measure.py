@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sluice.errors import SluiceError
-from sluice.profiler.measure import CLEAN, PROBE, RAMP_MS, SETTLED, SEVERAL, Anchor, Measurement, measure
+from sluice.profiler.measure import CLEAN, PATIENT, RAMP_MS, SETTLED, SEVERAL, STEP, Anchor, Measurement, measure
 from sluice.runtime.runner import Clock
 
 
@@ -262,26 +262,61 @@ class Stretches:
         return session
 
 
-def test_calls_on_a_busy_machine_are_done_again() -> None:
-    """The anchor is quick when a call begins, all are slow soon after; nothing is scaled."""
+def test_on_several_threads_sessions_go_on_until_the_anchor_was_calm() -> None:
+    """All are quick when the call begins, slow soon after, and quick again in the end; nothing is scaled."""
     host = Stretches(1.0, 1.2, 1.3)
     sessions = [host.session(name, ms) for name, ms in (("a", 0.6), ("b", 7.0))]
     anchor = Anchor(host.session("*", 0.5), 0.5, "calls")
-    host.bursts = 500
-    found = measure(sessions, rng=rng(), anchor=anchor, min_bursts=400, max_bursts=400)
+    host.bursts = 990
+    found = measure(sessions, rng=rng(), anchor=anchor, min_bursts=24)
     assert [m.ms for m in found] == pytest.approx([0.6, 7.0]) and all(m.spread < 0.01 for m in found)
+    assert 2000 < host.bursts < 4000
 
 
-@pytest.mark.parametrize("probes", [0, 1, 12])
-def test_a_call_that_was_never_calm_says_so(probes: int) -> None:
-    """It is waited for a calm machine, then the call is made once."""
+@pytest.mark.parametrize("every", [60, 150])
+def test_quiet_that_comes_rarely_is_gathered(every: int) -> None:
+    """One turn in so many is quiet: no stretch of bursts has the three that a figure takes."""
+
+    class Rarely(Fake):
+        def sample(self, repeats: int) -> float:
+            self.slowdown = 1.0 if len(self.repeats) % every == 0 else 1.3
+            return super().sample(repeats)
+
+    sessions = [Rarely("a", 0.6), Rarely("b", 0.2)]
+    anchor = Anchor(Rarely("*", 0.5), 0.5, "calls")
+    for session in (*sessions, anchor.session):
+        session.clock = "wall"  # type: ignore[misc]
+    a, b = measure(sessions, rng=rng(), anchor=anchor, min_bursts=24)
+    assert (a.ms, b.ms) == (pytest.approx(0.6), pytest.approx(0.2)) and max(a.spread, b.spread) < 0.01
+    assert a.samples >= 2 * every
+
+
+def test_a_session_that_disagrees_with_itself_goes_on_alone() -> None:
+    host = Stretches()
+    steady, noisy, own = host.session("a", 0.6), host.session("b", 0.6), host.session("*", 0.5)
+    noisy.noise = 2.0
+    found = measure([steady, noisy], rng=rng(), anchor=Anchor(own, 0.5, "calls"), min_bursts=24)
+    assert found[0].samples == SEVERAL * 24 < found[1].samples and found[1].spread <= 0.03
+    assert (found[1].samples - found[0].samples) % STEP == 0
+
+
+def test_the_anchors_bursts_last_as_long_as_the_longest_inference() -> None:
+    host = Stretches()
+    own = host.session("*", 0.5)
+    measure([host.session("a", 0.1), host.session("b", 7.0)], rng=rng(), anchor=Anchor(own, 0.5, "calls"))
+    assert own.repeats[-1] == 14
+
+
+@pytest.mark.parametrize("patience", [0, 8, 80])
+def test_a_call_that_was_never_calm_says_so(patience: int) -> None:
+    """It goes on for as long as there is patience."""
     host = Stretches(*[1.2] * 100)
     session, own = host.session("a", 0.6), host.session("*", 0.5)
     anchor = Anchor(own, 0.5, "calls")
-    (found,) = measure([session], rng=rng(), anchor=anchor, patience=probes * PROBE, min_bursts=40, max_bursts=40)
+    (found,) = measure([session], rng=rng(), anchor=anchor, patience=patience, min_bursts=40)
     assert found.ms == pytest.approx(0.72) and found.spread == pytest.approx(CLEAN + 0.2)
-    assert found.samples == session.repeats.count(1) - 1 == SEVERAL * 40  # one of them was for warming up
-    assert sum(repeats == 1 for repeats in own.repeats) == SEVERAL * 40 + 1 + probes * (PROBE + 1)
+    step_ms = STEP * (0.72 + 2 * 0.6)  # the anchor's bursts are two inferences
+    assert found.samples == SEVERAL * 40 + STEP * math.ceil(PATIENT * patience * 0.5 / step_ms)
 
 
 def test_nothing_to_measure() -> None:
