@@ -142,9 +142,9 @@ def measure(
     """One measurement per session, in order.
 
     Every session is warmed up for ``warmup_ms``, then takes its turns (rule 2) until it has ``min_bursts`` to
-    ``max_bursts`` bursts of at least ``burst_ms`` each (or one inference), `LEAST` of them clean (without an anchor all
-    are) and its spread at most ``target_spread``; the lowest ``fraction`` of its turns count. ``patience`` is how many
-    of the anchor's bursts the call may wait for the machine to be quiet (rule 5: the time that steps may take is that
+    ``max_bursts`` (rule 5: more) bursts of at least ``burst_ms`` each (or one inference), `LEAST` of them clean (all
+    are without an anchor) and its spread at most ``target_spread``; the lowest ``fraction`` of its turns count. The
+    call may wait for the machine to be quiet for ``patience`` of the anchor's bursts (rule 5: steps may take the time
     of `PATIENT` times as many). A burst costs twice its time, since an inference precedes it, and the anchor's turns
     come on top.
     Raises `SluiceError` where the sessions or the anchor do not share one clock, or a session's time is not positive.
