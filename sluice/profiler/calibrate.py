@@ -196,10 +196,11 @@ def calibrate(
     raw = sums(model.terms)
     if len(raw) < FEWEST:
         # Nothing can be left out; the plain sum has seen no engine either.
-        (slope,) = (float(c) for c in fit_linear([raw], measured - model.intercept))
-        error = errors(model.intercept + raw, measured)
-        bench.table.put_calibration(key, slope, model.intercept, error)
-        return model.calibrated(slope, model.intercept, error)
+        call_ms = min(model.intercept, 0.5 * float(measured.min()))
+        (slope,) = (float(c) for c in fit_linear([raw], measured - call_ms))
+        error = errors(call_ms + raw, measured)
+        bench.table.put_calibration(key, slope, call_ms, error)
+        return model.calibrated(slope, call_ms, error)
     traffic = _traffic(dissection, model, alternatives)
     base = {"slope": raw, "intercept": np.ones(len(raw))}
     cache = {TRAFFIC: sums(list(traffic.values()))}

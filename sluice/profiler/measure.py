@@ -24,10 +24,10 @@
 5. Where several threads compute, by wall time, a burst says little of the one beside it: each waits for its threads
    in its own way. All cores are quiet for a few milliseconds at a time, on a busy host one time in a hundred or less.
    So no burst is put aside, the lowest `MIN_KEPT` turns count, and the anchor that judges ``"calls"`` is one session
-   more: once its own figure is within `CALM` of the one from before, there was as much quiet as it takes, and until
-   then all go on. Its bursts last as long as the longest inference, which needs quiet for that long. A session takes
-   `SEVERAL` times as many bursts at the least, and goes on in steps of `STEP` until its spread is small, as long as
-   there is patience. Nothing is scaled.
+   more: once its own lowest `WITNESSES` turns are within `CALM` of its figure from before, there was as much quiet as
+   it takes, and until then all go on. Its bursts last as long as the longest inference, which needs quiet for that
+   long (`LONGEST_MS` at the most). A session takes `SEVERAL` times as many bursts at the least, and goes on in steps of
+   `STEP` until its spread is small, as long as there is patience. Nothing is scaled.
 6. An accelerator raises its clock under load only. So before a call the first session runs for `RAMP_MS`, whatever
    ``warmup_ms`` is; the others find the device awake. A session that runs on an accelerator says so with an attribute
    ``ramps``, which sessions by the wall clock need; without it a session does so if its clock is ``"cuda"``.
@@ -58,6 +58,8 @@ CLEAN = 0.12  # beside engines that empty its caches the anchor takes up to 8% l
 LEAST = 12  # clean bursts
 PATIENCE = 8000
 CALM = 0.05
+WITNESSES = 5  # turns of the anchor: with three of its own, a twentieth of the sessions would have none
+LONGEST_MS = 10.0
 SEVERAL, STEP = 4, 48
 PATIENT = 10.0  # bursts in steps to one of the anchor's that would be waited for
 MAX_REPEATS = 1 << 20
@@ -162,7 +164,8 @@ def measure(
 
     if anchor is not None and anchor.judges == "calls":
         limit_ms = PATIENT * patience * burst_ms
-        return _until_calm(sessions, anchor, SEVERAL * min_bursts, target_spread, burst_ms, warmup_ms, limit_ms, rng)
+        least, most = SEVERAL * min_bursts, SEVERAL * max_bursts
+        return _until_calm(sessions, anchor, least, most, target_spread, burst_ms, warmup_ms, limit_ms, rng)
     ramp_ms = RAMP_MS if any(_ramps(session) for session in everyone) else 0.0
     repeats = [_warm_up(s, burst_ms, warmup_ms if k else max(warmup_ms, ramp_ms)) for k, s in enumerate(everyone)]
     bursts = [_Bursts(fraction) for _ in sessions]
@@ -209,23 +212,25 @@ def _until_calm(
     sessions: Sequence[Session],
     anchor: Anchor,
     least: int,
+    most: int,
     target_spread: float,
     burst_ms: float,
     warmup_ms: float,
     limit_ms: float,
     rng: np.random.Generator,
 ) -> tuple[Measurement, ...]:
-    """Rule 5: ``least`` bursts of each, then steps for ``limit_ms`` at the most."""
+    """Rule 5: ``least`` bursts of each, then steps in which bursts take ``limit_ms``, to ``most`` once it was calm."""
     everyone = [*sessions, anchor.session]
     repeats = [_warm_up(session, burst_ms, warmup_ms) for session in everyone]
     lengths = [math.ceil(SETTLED / (n + 1)) for n in repeats]
-    repeats[-1] = max(repeats[-1], math.ceil(max(session.sample(1) for session in sessions) / anchor.ms))
+    longest = max(min(session.sample(1) for _ in range(MIN_KEPT)) for session in sessions)
+    repeats[-1] = max(repeats[-1], math.ceil(min(longest, LONGEST_MS) / anchor.ms))
     turns: list[list[float]] = [[] for _ in everyone]
     samples = [0] * len(everyone)
     going: Sequence[int] = range(len(everyone))
     spent_ms, goal = 0.0, least
     while True:
-        while due := [k for k in going if samples[k] < goal]:
+        while spent_ms <= limit_ms and (due := [k for k in going if samples[k] < goal]):
             for k in rng.permutation(due):
                 bursts = [everyone[k].sample(repeats[k]) for _ in range(min(lengths[k], goal - samples[k]))]
                 turns[k].append(min(bursts))
@@ -233,11 +238,11 @@ def _until_calm(
                 spent_ms += sum(bursts) * repeats[k] if goal > least else 0.0
         lowest = [np.sort(own)[:MIN_KEPT] for own in turns]
         ms = [float(np.mean(own)) for own in lowest]
-        spreads = [float(own[-1] - own[0]) / mean for own, mean in zip(lowest, ms, strict=True)]
-        excess = ms[-1] / anchor.ms - 1.0
+        spreads = [float(own[-1] - own[0]) / mean if mean > 0 else 0.0 for own, mean in zip(lowest, ms, strict=True)]
+        excess = float(np.mean(np.sort(turns[-1])[:WITNESSES])) / anchor.ms - 1.0
         if excess <= CALM:
-            going = [k for k, _ in enumerate(sessions) if spreads[k] > target_spread]
-        if not going or spent_ms >= limit_ms:
+            going = [k for k, _ in enumerate(sessions) if spreads[k] > target_spread and samples[k] < most]
+        if not going or not spent_ms < limit_ms:
             break
         goal += STEP
     doubt = CLEAN + excess if excess > CALM else 0.0

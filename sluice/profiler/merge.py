@@ -6,7 +6,8 @@
    whose anchors differ by more than `MAX_RATIO` are not of the same kind.
 3. Of two times for one point, or one engine, the one with the smaller relative spread stays; of equal ones the first.
 4. Of two calibrations of a network that on more engines stays. It is fitted anew when the network is profiled on the
-   merged table, which costs no measurement if the engines are there. Of two blobs of a name the first stays.
+   merged table, which costs no measurement if the engines are there. Of two blobs of a name the first stays,
+   but what is left to be timed again (`sluice.profiler.in_flight`, 5) stays of all.
 5. A table with a time that cannot be one is refused: not finite, or negative where no difference of times is recorded.
    Joints are such differences, and pieces have their sources' time taken out, which may leave less than nothing by the
    noise of those; not more than `NOISE` of the anchor's or of the largest source's time.
@@ -25,9 +26,10 @@ from typing import TypeVar
 from sluice.errors import SluiceError
 from sluice.profiler.anchor import KEY as ANCHOR_KEY
 from sluice.profiler.fingerprint import Fingerprint, difference
+from sluice.profiler.in_flight import AGAIN, ONCE, Point, keep_points, points_kept
 from sluice.profiler.measure import Measurement
 from sluice.profiler.sweep import SOURCE_KEY
-from sluice.profiler.table import LatencyTable
+from sluice.profiler.table import BURSTS_SUFFIX, LatencyTable
 from sluice.profiler.table_file import exists
 
 __all__ = ["MAX_RATIO", "Merged", "merge_tables"]
@@ -55,6 +57,7 @@ class _Content:
     engines: dict[tuple[str, Engine], Measurement] = field(default_factory=dict)
     calibrations: dict[str, tuple[float, float, dict[str, float]]] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+    unfinished: dict[str, set[Point]] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
 
     def add(self, table: LatencyTable, ratio: float) -> None:
@@ -80,7 +83,9 @@ class _Content:
                 known = self.calibrations.get(network)
                 if known is None or error.get("n", 0.0) > known[2].get("n", 0.0):
                     self.calibrations[network] = (slope, intercept * ratio, {**error, **in_ms})
-        for name in table.blobs():
+        for name in (ONCE, AGAIN):
+            self.unfinished.setdefault(name, set()).update(points_kept(table, name))
+        for name in table.blobs().keys() - {ONCE, AGAIN}:
             self.blobs.setdefault(name, table.get_blob(name) or b"")
 
     def write(self, table: LatencyTable) -> None:
@@ -90,6 +95,8 @@ class _Content:
             table.put_engine(network, dict(engine), found)
         for network, fit in self.calibrations.items():
             table.put_calibration(network, *fit)
+        for name, points in self.unfinished.items():
+            keep_points(table, name, points)
         for name, content in self.blobs.items():
             table.put_blob(name, content)
 
@@ -131,6 +138,7 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
             draft = Path(folder) / out.name
             with LatencyTable.create(draft, first[1]) as table:
                 content.write(table)
+            Path(f"{out}{BURSTS_SUFFIX}").unlink(missing_ok=True)
             os.replace(draft, out)
     except OSError as error:
         raise SluiceError(f"cannot write {str(out)!r}: {error.strerror or error}; choose another folder") from None

@@ -7,7 +7,18 @@ import numpy as np
 import pytest
 
 from sluice.errors import SluiceError
-from sluice.profiler.measure import CLEAN, PATIENT, RAMP_MS, SETTLED, SEVERAL, STEP, Anchor, Measurement, measure
+from sluice.profiler.measure import (
+    CLEAN,
+    LONGEST_MS,
+    PATIENT,
+    RAMP_MS,
+    SETTLED,
+    SEVERAL,
+    STEP,
+    Anchor,
+    Measurement,
+    measure,
+)
 from sluice.runtime.runner import Clock
 
 
@@ -309,14 +320,36 @@ def test_the_anchors_bursts_last_as_long_as_the_longest_inference() -> None:
 
 @pytest.mark.parametrize("patience", [0, 8, 80])
 def test_a_call_that_was_never_calm_says_so(patience: int) -> None:
-    """It goes on for as long as there is patience."""
+    """It goes on for as long as there is patience, and no longer."""
     host = Stretches(*[1.2] * 100)
     session, own = host.session("a", 0.6), host.session("*", 0.5)
     anchor = Anchor(own, 0.5, "calls")
     (found,) = measure([session], rng=rng(), anchor=anchor, patience=patience, min_bursts=40)
     assert found.ms == pytest.approx(0.72) and found.spread == pytest.approx(CLEAN + 0.2)
-    step_ms = STEP * (0.72 + 2 * 0.6)  # the anchor's bursts are two inferences
-    assert found.samples == SEVERAL * 40 + STEP * math.ceil(PATIENT * patience * 0.5 / step_ms)
+    round_ms = 2 * 0.72 + 2 * 2 * 0.6  # turns are of two bursts, the anchor's bursts of two inferences
+    steps = 2 * math.ceil(PATIENT * patience * 0.5 / round_ms)
+    assert found.samples == pytest.approx(SEVERAL * 40 + steps, abs=2)
+
+
+def test_one_hiccup_does_not_stretch_the_anchors_bursts() -> None:
+    class Hiccup(Fake):
+        def sample(self, repeats: int) -> float:
+            self.slowdown = 90.0 if len(self.repeats) == 9 else 1.0
+            return super().sample(repeats)
+
+    own = Fake("*", 0.5)
+    for at in range(4, 12):
+        session = Hiccup("a", 0.6)
+        session.repeats = [0] * (10 - at)
+        measure([session], rng=rng(), anchor=Anchor(own, 0.5, "calls"), min_bursts=24)
+        assert own.repeats[-1] == 2
+
+
+def test_long_engines_are_judged_by_shorter_bursts() -> None:
+    host = Stretches()
+    own = host.session("*", 0.5)
+    measure([host.session("a", 300.0)], rng=rng(), anchor=Anchor(own, 0.5, "calls"), min_bursts=1, max_bursts=1)
+    assert own.repeats[-1] == LONGEST_MS / 0.5
 
 
 def test_nothing_to_measure() -> None:

@@ -12,6 +12,7 @@ import pytest
 from sluice.errors import SluiceError
 from sluice.profiler.anchor import KEY as ANCHOR
 from sluice.profiler.fingerprint import Fingerprint
+from sluice.profiler.in_flight import AGAIN, ONCE, keep_points, points_kept
 from sluice.profiler.measure import Measurement
 from sluice.profiler.merge import MAX_RATIO, merge_tables
 from sluice.profiler.table import LatencyTable
@@ -155,3 +156,13 @@ def test_files(tmp_path: Path) -> None:
     with pytest.raises(SluiceError, match="no table to merge"):
         merge_tables([], tmp_path / "all.db")
     assert a.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.db"]
+
+
+def test_what_a_killed_shard_had_to_time_again_is_not_lost(tmp_path: Path) -> None:
+    paths = [made(tmp_path / f"{k}.db", {("p", (k,)): (1.0, 0.01)}) for k in (1, 2)]
+    for k, path in enumerate(paths, 1):
+        with LatencyTable.open(path) as table:
+            keep_points(table, ONCE, {("p", (k,))})
+    merge_tables(paths, tmp_path / "all.db")
+    with LatencyTable.open(tmp_path / "all.db") as table:
+        assert points_kept(table, ONCE) == {("p", (1,)), ("p", (2,))} and points_kept(table, AGAIN) == set()
