@@ -331,6 +331,16 @@ def test_a_call_that_was_never_calm_says_so(patience: int) -> None:
     assert found.samples == pytest.approx(SEVERAL * 40 + steps, abs=2)
 
 
+@pytest.mark.parametrize(
+    ("slow", "goes_on", "uncertain"), [(1.01, False, False), (1.04, True, False), (1.06, True, True)]
+)
+def test_what_is_nearly_calm_is_waited_for_but_believed(slow: float, goes_on: bool, uncertain: bool) -> None:
+    host = Stretches(*[slow] * 100)
+    anchor = Anchor(host.session("*", 0.5), 0.5, "calls")
+    (found,) = measure([host.session("a", 0.6)], rng=rng(), anchor=anchor, patience=40, min_bursts=24)
+    assert (found.samples > SEVERAL * 24, found.spread > CLEAN) == (goes_on, uncertain)
+
+
 def test_one_hiccup_does_not_stretch_the_anchors_bursts() -> None:
     class Hiccup(Fake):
         def sample(self, repeats: int) -> float:
