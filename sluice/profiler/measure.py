@@ -28,7 +28,7 @@
    it takes, and until then all go on. Its bursts last as long as the longest inference, which needs quiet for that
    long (`LONGEST_MS` at the most). A session takes `SEVERAL` times as many bursts at the least, and goes on in steps of
    `STEP` until its spread is small, as long as there is patience. If the anchor is beyond `UNCALM` then, all is told as
-   uncertain; nothing is scaled. With `CALM` at 5% figures were 3 to 6% too slow on a busy host, with 2% less than 1%.
+   uncertain; nothing is scaled. With `CALM` at 5% figures were 3 to 6% too slow on a busy host, with 1.5% up to 1%.
 6. An accelerator raises its clock under load only. So before a call the first session runs for `RAMP_MS`, whatever
    ``warmup_ms`` is; the others find the device awake. A session that runs on an accelerator says so with an attribute
    ``ramps``, which sessions by the wall clock need; without it a session does so if its clock is ``"cuda"``.
@@ -58,7 +58,7 @@ UPSETS_MS = 4.0
 CLEAN = 0.12  # beside engines that empty its caches the anchor takes up to 8% longer than alone
 LEAST = 12  # clean bursts
 PATIENCE = 8000
-CALM, UNCALM = 0.02, 0.05
+CALM, UNCALM = 0.015, 0.05
 WITNESSES = 5  # turns of the anchor: with three of its own, a twentieth of the sessions would have none
 LONGEST_MS = 10.0
 SEVERAL, STEP = 4, 48
@@ -94,7 +94,6 @@ class Anchor:
 class _Bursts:
     """One session's bursts: milliseconds, the turn, and the anchor's beside each as a multiple of its quiet time."""
 
-    fraction: float
     ms: list[float] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
@@ -125,7 +124,7 @@ class _Bursts:
         for k, (value, turn) in enumerate(zip(values, self.turns, strict=True)):
             if counts is None or counts[k]:
                 least[turn] = min(value, least.get(turn, value))
-        kept = max(MIN_KEPT, math.ceil(self.fraction * len(least)))
+        kept = max(MIN_KEPT, math.ceil(FRACTION * len(least)))
         return np.sort(np.asarray(list(least.values()), dtype=np.float64))[:kept]
 
 
@@ -139,17 +138,15 @@ def measure(
     warmup_ms: float = 5.0,
     anchor: Anchor | None = None,
     patience: int = PATIENCE,
-    fraction: float = FRACTION,
     rng: np.random.Generator,
 ) -> tuple[Measurement, ...]:
     """One measurement per session, in order.
 
     Every session is warmed up for ``warmup_ms``, then takes its turns (rule 2) until it has ``min_bursts`` to
     ``max_bursts`` (rule 5: more) bursts of at least ``burst_ms`` each (or one inference), `LEAST` of them clean (all
-    are without an anchor) and its spread at most ``target_spread``; the lowest ``fraction`` of its turns count. The
-    call may wait for the machine to be quiet for ``patience`` of the anchor's bursts (rule 5: steps may take the time
-    of `PATIENT` times as many). A burst costs twice its time, since an inference precedes it, and the anchor's turns
-    come on top.
+    are without an anchor) and its spread at most ``target_spread``. The call may wait for the machine to be quiet for
+    ``patience`` of the anchor's bursts (rule 5: steps may take the time of `PATIENT` times as many). A burst costs
+    twice its time, since an inference precedes it, and the anchor's turns come on top.
     Raises `SluiceError` where the sessions or the anchor do not share one clock, or a session's time is not positive.
     """
     if not 1 <= min_bursts <= max_bursts:
@@ -169,7 +166,7 @@ def measure(
         return _until_calm(sessions, anchor, least, most, target_spread, burst_ms, warmup_ms, limit_ms, rng)
     ramp_ms = RAMP_MS if any(_ramps(session) for session in everyone) else 0.0
     repeats = [_warm_up(s, burst_ms, warmup_ms if k else max(warmup_ms, ramp_ms)) for k, s in enumerate(everyone)]
-    bursts = [_Bursts(fraction) for _ in sessions]
+    bursts = [_Bursts() for _ in sessions]
     lengths = [math.ceil(SETTLED / (n + 1)) for n in repeats]
 
     def ratio(after_ms: float = 0.0) -> float:

@@ -39,23 +39,3 @@ def test_the_quiet_time_is_the_lowest_of_several_and_is_kept(threads: int, judge
         assert make_anchor(table, BusyAtFirst(10**6), rng).ms == anchor.ms == table.require(KEY, ()).ms
     with LatencyTable.create(":memory:", replace(FINGERPRINT, threads=threads)) as table:
         assert make_anchor(table, BusyAtFirst(1000 * tries + 100), rng).ms > 1.2 * ANCHOR_MS
-
-
-def test_on_several_threads_rare_quiet_is_enough() -> None:
-    """One burst in 200 is quiet."""
-
-    class Rarely(FakeRunner):
-        bursts = 0
-
-        def build(self, model: Any, *, batch: int | None = None, feeds_shapes: Any = None) -> FakeSession:
-            runner, session = self, super().build(model, batch=batch)
-
-            class Busy(FakeSession):
-                def sample(self, repeats: int) -> float:
-                    runner.bursts += 1
-                    return session.sample(repeats) * (1.3 if runner.bursts % 200 else 1.0)
-
-            return Busy(0.0)
-
-    with LatencyTable.create(":memory:", replace(FINGERPRINT, threads=2)) as table:
-        assert make_anchor(table, Rarely(), np.random.default_rng(0)).ms == pytest.approx(ANCHOR_MS)
