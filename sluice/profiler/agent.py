@@ -30,7 +30,8 @@ from sluice.profiler.profile import fingerprint_here, profile_onnx, profile_shar
 from sluice.profiler.progress import lines, silent
 from sluice.profiler.shards import Shard
 from sluice.profiler.summary import profile_summary, shard_summary
-from sluice.profiler.table import BURSTS_SUFFIX, LatencyTable
+from sluice.profiler.table import LatencyTable
+from sluice.profiler.table_file import drop_bursts
 
 __all__ = ["main", "run_job"]
 
@@ -65,7 +66,7 @@ def run_job(
     if known is not None and not Path(table).exists():
         _check_known(known, str(path), fingerprint)
         write_atomically(table, known)
-        Path(f"{table}{BURSTS_SUFFIX}").unlink(missing_ok=True)
+        drop_bursts(str(table))
     progress = silent if quiet else lines
     if shard is not None:
         return shard_summary(profile_shard(model, table, shard, **asdict(job), progress=progress))

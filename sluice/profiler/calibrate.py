@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +44,7 @@ from sluice.profiler.in_flight import landed
 from sluice.profiler.measure import CLEAN, Measurement
 from sluice.profiler.pieces import Dissection, Piece, spread_widths, weight_bytes
 from sluice.profiler.sweep import BURSTS, Bench
+from sluice.profiler.table import encode_widths
 from sluice.profiler.variants import Alternatives
 from sluice.runtime.runner import Session
 
@@ -129,8 +129,8 @@ def measure_engines(
             if sessions and size > AT_ONCE:
                 break
             sessions.append(bench.session(engine, part=False))
-        together = [*(plan for plan, _ in known), *plans[len(found) :]][: len(known) + len(sessions)]
-        names = [f"{network} {json.dumps(plan, sort_keys=True)}" for plan in together]
+        together = [*(plan for plan, _ in known), *plans[len(found) : len(found) + len(sessions)]]
+        names = [f"{network} {encode_widths(plan)}" for plan in together]
         now = _passes(bench, [*references, *sessions], names)
         ratios = [there.ms / m.ms for (_, there), m in zip(known, now, strict=False)]
         scale = float(np.median(ratios)) if known else 1.0

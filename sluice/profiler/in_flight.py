@@ -33,7 +33,8 @@ from typing import Any
 
 import numpy as np
 
-from sluice.profiler.table import BURSTS_SUFFIX, MEMORY, LatencyTable
+from sluice.profiler.table import MEMORY, LatencyTable
+from sluice.profiler.table_file import bursts_of, drop_bursts
 from sluice.runtime.runner import Clock, Session
 
 __all__ = ["AGAIN", "EVERY", "ONCE", "Call", "Point", "keep_points", "kept", "landed", "points_kept"]
@@ -62,11 +63,10 @@ class Call:
 
 def landed(table: LatencyTable) -> None:
     """The table has it (rule 4)."""
-    path = table.path + BURSTS_SUFFIX
-    if os.path.isfile(path):
-        with _file(table) as file, contextlib.suppress(OSError):
+    if os.path.isfile(bursts_of(table.path)):
+        with _file(table) as file:
             if isinstance(file, io.FileIO):
-                os.remove(path)
+                drop_bursts(table.path)
 
 
 @contextlib.contextmanager
@@ -108,7 +108,7 @@ def _file(table: LatencyTable) -> Raw:
         with contextlib.suppress(ImportError, OSError):
             import fcntl
 
-            file = io.FileIO(table.path + BURSTS_SUFFIX, "a+")
+            file = io.FileIO(bursts_of(table.path), "a+")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

@@ -28,7 +28,7 @@
    it takes, and until then all go on. Its bursts last as long as the longest inference, which needs quiet for that
    long (`LONGEST_MS` at the most). A session takes `SEVERAL` times as many bursts at the least, and goes on in steps of
    `STEP` until its spread is small, as long as there is patience. If the anchor is beyond `UNCALM` then, all is told as
-   uncertain; nothing is scaled. With `CALM` at 5% figures were 3 to 6% too slow on a busy host, with 1.5% up to 1%.
+   uncertain; nothing is scaled. With `CALM` at 5% figures were 3 to 6% too slow on a busy host, with 1.5% 0.4 to 1.3%.
 6. An accelerator raises its clock under load only. So before a call the first session runs for `RAMP_MS`, whatever
    ``warmup_ms`` is; the others find the device awake. A session that runs on an accelerator says so with an attribute
    ``ramps``, which sessions by the wall clock need; without it a session does so if its clock is ``"cuda"``.

@@ -29,8 +29,8 @@ from sluice.profiler.fingerprint import Fingerprint, difference
 from sluice.profiler.in_flight import AGAIN, ONCE, Point, keep_points, points_kept
 from sluice.profiler.measure import Measurement
 from sluice.profiler.sweep import SOURCE_KEY
-from sluice.profiler.table import BURSTS_SUFFIX, LatencyTable
-from sluice.profiler.table_file import exists
+from sluice.profiler.table import LatencyTable
+from sluice.profiler.table_file import drop_bursts, exists
 
 __all__ = ["MAX_RATIO", "Merged", "merge_tables"]
 
@@ -138,7 +138,7 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
             draft = Path(folder) / out.name
             with LatencyTable.create(draft, first[1]) as table:
                 content.write(table)
-            Path(f"{out}{BURSTS_SUFFIX}").unlink(missing_ok=True)
+            drop_bursts(str(out))
             os.replace(draft, out)
     except OSError as error:
         raise SluiceError(f"cannot write {str(out)!r}: {error.strerror or error}; choose another folder") from None

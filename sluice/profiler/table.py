@@ -28,16 +28,16 @@ from sluice.profiler.table_file import (
     check_content,
     check_header,
     connect,
+    drop_bursts,
     exists,
     lay_out,
     transaction,
     translated,
 )
 
-__all__ = ["BURSTS_SUFFIX", "MEMORY", "LatencyTable"]
+__all__ = ["MEMORY", "LatencyTable", "encode_widths"]
 
 MEMORY = ":memory:"
-BURSTS_SUFFIX = "-bursts"  # of the file beside the table that `sluice.profiler.in_flight` writes
 
 
 class LatencyTable:
@@ -67,7 +67,7 @@ class LatencyTable:
                 lay_out(connection, name, fingerprint)
             finally:
                 connection.close()
-            Path(name + BURSTS_SUFFIX).unlink(missing_ok=True)
+            drop_bursts(name)
             os.replace(draft, name)
         except OSError as error:
             raise SluiceError(f"cannot create {name}: {error}; choose a place that can be written") from error
@@ -194,8 +194,7 @@ class LatencyTable:
         """Record all engines or, where one of them is refused or cannot be written, none."""
         rows = []
         for widths, measurement in engines:
-            text = json.dumps({group: int(width) for group, width in widths.items()}, sort_keys=True)
-            rows.append((model_key, text, *self._columns(measurement)))
+            rows.append((model_key, encode_widths(widths), *self._columns(measurement)))
         self._write("INSERT OR REPLACE INTO engines VALUES (?, ?, ?, ?, ?)", rows)
 
     def engines(self, model_key: str) -> list[tuple[dict[str, int], Measurement]]:
@@ -249,6 +248,11 @@ class LatencyTable:
     def _write(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
         with translated(self.path), transaction(self._connection):
             self._connection.executemany(sql, rows)
+
+
+def encode_widths(widths: Mapping[str, int]) -> str:
+    """A configuration as text, the same for the same one."""
+    return json.dumps({group: int(width) for group, width in widths.items()}, sort_keys=True)
 
 
 def _encode(extents: Sequence[int]) -> str:

@@ -4,6 +4,7 @@
 2. A file is of version 1 until it holds a *blob*, which makes it version 2 (`add_blobs`). So a table is never newer
    than what it holds asks for, and one that is only read stays as it is.
 3. A file that is not a table of these formats is refused before SQLite may write to it.
+4. Beside a table there may be a file of what was in flight; whoever makes a table anew drops what is there.
 """
 
 from __future__ import annotations
@@ -11,12 +12,23 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from sluice.errors import SluiceError
 from sluice.profiler.fingerprint import Fingerprint
 
-__all__ = ["add_blobs", "check_content", "check_header", "connect", "exists", "lay_out", "transaction", "translated"]
+__all__ = [
+    "add_blobs",
+    "bursts_of",
+    "check_content",
+    "check_header",
+    "connect",
+    "drop_bursts",
+    "exists",
+    "lay_out",
+    "transaction",
+    "translated",
+]
 
 APPLICATION_ID = 0x736C7569  # "slui"
 FIRST_VERSION, VERSION = 1, 2
@@ -61,6 +73,17 @@ def add_blobs(connection: sqlite3.Connection) -> None:
 def exists(name: str) -> bool:
     """An empty file, as temporary-file makers leave, counts as none."""
     return os.path.exists(name) and (os.path.isdir(name) or os.path.getsize(name) > 0)
+
+
+def bursts_of(name: str) -> str:
+    """The file beside the table that `sluice.profiler.in_flight` writes."""
+    return f"{name}-bursts"
+
+
+def drop_bursts(name: str) -> None:
+    """What was in flight is in the table now, or was of another one of that name."""
+    with suppress(OSError):
+        os.remove(bursts_of(name))
 
 
 def check_header(name: str) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sluice.profiler.calibrate as calibrate_module
+from sluice.cli import main
 from sluice.errors import SluiceError
 from sluice.latency import LatencyModel
 from sluice.passes.export import to_onnx
@@ -31,7 +32,8 @@ from sluice.profiler.pieces import Dissection, Piece, build_piece, dissect, spre
 from sluice.profiler.progress import silent
 from sluice.profiler.survey import survey
 from sluice.profiler.sweep import BURSTS, Bench
-from sluice.profiler.table import BURSTS_SUFFIX, LatencyTable
+from sluice.profiler.table import LatencyTable
+from sluice.profiler.table_file import bursts_of
 from tests.device import ANCHOR_MS, FINGERPRINT, FakeRunner, FakeSession, chain, staircase
 
 
@@ -81,7 +83,7 @@ class Device(FakeRunner):
 
 def begun(table: LatencyTable) -> tuple[str, ...]:
     """What the last call is of that the file beside the table tells of."""
-    file = Path(table.path + BURSTS_SUFFIX)
+    file = Path(bursts_of(table.path))
     calls = (
         [json.loads(line) for line in file.read_text().splitlines() if line.startswith("{")] if file.exists() else []
     )
@@ -255,11 +257,24 @@ def test_another_call_begins_anew(table: LatencyTable, other: Call) -> None:
 )  # fmt: skip
 def test_reading_ends_at_a_line_that_is_none(rubbish: bytes, table: LatencyTable, tmp_path: Path) -> None:
     sampled(table, CALL, 1.0, [(0, 1)])
-    file = tmp_path / f"t.db{BURSTS_SUFFIX}"
+    file = tmp_path / bursts_of("t.db")
     file.write_bytes(file.read_bytes() + rubbish + b"[11, 1, 1, 9.0]\n")
     assert sampled(table, CALL, 2.0, [(0, 1), (1, 1)])[1] == [1.0, 2.2]
     _, *bursts = map(json.loads, file.read_text().splitlines())
     assert bursts == [[11, 0, 1, 1.0], [11, 1, 1, 2.2]]
+
+
+def test_a_table_made_anew_finds_nothing_of_the_one_before(table: LatencyTable, tmp_path: Path) -> None:
+    sampled(table, CALL, 1.0, [(0, 1)])
+    table.close()
+    (tmp_path / "t.db").unlink()
+    with LatencyTable.create(tmp_path / "t.db", FINGERPRINT) as anew:
+        assert begun(anew) == () and sampled(anew, CALL, 2.0, [(0, 1)]) == (CALL, [2.0])
+
+
+def test_forgetting_drops_what_was_in_flight(table: LatencyTable, tmp_path: Path) -> None:
+    sampled(table, CALL, 1.0, [(0, 1)])
+    assert main(["table", "forget", str(tmp_path / "t.db")]) == 0 and begun(table) == ()
 
 
 def test_what_fails_is_not_repeated(table: LatencyTable) -> None:
@@ -274,12 +289,12 @@ def without_a_file() -> LatencyTable:
 
 
 def test_where_no_file_can_be_a_call_is_made_all_the_same(table: LatencyTable, tmp_path: Path) -> None:
-    (tmp_path / f"t.db{BURSTS_SUFFIX}").mkdir()
+    (tmp_path / bursts_of("t.db")).mkdir()
     for each in (table, without_a_file()):
         assert sampled(each, CALL, 1.0, [(0, 1)] * 40) == (CALL, [1.0] * 40)
         assert sampled(each, CALL, 2.0, [(0, 1)]) == (CALL, [2.0])
         landed(each)
-    assert {p.name for p in tmp_path.iterdir()} == {"t.db", f"t.db{BURSTS_SUFFIX}"}
+    assert {p.name for p in tmp_path.iterdir()} == {"t.db", bursts_of("t.db")}
 
 
 def test_a_session_stays_what_it_is(table: LatencyTable) -> None:
