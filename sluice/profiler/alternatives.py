@@ -4,7 +4,8 @@
    never does is not measured further.
 2. A merged run is offered if it takes less than the pieces it replaces, all widths dense; where layers are removed from
    it, as one convolution or as what is left of several, whichever is faster.
-3. Widths are thinned on the pieces of alternatives: `points_of` points per piece, more where they replace more.
+3. What is compared is without calls: an engine makes one, however many pieces are in it.
+4. Widths are thinned on the pieces of alternatives: `points_of` points per piece, more where they replace more.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from sluice.passes.drop_onnx import view_onnx
 from sluice.passes.options import BSR, Options, RankOption
 from sluice.plan import Drop, Merge
 from sluice.profiler.explore import explore
-from sluice.profiler.grids import Staircase, dense_ms, dense_points, knots_of
+from sluice.profiler.grids import Staircase, calls_in, dense_ms, dense_points, knots_of, net_ms
 from sluice.profiler.joint_sweep import explore_joints, joint_tolerance
 from sluice.profiler.merged import MergeSite, merge_segments, merge_variants
 from sluice.profiler.pieces import Dissection, Piece, anchor_weight
@@ -41,7 +42,7 @@ def find_alternatives(
     exclude: Sequence[str] = (),
 ) -> Alternatives:
     """Measure what ``methods`` could put in the place of the dense layers."""
-    dense = dense_ms(dissection, bench.table)
+    dense = dense_ms(dissection, bench.table, bench.call())
     shown: list[Shown] = []
     drops: dict[str, Drop] = {}
     hidden: dict[str, tuple[str, ...]] = {}
@@ -90,12 +91,13 @@ def _ranks(
 ) -> list[Shown]:
     cut = variant.dissection
     explored = explore(cut, bench, {p.rank for p in variant.places if p.rank}, most=RANKS)
-    own, total = _widths(cut, stairs), sum(dense.values())
+    own, total, call_ms = _widths(cut, stairs), sum(dense.values()), bench.call()
     shown = []
     for place in variant.places:
         assert place.rank is not None
         stair, replaced = explored[place.rank], dense[layers[place.layers[0]].name]
-        levels = tuple(rank for rank in stair.levels if stair.cost[rank] < PAYS * replaced)
+        calls = sum(calls_in(piece, cut) for piece in place.pieces)
+        levels = tuple(rank for rank in stair.levels if stair.cost[rank] - calls * call_ms < PAYS * replaced)
         if levels:
             now = {**own, place.rank: Staircase(stair.cost, levels)}
             shown.append(Shown(place, cut, now, points_of(replaced / total)))
@@ -113,6 +115,7 @@ def _merges(
     """Rule 2: every run at the dense widths first, and at others if that pays."""
     by_weight, total = {anchor_weight(piece): dense[piece.name] for piece in dissection.pieces}, sum(dense.values())
     best: dict[str, tuple[float, Shown, MergeSite]] = {}
+    call_ms = bench.call()
     for variant, shelf in merge_variants(dissection, sites):
         cut = variant.dissection
         own = _widths(cut, stairs)
@@ -120,7 +123,7 @@ def _merges(
         bench.pieces(cut, [point for points in at_dense.values() for point in points])
         for place, site in zip(variant.places, shelf, strict=True):
             points = at_dense[place.switch]
-            ms = sum(bench.table.require(piece.key, extents).ms for piece, extents in points)
+            ms = sum(net_ms(p, cut, bench.table.require(p.key, extents).ms, call_ms) for p, extents in points)
             replaced = sum(by_weight.get(weight, 0.0) for weight in place.layers)
             if ms < replaced and (place.switch not in best or ms < best[place.switch][0]):
                 best[place.switch] = (ms, Shown(place, cut, own, points_of(replaced / total)), site)

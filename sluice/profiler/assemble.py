@@ -6,8 +6,8 @@
    that ends there.
 3. Exactly one of the states of a layer is chosen: one rule per layer.
 4. An engine makes one call, whatever is in it. Joints save calls between neighbours, and those of a residual block
-   close a ring: of n pieces in it they would save n. So terms are less their calls: a piece its own, less one per
-   source, whose time was subtracted with its call; a joint those that it saves. The one call is the intercept.
+   close a ring: of n pieces in it they would save n. So terms are less their calls: a piece those of
+   `sluice.profiler.grids` (3), a joint those that it saves. The one call is the intercept.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ import numpy as np
 
 from sluice.latency import Extent, LatencyModel, Rule, Term
 from sluice.passes.options import Options, dense_switch
-from sluice.profiler.grids import MAX_GRID, Staircase, cost_of, knots_of, totals
+from sluice.profiler.grids import MAX_GRID, Staircase, cost_of, knots_of, net_ms, totals
 from sluice.profiler.joint_sweep import joint_ms, joint_points, joint_tolerance
 from sluice.profiler.joints import Joint
 from sluice.profiler.pieces import Dissection, Piece, anchor_weight
-from sluice.profiler.sources import has_source
 from sluice.profiler.steps import with_steps
 from sluice.profiler.sweep import CALL_KEY
 from sluice.profiler.table import LatencyTable
@@ -122,8 +121,7 @@ def _term(
     most: int = MAX_GRID,
 ) -> Term:
     knots = knots_of(piece, dissection, stairs, most)
-    calls = 1 - sum(has_source(dissection.analysis.shapes[name]) for name in piece.bare)
-    ms = [max(0.0, table.require(piece.key, p).ms - calls * call_ms) for p in itertools.product(*knots)]
+    ms = [net_ms(piece, dissection, table.require(piece.key, p).ms, call_ms) for p in itertools.product(*knots)]
     arrays = tuple(np.array(k, dtype=np.float64) for k in knots)
     values = np.array(ms, dtype=np.float64).reshape(tuple(len(k) for k in knots))
     arrays, values = with_steps(arrays, values, _curves(piece, dissection, stairs, table))

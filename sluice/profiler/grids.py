@@ -5,6 +5,7 @@
    group's known cost, in turn. `EVEN` times its distance to the next value counts as much, so that a wide gap is split.
 2. Sums of groups are measured where they were explored; one that was not, since it is a restructured graph's alone, at
    sums of the levels nearest to equal shares of the groups.
+3. What a piece was found to take has one call in it, less one per source, whose time was subtracted with its call.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sluice.profiler.pieces import Dissection, Piece
+from sluice.profiler.sources import has_source
 from sluice.profiler.table import LatencyTable
 
 __all__ = [
     "MAX_GRID",
     "SUMS",
     "Staircase",
+    "calls_in",
     "cost_of",
     "dense_ms",
     "dense_points",
     "knots_of",
+    "net_ms",
     "piece_points",
     "step_of",
     "sum_of",
@@ -53,9 +57,20 @@ def dense_points(dissection: Dissection, pieces: Sequence[Piece] | None = None) 
     return [(piece, tuple(int(e.at(dense)) for e in piece.extents)) for piece in pieces]
 
 
-def dense_ms(dissection: Dissection, table: LatencyTable) -> dict[str, float]:
-    """Milliseconds of every piece at its dense size, by name; `SluiceError` where the table lacks one."""
-    return {piece.name: table.require(piece.key, extents).ms for piece, extents in dense_points(dissection)}
+def dense_ms(dissection: Dissection, table: LatencyTable, call_ms: float) -> dict[str, float]:
+    """Milliseconds of every piece at its dense size without calls, by name; `SluiceError` where the table lacks one."""
+    points = dense_points(dissection)
+    return {p.name: net_ms(p, dissection, table.require(p.key, extents).ms, call_ms) for p, extents in points}
+
+
+def net_ms(piece: Piece, dissection: Dissection, ms: float, call_ms: float) -> float:
+    """``ms`` of the piece without calls, of which the engine of a network makes one in all."""
+    return max(0.0, ms - calls_in(piece, dissection) * call_ms)
+
+
+def calls_in(piece: Piece, dissection: Dissection) -> int:
+    """How many calls are in the milliseconds of the piece (rule 3); with several sources less than none."""
+    return 1 - sum(has_source(dissection.analysis.shapes[name]) for name in piece.bare)
 
 
 def piece_points(dissection: Dissection, stairs: Mapping[str, Staircase]) -> list[tuple[Piece, tuple[int, ...]]]:

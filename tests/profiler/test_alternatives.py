@@ -145,6 +145,12 @@ def test_an_engine_makes_one_call_whatever_is_in_it() -> None:
     assert profile.latency.intercept == pytest.approx(call_ms, rel=0.02)
 
 
+def test_what_is_offered_does_not_depend_on_what_a_call_costs() -> None:
+    """A factorised layer is two pieces and a merged run one, timed with a call each; an engine makes one in all."""
+    slow = profiled(FakeRunner(EIGHT, slower=lambda ms: ms + 0.5 * eight().latency.dense_ms()))
+    assert leaving(slow.latency) == leaving(eight().latency)
+
+
 def widths_of(profile: Profile, plan: Mapping[str, int]) -> dict[str, int]:
     return {group: plan[group] for group in profile.dissection.dense}
 
