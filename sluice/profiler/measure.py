@@ -29,6 +29,7 @@
    long (`LONGEST_MS` at the most). A session takes `SEVERAL` times as many bursts at the least, and goes on in steps of
    `STEP` until its spread is small, as long as there is patience. If the anchor is beyond `UNCALM` then, all is told as
    uncertain; nothing is scaled. With `CALM` at 5% figures were 3 to 6% too slow on a busy host, with 1.5% 0.4 to 1.3%.
+   Calm is as good as the anchor's figure from before, so what the anchor took in this call is told as well.
 6. An accelerator raises its clock under load only. So before a call the first session runs for `RAMP_MS`, whatever
    ``warmup_ms`` is; the others find the device awake. A session that runs on an accelerator says so with an attribute
    ``ramps``, which sessions by the wall clock need; without it a session does so if its clock is ``"cuda"``.
@@ -81,9 +82,12 @@ class Measurement:
     clock: Clock
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Anchor:
-    """An engine that is measured along with others, and the ``ms`` it takes when nothing disturbs it (4 and 5)."""
+    """An engine that is measured along with others, and the ``ms`` it takes when nothing disturbs it (4 and 5).
+
+    Whoever finds that it takes less sets ``ms``, for all who share it (`sluice.profiler.anchor`).
+    """
 
     session: Session
     ms: float
@@ -138,9 +142,10 @@ def measure(
     warmup_ms: float = 5.0,
     anchor: Anchor | None = None,
     patience: int = PATIENCE,
+    with_anchor: bool = False,
     rng: np.random.Generator,
 ) -> tuple[Measurement, ...]:
-    """One measurement per session, in order.
+    """One measurement per session, in order, and ``with_anchor`` one more, of the anchor in this call.
 
     Every session is warmed up for ``warmup_ms``, then takes its turns (rule 2) until it has ``min_bursts`` to
     ``max_bursts`` (rule 5: more) bursts of at least ``burst_ms`` each (or one inference), `LEAST` of them clean (all
@@ -163,10 +168,11 @@ def measure(
     if anchor is not None and anchor.judges == "calls":
         limit_ms = PATIENT * patience * burst_ms
         least, most = SEVERAL * min_bursts, SEVERAL * max_bursts
-        return _until_calm(sessions, anchor, least, most, target_spread, burst_ms, warmup_ms, limit_ms, rng)
+        found = _until_calm(sessions, anchor, least, most, target_spread, burst_ms, warmup_ms, limit_ms, rng)
+        return found if with_anchor else found[:-1]
     ramp_ms = RAMP_MS if any(_ramps(session) for session in everyone) else 0.0
     repeats = [_warm_up(s, burst_ms, warmup_ms if k else max(warmup_ms, ramp_ms)) for k, s in enumerate(everyone)]
-    bursts = [_Bursts() for _ in sessions]
+    bursts, of_anchor = [_Bursts() for _ in sessions], _Bursts()
     lengths = [math.ceil(SETTLED / (n + 1)) for n in repeats]
 
     def ratio(after_ms: float = 0.0) -> float:
@@ -174,7 +180,10 @@ def measure(
             return 1.0
         if after_ms >= UPSETS_MS:
             anchor.session.sample(repeats[-1])
-        return anchor.session.sample(repeats[-1]) / anchor.ms
+        of_anchor.ms.append(anchor.session.sample(repeats[-1]))
+        of_anchor.turns.append(len(of_anchor.turns))
+        of_anchor.ratios.append(1.0)
+        return of_anchor.ms[-1] / anchor.ms
 
     def wanted(own: _Bursts) -> bool:
         return len(own.ms) < min_bursts or (len(own.ms) < max_bursts and not own.settled(target_spread))
@@ -199,11 +208,12 @@ def measure(
         if waiting:
             before = _beside(waiting, before, ratio())
 
-    measurements = []
-    for session, own in zip(sessions, bursts, strict=True):
-        ms, spread = own.figure()
-        measurements.append(Measurement(ms, spread, len(own.ms), session.clock))
-    return tuple(measurements)
+    told = [*bursts, of_anchor] if with_anchor and anchor is not None else bursts
+    figures = [own.figure() for own in told]
+    return tuple(
+        Measurement(ms, spread, len(own.ms), session.clock)
+        for session, own, (ms, spread) in zip(everyone, told, figures, strict=False)
+    )
 
 
 def _until_calm(
@@ -217,7 +227,10 @@ def _until_calm(
     limit_ms: float,
     rng: np.random.Generator,
 ) -> tuple[Measurement, ...]:
-    """Rule 5: ``least`` bursts of each, then steps in which bursts take ``limit_ms``, to ``most`` once it was calm."""
+    """Rule 5: ``least`` bursts of each, then steps in which bursts take ``limit_ms``, to ``most`` once it was calm.
+
+    The anchor's measurement is the last.
+    """
     everyone = [*sessions, anchor.session]
     repeats = [_warm_up(session, burst_ms, warmup_ms) for session in everyone]
     lengths = [math.ceil(SETTLED / (n + 1)) for n in repeats]
@@ -244,8 +257,9 @@ def _until_calm(
             break
         goal += STEP
     doubt = CLEAN + excess if excess > UNCALM else 0.0
+    ms[-1] = (1.0 + excess) * anchor.ms
     return tuple(
-        Measurement(ms[k], max(spreads[k], doubt), samples[k], session.clock) for k, session in enumerate(sessions)
+        Measurement(ms[k], max(spreads[k], doubt), samples[k], session.clock) for k, session in enumerate(everyone)
     )
 
 

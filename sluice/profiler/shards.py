@@ -25,7 +25,7 @@ of that relative size, per engine, never averaged out):
     all         1682   4   none    19 to 39 %    122 %   0
     all         1711   8   1 %     12 to 26 %    159 %   6.7 %
 
-Engines (14, or 24 where not only widths vary) come on top in the last run, or are divided by rule 4.
+Engines (14, or 48 where not only widths vary) come on top in the last run, or are divided by rule 4.
 """
 
 from __future__ import annotations

@@ -162,6 +162,11 @@ class LatencyTable:
         self._write("DELETE FROM engines WHERE spread > ?", [(spread,)])
         return points, engines
 
+    def doubt(self, spread: float) -> None:
+        """Give all points and engines at least this spread."""
+        for kind in ("points", "engines"):
+            self._write(f"UPDATE {kind} SET spread = max(spread, ?)", [(spread,)])
+
     def describe(self, key: str, text: str) -> None:
         """Say in words which piece ``key`` is, as in ``"Conv 3x3 16x28x28 + Relu"``."""
         self.describe_all({key: text})

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sluice.profiler.anchor import KEY, TRIES, make_anchor
+from sluice.profiler.anchor import KEY, QUICKER, TRIES, make_anchor, was_slow
+from sluice.profiler.measure import CALM, CLEAN, Anchor, Measurement
+from sluice.profiler.sweep import Bench
 from sluice.profiler.table import LatencyTable
 from tests.device import ANCHOR_MS, FINGERPRINT, FakeRunner, FakeSession
 
@@ -39,3 +41,34 @@ def test_the_quiet_time_is_the_lowest_of_several_and_is_kept(threads: int, judge
         assert make_anchor(table, BusyAtFirst(10**6), rng).ms == anchor.ms == table.require(KEY, ()).ms
     with LatencyTable.create(":memory:", replace(FINGERPRINT, threads=threads)) as table:
         assert make_anchor(table, BusyAtFirst(1000 * tries + 100), rng).ms > 1.2 * ANCHOR_MS
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_quiet_time_from_a_busy_machine_is_mended_and_what_was_measured_by_it_is_uncertain(threads: int) -> None:
+    rng, runner = np.random.default_rng(0), BusyAtFirst(10**6)
+    with LatencyTable.create(":memory:", replace(FINGERPRINT, threads=threads)) as table:
+        anchor = make_anchor(table, runner, rng)
+        bench = Bench(table, runner, anchor, rng)
+        copy = replace(bench, progress=lambda done, total: None)
+        before = bench.time([FakeSession(1.0)], ["before"])
+        table.put("before", (), before[0])
+        table.put_engine("network", {"group": 3}, before[0])
+        assert anchor.ms == pytest.approx(1.3 * ANCHOR_MS)
+        assert before[0].spread <= CLEAN
+        runner.bursts = 0  # the other tenant goes
+        after = copy.time([FakeSession(1.0)], ["after"])
+        assert [a.ms for a in (anchor, bench.anchor, copy.anchor)] == [pytest.approx(ANCHOR_MS)] * 3
+        assert table.require(KEY, ()).ms == anchor.ms
+        assert after[0].spread <= CLEAN
+        assert table.require("before", ()).spread > CLEAN
+        assert table.engines("network")[0][1].spread > CLEAN
+        assert table.forget(CLEAN, but=KEY) == (1, 1)
+
+
+@pytest.mark.parametrize("judges", ["calls", "bursts"])
+def test_a_lucky_call_does_not_change_the_quiet_time(judges: Any) -> None:
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        table.put("before", (), Measurement(1.0, 0.0, 9, FINGERPRINT.clock))
+        anchor = Anchor(FakeSession(1.0), 1.0 + 0.5 * CALM, judges)
+        assert not was_slow(anchor, 1.0 - 2.0 * QUICKER[judges], table)
+        assert (anchor.ms, table.require("before", ()).spread) == (1.0 + 0.5 * CALM, 0.0)
