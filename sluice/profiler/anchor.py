@@ -6,8 +6,8 @@ and kept in the table. It is of thirty turns: the lowest three were once 4% quic
 
 A host that is busy for the whole of that first time makes it too long, and then all seems calm: of a ResNet-1D on two
 threads, with an anchor that was 13% slow, pieces and engines came out up to 15% too slow, without a word. So where the
-anchor takes less by `QUICKER` in some later call, its quiet time is taken anew; if it is less indeed, everything that
-the table holds by then is marked as uncertain, and that call is made again.
+anchor takes less in some later call, by `WONDER`, its quiet time is taken anew, and the lower counts. Where it was off
+by `OFF`, all that the table holds by then is marked as uncertain, and that call is made again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ __all__ = ["anchor_model", "anchor_of", "make_anchor", "was_slow"]
 
 KEY = "anchor-v1"
 TRIES = 2  # times four where several threads compute
-QUICKER = {"calls": 0.03, "bursts": 0.06}  # by a little the lowest turns of a call may be, by chance
+WONDER = {"calls": CALM, "bursts": 0.5 * CLEAN}
+OFF = 0.03
 
 
 def anchor_model() -> onnx.ModelProto:
@@ -62,16 +63,18 @@ def make_anchor(table: LatencyTable, runner: Runner, rng: np.random.Generator) -
 
 
 def was_slow(anchor: Anchor, ms: float, table: LatencyTable) -> bool:
-    """Whether the anchor, which now took ``ms``, had been measured on a busy machine; if so that is mended."""
-    if ms > (1.0 - QUICKER[anchor.judges]) * anchor.ms:
+    """Whether the quiet time of the anchor, which now took ``ms``, was off by `OFF`; what it is off by is mended."""
+    if ms >= (1.0 - WONDER[anchor.judges]) * anchor.ms:
         return False
-    found = _quiet(anchor.session, TRIES, np.random.default_rng(0))
-    if found.ms > (1.0 - CALM) * anchor.ms:
+    before, found = anchor.ms, _quiet(anchor.session, TRIES, np.random.default_rng(0))
+    if found.ms >= before:
         return False
-    table.doubt(CLEAN + anchor.ms / found.ms - 1.0)
+    off = found.ms < (1.0 - OFF) * before
+    if off:
+        table.doubt(CLEAN + before / found.ms - 1.0)
     table.put(KEY, (), found)
     anchor.ms = found.ms
-    return True
+    return off
 
 
 def _quiet(session: Session, tries: int, rng: np.random.Generator) -> Measurement:
