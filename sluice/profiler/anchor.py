@@ -4,10 +4,10 @@ It says which bursts count, and scales where a slow episode of the host outlasts
 enough where several threads compute (`sluice.profiler.measure`, rules 4 and 5). The quiet time is measured once, long,
 and kept in the table. It is of thirty turns: the lowest three were once 4% quicker than ever after.
 
-A host that is busy for the whole of that first time makes it too long, and then all seems calm: of a ResNet-1D on two
-threads, with an anchor that was 13% slow, pieces and engines came out up to 15% too slow, without a word. So where the
-anchor takes less in some later call, by `WONDER`, its quiet time is taken anew, and the lower counts. Where it was off
-by `OFF`, all that the table holds by then is marked as uncertain, and that call is made again.
+A host that is busy for the whole of that first time makes it too long, and then all seems calm: on two threads, with an
+anchor that was 13% slow, a ResNet-1D came out 8% too slow, without a word. So where the anchor takes less in some later
+call, by `WONDER`, its quiet time is taken anew, and the lower counts. Where it was off by `OFF`, all that the table
+holds by then is marked as uncertain, and that call is made again.
 """
 
 from __future__ import annotations

@@ -112,6 +112,10 @@ class _Bursts:
         spread = float((lowest[-1] - lowest[0]) / np.mean(lowest))
         return float(np.mean(lowest)) / scale, max(spread, doubt)
 
+    def measurement(self, clock: Clock) -> Measurement:
+        ms, spread = self.figure()
+        return Measurement(ms, spread, len(self.ms), clock)
+
     def settled(self, target_spread: float) -> bool:
         enough = sum(self._clean()) >= LEAST and self._clean_turns() >= MIN_KEPT
         return enough and self.figure()[1] <= target_spread
@@ -209,11 +213,7 @@ def measure(
             before = _beside(waiting, before, ratio())
 
     told = [*bursts, of_anchor] if with_anchor and anchor is not None else bursts
-    figures = [own.figure() for own in told]
-    return tuple(
-        Measurement(ms, spread, len(own.ms), session.clock)
-        for session, own, (ms, spread) in zip(everyone, told, figures, strict=False)
-    )
+    return tuple(own.measurement(clocks[0]) for own in told)
 
 
 def _until_calm(
