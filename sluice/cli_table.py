@@ -79,11 +79,11 @@ def forget(args: argparse.Namespace) -> int:
     """Forget the times of a machine that was never quiet, which are uncertain; the next profile takes them anew."""
     from sluice.profiler.anchor import KEY
     from sluice.profiler.in_flight import landed
-    from sluice.profiler.measure import CLEAN
+    from sluice.profiler.measure import UNCERTAIN
     from sluice.profiler.table import LatencyTable
 
     with LatencyTable.open(args.table) as table:
-        points, engines = table.forget(CLEAN, but=KEY)
+        points, engines = table.forget(UNCERTAIN, but=KEY)
         landed(table)
     text = (
         f"{args.table}: {points} points and {engines} engines forgotten; profile again on the device, when it is quiet"

@@ -1,12 +1,11 @@
 """A fixed small engine that takes part in every measurement, so that points measured at different times compare.
 
-It says which bursts count, and scales where a slow episode of the host outlasts a call, or says when there was quiet
-enough where several threads compute (`sluice.profiler.measure`, rules 4 and 5). The quiet time is measured once, long,
-and kept in the table. It is of thirty turns: the lowest three were once 4% quicker than ever after.
+It says when there was quiet enough (`sluice.profiler.measure`, rule 4). The quiet time is measured once, long, and kept
+in the table. It is of thirty turns: the lowest three were once 4% quicker than ever after.
 
 A host that is busy for the whole of that first time makes it too long, and then all seems calm: on two threads, with an
 anchor that was 13% slow, a ResNet-1D came out 8% too slow, without a word. So where the anchor takes less in some later
-call, by `WONDER`, its quiet time is taken anew, and the lower counts. Where it was off by `OFF`, all that the table
+call, by `CALM`, its quiet time is taken anew, and the lower counts. Where it was off by `OFF`, all that the table
 holds by then is marked as uncertain, and that call is made again.
 """
 
@@ -16,15 +15,14 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from sluice.profiler.measure import CALM, CLEAN, Anchor, Measurement, measure
+from sluice.profiler.measure import CALM, UNCERTAIN, Anchor, Measurement, measure
 from sluice.profiler.table import LatencyTable
 from sluice.runtime.runner import Runner, Session
 
-__all__ = ["anchor_model", "anchor_of", "make_anchor", "was_slow"]
+__all__ = ["anchor_model", "make_anchor", "was_slow"]
 
 KEY = "anchor-v1"
-TRIES = 2  # times four where several threads compute
-WONDER = {"calls": CALM, "bursts": 0.5 * CLEAN}
+TRIES, ANEW = 8, 2
 OFF = 0.03
 
 
@@ -46,32 +44,27 @@ def anchor_model() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def anchor_of(session: Session, ms: float, threads: int) -> Anchor:
-    """The anchor of engines with ``threads`` threads: `anchor_model`'s session and its quiet time in milliseconds."""
-    return Anchor(session, ms, "bursts" if threads == 1 else "calls")
-
-
 def make_anchor(table: LatencyTable, runner: Runner, rng: np.random.Generator) -> Anchor:
     """The anchor engine with the quiet time that the table knows, or that is measured now and recorded."""
-    session, threads = runner.build(anchor_model()), table.fingerprint.threads
+    session = runner.build(anchor_model())
     known = table.get(KEY, ())
     if known is None:
-        known = _quiet(session, TRIES if threads == 1 else 4 * TRIES, rng)
+        known = _quiet(session, TRIES, rng)
         table.put(KEY, (), known)
         table.describe(KEY, "reference engine measured along with every point")
-    return anchor_of(session, known.ms, threads)
+    return Anchor(session, known.ms)
 
 
 def was_slow(anchor: Anchor, ms: float, table: LatencyTable) -> bool:
     """Whether the quiet time of the anchor, which now took ``ms``, was off by `OFF`; what it is off by is mended."""
-    if ms >= (1.0 - WONDER[anchor.judges]) * anchor.ms:
+    if ms >= (1.0 - CALM) * anchor.ms:
         return False
-    before, found = anchor.ms, _quiet(anchor.session, TRIES, np.random.default_rng(0))
+    before, found = anchor.ms, _quiet(anchor.session, ANEW, np.random.default_rng(0))
     if found.ms >= before:
         return False
     off = found.ms < (1.0 - OFF) * before
     if off:
-        table.doubt(CLEAN + before / found.ms - 1.0)
+        table.doubt(UNCERTAIN + before / found.ms - 1.0)
     table.put(KEY, (), found)
     anchor.ms = found.ms
     return off

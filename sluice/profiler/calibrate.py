@@ -41,7 +41,7 @@ from sluice.passes.sampling import random_configuration
 from sluice.profiler.engine import build_engine, with_ranks_in_reach
 from sluice.profiler.fit import errors, fit_linear, left_out, mean_error
 from sluice.profiler.in_flight import landed
-from sluice.profiler.measure import CLEAN, Measurement
+from sluice.profiler.measure import UNCERTAIN, Measurement
 from sluice.profiler.pieces import Dissection, Piece, spread_widths, weight_bytes
 from sluice.profiler.sweep import BURSTS, Bench
 from sluice.profiler.table import encode_widths
@@ -157,10 +157,10 @@ def _passes(bench: Bench, sessions: Sequence[Session], names: Sequence[str]) -> 
     agreed = False
     while not agreed and len(passes) < PASSES:
         passes.append(bench.time(sessions, [f"{name} pass {len(passes)}" for name in names], 2 * BURSTS))
-        quiet = [[m.ms for m in found] for found in passes if any(m.spread <= CLEAN for m in found)]
+        quiet = [[m.ms for m in found] for found in passes if any(m.spread <= UNCERTAIN for m in found)]
         lowest = np.sort(quiet, axis=0)[:2]
         agreed = len(lowest) > 1 and float(np.quantile(lowest[1] / lowest[0], 0.9)) <= 1.0 + AGREE
-    return [min(tries, key=lambda m: (m.spread > CLEAN, m.ms)) for tries in zip(*passes, strict=True)]
+    return [min(tries, key=lambda m: (m.spread > UNCERTAIN, m.ms)) for tries in zip(*passes, strict=True)]
 
 
 def _working_bytes(dissection: Dissection) -> int:

@@ -21,7 +21,7 @@ from sluice.passes.options import Options, check_methods
 from sluice.passes.precision import check_precision, typed
 from sluice.profiler import timing_cache
 from sluice.profiler.anchor import KEY as ANCHOR_KEY
-from sluice.profiler.anchor import anchor_model, anchor_of, make_anchor
+from sluice.profiler.anchor import anchor_model, make_anchor
 from sluice.profiler.calibrate import calibrate
 from sluice.profiler.fingerprint import Fingerprint
 from sluice.profiler.measure import Anchor
@@ -65,7 +65,7 @@ class Profile:
 
     def anchor(self, runner: Runner) -> Anchor:
         """The reference engine that makes times of different moments comparable."""
-        return anchor_of(runner.build(anchor_model()), self.anchor_ms, self.fingerprint.threads)
+        return Anchor(runner.build(anchor_model()), self.anchor_ms)
 
     def runner(self) -> Runner:
         runner = make_runner(self.target, self.fingerprint.threads)

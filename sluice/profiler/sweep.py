@@ -28,7 +28,7 @@ from sluice.profiler import clocks, timing_cache
 from sluice.profiler.anchor import was_slow
 from sluice.profiler.in_flight import AGAIN, ONCE, Call, Point, keep_points, kept, landed, points_kept
 from sluice.profiler.joints import Joint, call_models, joint_models, joint_widths
-from sluice.profiler.measure import CLEAN, PATIENCE, Anchor, Measurement, measure
+from sluice.profiler.measure import PATIENCE, UNCERTAIN, Anchor, Measurement, measure
 from sluice.profiler.pieces import Dissection, Piece, build_piece, spread_widths
 from sluice.profiler.sources import add_sources, source_model
 from sluice.profiler.table import LatencyTable
@@ -214,7 +214,7 @@ class Bench:
             )  # fmt: skip
         if was_slow(self.anchor, witness.ms, self.table):
             return self.time(sessions, names, most)
-        self.waits.in_vain = bool(found) and all(measured.spread > CLEAN for measured in found)
+        self.waits.in_vain = bool(found) and all(measured.spread > UNCERTAIN for measured in found)
         clocks.keep(self.runner, self.table)
         return tuple(found)
 

@@ -8,13 +8,11 @@ import pytest
 
 from sluice.errors import SluiceError
 from sluice.profiler.measure import (
-    CLEAN,
     LONGEST_MS,
-    PATIENT,
     RAMP_MS,
     SETTLED,
-    SEVERAL,
     STEP,
+    UNCERTAIN,
     Anchor,
     Measurement,
     measure,
@@ -206,31 +204,15 @@ def test_only_bursts_on_a_quiet_machine_count(period: int) -> None:
 def test_where_the_machine_is_never_quiet_the_anchor_scales() -> None:
     shared = Shared(lambda burst: True)
     sessions = [shared.session(0.4, 1.3), shared.session(3.0, 1.4)]
-    found = measure(sessions, rng=rng(), anchor=Anchor(shared.session(0.5, 1.3), 0.5), max_bursts=50)
-    assert shared.bursts > 8000
+    found = measure(sessions, rng=rng(), anchor=Anchor(shared.session(0.5, 1.3), 0.5), patience=8000, max_bursts=50)
     assert [m.ms for m in found] == [pytest.approx(0.4, rel=0.01), pytest.approx(3.0 * 1.4 / 1.3, rel=0.01)]
-    assert {m.samples for m in found} == {50}
-    assert [m.spread for m in found] == [pytest.approx(0.3, rel=0.01)] * 2  # what is not known for certain
+    assert min(m.samples for m in found) > 50
+    assert [m.spread for m in found] == [pytest.approx(UNCERTAIN + 0.3, rel=0.01)] * 2
 
 
-@pytest.mark.parametrize(("period", "counts"), [(4, True), (1000, False)])
-def test_three_turns_on_a_quiet_machine_are_worth_more_than_many_scaled(period: int, counts: bool) -> None:
-    """Whatever else runs, the engine slows the anchor by 9%. Four in ``4 * period`` bursts are on a quiet machine."""
+def test_an_engine_that_empties_the_caches_does_not_make_the_machine_seem_busy() -> None:
+    """The anchor's first burst after it takes longer."""
 
-    class Beside(Fake):
-        def sample(self, repeats: int) -> float:
-            self.slowdown = 1.09 if len(self.repeats) // 4 % period == 3 else 1.14
-            return super().sample(repeats)
-
-    (found,) = measure([Fake("s", 3.0)], rng=rng(), anchor=Anchor(Beside("*", 0.5), 0.5), max_bursts=50, patience=0)
-    assert found.samples == 50
-    if counts:
-        assert found.ms == pytest.approx(3.0) and found.spread == 0.0
-    else:
-        assert found.ms < 3.0 / 1.09 and found.spread > CLEAN
-
-
-def test_a_long_engine_upsets_the_first_burst_of_the_anchor_alone() -> None:
     class Upset(Fake):
         last = ""
 
@@ -242,15 +224,6 @@ def test_a_long_engine_upsets_the_first_burst_of_the_anchor_alone() -> None:
 
     (found,) = measure([Upset("s", 6.0)], rng=rng(), anchor=Anchor(Upset("*", 0.5), 0.5), patience=0)
     assert found.ms == pytest.approx(6.0) and found.samples == 40
-
-
-def test_bursts_stand_between_two_of_the_anchor() -> None:
-    """One that is over before the anchor slows down is not clean: nobody saw how it ended."""
-    journal: list[str] = []
-    sessions = [Fake(name, 0.6, 0.0, journal) for name in "abcdefgh"]
-    measure(sessions, rng=rng(), min_bursts=9, max_bursts=9, anchor=Anchor(Fake("*", 0.5, 0.0, journal), 0.5))
-    turns = "".join(journal)[-(1 + 9 * 10) :]
-    assert [place for place, name in enumerate(turns) if name == "*"] == list(range(0, 91, 5))
 
 
 class Stretches:
@@ -273,11 +246,11 @@ class Stretches:
         return session
 
 
-def test_on_several_threads_sessions_go_on_until_the_anchor_was_calm() -> None:
-    """All are quick when the call begins, slow soon after, and quick again in the end; nothing is scaled."""
+def test_sessions_go_on_until_the_anchor_was_calm() -> None:
+    """All are quick when the call begins, slow soon after, and quick again in the end."""
     host = Stretches(1.0, 1.2, 1.3)
     sessions = [host.session(name, ms) for name, ms in (("a", 0.6), ("b", 7.0))]
-    anchor = Anchor(host.session("*", 0.5), 0.5, "calls")
+    anchor = Anchor(host.session("*", 0.5), 0.5)
     host.bursts = 990
     found = measure(sessions, rng=rng(), anchor=anchor, min_bursts=24)
     assert [m.ms for m in found] == pytest.approx([0.6, 7.0]) and all(m.spread < 0.01 for m in found)
@@ -294,7 +267,7 @@ def test_quiet_that_comes_rarely_is_gathered(every: int) -> None:
             return super().sample(repeats)
 
     sessions = [Rarely("a", 0.6), Rarely("b", 0.2)]
-    anchor = Anchor(Rarely("*", 0.5), 0.5, "calls")
+    anchor = Anchor(Rarely("*", 0.5), 0.5)
     for session in (*sessions, anchor.session):
         session.clock = "wall"  # type: ignore[misc]
     a, b = measure(sessions, rng=rng(), anchor=anchor, min_bursts=24)
@@ -305,30 +278,30 @@ def test_quiet_that_comes_rarely_is_gathered(every: int) -> None:
 def test_a_session_that_disagrees_with_itself_goes_on_alone() -> None:
     host = Stretches()
     steady, noisy, own = host.session("a", 0.6), host.session("b", 0.6), host.session("*", 0.5)
-    noisy.noise = 2.0
-    found = measure([steady, noisy], rng=rng(), anchor=Anchor(own, 0.5, "calls"), min_bursts=24)
-    assert found[0].samples == SEVERAL * 24 < found[1].samples and found[1].spread <= 0.03
+    noisy.noise = 0.5
+    found = measure([steady, noisy], rng=rng(), anchor=Anchor(own, 0.5), min_bursts=24)
+    assert found[0].samples == 24 < found[1].samples and found[1].spread <= 0.03
     assert (found[1].samples - found[0].samples) % STEP == 0
 
 
 def test_the_anchors_bursts_last_as_long_as_the_longest_inference() -> None:
     host = Stretches()
     own = host.session("*", 0.5)
-    measure([host.session("a", 0.1), host.session("b", 7.0)], rng=rng(), anchor=Anchor(own, 0.5, "calls"))
+    measure([host.session("a", 0.1), host.session("b", 7.0)], rng=rng(), anchor=Anchor(own, 0.5))
     assert own.repeats[-1] == 14
 
 
-@pytest.mark.parametrize("patience", [0, 8, 80])
+@pytest.mark.parametrize("patience", [0, 80, 800])
 def test_a_call_that_was_never_calm_says_so(patience: int) -> None:
-    """It goes on for as long as there is patience, and no longer."""
+    """It goes on for as long as there is patience, and no longer. By the wall clock nothing is scaled."""
     host = Stretches(*[1.2] * 100)
     session, own = host.session("a", 0.6), host.session("*", 0.5)
-    anchor = Anchor(own, 0.5, "calls")
+    anchor = Anchor(own, 0.5)
     (found,) = measure([session], rng=rng(), anchor=anchor, patience=patience, min_bursts=40)
-    assert found.ms == pytest.approx(0.72) and found.spread == pytest.approx(CLEAN + 0.2)
+    assert found.ms == pytest.approx(0.72) and found.spread == pytest.approx(UNCERTAIN + 0.2)
     round_ms = 2 * 0.72 + 2 * 2 * 0.6  # turns are of two bursts, the anchor's bursts of two inferences
-    steps = 2 * math.ceil(PATIENT * patience * 0.5 / round_ms)
-    assert found.samples == pytest.approx(SEVERAL * 40 + steps, abs=2)
+    steps = 2 * math.ceil(patience * 0.5 / round_ms)
+    assert found.samples == pytest.approx(40 + steps, abs=2)
 
 
 @pytest.mark.parametrize(
@@ -336,9 +309,9 @@ def test_a_call_that_was_never_calm_says_so(patience: int) -> None:
 )
 def test_what_is_nearly_calm_is_waited_for_but_believed(slow: float, goes_on: bool, uncertain: bool) -> None:
     host = Stretches(*[slow] * 100)
-    anchor = Anchor(host.session("*", 0.5), 0.5, "calls")
-    (found,) = measure([host.session("a", 0.6)], rng=rng(), anchor=anchor, patience=40, min_bursts=24)
-    assert (found.samples > SEVERAL * 24, found.spread > CLEAN) == (goes_on, uncertain)
+    anchor = Anchor(host.session("*", 0.5), 0.5)
+    (found,) = measure([host.session("a", 0.6)], rng=rng(), anchor=anchor, patience=400, min_bursts=24)
+    assert (found.samples > 24, found.spread > UNCERTAIN) == (goes_on, uncertain)
 
 
 def test_one_hiccup_does_not_stretch_the_anchors_bursts() -> None:
@@ -351,14 +324,14 @@ def test_one_hiccup_does_not_stretch_the_anchors_bursts() -> None:
     for at in range(4, 12):
         session = Hiccup("a", 0.6)
         session.repeats = [0] * (10 - at)
-        measure([session], rng=rng(), anchor=Anchor(own, 0.5, "calls"), min_bursts=24)
+        measure([session], rng=rng(), anchor=Anchor(own, 0.5), min_bursts=24)
         assert own.repeats[-1] == 2
 
 
 def test_long_engines_are_judged_by_shorter_bursts() -> None:
     host = Stretches()
     own = host.session("*", 0.5)
-    measure([host.session("a", 300.0)], rng=rng(), anchor=Anchor(own, 0.5, "calls"), min_bursts=1, max_bursts=1)
+    measure([host.session("a", 300.0)], rng=rng(), anchor=Anchor(own, 0.5), min_bursts=1, max_bursts=1)
     assert own.repeats[-1] == LONGEST_MS / 0.5
 
 
