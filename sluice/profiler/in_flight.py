@@ -54,7 +54,7 @@ class Call:
     seed: int
     min_bursts: int
     max_bursts: int
-    patience: int
+    patience_ms: float
 
     def like(self, other: Call) -> bool:
         """Rule 3."""

@@ -12,19 +12,19 @@
    deployed engine runs by itself: of MobileNetV2 the first burst takes 4 to 8% longer, the second 2 to 4%. Longer turns
    are fewer: with turns of six bursts, eight in all, too few met a quiet machine. A fast speed that was seen once is no
    floor: the clock rises for moments, too, so of the bursts of a turn the lowest alone counts.
-3. A session is measured again, in steps of `STEP` bursts, until its lowest turns agree with each other:
+3. A session is measured again until its lowest turns agree with each other:
    ``spread = (largest - smallest of the lowest) / ms``.
 4. An *anchor*, an engine whose fast figure is known from before, is one session more and says whether there was as much
-   quiet as it takes: once its own lowest `WITNESSES` turns are within `CALM` of that figure. Until then all go on, for
-   as long as there is patience. Its bursts last as long as the longest inference, which needs quiet for that long
-   (`LONGEST_MS` at the most). With `CALM` at 5% figures were 3 to 6% too slow on a busy host, with 1.5% 0.4 to 1.3%.
-   Calm is as good as the anchor's figure from before, so what the anchor took in this call is told as well.
-5. Single bursts are not judged by the anchor beside them. What shares a core slows one kernel by a tenth and another by
-   two thirds; where several threads compute, each waits for them in its own way; and right after an engine that empties
-   the caches the anchor itself is 8% slower. All cores of a busy host are quiet for a few milliseconds at a time, now
-   and then, and quiet is gathered over the whole call. Only where even the lowest turns of the anchor are beyond
-   `UNCALM` in the end, all is told as uncertain, and by a clock that counts one thread's work it is scaled, too:
-   ``ms * anchor.ms / (anchor's lowest)``.
+   quiet as it takes: it is *calm* once the mean of its own lowest `WITNESSES` turns exceeds that figure by at most
+   `CALM`. Until then all go on, while there is patience, and what they take in that time is not counted against them.
+   Its bursts last as long as the longest inference, which needs quiet for that long (`LONGEST_MS` at the most), and a
+   turn of it has two, for after an engine that empties the caches the first takes some percent longer. Calm is as good
+   as the anchor's figure from before, so what the anchor took in this call is told as well.
+5. All turns count, whatever the anchor took beside them. What shares a core slows one kernel by a tenth and another by
+   two thirds, and where several threads compute, a burst waits for each of them; so one engine's burst says little of
+   the next one's. A busy host is quiet for a few milliseconds at a time, now and then, and that is gathered over the
+   whole call. Where even the lowest turns of the anchor are beyond `UNCALM` in the end, all is told as uncertain, and
+   by CPU time, which counts no waiting, it is scaled, too: ``ms * anchor.ms / (anchor's lowest)``.
 6. An accelerator raises its clock under load only. So before a call the first session runs for `RAMP_MS`, whatever
    ``warmup_ms`` is; the others find the device awake. A session that runs on an accelerator says so with an attribute
    ``ramps``, which sessions by the wall clock need; without it a session does so if its clock is ``"cuda"``.
@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -48,12 +48,11 @@ __all__ = ["Anchor", "Measurement", "measure"]
 FRACTION = 0.03
 MIN_KEPT = 3
 SETTLED = 4  # inferences of a turn
-STEP = 48
 CALM, UNCALM = 0.015, 0.05
 WITNESSES = 5  # turns of the anchor: with three of its own, a twentieth of the sessions would have none
 LONGEST_MS = 10.0
-PATIENCE = 80_000  # bursts
-UNCERTAIN = 0.12  # a spread beyond this
+PATIENCE_MS = 40_000.0
+UNCERTAIN = 0.12  # a spread beyond this tells of a figure that is not to be relied on
 MAX_REPEATS = 1 << 20
 RAMP_MS = 200.0
 
@@ -62,7 +61,7 @@ RAMP_MS = 200.0
 class Measurement:
     """``ms`` per inference, its relative ``spread`` (rule 3), the number of bursts behind it, and the clock.
 
-    Where the anchor stayed far from calm (5), the spread is what it was slow by, and more than `UNCERTAIN`.
+    Where the anchor stayed far from calm (5), the spread is at least what it was slow by and `UNCERTAIN`.
     """
 
     ms: float
@@ -84,18 +83,21 @@ class Anchor:
 
 @dataclass(slots=True)
 class _Turns:
-    """One session's: the lowest burst of each in milliseconds, and the number of bursts in all."""
+    """One session's: the lowest burst of each in milliseconds, and the number of bursts, in all and while waiting."""
 
+    session: Session
     repeats: int
     length: int
     lowest: list[float] = field(default_factory=list)
     samples: int = 0
+    waited: int = 0
 
-    def take(self, session: Session, bursts: int) -> float:
-        """One more turn; the milliseconds it took."""
-        found = [session.sample(self.repeats) for _ in range(bursts)]
+    def take(self, most: int, waits: bool) -> float:
+        """One more turn of ``most`` bursts at the most; the milliseconds it took."""
+        found = [_sample(self.session, self.repeats) for _ in range(min(self.length, max(1, most - self.samples)))]
         self.lowest.append(min(found))
-        self.samples += bursts
+        self.samples += len(found)
+        self.waited += len(found) if waits else 0
         return sum(found) * self.repeats
 
     def figure(self, fraction: float) -> tuple[float, float]:
@@ -114,59 +116,62 @@ def measure(
     burst_ms: float = 0.5,
     warmup_ms: float = 5.0,
     anchor: Anchor | None = None,
-    patience: int = PATIENCE,
+    patience_ms: float = PATIENCE_MS,
     with_anchor: bool = False,
     rng: np.random.Generator,
 ) -> tuple[Measurement, ...]:
-    """One measurement per session, in order, and ``with_anchor`` one more, of the anchor in this call.
+    """One measurement per session, in order, and ``with_anchor``, if there is one, one more: of it in this call.
 
     Every session is warmed up for ``warmup_ms``, then takes its turns (rule 2) until it has ``min_bursts`` bursts of at
     least ``burst_ms`` each (or one inference) and its spread is at most ``target_spread``, or it has ``max_bursts``.
-    Where the anchor is not calm by then (4), all go on for as long as ``patience`` bursts take, of all sessions.
-    A burst costs twice its time, since an inference precedes it.
+    Where the anchor is not calm by the least of them (4), all go on until it is, for bursts of ``patience_ms`` by the
+    sessions' clock. A burst costs twice its time, since an inference precedes it.
     Raises `SluiceError` where the sessions or the anchor do not share one clock, or a session's time is not positive.
     """
     if not 1 <= min_bursts <= max_bursts:
         raise SluiceError(f"cannot measure with min_bursts={min_bursts}, max_bursts={max_bursts}; need 1 <= min <= max")
     if not sessions:
         return ()
-    everyone = [*sessions, anchor.session] if anchor is not None else list(sessions)
-    clocks = sorted({session.clock for session in everyone})
+    clocks = sorted({session.clock for session in sessions} | ({anchor.session.clock} if anchor is not None else set()))
     if len(clocks) > 1:
         raise SluiceError(f"cannot compare sessions timed by different clocks ({', '.join(clocks)}); use one runner")
     if anchor is not None and not (math.isfinite(anchor.ms) and anchor.ms > 0):
         raise SluiceError(f"the anchor's time is {anchor.ms} ms; measure it first")
 
     turns = _ready(sessions, anchor, burst_ms, warmup_ms)
-    fraction, limit_ms = (FRACTION, math.inf) if anchor is None else (0.0, patience * burst_ms)
-    going: Sequence[int] = range(len(everyone))
-    excess, spent_ms, goal = 0.0, 0.0, min_bursts
+    own, witness = turns[: len(sessions)], turns[len(sessions) :]
+    fraction = FRACTION if anchor is None else 0.0
+    seen: list[float] = []
+    excess, waited_ms = 0.0, 0.0
     while True:
-        while spent_ms <= limit_ms and (due := [k for k in going if turns[k].samples < goal]):
-            for k in rng.permutation(due):
-                took_ms = turns[k].take(everyone[k], min(turns[k].length, goal - turns[k].samples))
-                spent_ms += took_ms if goal > min_bursts else 0.0
-        figures = [own.figure(fraction) for own in turns]
-        if anchor is not None:
-            excess = float(np.mean(np.sort(turns[-1].lowest)[:WITNESSES])) / anchor.ms - 1.0
-        calm = excess <= CALM
-        if calm:
-            apart = [k for k, _ in enumerate(sessions) if figures[k][1] > target_spread]
-            going = [k for k in apart if turns[k].samples < max_bursts]
-        if not going or spent_ms >= limit_ms:
+        waits = False
+        if few := [each for each in own if each.samples < min_bursts]:
+            going = [*few, *witness]
+        elif excess > CALM:
+            waits = True
+            going = turns if waited_ms <= patience_ms else []
+        else:
+            limited = [each for each in own if each.samples - each.waited < max_bursts]
+            going = [each for each in limited if each.figure(fraction)[1] > target_spread]
+        if not going:
             break
-        goal = min(goal + STEP, max_bursts) if calm else goal + STEP
-    doubt, scale = 0.0, 1.0
-    if excess > UNCALM:
-        doubt, scale = UNCERTAIN + excess, 1.0 if clocks[0] == "wall" else 1.0 + excess
-    found = [
-        Measurement(ms / scale, max(spread, doubt), own.samples, clocks[0])
-        for own, (ms, spread) in zip(turns, figures, strict=True)
-    ]
-    if anchor is None:
-        return tuple(found)
-    *found, witness = found
-    return (*found, replace(witness, ms=(1.0 + excess) * anchor.ms)) if with_anchor else tuple(found)
+        for k in rng.permutation(len(going)):
+            took_ms = going[k].take(max_bursts + going[k].waited, waits)
+            waited_ms += took_ms if waits else 0.0
+        if anchor is not None:
+            seen = sorted([*seen, witness[0].lowest[-1]])[:WITNESSES]
+            excess = float(np.mean(seen)) / anchor.ms - 1.0
+
+    far = excess > UNCALM
+    doubt, scale = (UNCERTAIN + excess if far else 0.0), (1.0 + excess if far and clocks[0] == "thread_cpu" else 1.0)
+    found = []
+    for each in own:
+        ms, spread = each.figure(fraction)
+        found.append(Measurement(ms / scale, max(spread, doubt), each.samples, clocks[0]))
+    if anchor is not None and with_anchor:
+        spread = max(witness[0].figure(0.0)[1], doubt)
+        found.append(Measurement((1.0 + excess) * anchor.ms, spread, witness[0].samples, clocks[0]))
+    return tuple(found)
 
 
 def _ready(sessions: Sequence[Session], anchor: Anchor | None, burst_ms: float, warmup_ms: float) -> list[_Turns]:
@@ -174,10 +179,11 @@ def _ready(sessions: Sequence[Session], anchor: Anchor | None, burst_ms: float, 
     everyone = [*sessions, anchor.session] if anchor is not None else list(sessions)
     ramp_ms = RAMP_MS if any(_ramps(session) for session in everyone) else 0.0
     repeats = [_warm_up(s, burst_ms, warmup_ms if k else max(warmup_ms, ramp_ms)) for k, s in enumerate(everyone)]
-    turns = [_Turns(n, math.ceil(SETTLED / (n + 1))) for n in repeats]
+    turns = [_Turns(s, n, math.ceil(SETTLED / (n + 1))) for s, n in zip(everyone, repeats, strict=True)]
     if anchor is not None:
         longest = max(min(session.sample(1) for _ in range(MIN_KEPT)) for session in sessions)
         turns[-1].repeats = max(turns[-1].repeats, math.ceil(min(longest, LONGEST_MS) / anchor.ms))
+        turns[-1].length = 2
     return turns
 
 
@@ -190,9 +196,7 @@ def _warm_up(session: Session, burst_ms: float, warmup_ms: float) -> int:
     """Run for ``warmup_ms``; the number of inferences that make a burst."""
     repeats, spent = 1, 0.0
     while True:
-        ms = session.sample(repeats)
-        if not math.isfinite(ms) or ms < 0:
-            raise SluiceError(f"a session reports {ms} ms per inference; its clock is broken, use another runner")
+        ms = _sample(session, repeats)
         spent += ms * repeats
         if spent >= warmup_ms or repeats >= MAX_REPEATS:
             break
@@ -202,3 +206,10 @@ def _warm_up(session: Session, burst_ms: float, warmup_ms: float) -> int:
             f"{repeats} inferences took no time by the {session.clock} clock; use a runner with another clock"
         )
     return max(1, min(MAX_REPEATS, math.ceil(burst_ms / ms)))
+
+
+def _sample(session: Session, repeats: int) -> float:
+    ms = session.sample(repeats)
+    if not math.isfinite(ms) or ms < 0:
+        raise SluiceError(f"a session reports {ms} ms per inference; its clock is broken, use another runner")
+    return ms

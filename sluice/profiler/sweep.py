@@ -28,7 +28,7 @@ from sluice.profiler import clocks, timing_cache
 from sluice.profiler.anchor import was_slow
 from sluice.profiler.in_flight import AGAIN, ONCE, Call, Point, keep_points, kept, landed, points_kept
 from sluice.profiler.joints import Joint, call_models, joint_models, joint_widths
-from sluice.profiler.measure import PATIENCE, UNCERTAIN, Anchor, Measurement, measure
+from sluice.profiler.measure import CALM, PATIENCE_MS, UNCERTAIN, Anchor, Measurement, measure
 from sluice.profiler.pieces import Dissection, Piece, build_piece, spread_widths
 from sluice.profiler.sources import add_sources, source_model
 from sluice.profiler.table import LatencyTable
@@ -52,12 +52,8 @@ class Waits:
     in_vain: bool = False
 
     @property
-    def bursts(self) -> int:
-        return 2 * BURSTS if self.in_vain else MAX_BURSTS
-
-    @property
-    def patience(self) -> int:
-        return PATIENCE // 16 if self.in_vain else PATIENCE
+    def patience_ms(self) -> float:
+        return PATIENCE_MS / 16 if self.in_vain else PATIENCE_MS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,7 +114,7 @@ class Bench:
             if new := {point for (point, _), known in zip(chunk, before, strict=True) if known is None}:
                 keep_points(self.table, ONCE, points_kept(self.table, ONCE) | new)
             self._put(
-                (*point, now if known is None or now.ms < known.ms else known)
+                (*point, now if known is None else min(now, known, key=lambda m: (m.spread > UNCERTAIN, m.ms)))
                 for (point, _), now, known in zip(chunk, own, before, strict=True)
             )
             if twice := {point for point, _ in chunk} - new:
@@ -204,17 +200,17 @@ class Bench:
 
         Once the table has what it is for, `landed` is to be called.
         """
-        bursts, seed = min(most, self.waits.bursts), int(self.rng.integers(2**31))
+        seed = int(self.rng.integers(2**31))
         within = f"{self.table.fingerprint.to_json()} {self.anchor.ms!r}"
-        asked = Call(tuple(names), within, seed, BURSTS, bursts, self.waits.patience)
+        asked = Call(tuple(names), within, seed, BURSTS, most, self.waits.patience_ms)
         with kept(self.table, asked, [*sessions, self.anchor.session]) as (call, (*own, anchor)):
             *found, witness = measure(
-                own, min_bursts=call.min_bursts, max_bursts=call.max_bursts, patience=call.patience,
+                own, min_bursts=call.min_bursts, max_bursts=call.max_bursts, patience_ms=call.patience_ms,
                 anchor=replace(self.anchor, session=anchor), with_anchor=True, rng=np.random.default_rng(call.seed),
             )  # fmt: skip
+        self.waits.in_vain = witness.ms > (1.0 + CALM) * self.anchor.ms
         if was_slow(self.anchor, witness.ms, self.table):
             return self.time(sessions, names, most)
-        self.waits.in_vain = bool(found) and all(measured.spread > UNCERTAIN for measured in found)
         clocks.keep(self.runner, self.table)
         return tuple(found)
 

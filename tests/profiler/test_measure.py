@@ -11,7 +11,6 @@ from sluice.profiler.measure import (
     LONGEST_MS,
     RAMP_MS,
     SETTLED,
-    STEP,
     UNCERTAIN,
     Anchor,
     Measurement,
@@ -169,7 +168,7 @@ def test_the_anchor_takes_out_what_is_common() -> None:
     sessions, anchor = [Fake("a", 0.3), Fake("b", 2.0)], Fake("anchor", 0.8)
     for fake in (*sessions, anchor):
         fake.slowdown = 1.22
-    found = measure(sessions, rng=rng(), anchor=Anchor(anchor, 0.8))
+    found = measure(sessions, rng=rng(), anchor=Anchor(anchor, 0.8), patience_ms=500.0)
     assert [m.ms for m in found] == [pytest.approx(0.3), pytest.approx(2.0)]
     assert [m.ms for m in measure(sessions, rng=rng())] == [pytest.approx(0.3 * 1.22), pytest.approx(2.0 * 1.22)]
 
@@ -193,7 +192,7 @@ class Shared:
 
 
 @pytest.mark.parametrize("period", [37, 400, 9000])
-def test_only_bursts_on_a_quiet_machine_count(period: int) -> None:
+def test_a_quiet_machine_is_waited_for(period: int) -> None:
     """What shares the core slows the anchor by half and a session hardly, or the other way round."""
     shared = Shared(lambda burst: burst % period < 0.8 * period)
     sessions = [shared.session(0.4, 1.02), shared.session(0.7, 1.9), shared.session(3.0, 1.3)]
@@ -204,26 +203,22 @@ def test_only_bursts_on_a_quiet_machine_count(period: int) -> None:
 def test_where_the_machine_is_never_quiet_the_anchor_scales() -> None:
     shared = Shared(lambda burst: True)
     sessions = [shared.session(0.4, 1.3), shared.session(3.0, 1.4)]
-    found = measure(sessions, rng=rng(), anchor=Anchor(shared.session(0.5, 1.3), 0.5), patience=8000, max_bursts=50)
+    found = measure(
+        sessions, rng=rng(), anchor=Anchor(shared.session(0.5, 1.3), 0.5), patience_ms=4000.0, max_bursts=50
+    )
     assert [m.ms for m in found] == [pytest.approx(0.4, rel=0.01), pytest.approx(3.0 * 1.4 / 1.3, rel=0.01)]
     assert min(m.samples for m in found) > 50
     assert [m.spread for m in found] == [pytest.approx(UNCERTAIN + 0.3, rel=0.01)] * 2
 
 
 def test_an_engine_that_empties_the_caches_does_not_make_the_machine_seem_busy() -> None:
-    """The anchor's first burst after it takes longer."""
-
-    class Upset(Fake):
-        last = ""
-
-        def sample(self, repeats: int) -> float:
-            if self.name == "*":
-                self.slowdown = 1.0 if Upset.last == "*" else 1.2
-            Upset.last = self.name
-            return super().sample(repeats)
-
-    (found,) = measure([Upset("s", 6.0)], rng=rng(), anchor=Anchor(Upset("*", 0.5), 0.5), patience=0)
-    assert found.ms == pytest.approx(6.0) and found.samples == 40
+    """The anchor's first inferences after it take longer."""
+    Cold.last = None
+    anchor = Anchor(Cold("*", 0.13), 0.13)
+    found, witness = measure(
+        [Cold("s", 2.0)], rng=rng(), anchor=anchor, min_bursts=24, patience_ms=0.0, with_anchor=True
+    )
+    assert found.samples == 24 and witness.ms < 1.002 * 0.13
 
 
 class Stretches:
@@ -279,9 +274,34 @@ def test_a_session_that_disagrees_with_itself_goes_on_alone() -> None:
     host = Stretches()
     steady, noisy, own = host.session("a", 0.6), host.session("b", 0.6), host.session("*", 0.5)
     noisy.noise = 0.5
-    found = measure([steady, noisy], rng=rng(), anchor=Anchor(own, 0.5), min_bursts=24)
-    assert found[0].samples == 24 < found[1].samples and found[1].spread <= 0.03
-    assert (found[1].samples - found[0].samples) % STEP == 0
+    one, other, witness = measure(
+        [steady, noisy], rng=rng(), anchor=Anchor(own, 0.5), patience_ms=0.0, min_bursts=24, with_anchor=True
+    )
+    assert one.samples == witness.samples == 24 < other.samples < 160 and other.spread <= 0.03
+    (hopeless,) = measure([Fake("s", 0.5, 9.0)], rng=rng(), anchor=Anchor(Fake("*", 0.5), 0.5), max_bursts=57)
+    assert hopeless.samples == 57 and hopeless.spread > 0.03
+
+
+def test_what_was_spent_on_waiting_is_not_counted_against_a_session() -> None:
+    """By the time the anchor is calm it has had more than its bursts, and disagrees with itself."""
+    host = Stretches(1.3, 1.3)
+    noisy = host.session("a", 0.6)
+    noisy.noise = 9.0
+    anchor = Anchor(host.session("*", 0.5), 0.5)
+    found, witness = measure([noisy], rng=rng(), anchor=anchor, target_spread=1e-9, with_anchor=True)
+    assert 500 < witness.samples < found.samples - 100
+
+
+@pytest.mark.parametrize(("clock", "ms"), [("thread_cpu", 0.6), ("wall", 0.72), ("cuda", 0.72)])
+def test_the_anchor_is_told_as_it_was_and_scales_cpu_time_alone(clock: Clock, ms: float) -> None:
+    host = Stretches(*[1.2] * 100)
+    session, own = host.session("a", 0.6), host.session("*", 0.5)
+    session.clock = own.clock = clock
+    found, witness = measure([session], rng=rng(), anchor=Anchor(own, 0.5), patience_ms=40.0, with_anchor=True)
+    assert (found.ms, witness.ms) == (pytest.approx(ms), pytest.approx(0.6))
+    assert found.spread == witness.spread == pytest.approx(UNCERTAIN + 0.2)
+    (alone,) = measure([session], rng=rng(), with_anchor=True)
+    assert alone.ms == pytest.approx(0.72)
 
 
 def test_the_anchors_bursts_last_as_long_as_the_longest_inference() -> None:
@@ -291,16 +311,16 @@ def test_the_anchors_bursts_last_as_long_as_the_longest_inference() -> None:
     assert own.repeats[-1] == 14
 
 
-@pytest.mark.parametrize("patience", [0, 80, 800])
-def test_a_call_that_was_never_calm_says_so(patience: int) -> None:
+@pytest.mark.parametrize("patience_ms", [0.0, 40.0, 400.0])
+def test_a_call_that_was_never_calm_says_so(patience_ms: float) -> None:
     """It goes on for as long as there is patience, and no longer. By the wall clock nothing is scaled."""
     host = Stretches(*[1.2] * 100)
     session, own = host.session("a", 0.6), host.session("*", 0.5)
     anchor = Anchor(own, 0.5)
-    (found,) = measure([session], rng=rng(), anchor=anchor, patience=patience, min_bursts=40)
+    (found,) = measure([session], rng=rng(), anchor=anchor, patience_ms=patience_ms, min_bursts=40)
     assert found.ms == pytest.approx(0.72) and found.spread == pytest.approx(UNCERTAIN + 0.2)
     round_ms = 2 * 0.72 + 2 * 2 * 0.6  # turns are of two bursts, the anchor's bursts of two inferences
-    steps = 2 * math.ceil(patience * 0.5 / round_ms)
+    steps = 2 * math.ceil(patience_ms / round_ms)
     assert found.samples == pytest.approx(40 + steps, abs=2)
 
 
@@ -310,7 +330,7 @@ def test_a_call_that_was_never_calm_says_so(patience: int) -> None:
 def test_what_is_nearly_calm_is_waited_for_but_believed(slow: float, goes_on: bool, uncertain: bool) -> None:
     host = Stretches(*[slow] * 100)
     anchor = Anchor(host.session("*", 0.5), 0.5)
-    (found,) = measure([host.session("a", 0.6)], rng=rng(), anchor=anchor, patience=400, min_bursts=24)
+    (found,) = measure([host.session("a", 0.6)], rng=rng(), anchor=anchor, patience_ms=200.0, min_bursts=24)
     assert (found.samples > 24, found.spread > UNCERTAIN) == (goes_on, uncertain)
 
 
@@ -328,7 +348,7 @@ def test_one_hiccup_does_not_stretch_the_anchors_bursts() -> None:
         assert own.repeats[-1] == 2
 
 
-def test_long_engines_are_judged_by_shorter_bursts() -> None:
+def test_the_anchors_bursts_are_no_longer_than_need_be() -> None:
     host = Stretches()
     own = host.session("*", 0.5)
     measure([host.session("a", 300.0)], rng=rng(), anchor=Anchor(own, 0.5), min_bursts=1, max_bursts=1)

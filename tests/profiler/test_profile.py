@@ -136,7 +136,7 @@ def test_points_of_a_busy_machine_are_told_and_measured_anew_once_forgotten(
     tmp_path: Path, on_fake: Callable[[FakeRunner], FakeRunner]
 ) -> None:
     class Busy(FakeSession):
-        """The anchor of a machine that is quiet while the anchor's own time is taken, and never again."""
+        """The anchor of a machine that is quiet for a while when the anchor's own time is taken, and never again."""
 
         bursts = 0
 
