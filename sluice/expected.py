@@ -88,10 +88,15 @@ def through_levels(model: LatencyModel) -> LatencyModel:
 
     def resampled(term: Term) -> Term:
         grid = tuple(knots(e) for e in term.extents)
-        ms = np.asarray(term.ms, float)
-        for axis, (at, known) in enumerate(zip(grid, term.knots, strict=True)):
-            ms = np.apply_along_axis(partial(np.interp, at, known), axis, ms)
-        return replace(term, knots=grid, ms=ms)
+
+        def on_grid(values: np.ndarray) -> np.ndarray:
+            values = np.asarray(values, float)
+            for axis, (at, known) in enumerate(zip(grid, term.knots, strict=True)):
+                values = np.apply_along_axis(partial(np.interp, at, known), axis, values)
+            return values
+
+        reload = None if term.reload is None else on_grid(term.reload)
+        return replace(term, knots=grid, ms=on_grid(term.ms), reload=reload)
 
     return replace(model, terms=tuple(resampled(t) for t in model.terms))
 
@@ -109,13 +114,18 @@ class ExpectedLatency:
             model = through_levels(model)
         self.groups = tuple(model.dense)
         self.dense = tuple(float(n) for n in model.dense.values())
-        constant = sum(t.weight * float(t.ms) for t in model.terms if not t.extents and not t.when)
+        self._again = any(term.reload is not None for term in model.terms)
+        always = [_tables(t, model.slope, self._again) for t in model.terms if not t.extents and not t.when]
+        offsets = np.asarray([model.intercept, -model.slope * model.spared][: 1 + self._again])
         stacks: dict[int, list[Term]] = {}
         for term in model.terms:
             if term.extents or term.when:
                 stacks.setdefault(max(len(term.extents), 2), []).append(term)
-        self._constant = model.intercept + model.slope * constant
-        self._stacks = [_stack(terms, rank, self.groups, model.slope) for rank, terms in sorted(stacks.items())]
+        self._constant = torch.from_numpy(np.sum([offsets, *always], axis=0))
+        self._stacks = [
+            _stack(terms, rank, self.groups, [_tables(t, model.slope, self._again) for t in terms])
+            for rank, terms in sorted(stacks.items())
+        ]
         self._layers = _indices(layers, self.groups)
         self._moved: dict[torch.device, tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]] = {}
 
@@ -135,12 +145,13 @@ class ExpectedLatency:
         found = [(on, always, _interpolate(w, *tables)) for on, always, *tables in stacks]
 
         def total(values: Tensor) -> Tensor:
-            parts = [((on @ values + always) * ms).sum() for on, always, ms in found]
-            return torch.stack([w.new_tensor(self._constant), *parts]).sum()
+            parts = [((on @ values + always) * ms).sum(1) for on, always, ms in found]
+            sums = torch.stack([self._constant.to(w), *parts]).sum(0)
+            return sums[0] + sums[1].clamp(min=0.0) if self._again else sums[0]
 
         if not layers:
             return total(w).to(widths.dtype)
-        cost = torch.stack([ms.detach() @ on for on, _, ms in found]).sum(0)
+        cost = torch.stack([ms[0].detach() @ on for on, _, ms in found]).sum(0)
         soft, hard = _settled(w, cost, *layers)
         smooth = total(soft)
         return (smooth + (total(hard) - smooth).detach()).to(widths.dtype)
@@ -172,18 +183,26 @@ def _settled(
     return w.index_put((where,), (on * share)[exist]), w.index_put((where,), (on * best)[exist])
 
 
-def _stack(terms: list[Term], rank: int, groups: tuple[str, ...], slope: float) -> tuple[Tensor, ...]:
-    """Arrays of R extents of T terms, weights included.
+def _tables(term: Term, slope: float, again: bool) -> np.ndarray:
+    """The term's times, and where ``again`` its reloads behind them: shape ``(1 or 2, *knots)``, in milliseconds."""
+    known = [term.ms]
+    if again:
+        known.append(np.zeros(np.shape(term.ms)) if term.reload is None else term.reload)
+    return slope * term.weight * np.stack([np.asarray(values, float) for values in known])
+
+
+def _stack(terms: list[Term], rank: int, groups: tuple[str, ...], costs: list[np.ndarray]) -> tuple[Tensor, ...]:
+    """Arrays of R extents of T terms, their C ``costs`` as `_tables` gives them.
 
     (switches (T, G), 1 without any (T,), coefs (R, T, G), const (R, T), knots (R, T, K), first, last (R, T),
-    tables (T, K**R)).
+    tables (C, T, K**R)).
     """
     # A knot more than measured: a single measurement is a constant, and lo < hi always exist.
     size = 1 + max((len(k) for t in terms for k in t.knots), default=1)
     shape = (rank, len(terms))
     coefs, const = np.zeros((*shape, len(groups))), np.zeros(shape)
     knots, first, last = np.tile(np.arange(size, dtype=float), (*shape, 1)), np.zeros(shape), np.zeros(shape)
-    tables = np.zeros((len(terms), *[size] * rank))
+    tables = np.zeros((len(costs[0]), len(terms), *[size] * rank))
     on, always = np.zeros((len(terms), len(groups))), np.zeros(len(terms))
     index = {g: i for i, g in enumerate(groups)}
     for t, term in enumerate(terms):
@@ -197,18 +216,17 @@ def _stack(terms: list[Term], rank: int, groups: tuple[str, ...], slope: float) 
             n = len(known)
             knots[r, t] = np.concatenate([known, known[-1] + 1.0 + np.arange(size - n)])
             first[r, t], last[r, t] = known[0], known[-1]
-        table = np.asarray(term.ms, float)
-        table = np.reshape(table, [*table.shape, *[1] * (rank - table.ndim)])
-        padded = np.pad(table, [(0, size - length) for length in table.shape], mode="edge")
-        tables[t] = slope * term.weight * padded
-    arrays = (on, always, coefs, const, knots, first, last, tables.reshape(len(terms), -1))
+        table = costs[t].reshape([*costs[t].shape, *[1] * (rank - len(term.extents))])
+        padded = np.pad(table, [(0, 0), *((0, size - length) for length in table.shape[1:])], mode="edge")
+        tables[:, t] = padded
+    arrays = (on, always, coefs, const, knots, first, last, tables.reshape(*tables.shape[:2], -1))
     return tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays)
 
 
 def _interpolate(
     w: Tensor, coefs: Tensor, const: Tensor, knots: Tensor, first: Tensor, last: Tensor, tables: Tensor
 ) -> Tensor:
-    """Multilinear interpolation of every term of a stack, shape (T,)."""
+    """Multilinear interpolation of every term of a stack, shape (C, T)."""
     rank, size = knots.shape[0], knots.shape[2]
     x = torch.clamp(coefs @ w + const, first, last)  # the ends themselves have a gradient
     hi = torch.searchsorted(knots, x.detach().unsqueeze(-1)).clamp(1, size - 1)
@@ -218,8 +236,8 @@ def _interpolate(
     for r in range(rank):
         corner = (corner * size).unsqueeze(-1) + torch.cat([hi[r] - 1, hi[r]], dim=1).unsqueeze(1)
         corner = corner.flatten(1)
-    value = tables.gather(1, corner)
+    value = tables.gather(2, corner.expand(len(tables), *corner.shape))
     for r in reversed(range(rank)):
-        pairs = value.unflatten(1, (-1, 2))
+        pairs = value.unflatten(2, (-1, 2))
         value = torch.lerp(pairs[..., 0], pairs[..., 1], t[r].unsqueeze(-1))
-    return value.reshape(-1)
+    return value.squeeze(2)

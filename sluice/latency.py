@@ -4,7 +4,8 @@ A configuration ``w`` gives every site a value: a *width* (channels of an axis g
 *switch*, 0 or 1 (this layer dense, this layer factorised in that form, this block dropped, this segment merged). The
 promise is
 
-    T(w) = intercept + slope * sum_t  weight_t * on_t(w) * ms_t(extent_t1(w), extent_t2(w), ...)        [milliseconds]
+    T(w) = intercept + slope * (sum_t c_t(w) * ms_t + max(0, sum_t c_t(w) * reload_t - spared))         [milliseconds]
+    c_t(w) = weight_t * on_t(w),     ms_t, reload_t at (extent_t1(w), extent_t2(w), ...)
 
 1. A *term* t is a piece of the graph (``weight = number of times it occurs``) or a joint, what neighbours save
    when they run together (negative weight). ``on_t`` is the sum of the switches under which it exists, 1 where it
@@ -14,6 +15,8 @@ promise is
 3. ``ms_t`` is known at the points of a rectangular grid (``knots``) and multilinear in between, constant beyond.
 
 4. A *rule* is a linear equation between switches, above all "exactly one of these".
+5. ``reload_t`` is what reading the weights of a piece takes once the rest of the network has pushed them out of the
+   caches, and ``spared`` what the caches hold of that (`sluice.profiler.reload`). Of a joint it is zero.
 
 Everything here is frozen and needs numpy only: the same value drives the budget of the training loss, the
 solver and the report.
@@ -47,7 +50,8 @@ class Term:
     """One measured table over the extents it depends on.
 
     ``knots[k]`` are the increasing values of ``extents[k]`` at which the time is known; ``ms`` has shape
-    ``tuple(len(k) for k in knots)`` (a 0-d array for a piece that depends on no width).
+    ``tuple(len(k) for k in knots)`` (a 0-d array for a piece that depends on no width). ``reload`` (rule 5) has that
+    shape as well, None where it is zero.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Term:
     ms: np.ndarray
     weight: float = 1.0
     when: tuple[str, ...] = ()
+    reload: np.ndarray | None = None
 
     def on(self, widths: Mapping[str, float]) -> float:
         """Whether the term exists: the sum of its switches, 1 without any."""
@@ -63,7 +68,13 @@ class Term:
 
     def at(self, widths: Mapping[str, float]) -> float:
         """Milliseconds at the given widths, before ``weight`` and switches."""
-        value = self.ms
+        return self._between_knots(self.ms, widths)
+
+    def reload_at(self, widths: Mapping[str, float]) -> float:
+        """The same of ``reload``."""
+        return 0.0 if self.reload is None else self._between_knots(self.reload, widths)
+
+    def _between_knots(self, value: np.ndarray, widths: Mapping[str, float]) -> float:
         for extent, knots in zip(self.extents, self.knots, strict=True):
             x = min(max(extent.at(widths), float(knots[0])), float(knots[-1]))
             hi = min(int(np.searchsorted(knots, x, side="left")), len(knots) - 1)
@@ -100,14 +111,16 @@ class LatencyModel:
     error: Mapping[str, float] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
     switches: frozenset[str] = frozenset()
+    spared: float = 0.0
 
     def raw_ms(self, widths: Mapping[str, float]) -> float:
-        """Sum of pieces minus joints, not calibrated."""
+        """Sum of pieces minus joints, and what is read again, not calibrated."""
         missing = [g for g in self.dense if g not in widths]
         if missing:
             raise SluiceError(f"no width given for group {missing[0]!r}; give one for each of {sorted(self.dense)}")
-        found = ((term, term.on(widths)) for term in self.terms)
-        return sum(on * term.weight * term.at(widths) for term, on in found if on)
+        found = [(term, on * term.weight) for term in self.terms if (on := term.on(widths))]
+        again = sum(count * term.reload_at(widths) for term, count in found if term.reload is not None)
+        return sum(count * term.at(widths) for term, count in found) + max(0.0, again - self.spared)
 
     def ms(self, widths: Mapping[str, float]) -> float:
         """Promised milliseconds at ``widths``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,8 +44,8 @@ def staircase() -> LatencyModel:
     return LatencyModel(tuple(terms), dense, {g: tuple(range(8, n + 1, 8)) for g, n in dense.items()})
 
 
-def mixed(seed: int) -> LatencyModel:
-    """Terms of no to three extents, joints, concatenation, single knots, calibration."""
+def mixed(seed: int, again: bool = False) -> LatencyModel:
+    """Terms of no to three extents, joints, concatenation, single knots, calibration; of some weights read again."""
     rng = np.random.default_rng(seed)
     dense = {"a": 7, "b": 12, "c": 5}
     a, b, c = (Extent(((g, 1),)) for g in dense)
@@ -57,7 +58,9 @@ def mixed(seed: int) -> LatencyModel:
         ms = rng.uniform(0.1, 1.0, tuple(len(k) for k in knots))
         terms.append(Term(f"t{len(terms)}", extents, knots, ms, float(rng.choice([1.0, 2.0, -0.5]))))
     levels = {"a": (2, 5, 7), "b": (3, 4, 9, 12), "c": (1, 5)}
-    return LatencyModel(tuple(terms), dense, levels, intercept=-0.2, slope=1.3)
+    if again:
+        terms = [replace(t, reload=rng.uniform(0.0, 1.0, np.shape(t.ms))) if k % 3 else t for k, t in enumerate(terms)]
+    return LatencyModel(tuple(terms), dense, levels, intercept=-0.2, slope=1.3, spared=1.5)
 
 
 def train(
@@ -78,9 +81,10 @@ def ring() -> dict[str, Sigmoids]:
     return {g: Sigmoids(n) for g, n in staircase().dense.items()}
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_expected_latency_equals_the_model(seed: int) -> None:
-    model = mixed(seed)
+def test_expected_latency_equals_the_model(seed: int, again: bool) -> None:
+    model = mixed(seed, again)
     expected = ExpectedLatency(model, smooth=False)
     rng = np.random.default_rng(seed)
     for widths in [*rng.uniform(0, 14, (20, 3)), *rng.integers(0, 14, (20, 3)).astype(float)]:
@@ -88,9 +92,10 @@ def test_expected_latency_equals_the_model(seed: int) -> None:
         assert value == pytest.approx(model.ms(dict(zip(model.dense, widths.tolist(), strict=True))), rel=1e-9)
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("smooth", [False, True])
-def test_gradient_equals_finite_differences(smooth: bool) -> None:
-    model = mixed(1)
+def test_gradient_equals_finite_differences(smooth: bool, again: bool) -> None:
+    model = mixed(1, again)
     reference = through_levels(model) if smooth else model
     expected = ExpectedLatency(model, smooth=smooth)
     steepest = 0.0
@@ -106,6 +111,19 @@ def test_gradient_equals_finite_differences(smooth: bool) -> None:
             ) / 2e-5
             assert widths.grad[k].item() == pytest.approx(slope, rel=1e-5, abs=1e-7)
     assert steepest > 0.01
+
+
+def test_what_is_read_again_is_felt_beyond_what_the_caches_spare() -> None:
+    """One piece of 1 ms and 0.1 ms per channel again, of which the caches spare what 20 channels are."""
+    knots = np.asarray([1.0, 40.0])
+    piece = Term("p", (Extent((("a", 1),)),), (knots,), np.asarray([1.0, 1.0]), reload=0.1 * knots)
+    model = LatencyModel((piece,), {"a": 40}, {"a": (1, 40)}, spared=2.0)
+    assert [model.ms({"a": width}) for width in (1, 20, 30, 40)] == pytest.approx([1.0, 1.0, 2.0, 3.0])
+    expected = ExpectedLatency(model)
+    for width, slope in ((15.0, 0.0), (35.0, 0.1)):
+        at = torch.tensor([width], dtype=torch.float64, requires_grad=True)
+        (found,) = torch.autograd.grad(expected(at), at)
+        assert found.item() == pytest.approx(slope)
 
 
 def test_smooth_has_the_staircase_values_at_levels_and_a_slope_on_its_steps() -> None:

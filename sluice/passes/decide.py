@@ -3,7 +3,7 @@
     minimise   sum_g sum_l  D[g,l] x[g,l]                 D[g,l] = increase of the loss where site g takes level l
     subject to sum_l x[g,l] = 1,  x binary                one level per site (width, rank, switch)
                the model's rules over the switches
-               intercept + slope * sum_t weight_t * on_t * ms_t(widths) <= target
+               LatencyModel.ms(widths) <= target
 
 1. The latency row (`sluice.passes.program`) is the model itself up to the solver's tolerance. ``promised_ms`` is
    nevertheless recomputed from ``LatencyModel.ms``; a solution that exceeds the target by more than a millionth is
@@ -219,7 +219,7 @@ def _solve(
     result = milp(
         objective,
         integrality=program.integrality,
-        bounds=Bounds(0, 1),
+        bounds=Bounds(0, program.most),
         constraints=constraints,
         options={"mip_rel_gap": gap, "time_limit": time_limit_s},
     )

@@ -18,6 +18,8 @@
 6. Products of which at most one exists, because their switches are distinct members of one exactly-one rule, share the
    rows of an axis: the sum of their marginals is at most its weights. These rows are fewer and the relaxation is
    tighter, since states of a layer cannot each claim the same level.
+7. What is read again beyond what the caches spare is one column more, at least their difference; no solution gains by
+   more than that, for it only costs. Whatever a column costs is therefore known twice, as time and as ``reload``.
 """
 
 from __future__ import annotations
@@ -68,13 +70,13 @@ class Program:
     """Columns and rows of one model: ``cost`` (raw ms per column), ``constant``, ``integrality``, rows and widths.
 
     First one binary ``x`` per level of every site, then what the terms' costs need (``lambda`` with segment binaries,
-    selections among sums, products ``z``). All columns lie in [0, 1].
+    selections among sums, products ``z``). All columns lie between 0 and ``most``, which is 1 but for that of rule 7.
     """
 
     def __init__(self, model: LatencyModel) -> None:
         self.model = model
-        self.constant = 0.0
-        self._cost: list[float] = []
+        self._constant = np.zeros(2)
+        self._cost: list[np.ndarray] = []  # (time, reload) of every column
         self._integral: list[bool] = []
         self._rows: list[tuple[Mapping[int, float], float, float]] = []
         self._sums: dict[tuple[Extent, bytes], _Axis] = {}
@@ -95,10 +97,16 @@ class Program:
         for term in model.terms:
             self._gather(term)
         self._fold()
-        for (when, _), (axes, ms) in self._parts.items():
-            self._place(when, axes, ms)
+        for (when, _), (axes, costs) in self._parts.items():
+            self._place(when, axes, costs)
         self._marginals()
-        self.cost = np.asarray(self._cost)
+        most = np.ones(len(self._cost))
+        if np.any([term.reload is not None for term in model.terms]):
+            most = np.append(most, np.inf)
+            self._read_again()
+        self.most = most
+        self.cost = np.asarray(self._cost)[:, 0]
+        self.constant = float(self._constant[0])
         self.integrality = np.asarray(self._integral, dtype=int)
 
     def over_levels(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -130,7 +138,7 @@ class Program:
 
     def _columns(self, count: int, *, integral: bool = False) -> range:
         start = len(self._cost)
-        self._cost += [0.0] * count
+        self._cost += [np.zeros(2) for _ in range(count)]
         self._integral += [integral] * count
         return range(start, start + count)
 
@@ -151,13 +159,14 @@ class Program:
         if when is None:
             return
         axes = sorted(self._axes(term), key=lambda axis: axis.key)
-        ms = term.weight * _on_grid(term, axes).reshape([len(a.weights) for a in axes])
-        self._collect(when, axes, ms)
+        reload = np.zeros(np.shape(term.ms)) if term.reload is None else term.reload
+        costs = term.weight * np.stack([_on_grid(term, values, axes) for values in (term.ms, reload)])
+        self._collect(when, axes, costs.reshape([2, *(len(a.weights) for a in axes)]))
 
-    def _collect(self, when: frozenset[str], axes: Sequence[_Axis], ms: np.ndarray) -> None:
+    def _collect(self, when: frozenset[str], axes: Sequence[_Axis], costs: np.ndarray) -> None:
         key = (when, tuple(axis.key for axis in axes))
         known = self._parts.get(key)
-        self._parts[key] = (axes, ms if known is None else known[1] + ms)
+        self._parts[key] = (axes, costs if known is None else known[1] + costs)
 
     def _fold(self) -> None:
         """What depends on one axis joins, switch by switch, a product over that axis and another (rule 5)."""
@@ -165,7 +174,7 @@ class Program:
             (when, k): (when, keys) for when, keys in self._parts if len(when) == 1 and len(keys) > 1 for k in keys
         }
         for when, keys in [key for key in self._parts if key[0] and len(key[1]) == 1]:
-            own, ms = self._parts.pop((when, keys))
+            own, costs = self._parts.pop((when, keys))
             homeless = []
             for switch in when:
                 home = homes.get((frozenset((switch,)), keys[0]))
@@ -174,29 +183,39 @@ class Program:
                     continue
                 axes, total = self._parts[home]
                 at = home[1].index(keys[0])
-                self._parts[home] = (axes, total + ms.reshape([-1 if k == at else 1 for k in range(total.ndim)]))
+                along = [2, *(-1 if k == at else 1 for k in range(len(axes)))]
+                self._parts[home] = (axes, total + costs.reshape(along))
             if homeless:
-                self._collect(frozenset(homeless), own, ms)
+                self._collect(frozenset(homeless), own, costs)
 
-    def _place(self, when: frozenset[str], axes: Sequence[_Axis], ms: np.ndarray) -> None:
+    def _place(self, when: frozenset[str], axes: Sequence[_Axis], costs: np.ndarray) -> None:
         """Columns and rows of what exists under the same switches and depends on the same axes."""
         if len(axes) == 0 and not when:
-            self.constant += float(ms)
+            self._constant += costs
         elif len(axes) == 0:
             for column in self._on(when):
-                self._cost[column] += float(ms)
+                self._cost[column] += costs
         elif len(axes) == 1 and not when:
-            for weights, cost in zip(axes[0].weights, ms, strict=True):
+            for weights, cost in zip(axes[0].weights, costs.T, strict=True):
                 for column, coef in weights.items():
-                    self._cost[column] += coef * float(cost)
+                    self._cost[column] += coef * cost
         else:
-            z = self._columns(ms.size)
-            self._cost[z.start : z.stop] = ms.ravel().tolist()
-            grid = np.asarray(z).reshape(ms.shape)
+            shape = costs.shape[1:]
+            z = self._columns(math.prod(shape))
+            self._cost[z.start : z.stop] = list(costs.reshape(2, -1).T)
+            grid = np.asarray(z).reshape(shape)
             if when:
                 self._row(dict.fromkeys(z, 1.0) | dict.fromkeys(self._on(when), -1.0), 0.0, 0.0)
             for k, axis in enumerate(axes):
                 self._bundle(axis, when).append(np.moveaxis(grid, k, 0).reshape(len(axis.weights), -1))
+
+    def _read_again(self) -> None:
+        """Rule 7; the column is in units of the largest reload, as the solver's tolerances are absolute."""
+        unit = max(*(abs(float(reload)) for _, reload in self._cost), 1e-12)
+        row = {column: float(reload) / unit for column, (_, reload) in enumerate(self._cost) if reload}
+        (again,) = self._columns(1)
+        self._cost[again] = np.asarray([unit, 0.0])
+        self._row({**row, again: -1.0}, -np.inf, (self.model.spared - float(self._constant[1])) / unit)
 
     def _on(self, when: frozenset[str]) -> list[int]:
         """Columns whose sum is 1 where one of the switches is set."""
@@ -303,15 +322,15 @@ class Program:
         return values
 
 
-def _on_grid(term: Term, axes: Sequence[_Axis]) -> np.ndarray:
-    """The term's milliseconds at every point of the axes' grid, flattened."""
+def _on_grid(term: Term, known: np.ndarray, axes: Sequence[_Axis]) -> np.ndarray:
+    """The term's values, ``known`` at its knots, at every point of the axes' grid, flattened."""
     shape = [len(a.weights) for a in axes]
     at: dict[str | int, np.ndarray] = {}
     for k, axis in enumerate(axes):
         for key, coords in axis.coords.items():
             at[key] = np.broadcast_to(coords.reshape([-1] + [1] * (len(axes) - k - 1)), shape).reshape(-1)
     count = math.prod(shape)
-    value = np.broadcast_to(np.asarray(term.ms, float).reshape(1, -1), (count, np.asarray(term.ms).size))
+    value = np.broadcast_to(np.asarray(known, float).reshape(1, -1), (count, np.size(known)))
     for k, (extent, knots) in enumerate(zip(term.extents, term.knots, strict=True)):
         x = at.get(k)
         if x is None:

@@ -1,19 +1,17 @@
 """From the sum of pieces to the whole engine: a linear fit, with its error stated.
 
-    T(engine) = intercept + slope * (sum of pieces - sum of joints) + traffic * (MB of weights) + sum_k gain_k * S_k
+    T(engine) = intercept + slope * (sum of pieces - sum of joints + what is read again) + sum_k gain_k * S_k
 
 with pieces and joints less the calls in them (`sluice.profiler.assemble`, 4).
 
 1. Fitted to whole engines in random configurations (`sluice.profiler.fit`). The stated error is left-out: every engine
    is predicted by a fit that has not seen it.
-2. The third term is a cache effect: a piece that is timed alone finds its weights where the last run left them, in
-   the whole engine the other layers' weights have been through the cache since.
+2. What is read again is weights that the caches do not hold from run to run (`sluice.profiler.reload`).
 3. ``S_k`` is what the terms of one kind add up to: joints, pieces of factorised layers, merged runs. Dense pieces are
    measured as they stand in the user's graph, these are made for being measured or measured on coarser grids, and
    what is wrong with one of a kind is wrong with all.
-4. A correction (2, 3) is kept only if there is an error to speak of (`EXACT`), it lowers it by a twentieth, the traffic
-   is positive and no kind is turned upside down. It is then part of the terms' own tables, so that solver and training
-   loss know of it.
+4. A correction (2, 3) is kept only if there is an error to speak of (`EXACT`), it lowers it by a twentieth, and no kind
+   is turned upside down. It is then part of the terms' own tables, so that solver and training loss know of it.
 5. Whole engines are timed in turns, as many at once as memory allows: what other tenants do to the caches makes one ten
    seconds differ from the next by up to 5%, which must not tell engines apart. They are timed in passes, until nine in
    ten engines were seen twice near their lowest (`AGREE`) in passes in which the machine was quiet, or there were
@@ -42,7 +40,8 @@ from sluice.profiler.engine import build_engine, with_ranks_in_reach
 from sluice.profiler.fit import errors, fit_linear, left_out, mean_error
 from sluice.profiler.in_flight import landed
 from sluice.profiler.measure import UNCERTAIN, Measurement
-from sluice.profiler.pieces import Dissection, Piece, spread_widths, weight_bytes
+from sluice.profiler.pieces import Dissection
+from sluice.profiler.reload import find_reading, megabytes
 from sluice.profiler.sweep import BURSTS, Bench
 from sluice.profiler.table import encode_widths
 from sluice.profiler.variants import Alternatives
@@ -60,7 +59,7 @@ AT_ONCE = 2**30  # bytes of ONNX and of `_working_bytes`; a runtime takes two to
 WORTH = 0.95
 EXACT = 0.001
 STIFFNESS = 0.02 / 0.2  # of a gain
-TRAFFIC = "traffic_ms_per_mb"
+READ, HELD = "reload_ms_per_mb", "held_mb"
 KINDS = ("joints", "ranks", "merges")
 
 
@@ -201,24 +200,28 @@ def calibrate(
         error = errors(call_ms + raw, measured)
         bench.table.put_calibration(key, slope, call_ms, error)
         return model.calibrated(slope, call_ms, error)
-    traffic = _traffic(dissection, model, alternatives)
-    base = {"slope": raw, "intercept": np.ones(len(raw))}
-    cache = {TRAFFIC: sums(list(traffic.values()))}
     kinds = {kind: sums(terms) for kind, terms in _by_kind(model, alternatives.options).items()}
-    best = _fitted(base, measured)
+    ones = {"intercept": np.ones(len(raw))}
+    best, of = _fitted({"slope": raw} | ones, measured), model
     most = WORTH * mean_error(best.predicted, measured)
-    corrections = [cache, *([kinds, cache | kinds] if kinds else [])]
-    for more in corrections if most > EXACT else []:
-        fit = _fitted(base | more, measured)
+    weights = megabytes(dissection, model, alternatives)
+    read = find_reading(*_by_piece(model, weights, plans), raw, measured) if most > EXACT else None
+    again = model if read is None else read.applied(model, weights)
+    raw_again = raw if read is None else np.array([again.raw_ms(widths) for widths in plans])
+    corrections = [(raw_again, again, {}), *([(raw, model, kinds), (raw_again, again, kinds)] if kinds else [])]
+    for column, corrected, more in corrections if most > EXACT else []:
+        fit = _fitted({"slope": column} | ones | more, measured)
         if fit.sound() and mean_error(fit.predicted, measured) < most:
-            best, most = fit, mean_error(fit.predicted, measured)
-    corrected = tuple(best.corrected(term, traffic.get(term.name), alternatives.options) for term in model.terms)
+            best, most, of = fit, mean_error(fit.predicted, measured), corrected
+    terms = tuple(best.corrected(term, alternatives.options) for term in of.terms)
     slope, intercept = best.coefficients["slope"], best.coefficients["intercept"]
     error = errors(best.predicted, measured)
-    stated = {**error, TRAFFIC: 0.0, **{n: c for n, c in best.coefficients.items() if n not in base}}
+    stated = {**error, **{n: c for n, c in best.coefficients.items() if n in kinds}}
+    if read is not None and of is again:
+        stated |= {READ: slope * read.ms_per_mb, HELD: read.held_mb}
     if bench.table.get_calibration(key) != (slope, intercept, stated):  # a complete table is only read
         bench.table.put_calibration(key, slope, intercept, stated)
-    return replace(model, terms=corrected).calibrated(slope, intercept, error)
+    return replace(of, terms=terms).calibrated(slope, intercept, error)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -231,13 +234,12 @@ class _Fit:
     def sound(self) -> bool:
         """Rule 4."""
         known, slope = self.coefficients, self.coefficients["slope"]
-        return known.get(TRAFFIC, 1.0) > 0 and all(slope + known[kind] > 0 for kind in KINDS if kind in known)
+        return all(slope + known[kind] > 0 for kind in KINDS if kind in known)
 
-    def corrected(self, term: Term, megabytes: Term | None, options: Options) -> Term:
+    def corrected(self, term: Term, options: Options) -> Term:
         """The term with its share of the corrections, in milliseconds before the slope."""
         slope, known = self.coefficients["slope"], self.coefficients
-        ms = term.ms * (1.0 + known.get(_kind(term, options), 0.0) / slope)
-        return replace(term, ms=ms if megabytes is None else ms + known.get(TRAFFIC, 0.0) / slope * megabytes.ms)
+        return replace(term, ms=term.ms * (1.0 + known.get(_kind(term, options), 0.0) / slope))
 
 
 def _fitted(columns: Mapping[str, np.ndarray], measured: np.ndarray) -> _Fit:
@@ -261,15 +263,14 @@ def _by_kind(model: LatencyModel, options: Options) -> dict[str, list[Term]]:
     return {kind: terms for kind, terms in found.items() if terms}
 
 
-def _traffic(dissection: Dissection, model: LatencyModel, alternatives: Alternatives) -> dict[str, Term]:
-    """Megabytes of weights of every piece, on the knots of its term."""
-    terms = {term.name: term for term in model.terms}
-    own = [(piece.name, piece, dissection) for piece in dissection.pieces]
-    own += [(f"{p.name} {s.place.switch}", p, s.dissection) for s in alternatives.shown for p in s.place.pieces]
-    return {name: replace(terms[name], ms=_megabytes(piece, cut, terms[name])) for name, piece, cut in own}
-
-
-def _megabytes(piece: Piece, cut: Dissection, term: Term) -> np.ndarray:
-    points = itertools.product(*term.knots)
-    found = [weight_bytes(cut, piece, spread_widths(piece, [int(v) for v in p], cut.dense)) for p in points]
-    return np.array(found).reshape(term.ms.shape) / 1e6
+def _by_piece(
+    model: LatencyModel, weights: Mapping[str, np.ndarray], plans: Sequence[Mapping[str, int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Milliseconds and MB of every piece in every engine."""
+    pieces = [(term, replace(term, ms=weights[term.name])) for term in model.terms if term.name in weights]
+    ms, mb = np.zeros((len(plans), len(pieces))), np.zeros((len(plans), len(pieces)))
+    for row, widths in enumerate(plans):
+        for k, (term, heavy) in enumerate(pieces):
+            if count := term.on(widths) * term.weight:
+                ms[row, k], mb[row, k] = count * max(0.0, term.at(widths)), count * heavy.at(widths)
+    return ms, mb

@@ -75,6 +75,17 @@ def random_model(seed: int) -> LatencyModel:
     return LatencyModel(tuple(terms), DENSE | SWITCHES, levels, 0.2, 1.3, rules=RULES, switches=switches)
 
 
+def reading_again(model: LatencyModel, seed: int, share: float = 0.5) -> LatencyModel:
+    """Half of the terms that are no joints are read again; the caches spare ``share`` of what that is in dense."""
+    rng = np.random.default_rng(seed + 2000)
+    terms = tuple(
+        replace(t, reload=rng.uniform(0.0, 1.5, np.shape(t.ms))) if t.weight > 0 and rng.random() < 0.5 else t
+        for t in model.terms
+    )
+    again = sum(t.on(model.dense) * t.weight * t.reload_at(model.dense) for t in terms)
+    return replace(model, terms=terms, spared=share * again)
+
+
 def configurations(model: LatencyModel) -> Iterator[dict[str, int]]:
     """Every combination of levels that obeys the rules; switches first, most of their combinations do not."""
     sites = sorted(model.dense, key=lambda g: g not in model.switches)
@@ -103,11 +114,12 @@ def loss_of(model: LatencyModel, losses: dict[str, np.ndarray], widths: dict[str
     return float(sum(loss[model.levels[g].index(widths[g])] for g, loss in losses.items()))
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("grid_limit", [400, 3])
 @pytest.mark.parametrize("seed", range(6))
-def test_equals_brute_force(seed: int, grid_limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_brute_force(seed: int, grid_limit: int, again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program_module, "GRID_LIMIT", grid_limit)  # 3 sends every product through interpolation
-    model = random_model(seed)
+    model = reading_again(random_model(seed), seed) if again else random_model(seed)
     losses = random_losses(model, seed)
     every = [(model.ms(w), loss_of(model, losses, w)) for w in configurations(model)]
     fastest = min(ms for ms, _ in every)
@@ -126,10 +138,11 @@ def test_equals_brute_force(seed: int, grid_limit: int, monkeypatch: pytest.Monk
         decide(model, losses, fastest * 0.99)
 
 
+@pytest.mark.parametrize("share", [None, 0.0, 0.5, 0.9])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_cost_of_a_configuration_is_what_the_model_says(seed: int) -> None:
+def test_the_cost_of_a_configuration_is_what_the_model_says(seed: int, share: float | None) -> None:
     """With every site fixed the program has one solution, at any of which its cost is the model's."""
-    model = random_model(seed)
+    model = random_model(seed) if share is None else reading_again(random_model(seed), seed, share)
     rng = np.random.default_rng(seed)
     every = list(configurations(model))
     for k in rng.choice(len(every), size=6, replace=False):
