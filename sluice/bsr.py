@@ -3,7 +3,7 @@
 1. Every layer's options are dense and the (form, rank) of the latency model, of which only those stay that no other
    one beats in both milliseconds and truncation error.
 2. `beam_search` picks the state that meets the target with the least loss of the truncated, not fine-tuned network; the
-   target is the one hyper-parameter.
+   target is the one hyper-parameter. It is tightened where the savings of the layers do not quite add up.
 3. Before the truncation the network trains with ``loss + strength * mean of mSR over the chosen weights`` (modified
    stable rank, `sluice.svt`), which drives the singular values behind the chosen rank towards zero.
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sluice.errors import SluiceError
 from sluice.latency import LatencyModel
 from sluice.passes.beam import Option, beam_search
-from sluice.passes.decide import Choice, least_ms, unreachable
+from sluice.passes.decide import Choice, least_ms, tightened, unreachable
 from sluice.passes.factor_torch import truncations_torch
 from sluice.passes.judge import Judge
 from sluice.passes.options import RankOption, chosen_edits
@@ -51,6 +51,11 @@ class BeamQuestion(Question):
     score: Callable[[Mapping[str, int]], float]
 
     def answer(self, target_ms: float) -> Answer:
+        choice = tightened(target_ms, self._searched)
+        edits = chosen_edits(self.profile.options, choice.widths)
+        return Answer(choice, {}, make_plan(self.analysis, {}, self.inputs, edits))
+
+    def _searched(self, target_ms: float) -> Choice:
         model = self.model
         try:
             found = beam_search(self.steps, self.score, model.dense_ms() - target_ms)
@@ -59,9 +64,7 @@ class BeamQuestion(Question):
         widths = dict(model.dense)
         for option, rank in _labels(self.steps, found.choice):
             widths |= option.at(rank)
-        choice = Choice(widths, model.ms(widths), found.score, 1.0, 0.0, 0.0)
-        edits = chosen_edits(self.profile.options, widths)
-        return Answer(choice, {}, make_plan(self.analysis, {}, self.inputs, edits))
+        return Choice(widths, model.ms(widths), found.score, 1.0, 0.0, 0.0)
 
 
 def beam_question(

@@ -15,6 +15,7 @@
    derivative reaches the rank of a layer that is still dense, where the minimum's would be zero, and as all ``p_k`` are
    positive a smaller rank or width never looks slower. (Were the ``p_k`` variable it would, wherever the factorised
    layer costs much more than the dense one: there a lower rank would first of all draw weight to the dearer form.)
+   Costs are times alone: what the network reads again (`sluice.latency`, 5) decides no layer, but counts in the value.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ class ExpectedLatency:
             for rank, terms in sorted(stacks.items())
         ]
         self._layers = _indices(layers, self.groups)
-        self._moved: dict[torch.device, tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]] = {}
+        self._moved: dict[torch.device, tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...], Tensor]] = {}
 
     def __call__(self, widths: Tensor | Mapping[str, Tensor]) -> Tensor:
         """Milliseconds, a scalar; sites absent from a mapping are dense."""
@@ -139,22 +140,26 @@ class ExpectedLatency:
             raise SluiceError(f"widths have shape {tuple(widths.shape)}; give one each of {len(self.groups)} groups")
         if widths.device not in self._moved:
             stacks = [tuple(t.to(widths.device) for t in stack) for stack in self._stacks]
-            self._moved[widths.device] = stacks, tuple(t.to(widths.device) for t in self._layers)
-        stacks, layers = self._moved[widths.device]
+            layers = tuple(t.to(widths.device) for t in self._layers)
+            self._moved[widths.device] = stacks, layers, self._constant.to(widths.device)
+        stacks, layers, constant = self._moved[widths.device]
         w = widths.to(torch.float64)
         found = [(on, always, _interpolate(w, *tables)) for on, always, *tables in stacks]
 
         def total(values: Tensor) -> Tensor:
             parts = [((on @ values + always) * ms).sum(1) for on, always, ms in found]
-            sums = torch.stack([self._constant.to(w), *parts]).sum(0)
-            return sums[0] + sums[1].clamp(min=0.0) if self._again else sums[0]
+            return torch.stack([constant, *parts]).sum(0)
 
         if not layers:
-            return total(w).to(widths.dtype)
+            sums = total(w)
+            return (sums[0] + sums[1:].clamp(min=0.0).sum()).to(widths.dtype)
         cost = torch.stack([ms[0].detach() @ on for on, _, ms in found]).sum(0)
         soft, hard = _settled(w, cost, *layers)
-        smooth = total(soft)
-        return (smooth + (total(hard) - smooth).detach()).to(widths.dtype)
+        built, smooth = total(hard).detach(), total(soft)
+        again = (built[1:] > 0).to(smooth)  # of the network that would be built, not of the mixture
+        value = built[0] + built[1:].clamp(min=0.0).sum()
+        smooth = smooth[0] + (again * smooth[1:]).sum()
+        return (smooth + (value - smooth).detach()).to(widths.dtype)
 
 
 def _indices(layers: Sequence[Alternatives], groups: tuple[str, ...]) -> tuple[Tensor, ...]:

@@ -13,7 +13,6 @@ promise is
 2. An *extent* is the size of one tensor dimension, affine in the widths: ``const + sum_g coef_g * w_g``
    (several groups where tensors are concatenated, coefficient > 1 after a flatten).
 3. ``ms_t`` is known at the points of a rectangular grid (``knots``) and multilinear in between, constant beyond.
-
 4. A *rule* is a linear equation between switches, above all "exactly one of these".
 5. ``reload_t`` is what reading the weights of a piece takes once the rest of the network has pushed them out of the
    caches, and ``spared`` what the caches hold of that (`sluice.profiler.reload`). Of a joint it is zero.
@@ -118,9 +117,13 @@ class LatencyModel:
         missing = [g for g in self.dense if g not in widths]
         if missing:
             raise SluiceError(f"no width given for group {missing[0]!r}; give one for each of {sorted(self.dense)}")
-        found = [(term, on * term.weight) for term in self.terms if (on := term.on(widths))]
-        again = sum(count * term.reload_at(widths) for term, count in found if term.reload is not None)
-        return sum(count * term.at(widths) for term, count in found) + max(0.0, again - self.spared)
+        found = ((term, term.on(widths)) for term in self.terms)
+        return sum(on * term.weight * term.at(widths) for term, on in found if on) + self.again_ms(widths)
+
+    def again_ms(self, widths: Mapping[str, float]) -> float:
+        """What is read again (rule 5), not calibrated."""
+        found = ((term, term.on(widths)) for term in self.terms if term.reload is not None)
+        return max(0.0, sum(on * term.weight * term.reload_at(widths) for term, on in found if on) - self.spared)
 
     def ms(self, widths: Mapping[str, float]) -> float:
         """Promised milliseconds at ``widths``."""

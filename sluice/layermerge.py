@@ -1,10 +1,11 @@
 """LayerMerge on its own: the dynamic programme over the segments of every chain (Kim et al. 2024).
 
-With dense widths the milliseconds of the latency model are a sum over the states of the layers, so every segment has
-milliseconds of its own, and the choice of a tiling is the programme of `sluice.passes.depth`, exact for the table and
-answering every budget in one pass. It chooses what the joint solver would choose among the same segments, and can do
-one thing more: a *bonus* per segment, the explicit form of the authors' objective, which favours keeping activations.
-The rehearsal decides between several.
+With dense widths the milliseconds of the latency model are a sum over the states of the layers, but for weights that
+are read again, so every segment has milliseconds of its own, and the choice of a tiling is the programme of
+`sluice.passes.depth`, exact for the sum and answering every budget in one pass; where more is read again than the sum
+knows of, it is asked again. Without that it chooses what the joint solver would choose among the same segments, and it
+can do one thing more: a *bonus* per segment, the explicit form of the authors' objective, which favours keeping
+activations. The rehearsal decides between several.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sluice.latency import LatencyModel
-from sluice.passes.decide import Choice, least_ms, unreachable
+from sluice.passes.decide import Choice, least_ms, tightened, unreachable
 from sluice.passes.depth import Entry, solve
 from sluice.passes.options import chosen_edits, dense_switch
 from sluice.passes.resolve import make_plan
@@ -35,6 +36,11 @@ class DepthQuestion(Question):
     bonus: float = 0.0
 
     def answer(self, target_ms: float) -> Answer:
+        choice = tightened(target_ms, self._tiled)
+        edits = chosen_edits(self.profile.options, choice.widths)
+        return Answer(choice, {}, make_plan(self.analysis, {}, self.inputs, edits))
+
+    def _tiled(self, target_ms: float) -> Choice:
         model, merges = self.model, self.profile.options.merges
         order = _order(merges, [rule.coefs[0][0].removesuffix("|dense") for rule in model.rules])
         alone = {layer: _alone_ms(model, layer) for layer in order}
@@ -54,8 +60,7 @@ class DepthQuestion(Question):
             raise unreachable(target_ms, least_ms(model).promised_ms, model.dense_ms(), methods=["merge"])
         chosen = [str(entry.key) for entry in front.at(room).entries if entry.key in merges]
         widths = _merged(model, chosen)
-        choice = Choice(widths, model.ms(widths), sum(prices[c] for c in chosen), 1.0, 0.0, 0.0)
-        return Answer(choice, {}, make_plan(self.analysis, {}, self.inputs, chosen_edits(self.profile.options, widths)))
+        return Choice(widths, model.ms(widths), sum(prices[c] for c in chosen), 1.0, 0.0, 0.0)
 
     def _bonus(self, prices: Mapping[str, float]) -> float:
         return self.bonus * float(np.mean(list(prices.values()))) if prices else 0.0

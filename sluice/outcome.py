@@ -132,6 +132,9 @@ def make_report(
         )
         for t in latency.terms if t.on(latency.dense) or t.on(widths)
     ]  # fmt: skip
+    again = latency.again_ms(latency.dense), latency.again_ms(widths)
+    if any(again):
+        rows.append(PieceRow("read again", "weights beyond what the caches hold", 1, *again, (), ()))
     return Report(
         budget_ms=budget_ms,
         dense_ms=dense_ms,

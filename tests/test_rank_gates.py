@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -546,6 +547,30 @@ def test_layers_take_the_cheapest_alternative_with_the_softmins_slope() -> None:
             assert slope.item() == pytest.approx(numeric, rel=1e-4, abs=1e-6)
             assert slope.item() >= 0
     assert len(chosen) >= 3
+
+
+def test_what_is_read_again_counts_in_the_value_of_what_would_be_built() -> None:
+    """Beyond what the caches hold it has a gradient; up to there value and gradient are those without."""
+    plain = structured()
+    terms = tuple(replace(t, reload=0.5 * t.ms) if t.weight > 0 else t for t in plain.terms)
+    model = replace(plain, terms=terms)
+    model = replace(model, spared=0.6 * model.again_ms(model.dense))
+    layers = alternatives(model, {"a", "b", f"p|{FORM}|rank", f"q|{FORM}|rank", "blk|drop", "p..q|merge"})
+    expected, without = (ExpectedLatency(m, smooth=False, layers=layers) for m in (model, plain))
+    rng = np.random.default_rng(5)
+    seen = set()
+    for _ in range(40):
+        at = dict(zip(list(model.dense)[:4], (rng.uniform(1, 16, 4) + 0.013).tolist(), strict=True))
+        w = {s: torch.tensor(v, dtype=torch.float64, requires_grad=True) for s, v in at.items()}
+        full = configured(model, at, layers)
+        value = expected(w)
+        assert value.item() == pytest.approx(model.ms(full), rel=1e-9)
+        seen.add(beyond := model.again_ms(full) > 0)
+        slopes, other = (torch.autograd.grad(f(w), list(w.values())) for f in (expected, without))
+        for slope, less in zip(slopes, other, strict=True):
+            assert slope.item() >= less.item() - 1e-12 if beyond else slope.item() == pytest.approx(less.item())
+        assert not beyond or sum(slopes).item() > 1.01 * sum(other).item()
+    assert seen == {True, False}
 
 
 def test_expected_latency_is_monotone() -> None:

@@ -18,8 +18,8 @@
 6. Products of which at most one exists, because their switches are distinct members of one exactly-one rule, share the
    rows of an axis: the sum of their marginals is at most its weights. These rows are fewer and the relaxation is
    tighter, since states of a layer cannot each claim the same level.
-7. What is read again beyond what the caches spare is one column more, at least their difference; no solution gains by
-   more than that, for it only costs. Whatever a column costs is therefore known twice, as time and as ``reload``.
+7. What is read again beyond what the caches spare is one column more. It is at least their difference, and exactly that
+   in every optimum, since more only costs time. So what a column costs is known twice, as time and as ``reload``.
 """
 
 from __future__ import annotations
@@ -100,12 +100,13 @@ class Program:
         for (when, _), (axes, costs) in self._parts.items():
             self._place(when, axes, costs)
         self._marginals()
-        most = np.ones(len(self._cost))
-        if np.any([term.reload is not None for term in model.terms]):
-            most = np.append(most, np.inf)
+        self.most = np.ones(len(self._cost))
+        if any(reload for _, reload in self._cost):
             self._read_again()
-        self.most = most
-        self.cost = np.asarray(self._cost)[:, 0]
+            self.most = np.append(self.most, np.inf)
+        else:
+            self._constant[0] += max(0.0, float(self._constant[1]) - model.spared)
+        self.cost = np.asarray(self._cost).reshape(-1, 2)[:, 0]
         self.constant = float(self._constant[0])
         self.integrality = np.asarray(self._integral, dtype=int)
 
@@ -159,8 +160,9 @@ class Program:
         if when is None:
             return
         axes = sorted(self._axes(term), key=lambda axis: axis.key)
-        reload = np.zeros(np.shape(term.ms)) if term.reload is None else term.reload
-        costs = term.weight * np.stack([_on_grid(term, values, axes) for values in (term.ms, reload)])
+        ms = _on_grid(term, term.ms, axes)
+        reload = np.zeros(len(ms)) if term.reload is None else _on_grid(term, term.reload, axes)
+        costs = term.weight * np.stack([ms, reload])
         self._collect(when, axes, costs.reshape([2, *(len(a.weights) for a in axes)]))
 
     def _collect(self, when: frozenset[str], axes: Sequence[_Axis], costs: np.ndarray) -> None:
@@ -211,7 +213,7 @@ class Program:
 
     def _read_again(self) -> None:
         """Rule 7; the column is in units of the largest reload, as the solver's tolerances are absolute."""
-        unit = max(*(abs(float(reload)) for _, reload in self._cost), 1e-12)
+        unit = max(abs(float(reload)) for _, reload in self._cost)
         row = {column: float(reload) / unit for column, (_, reload) in enumerate(self._cost) if reload}
         (again,) = self._columns(1)
         self._cost[again] = np.asarray([unit, 0.0])

@@ -11,7 +11,7 @@ with pieces and joints less the calls in them (`sluice.profiler.assemble`, 4).
    measured as they stand in the user's graph, these are made for being measured or measured on coarser grids, and
    what is wrong with one of a kind is wrong with all.
 4. A correction (2, 3) is kept only if there is an error to speak of (`EXACT`), it lowers it by a twentieth, and no kind
-   is turned upside down. It is then part of the terms' own tables, so that solver and training loss know of it.
+   is turned upside down. It is then part of the model's terms, so that solver and training loss know of it.
 5. Whole engines are timed in turns, as many at once as memory allows: what other tenants do to the caches makes one ten
    seconds differ from the next by up to 5%, which must not tell engines apart. They are timed in passes, until nine in
    ten engines were seen twice near their lowest (`AGREE`) in passes in which the machine was quiet, or there were
@@ -41,7 +41,7 @@ from sluice.profiler.fit import errors, fit_linear, left_out, mean_error
 from sluice.profiler.in_flight import landed
 from sluice.profiler.measure import UNCERTAIN, Measurement
 from sluice.profiler.pieces import Dissection
-from sluice.profiler.reload import find_reading, megabytes
+from sluice.profiler.reload import find_reading, left_out_again, megabytes
 from sluice.profiler.sweep import BURSTS, Bench
 from sluice.profiler.table import encode_widths
 from sluice.profiler.variants import Alternatives
@@ -201,24 +201,32 @@ def calibrate(
         bench.table.put_calibration(key, slope, call_ms, error)
         return model.calibrated(slope, call_ms, error)
     kinds = {kind: sums(terms) for kind, terms in _by_kind(model, alternatives.options).items()}
-    ones = {"intercept": np.ones(len(raw))}
-    best, of = _fitted({"slope": raw} | ones, measured), model
-    most = WORTH * mean_error(best.predicted, measured)
     weights = megabytes(dissection, model, alternatives)
-    read = find_reading(*_by_piece(model, weights, plans), raw, measured) if most > EXACT else None
-    again = model if read is None else read.applied(model, weights)
-    raw_again = raw if read is None else np.array([again.raw_ms(widths) for widths in plans])
-    corrections = [(raw_again, again, {}), *([(raw, model, kinds), (raw_again, again, kinds)] if kinds else [])]
-    for column, corrected, more in corrections if most > EXACT else []:
-        fit = _fitted({"slope": column} | ones | more, measured)
-        if fit.sound() and mean_error(fit.predicted, measured) < most:
-            best, most, of = fit, mean_error(fit.predicted, measured), corrected
+    by_piece = _by_piece(model, weights, plans)
+    reading = find_reading(*by_piece, raw, measured)
+    cold = model if reading is None else reading.applied(model, weights)
+    raw_cold = np.array([cold.raw_ms(widths) for widths in plans])
+
+    def fitted(kind: LatencyModel, more: Mapping[str, np.ndarray]) -> _Fit:
+        fit = _fitted({"slope": raw if kind is model else raw_cold, "intercept": np.ones(len(raw)), **more}, measured)
+        if kind is model:
+            return fit
+        unseen = left_out_again(*by_piece, raw, measured, list(more.values()), [STIFFNESS for _ in more])
+        return replace(fit, predicted=unseen)
+
+    best, of = fitted(model, {}), model
+    for kind, more in ((cold, {}), (model, kinds), (cold, kinds)):
+        most = WORTH * mean_error(best.predicted, measured)
+        if most > EXACT and (kind is not model or more):
+            fit = fitted(kind, more)
+            if fit.sound() and mean_error(fit.predicted, measured) < most:
+                best, of = fit, kind
     terms = tuple(best.corrected(term, alternatives.options) for term in of.terms)
     slope, intercept = best.coefficients["slope"], best.coefficients["intercept"]
     error = errors(best.predicted, measured)
     stated = {**error, **{n: c for n, c in best.coefficients.items() if n in kinds}}
-    if read is not None and of is again:
-        stated |= {READ: slope * read.ms_per_mb, HELD: read.held_mb}
+    if reading is not None and of is cold:
+        stated |= {READ: slope * reading.ms_per_mb, HELD: reading.held_mb}
     if bench.table.get_calibration(key) != (slope, intercept, stated):  # a complete table is only read
         bench.table.put_calibration(key, slope, intercept, stated)
     return replace(of, terms=terms).calibrated(slope, intercept, error)
@@ -234,7 +242,7 @@ class _Fit:
     def sound(self) -> bool:
         """Rule 4."""
         known, slope = self.coefficients, self.coefficients["slope"]
-        return all(slope + known[kind] > 0 for kind in KINDS if kind in known)
+        return slope > 0 and all(slope + known[kind] > 0 for kind in KINDS if kind in known)
 
     def corrected(self, term: Term, options: Options) -> Term:
         """The term with its share of the corrections, in milliseconds before the slope."""

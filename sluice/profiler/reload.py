@@ -9,10 +9,11 @@ layers have been through the caches since, and what these cannot hold comes from
    does little but read weights reads them from afar when it is alone, too.
 2. ``C`` is how many MB the caches hold of one run until the next. Up to there nothing is read again.
 3. Both follow from whole engines: of a grid, C in shares of the most weights in any of them and p in what a MB of them
-   takes in all, that pair counts with which ``T = intercept + slope * (raw + again)`` predicts left-out engines best.
+   takes in all, that pair counts with which ``T = intercept + slope * (raw + again)`` fits them best, of equal ones the
+   one of the least C. For the error that is stated, each engine is predicted by a pair that has not seen it either.
 
-Engines of VGG16-BN on two threads take what their pieces add up to where they have 5 MB of weights, and 15 to 25% more
-where they have 30 to 60: docs/measuring.md. Reconstruction; no paper.
+Engines of VGG16-BN on two threads take what their pieces add up to where they have 5 MB of weights, and 12 to 25% more
+where they have 32 to 60: docs/measuring.md. Reconstruction; no paper.
 """
 
 from __future__ import annotations
@@ -24,16 +25,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sluice.latency import LatencyModel, Term
-from sluice.profiler.fit import left_out, mean_error
+from sluice.profiler.fit import fit_linear
 from sluice.profiler.pieces import Dissection, Piece, spread_widths, weight_bytes
 from sluice.profiler.variants import Alternatives
 
-__all__ = ["Reading", "find_reading", "megabytes"]
+__all__ = ["Reading", "find_reading", "left_out_again", "megabytes"]
 
 SHARES = (0.0, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
-PRICES = tuple(2.0 ** (k / 3) for k in range(-15, 4))
-FINER = tuple(2.0 ** (k / 12) for k in range(-3, 4))
-FEWEST = 4  # engines that read something again
+PRICES = tuple(2.0 ** (k / 12) for k in range(-60, 13))
+FEWEST = 4  # engines that read something again, and that do not
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +46,12 @@ class Reading:
     def applied(self, model: LatencyModel, weights: Mapping[str, np.ndarray]) -> LatencyModel:
         """The model with what is read again; ``weights`` as of `megabytes`."""
 
-        def applied(term: Term) -> Term:
+        def cold(term: Term) -> Term:
             if term.name not in weights:
                 return term
             return replace(term, reload=np.minimum(self.ms_per_mb * weights[term.name], np.maximum(term.ms, 0.0)))
 
-        return replace(model, terms=tuple(map(applied, model.terms)), spared=self.ms_per_mb * self.held_mb)
+        return replace(model, terms=tuple(map(cold, model.terms)), spared=self.ms_per_mb * self.held_mb)
 
 
 def megabytes(dissection: Dissection, model: LatencyModel, alternatives: Alternatives) -> dict[str, np.ndarray]:
@@ -71,24 +71,54 @@ def find_reading(ms: np.ndarray, weights: np.ndarray, raw: np.ndarray, measured:
         raw: what pieces and joints add up to, shape ``(engines,)``.
         measured: milliseconds of the engines.
     """
-    most = float(weights.sum(1).max(initial=0.0))
-    if most == 0.0:
+    return _best(*_candidates(ms, weights, raw), measured)
+
+
+def left_out_again(
+    ms: np.ndarray, weights: np.ndarray, raw: np.ndarray, measured: np.ndarray,
+    more: Sequence[np.ndarray] = (), stiffness: Sequence[float] = (),
+) -> np.ndarray:  # fmt: skip
+    """Every engine as predicted by a pair and a fit, with ``more`` columns, to all the others."""
+    pairs, columns = _candidates(ms, weights, raw)
+    found = np.empty(len(raw))
+    for i in range(len(raw)):
+        rest = np.arange(len(raw)) != i
+        best = _best(pairs, columns[:, rest], measured[rest])
+        own = raw if best is None else columns[pairs.index(best)]
+        design = [own, np.ones(len(raw)), *more]
+        fitted = fit_linear([c[rest] for c in design], measured[rest], [0.0, 0.0, *stiffness])
+        found[i] = sum(k * c[i] for k, c in zip(fitted, design, strict=True))
+    return found
+
+
+def _candidates(ms: np.ndarray, weights: np.ndarray, raw: np.ndarray) -> tuple[list[Reading], np.ndarray]:
+    """Pairs by increasing C, and what engines add up to with each, shape ``(pairs, engines)``."""
+    pairs: list[Reading] = []
+    sums: list[np.ndarray] = []
+    most, unit = float(weights.sum(1).max(initial=0.0)), float(raw.sum() / max(weights.sum(), 1e-12))
+    for share, price in itertools.product(SHARES, PRICES):
+        pair = Reading(price * unit, share * most)
+        again = np.minimum(pair.ms_per_mb * weights, ms).sum(1) - pair.ms_per_mb * pair.held_mb
+        held = np.count_nonzero(again <= 0.0)
+        if len(raw) - held >= FEWEST and (share == 0.0 or held >= FEWEST):
+            pairs.append(pair)
+            sums.append(raw + np.maximum(0.0, again))
+    return pairs, np.array(sums).reshape(len(pairs), len(raw))
+
+
+def _best(pairs: Sequence[Reading], sums: np.ndarray, measured: np.ndarray) -> Reading | None:
+    """The pair of least squares of the relative residual, all of them fitted at once."""
+    if not pairs:
         return None
-    unit = float(raw.sum() / weights.sum())
-    pairs = [Reading(price * unit, share * most) for price in PRICES for share in SHARES]
-    if not (pairs := [pair for pair in pairs if np.count_nonzero(_again(pair, ms, weights)) >= FEWEST]):
+    a, b = sums / measured, 1.0 / measured
+    aa, ab, bb, at, bt = (a * a).sum(1), a @ b, b @ b, a.sum(1), b.sum()
+    scale = np.maximum(aa * bb - ab * ab, 1e-300)
+    slope, intercept = (at * bb - bt * ab) / scale, (aa * bt - ab * at) / scale
+    missed = ((slope[:, None] * a + intercept[:, None] * b - 1.0) ** 2).sum(1)
+    missed[slope <= 0.0] = np.inf
+    if not np.isfinite(missed).any():
         return None
-
-    def missed(pair: Reading) -> float:
-        columns = [raw + _again(pair, ms, weights), np.ones(len(raw))]
-        return mean_error(left_out(columns, measured), measured)
-
-    best = min(pairs, key=missed)
-    return min((replace(best, ms_per_mb=best.ms_per_mb * finer) for finer in FINER), key=missed)
-
-
-def _again(pair: Reading, ms: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    return np.maximum(0.0, np.minimum(pair.ms_per_mb * weights, ms).sum(1) - pair.ms_per_mb * pair.held_mb)
+    return pairs[int(np.argmax(missed <= missed.min() * (1.0 + 1e-6) + 1e-15))]
 
 
 def _megabytes(piece: Piece, cut: Dissection, term: Term) -> np.ndarray:

@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sluice.errors import SluiceError
+from sluice.errors import SluiceError, Unreachable
 from sluice.latency import Extent, LatencyModel, Term
 from sluice.passes import decide as decide_module
 from sluice.passes import program as program_module
-from sluice.passes.decide import Choice, amplitude_losses, decide, least_ms, restricted, unreachable
+from sluice.passes.decide import Choice, amplitude_losses, decide, least_ms, restricted, tightened, unreachable
 
 
 def term(rng: np.random.Generator, extents: list[Extent], dense: dict[str, int], name: str, points: int = 4) -> Term:
@@ -234,3 +234,20 @@ def test_restricted_keeps_other_groups_dense() -> None:
     assert model.levels == {"a": (6,), "b": (1, 3)}
     assert least_ms(model).promised_ms == 3.0
     assert replace(model, levels=line().levels).dense_ms() == line().dense_ms()
+
+
+def test_an_algorithm_that_adds_up_is_asked_for_what_it_missed() -> None:
+    """It believes that a millisecond less is asked for than is saved in the end: beyond 6 ms half of it is spared."""
+    asked: list[float] = []
+
+    def ask(target_ms: float) -> Choice:
+        asked.append(target_ms)
+        if target_ms < 3.0:
+            raise unreachable(target_ms, 3.0, 10.0)
+        return Choice({}, max(target_ms, 6.0 - 0.5 * (6.0 - target_ms)), 0.0, 1.0, 0.0, 0.0)
+
+    assert tightened(7.0, ask).promised_ms == 7.0 and asked == [7.0]
+    assert tightened(5.0, ask).promised_ms <= 5.0 and asked[-1] == pytest.approx(4.0)
+    assert tightened(4.0, ask).promised_ms == 5.0  # nothing below 4.5 is in reach: what there was
+    with pytest.raises(Unreachable):
+        tightened(2.0, ask)

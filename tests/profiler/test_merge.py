@@ -66,7 +66,9 @@ def test_engines_calibrations_and_blobs(tmp_path: Path) -> None:
     with LatencyTable.open(b) as table:
         table.put_engine("net", {"h": 2, "g": 5}, found(2.4, 0.01))
         table.put_engine("other", {}, found(4.8))
-        table.put_calibration("net", 0.8, 0.24, {"median_abs_err": 0.01, "reload_ms_per_mb": 0.48, "n": 9.0})
+        table.put_calibration(
+            "net", 0.8, 0.24, {"median_abs_err": 0.01, "reload_ms_per_mb": 0.48, "held_mb": 8.0, "n": 9.0}
+        )
         table.put_blob("cache", b"second")
         table.put_blob("more", b"\0\1")
     assert merge_tables([a, b], tmp_path / "all.db").engines == 3
@@ -77,7 +79,7 @@ def test_engines_calibrations_and_blobs(tmp_path: Path) -> None:
         assert engines[("g", 5), ("h", 2)].ms == pytest.approx(2.5) and engines[("g", 5), ("h", 2)].spread == 0.01
         slope, intercept, error = table.get_calibration("net") or (0.0, 0.0, {})
         assert (slope, intercept) == (0.8, pytest.approx(0.25))
-        assert error == {"median_abs_err": 0.01, "reload_ms_per_mb": pytest.approx(0.5), "n": 9.0}
+        assert error == {"median_abs_err": 0.01, "reload_ms_per_mb": pytest.approx(0.5), "held_mb": 8.0, "n": 9.0}
         assert table.get_blob("cache") == b"first" and table.get_blob("more") == b"\0\1"
 
 

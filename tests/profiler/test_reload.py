@@ -8,10 +8,10 @@ import pytest
 from sluice.passes.options import Options
 from sluice.passes.rewrite_onnx import cut_graph
 from sluice.profiler.calibrate import HELD, READ, calibrate, model_key
-from sluice.profiler.fit import fit_linear
+from sluice.profiler.fit import fit_linear, left_out, mean_error
 from sluice.profiler.measure import Measurement
 from sluice.profiler.pieces import dissect
-from sluice.profiler.reload import SHARES, Reading, find_reading, megabytes
+from sluice.profiler.reload import SHARES, Reading, find_reading, left_out_again, megabytes
 from sluice.profiler.table import LatencyTable
 from sluice.profiler.variants import Alternatives
 from tests.device import FINGERPRINT, FakeRunner, chain, staircase
@@ -36,7 +36,7 @@ def test_what_engines_read_again_is_found(seed: int, share: float) -> None:
     measured = 1.07 * (raw + again) + 0.02
     found = find_reading(ms, weights, raw, measured)
     assert found is not None and np.count_nonzero(again) > 12
-    assert found.ms_per_mb == pytest.approx(0.06, rel=0.04)
+    assert found.ms_per_mb == pytest.approx(0.06, rel=0.06)
     if share > 0.2:  # where all engines read something again, what is held is the same for all, as the intercept is
         assert found.held_mb == pytest.approx(held)
     predicted = np.maximum(0.0, np.minimum(found.ms_per_mb * weights, ms).sum(1) - found.ms_per_mb * found.held_mb)
@@ -44,6 +44,23 @@ def test_what_engines_read_again_is_found(seed: int, share: float) -> None:
     promised = np.stack(columns, 1) @ fit_linear(columns, measured)
     off = np.abs(promised / measured - 1.0)
     assert off.mean() < 0.002 and off.max() < 0.015
+
+
+def test_an_engine_is_predicted_by_a_pair_that_has_not_seen_it() -> None:
+    """On noise alone the best of hundreds of pairs predicts no better than the sum, and is told so."""
+
+    def gain(seed: int, per_mb: float) -> float:
+        rng = np.random.default_rng(100 + seed)
+        ms, weights = random_engines(seed)
+        raw = ms.sum(1)
+        held = 0.25 * float(weights.sum(1).max())
+        again = np.maximum(0.0, np.minimum(per_mb * weights, ms).sum(1) - per_mb * held)
+        measured = 1.05 * (raw + again) * (1.0 + 0.02 * rng.standard_normal(48))
+        plain = mean_error(left_out([raw, np.ones(48)], measured), measured)
+        return 1.0 - mean_error(left_out_again(ms, weights, raw, measured), measured) / plain
+
+    assert np.mean([gain(seed, 0.0) for seed in range(8)]) < 0.01
+    assert np.mean([gain(seed, 0.06) for seed in range(8)]) > 0.4
 
 
 def test_nothing_is_found_where_nothing_is_read_again() -> None:
