@@ -50,7 +50,7 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
         lines.insert(
             2,
             f"{measured.disturbed} points are uncertain, the machine was busy; `sluice table forget` makes the next "
-            f"profile take them anew (a new table does, where the machine is slower for good than when this was begun)",
+            f"profile take them anew (if the machine is slower for good by now, begin a new table)",
         )
     if offered.ranks:
         lines += [f"ranks worth having: {len(ranks)}", *(f"  {s}: {_words(v)}" for s, v in data["ranks"].items())]
