@@ -52,7 +52,7 @@ __all__ = ["calibrate", "measure_engines", "missing_plans", "model_key"]
 ENGINES = 14
 RESTRUCTURED = 48  # where not only widths vary
 FEWEST = 4  # engines that two coefficients can be fitted to with one left out
-AGREE, PASSES = 0.015, 4
+AGREE, PASSES = 0.015, 3
 REFERENCES = 16
 OF_PLANS = 1
 AT_ONCE = 2**30  # bytes of ONNX and of `_working_bytes`; a runtime takes two to three times as much
@@ -155,7 +155,7 @@ def _passes(bench: Bench, sessions: Sequence[Session], names: Sequence[str]) -> 
     passes: list[tuple[Measurement, ...]] = []
     agreed = False
     while not agreed and len(passes) < PASSES:
-        passes.append(bench.time(sessions, [f"{name} pass {len(passes)}" for name in names], 2 * BURSTS))
+        passes.append(bench.time(sessions, [f"{name} pass {len(passes)}" for name in names], BURSTS))
         quiet = [[m.ms for m in found] for found in passes if any(m.spread <= UNCERTAIN for m in found)]
         lowest = np.sort(quiet, axis=0)[:2]
         agreed = len(lowest) > 1 and float(np.quantile(lowest[1] / lowest[0], 0.9)) <= 1.0 + AGREE

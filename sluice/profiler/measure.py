@@ -181,10 +181,22 @@ def _ready(sessions: Sequence[Session], anchor: Anchor | None, burst_ms: float, 
     repeats = [_warm_up(s, burst_ms, warmup_ms if k else max(warmup_ms, ramp_ms)) for k, s in enumerate(everyone)]
     turns = [_Turns(s, n, math.ceil(SETTLED / (n + 1))) for s, n in zip(everyone, repeats, strict=True)]
     if anchor is not None:
-        longest = max(min(session.sample(1) for _ in range(MIN_KEPT)) for session in sessions)
-        turns[-1].repeats = max(turns[-1].repeats, math.ceil(min(longest, LONGEST_MS) / anchor.ms))
+        turns[-1].repeats = max(turns[-1].repeats, math.ceil(_longest(sessions) / anchor.ms))
         turns[-1].length = 2
     return turns
+
+
+def _longest(sessions: Sequence[Session]) -> float:
+    """Milliseconds of the longest inference, `LONGEST_MS` at the most; one hiccup makes none longer."""
+    longest = 0.0
+    for session in sessions:
+        ms = session.sample(1)
+        for _ in range(MIN_KEPT - 1):
+            ms = min(ms, session.sample(1)) if ms > longest else ms
+        longest = max(longest, ms)
+        if longest >= LONGEST_MS:
+            return LONGEST_MS
+    return longest
 
 
 def _ramps(session: Session) -> bool:

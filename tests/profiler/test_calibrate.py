@@ -164,9 +164,7 @@ def test_engines_are_timed_together_as_far_as_memory_allows(monkeypatch: pytest.
         assert measure_engines(dissection, bench, plans[:2]) == everything[:2] and together[-2:] == [1, 1]
 
 
-@pytest.mark.parametrize(
-    ("slow", "passes"), [((), 2), ((1.09,), 3), ((1.0, 1.09), 3), ((1.09, 1.05), 4), ((1.15, 1.12, 1.07), 4)]
-)
+@pytest.mark.parametrize(("slow", "passes"), [((), 2), ((1.09,), 3), ((1.0, 1.09), 3), ((1.09, 1.05), 3)])
 def test_engines_are_timed_again_until_two_passes_agree(
     slow: tuple[float, ...], passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,11 +190,11 @@ def test_engines_are_timed_again_until_two_passes_agree(
 
 def test_a_pass_on_a_busy_machine_counts_only_where_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """The anchor's scale made the first too quick by a fifth."""
-    given = [(0.8, 0.25), (0.8, 0.25), (1.0, 0.01), (1.0, 0.01)]
+    given = [(0.8, 0.25), (0.8, 0.25), (1.0, 0.01)]
     done: list[float] = []
 
     def one(self: Bench, sessions: Sequence[Session], names: Sequence[str], most: int) -> tuple[Measurement, ...]:
-        factor, spread = given[min(len(done), 3)]
+        factor, spread = given[min(len(done), 2)]
         done.append(factor)
         return tuple(Measurement(factor * s.sample(1), spread, 24, "thread_cpu") for s in sessions)
 
@@ -206,7 +204,7 @@ def test_a_pass_on_a_busy_machine_counts_only_where_there_is_no_other(monkeypatc
         monkeypatch.setattr(Bench, "time", one)
         plans = [{"conv0": 9, "conv1": 18}, {"conv0": 26, "conv1": 4}]
         truth = [FakeRunner().ms(build_engine(dissection, plan)) for plan in plans]
-        assert measure_engines(dissection, bench, plans) == pytest.approx(truth) and len(done) == 4
+        assert measure_engines(dissection, bench, plans) == pytest.approx(truth) and len(done) == 3
         given[2:] = given[:2]
         done.clear()
         assert measure_engines(dissection, bench, plans) == pytest.approx([0.8 * ms for ms in truth])
