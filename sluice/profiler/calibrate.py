@@ -39,7 +39,7 @@ from sluice.passes.sampling import random_configuration
 from sluice.profiler.engine import build_engine, with_ranks_in_reach
 from sluice.profiler.fit import errors, fit_linear, left_out, mean_error
 from sluice.profiler.in_flight import landed
-from sluice.profiler.measure import UNCERTAIN, Measurement
+from sluice.profiler.measure import Measurement, best_of
 from sluice.profiler.pieces import Dissection
 from sluice.profiler.reload import find_reading, left_out_again, megabytes
 from sluice.profiler.sweep import BURSTS, Bench
@@ -156,10 +156,10 @@ def _passes(bench: Bench, sessions: Sequence[Session], names: Sequence[str]) -> 
     agreed = False
     while not agreed and len(passes) < PASSES:
         passes.append(bench.time(sessions, [f"{name} pass {len(passes)}" for name in names], BURSTS))
-        quiet = [[m.ms for m in found] for found in passes if any(m.spread <= UNCERTAIN for m in found)]
+        quiet = [[m.ms for m in found] for found in passes if not all(m.uncertain for m in found)]
         lowest = np.sort(quiet, axis=0)[:2]
         agreed = len(lowest) > 1 and float(np.quantile(lowest[1] / lowest[0], 0.9)) <= 1.0 + AGREE
-    return [min(tries, key=lambda m: (m.spread > UNCERTAIN, m.ms)) for tries in zip(*passes, strict=True)]
+    return [best_of(tries) for tries in zip(*passes, strict=True)]
 
 
 def _working_bytes(dissection: Dissection) -> int:

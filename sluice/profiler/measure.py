@@ -35,7 +35,7 @@ What each rule is worth was measured: docs/measuring.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,7 +43,7 @@ import numpy as np
 from sluice.errors import SluiceError
 from sluice.runtime.runner import Clock, Session
 
-__all__ = ["Anchor", "Measurement", "measure"]
+__all__ = ["Anchor", "Measurement", "best_of", "measure"]
 
 FRACTION = 0.03
 MIN_KEPT = 3
@@ -68,6 +68,15 @@ class Measurement:
     spread: float
     samples: int
     clock: Clock
+
+    @property
+    def uncertain(self) -> bool:
+        return self.spread > UNCERTAIN
+
+
+def best_of(found: Iterable[Measurement]) -> Measurement:
+    """The lowest of those that are certain, since noise only adds, or else of all."""
+    return min(found, key=lambda m: (m.uncertain, m.ms))
 
 
 @dataclass(slots=True)

@@ -71,7 +71,9 @@ def find_reading(ms: np.ndarray, weights: np.ndarray, raw: np.ndarray, measured:
         raw: what pieces and joints add up to, shape ``(engines,)``.
         measured: milliseconds of the engines.
     """
-    return _best(*_candidates(ms, weights, raw), measured)
+    pairs, sums = _candidates(ms, weights, raw)
+    best = _best(sums, measured)
+    return None if best is None else pairs[best]
 
 
 def left_out_again(
@@ -79,12 +81,12 @@ def left_out_again(
     more: Sequence[np.ndarray] = (), stiffness: Sequence[float] = (),
 ) -> np.ndarray:  # fmt: skip
     """Every engine as predicted by a pair and a fit, with ``more`` columns, to all the others."""
-    pairs, columns = _candidates(ms, weights, raw)
+    _, sums = _candidates(ms, weights, raw)
     found = np.empty(len(raw))
     for i in range(len(raw)):
         rest = np.arange(len(raw)) != i
-        best = _best(pairs, columns[:, rest], measured[rest])
-        own = raw if best is None else columns[pairs.index(best)]
+        best = _best(sums[:, rest], measured[rest])
+        own = raw if best is None else sums[best]
         design = [own, np.ones(len(raw)), *more]
         fitted = fit_linear([c[rest] for c in design], measured[rest], [0.0, 0.0, *stiffness])
         found[i] = sum(k * c[i] for k, c in zip(fitted, design, strict=True))
@@ -106,10 +108,8 @@ def _candidates(ms: np.ndarray, weights: np.ndarray, raw: np.ndarray) -> tuple[l
     return pairs, np.array(sums).reshape(len(pairs), len(raw))
 
 
-def _best(pairs: Sequence[Reading], sums: np.ndarray, measured: np.ndarray) -> Reading | None:
-    """The pair of least squares of the relative residual, all of them fitted at once."""
-    if not pairs:
-        return None
+def _best(sums: np.ndarray, measured: np.ndarray) -> int | None:
+    """Which of the pairs has the least squares of the relative residual, all of them fitted at once."""
     a, b = sums / measured, 1.0 / measured
     aa, ab, bb, at, bt = (a * a).sum(1), a @ b, b @ b, a.sum(1), b.sum()
     scale = np.maximum(aa * bb - ab * ab, 1e-300)
@@ -118,7 +118,7 @@ def _best(pairs: Sequence[Reading], sums: np.ndarray, measured: np.ndarray) -> R
     missed[slope <= 0.0] = np.inf
     if not np.isfinite(missed).any():
         return None
-    return pairs[int(np.argmax(missed <= missed.min() * (1.0 + 1e-6) + 1e-15))]
+    return int(np.argmax(missed <= missed.min() * (1.0 + 1e-6) + 1e-15))
 
 
 def _megabytes(piece: Piece, cut: Dissection, term: Term) -> np.ndarray:

@@ -20,7 +20,7 @@ from sluice.profiler.explore import explore
 from sluice.profiler.fingerprint import Fingerprint
 from sluice.profiler.grids import Staircase, dense_points, piece_points
 from sluice.profiler.joint_sweep import explore_joints, joint_tolerance
-from sluice.profiler.measure import UNCERTAIN, Anchor
+from sluice.profiler.measure import Anchor
 from sluice.profiler.pieces import Dissection
 from sluice.profiler.progress import Progress, silent
 from sluice.profiler.shards import WHOLE, Shard, share_of
@@ -51,7 +51,7 @@ class Survey:
         shown = [(piece, s.dissection.dense) for s in self.alternatives.shown for piece in s.place.pieces]
         pieces = {piece.key: math.prod(int(e.at(sizes)) for e in piece.extents) for piece, sizes in (*shown, *dense)}
         found = [measured for key in pieces for measured in table.points(key).values()]
-        return len(found), sum(pieces.values()), sum(measured.spread > UNCERTAIN for measured in found)
+        return len(found), sum(pieces.values()), sum(measured.uncertain for measured in found)
 
 
 def survey(

@@ -28,7 +28,7 @@ from sluice.profiler import clocks, timing_cache
 from sluice.profiler.anchor import was_slow
 from sluice.profiler.in_flight import AGAIN, ONCE, Call, Point, keep_points, kept, landed, points_kept
 from sluice.profiler.joints import Joint, call_models, joint_models, joint_widths
-from sluice.profiler.measure import CALM, PATIENCE_MS, UNCERTAIN, Anchor, Measurement, measure
+from sluice.profiler.measure import CALM, PATIENCE_MS, Anchor, Measurement, best_of, measure
 from sluice.profiler.pieces import Dissection, Piece, build_piece, spread_widths
 from sluice.profiler.sources import add_sources, source_model
 from sluice.profiler.table import LatencyTable
@@ -114,7 +114,7 @@ class Bench:
             if new := {point for (point, _), known in zip(chunk, before, strict=True) if known is None}:
                 keep_points(self.table, ONCE, points_kept(self.table, ONCE) | new)
             self._put(
-                (*point, now if known is None else min(now, known, key=lambda m: (m.spread > UNCERTAIN, m.ms)))
+                (*point, now if known is None else best_of((now, known)))
                 for (point, _), now, known in zip(chunk, own, before, strict=True)
             )
             if twice := {point for point, _ in chunk} - new:

@@ -82,8 +82,8 @@ def reading_again(model: LatencyModel, seed: int, share: float = 0.5) -> Latency
         replace(t, reload=rng.uniform(0.0, 1.5, np.shape(t.ms))) if t.weight > 0 and rng.random() < 0.5 else t
         for t in model.terms
     )
-    again = sum(t.on(model.dense) * t.weight * t.reload_at(model.dense) for t in terms)
-    return replace(model, terms=terms, spared=share * again)
+    heavy = replace(model, terms=terms)
+    return replace(heavy, spared=share * heavy.again_ms(model.dense))
 
 
 def configurations(model: LatencyModel) -> Iterator[dict[str, int]]:
