@@ -38,13 +38,34 @@ def test_difference_names_every_field_that_differs() -> None:
     assert difference(ORIGIN, other) == ("runtime version is '1.2.3', not '1.3.0'", "batch is 8, not 4")
 
 
+X86 = "processor\t: {}\ncpu family\t: {}\nmodel\t\t: 2\nmodel name\t: {}\nstepping\t: 1\n"
+ARM = "processor\t: {}\nCPU implementer\t: 0x41\nCPU part\t: {}\n"
+
+
 def test_host_device_reads_the_model_name(tmp_path: Path) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor\t: 0\nmodel name\t: Some  CPU @ 2 GHz: fast\nprocessor\t: 1\nmodel name\t: Other\n")
-    assert host_device(cpuinfo) == "Some CPU @ 2 GHz: fast"
+    assert host_device(cpuinfo, tmp_path / "missing") == "Some CPU @ 2 GHz: fast"
+
+
+def test_host_device_tells_cpus_of_one_name_apart(tmp_path: Path) -> None:
+    names = []
+    for family in (25, 26):
+        cpuinfo = tmp_path / f"cpuinfo-{family}"
+        cpuinfo.write_text("".join(X86.format(core, family, "AMD EPYC") for core in range(2)))
+        names.append(host_device(cpuinfo, tmp_path / "missing"))
+    assert names == ["AMD EPYC (family 25 model 2 stepping 1)", "AMD EPYC (family 26 model 2 stepping 1)"]
+
+
+def test_host_device_without_a_model_name_is_the_board_with_all_kinds_of_cores(tmp_path: Path) -> None:
+    cpuinfo, board = tmp_path / "cpuinfo", tmp_path / "model"
+    cpuinfo.write_text("".join(ARM.format(core, part) for core, part in enumerate(["0xd05", "0xd05", "0xd0a"])))
+    board.write_bytes(b"Some Board Developer Kit\0")
+    assert host_device(cpuinfo, board) == "Some Board Developer Kit (implementer 0x41 part 0xd05/0xd0a)"
 
 
 def test_host_device_has_a_fallback(tmp_path: Path) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor\t: 0\nmodel name\t:\n")
-    assert host_device(cpuinfo) == host_device(tmp_path / "missing") != ""
+    missing = tmp_path / "missing"
+    assert host_device(cpuinfo, missing) == host_device(missing, missing) != ""
