@@ -18,7 +18,7 @@ from sluice.passes.decide import amplitude_losses, decide, least_ms
 from sluice.passes.precision import typed
 from sluice.passes.sampling import random_configuration
 from sluice.profiler.anchor import make_anchor
-from sluice.profiler.calibrate import measure_engines, model_key
+from sluice.profiler.engine_times import measure_engines, model_key
 from sluice.profiler.fit import errors
 from sluice.profiler.measure import measure
 from sluice.profiler.profile import Profile, profile_onnx

@@ -30,7 +30,7 @@ from sluice import models
 from sluice.errors import SluiceError
 from sluice.passes.options import METHODS
 from sluice.profiler import profile as profile_module
-from sluice.profiler.calibrate import REFERENCES
+from sluice.profiler.engine_times import REFERENCES
 from tests import tiny
 from tests.device import FakeRunner, staircase
 

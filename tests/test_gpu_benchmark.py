@@ -22,7 +22,7 @@ from benchmarks.gpu_plot import staircase_plot, ticks
 from benchmarks.gpu_stages import FULL, SMALL
 from sluice.errors import SluiceError
 from sluice.profiler import profile as profile_module
-from sluice.profiler.calibrate import ENGINES, REFERENCES
+from sluice.profiler.engine_times import ENGINES, REFERENCES
 from sluice.runtime.compare import assert_close
 from tests.device import FakeRunner, chain, staircase
 

@@ -15,7 +15,7 @@ from sluice.latency import LatencyModel
 from sluice.passes.options import Options
 from sluice.profiler.alternatives import find_alternatives
 from sluice.profiler.assemble import assemble
-from sluice.profiler.calibrate import measure_engines, missing_plans, model_key
+from sluice.profiler.engine_times import measure_engines, missing_plans, model_key
 from sluice.profiler.explore import explore
 from sluice.profiler.fingerprint import Fingerprint
 from sluice.profiler.grids import Staircase, dense_points, piece_points

@@ -28,8 +28,8 @@ from sluice.passes.resolve import make_plan
 from sluice.passes.rewrite_onnx import rewrite_onnx
 from sluice.passes.sampling import random_configuration
 from sluice.profiler import profile as profile_module
-from sluice.profiler.calibrate import RESTRUCTURED
 from sluice.profiler.engine import build_engine, with_ranks_in_reach
+from sluice.profiler.engine_times import RESTRUCTURED
 from sluice.profiler.profile import Profile, profile_onnx
 from sluice.runtime.compare import assert_close
 from tests.device import FakeRunner, line, staircase

@@ -18,14 +18,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import sluice.profiler.calibrate as calibrate_module
 from sluice.cli import main
 from sluice.errors import SluiceError
 from sluice.latency import LatencyModel
 from sluice.passes.export import to_onnx
 from sluice.passes.options import METHODS
+from sluice.profiler import engine_times
 from sluice.profiler.anchor import anchor_model
-from sluice.profiler.calibrate import calibrate, measure_engines
+from sluice.profiler.calibrate import calibrate
+from sluice.profiler.engine_times import measure_engines
 from sluice.profiler.in_flight import EVERY, Call, kept, landed
 from sluice.profiler.measure import Anchor
 from sluice.profiler.pieces import Dissection, Piece, build_piece, dissect, spread_widths
@@ -98,7 +99,7 @@ def bench_on(table: LatencyTable, runner: FakeRunner, seed: int = 0) -> Bench:
 def profiled(dissection: Dissection, bench: Bench) -> LatencyModel:
     """All that is measured of a network, engines in groups of a few."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate_module, "AT_ONCE", 400_000)
+        patch.setattr(engine_times, "AT_ONCE", 400_000)
         found = survey(dissection, bench, silent, methods=METHODS, exclude=())
         return calibrate(dissection, found.latency(bench), bench, found.alternatives, engines=12)
 

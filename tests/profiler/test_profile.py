@@ -239,6 +239,6 @@ def test_a_small_network_in_the_real_runtime(tmp_path: Path) -> None:
 
 
 def profile_module_key(profile: Profile) -> str:
-    from sluice.profiler.calibrate import model_key
+    from sluice.profiler.engine_times import model_key
 
     return model_key(profile.dissection, profile.latency)

@@ -7,7 +7,8 @@ import pytest
 
 from sluice.passes.options import Options
 from sluice.passes.rewrite_onnx import cut_graph
-from sluice.profiler.calibrate import HELD, READ, calibrate, model_key
+from sluice.profiler.calibrate import HELD, READ, calibrate
+from sluice.profiler.engine_times import model_key
 from sluice.profiler.fit import fit_linear, left_out, mean_error
 from sluice.profiler.measure import Measurement
 from sluice.profiler.pieces import dissect

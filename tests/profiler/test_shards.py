@@ -9,7 +9,7 @@ import pytest
 
 from sluice.errors import SluiceError
 from sluice.profiler import profile as profile_module
-from sluice.profiler.calibrate import ENGINES
+from sluice.profiler.engine_times import ENGINES
 from sluice.profiler.merge import merge_tables
 from sluice.profiler.pieces import dissect
 from sluice.profiler.profile import ShardDone, profile_onnx, profile_shard
