@@ -26,7 +26,7 @@ from sluice.passes.options import Options
 from sluice.profiler.engine_times import measure_engines, missing_plans, model_key
 from sluice.profiler.fit import errors, fit_linear, left_out, mean_error
 from sluice.profiler.pieces import Dissection
-from sluice.profiler.reload import find_reading, left_out_again, megabytes
+from sluice.profiler.reload import Reading, megabytes, readings
 from sluice.profiler.sweep import Bench
 from sluice.profiler.variants import Alternatives
 
@@ -56,13 +56,8 @@ def calibrate(
     if plans:
         measure_engines(dissection, bench, plans, alternatives.options, known=known, record=key)
         known = bench.table.engines(key)
-    plans, measured = [widths for widths, _ in known], np.array([m.ms for _, m in known])
-
-    def sums(terms: Sequence[Term]) -> np.ndarray:
-        of_these = replace(model, terms=tuple(terms))
-        return np.array([of_these.raw_ms(widths) for widths in plans])
-
-    raw = sums(model.terms)
+    whole = _Engines([widths for widths, _ in known], np.array([m.ms for _, m in known]))
+    raw, measured = whole.sums(model), whole.measured
     if len(raw) < FEWEST:
         # Nothing can be left out; the plain sum has seen no engine either.
         call_ms = min(model.intercept, 0.5 * float(measured.min()))
@@ -70,36 +65,33 @@ def calibrate(
         error = errors(call_ms + raw, measured)
         bench.table.put_calibration(key, slope, call_ms, error)
         return model.calibrated(slope, call_ms, error)
-    kinds = {kind: sums(terms) for kind, terms in _by_kind(model, alternatives.options).items()}
-    weights = megabytes(dissection, model, alternatives)
-    by_piece = _by_piece(model, weights, plans)
-    reading = find_reading(*by_piece, raw, measured)
-    cold = model if reading is None else reading.applied(model, weights)
-    raw_cold = np.array([cold.raw_ms(widths) for widths in plans])
-
-    def fitted(kind: LatencyModel, more: Mapping[str, np.ndarray]) -> _Fit:
-        fit = _fitted({"slope": raw if kind is model else raw_cold, "intercept": np.ones(len(raw)), **more}, measured)
-        if kind is model:
-            return fit
-        unseen = left_out_again(*by_piece, raw, measured, list(more.values()), [STIFFNESS for _ in more])
-        return replace(fit, predicted=unseen)
-
-    best, of = fitted(model, {}), model
-    for kind, more in ((cold, {}), (model, kinds), (cold, kinds)):
-        most = WORTH * mean_error(best.predicted, measured)
-        if most > EXACT and (kind is not model or more):
-            fit = fitted(kind, more)
-            if fit.sound() and mean_error(fit.predicted, measured) < most:
-                best, of = fit, kind
-    terms = tuple(best.corrected(term, alternatives.options) for term in of.terms)
+    kinds = {kind: whole.sums(own) for kind, own in _by_kind(model, alternatives.options).items()}
+    best, reading = _fitted({"slope": raw, "intercept": np.ones(len(raw))}, measured), None
+    if WORTH * mean_error(best.predicted, measured) > EXACT:
+        weights = megabytes(dissection, model, alternatives)
+        best, reading = _with_corrections(best, model, weights, kinds, whole)
+        model = model if reading is None else reading.applied(model, weights)
+    terms = tuple(best.corrected(term, alternatives.options) for term in model.terms)
     slope, intercept = best.coefficients["slope"], best.coefficients["intercept"]
     error = errors(best.predicted, measured)
     stated = {**error, **{n: c for n, c in best.coefficients.items() if n in kinds}}
-    if reading is not None and of is cold:
+    if reading is not None:
         stated |= {READ: slope * reading.ms_per_mb, HELD: reading.held_mb}
     if bench.table.get_calibration(key) != (slope, intercept, stated):  # a complete table is only read
         bench.table.put_calibration(key, slope, intercept, stated)
-    return replace(of, terms=terms).calibrated(slope, intercept, error)
+    return replace(model, terms=terms).calibrated(slope, intercept, error)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Engines:
+    """Configurations and milliseconds of whole engines."""
+
+    plans: Sequence[Mapping[str, int]]
+    measured: np.ndarray
+
+    def sums(self, model: LatencyModel) -> np.ndarray:
+        """What the model's terms add up to, shape ``(engines,)``."""
+        return np.array([model.raw_ms(widths) for widths in self.plans])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,10 +112,38 @@ class _Fit:
         return replace(term, ms=term.ms * (1.0 + known.get(_kind(term, options), 0.0) / slope))
 
 
-def _fitted(columns: Mapping[str, np.ndarray], measured: np.ndarray) -> _Fit:
-    stiffness = [STIFFNESS if name in KINDS else 0.0 for name in columns]
-    values = [float(c) for c in fit_linear(list(columns.values()), measured, stiffness)]
-    return _Fit(dict(zip(columns, values, strict=True)), left_out(list(columns.values()), measured, stiffness))
+def _fitted(columns: Mapping[str, np.ndarray], measured: np.ndarray, predicted: np.ndarray | None = None) -> _Fit:
+    """The fit to all engines; ``predicted`` where something beside the coefficients was chosen without the engine."""
+    design, stiffness = list(columns.values()), [STIFFNESS if name in KINDS else 0.0 for name in columns]
+    values = [float(c) for c in fit_linear(design, measured, stiffness)]
+    unseen = left_out(design, measured, stiffness) if predicted is None else predicted
+    return _Fit(dict(zip(columns, values, strict=True)), unseen)
+
+
+def _with_corrections(
+    plain: _Fit,
+    model: LatencyModel,
+    weights: Mapping[str, np.ndarray],
+    kinds: Mapping[str, np.ndarray],
+    engines: _Engines,
+) -> tuple[_Fit, Reading | None]:
+    """The fit with what rule 4 keeps of the corrections, and what is read again where that is among them."""
+    raw, measured = engines.sums(model), engines.measured
+    again = readings(*_by_piece(model, weights, engines.plans), raw)
+    found = again.best(measured)
+    best, kept = plain, None
+    for own, more in ((found, {}), (None, kinds), (found, kinds)):
+        most = WORTH * mean_error(best.predicted, measured)
+        if most <= EXACT or (own is None and not more):
+            continue
+        columns, unseen = {"slope": raw, "intercept": np.ones(len(raw)), **more}, None
+        if own is not None:
+            columns["slope"] = engines.sums(own.applied(model, weights))
+            unseen = again.left_out(measured, list(more.values()), [STIFFNESS for _ in more])
+        fit = _fitted(columns, measured, unseen)
+        if fit.sound() and mean_error(fit.predicted, measured) < most:
+            best, kept = fit, own
+    return best, kept
 
 
 def _kind(term: Term, options: Options) -> str:
@@ -136,9 +156,10 @@ def _kind(term: Term, options: Options) -> str:
     return "ranks" if any(switch == option.switch for option in options.ranks) else ""
 
 
-def _by_kind(model: LatencyModel, options: Options) -> dict[str, list[Term]]:
-    found = {kind: [term for term in model.terms if _kind(term, options) == kind] for kind in KINDS}
-    return {kind: terms for kind, terms in found.items() if terms}
+def _by_kind(model: LatencyModel, options: Options) -> dict[str, LatencyModel]:
+    """The terms of every kind of which there are any."""
+    found = {kind: tuple(term for term in model.terms if _kind(term, options) == kind) for kind in KINDS}
+    return {kind: replace(model, terms=terms) for kind, terms in found.items() if terms}
 
 
 def _by_piece(

@@ -6,7 +6,7 @@ layers have been through the caches since, and what these cannot hold comes from
     again = max(0, sum_k r_k - p C),        r_k = min(p MB_k, ms_k)                                  [milliseconds]
 
 1. ``p`` is what reading a MB takes beyond what a piece takes by itself. That is at most as long again: a piece that
-   does little but read weights reads them from afar when it is alone, too.
+   does little but read weights reads them from afar when it is alone, too. Weights count as fp32 in all precisions.
 2. ``C`` is how many MB the caches hold of one run until the next. Up to there nothing is read again.
 3. Both follow from whole engines: of a grid, C in shares of the most weights in any of them and p in what a MB of them
    takes in all, that pair counts with which ``T = intercept + slope * (raw + again)`` fits them best, of equal ones the
@@ -29,7 +29,7 @@ from sluice.profiler.fit import fit_linear
 from sluice.profiler.pieces import Dissection, Piece, spread_widths, weight_bytes
 from sluice.profiler.variants import Alternatives
 
-__all__ = ["Reading", "find_reading", "left_out_again", "megabytes"]
+__all__ = ["Reading", "Readings", "megabytes", "readings"]
 
 SHARES = (0.0, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 PRICES = tuple(2.0 ** (k / 12) for k in range(-60, 13))
@@ -54,47 +54,39 @@ class Reading:
         return replace(model, terms=tuple(map(cold, model.terms)), spared=self.ms_per_mb * self.held_mb)
 
 
-def megabytes(dissection: Dissection, model: LatencyModel, alternatives: Alternatives) -> dict[str, np.ndarray]:
-    """Megabytes of weights by the name of a piece's term, on its knots."""
-    terms = {term.name: term for term in model.terms}
-    own = [(piece.name, piece, dissection) for piece in dissection.pieces]
-    own += [(f"{p.name} {s.place.switch}", p, s.dissection) for s in alternatives.shown for p in s.place.pieces]
-    return {name: _megabytes(piece, cut, terms[name]) for name, piece, cut in own}
+@dataclass(frozen=True, slots=True, eq=False)
+class Readings:
+    """The pairs that count (rule 3) by increasing C, and what the engines add up to with each.
 
-
-def find_reading(ms: np.ndarray, weights: np.ndarray, raw: np.ndarray, measured: np.ndarray) -> Reading | None:
-    """The pair of rule 3, None where too few engines read anything again.
-
-    Args:
-        ms, weights: milliseconds and MB of every piece in every engine, shape ``(engines, pieces)``, 0 where it has
-            none of it.
-        raw: what pieces and joints add up to, shape ``(engines,)``.
-        measured: milliseconds of the engines.
+    ``raw``, shape ``(engines,)``, is what pieces and joints alone add up to; ``sums`` has shape ``(pairs, engines)``.
     """
-    pairs, sums = _candidates(ms, weights, raw)
-    best = _best(sums, measured)
-    return None if best is None else pairs[best]
+
+    pairs: tuple[Reading, ...]
+    raw: np.ndarray
+    sums: np.ndarray
+
+    def best(self, measured: np.ndarray) -> Reading | None:
+        """The pair of rule 3, None where too few engines read anything again."""
+        best = _best(self.sums, measured)
+        return None if best is None else self.pairs[best]
+
+    def left_out(
+        self, measured: np.ndarray, more: Sequence[np.ndarray] = (), stiffness: Sequence[float] = ()
+    ) -> np.ndarray:
+        """Every engine as predicted by a pair and a fit, with ``more`` columns, to all the others."""
+        found = np.empty(len(measured))
+        for i in range(len(measured)):
+            rest = np.arange(len(measured)) != i
+            best = _best(self.sums[:, rest], measured[rest])
+            own = self.raw if best is None else self.sums[best]
+            design = [own, np.ones(len(measured)), *more]
+            fitted = fit_linear([c[rest] for c in design], measured[rest], [0.0, 0.0, *stiffness])
+            found[i] = sum(k * c[i] for k, c in zip(fitted, design, strict=True))
+        return found
 
 
-def left_out_again(
-    ms: np.ndarray, weights: np.ndarray, raw: np.ndarray, measured: np.ndarray,
-    more: Sequence[np.ndarray] = (), stiffness: Sequence[float] = (),
-) -> np.ndarray:  # fmt: skip
-    """Every engine as predicted by a pair and a fit, with ``more`` columns, to all the others."""
-    _, sums = _candidates(ms, weights, raw)
-    found = np.empty(len(raw))
-    for i in range(len(raw)):
-        rest = np.arange(len(raw)) != i
-        best = _best(sums[:, rest], measured[rest])
-        own = raw if best is None else sums[best]
-        design = [own, np.ones(len(raw)), *more]
-        fitted = fit_linear([c[rest] for c in design], measured[rest], [0.0, 0.0, *stiffness])
-        found[i] = sum(k * c[i] for k, c in zip(fitted, design, strict=True))
-    return found
-
-
-def _candidates(ms: np.ndarray, weights: np.ndarray, raw: np.ndarray) -> tuple[list[Reading], np.ndarray]:
-    """Pairs by increasing C, and what engines add up to with each, shape ``(pairs, engines)``."""
+def readings(ms: np.ndarray, weights: np.ndarray, raw: np.ndarray) -> Readings:
+    """Those of engines whose pieces take ``ms`` and hold ``weights`` MB, both ``(engines, pieces)``, 0 if not there."""
     pairs: list[Reading] = []
     sums: list[np.ndarray] = []
     most, unit = float(weights.sum(1).max(initial=0.0)), float(raw.sum() / max(weights.sum(), 1e-12))
@@ -105,7 +97,15 @@ def _candidates(ms: np.ndarray, weights: np.ndarray, raw: np.ndarray) -> tuple[l
         if len(raw) - held >= FEWEST and (share == 0.0 or held >= FEWEST):
             pairs.append(pair)
             sums.append(raw + np.maximum(0.0, again))
-    return pairs, np.array(sums).reshape(len(pairs), len(raw))
+    return Readings(tuple(pairs), raw, np.array(sums).reshape(len(pairs), len(raw)))
+
+
+def megabytes(dissection: Dissection, model: LatencyModel, alternatives: Alternatives) -> dict[str, np.ndarray]:
+    """Megabytes of weights by the name of a piece's term, on its knots."""
+    terms = {term.name: term for term in model.terms}
+    own = [(piece.name, piece, dissection) for piece in dissection.pieces]
+    own += [(f"{p.name} {s.place.switch}", p, s.dissection) for s in alternatives.shown for p in s.place.pieces]
+    return {name: _megabytes(piece, cut, terms[name]) for name, piece, cut in own}
 
 
 def _best(sums: np.ndarray, measured: np.ndarray) -> int | None:

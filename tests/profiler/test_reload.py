@@ -12,7 +12,7 @@ from sluice.profiler.engine_times import model_key
 from sluice.profiler.fit import fit_linear, left_out, mean_error
 from sluice.profiler.measure import Measurement
 from sluice.profiler.pieces import dissect
-from sluice.profiler.reload import SHARES, Reading, find_reading, left_out_again, megabytes
+from sluice.profiler.reload import SHARES, Reading, megabytes, readings
 from sluice.profiler.table import LatencyTable
 from sluice.profiler.variants import Alternatives
 from tests.device import FINGERPRINT, FakeRunner, chain, staircase
@@ -35,7 +35,7 @@ def test_what_engines_read_again_is_found(seed: int, share: float) -> None:
     held = share * float(weights.sum(1).max())
     again = np.maximum(0.0, np.minimum(0.06 * weights, ms).sum(1) - 0.06 * held)
     measured = 1.07 * (raw + again) + 0.02
-    found = find_reading(ms, weights, raw, measured)
+    found = readings(ms, weights, raw).best(measured)
     assert found is not None and np.count_nonzero(again) > 12
     assert found.ms_per_mb == pytest.approx(0.06, rel=0.06)
     if share > 0.2:  # where all engines read something again, what is held is the same for all, as the intercept is
@@ -58,7 +58,7 @@ def test_an_engine_is_predicted_by_a_pair_that_has_not_seen_it() -> None:
         again = np.maximum(0.0, np.minimum(per_mb * weights, ms).sum(1) - per_mb * held)
         measured = 1.05 * (raw + again) * (1.0 + 0.02 * rng.standard_normal(48))
         plain = mean_error(left_out([raw, np.ones(48)], measured), measured)
-        return 1.0 - mean_error(left_out_again(ms, weights, raw, measured), measured) / plain
+        return 1.0 - mean_error(readings(ms, weights, raw).left_out(measured), measured) / plain
 
     assert np.mean([gain(seed, 0.0) for seed in range(8)]) < 0.01
     assert np.mean([gain(seed, 0.06) for seed in range(8)]) > 0.4
@@ -67,7 +67,7 @@ def test_an_engine_is_predicted_by_a_pair_that_has_not_seen_it() -> None:
 def test_nothing_is_found_where_nothing_is_read_again() -> None:
     ms, weights = random_engines(0)
     raw = ms.sum(1)
-    assert find_reading(ms, np.zeros_like(weights), raw, 1.1 * raw) is None
+    assert readings(ms, np.zeros_like(weights), raw).best(1.1 * raw) is None
 
 
 @pytest.mark.parametrize("held", [SHARES[3], None])
