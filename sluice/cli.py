@@ -69,22 +69,20 @@ def profile(args: argparse.Namespace) -> int:
     """Measure, on this device, what the table does not know yet; with --pack, write a job that does so elsewhere."""
     from sluice.profiler.placement import check_inspector, place_profile, placement_lines
     from sluice.profiler.profile import profile_onnx, profile_shard
-    from sluice.profiler.shards import Shard
     from sluice.profiler.summary import profile_summary, shard_summary
 
     if args.pack:
         return _pack(args)
     if args.out or not args.table:
         args.wrong("give --table TABLE.db, or --pack with -o JOB.zip")
-    if args.layers and args.shard:
+    if args.layers and args.shard is not None:
         args.wrong("--layers is told of the whole network, --shard measures a share of it; leave out one of the two")
-    shard = Shard.parse(args.shard) if args.shard else None
     settings = _settings(args)
     if args.layers:
         check_inspector(args.target)
     dense = _dense_onnx(args)
-    if shard is not None:
-        return _print(args, *shard_summary(profile_shard(dense, shard=shard, **settings)))
+    if args.shard is not None:
+        return _print(args, *shard_summary(profile_shard(dense, shard=args.shard, **settings)))
     measured = profile_onnx(dense, **settings)
     data, lines = profile_summary(measured, settings["methods"])
     if args.layers:
@@ -96,7 +94,7 @@ def profile(args: argparse.Namespace) -> int:
 def _pack(args: argparse.Namespace) -> int:
     from sluice.profiler.job import Job, known_table, write_job
 
-    if not args.out or args.shard:
+    if not args.out or args.shard is not None:
         args.wrong("--pack writes one job for all shards: give -o JOB.zip, and --shard where the job is run")
     if args.layers:
         args.wrong("--layers asks the runtime of this machine, --pack is for another; leave out one of the two")

@@ -6,6 +6,10 @@ A type says what is wrong with a word and what to write instead; `argparse` adds
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sluice.profiler.shards import Shard
 
 __all__ = [
     "METHODS",
@@ -20,6 +24,7 @@ __all__ = [
     "precision",
     "profiling",
     "shape",
+    "shard",
     "table",
 ]
 
@@ -65,7 +70,9 @@ def table(p: argparse.ArgumentParser) -> None:
 def profiling(p: argparse.ArgumentParser) -> None:
     p.add_argument("--table", help="latency table, made or continued; with --pack, what is known already")
     _profiled(p)
-    p.add_argument("--shard", metavar="K/N", help="measure the share of one of N devices or hosts of one kind")
+    p.add_argument(
+        "--shard", type=shard, metavar="K/N", help="measure the share of one of N devices or hosts of one kind"
+    )
     p.add_argument("--pack", action="store_true", help="measure nothing, write a job for a device without torch")
     p.add_argument("-o", "--out", metavar="JOB.zip", help="with --pack, the job to write")
     p.add_argument(
@@ -99,6 +106,13 @@ def shape(text: str) -> tuple[int, ...]:
             f"{text!r} is no shape; give whole numbers of 1 or more, without the batch, as in 3,32,32"
         )
     return tuple(size for size in sizes if size is not None)
+
+
+def shard(text: str) -> Shard:
+    """``2/8``."""
+    from sluice.profiler.shards import shard_argument
+
+    return shard_argument(text)
 
 
 def positive(text: str) -> int:

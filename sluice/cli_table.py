@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any
+
+from sluice.errors import SluiceError
 
 __all__ = ["add_table"]
 
@@ -49,9 +52,14 @@ def merge(args: argparse.Namespace) -> int:
         "points": done.points,
         "engines": done.engines,
         "tables": [{"file": f, "times": r} for f, r in zip(args.tables, done.ratios, strict=True)],
+        "in_flight": list(done.in_flight),
     }
     lines = [f"{args.out}: {done.points} points, {done.engines} engines"]
     lines += [f"  {f}: times multiplied by {r:.4f}" for f, r in zip(args.tables, done.ratios, strict=True)]
+    lines += [
+        f"  beside {f} lie points in flight, which are not in here; its shard, run once more, goes on with them"
+        for f in done.in_flight
+    ]
     return _print(args, data, lines)
 
 
@@ -97,6 +105,8 @@ def csv(args: argparse.Namespace) -> int:
     from sluice.profiler.listing import to_csv
     from sluice.profiler.table import LatencyTable
 
+    if args.out and os.path.exists(args.out) and os.path.samefile(args.out, args.table):
+        raise SluiceError(f"{args.out} is the latency table itself; give another file for the rows")
     with LatencyTable.open(args.table) as table:
         text = to_csv(table)
     if args.out:

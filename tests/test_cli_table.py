@@ -20,6 +20,7 @@ from sluice.profiler.fingerprint import Fingerprint
 from sluice.profiler.job import Job, read_job
 from sluice.profiler.measure import Measurement
 from sluice.profiler.table import LatencyTable
+from sluice.profiler.table_file import bursts_of
 from tests import tiny
 from tests.tiny import dense_onnx_in, words
 
@@ -193,12 +194,41 @@ def test_pack(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert job.read_bytes() == before
 
 
+def test_nothing_is_written_over_what_it_is_made_from(
+    a: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    dense = dense_onnx_in(tmp_path)
+    before = a.read_bytes(), Path(dense).read_bytes()
+    assert "is the latency table itself" in run(capsys, "table csv", a, "-o", a, status=1)
+    for taken in (a, dense):
+        pack = words("profile --pack", dense, f"--batch {tiny.BATCH} --methods filter -o", taken)
+        assert main(pack) == 1 and "exists and is no job; give another file" in capsys.readouterr().err
+    assert (a.read_bytes(), Path(dense).read_bytes()) == before
+
+
+@pytest.mark.parametrize("pack", ["", "--pack -o job.zip"])
+def test_an_empty_shard_is_wrong_usage(pack: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """As ``--shard "$SHARD"`` gives it on a host where that is not set, which then measured the whole."""
+    with pytest.raises(SystemExit) as wrong:
+        main(["profile", str(dense_onnx_in(tmp_path)), "--table", str(tmp_path / "t.db"), "--shard", "", *pack.split()])
+    assert wrong.value.code == 2 and "is no shard" in capsys.readouterr().err and not (tmp_path / "t.db").exists()
+
+
+def test_merge_tells_of_points_in_flight(a: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "in flight" not in run(capsys, "table merge", a, "-o", tmp_path / "1.db")
+    Path(bursts_of(str(a))).write_text("{}\n")
+    assert f"beside {a} lie points in flight" in run(capsys, "table merge", a, "-o", tmp_path / "2.db")
+    assert json.loads(run(capsys, "table merge --json", a, "-o", tmp_path / "3.db"))["in_flight"] == [str(a)]
+
+
 def test_profile_of_a_shard(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     dense = dense_onnx_in(tmp_path)
     asked = f"--batch {tiny.BATCH} --quiet --methods filter --table"
     with tiny.simulated_device():
         found = json.loads(run(capsys, "profile --json", dense, "--shard 2/2", asked, tmp_path / "t.db"))
         assert found["shard"] == "2/2" and found["points"] > 0 and not found["complete"]
-        assert "no shard 3/2" in run(capsys, "profile", dense, "--shard 3/2", asked, tmp_path / "t.db", status=1)
+        with pytest.raises(SystemExit) as wrong:
+            main(words("profile", dense, "--shard 3/2", asked, tmp_path / "t.db"))
+        assert wrong.value.code == 2 and "no shard 3/2" in capsys.readouterr().err
         text = run(capsys, "profile", dense, asked, tmp_path / "t.db")
     assert text.startswith("dense ") and "least reachable" in text and "without scipy" not in text

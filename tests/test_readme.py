@@ -99,7 +99,7 @@ def test_what_runs_on_the_device_parses() -> None:
         assert (program, job) == ("python", "job.zip")
         found = agent._parser().parse_args([job, *rest])
         assert found.out.endswith(".db")
-        assert found.shard is None or Shard.parse(found.shard)
+        assert found.shard is None or isinstance(found.shard, Shard)
 
 
 def test_the_commands_for_a_device_run(

@@ -28,10 +28,10 @@ from sluice.profiler.fingerprint import Fingerprint, difference
 from sluice.profiler.job import SITE, read_job
 from sluice.profiler.profile import fingerprint_here, profile_onnx, profile_shard
 from sluice.profiler.progress import lines, silent
-from sluice.profiler.shards import Shard
+from sluice.profiler.shards import Shard, shard_argument
 from sluice.profiler.summary import profile_summary, shard_summary
 from sluice.profiler.table import LatencyTable
-from sluice.profiler.table_file import drop_bursts
+from sluice.profiler.table_file import drop_bursts, exists
 
 __all__ = ["main", "run_job"]
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one job; the exit status."""
     args = _parser().parse_args(argv)
     try:
-        data, text = run_job(args.job, args.out, Shard.parse(args.shard) if args.shard else None, quiet=args.quiet)
+        data, text = run_job(args.job, args.out, args.shard, quiet=args.quiet)
     except SluiceError as error:
         print(f"sluice: error: {error}", file=sys.stderr)
         return 1
@@ -63,7 +63,7 @@ def run_job(
     if importlib.util.find_spec("onnx_graphsurgeon") is None:
         sys.path.append(f"{path}/{SITE}")
     fingerprint = fingerprint_here(job.target, job.threads, job.batch, job.precision)
-    if known is not None and not Path(table).exists():
+    if known is not None and not exists(str(table)):
         _check_known(known, str(path), fingerprint)
         write_atomically(table, known)
         drop_bursts(str(table))
@@ -93,7 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description="Profile the network of a job on this device.")
     parser.add_argument("job", metavar="JOB.zip", help="what `sluice profile --pack` wrote")
     parser.add_argument("-o", "--out", required=True, metavar="TABLE.db", help="latency table, made or continued")
-    parser.add_argument("--shard", metavar="K/N", help="measure the share of one of N devices or hosts of this kind")
+    parser.add_argument(
+        "--shard",
+        type=shard_argument,
+        metavar="K/N",
+        help="measure the share of one of N devices or hosts of this kind",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     return parser

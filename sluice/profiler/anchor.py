@@ -7,23 +7,34 @@ A host that is busy for the whole of that first time makes it too long, and then
 anchor that was 13% slow, a ResNet-1D came out 8% too slow, without a word. So where the anchor takes less in some later
 call, by `CALM`, its quiet time is taken anew, and counts if it is lower by more than `NOISE`. Where it was off by
 `OFF`, all that the table holds by then is marked as uncertain, and that call is made again.
+
+Where another host goes on with a table, of the same kind but some percent slower or quicker, its own quiet time is
+measured, all that the table holds is multiplied by ``own / known``, and the table is that host's from then on. Beyond
+`MAX_RATIO` it is of another kind.
 """
 
 from __future__ import annotations
+
+import json
+import os
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from sluice.errors import SluiceError
 from sluice.profiler.measure import CALM, UNCERTAIN, Anchor, Measurement, measure
 from sluice.profiler.table import LatencyTable
+from sluice.runtime.host import host_identity
 from sluice.runtime.runner import Runner, Session
 
-__all__ = ["anchor_model", "make_anchor", "was_slow"]
+__all__ = ["MAX_RATIO", "anchor_model", "make_anchor", "was_slow"]
 
 KEY = "anchor-v1"
 TRIES, ANEW = 8, 2
 OFF, NOISE = 0.03, 0.005
+MAX_RATIO = 1.15
+HOST = "host"
 
 
 def anchor_model() -> onnx.ModelProto:
@@ -45,14 +56,45 @@ def anchor_model() -> onnx.ModelProto:
 
 
 def make_anchor(table: LatencyTable, runner: Runner, rng: np.random.Generator) -> Anchor:
-    """The anchor engine with the quiet time that the table knows, or that is measured now and recorded."""
+    """The anchor engine with the quiet time that the table knows, or that is measured now and recorded.
+
+    Raises:
+        SluiceError: the table was begun on a host of another kind.
+    """
     session = runner.build(anchor_model())
-    known = table.get(KEY, ())
+    known, here = table.get(KEY, ()), host_identity()
     if known is None:
         known = _quiet(session, TRIES, rng)
         table.put(KEY, (), known)
         table.describe(KEY, "reference engine measured along with every point")
+        table.put_blob(HOST, _encoded(here))
+    elif _of_another_host(table, here):
+        known = _moved(table, known, _quiet(session, TRIES, rng), here)
     return Anchor(session, known.ms)
+
+
+def _of_another_host(table: LatencyTable, here: frozenset[str]) -> bool:
+    """Only of tables that can be written, and where both hosts have something to be known by."""
+    there = frozenset(json.loads(table.get_blob(HOST) or b"[]"))
+    return bool(there and here) and not there & here and os.access(table.path, os.W_OK)
+
+
+def _moved(table: LatencyTable, known: Measurement, own: Measurement, here: frozenset[str]) -> Measurement:
+    """The anchor in a table whose times are now of this host."""
+    ratio = own.ms / known.ms
+    if not 1 / MAX_RATIO <= ratio <= MAX_RATIO:
+        raise SluiceError(
+            f"{table.path} is of a host whose reference engine takes {1 / ratio:.2f} times what it takes here, beyond "
+            f"{MAX_RATIO}; go on with it there or on a host of that kind, or begin a new table here"
+        )
+    if abs(ratio - 1.0) <= NOISE:
+        ratio, own = 1.0, known
+    table.move(ratio, [(KEY, (), own)], {HOST: _encoded(here)})
+    return own
+
+
+def _encoded(identity: frozenset[str]) -> bytes:
+    return json.dumps(sorted(identity)).encode()
 
 
 def was_slow(anchor: Anchor, ms: float, table: LatencyTable) -> bool:

@@ -29,11 +29,12 @@ from typing import Any
 import onnx
 
 from sluice.errors import SluiceError
-from sluice.files import write_atomically
+from sluice.files import read_bytes, write_atomically
 from sluice.passes.options import check_methods
 from sluice.passes.precision import check_precision
 from sluice.profiler.fingerprint import difference
 from sluice.profiler.table import LatencyTable
+from sluice.profiler.table_file import exists
 from sluice.runtime.runner import check_fit
 
 __all__ = ["SITE", "Job", "known_table", "read_job", "write_job"]
@@ -75,7 +76,13 @@ class Job:
 
 
 def write_job(path: str | Path, model: onnx.ModelProto, job: Job, table: bytes | None = None) -> int:
-    """Write the job file, whole or not at all; its size in bytes."""
+    """Write the job file, whole or not at all; its size in bytes.
+
+    Raises:
+        SluiceError: another kind of file is there, or it cannot be written.
+    """
+    if exists(str(path)) and not read_bytes(path, "a job").startswith(b"PK"):  # a job that was cut off may go
+        raise SluiceError(f"{str(path)!r} exists and is no job; give another file for the job, it was left as it is")
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as file:
         settings = {"format": VERSION, **asdict(job)}

@@ -25,16 +25,16 @@ from typing import TypeVar
 
 from sluice.errors import SluiceError
 from sluice.profiler.anchor import KEY as ANCHOR_KEY
+from sluice.profiler.anchor import MAX_RATIO
 from sluice.profiler.fingerprint import Fingerprint, difference
 from sluice.profiler.in_flight import AGAIN, ONCE, Point, keep_points, points_kept
 from sluice.profiler.measure import Measurement
 from sluice.profiler.sweep import SOURCE_KEY
-from sluice.profiler.table import LatencyTable
-from sluice.profiler.table_file import drop_bursts, exists
+from sluice.profiler.table import Fit, LatencyTable, scaled
+from sluice.profiler.table_file import bursts_of, drop_bursts, exists
 
-__all__ = ["MAX_RATIO", "Merged", "merge_tables"]
+__all__ = ["Merged", "merge_tables"]
 
-MAX_RATIO = 1.15
 NOISE = 0.05
 Engine = tuple[tuple[str, int], ...]
 Key = TypeVar("Key")
@@ -42,11 +42,16 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What the merged table holds, and by what the times of every table were multiplied."""
+    """What the merged table holds, by what the times of every table were multiplied, and what was left out.
+
+    ``in_flight`` are the tables beside which bursts of unfinished points lie, which only the command that was killed
+    goes on with.
+    """
 
     points: int
     engines: int
     ratios: tuple[float, ...]
+    in_flight: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -55,7 +60,7 @@ class _Content:
 
     points: dict[tuple[str, tuple[int, ...]], Measurement] = field(default_factory=dict)
     engines: dict[tuple[str, Engine], Measurement] = field(default_factory=dict)
-    calibrations: dict[str, tuple[float, float, dict[str, float]]] = field(default_factory=dict)
+    calibrations: dict[str, Fit] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     unfinished: dict[str, set[Point]] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
@@ -78,11 +83,9 @@ class _Content:
                 where = f"an engine of network {network}"
                 _keep(self.engines, (network, engine), _checked(found, 0.0, where, table.path, ratio))
             if (fit := table.get_calibration(network)) is not None:
-                slope, intercept, error = fit
-                in_ms = {name: value * ratio for name, value in error.items() if name.endswith("_ms_per_mb")}
                 known = self.calibrations.get(network)
-                if known is None or error.get("n", 0.0) > known[2].get("n", 0.0):
-                    self.calibrations[network] = (slope, intercept * ratio, {**error, **in_ms})
+                if known is None or fit[2].get("n", 0.0) > known[2].get("n", 0.0):
+                    self.calibrations[network] = scaled(fit, ratio)
         for name in (ONCE, AGAIN):
             self.unfinished.setdefault(name, set()).update(points_kept(table, name))
         for name in table.blobs().keys() - {ONCE, AGAIN}:
@@ -142,7 +145,8 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
             os.replace(draft, out)
     except OSError as error:
         raise SluiceError(f"cannot write {str(out)!r}: {error.strerror or error}; choose another folder") from None
-    return Merged(len(content.points), len(content.engines), tuple(ratios))
+    in_flight = tuple(os.fspath(path) for path in paths if os.path.exists(bursts_of(os.fspath(path))))
+    return Merged(len(content.points), len(content.engines), tuple(ratios), in_flight)
 
 
 def _anchor_ms(table: LatencyTable) -> float | None:

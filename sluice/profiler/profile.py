@@ -24,7 +24,7 @@ from sluice.profiler.anchor import KEY as ANCHOR_KEY
 from sluice.profiler.anchor import anchor_model, make_anchor
 from sluice.profiler.calibrate import calibrate
 from sluice.profiler.fingerprint import Fingerprint
-from sluice.profiler.measure import Anchor
+from sluice.profiler.measure import UNCERTAIN, Anchor
 from sluice.profiler.pieces import Dissection, dissect
 from sluice.profiler.progress import Progress, progress_of, silent
 from sluice.profiler.shards import Shard
@@ -49,7 +49,8 @@ class Profile:
     """A calibrated latency model, what it was measured on, and the graph it speaks of.
 
     ``points`` of its pieces are in the table, of ``grid`` that there are at all widths and ranks; ``disturbed`` of them
-    were measured on a machine that was never quiet.
+    were measured on a machine that was never quiet. ``moved`` is what the table's times were multiplied by when it was
+    opened, as another host had begun it (`sluice.profiler.anchor`).
     """
 
     latency: LatencyModel
@@ -62,6 +63,7 @@ class Profile:
     points: int = 0
     grid: int = 0
     disturbed: int = 0
+    moved: float = 1.0
 
     def anchor(self, runner: Runner) -> Anchor:
         """The reference engine that makes times of different moments comparable."""
@@ -104,12 +106,17 @@ def measured_elsewhere(table: str | os.PathLike[str], *, target: str, threads: i
 
 @dataclass(frozen=True, slots=True)
 class ShardDone:
-    """What a shard added to its table, and whether the table now holds all points of the network."""
+    """What a shard added to its table, and whether the table now holds all points of the network.
+
+    Of the table's points ``disturbed`` were measured on a machine that was never quiet; ``moved`` as in `Profile`.
+    """
 
     shard: Shard
     points: int
     engines: int
     complete: bool
+    disturbed: int = 0
+    moved: float = 1.0
 
 
 def profile_onnx(
@@ -148,7 +155,15 @@ def profile_onnx(
             latency = calibrate(dissection, found.latency(bench), own, found.alternatives, seed=seed)
         cache, counts = bench.table.get_blob(timing_cache.NAME), found.coverage(bench.table)
     return Profile(
-        latency, dissection, fingerprint, target, bench.anchor.ms, found.alternatives.options, cache, *counts
+        latency,
+        dissection,
+        fingerprint,
+        target,
+        bench.anchor.ms,
+        found.alternatives.options,
+        cache,
+        *counts,
+        bench.moved,
     )
 
 
@@ -208,11 +223,12 @@ def profile_shard(
         before = len(bench.table)
         survey(dissection, bench, show, methods=methods, exclude=exclude, shard=shard)
         points, engines = len(bench.table) - before, 0
+        disturbed, _ = bench.table.beyond(UNCERTAIN, ANCHOR_KEY)
         known = survey_of_known(dissection, bench.table, methods=methods, exclude=exclude)
         if known is not None:
             with show("engines") as advance:
                 engines = measure_engine_share(known, replace(bench, progress=advance), shard, seed)
-    return ShardDone(shard, points, engines, known is not None)
+    return ShardDone(shard, points, engines, known is not None, disturbed, bench.moved)
 
 
 @contextmanager
@@ -221,7 +237,9 @@ def _bench(table: str | os.PathLike[str], fingerprint: Fingerprint, seed: int) -
     rng, runner = np.random.default_rng(seed), make_runner(fingerprint.runtime, fingerprint.threads)
     with LatencyTable.open_or_create(table, fingerprint) as opened:
         timing_cache.restore(runner, opened.get_blob(timing_cache.NAME))
-        yield Bench(opened, runner, make_anchor(opened, runner, rng), rng)
+        before = opened.get(ANCHOR_KEY, ())
+        anchor = make_anchor(opened, runner, rng)
+        yield Bench(opened, runner, anchor, rng, moved=anchor.ms / before.ms if before else 1.0)
 
 
 def _dissect(

@@ -30,6 +30,7 @@ Engines (14, or 48 where not only widths vary) come on top in the last run, or a
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from sluice.passes.factor import forms_of
 from sluice.passes.options import BSR
 from sluice.profiler.pieces import Dissection, Piece, anchor_weight
 
-__all__ = ["WHOLE", "Shard", "Share", "share_of"]
+__all__ = ["WHOLE", "Shard", "Share", "shard_argument", "share_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +61,8 @@ class Shard:
     def parse(cls, text: str) -> Shard:
         """``"2/8"``: the second of eight."""
         index, _, count = text.partition("/")
-        if not (index.isdecimal() and count.isdecimal() and int(count)):
-            raise SluiceError(f"--shard {text!r} is not understood; give its number and how many there are, as in 2/8")
+        if not (_few(index) and _few(count) and int(count)):
+            raise SluiceError(f"{text!r} is no shard; give its number and how many there are, as in 2/8")
         return cls(int(index), int(count))
 
     def takes(self, position: int) -> bool:
@@ -69,7 +70,16 @@ class Shard:
         return position % self.count == self.index - 1
 
 
+def shard_argument(text: str) -> Shard:
+    """`Shard.parse` as a type of `argparse`."""
+    try:
+        return Shard.parse(text)
+    except SluiceError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 WHOLE = Shard(1, 1)
+MOST_DIGITS = 4
 
 # What is expected to be measured behind a piece, of one form of its layer with the ranks, and of runs that may merge.
 JOINT_POINTS, FORM_POINTS, MERGE_POINTS = 4, 50, 16
@@ -142,9 +152,13 @@ class _Work:
             return [0, n]
         points = {(i, j): self.points(i, j) for i in range(n + 1) for j in range(i, n + 1)}
         best: list[tuple[float, list[int]]] = [(0.0 if j == 0 else math.inf, [0]) for j in range(n + 1)]
-        for _ in range(count):
+        for _ in range(min(count, n)):
             best = [min((max(best[i][0], points[i, j]), [*best[i][1], j]) for i in range(j + 1)) for j in range(n + 1)]
-        return best[n][1]
+        return best[n][1] + [n] * (count - n)  # shards beyond the parts have no work
+
+
+def _few(text: str) -> bool:
+    return text.isdecimal() and len(text) <= MOST_DIGITS
 
 
 def _levels(size: int) -> float:

@@ -27,6 +27,7 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
         "points": measured.points,
         "grid": measured.grid,
         "disturbed": measured.disturbed,
+        "moved": measured.moved,
         "levels": {g: list(v) for g, v in model.levels.items() if g not in model.switches and g not in ranks},
         "ranks": {option.switch: list(model.levels[option.rank]) for option in offered.ranks},
         "blocks": [drop.name for drop in offered.drops.values()],
@@ -46,12 +47,7 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
         "widths worth having",
         *(f"  {group}: {_words(widths)}" for group, widths in data["levels"].items()),
     ]
-    if measured.disturbed:
-        lines.insert(
-            2,
-            f"{measured.disturbed} points are uncertain, the machine was busy; `sluice table forget` makes the next "
-            f"profile take them anew (if the machine is slower for good by now, begin a new table)",
-        )
+    lines[2:2] = _remarks(measured)
     if offered.ranks:
         lines += [f"ranks worth having: {len(ranks)}", *(f"  {s}: {_words(v)}" for s, v in data["ranks"].items())]
     if offered.drops:
@@ -64,11 +60,27 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
 def shard_summary(done: ShardDone) -> tuple[dict[str, Any], list[str]]:
     """How much a shard measured, and what to do next."""
     lines = [f"shard {done.shard}: {done.points} points and {done.engines} engines measured, its share is done"]
+    lines += _remarks(done)
     if done.complete:
         lines.append("all points are there; engines of other shards, if any, come with `sluice table merge`")
     else:
         lines.append("merge the tables of all shards (`sluice table merge`), then profile on the result to finish")
     return {**asdict(done), "shard": str(done.shard)}, lines
+
+
+def _remarks(done: Profile | ShardDone) -> list[str]:
+    found = []
+    if done.disturbed:
+        found.append(
+            f"{done.disturbed} points are uncertain, the machine was busy; `sluice table forget` makes the next "
+            f"profile take them anew (if the machine is slower for good by now, begin a new table)"
+        )
+    if done.moved != 1.0:
+        found.append(
+            f"the table was begun on another host; its times were multiplied by {done.moved:.4f}, as the reference "
+            f"engine takes here and there, and are this host's now"
+        )
+    return found
 
 
 def _least(measured: Profile, methods: Sequence[str]) -> tuple[float, dict[str, float]] | None:

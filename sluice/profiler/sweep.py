@@ -58,7 +58,10 @@ class Waits:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bench:
-    """Where points are measured and kept; a ``closed`` one has a runner that builds nothing."""
+    """Where points are measured and kept; a ``closed`` one has a runner that builds nothing.
+
+    ``moved`` is what the table's times were multiplied by when it was opened (`sluice.profiler.anchor`).
+    """
 
     table: LatencyTable
     runner: Runner
@@ -67,6 +70,7 @@ class Bench:
     progress: Progress = lambda done, total: None
     waits: Waits = field(default_factory=Waits)
     closed: bool = False
+    moved: float = 1.0
 
     @property
     def _threads(self) -> int:

@@ -16,6 +16,7 @@ import math
 import os
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,13 +32,16 @@ from sluice.profiler.table_file import (
     drop_bursts,
     exists,
     lay_out,
+    place,
     transaction,
     translated,
 )
 
-__all__ = ["MEMORY", "LatencyTable", "encode_widths"]
+__all__ = ["MEMORY", "Fit", "LatencyTable", "encode_widths", "scaled"]
 
 MEMORY = ":memory:"
+Points = Iterable[tuple[str, Sequence[int], Measurement]]  # key, extents, time
+Fit = tuple[float, float, dict[str, float]]  # slope, intercept, error
 
 
 class LatencyTable:
@@ -60,19 +64,21 @@ class LatencyTable:
             raise SluiceError(f"{name} exists already; open it, or remove it to measure anew")
         # Built aside and moved, so that a kill in between leaves no half-made table under the name.
         draft = Path(name).with_name(f".{Path(name).name}.{os.getpid()}")
-        draft.unlink(missing_ok=True)
         try:
-            connection = connect(str(draft))
+            draft.parent.mkdir(parents=True, exist_ok=True)
+            draft.unlink(missing_ok=True)
+            connection = connect(name, draft)
             try:
                 lay_out(connection, name, fingerprint)
             finally:
                 connection.close()
             drop_bursts(name)
-            os.replace(draft, name)
+            place(draft, name)
         except OSError as error:
             raise SluiceError(f"cannot create {name}: {error}; choose a place that can be written") from error
         finally:
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
         return cls(connect(name), name, fingerprint)
 
     @classmethod
@@ -102,7 +108,13 @@ class LatencyTable:
     def open_or_create(cls, path: str | os.PathLike[str], fingerprint: Fingerprint) -> LatencyTable:
         """The table at ``path`` if there is one (it must have this fingerprint), else a new one."""
         name = os.fspath(path)
-        return cls.open(name, fingerprint) if name != MEMORY and exists(name) else cls.create(name, fingerprint)
+        if name == MEMORY or not exists(name):
+            try:
+                return cls.create(name, fingerprint)
+            except SluiceError:
+                if name == MEMORY or not exists(name):
+                    raise  # otherwise another process was first
+        return cls.open(name, fingerprint)
 
     def close(self) -> None:
         self._connection.close()
@@ -139,7 +151,7 @@ class LatencyTable:
         """Record one point, replacing an older one."""
         self.put_many([(key, extents, measurement)])
 
-    def put_many(self, points: Iterable[tuple[str, Sequence[int], Measurement]]) -> None:
+    def put_many(self, points: Points) -> None:
         """Record all points or, where one of them is refused or cannot be written, none."""
         rows = [(key, _encode(extents), *self._columns(found)) for key, extents, found in points]
         self._write("INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?, ?)", rows)
@@ -154,10 +166,15 @@ class LatencyTable:
         """The pieces that have points."""
         return tuple(row[0] for row in self._rows("SELECT DISTINCT key FROM points ORDER BY key"))
 
-    def forget(self, spread: float, but: str) -> tuple[int, int]:
-        """Remove the points, ``but`` those of one key, and the engines of a larger spread; how many these were."""
+    def beyond(self, spread: float, but: str) -> tuple[int, int]:
+        """How many points, ``but`` those of one key, and engines have a larger spread."""
         ((points,),) = self._rows("SELECT count(*) FROM points WHERE spread > ? AND key != ?", (spread, but))
         ((engines,),) = self._rows("SELECT count(*) FROM engines WHERE spread > ?", (spread,))
+        return points, engines
+
+    def forget(self, spread: float, but: str) -> tuple[int, int]:
+        """Remove what is `beyond`, and tell how much that was."""
+        points, engines = self.beyond(spread, but)
         self._write("DELETE FROM points WHERE spread > ? AND key != ?", [(spread, but)])
         self._write("DELETE FROM engines WHERE spread > ?", [(spread,)])
         return points, engines
@@ -166,6 +183,21 @@ class LatencyTable:
         """Give all points and engines at least this spread."""
         for kind in ("points", "engines"):
             self._write(f"UPDATE {kind} SET spread = max(spread, ?)", [(spread,)])
+
+    def move(self, ratio: float, points: Points, blobs: Mapping[str, bytes]) -> None:
+        """Multiply all times by ``ratio``, then replace these points and blobs: all of it or nothing."""
+        rows = [(key, _encode(extents), *self._columns(found)) for key, extents, found in points]
+        fits = [(network, *scaled(fit, ratio)) for network in self.networks() if (fit := self.get_calibration(network))]
+        with translated(self.path), transaction(self._connection):
+            add_blobs(self._connection)
+            for kind in ("points", "engines"):
+                self._connection.execute(f"UPDATE {kind} SET ms = ms * ?", (ratio,))
+            for network, slope, intercept, error in fits:
+                values = (slope, intercept, json.dumps(error), network)
+                sql = "UPDATE calibrations SET slope = ?, intercept = ?, error = ? WHERE model_key = ?"
+                self._connection.execute(sql, values)
+            self._connection.executemany("INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?, ?)", rows)
+            self._connection.executemany("INSERT OR REPLACE INTO blobs VALUES (?, ?)", list(blobs.items()))
 
     def describe(self, key: str, text: str) -> None:
         """Say in words which piece ``key`` is, as in ``"Conv 3x3 16x28x28 + Relu"``."""
@@ -186,7 +218,7 @@ class LatencyTable:
         row = (model_key, float(slope), float(intercept), json.dumps({k: float(v) for k, v in error.items()}))
         self._write("INSERT OR REPLACE INTO calibrations VALUES (?, ?, ?, ?)", [row])
 
-    def get_calibration(self, model_key: str) -> tuple[float, float, dict[str, float]] | None:
+    def get_calibration(self, model_key: str) -> Fit | None:
         """``(slope, intercept, error)``."""
         rows = self._rows("SELECT slope, intercept, error FROM calibrations WHERE model_key = ?", (model_key,))
         return (rows[0][0], rows[0][1], json.loads(rows[0][2])) if rows else None
@@ -253,6 +285,12 @@ class LatencyTable:
     def _write(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
         with translated(self.path), transaction(self._connection):
             self._connection.executemany(sql, rows)
+
+
+def scaled(fit: Fit, ratio: float) -> Fit:
+    """The calibration of the same pieces and engines, all times multiplied by ``ratio``."""
+    slope, intercept, error = fit
+    return slope, intercept * ratio, {n: v * ratio if n.endswith("_ms_per_mb") else v for n, v in error.items()}
 
 
 def encode_widths(widths: Mapping[str, int]) -> str:

@@ -13,6 +13,7 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from sluice.errors import SluiceError
 from sluice.profiler.fingerprint import Fingerprint
@@ -26,6 +27,7 @@ __all__ = [
     "drop_bursts",
     "exists",
     "lay_out",
+    "place",
     "transaction",
     "translated",
 ]
@@ -48,9 +50,22 @@ CREATE TABLE engines (
 BLOBS = "CREATE TABLE blobs (name TEXT PRIMARY KEY, content BLOB NOT NULL)"
 
 
-def connect(name: str) -> sqlite3.Connection:
+def connect(name: str, draft: Path | None = None) -> sqlite3.Connection:
+    """To the table, or to the draft of it that is to become it."""
     with translated(name):
-        return sqlite3.connect(name, timeout=30.0, isolation_level=None)
+        return sqlite3.connect(draft or name, timeout=30.0, isolation_level=None)
+
+
+def place(draft: Path, name: str) -> None:
+    """Move the draft to where the table belongs; `FileExistsError` where another process made one in the meantime."""
+    if not exists(name):
+        Path(name).unlink(missing_ok=True)
+    try:
+        os.link(draft, name)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        os.replace(draft, name)
 
 
 def lay_out(connection: sqlite3.Connection, name: str, fingerprint: Fingerprint) -> None:
@@ -116,6 +131,11 @@ def check_content(connection: sqlite3.Connection, name: str) -> Fingerprint:
     except sqlite3.OperationalError as error:
         if "locked" in str(error):
             raise SluiceError(f"{name} is in use by another process; wait for that to end") from error
+        if os.path.exists(f"{name}-journal"):
+            raise SluiceError(
+                f"the latency table {name} was left by a process that was killed and cannot be put right here "
+                f"({error}); make the file and its folder writable, or copy it together with {name}-journal"
+            ) from error
         sound, rows = False, []
     except sqlite3.DatabaseError:
         sound, rows = False, []

@@ -1,18 +1,23 @@
-"""What the machine is called that the runtimes of its CPU run on.
+"""What the machine is called that the runtimes of its CPU run on, and what tells it from others of its kind.
 
-A hypervisor may give CPUs of several generations one model name ("AMD EPYC"), of which one takes half the time of the
-other, and an Arm system may give none. So the numbers by which the maker tells its CPUs apart are part of the name.
+1. A hypervisor may give CPUs of several generations one model name ("AMD EPYC"), of which one takes half the time of
+   the other, and an Arm system may give none. So the numbers by which the maker tells its CPUs apart are part of it.
+2. Containers on one host share its boot and may lack the machine's own number, which outlives the boot where it is
+   there. So a host is known by either.
 """
 
 from __future__ import annotations
 
+import hashlib
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["host_device"]
+__all__ = ["host_device", "host_identity"]
 
 CPUINFO = Path("/proc/cpuinfo")
 BOARD = Path("/proc/device-tree/model")
+IDENTITIES = (Path("/etc/machine-id"), Path("/proc/sys/kernel/random/boot_id"))
 NUMBERS = {
     "cpu family": "family",
     "model": "model",
@@ -27,7 +32,8 @@ NUMBERS = {
 def host_device(cpuinfo: Path = CPUINFO, board: Path = BOARD) -> str:
     """The model name of this machine's CPU, or of its board, or its architecture, with the maker's numbers.
 
-    Of a CPU with cores of several kinds each number is of all kinds, as ``part 0xd05/0xd0a``.
+    Of a CPU with cores of several kinds each number is of all kinds that are online, as ``part 0xd05/0xd0a``: with
+    cores of other kinds it is another device.
     """
     values: dict[str, list[str]] = {}
     for line in _text(cpuinfo).splitlines():
@@ -35,8 +41,14 @@ def host_device(cpuinfo: Path = CPUINFO, board: Path = BOARD) -> str:
         values.setdefault(name.strip(), []).append(" ".join(value.split()))
     named = [*values.get("model name", ()), " ".join(_text(board).strip("\0").split()), platform.processor()]
     device = next(filter(None, named), platform.machine() or "unknown CPU")
-    numbers = [f"{short} {'/'.join(dict.fromkeys(values[name]))}" for name, short in NUMBERS.items() if name in values]
+    numbers = [f"{short} {'/'.join(sorted(set(values[name])))}" for name, short in NUMBERS.items() if name in values]
     return f"{device} ({' '.join(numbers)})" if numbers else device
+
+
+def host_identity(files: Sequence[Path] = IDENTITIES) -> frozenset[str]:
+    """Hashes, of which two sets of one host share one; none where the system gives nothing to go by."""
+    texts = [_text(file).strip() for file in files]
+    return frozenset(hashlib.sha256(f"sluice {text}".encode()).hexdigest()[:16] for text in texts if text)
 
 
 def _text(file: Path) -> str:

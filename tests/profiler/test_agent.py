@@ -109,6 +109,7 @@ def test_shards_of_a_job(tmp_path: Path) -> None:
         known = len(table)
     # What is known already may travel with the job.
     write_job(tmp_path / "rest.zip", model, Job(batch=2), (tmp_path / "1.db").read_bytes())
+    (tmp_path / "all.db").touch()  # an empty file is no table
     done = on_device(tmp_path / "rest.zip", "-o", "all.db", "--quiet", "--json")
     assert done.returncode == 0, done.stderr
     with LatencyTable.open(tmp_path / "all.db") as table, LatencyTable.open(tmp_path / "1.db") as part:
@@ -126,7 +127,10 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_what_the_user_can_mend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job, table = tmp_path / "job.zip", tmp_path / "t.db"
     write_job(job, chain([4, 3], batch="N"), Job(batch=2))
-    assert "there is no shard 3/2; give 1/2 to 2/2" in failure(capsys, job, "-o", table, "--shard", "3/2")
+    for shard, message in (("3/2", "there is no shard 3/2; give 1/2 to 2/2"), ("", "is no shard; give its number")):
+        with pytest.raises(SystemExit) as usage:
+            main([str(job), "-o", str(table), "--shard", shard])
+        assert usage.value.code == 2 and message in capsys.readouterr().err
     assert not table.exists()
     LatencyTable.create(table, replace(FINGERPRINT, device="another device")).close()
     before = table.read_bytes()

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from sluice.profiler.anchor import KEY, TRIES, make_anchor, was_slow
+from sluice.errors import SluiceError
+from sluice.profiler import anchor as anchor_module
+from sluice.profiler.anchor import HOST, KEY, MAX_RATIO, TRIES, make_anchor, was_slow
 from sluice.profiler.measure import UNCERTAIN, Anchor, Measurement
 from sluice.profiler.sweep import Bench
 from sluice.profiler.table import LatencyTable
@@ -74,3 +78,92 @@ def test_a_lucky_call_changes_nothing_and_a_quiet_time_that_was_a_little_off_is_
         anchor = Anchor(FakeSession(quiet), 1.0)
         assert not was_slow(anchor, took, table)
         assert (anchor.ms, table.require("before", ()).spread) == (pytest.approx(kept), 0.0)
+
+
+class Host(FakeRunner):
+    """All that it runs takes ``factor`` times as long, the anchor as well; ``name`` is what it is known by."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, factor: float) -> None:
+        super().__init__(slower=lambda ms: factor * ms)
+        self.factor, self.anchors = factor, 0
+        monkeypatch.setattr(anchor_module, "host_identity", lambda: frozenset(name.split()))
+
+    def build(self, model: Any, *, batch: int | None = None, feeds_shapes: Any = None) -> FakeSession:
+        built, host = super().build(model, batch=batch), self
+
+        class Counted(FakeSession):
+            def sample(self, repeats: int) -> float:
+                host.anchors += 1
+                return self.ms
+
+        return Counted(self.factor * ANCHOR_MS) if model.graph.name == "anchor" else built
+
+
+def begun(path: Path, runner: Host) -> None:
+    with LatencyTable.create(path, FINGERPRINT) as table:
+        make_anchor(table, runner, np.random.default_rng(0))
+        table.put("p", (3,), Measurement(2.0, 0.01, 40, "thread_cpu"))
+        table.put("j", (), Measurement(-0.5, 0.02, 40, "thread_cpu"))
+        table.put_engine("net", {"g": 5}, Measurement(7.0, 0.01, 40, "thread_cpu"))
+        table.put_calibration("net", 0.9, 0.125, {"n": 2.0, "reload_ms_per_mb": 0.5})
+
+
+def content(path: Path) -> tuple[Any, ...]:
+    with LatencyTable.open(path) as table:
+        times = [table.require(*point).ms for point in ((KEY, ()), ("p", (3,)), ("j", ()))]
+        return [*times, table.engines("net")[0][1].ms], table.get_calibration("net"), table.get_blob(HOST)
+
+
+@pytest.mark.parametrize("factor", [0.9, 1.04, 1.1])
+def test_a_table_that_another_host_goes_on_with_is_in_its_time(
+    factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.db"
+    begun(path, Host(monkeypatch, "machine-a boot-1", 1.0))
+    for _ in range(2):  # the second time it is that host's
+        with LatencyTable.open(path) as table:
+            runner = Host(monkeypatch, "machine-b boot-2", factor)
+            assert make_anchor(table, runner, np.random.default_rng(0)).ms == pytest.approx(factor * ANCHOR_MS)
+        times, fit, _ = content(path)
+        assert times == pytest.approx([factor * ms for ms in (ANCHOR_MS, 2.0, -0.5, 7.0)])
+        assert fit == (0.9, pytest.approx(factor * 0.125), {"n": 2.0, "reload_ms_per_mb": pytest.approx(factor * 0.5)})
+    assert runner.anchors == 0
+
+
+@pytest.mark.parametrize("name", ["machine-a boot-2", "boot-1", ""])
+def test_the_same_host_or_an_unknown_one_changes_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.db"
+    begun(path, Host(monkeypatch, "machine-a boot-1", 1.0))
+    before = path.read_bytes()
+    runner = Host(monkeypatch, name, 1.1)
+    with LatencyTable.open(path) as table:
+        assert make_anchor(table, runner, np.random.default_rng(0)).ms == pytest.approx(ANCHOR_MS)
+    assert path.read_bytes() == before and runner.anchors == 0
+
+
+def test_another_host_of_equal_speed_takes_a_table_as_it_is_and_one_of_another_kind_leaves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.db"
+    begun(path, Host(monkeypatch, "a", 1.0))
+    before = content(path)
+    with LatencyTable.open(path) as table:
+        make_anchor(table, Host(monkeypatch, "b", 1.004), np.random.default_rng(0))
+    assert content(path)[:2] == before[:2] and content(path)[2] != before[2]
+    before_bytes = path.read_bytes()
+    for factor in (1.01 * MAX_RATIO, 0.99 / MAX_RATIO):
+        with LatencyTable.open(path) as table, pytest.raises(SluiceError, match="begin a new table here"):
+            make_anchor(table, Host(monkeypatch, "c", factor), np.random.default_rng(0))
+    assert path.read_bytes() == before_bytes
+
+
+def test_a_table_that_cannot_be_written_stays_in_the_time_of_its_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.db"
+    begun(path, Host(monkeypatch, "a", 1.0))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with LatencyTable.open(path) as table:
+        assert make_anchor(table, Host(monkeypatch, "b", 1.1), np.random.default_rng(0)).ms == pytest.approx(ANCHOR_MS)

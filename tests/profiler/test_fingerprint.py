@@ -7,7 +7,7 @@ import pytest
 
 from sluice.errors import SluiceError
 from sluice.profiler.fingerprint import Fingerprint, difference
-from sluice.runtime.host import host_device
+from sluice.runtime.host import host_device, host_identity
 
 ORIGIN = Fingerprint("Some CPU", "onnxruntime", "1.2.3", 1, "fp32", 8, "thread_cpu")
 
@@ -59,7 +59,7 @@ def test_host_device_tells_cpus_of_one_name_apart(tmp_path: Path) -> None:
 
 def test_host_device_without_a_model_name_is_the_board_with_all_kinds_of_cores(tmp_path: Path) -> None:
     cpuinfo, board = tmp_path / "cpuinfo", tmp_path / "model"
-    cpuinfo.write_text("".join(ARM.format(core, part) for core, part in enumerate(["0xd05", "0xd05", "0xd0a"])))
+    cpuinfo.write_text("".join(ARM.format(core, part) for core, part in enumerate(["0xd0a", "0xd05", "0xd05"])))
     board.write_bytes(b"Some Board Developer Kit\0")
     assert host_device(cpuinfo, board) == "Some Board Developer Kit (implementer 0x41 part 0xd05/0xd0a)"
 
@@ -69,3 +69,15 @@ def test_host_device_has_a_fallback(tmp_path: Path) -> None:
     cpuinfo.write_text("processor\t: 0\nmodel name\t:\n")
     missing = tmp_path / "missing"
     assert host_device(cpuinfo, missing) == host_device(missing, missing) != ""
+
+
+def test_a_host_is_known_by_its_machine_or_by_its_boot(tmp_path: Path) -> None:
+    def host(machine: str, boot: str) -> frozenset[str]:
+        files = [tmp_path / "machine-id", tmp_path / "boot_id"]
+        for file, text in zip(files, (machine, boot), strict=True):
+            file.write_text(f"{text}\n")
+        return host_identity([*files, tmp_path / "missing"])
+
+    assert len(host("m", "b")) == 2 and host("m", "b") & host("m", "c") and host("", "b") & host("m", "b")
+    assert not host("m", "b") & host("n", "c") and host("", "") == frozenset()
+    assert not any("secret" in text for text in host("secret", "b"))

@@ -11,10 +11,11 @@ import pytest
 
 from sluice.errors import SluiceError
 from sluice.profiler.anchor import KEY as ANCHOR
+from sluice.profiler.anchor import MAX_RATIO
 from sluice.profiler.fingerprint import Fingerprint
 from sluice.profiler.in_flight import AGAIN, ONCE, keep_points, points_kept
 from sluice.profiler.measure import Measurement
-from sluice.profiler.merge import MAX_RATIO, merge_tables
+from sluice.profiler.merge import merge_tables
 from sluice.profiler.table import LatencyTable
 
 ORIGIN = Fingerprint("Some CPU", "ort-cpu", "1.2.3", 1, "fp32", 8, "thread_cpu")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -7,6 +9,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -14,9 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sluice.errors import SluiceError
+from sluice.profiler import table as table_module
 from sluice.profiler.fingerprint import Fingerprint
 from sluice.profiler.measure import Measurement
 from sluice.profiler.table import LatencyTable
+from sluice.profiler.table_file import check_content
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "table-v1.sqlite"
 ORIGIN = Fingerprint("Some CPU", "onnxruntime", "1.2.3", 1, "fp32", 8, "thread_cpu")
@@ -98,12 +103,52 @@ def test_open_or_create(tmp_path: Path) -> None:
         assert len(table) == 1
     with pytest.raises(SluiceError, match="exists already"):
         LatencyTable.create(path, ORIGIN)
-    with pytest.raises(SluiceError, match="cannot"):
-        LatencyTable.create(tmp_path / "no" / "such" / "folder.db", ORIGIN)
     with pytest.raises(SluiceError, match=r"missing\.db: No such file"):
         LatencyTable.open(tmp_path / "missing.db")
     with pytest.raises(SluiceError, match="Is a directory"):
         LatencyTable.open_or_create(tmp_path, ORIGIN)
+
+
+def test_a_table_is_made_with_its_folder_and_a_mistake_names_the_path_that_was_given(tmp_path: Path) -> None:
+    filled(tmp_path / "new" / "folder" / "t.db")
+    (tmp_path / "file").touch()
+    with pytest.raises(SluiceError, match=re.escape(f"cannot create {tmp_path / 'file' / 't.db'}: ")):
+        LatencyTable.create(tmp_path / "file" / "t.db", ORIGIN)
+
+
+def _no_link(*_: object) -> None:
+    raise PermissionError(1, "no hard links here")
+
+
+def test_of_two_that_begin_a_table_the_first_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one is done between the look for a table and the move of the draft."""
+    path, theirs = tmp_path / "t.db", filled(tmp_path / "theirs.db")
+    monkeypatch.setattr(table_module, "drop_bursts", lambda name: os.link(theirs, name))
+    with LatencyTable.open_or_create(path, ORIGIN) as table:
+        assert len(table) == 900
+    path.unlink()
+    with pytest.raises(SluiceError, match="cannot create"):
+        LatencyTable.create(path, ORIGIN)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["t.db", "theirs.db"]
+
+
+def test_where_there_are_no_hard_links_a_table_is_made_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "link", _no_link)
+    filled(tmp_path / "t.db")
+    assert [file.name for file in tmp_path.iterdir()] == ["t.db"]
+
+
+def test_what_a_kill_left_where_nothing_can_be_written_is_not_called_damage(tmp_path: Path) -> None:
+    class Closed:
+        def execute(self, _: str) -> None:
+            raise sqlite3.OperationalError("unable to open database file")
+
+    name, connection = str(filled(tmp_path / "t.db")), cast(sqlite3.Connection, Closed())
+    with pytest.raises(SluiceError, match="is damaged"):
+        check_content(connection, name)
+    Path(f"{name}-journal").touch()
+    with pytest.raises(SluiceError, match="make the file and its folder writable, or copy it together with"):
+        check_content(connection, name)
 
 
 def test_another_fingerprint_is_refused(tmp_path: Path) -> None:
