@@ -100,6 +100,20 @@ def test_in_the_real_runtime(tmp_path: Path) -> None:
         assert len(table) > 5 and table.engines(network)
 
 
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        ("sys.version_info = (3, 8, 2)", "a job needs Python 3.11 or later, not 3.8; run it with that"),
+        ("sys.modules['numpy'] = None", "a job needs numpy, onnx and the runtime, install them on this device"),
+    ],
+)
+def test_a_device_that_lacks_something_is_told_what(before: str, message: str, tmp_path: Path) -> None:
+    write_job(tmp_path / "job.zip", chain([4, 3], batch="N"), Job(batch=2))
+    code = f"import runpy, sys; sys.argv = ['job.zip', '-o', 't.db']; {before}; runpy.run_path('job.zip')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_shards_of_a_job(tmp_path: Path) -> None:
     model = chain([9, 7, 11], batch="N")
     write_job(tmp_path / "job.zip", model, Job(batch=2))
