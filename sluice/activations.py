@@ -31,7 +31,7 @@ from sluice.errors import SluiceError
 from sluice.passes.fold import fold_batch_norms
 from sluice.passes.quantize import tensors_to_calibrate
 
-__all__ = ["PERCENTILE", "activation_ranges"]
+__all__ = ["PERCENTILE", "activation_ranges", "slices"]
 
 PERCENTILE = 99.999
 ROWS = 16  # of a batch that are run at once
@@ -62,10 +62,8 @@ def activation_ranges(
 
     names = tensors_to_calibrate(model, target=target, exclude=exclude)
     session = make_runner("ort-cpu").build(_with_outputs(fold_batch_norms(model), names))
-    initializers = {init.name for init in model.graph.initializer}
-    inputs = [info for info in model.graph.input if info.name not in initializers]
     found: dict[str, float] = {}
-    for feeds in _slices(batches, inputs):
+    for feeds in slices(batches, model):
         values = {**feeds, **session.run(feeds)}
         for name in names:
             amplitude = _amplitude(values[name], percentile)
@@ -87,8 +85,14 @@ def _with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelPro
     return model
 
 
-def _slices(batches: Iterable[Any], inputs: list[onnx.ValueInfoProto]) -> Iterator[Mapping[str, np.ndarray]]:
-    """The batches, in slices of at most `ROWS` inputs where the network takes batches of any size."""
+def slices(batches: Iterable[Any], model: onnx.ModelProto) -> Iterator[Mapping[str, np.ndarray]]:
+    """The batches, in slices of at most `ROWS` inputs where the network takes batches of any size.
+
+    Raises:
+        SluiceError: a batch does not fit the network.
+    """
+    initializers = {init.name for init in model.graph.initializer}
+    inputs = [info for info in model.graph.input if info.name not in initializers]
     names = [info.name for info in inputs]
     axes = {next((dim.dim_param for dim in info.type.tensor_type.shape.dim), "") for info in inputs}
     for batch in batches:

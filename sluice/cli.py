@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -182,10 +183,13 @@ def apply(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     """Write deployment-ready ONNX of the dense network or, with --plan, of the slim one; with --engine, build it."""
     from sluice import load
-    from sluice.cli_export import Asked, known_cache, outcome
-    from sluice.deploy import export as write
+    from sluice.cli_export import Asked, check_files, known_cache, outcome
+    from sluice.deploy import deploy_onnx, rounding_error
+    from sluice.passes.export import finalize, save_onnx, to_onnx
+    from sluice.passes.precision import check_precision
     from sluice.runtime.runner import check_fit
 
+    check_precision(args.precision)
     if args.calibration and args.precision != "int8":
         raise SluiceError(f"--calibration is for int8, not {args.precision}; leave it out, or give --precision int8")
     if args.names and (args.engine or args.precision != "fp32"):
@@ -199,21 +203,26 @@ def export(args: argparse.Namespace) -> int:
         )
     if args.target:
         check_fit(args.target, args.precision)
+    if args.engine:
+        check_files(args.out, args.engine)
     asked = None if args.engine is None else Asked(args.engine, known_cache(args.table) if args.table else b"")
     # Where the network does not leave its batch free, the file has the batch of these.
     inputs = inputs_of(args.model, args.shape, args.batch)
     model = load(model_of(args.model), args.plan, example_inputs=inputs) if args.plan else model_of(args.model)
+    exported = to_onnx(model, inputs)
     if args.names:
-        from sluice.onnx_file import save_onnx
-        from sluice.passes.export import to_onnx
-
-        done = to_onnx(model, inputs)
-        save_onnx(done, args.out)
-        return _print(args, {"out": args.out, "bytes": done.ByteSize()}, [f"{args.out}: {done.ByteSize():,} bytes"])
+        save_onnx(exported, args.out)
+        size = exported.ByteSize()
+        return _print(args, {"out": args.out, "bytes": size}, [f"{args.out}: {size:,} bytes"])
     target = args.target or ("tensorrt" if args.engine else "ort-cpu")
-    calibration = data_of(args.calibration) if args.calibration else None
-    done = write(model, args.out, inputs, precision=args.precision, calibration=calibration, target=target)
-    found = outcome(done, args.out, asked, precision=args.precision, target=target, batch=args.batch)
+    batches = iter(data_of(args.calibration)) if args.calibration else iter(())
+    first = list(islice(batches, 1))  # also of data that can be read only once
+    calibration = chain(first, batches) if args.calibration else None
+    wide = finalize(exported)
+    done = deploy_onnx(wide, args.precision, calibration, target=target)
+    save_onnx(done, args.out)
+    error = None if args.precision == "fp32" else rounding_error(done, wide, first or [inputs])
+    found = outcome(done, args.out, asked, precision=args.precision, target=target, batch=args.batch, error=error)
     _print(args, found.data, found.lines)
     if found.refusal is not None:
         raise found.refusal

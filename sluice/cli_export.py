@@ -12,12 +12,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +29,17 @@ from sluice.errors import SluiceError
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Asked", "Commands", "Engine", "Outcome", "commands", "known_cache", "outcome", "write_engine"]
+__all__ = [
+    "Asked",
+    "Commands",
+    "Engine",
+    "Outcome",
+    "check_files",
+    "commands",
+    "known_cache",
+    "outcome",
+    "write_engine",
+]
 
 TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "bf16": None, "int8": 1e-1}
 
@@ -66,16 +78,44 @@ class Outcome:
     refusal: SluiceError | None
 
 
+def check_files(path: str, engine: str) -> None:
+    """The file, its engine and the timing cache beside that are three.
+
+    Raises:
+        SluiceError: two of them are one file.
+    """
+    files = {"-o": path, "--engine": engine, "the timing cache beside the engine": _cache_of(engine)}
+    for (one, first), (other, second) in combinations(files.items(), 2):
+        if Path(first).resolve() == Path(second).resolve():
+            raise SluiceError(
+                f"{one} and {other} are both {second!r}; give each a file of its own, the engine *.engine"
+            )
+
+
 def outcome(
-    model: onnx.ModelProto, path: str, asked: Asked | None, *, precision: str, target: str, batch: int
+    model: onnx.ModelProto,
+    path: str,
+    asked: Asked | None,
+    *,
+    precision: str,
+    target: str,
+    batch: int,
+    error: float | None = None,
 ) -> Outcome:
     """Build the engine, if one is asked for, and say what became of everything; ``model`` is what ``path`` holds.
 
     Where there is no engine, the file and the commands are still of use on another machine.
+
+    Args:
+        error: of a file in another precision, relative to fp32; on the calibration inputs for int8.
     """
     fixed = bool(fixed_rows(model))  # the network does not leave it free
     data: dict[str, Any] = {"out": path, "bytes": model.ByteSize(), "precision": precision, "batch_fixed": fixed}
     lines = [f"{path}: {model.ByteSize():,} bytes, {precision}{f', batch fixed at {batch}' * fixed}"]
+    if error is not None:
+        data["error"] = error if math.isfinite(error) else None  # JSON has no infinity
+        inputs = "the first calibration inputs" if precision == "int8" else "random inputs"
+        lines.append(f"relative error to fp32 {error:.1e}, on {inputs}")
     refusal, built = None, None
     if asked is not None:
         try:

@@ -4,6 +4,7 @@
    was exported before.
 2. `as_module`: a deployment file as ``nn.Module``, so that the code that evaluates the model gives the accuracy in
    every precision. fp32 and int8 run in ONNX Runtime as they are, 16 bits as `sluice.emulation` rewrites them.
+3. `rounding_error`: what a precision costs on a few inputs, in numbers alone.
 """
 
 from __future__ import annotations
@@ -17,19 +18,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sluice.activations import PERCENTILE, activation_ranges
+from sluice.activations import PERCENTILE, activation_ranges, slices
 from sluice.emulation import emulated
 from sluice.errors import SluiceError
 from sluice.onnx_file import finalize, save_onnx
 from sluice.passes.capture import Inputs
 from sluice.passes.export import OPSET, to_onnx
 from sluice.passes.precision import check_precision, typed
+from sluice.runtime.compare import relative_error
 from sluice.runtime.runner import check_target
 
 if TYPE_CHECKING:
     from sluice.runtime.runner import Session
 
-__all__ = ["as_module", "deploy_onnx", "export"]
+__all__ = ["as_module", "deploy_onnx", "export", "rounding_error"]
 
 
 def export(
@@ -88,6 +90,18 @@ def deploy_onnx(
         )
     ranges = activation_ranges(model, calibration, percentile=percentile, target=target, exclude=exclude)
     return typed(model, precision, ranges=ranges, target=target, exclude=exclude)
+
+
+def rounding_error(narrow: onnx.ModelProto, wide: onnx.ModelProto, batches: Iterable[Any]) -> float:
+    """The relative error of a file to the one in fp32 on the first inputs of ``batches``, 16 where that can be.
+
+    Raises:
+        SluiceError: the batch does not fit the network.
+    """
+    from sluice.runtime.runner import make_runner
+
+    runner, feeds = make_runner("ort-cpu"), next(slices(batches, wide))
+    return relative_error(runner.build(emulated(narrow)).run(feeds), runner.build(wide).run(feeds))
 
 
 def as_module(model: onnx.ModelProto, like: Any = None) -> nn.Module:

@@ -4,7 +4,8 @@ Device memory is bytes at made-up addresses, and an engine reads and writes the 
 copied to a wrong place, or never, shows as wrong numbers. An inference takes ``ms`` on the device's clock, and more as
 often as it has not been warmed up; a graph never less than its launch.
 
-As in the real one, the first logger that is given is used by all, and is not kept alive for that.
+As in the real one, the first logger that is given is used by all, and is not kept alive for that. A context that
+manages no memory of its own runs only with as much as its engine wants.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ __all__ = ["MS", "FakeCuda", "fake_tensorrt"]
 
 MS = 0.25
 COLD_MS = 40.0
+SCRATCH = 768
 WARM_AFTER = 2
 FIRST_ADDRESS = 4096
 KINDS = {
@@ -224,6 +226,9 @@ def fake_tensorrt(
         def get_timing_cache(self) -> Cache:
             return self.cache
 
+        def set_flag(self, flag: str) -> None:
+            calls.setdefault("builder_flags", []).append(flag)
+
         def set_memory_pool_limit(self, pool: str, size: int) -> None:
             calls[pool] = size
 
@@ -285,6 +290,7 @@ def fake_tensorrt(
             self.model = model
             self.infos = [*model.graph.output, *model.graph.input]
             self.num_io_tensors = len(self.infos)
+            self.device_memory_size_v2 = SCRATCH
 
         def info(self, name: str) -> onnx.ValueInfoProto:
             return next(info for info in self.infos if info.name == name)
@@ -301,8 +307,8 @@ def fake_tensorrt(
         def get_tensor_mode(self, name: str) -> str:
             return "OUTPUT" if name in {info.name for info in self.model.graph.output} else "INPUT"
 
-        def create_execution_context(self) -> Context | None:
-            return Context(self)
+        def create_execution_context(self, strategy: str = "STATIC") -> Context | None:
+            return Context(self, strategy)
 
         def create_engine_inspector(self) -> SimpleNamespace:
             nodes = self.model.graph.node
@@ -310,13 +316,18 @@ def fake_tensorrt(
             return SimpleNamespace(get_engine_information=lambda layout: json.dumps({"Layers": layers, "as": layout}))
 
     class Context:
-        def __init__(self, engine: Engine) -> None:
+        def __init__(self, engine: Engine, strategy: str) -> None:
             self.engine, self.addresses = engine, dict[str, int]()
             self.count = self.done = 0
+            self.lacks = SCRATCH if strategy == "USER_MANAGED" else 0
 
         def get_tensor_shape(self, name: str) -> list[int]:
             dims = self.engine.info(name).type.tensor_type.shape.dim
             return [dim.dim_value if dim.HasField("dim_value") else -1 for dim in dims]
+
+        def set_device_memory(self, memory: int, size: int) -> None:
+            assert cuda is not None and len(cuda.memory[memory]) == size
+            self.lacks -= size
 
         def set_tensor_address(self, name: str, address: int) -> bool:
             assert cuda is not None
@@ -326,6 +337,7 @@ def fake_tensorrt(
 
         def execute_async_v3(self, stream: int) -> bool:
             assert cuda is not None and stream in cuda.alive
+            assert self.lacks <= 0, "no scratch memory"
             self.count += 1
             cuda.log.append("enqueue")
             if not runs(self.count):
@@ -358,6 +370,8 @@ def fake_tensorrt(
         Builder=Builder,
         OnnxParser=OnnxParser,
         Runtime=Runtime,
+        BuilderFlag=SimpleNamespace(**{"REQUIRE_USER_ALLOCATION": "user_allocation"} if "rtx" in name else {}),
+        ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="USER_MANAGED"),
         MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"),
         NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1),
         ProfilingVerbosity=SimpleNamespace(DETAILED="detailed"),

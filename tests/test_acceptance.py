@@ -123,6 +123,29 @@ def accepted(rtx: Rtx, model: onnx.ModelProto) -> None:
     assert not found.error and found.size > 1000, found.error
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("activation", ["HardSwish", "Mish"])
+def test_activations_that_bfloat16_lacks(rtx: Rtx, activation: str, precision: str) -> None:
+    model = chain([5, 7])
+    for node in model.graph.node:
+        node.op_type = activation if node.op_type == "Relu" else node.op_type
+    accepted(rtx, typed(model, precision, target=TARGET))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_what_stays_float32(rtx: Rtx, precision: str) -> None:
+    """A sum of squares and a factor beyond 16 bits, in a network."""
+    model = chain([5, 7])
+    made = {"square": ("Mul", "c1", "c1"), "mean": ("ReduceMean", "square"), "root": ("Sqrt", "mean"),
+            "normed": ("Div", "c1", "root"), "scaled": ("Mul", "normed", "large")}  # fmt: skip
+    activation = next(index for index, node in enumerate(model.graph.node) if node.output[0] == "a1")
+    model.graph.node[activation].input[0] = "scaled"
+    for output, (kind, *inputs) in reversed(made.items()):
+        model.graph.node.insert(activation, helper.make_node(kind, inputs, [output]))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(1e9), "large"))
+    accepted(rtx, typed(model, precision, target=TARGET))
+
+
 def test_every_reference_network_is_here() -> None:
     assert {*SMALL, *LARGE} == set(EXAMPLE_SHAPES)
 

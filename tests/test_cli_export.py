@@ -13,16 +13,21 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from sluice import cli_export
 from sluice.cli import main
 from sluice.cli_export import commands
+from sluice.cli_model import inputs_of
+from sluice.deploy import as_module
 from sluice.errors import SluiceError
 from sluice.passes.precision import PRECISIONS
 from sluice.runtime import trt_build
+from sluice.runtime.compare import relative_error
 from sluice.runtime.trt_build import static_model
+from tests import tiny
 from tests.device import chain
 from tests.fake_tensorrt import fake_tensorrt
 from tests.rtx import INSTALLED
@@ -206,6 +211,60 @@ def test_options_that_do_not_go_together(
     calibration = "--calibration tests.tiny:data" if "int8" in options else ""
     run(MODEL, "-o a.onnx", options, calibration, status=1, error=message)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("out", "engine", "said"),
+    [
+        ("same", "same", "-o and --engine are both 'same'"),
+        ("same.onnx", "./folder/../same.onnx", "-o and --engine are both './folder/../same.onnx'"),
+        ("a.cache", "a.engine", "-o and the timing cache beside the engine are both 'a.cache'"),
+        ("a.onnx", "a.cache", "--engine and the timing cache beside the engine are both 'a.cache'"),
+    ],
+)
+def test_no_file_is_written_over_another(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, out: str, engine: str, said: str
+) -> None:
+    install(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    run(MODEL, "-o", out, "--engine", engine, status=1, error=said)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("precision", "data"), [("fp16", ""), ("bf16", ""), ("int8", "data"), ("int8", "data_once")])
+def test_what_the_precision_costs_is_said(
+    run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path, precision: str, data: str
+) -> None:
+    """On the first calibration inputs, or else on those that the file was exported with."""
+    options = f"--precision {precision} --batch 3 {f'--calibration tests.tiny:{data}' * bool(data)}"
+    path = tmp_path / "a.onnx"
+    found = run(MODEL, "-o", path, options)
+    given = tiny.data()[0][0] if data else inputs_of("tests.tiny:model", (3, 9, 9), 3)
+    with torch.no_grad():
+        want = tiny.model().eval()(given)
+    assert found["error"] == pytest.approx(relative_error(as_module(onnx.load(path))(given), want), rel=0.02)
+    assert 0 < found["error"] < 0.05
+    assert main(words(MODEL, "-o", path, options)) == 0
+    place = "the first calibration inputs" if data else "random inputs"
+    assert f"relative error to fp32 {found['error']:.1e}, on {place}" in capsys.readouterr().out.splitlines()
+
+
+class Overflowing(nn.Module):
+    """Beyond what fp16 can hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 6e4 * 6e4
+
+
+def test_an_error_without_a_number(run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    line = f"export tests.test_cli_export:Overflowing --shape 5 --precision fp16 -o {tmp_path / 'a.onnx'}"
+    assert run(line)["error"] is None
+    assert main(words(line)) == 0
+    assert "relative error to fp32 inf, on random inputs" in capsys.readouterr().out
+
+
+def test_fp32_costs_nothing(run: Run, tmp_path: Path) -> None:
+    assert "error" not in run(MODEL, "-o", tmp_path / "a.onnx")
 
 
 def test_rtx_leaves_the_timing_cache_of_another(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

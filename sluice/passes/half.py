@@ -10,13 +10,14 @@
 4. A network keeps float32 inputs and outputs, with a ``Cast`` next to them: the file takes the place of the fp32 one
    under the same code, and numpy knows no bfloat16. A *part* of a network has 16-bit borders, since no cast stands
    there inside the network.
-5. Constants that 16 bits cannot hold: beyond the largest number (masks of -inf or -3.4e38) they become the largest, so
-   that a row masked as a whole does not give NaN; a scalar that would vanish (an epsilon) becomes the smallest number
-   above zero. A weight beyond the largest number is refused.
+5. Constants that 16 bits cannot hold: infinities and, where they are masks, limits or epsilons, numbers beyond the
+   largest (-3.4e38) become the largest, so that a row masked as a whole does not give NaN; a scalar that would vanish
+   (an epsilon) becomes the smallest number above zero. A weight beyond the largest number is refused. What else reads
+   one stays float32 (rule 7).
 6. bfloat16 convolutions exist from opset 22 on, so such networks are converted to it.
-7. Arithmetic on integers (`sluice.passes.integers`) stays float32, so that what leads back to an integer is as exact
-   as before. Where such a value meets the rest of the network, it is rounded like a constant: beyond the largest
-   number it becomes the largest.
+7. Arithmetic on integers, on constants that 16 bits cannot hold and on sums of squares stays float32
+   (`sluice.passes.float32`). Where such a value meets the rest of the network, it is rounded like a mask: beyond the
+   largest number it becomes the largest.
 8. An initialiser that is an output of the network stays float32 under its name.
 """
 
@@ -31,8 +32,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
 from sluice.errors import SluiceError
+from sluice.passes.float32 import stays_float32
 from sluice.passes.fold import fold_batch_norms
-from sluice.passes.integers import integer_arithmetic
 from sluice.passes.onnx_graph import attributes
 from sluice.passes.pairs import WEIGHTED
 
@@ -55,9 +56,13 @@ class _Half:
 
 _HALVES = {
     "fp16": _Half(TensorProto.FLOAT16, "tensor(float16)", np.dtype(np.float16), LEAST_OPSET),
-    # TensorRT parses a bfloat16 deconvolution and then has no kernel for it.
+    # TensorRT parses a bfloat16 deconvolution and then has no kernel for it; the activations it does not parse.
     "bf16": _Half(
-        TensorProto.BFLOAT16, "tensor(bfloat16)", np.dtype(ml_dtypes.bfloat16), 22, frozenset(["ConvTranspose"])
+        TensorProto.BFLOAT16,
+        "tensor(bfloat16)",
+        np.dtype(ml_dtypes.bfloat16),
+        22,
+        frozenset(["ConvTranspose", "HardSwish", "Mish"]),
     ),
 }
 
@@ -110,7 +115,7 @@ class _Narrower:
         self.narrow_name: dict[str, str] = {}
         self.wide_name: dict[str, str] = {}
         self.unrounded: set[str] = set()  # made in float32 and not in 16 bits yet
-        self.counted = integer_arithmetic(self.graph, kinds)
+        self.kept = stays_float32(self.graph, kinds, half.dtype)
 
     def narrow(self, part: bool) -> None:
         nodes: list[onnx.NodeProto] = []
@@ -153,8 +158,8 @@ class _Narrower:
     def rewrite(self, node: onnx.NodeProto, nodes: list[onnx.NodeProto], finals: Collection[str]) -> None:
         """Append ``node`` with operands of the types that its schema allows, and casts around it where needed."""
         schema = self.schema(node)
-        counts = node.output[0] in self.counted
-        for attribute in () if counts else node.attribute:
+        kept = node.output[0] in self.kept
+        for attribute in () if kept else node.attribute:
             if attribute.name in ("to", "dtype") and attribute.i == TensorProto.FLOAT:
                 attribute.i = self.half.code
             elif attribute.name == "value" and attribute.t.data_type == TensorProto.FLOAT:
@@ -162,7 +167,7 @@ class _Narrower:
         for index, name in enumerate(node.input):
             if name not in self.floats:
                 continue
-            if not counts and self.allowed(schema, schema.inputs, index):
+            if not kept and self.allowed(schema, schema.inputs, index):
                 if node.op_type in WEIGHTED and index:
                     self.check_weight(name)
                 node.input[index] = self.narrow_value(name, nodes)
@@ -172,7 +177,7 @@ class _Narrower:
         for index, name in enumerate(node.output):
             if name not in self.floats:
                 continue
-            if not counts and self.allowed(schema, schema.outputs, index):
+            if not kept and self.allowed(schema, schema.outputs, index):
                 node.output[index] = self.narrow_name.get(name, name)
             else:
                 node.output[index] = self.wide_name[name] = name if name in finals else f"{name}:fp32"
@@ -217,7 +222,7 @@ class _Narrower:
         if name in self.unrounded:
             self.unrounded.remove(name)
             source = self.wide_name[name]
-            if name in self.counted:
+            if name in self.kept:
                 nodes.append(helper.make_node("Clip", [source, *self.bounds()], [f"{name}:clipped"]))
                 source = f"{name}:clipped"
             nodes.append(self.cast(source, narrow, self.half.code))

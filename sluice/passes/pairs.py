@@ -142,10 +142,15 @@ class Pairs:
             name = self.made[name].input[0]
         return name
 
-    def upper_bound(self, name: str) -> float:
-        """What no value of the tensor exceeds, as far as the operator that makes it says so."""
+    def bound(self, name: str) -> float:
+        """What no absolute value of the tensor exceeds, as far as the operator that makes it says so."""
         node = self.made.get(name)
-        return np.inf if node is None or node.op_type != "Clip" else self._bounds(node)[1]
+        if node is None or node.op_type != "Clip":
+            return np.inf
+        low, high = self._bounds(node)
+        if node.input[0] in self.nonnegative:
+            low = max(low, 0.0)
+        return max(abs(low), abs(high))
 
     def _products(self) -> set[str]:
         """Values that a matrix product or a softmax made, and what is only arranged of them."""

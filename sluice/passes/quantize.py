@@ -35,6 +35,8 @@ __all__ = ["quantize", "tensors_to_calibrate"]
 
 # Without ranges, and for a tensor or channel of zeros, which may have any.
 ANY_RANGE = 1.0
+# A smaller scale has fewer digits, or is zero.
+LEAST_SCALE = np.finfo(np.float32).tiny
 
 
 def quantize(
@@ -73,9 +75,12 @@ class _Quantizer:
         self.dialect = pairs.dialect
         self.integer = TensorProto.UINT8 if self.dialect.unsigned else TensorProto.INT8
         self.added: set[str] = set()
+        self.amplitudes: dict[str, float] = {}
 
     def rewrite(self, part: bool) -> None:
         chosen = self.pairs.tensors(part=part)
+        # ``pairs`` reads the names that are changed below.
+        self.amplitudes = {name: self.amplitude(name) for name in sorted(chosen)}
         uses = Counter(name for node in self.graph.node for name in node.input)
         outputs = {info.name: info for info in self.graph.output if part}
         nodes: list[onnx.NodeProto] = []
@@ -121,7 +126,7 @@ class _Quantizer:
         if self.dialect.unsigned:
             steps, zero = (255, 0) if tensor in self.pairs.nonnegative else (127, 128)
         operands = [
-            self.put(f"{tensor}:scale", np.array(self.amplitude(tensor) / steps, np.float32)),
+            self.put(f"{tensor}:scale", np.array(max(self.amplitudes[tensor] / steps, LEAST_SCALE), np.float32)),
             self.put(f"{tensor}:zero", np.array(zero, helper.tensor_dtype_to_np_dtype(self.integer))),
         ]
         return helper.make_node(op_type, [source, *operands], [target])
@@ -131,7 +136,7 @@ class _Quantizer:
         if self.ranges is not None and tensor not in self.ranges:
             raise SluiceError(f"ranges lack tensor {tensor!r}; take them from calibration batches of this very network")
         found = ANY_RANGE if self.ranges is None else self.ranges[tensor]
-        return min(found, self.pairs.upper_bound(tensor)) or ANY_RANGE
+        return min(found, self.pairs.bound(tensor)) or ANY_RANGE
 
     def quantize_weight(self, layer: onnx.NodeProto, nodes: list[onnx.NodeProto]) -> None:
         """Rule 2."""
@@ -145,7 +150,7 @@ class _Quantizer:
         weight = numpy_helper.to_array(self.pairs.initial[name])
         others = tuple(d for d in range(weight.ndim) if d != axis)
         amplitudes = np.abs(weight).max(axis=others)
-        scale = np.where(amplitudes > 0, amplitudes, ANY_RANGE).astype(np.float32) / np.float32(127)
+        scale = np.maximum(np.where(amplitudes > 0, amplitudes, ANY_RANGE) / 127, LEAST_SCALE).astype(np.float32)
         along = scale.reshape([-1 if d == axis else 1 for d in range(weight.ndim)])
         operands = [
             self.put(base, np.clip(np.rint(weight / along), -127, 127).astype(np.int8)),

@@ -12,6 +12,8 @@
    must outlive them. So there is one, never freed, and whoever asks it for a reason emptied it before.
 6. With its last builder TensorRT unloads its kernels, and loads them again, in seconds, with the next. Who builds many
    engines keeps a builder.
+7. An engine of RTX can be captured as a CUDA graph only if it allocates no memory while it runs. So it is built to be
+   given its scratch memory, where the version knows that flag, and a session gives it.
 """
 
 from __future__ import annotations
@@ -168,6 +170,8 @@ def build_engine(
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
     if settings.optimization_level is not None:
         config.builder_optimization_level = settings.optimization_level
+    if is_rtx(trt) and hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if not is_rtx(trt) and not _take_cache(config, cache):
         log.errors.clear()  # what was wrong with the cache is no reason why a build fails
         config.set_timing_cache(config.create_timing_cache(b""), False)

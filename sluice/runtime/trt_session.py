@@ -29,7 +29,7 @@ from sluice.errors import SluiceError
 from sluice.runtime.cuda import Cuda, Resources
 from sluice.runtime.inputs import made_up
 from sluice.runtime.runner import Clock, inferences_per_launch
-from sluice.runtime.trt_build import listener, product
+from sluice.runtime.trt_build import is_rtx, listener, product
 from sluice.runtime.trt_inspect import Layer, read_layers
 
 __all__ = ["TensorRtSession"]
@@ -73,7 +73,9 @@ class TensorRtSession:
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise SluiceError(self._refused("load"))
-        self._context = self._engine.create_execution_context()
+        # Rule 7 of `sluice.runtime.trt_build`; the full TensorRT allocates scratch memory with the context.
+        given = [trt.ExecutionContextAllocationStrategy.USER_MANAGED] if is_rtx(trt) else []
+        self._context = self._engine.create_execution_context(*given)
         if self._context is None:
             raise SluiceError(self._refused("run"))
         self._resources = Resources()
@@ -81,6 +83,9 @@ class TensorRtSession:
         # At the end of the process the driver takes everything back, and may be gone before us.
         self._release.atexit = False
         self._stream = self._resources.keep(cuda.stream(), cuda.destroy_stream)
+        if given:
+            size = max(1, int(self._engine.device_memory_size_v2))
+            self._context.set_device_memory(self._resources.keep(cuda.malloc(size), cuda.free), size)
         self._ports = [self._port(index) for index in range(self._engine.num_io_tensors)]
         self._events: tuple[int, int] | None = None
         self._graph: int | None = None

@@ -286,6 +286,78 @@ def test_an_epsilon_does_not_vanish() -> None:
     assert arrays(typed(model, "bf16"))["eps"].astype(np.float32) == pytest.approx(-1e-12, rel=0.01)
 
 
+SCALED = {
+    "a large divisor": "{ a = Div(x, large)  b = Mul(a, some)  y = Tanh(b) }",
+    "a large factor": "{ a = Mul(x, large)  b = Div(a, large)  y = Tanh(b) }",
+    "a small factor": "{ a = Mul(small, x)  b = Mul(a, large)  c = Mul(b, some)  y = Tanh(c) }",
+    "a factor with few digits": "{ a = Mul(x, few)  b = Mul(a, some)  c = Mul(b, some)  y = Tanh(c) }",
+    "a filled tensor": "{ n = Shape(x)  f = ConstantOfShape <value = float[1] {1000000}> (n)  a = Div(x, f)  "
+    "b = Mul(a, some)  y = Tanh(b) }",
+    "an expanded tensor": "{ n = Shape(x)  f = Expand(large, n)  a = Div(x, f)  b = Mul(a, some)  y = Tanh(b) }",
+}
+
+
+@pytest.mark.parametrize("precision", CODES)
+@pytest.mark.parametrize("name", SCALED)
+def test_factors_that_do_not_fit(name: str, precision: str) -> None:
+    """Clipped, they would give other numbers without a word."""
+    model = parsed(
+        f"(float[3, 5] x) => (float[3, 5] y) {SCALED[name]}",
+        large=np.full(5, 1e6, np.float32),
+        some=np.float32(3e4),
+        small=np.float32(1e-9),
+        few=np.float32(3e-7),
+    )
+    feeds = random_feeds(model)
+    feeds["x"] *= 0.02 if "some" in SCALED[name] else 2
+    done = typed(model, precision)
+    assert_close(emulated(done, feeds), list(run(model, feeds).values()), TOLERANCE[precision])
+    last = next(node for node in done.graph.node if node.op_type == "Tanh")
+    assert types(done)[last.input[0]] == CODES[precision], "the rest is in 16 bits"
+
+
+@pytest.mark.parametrize("precision", CODES)
+def test_masks_that_are_made_by_a_product(precision: str) -> None:
+    model = parsed(
+        """(float[3, 4] x, float[3, 4] keep) => (float[3, 4] y)
+        { a = Sub(one, keep)  b = Mul(a, least)  c = Add(x, b)  y = Softmax(c) }""",
+        one=np.float32(1),
+        least=np.finfo(np.float32).min,
+    )
+    keep = np.array([[0] * 4, [1, 1, 0, 0], [1] * 4], np.float32)
+    (y,) = emulated(typed(model, precision), {"x": np.zeros((3, 4), np.float32), "keep": keep})
+    assert_close(y, np.array([[0.25] * 4, [0.5, 0.5, 0, 0], [0.25] * 4]), TOLERANCE[precision])
+
+
+NORMS = {
+    "Pow": "{ a = Pow(x, two)  b = ReduceMean(a, last)  c = Add(b, eps)  d = Sqrt(c)  e = Reciprocal(d)  "
+    "y = Mul(x, e) }",
+    "Mul": "{ a = Mul(x, x)  b = ReduceSum(a, last)  c = Add(b, eps)  d = Sqrt(c)  y = Div(x, d) }",
+    "ReduceSumSquare": "{ b = ReduceSumSquare(x, last)  c = Add(b, eps)  d = Sqrt(c)  y = Div(x, d) }",
+    "ReduceL2": "{ b = ReduceL2(x, last)  c = Max(b, eps)  y = Div(x, c) }",
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_sums_of_squares(name: str) -> None:
+    """Those of activations of some hundreds are beyond fp16."""
+    model = parsed(
+        f"(float[3, 32] x) => (float[3, 32] y) {NORMS[name]}",
+        two=np.float32(2),
+        last=np.array([-1]),
+        eps=np.float32(1e-6),
+    )
+    feeds = {key: 400 * value for key, value in random_feeds(model).items()}
+    for precision, code in CODES.items():
+        done = typed(model, precision)
+        assert_close(emulated(done, feeds), list(run(model, feeds).values()), TOLERANCE[precision])
+        kinds = types(done)
+        wide = {node.op_type for node in done.graph.node if kinds[node.output[0]] == TensorProto.FLOAT} - {"Cast"}
+        assert (name in wide) == (precision == "fp16")
+        last = next(node for node in done.graph.node if "y" in node.output[0] and node.op_type in ("Div", "Mul"))
+        assert {kinds[value] for value in [*last.input, *last.output]} == {code}, "the rest is in 16 bits"
+
+
 def test_a_weight_that_does_not_fit() -> None:
     model = parsed("(float[2, 3] x) => (float[2, 1] y) { y = MatMul(x, w) }", w=np.array([[1], [7e4], [2]], np.float32))
     with pytest.raises(SluiceError, match=r"weight 'w' holds values of up to 7e\+04, more than fp16 can; choose bf16"):

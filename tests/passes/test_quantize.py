@@ -168,6 +168,76 @@ def test_numbers(name: str, target: str) -> None:
     assert ops(done)[Q]
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("moved", "shape"),
+    [
+        ("Flatten(x)", (4, 45)),
+        ("Transpose <perm = [0, 1, 3, 2]> (x)", (4, 3, 5, 3)),
+        ("Slice(x, last, first, width, back)", (4, 3, 3, 5)),
+        ("Reshape(x, rows)", (4, 45)),
+    ],
+)
+def test_an_input_that_is_moved_before_its_layer(moved: str, shape: tuple[int, ...], target: str) -> None:
+    """As multilayer perceptrons and sequence models do."""
+    *rows, width = shape
+    dense = parsed(
+        f"(float[4, 3, 3, 5] x) => (float{[*rows, 7]} y) {{ a = {moved}  b = MatMul(a, w)  y = Relu(b) }}",
+        w=weight(width, 7),
+        rows=np.array([-1, 45]),
+        last=np.array([-1]),
+        first=np.array([-99]),
+        width=np.array([3]),
+        back=np.array([-1]),
+    )
+    feeds = random_feeds(dense)
+    done = quantize(dense, ranges=maxima(dense, feeds, target), target=target)
+    assert set(pairs(done)) == {"x", "a"}
+    assert_close(run(done, feeds), run(dense, feeds), 0.03)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("low", "high", "largest"),
+    [(-8, 1, 8), (-1, 8, 8), (-8, -0.5, 8), (None, 0, np.inf), (-8, None, np.inf), (None, 1, np.inf), (0, 6, 6)],
+)
+def test_scales_behind_a_clip(low: float | None, high: float | None, largest: float, target: str) -> None:
+    """The bound that is larger in size; without one of the two, the range."""
+    bounds = {name: np.float32(x) for name, x in (("low", low), ("high", high)) if x is not None}
+    operands = ", ".join(name if name in bounds else "" for name in ("low", "high"))
+    dense = parsed(
+        f"(float[20, 9] x) => (float[20, 5] y) {{ c = Clip(x, {operands})  y = MatMul(c, w) }}",
+        w=weight(9, 5),
+        **bounds,
+    )
+    feeds = {"x": 6 * random_feeds(dense)["x"]}
+    range_ = 1.5 * maxima(dense, feeds, target)["c"]
+    done = quantize(dense, ranges={"c": range_}, target=target)
+    steps = 255 if low == 0 and target == "ort-cpu" else 127
+    assert float(arrays(done)["c:scale"]) == pytest.approx(min(range_, largest) / steps, rel=1e-6)
+    assert_close(run(done, feeds), run(dense, feeds), 0.03)
+
+
+def test_what_is_not_negative_has_no_lower_bound() -> None:
+    capped = parsed(
+        "(float[2, 4] x) => (float[2, 3] y) { r = Relu(x)  c = Clip(r, , six)  y = MatMul(c, w) }",
+        six=np.float32(6),
+        w=weight(4, 3),
+    )
+    values = arrays(quantize(capped, ranges={"c": 9.0}, target="tensorrt"))
+    assert float(values["c:scale"]) == pytest.approx(6 / 127, rel=1e-6)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_scales_do_not_vanish(target: str) -> None:
+    tiny = parsed("(float[2, 4] x) => (float[2, 3] y) { y = MatMul(x, w) }", w=np.full((4, 3), 1e-44, np.float32))
+    done = quantize(tiny, ranges={"x": 1e-44}, target=target)
+    scales = [value for name, value in arrays(done).items() if name.endswith(":scale")]
+    assert len(scales) == 2
+    assert all((value >= np.finfo(np.float32).tiny).all() for value in scales)
+    assert run(done, {"x": np.ones((2, 4), np.float32)})["y"].tolist() == [[0.0] * 3] * 2
+
+
 def test_coarse_ranges_show() -> None:
     """The comparison above would see scales that are wrong."""
     dense = deployed("plain")

@@ -386,6 +386,18 @@ def test_a_device_that_rtx_does_not_serve_is_named(
     assert missing() == (reason if said else "")
 
 
+def test_rtx_is_given_its_scratch_memory(here: Here) -> None:
+    for name, buffers in (("tensorrt", 2), ("tensorrt_rtx", 3)):
+        cuda, _ = here(name=name, version="1.7.1.116")
+        session = TensorRtRunner().build(chain([5]), batch=2)
+        assert session.sample(2) == pytest.approx(MS)
+        assert session.captured is True
+        assert len(cuda.memory) == buffers
+        del session
+        gc.collect()
+        assert not cuda.memory
+
+
 def test_layers_come_from_the_inspector(here: Here) -> None:
     here()
     session = TensorRtRunner().build(chain([5]))

@@ -146,6 +146,18 @@ def test_rtx_has_no_timing_cache() -> None:
     assert not trt.calls["caches"]
 
 
+def test_engines_of_rtx_can_be_captured() -> None:
+    for name in ("tensorrt_rtx", "tensorrt_rtx_bindings"):
+        trt = fake_tensorrt(name=name)
+        build_engine(trt, chain([5]))
+        assert trt.calls["builder_flags"] == ["user_allocation"]
+    old = fake_tensorrt(name="tensorrt_rtx", version="1.1.1.26")
+    del old.BuilderFlag.REQUIRE_USER_ALLOCATION
+    for trt in (old, fake_tensorrt()):
+        assert build_engine(trt, chain([5])).plan
+        assert "builder_flags" not in trt.calls
+
+
 MISMATCH = """Invalid Node - conv
 ITensor::getDimensions: Error Code 4: API Usage Error (conv: not of one type. In validateTypes at /_src/nodes.cpp:88)
 [checkMacros.cpp::catchCudaError::250] Error Code 1: Cuda Runtime (no device)"""
