@@ -105,9 +105,9 @@ def csv(args: argparse.Namespace) -> int:
     from sluice.profiler.listing import to_csv
     from sluice.profiler.table import LatencyTable
 
-    if args.out and os.path.exists(args.out) and os.path.samefile(args.out, args.table):
-        raise SluiceError(f"{args.out} is the latency table itself; give another file for the rows")
     with LatencyTable.open(args.table) as table:
+        if args.out and os.path.exists(args.out) and os.path.samefile(args.out, args.table):
+            raise SluiceError(f"{args.out} is the latency table itself; give another file for the rows")
         text = to_csv(table)
     if args.out:
         write_atomically(args.out, text.encode())

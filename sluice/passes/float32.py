@@ -12,7 +12,8 @@ They begin at three places:
    so does ``ReduceMean`` or ``ReduceSum`` of it, or the operator that does both.
 
 An operator of `ARITHMETIC` whose float32 operands are such values and constants alone continues them. They end at a
-layer, where they meet any other value, and where they lead back to an integer.
+layer, where they meet any other value, and where they lead back to an integer. A division by one is float32, too: a
+norm that is kept from zero by 1e-12 is zero in 16 bits.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def stays_float32(graph: onnx.GraphProto, kinds: Mapping[str, int], dtype: np.dt
     squares = _summed_squares(graph, constants) if dtype == np.float16 else set()
     found: set[str] = set()
     unfit: set[str] = set()  # made of constants
+    divided: set[str] = set()  # what reads these is in 16 bits
     for node in graph.node:
         read = floats.intersection(node.input)
         counts = node.op_type == "Cast" and kinds.get(node.input[0]) in WIDE_INTEGERS and node.output[0] in floats
@@ -75,7 +77,9 @@ def stays_float32(graph: onnx.GraphProto, kinds: Mapping[str, int], dtype: np.dt
         continues = node.op_type in ARITHMETIC and not found.isdisjoint(read) and read <= found | constants.keys()
         if counts or scales or sums or continues:
             found.update(node.output)
-    return frozenset(found)
+        elif node.op_type == "Div" and node.input[1] in found:
+            divided.update(node.output)
+    return frozenset(found | divided)
 
 
 def _fits(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], read: set[str], dtype: np.dtype) -> bool:

@@ -9,14 +9,16 @@ call, by `CALM`, its quiet time is taken anew, and counts if it is lower by more
 `OFF`, all that the table holds by then is marked as uncertain, and that call is made again.
 
 Where another host goes on with a table, of the same kind but some percent slower or quicker, its own quiet time is
-measured, all that the table holds is multiplied by ``own / known``, and the table is that host's from then on. Beyond
-`MAX_RATIO` it is of another kind.
+measured, all that the table holds is multiplied by ``own / known``, and the table is that host's from then on. If it
+turns out to be less in the first call after that, all is multiplied once more. Beyond `MAX_RATIO` it is of another
+kind.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 
 import numpy as np
 import onnx
@@ -55,9 +57,13 @@ def anchor_model() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def make_anchor(table: LatencyTable, runner: Runner, rng: np.random.Generator) -> Anchor:
+def make_anchor(
+    table: LatencyTable, runner: Runner, rng: np.random.Generator, *, lacks: Callable[[], bool] = lambda: True
+) -> Anchor:
     """The anchor engine with the quiet time that the table knows, or that is measured now and recorded.
 
+    Args:
+        lacks: whether something is missing in the table; only then that of another host becomes this host's.
     Raises:
         SluiceError: the table was begun on a host of another kind.
     """
@@ -68,29 +74,31 @@ def make_anchor(table: LatencyTable, runner: Runner, rng: np.random.Generator) -
         table.put(KEY, (), known)
         table.describe(KEY, "reference engine measured along with every point")
         table.put_blob(HOST, _encoded(here))
-    elif _of_another_host(table, here):
-        known = _moved(table, known, _quiet(session, TRIES, rng), here)
+    elif _of_another_host(table, here) and lacks():
+        return _moved(table, known, session, _quiet(session, TRIES, rng), here)
     return Anchor(session, known.ms)
 
 
 def _of_another_host(table: LatencyTable, here: frozenset[str]) -> bool:
     """Only of tables that can be written, and where both hosts have something to be known by."""
     there = frozenset(json.loads(table.get_blob(HOST) or b"[]"))
-    return bool(there and here) and not there & here and os.access(table.path, os.W_OK)
+    writable = all(os.access(place, os.W_OK) for place in (table.path, os.path.dirname(table.path) or "."))
+    return bool(there and here) and not there & here and writable
 
 
-def _moved(table: LatencyTable, known: Measurement, own: Measurement, here: frozenset[str]) -> Measurement:
+def _moved(table: LatencyTable, known: Measurement, session: Session, own: Measurement, here: frozenset[str]) -> Anchor:
     """The anchor in a table whose times are now of this host."""
     ratio = own.ms / known.ms
     if not 1 / MAX_RATIO <= ratio <= MAX_RATIO:
         raise SluiceError(
             f"{table.path} is of a host whose reference engine takes {1 / ratio:.2f} times what it takes here, beyond "
-            f"{MAX_RATIO}; go on with it there or on a host of that kind, or begin a new table here"
+            f"{MAX_RATIO}; go on when this host is quiet, on that host or one of its kind, or begin a new table here"
         )
     if abs(ratio - 1.0) <= NOISE:
-        ratio, own = 1.0, known
-    table.move(ratio, [(KEY, (), own)], {HOST: _encoded(here)})
-    return own
+        own = known
+    if table.move(KEY, known, own, {HOST: _encoded(here)}):
+        return Anchor(session, own.ms, own.ms / known.ms, unproven=True)
+    return Anchor(session, table.require(KEY, ()).ms)  # another process here was first
 
 
 def _encoded(identity: frozenset[str]) -> bytes:
@@ -105,7 +113,10 @@ def was_slow(anchor: Anchor, ms: float, table: LatencyTable) -> bool:
     if found.ms > (1.0 - NOISE) * before:
         return False
     off = found.ms < (1.0 - OFF) * before
-    if off:
+    known = table.get(KEY, ())
+    if anchor.unproven and known is not None and table.move(KEY, known, found, {}):
+        anchor.moved *= found.ms / known.ms
+    elif off:
         table.doubt(UNCERTAIN + before / found.ms - 1.0)
     table.put(KEY, (), found)
     anchor.ms = found.ms

@@ -83,11 +83,14 @@ def best_of(found: Iterable[Measurement]) -> Measurement:
 class Anchor:
     """An engine that is measured along with others, and the ``ms`` it takes when nothing disturbs it (rule 4).
 
-    Whoever finds that it takes less sets ``ms``, for all who share it (`sluice.profiler.anchor`).
+    Whoever finds that it takes less sets ``ms``, for all who share it (`sluice.profiler.anchor`). ``moved`` is what the
+    times of a table were multiplied by for it, ``unproven`` that nothing has been measured since.
     """
 
     session: Session
     ms: float
+    moved: float = 1.0
+    unproven: bool = False
 
 
 @dataclass(slots=True)

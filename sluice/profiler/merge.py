@@ -7,7 +7,8 @@
 3. Of two times for one point, or one engine, the one with the smaller relative spread stays; of equal ones the first.
 4. Of two calibrations of a network that on more engines stays. It is fitted anew when the network is profiled on the
    merged table, which costs no measurement if the engines are there. Of two blobs of a name the first stays,
-   but what is left to be timed again (`sluice.profiler.in_flight`, 5) stays of all.
+   but what is left to be timed again (`sluice.profiler.in_flight`, 5) stays of all, and the host (`anchor`) is that
+   of the table whose times the others are brought to.
 5. A table with a time that cannot be one is refused: not finite, or negative where no difference of times is recorded.
    Joints are such differences, and pieces have their sources' time taken out, which may leave less than nothing by the
    noise of those; not more than `NOISE` of the anchor's or of the largest source's time.
@@ -24,8 +25,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from sluice.errors import SluiceError
+from sluice.profiler.anchor import HOST, MAX_RATIO
 from sluice.profiler.anchor import KEY as ANCHOR_KEY
-from sluice.profiler.anchor import MAX_RATIO
 from sluice.profiler.fingerprint import Fingerprint, difference
 from sluice.profiler.in_flight import AGAIN, ONCE, Point, keep_points, points_kept
 from sluice.profiler.measure import Measurement
@@ -65,7 +66,7 @@ class _Content:
     unfinished: dict[str, set[Point]] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
 
-    def add(self, table: LatencyTable, ratio: float) -> None:
+    def add(self, table: LatencyTable, ratio: float, *, reference: bool) -> None:
         anchor = table.get(ANCHOR_KEY, ())
         largest_source = max((found.ms for found in table.points(SOURCE_KEY).values()), default=0.0)
         for key in table.keys():  # noqa: SIM118 (a table is no mapping)
@@ -88,7 +89,7 @@ class _Content:
                     self.calibrations[network] = scaled(fit, ratio)
         for name in (ONCE, AGAIN):
             self.unfinished.setdefault(name, set()).update(points_kept(table, name))
-        for name in table.blobs().keys() - {ONCE, AGAIN}:
+        for name in table.blobs().keys() - {ONCE, AGAIN, *([] if reference else [HOST])}:
             self.blobs.setdefault(name, table.get_blob(name) or b"")
 
     def write(self, table: LatencyTable) -> None:
@@ -125,6 +126,7 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
                     f"tables of one kind of device and one setting, or compare them with `sluice table diff`"
                 )
             anchor = _anchor_ms(table)
+            leads = reference is None and anchor is not None
             reference = reference or anchor
             ratio = reference / anchor if reference and anchor else 1.0
             if not 1 / MAX_RATIO <= ratio <= MAX_RATIO:
@@ -132,7 +134,7 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
                     f"{table.path} is of a host whose reference engine takes {1 / ratio:.2f} times what it takes in "
                     f"{first[0]}, more than {MAX_RATIO}; measure again on a quiet host or one of that kind"
                 )
-            content.add(table, ratio)
+            content.add(table, ratio, reference=leads)
             ratios.append(ratio)
     if first is None:
         raise SluiceError("there is no table to merge; give one or more")

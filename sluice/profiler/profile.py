@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -147,7 +147,15 @@ def profile_onnx(
     methods, show = check_methods(methods), progress_of(progress)
     fingerprint = fingerprint_here(target, threads, batch, precision)
     dissection = _dissect(model, fingerprint, exclude, methods)
-    with _bench(table, fingerprint, seed) as bench:
+
+    def lacks() -> bool:
+        try:
+            profile_known(model, table, exclude=exclude, methods=methods)
+        except SluiceError:
+            return True
+        return False
+
+    with _bench(table, fingerprint, seed, lacks) as bench:
         found = survey(dissection, bench, show, methods=methods, exclude=exclude)
         _check_choice(dissection, found.alternatives.options)
         with show("engines") as advance:
@@ -163,7 +171,7 @@ def profile_onnx(
         found.alternatives.options,
         cache,
         *counts,
-        bench.moved,
+        bench.anchor.moved,
     )
 
 
@@ -228,18 +236,21 @@ def profile_shard(
         if known is not None:
             with show("engines") as advance:
                 engines = measure_engine_share(known, replace(bench, progress=advance), shard, seed)
-    return ShardDone(shard, points, engines, known is not None, disturbed, bench.moved)
+    return ShardDone(shard, points, engines, known is not None, disturbed, bench.anchor.moved)
 
 
 @contextmanager
-def _bench(table: str | os.PathLike[str], fingerprint: Fingerprint, seed: int) -> Iterator[Bench]:
-    """The table, opened or made, and the runner that it is for, with its timing cache and the anchor."""
+def _bench(
+    table: str | os.PathLike[str], fingerprint: Fingerprint, seed: int, lacks: Callable[[], bool] = lambda: True
+) -> Iterator[Bench]:
+    """The table, opened or made, and the runner that it is for, with its timing cache and the anchor.
+
+    A table that lacks nothing stays in the time of the host that filled it.
+    """
     rng, runner = np.random.default_rng(seed), make_runner(fingerprint.runtime, fingerprint.threads)
     with LatencyTable.open_or_create(table, fingerprint) as opened:
         timing_cache.restore(runner, opened.get_blob(timing_cache.NAME))
-        before = opened.get(ANCHOR_KEY, ())
-        anchor = make_anchor(opened, runner, rng)
-        yield Bench(opened, runner, anchor, rng, moved=anchor.ms / before.ms if before else 1.0)
+        yield Bench(opened, runner, make_anchor(opened, runner, rng, lacks=lacks), rng)
 
 
 def _dissect(

@@ -58,10 +58,7 @@ class Waits:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bench:
-    """Where points are measured and kept; a ``closed`` one has a runner that builds nothing.
-
-    ``moved`` is what the table's times were multiplied by when it was opened (`sluice.profiler.anchor`).
-    """
+    """Where points are measured and kept; a ``closed`` one has a runner that builds nothing."""
 
     table: LatencyTable
     runner: Runner
@@ -70,7 +67,6 @@ class Bench:
     progress: Progress = lambda done, total: None
     waits: Waits = field(default_factory=Waits)
     closed: bool = False
-    moved: float = 1.0
 
     @property
     def _threads(self) -> int:
@@ -215,6 +211,7 @@ class Bench:
         self.waits.in_vain = witness.ms > (1.0 + CALM) * self.anchor.ms
         if was_slow(self.anchor, witness.ms, self.table):
             return self.time(sessions, names, most)
+        self.anchor.unproven = False
         clocks.keep(self.runner, self.table)
         return tuple(found)
 

@@ -184,11 +184,17 @@ class LatencyTable:
         for kind in ("points", "engines"):
             self._write(f"UPDATE {kind} SET spread = max(spread, ?)", [(spread,)])
 
-    def move(self, ratio: float, points: Points, blobs: Mapping[str, bytes]) -> None:
-        """Multiply all times by ``ratio``, then replace these points and blobs: all of it or nothing."""
-        rows = [(key, _encode(extents), *self._columns(found)) for key, extents, found in points]
-        fits = [(network, *scaled(fit, ratio)) for network in self.networks() if (fit := self.get_calibration(network))]
+    def move(self, key: str, known: Measurement, own: Measurement, blobs: Mapping[str, bytes]) -> bool:
+        """Multiply all times by ``own / known``, those of the point ``key``, and put these blobs: all of it or nothing.
+
+        Nothing, and False, if another process has changed that point from ``known``.
+        """
+        ratio, at = own.ms / known.ms, _encode(())
         with translated(self.path), transaction(self._connection):
+            if self.get(key, ()) != known:
+                return False
+            networks = [(network, self.get_calibration(network)) for network in self.networks()]
+            fits = [(network, *scaled(fit, ratio)) for network, fit in networks if fit]
             add_blobs(self._connection)
             for kind in ("points", "engines"):
                 self._connection.execute(f"UPDATE {kind} SET ms = ms * ?", (ratio,))
@@ -196,8 +202,11 @@ class LatencyTable:
                 values = (slope, intercept, json.dumps(error), network)
                 sql = "UPDATE calibrations SET slope = ?, intercept = ?, error = ? WHERE model_key = ?"
                 self._connection.execute(sql, values)
-            self._connection.executemany("INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?, ?)", rows)
+            self._connection.execute(
+                "INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?, ?)", (key, at, *self._columns(own))
+            )
             self._connection.executemany("INSERT OR REPLACE INTO blobs VALUES (?, ?)", list(blobs.items()))
+        return True
 
     def describe(self, key: str, text: str) -> None:
         """Say in words which piece ``key`` is, as in ``"Conv 3x3 16x28x28 + Relu"``."""

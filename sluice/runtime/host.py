@@ -2,22 +2,21 @@
 
 1. A hypervisor may give CPUs of several generations one model name ("AMD EPYC"), of which one takes half the time of
    the other, and an Arm system may give none. So the numbers by which the maker tells its CPUs apart are part of it.
-2. Containers on one host share its boot and may lack the machine's own number, which outlives the boot where it is
-   there. So a host is known by either.
+2. Containers on one host share its boot. A machine's own number and name outlive the boot; containers may lack the
+   number or have that of their image, but then have names of their own. So a host is known by its boot, or by both.
 """
 
 from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 
 __all__ = ["host_device", "host_identity"]
 
 CPUINFO = Path("/proc/cpuinfo")
 BOARD = Path("/proc/device-tree/model")
-IDENTITIES = (Path("/etc/machine-id"), Path("/proc/sys/kernel/random/boot_id"))
+MACHINE, BOOT = Path("/etc/machine-id"), Path("/proc/sys/kernel/random/boot_id")
 NUMBERS = {
     "cpu family": "family",
     "model": "model",
@@ -45,9 +44,10 @@ def host_device(cpuinfo: Path = CPUINFO, board: Path = BOARD) -> str:
     return f"{device} ({' '.join(numbers)})" if numbers else device
 
 
-def host_identity(files: Sequence[Path] = IDENTITIES) -> frozenset[str]:
-    """Hashes, of which two sets of one host share one; none where the system gives nothing to go by."""
-    texts = [_text(file).strip() for file in files]
+def host_identity(machine: Path = MACHINE, boot: Path = BOOT) -> frozenset[str]:
+    """Hashes, of which two sets of one host share one (rule 2); none where the system gives nothing to go by."""
+    number = _text(machine).strip()
+    texts = [_text(boot).strip(), f"{number} {platform.node()}" if number else ""]
     return frozenset(hashlib.sha256(f"sluice {text}".encode()).hexdigest()[:16] for text in texts if text)
 
 

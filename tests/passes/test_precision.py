@@ -355,7 +355,22 @@ def test_sums_of_squares(name: str) -> None:
         wide = {node.op_type for node in done.graph.node if kinds[node.output[0]] == TensorProto.FLOAT} - {"Cast"}
         assert (name in wide) == (precision == "fp16")
         last = next(node for node in done.graph.node if "y" in node.output[0] and node.op_type in ("Div", "Mul"))
-        assert {kinds[value] for value in [*last.input, *last.output]} == {code}, "the rest is in 16 bits"
+        expected = TensorProto.FLOAT if last.op_type == "Div" and precision == "fp16" else code
+        assert {kinds[value] for value in [*last.input, *last.output]} == {expected}
+
+
+@pytest.mark.parametrize("guard", ["Clip (norm, least)", "Max (norm, least)", "Add (norm, least)"])
+def test_a_row_of_zeros_is_divided_by_its_guarded_norm(guard: str) -> None:
+    """The guard is less than 16 bits hold, and 0 / 0 is no number."""
+    model = parsed(
+        f"(float[3, 32] x) => (float[3, 32] y) {{ norm = ReduceL2 (x, last)  safe = {guard}  y = Div (x, safe) }}",
+        last=np.array([-1]),
+        least=np.float32(1e-12),
+    )
+    feeds = {key: value * np.array([[400], [0], [1]], np.float32) for key, value in random_feeds(model).items()}
+    for precision in CODES:
+        found = emulated(typed(model, precision), feeds)
+        assert_close(found, list(run(model, feeds).values()), TOLERANCE[precision])
 
 
 def test_a_weight_that_does_not_fit() -> None:

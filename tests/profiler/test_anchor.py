@@ -167,3 +167,45 @@ def test_a_table_that_cannot_be_written_stays_in_the_time_of_its_host(
     monkeypatch.setattr(os, "access", lambda *_: False)
     with LatencyTable.open(path) as table:
         assert make_anchor(table, Host(monkeypatch, "b", 1.1), np.random.default_rng(0)).ms == pytest.approx(ANCHOR_MS)
+
+
+def test_of_two_processes_that_take_a_table_over_one_multiplies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.db"
+    begun(path, Host(monkeypatch, "a", 1.0))
+    runner = Host(monkeypatch, "b", 1.1)
+    quiet = anchor_module._quiet
+
+    def other_first(*given: Any) -> Measurement:
+        monkeypatch.setattr(anchor_module, "_quiet", quiet)
+        with LatencyTable.open(path) as table:
+            assert make_anchor(table, runner, np.random.default_rng(0)).moved == pytest.approx(1.1)
+        return quiet(*given)
+
+    monkeypatch.setattr(anchor_module, "_quiet", other_first)
+    with LatencyTable.open(path) as table:
+        anchor = make_anchor(table, runner, np.random.default_rng(0))
+    assert (anchor.ms, anchor.moved) == (pytest.approx(1.1 * ANCHOR_MS), 1.0)
+    assert content(path)[0] == pytest.approx([1.1 * ms for ms in (ANCHOR_MS, 2.0, -0.5, 7.0)])
+
+
+@pytest.mark.parametrize("busy", [1.025, 1.1])
+def test_a_takeover_on_a_busy_host_is_put_right_by_the_first_call(
+    busy: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.db"
+    begun(path, Host(monkeypatch, "a", 1.0))
+    with LatencyTable.open(path) as table:
+        runner = Host(monkeypatch, "b", busy)
+        anchor = make_anchor(table, runner, np.random.default_rng(0))
+        assert anchor.moved == pytest.approx(busy)
+        anchor.session = FakeSession(ANCHOR_MS)  # the other tenant goes
+        bench = Bench(table, runner, anchor, np.random.default_rng(0))
+        (found,) = bench.time([FakeSession(1.0)], ["after"])
+        assert (found.uncertain, anchor.moved) == (False, pytest.approx(1.0))
+        assert table.require("p", (3,)).spread == 0.01
+        anchor.session = FakeSession(0.9 * ANCHOR_MS)  # once something was measured, all is in doubt
+        bench.time([FakeSession(1.0)], ["later"])
+        assert table.require("p", (3,)).uncertain and table.require("p", (3,)).ms == pytest.approx(2.0)
+    assert content(path)[0][1:] == pytest.approx([2.0, -0.5, 7.0])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import platform
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,13 +72,16 @@ def test_host_device_has_a_fallback(tmp_path: Path) -> None:
     assert host_device(cpuinfo, missing) == host_device(missing, missing) != ""
 
 
-def test_a_host_is_known_by_its_machine_or_by_its_boot(tmp_path: Path) -> None:
-    def host(machine: str, boot: str) -> frozenset[str]:
+def test_a_host_is_known_by_its_boot_or_by_its_number_and_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def host(machine: str, name: str, boot: str) -> frozenset[str]:
         files = [tmp_path / "machine-id", tmp_path / "boot_id"]
         for file, text in zip(files, (machine, boot), strict=True):
             file.write_text(f"{text}\n")
-        return host_identity([*files, tmp_path / "missing"])
+        monkeypatch.setattr(platform, "node", lambda: name)
+        return host_identity(*files)
 
-    assert len(host("m", "b")) == 2 and host("m", "b") & host("m", "c") and host("", "b") & host("m", "b")
-    assert not host("m", "b") & host("n", "c") and host("", "") == frozenset()
-    assert not any("secret" in text for text in host("secret", "b"))
+    here = host("m", "n", "b")
+    assert len(here) == 2 and here & host("m", "n", "c") and here & host("", "pod-1", "b")
+    # A container of the same image on another host, another machine, and nothing to go by.
+    assert not here & host("m", "pod-2", "c") and not here & host("o", "n", "c") and host("", "n", "") == frozenset()
+    assert not any("secret" in text for text in host("secret", "n", "b"))

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from sluice.errors import SluiceError
+from sluice.profiler.anchor import HOST, MAX_RATIO
 from sluice.profiler.anchor import KEY as ANCHOR
-from sluice.profiler.anchor import MAX_RATIO
 from sluice.profiler.fingerprint import Fingerprint
 from sluice.profiler.in_flight import AGAIN, ONCE, keep_points, points_kept
 from sluice.profiler.measure import Measurement
@@ -55,6 +55,17 @@ def test_the_quieter_time_stays_in_the_times_of_the_first_table(tmp_path: Path) 
     merge_tables([tmp_path / "all.db", tmp_path / "all.db"], tmp_path / "twice.db")
     with LatencyTable.open(tmp_path / "all.db") as one, LatencyTable.open(tmp_path / "twice.db") as other:
         assert [one.points(key) for key in one.keys()] == [other.points(key) for key in other.keys()]  # noqa: SIM118
+
+
+def test_the_host_is_that_of_the_times(tmp_path: Path) -> None:
+    a, b, c = (made(tmp_path / f"{name}.db", {}, ms) for name, ms in (("a", 0.25), ("b", 0.26), ("c", None)))
+    for path in (b, c):
+        with LatencyTable.open(path) as table:
+            table.put_blob(HOST, path.stem.encode())
+    for number, (paths, host) in enumerate((((a, b), None), ((b, a), b"b"), ((c, a, b), None), ((c, b, a), b"b"))):
+        merge_tables(paths, tmp_path / f"{number}.db")
+        with LatencyTable.open(tmp_path / f"{number}.db") as table:
+            assert table.get_blob(HOST) == host
 
 
 def test_engines_calibrations_and_blobs(tmp_path: Path) -> None:

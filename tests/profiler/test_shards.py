@@ -113,6 +113,9 @@ def test_a_host_of_another_speed_finishes_in_its_own_time(
     assert content(tmp_path / "all.db") == pytest.approx(content(tmp_path / "alone.db"))
     assert done.latency.dense_ms() == pytest.approx(alone.latency.dense_ms())
     assert f"multiplied by {factor:.4f}" in "\n".join(profile_summary(done, ("filter",))[1])
+    # What lacks nothing is only read.
+    before = (tmp_path / "all.db").read_bytes()
+    assert run("a", 1.0, tmp_path / "all.db", None).moved == 1.0 and (tmp_path / "all.db").read_bytes() == before
     shard = run("a", 1.0, tmp_path / "2.db", Shard(2, 2))
     assert shard.points == 0 and shard.moved == pytest.approx(1 / factor)
     assert f"multiplied by {1 / factor:.4f}" in "\n".join(shard_summary(shard)[1])
