@@ -116,9 +116,10 @@ def was_slow(anchor: Anchor, ms: float, table: LatencyTable) -> bool:
     known = table.get(KEY, ())
     if anchor.unproven and known is not None and table.move(KEY, known, found, {}):
         anchor.moved *= found.ms / known.ms
-    elif off:
-        table.doubt(UNCERTAIN + before / found.ms - 1.0)
-    table.put(KEY, (), found)
+    else:
+        if off:
+            table.doubt(UNCERTAIN + before / found.ms - 1.0)
+        table.put(KEY, (), found)
     anchor.ms = found.ms
     return off
 

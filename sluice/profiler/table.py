@@ -40,6 +40,9 @@ from sluice.profiler.table_file import (
 __all__ = ["MEMORY", "Fit", "LatencyTable", "encode_widths", "scaled"]
 
 MEMORY = ":memory:"
+PUT_POINT = "INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?, ?)"
+PUT_FIT = "INSERT OR REPLACE INTO calibrations VALUES (?, ?, ?, ?)"
+PUT_BLOB = "INSERT OR REPLACE INTO blobs VALUES (?, ?)"
 Points = Iterable[tuple[str, Sequence[int], Measurement]]  # key, extents, time
 Fit = tuple[float, float, dict[str, float]]  # slope, intercept, error
 
@@ -154,7 +157,7 @@ class LatencyTable:
     def put_many(self, points: Points) -> None:
         """Record all points or, where one of them is refused or cannot be written, none."""
         rows = [(key, _encode(extents), *self._columns(found)) for key, extents, found in points]
-        self._write("INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?, ?)", rows)
+        self._write(PUT_POINT, rows)
 
     def points(self, key: str) -> dict[tuple[int, ...], Measurement]:
         """All points of a piece, by extents in increasing order."""
@@ -189,23 +192,17 @@ class LatencyTable:
 
         Nothing, and False, if another process has changed that point from ``known``.
         """
-        ratio, at = own.ms / known.ms, _encode(())
+        ratio = own.ms / known.ms
         with translated(self.path), transaction(self._connection):
             if self.get(key, ()) != known:
                 return False
-            networks = [(network, self.get_calibration(network)) for network in self.networks()]
-            fits = [(network, *scaled(fit, ratio)) for network, fit in networks if fit]
+            fits = [(network, fit) for network in self.networks() if (fit := self.get_calibration(network))]
             add_blobs(self._connection)
             for kind in ("points", "engines"):
                 self._connection.execute(f"UPDATE {kind} SET ms = ms * ?", (ratio,))
-            for network, slope, intercept, error in fits:
-                values = (slope, intercept, json.dumps(error), network)
-                sql = "UPDATE calibrations SET slope = ?, intercept = ?, error = ? WHERE model_key = ?"
-                self._connection.execute(sql, values)
-            self._connection.execute(
-                "INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?, ?)", (key, at, *self._columns(own))
-            )
-            self._connection.executemany("INSERT OR REPLACE INTO blobs VALUES (?, ?)", list(blobs.items()))
+            self._connection.executemany(PUT_FIT, [_fit_row(network, *scaled(fit, ratio)) for network, fit in fits])
+            self._connection.execute(PUT_POINT, (key, _encode(()), *self._columns(own)))
+            self._connection.executemany(PUT_BLOB, list(blobs.items()))
         return True
 
     def describe(self, key: str, text: str) -> None:
@@ -224,8 +221,7 @@ class LatencyTable:
         """Record the affine map from the sum of pieces to the whole engine, and its errors by name."""
         if not all(math.isfinite(value) for value in (slope, intercept, *error.values())):
             raise SluiceError(f"the calibration of {model_key!r} is not finite; measure its engines again")
-        row = (model_key, float(slope), float(intercept), json.dumps({k: float(v) for k, v in error.items()}))
-        self._write("INSERT OR REPLACE INTO calibrations VALUES (?, ?, ?, ?)", [row])
+        self._write(PUT_FIT, [_fit_row(model_key, slope, intercept, error)])
 
     def get_calibration(self, model_key: str) -> Fit | None:
         """``(slope, intercept, error)``."""
@@ -256,7 +252,7 @@ class LatencyTable:
         """Keep ``content`` under ``name``, replacing what was there."""
         with translated(self.path), transaction(self._connection):
             add_blobs(self._connection)
-            self._connection.execute("INSERT OR REPLACE INTO blobs VALUES (?, ?)", (name, content))
+            self._connection.execute(PUT_BLOB, (name, content))
 
     def get_blob(self, name: str) -> bytes | None:
         if name not in self.blobs():
@@ -294,6 +290,10 @@ class LatencyTable:
     def _write(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
         with translated(self.path), transaction(self._connection):
             self._connection.executemany(sql, rows)
+
+
+def _fit_row(model_key: str, slope: float, intercept: float, error: Mapping[str, float]) -> tuple[Any, ...]:
+    return model_key, float(slope), float(intercept), json.dumps({k: float(v) for k, v in error.items()})
 
 
 def scaled(fit: Fit, ratio: float) -> Fit:

@@ -38,8 +38,9 @@ def host_device(cpuinfo: Path = CPUINFO, board: Path = BOARD) -> str:
     for line in _text(cpuinfo).splitlines():
         name, _, value = line.partition(":")
         values.setdefault(name.strip(), []).append(" ".join(value.split()))
-    named = [*values.get("model name", ()), " ".join(_text(board).strip("\0").split()), platform.processor()]
-    device = next(filter(None, named), platform.machine() or "unknown CPU")
+    named = [*values.get("model name", ()), " ".join(_text(board).strip("\0").split())]
+    # The last two may start a process, so they are asked last.
+    device = next(filter(None, named), "") or platform.processor() or platform.machine() or "unknown CPU"
     numbers = [f"{short} {'/'.join(sorted(set(values[name])))}" for name, short in NUMBERS.items() if name in values]
     return f"{device} ({' '.join(numbers)})" if numbers else device
 
