@@ -44,8 +44,8 @@ from benchmarks.fidelity_results import (
     table,
     write_result,
 )
-from sluice.errors import SluiceError
-from sluice.passes.options import METHODS
+from sluice.core.errors import SluiceError
+from sluice.solver.options import METHODS
 
 __all__ = ["main", "work"]
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from sluice.errors import SluiceError
-from sluice.files import write_atomically
-from sluice.passes.options import METHODS
-from sluice.profiler.fit import errors
+from sluice.core.errors import SluiceError
+from sluice.core.files import write_atomically
+from sluice.profiler.fit.least_squares import errors
+from sluice.solver.options import METHODS
 
 __all__ = [
     "BATCHES",

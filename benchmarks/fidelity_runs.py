@@ -3,7 +3,8 @@
 1. The weights are random, since the time of a network does not depend on them; CREPE's are not read either.
 2. Profiling is pieces, joints, alternatives and a calibration on engines of its own. Fresh plans are then drawn from
    all that the solver may choose, and whole engines of them built and measured, interleaved. A few of the calibration's
-   engines take their turns with them and say how much slower the machine is by now (`sluice.profiler.engine_times`, 2).
+   engines take their turns with them and say how much slower the machine is by now
+   (`sluice.profiler.sweep.engine_times`, 2).
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from torch import nn
 from benchmarks.fidelity_results import Outcome, Record, Run
 from examples.crepe.model import FRAME, Crepe
 from sluice import models
-from sluice.passes.export import to_onnx
-from sluice.passes.options import chosen_edits
-from sluice.passes.sampling import random_configuration
-from sluice.profiler.anchor import make_anchor
-from sluice.profiler.engine import with_ranks_in_reach
-from sluice.profiler.engine_times import measure_engines, model_key
+from sluice.passes.cut.export import to_onnx
+from sluice.profiler.pieces.engine import with_ranks_in_reach
 from sluice.profiler.profile import profile_onnx
-from sluice.profiler.sweep import Bench
-from sluice.profiler.table import LatencyTable
+from sluice.profiler.sweep.bench import Bench
+from sluice.profiler.sweep.engine_times import measure_engines, model_key
+from sluice.profiler.table.latency_table import LatencyTable
+from sluice.profiler.timing.reference_engine import make_anchor
+from sluice.solver.options import chosen_edits
+from sluice.solver.random_configurations import random_configuration
 
 __all__ = ["NETWORKS", "Network", "perform"]
 

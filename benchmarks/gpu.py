@@ -41,9 +41,9 @@ import torch
 
 from benchmarks.gpu_plot import staircase_plot
 from benchmarks.gpu_stages import FULL, SMALL, Layer, Network, Sizes, dense, fidelity, half, profiled, staircase
-from sluice.errors import SluiceError
-from sluice.files import write_atomically
-from sluice.passes.export import to_onnx
+from sluice.core.errors import SluiceError
+from sluice.core.files import write_atomically
+from sluice.passes.cut.export import to_onnx
 from sluice.runtime import nvidia
 from sluice.runtime.runner import Runner, available_targets, make_runner
 

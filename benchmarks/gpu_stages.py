@@ -14,18 +14,18 @@ from torch import nn
 
 from sluice.models import mobilenet_v2_224, resnet50
 from sluice.models.imagenet import ImageNetResNet
-from sluice.passes.decide import amplitude_losses, decide, least_ms
-from sluice.passes.precision import typed
-from sluice.passes.sampling import random_configuration
-from sluice.profiler.anchor import make_anchor
-from sluice.profiler.engine_times import measure_engines, model_key
-from sluice.profiler.fit import errors
-from sluice.profiler.measure import measure
+from sluice.passes.precision.typed import typed
+from sluice.pipeline.verify import measure_configurations
+from sluice.profiler.fit.least_squares import errors
 from sluice.profiler.profile import Profile, profile_onnx
-from sluice.profiler.sweep import Bench
-from sluice.profiler.table import LatencyTable
+from sluice.profiler.sweep.bench import Bench
+from sluice.profiler.sweep.engine_times import measure_engines, model_key
+from sluice.profiler.table.latency_table import LatencyTable
+from sluice.profiler.timing.measure import measure
+from sluice.profiler.timing.reference_engine import make_anchor
 from sluice.runtime.runner import Runner
-from sluice.verify import measure_configurations
+from sluice.solver.decide import amplitude_losses, decide, least_ms
+from sluice.solver.random_configurations import random_configuration
 
 __all__ = ["FULL", "SMALL", "Layer", "Network", "Sizes", "dense", "fidelity", "half", "profiled", "staircase"]
 

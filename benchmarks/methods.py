@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.methods_results import CELLS, METHODS, Cells, Record, Run, Store, figures, outstanding, summary, table
-from sluice.errors import SluiceError
-from sluice.files import write_atomically
+from sluice.core.errors import SluiceError
+from sluice.core.files import write_atomically
 
 __all__ = ["main", "read_result", "work", "write_result"]
 

@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sluice.errors import SluiceError
+from sluice.core.errors import SluiceError
 from sluice.models import mobilenet_v2, resnet20, resnet20_mnist
 from sluice.models.mnist import accuracy, load_digits, train
 from sluice.models.pretrained import save_checkpoint
-from sluice.train import Data, Loss, default_loss, fit
+from sluice.training.train import Data, Loss, default_loss, fit
 
 __all__ = ["JOBS", "Job"]
 

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sluice.errors import SluiceError
-from sluice.files import write_atomically
+from sluice.core.errors import SluiceError
+from sluice.core.files import write_atomically
 
 __all__ = [
     "CELLS",

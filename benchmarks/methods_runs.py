@@ -18,15 +18,15 @@ from torch import nn
 import sluice
 from benchmarks.methods_jobs import Job
 from benchmarks.methods_results import Record, Run
-from sluice.budget import parse_budget
-from sluice.errors import SluiceError
-from sluice.outcome import count_parameters
-from sluice.passes.export import finalize, to_onnx
-from sluice.profiler.measure import measure
+from sluice.core.errors import SluiceError
+from sluice.passes.cut.export import finalize, to_onnx
+from sluice.pipeline.figures import count_parameters
+from sluice.pipeline.verify import ACCEPTED
+from sluice.profiler.timing.measure import measure
 from sluice.runtime.host import host_device
 from sluice.runtime.runner import make_runner
-from sluice.train import fit
-from sluice.verify import ACCEPTED
+from sluice.training.budget import parse_budget
+from sluice.training.train import fit
 
 __all__ = ["pair_ms", "perform", "widest"]
 

@@ -29,10 +29,10 @@ import torch
 
 import sluice
 from sluice import models
-from sluice.budget import Budget
-from sluice.gates import REFRESH, Gate, Gates, RankGate, gate_parameters, other_parameters
-from sluice.latency import Extent, LatencyModel, Rule, Term
-from sluice.plan import FORMS
+from sluice.core.latency import Extent, LatencyModel, Rule, Term
+from sluice.core.plan import FORMS
+from sluice.passes.gates.filter_gates import REFRESH, Gate, Gates, RankGate, gate_parameters, other_parameters
+from sluice.training.budget import Budget
 
 WARM = 2  # steps that warm up
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sluice.errors import SluiceError
-from sluice.latency import Extent, LatencyModel, Rule, Term
-from sluice.passes.decide import decide, least_ms
+from sluice.core.errors import SluiceError
+from sluice.core.latency import Extent, LatencyModel, Rule, Term
+from sluice.solver.decide import decide, least_ms
 
 # Expansion, width, repeats and side of the feature map: deeper than the original, 33 groups.
 STAGES = (

@@ -21,10 +21,10 @@ from torch import Tensor
 import sluice
 from sluice.models import resnet20_mnist
 from sluice.models.mnist import Digits, accuracy, load_digits, random_affine
-from sluice.passes.decide import least_ms, restricted
-from sluice.passes.options import METHODS
+from sluice.pipeline.verify import measure_configurations
 from sluice.profiler.profile import Profile
-from sluice.verify import measure_configurations
+from sluice.solver.decide import least_ms, restricted
+from sluice.solver.options import METHODS
 
 BATCH = 8  # of the deployment
 THREADS = 1

@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _WHERE = {
-    "Budget": "sluice.budget",
-    "LatencyTable": "sluice.profiler.table",
-    "Plan": "sluice.plan",
-    "Report": "sluice.report",
-    "SluiceError": "sluice.errors",
-    "analyze": "sluice.passes.aten",
-    "capture": "sluice.passes.capture",
-    "close_gates": "sluice.passes.gating",
-    "compress": "sluice.pipeline",
-    "export": "sluice.deploy",
-    "finish": "sluice.pipeline",
-    "insert_gates": "sluice.passes.gating",
-    "load": "sluice.store",
-    "profile": "sluice.prepare",
-    "rewrite_onnx": "sluice.passes.rewrite_onnx",
-    "rewrite_torch": "sluice.passes.rewrite_torch",
-    "sweep": "sluice.pipeline",
+    "Budget": "sluice.training.budget",
+    "LatencyTable": "sluice.profiler.table.latency_table",
+    "Plan": "sluice.core.plan",
+    "Report": "sluice.artifacts.report",
+    "SluiceError": "sluice.core.errors",
+    "analyze": "sluice.passes.graph.aten",
+    "capture": "sluice.passes.graph.capture",
+    "close_gates": "sluice.passes.gates.gating",
+    "compress": "sluice.pipeline.compress",
+    "export": "sluice.artifacts.deploy",
+    "finish": "sluice.pipeline.compress",
+    "insert_gates": "sluice.passes.gates.gating",
+    "load": "sluice.artifacts.store",
+    "profile": "sluice.pipeline.prepare",
+    "rewrite_onnx": "sluice.passes.cut.rewrite_onnx",
+    "rewrite_torch": "sluice.passes.cut.rewrite_torch",
+    "sweep": "sluice.pipeline.compress",
 }
 
 __all__ = [
@@ -52,20 +52,20 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from sluice.budget import Budget
-    from sluice.deploy import export
-    from sluice.errors import SluiceError
-    from sluice.passes.aten import analyze
-    from sluice.passes.capture import capture
-    from sluice.passes.gating import close_gates, insert_gates
-    from sluice.passes.rewrite_onnx import rewrite_onnx
-    from sluice.passes.rewrite_torch import rewrite_torch
-    from sluice.pipeline import compress, finish, sweep
-    from sluice.plan import Plan
-    from sluice.prepare import profile
-    from sluice.profiler.table import LatencyTable
-    from sluice.report import Report
-    from sluice.store import load
+    from sluice.artifacts.deploy import export
+    from sluice.artifacts.report import Report
+    from sluice.artifacts.store import load
+    from sluice.core.errors import SluiceError
+    from sluice.core.plan import Plan
+    from sluice.passes.cut.rewrite_onnx import rewrite_onnx
+    from sluice.passes.cut.rewrite_torch import rewrite_torch
+    from sluice.passes.gates.gating import close_gates, insert_gates
+    from sluice.passes.graph.aten import analyze
+    from sluice.passes.graph.capture import capture
+    from sluice.pipeline.compress import compress, finish, sweep
+    from sluice.pipeline.prepare import profile
+    from sluice.profiler.table.latency_table import LatencyTable
+    from sluice.training.budget import Budget
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from sluice.cli_model import (
+from sluice.commands.parser import make_parser
+from sluice.commands.specs import (
     check_batch,
     data_of,
     dense_in,
@@ -28,9 +29,8 @@ from sluice.cli_model import (
     is_onnx,
     model_of,
 )
-from sluice.cli_parser import make_parser
-from sluice.errors import SluiceError
-from sluice.files import read_bytes
+from sluice.core.errors import SluiceError
+from sluice.core.files import read_bytes
 
 __all__ = ["main", "parser"]
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def inspect(args: argparse.Namespace) -> int:
     """Show what can be cut, factorised, dropped and merged, and what is left alone and why."""
-    from sluice.cli_inspect import inspection
+    from sluice.commands.inspect import inspection
 
     return _print(args, *inspection(args.model, args.shape, args.exclude))
 
@@ -115,9 +115,9 @@ def _dense_onnx(args: argparse.Namespace) -> Any:
         dense = dense_in(args.model, args.shape)
         check_batch(dense, args.batch, args.model)
         return dense
-    from sluice.passes.export import to_onnx
-    from sluice.prepare import check_float32
-    from sluice.stages import stage
+    from sluice.core.stages import stage
+    from sluice.passes.cut.export import to_onnx
+    from sluice.pipeline.prepare import check_float32
 
     model = model_of(args.model)
     check_float32(model)
@@ -147,8 +147,8 @@ def compress(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     """Make a plan in one shot, without training."""
-    from sluice.propose import propose
-    from sluice.report import edit_rows
+    from sluice.artifacts.report import edit_rows
+    from sluice.pipeline.one_shot import propose
 
     settings = _settings(args)
     model, inputs = model_of(args.model), inputs_of(args.model, args.shape, args.batch)
@@ -172,9 +172,9 @@ def plan(args: argparse.Namespace) -> int:
 
 def apply(args: argparse.Namespace) -> int:
     """Cut a dense ONNX file by a plan; needs no torch."""
-    from sluice.onnx_file import finalize, load_onnx, save_onnx
-    from sluice.passes.rewrite_onnx import rewrite_onnx
-    from sluice.plan import Plan
+    from sluice.core.plan import Plan
+    from sluice.passes.cut.rewrite_onnx import rewrite_onnx
+    from sluice.passes.graph.onnx_file import finalize, load_onnx, save_onnx
 
     slim = finalize(rewrite_onnx(load_onnx(args.model), Plan.load(args.plan)))
     save_onnx(slim, args.out)
@@ -184,10 +184,10 @@ def apply(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     """Write deployment-ready ONNX of the dense network or, with --plan, of the slim one; with --engine, build it."""
     from sluice import load
-    from sluice.cli_export import Asked, check_files, known_cache, outcome
-    from sluice.deploy import deploy_onnx, rounding_error
-    from sluice.passes.export import finalize, save_onnx, to_onnx
-    from sluice.passes.precision import check_precision
+    from sluice.artifacts.deploy import deploy_onnx, rounding_error
+    from sluice.commands.export import Asked, check_files, known_cache, outcome
+    from sluice.passes.cut.export import finalize, save_onnx, to_onnx
+    from sluice.passes.precision.typed import check_precision
     from sluice.runtime.runner import check_fit
 
     check_precision(args.precision)
@@ -235,9 +235,9 @@ def export(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> int:
     """Compare the slim network in torch, its ONNX files in all precisions, and the dense ONNX graph cut by the plan."""
-    from sluice.check import check as run
-    from sluice.check import check_deployed
-    from sluice.onnx_file import load_onnx
+    from sluice.artifacts.check import check as run
+    from sluice.artifacts.check import check_deployed
+    from sluice.passes.graph.onnx_file import load_onnx
 
     errors = run(load_onnx(args.model) if is_onnx(args.model) else model_of(args.model), args.folder)
     worst = max(errors.values())
@@ -258,7 +258,7 @@ def bench(args: argparse.Namespace) -> int:
     """Measure one engine or several in turns: ONNX files, or engines of TensorRT."""
     import numpy as np
 
-    from sluice.profiler.measure import measure
+    from sluice.profiler.timing.measure import measure
     from sluice.runtime.inputs import parsed
     from sluice.runtime.runner import make_runner
 
@@ -293,7 +293,7 @@ def _loaded(runner: Any, path: str) -> Any:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    from sluice.passes.options import check_methods
+    from sluice.solver.options import check_methods
 
     names = ("table", "batch", "target", "threads", "precision", "exclude")
     settings = {name: getattr(args, name) for name in names}

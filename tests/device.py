@@ -14,9 +14,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from sluice.profiler.anchor import anchor_model
-from sluice.profiler.fingerprint import Fingerprint
-from sluice.profiler.shapes import static_graph
+from sluice.profiler.pieces.static_shapes import static_graph
+from sluice.profiler.table.fingerprint import Fingerprint
+from sluice.profiler.timing.reference_engine import anchor_model
 from sluice.runtime.runner import Clock
 
 __all__ = ["ANCHOR_MS", "FINGERPRINT", "FakeRunner", "FakeSession", "chain", "line", "operator_ms", "staircase"]

@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from sluice.passes.export import finalize, to_onnx
-from sluice.runtime.ort import OrtRunner
+from sluice.passes.cut.export import finalize, to_onnx
+from sluice.runtime.ort.cpu import OrtRunner
 from tests.networks import any_network
 
 __all__ = ["arrays", "deployed", "named", "ops", "optimised", "random_feeds", "run"]

@@ -22,8 +22,8 @@ import onnx
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 
-from sluice.errors import SluiceError
-from sluice.runtime.trt_inspect import node_name
+from sluice.core.errors import SluiceError
+from sluice.runtime.trt.inspect import node_name
 
 __all__ = ["MS", "FakeCuda", "fake_tensorrt"]
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from sluice import models
 from sluice.models import enliven
 from sluice.models.resnet import BasicBlock
-from sluice.passes.sites import Analysis
+from sluice.passes.graph.groups import Analysis
 
 __all__ = ["NETWORKS", "Mixed", "any_network", "build", "mixed", "random_kept"]
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import onnx
 
-from sluice.errors import SluiceError
-from sluice.runtime.trt_build import build_engine, find_tensorrt, static_model
+from sluice.core.errors import SluiceError
+from sluice.runtime.trt.build import build_engine, find_tensorrt, static_model
 
 __all__ = ["INSTALLED", "Answer", "Rtx"]
 

@@ -17,23 +17,23 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from sluice import models
+from sluice.core.plan import Drop, Factorize, Merge, Plan
 from sluice.models import EXAMPLE_SHAPES, example_inputs
-from sluice.onnx_file import finalize
-from sluice.passes.blocks import find_blocks
-from sluice.passes.drop_onnx import view_onnx
-from sluice.passes.export import to_onnx
-from sluice.passes.factor import forms_of
-from sluice.passes.merge_onnx import chains_onnx
-from sluice.passes.onnx_axes import analyze_onnx
-from sluice.passes.options import Edits
-from sluice.passes.precision import PRECISIONS, typed
-from sluice.passes.resolve import make_plan
-from sluice.passes.rewrite_onnx import rewrite_onnx
-from sluice.passes.segments import find_segments, folded_norms
-from sluice.plan import Drop, Factorize, Merge, Plan
-from sluice.profiler.pieces import build_piece, dissect
-from sluice.profiler.sources import add_sources
-from sluice.runtime.trt_inspect import Placement, owners, place_pieces, read_layers
+from sluice.passes.cut.drop_onnx import view_onnx
+from sluice.passes.cut.export import to_onnx
+from sluice.passes.cut.factor import forms_of
+from sluice.passes.cut.merge_onnx import chains_onnx
+from sluice.passes.cut.resolve import make_plan
+from sluice.passes.cut.rewrite_onnx import rewrite_onnx
+from sluice.passes.graph.blocks import find_blocks
+from sluice.passes.graph.onnx_axes import analyze_onnx
+from sluice.passes.graph.onnx_file import finalize
+from sluice.passes.graph.segments import find_segments, folded_norms
+from sluice.passes.precision.typed import PRECISIONS, typed
+from sluice.profiler.pieces.dissect import build_piece, dissect
+from sluice.profiler.pieces.sources import add_sources
+from sluice.runtime.trt.inspect import Placement, owners, place_pieces, read_layers
+from sluice.solver.options import Edits
 from tests import networks
 from tests.device import chain
 from tests.rtx import INSTALLED, Rtx

@@ -15,17 +15,17 @@ from torch import nn
 
 import sluice
 from sluice.cli import main
-from sluice.errors import SluiceError
-from sluice.onnx_file import save_onnx
-from sluice.passes.export import to_onnx
-from sluice.passes.importance import fisher_scores
-from sluice.pipeline import compress
-from sluice.plan import Plan
-from sluice.profiler import table as table_module
-from sluice.profiler.pieces import dissect
+from sluice.core.errors import SluiceError
+from sluice.core.plan import Plan
+from sluice.importance.taylor import fisher_scores
+from sluice.passes.cut.export import to_onnx
+from sluice.passes.graph.onnx_file import save_onnx
+from sluice.pipeline.compress import compress
+from sluice.profiler.pieces.dissect import dissect
 from sluice.profiler.profile import fingerprint_here
-from sluice.profiler.table import LatencyTable
-from sluice.train import fit
+from sluice.profiler.table import latency_table as table_module
+from sluice.profiler.table.latency_table import LatencyTable
+from sluice.training.train import fit
 from tests import tiny
 from tests.tiny import compressed_in, dense_onnx_in, files_of, table_in, words
 
@@ -305,7 +305,7 @@ def test_disk_full_while_saving(refused: Refused, tmp_path: Path, monkeypatch: p
     def full(*_: object) -> None:
         raise SluiceError("cannot write 'slim.onnx': No space left on device; choose another folder or make room")
 
-    monkeypatch.setattr("sluice.compressed.save_onnx", full)
+    monkeypatch.setattr("sluice.artifacts.result.save_onnx", full)
     said = refused(
         f"compress tests.tiny:model {COMPRESS} --gate-epochs 0 --data tests.tiny:data --budget 80% --out", folder,
         "--table", table,
@@ -359,7 +359,7 @@ def test_failures_of_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) 
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("sluice.cli_inspect.model_of", broken)
+    monkeypatch.setattr("sluice.commands.inspect.model_of", broken)
     with pytest.raises(ZeroDivisionError):
         main(words("inspect tests.tiny:model --shape 3,9,9"))
 

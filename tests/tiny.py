@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sluice
-from sluice.macs import count_macs
+from sluice.artifacts.macs import count_macs
 from sluice.models import enliven
 from sluice.models.resnet import BasicBlock
-from sluice.onnx_file import save_onnx
-from sluice.passes.export import to_onnx
-from sluice.profiler.shapes import static_graph
-from sluice.runtime.ort import OrtRunner, OrtSession
+from sluice.passes.cut.export import to_onnx
+from sluice.passes.graph.onnx_file import save_onnx
+from sluice.profiler.pieces.static_shapes import static_graph
+from sluice.runtime.ort.cpu import OrtRunner, OrtSession
 
 BATCH = 3
 CALL_MS, MAC_MS = 1e-3, 1e-4

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 import sluice
 from examples.crepe.model import crepe_tiny
 from examples.crepe.tones import Frames, Tones, make_tones, raw_pitch_accuracy
-from sluice.passes.options import METHODS
-from sluice.pipeline import Compressed
+from sluice.pipeline.compress import Compressed
+from sluice.solver.options import METHODS
 
 __all__ = ["compress_tracker", "distillation", "main"]
 

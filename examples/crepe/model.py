@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sluice.errors import SluiceError
+from sluice.core.errors import SluiceError
 
 __all__ = ["BINS", "EPS", "FRAME", "TINY", "Crepe", "crepe_tiny"]
 

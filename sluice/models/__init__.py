@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sluice.errors import SluiceError
+from sluice.core.errors import SluiceError
 from sluice.models.densenet import densenet
 from sluice.models.enliven import enliven
 from sluice.models.imagenet import resnet50

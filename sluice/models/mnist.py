@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sluice.errors import SluiceError
+from sluice.core.errors import SluiceError
 
 __all__ = ["MEAN", "STD", "Digits", "accuracy", "load_digits", "random_affine", "split_per_class", "train"]
 
@@ -165,7 +165,7 @@ def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor, batch: int = 25
 def _loss(logits: torch.Tensor, x: torch.Tensor, y: torch.Tensor, teacher: nn.Module | None) -> torch.Tensor:
     if teacher is None:
         return F.cross_entropy(logits, y)
-    from sluice.distill import logit_distillation
+    from sluice.training.distill import logit_distillation
 
     with torch.no_grad():
         target = teacher(x)

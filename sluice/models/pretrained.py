@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from sluice.errors import SluiceError, first_line
+from sluice.core.errors import SluiceError, first_line
 from sluice.models.resnet import ResNet, resnet20
 
 __all__ = ["CHECKPOINT", "checkpoint_metadata", "resnet20_mnist", "save_checkpoint"]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sluice.errors import SluiceError
+from sluice.core.errors import SluiceError
 from sluice.models.mnist import accuracy, load_digits, train
 from sluice.models.pretrained import CHECKPOINT, save_checkpoint
 from sluice.models.resnet import resnet20

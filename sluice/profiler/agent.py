@@ -4,8 +4,8 @@
     python -m sluice.profiler.agent job.zip -o table.db      where sluice is installed, with its dependencies or without
 
 1. The table is made, from what the job knows already, or continued. Running the same command again after a kill goes
-   on where it was (`sluice.profiler.in_flight`); engines in flight are built again.
-2. ``--shard 2/8`` measures one share of it (`sluice.profiler.shards`).
+   on where it was (`sluice.profiler.timing.burst_log`); engines in flight are built again.
+2. ``--shard 2/8`` measures one share of it (`sluice.profiler.sweep.shards`).
 3. The summary goes to standard output, progress and errors to standard error. Exit status 0: done; 1: a mistake of the
    user's, told in one sentence; 2: wrong usage.
 """
@@ -22,16 +22,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sluice.errors import SluiceError
-from sluice.files import write_atomically
-from sluice.profiler.fingerprint import Fingerprint, difference
+from sluice.core.errors import SluiceError
+from sluice.core.files import write_atomically
+from sluice.core.progress import lines, silent
 from sluice.profiler.job import SITE, read_job
 from sluice.profiler.profile import fingerprint_here, profile_onnx, profile_shard
-from sluice.profiler.progress import lines, silent
-from sluice.profiler.shards import Shard, shard_argument
 from sluice.profiler.summary import profile_summary, shard_summary
-from sluice.profiler.table import LatencyTable
-from sluice.profiler.table_file import drop_bursts, exists
+from sluice.profiler.sweep.shards import Shard, shard_argument
+from sluice.profiler.table.fingerprint import Fingerprint, difference
+from sluice.profiler.table.latency_table import LatencyTable
+from sluice.profiler.table.table_file import drop_bursts, exists
 
 __all__ = ["main", "run_job"]
 

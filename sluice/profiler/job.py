@@ -28,14 +28,14 @@ from typing import Any
 
 import onnx
 
-from sluice.errors import SluiceError
-from sluice.files import read_bytes, write_atomically
-from sluice.passes.options import check_methods
-from sluice.passes.precision import check_precision
-from sluice.profiler.fingerprint import difference
-from sluice.profiler.table import LatencyTable
-from sluice.profiler.table_file import exists
+from sluice.core.errors import SluiceError
+from sluice.core.files import read_bytes, write_atomically
+from sluice.passes.precision.typed import check_precision
+from sluice.profiler.table.fingerprint import difference
+from sluice.profiler.table.latency_table import LatencyTable
+from sluice.profiler.table.table_file import exists
 from sluice.runtime.runner import check_fit
+from sluice.solver.options import check_methods
 
 __all__ = ["SITE", "Job", "known_table", "read_job", "write_job"]
 

@@ -6,10 +6,10 @@ difference. So this is for reading, when a promise is worse than it should be.
 
 from __future__ import annotations
 
-from sluice.errors import SluiceError
+from sluice.core.errors import SluiceError
 from sluice.profiler.profile import Profile
-from sluice.runtime.tensorrt import TensorRtRunner
-from sluice.runtime.trt_inspect import Placement, owners, place_pieces
+from sluice.runtime.trt.inspect import Placement, owners, place_pieces
+from sluice.runtime.trt.runner import TensorRtRunner
 
 __all__ = ["check_inspector", "place_profile", "placement_lines"]
 

@@ -15,23 +15,23 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx
 
-from sluice.errors import SluiceError
-from sluice.latency import LatencyModel
-from sluice.passes.options import Options, check_methods
-from sluice.passes.precision import check_precision, typed
-from sluice.profiler import timing_cache
-from sluice.profiler.anchor import KEY as ANCHOR_KEY
-from sluice.profiler.anchor import anchor_model, make_anchor
-from sluice.profiler.calibrate import calibrate
-from sluice.profiler.fingerprint import Fingerprint
-from sluice.profiler.measure import UNCERTAIN, Anchor
-from sluice.profiler.pieces import Dissection, dissect
-from sluice.profiler.progress import Progress, progress_of, silent
-from sluice.profiler.shards import Shard
+from sluice.core.errors import SluiceError
+from sluice.core.latency import LatencyModel
+from sluice.core.progress import Progress, progress_of, silent
+from sluice.passes.precision.typed import check_precision, typed
+from sluice.profiler.fit.calibrate import calibrate
+from sluice.profiler.pieces.dissect import Dissection, dissect
 from sluice.profiler.survey import Unknown, closed_bench, measure_engine_share, survey, survey_of_known
-from sluice.profiler.sweep import Bench
-from sluice.profiler.table import LatencyTable
+from sluice.profiler.sweep.bench import Bench
+from sluice.profiler.sweep.shards import Shard
+from sluice.profiler.table.fingerprint import Fingerprint
+from sluice.profiler.table.latency_table import LatencyTable
+from sluice.profiler.timing import timing_cache
+from sluice.profiler.timing.measure import UNCERTAIN, Anchor
+from sluice.profiler.timing.reference_engine import KEY as ANCHOR_KEY
+from sluice.profiler.timing.reference_engine import anchor_model, make_anchor
 from sluice.runtime.runner import Runner, check_fit, make_runner
+from sluice.solver.options import Options, check_methods
 
 __all__ = [
     "Profile",
@@ -50,7 +50,7 @@ class Profile:
 
     ``points`` of its pieces are in the table, of ``grid`` that there are at all widths and ranks; ``disturbed`` of them
     were measured on a machine that was never quiet. ``moved`` is what the table's times were multiplied by when it was
-    opened, as another host had begun it (`sluice.profiler.anchor`).
+    opened, as another host had begun it (`sluice.profiler.timing.reference_engine`).
     """
 
     latency: LatencyModel
@@ -220,7 +220,8 @@ def profile_shard(
     seed: int = 0,
     progress: bool | Progress = True,
 ) -> ShardDone:
-    """Measure one shard's share of what ``table`` lacks (`sluice.profiler.shards`); arguments as of `profile_onnx`.
+    """Measure one shard's share of what ``table`` lacks (`sluice.profiler.sweep.shards`); arguments as of
+    `profile_onnx`.
 
     Engines are measured only where the table holds all points, as that of merged shards does.
     """

@@ -86,7 +86,7 @@ def _remarks(done: Profile | ShardDone) -> list[str]:
 def _least(measured: Profile, methods: Sequence[str]) -> tuple[float, dict[str, float]] | None:
     """With all methods together, and with each of several alone."""
     try:
-        from sluice.passes.decide import least_ms, restricted
+        from sluice.solver.decide import least_ms, restricted
     except ImportError:
         return None
 

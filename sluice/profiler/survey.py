@@ -11,23 +11,23 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx
 
-from sluice.latency import LatencyModel
-from sluice.passes.options import Options
-from sluice.profiler.alternatives import find_alternatives
-from sluice.profiler.assemble import assemble
-from sluice.profiler.engine_times import measure_engines, missing_plans, model_key
-from sluice.profiler.explore import explore
-from sluice.profiler.fingerprint import Fingerprint
-from sluice.profiler.grids import Staircase, dense_points, piece_points
-from sluice.profiler.joint_sweep import explore_joints, joint_tolerance
-from sluice.profiler.measure import Anchor
-from sluice.profiler.pieces import Dissection
-from sluice.profiler.progress import Progress, silent
-from sluice.profiler.shards import WHOLE, Shard, share_of
-from sluice.profiler.sweep import Bench
-from sluice.profiler.table import LatencyTable
-from sluice.profiler.variants import Alternatives
+from sluice.core.latency import LatencyModel
+from sluice.core.progress import Progress, silent
+from sluice.profiler.fit.assemble import assemble
+from sluice.profiler.pieces.dissect import Dissection
+from sluice.profiler.pieces.variants import Alternatives
+from sluice.profiler.sweep.alternatives import find_alternatives
+from sluice.profiler.sweep.bench import Bench
+from sluice.profiler.sweep.engine_times import measure_engines, missing_plans, model_key
+from sluice.profiler.sweep.explore import explore
+from sluice.profiler.sweep.grids import Staircase, dense_points, piece_points
+from sluice.profiler.sweep.joint_sweep import explore_joints, joint_tolerance
+from sluice.profiler.sweep.shards import WHOLE, Shard, share_of
+from sluice.profiler.table.fingerprint import Fingerprint
+from sluice.profiler.table.latency_table import LatencyTable
+from sluice.profiler.timing.measure import Anchor
 from sluice.runtime.runner import Clock, Session
+from sluice.solver.options import Options
 
 __all__ = ["Survey", "Unknown", "closed_bench", "measure_engine_share", "survey", "survey_of_known"]
 

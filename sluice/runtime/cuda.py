@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sluice.errors import SluiceError
+from sluice.core.errors import SluiceError
 
 __all__ = ["Cuda", "Resources"]
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sluice.errors import SluiceError, first_line
+from sluice.core.errors import SluiceError, first_line
 
 if TYPE_CHECKING:
     import onnx

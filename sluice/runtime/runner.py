@@ -3,7 +3,7 @@
 1. A *runner* is one runtime with its settings (provider, threads); it turns an ONNX model into a session.
 2. A *session* is one engine with static shapes. `run` computes, for comparing outputs. `sample` times one
    *burst*: ``repeats`` inferences back to back on inputs that were bound once, so that neither copies nor the
-   resolution of the clock enter the figure. Which statistic to take over bursts is `sluice.profiler.measure`'s
+   resolution of the clock enter the figure. Which statistic to take over bursts is `sluice.profiler.timing.measure`'s
    business, not the runtime's.
 3. The clock belongs to the session: ``"thread_cpu"`` (time the computing thread was on a core; other processes do
    not count), ``"wall"``, or ``"cuda"`` (events on the device's stream). Figures of different clocks never compare.
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from sluice.errors import SluiceError
+from sluice.core.errors import SluiceError
 
 if TYPE_CHECKING:
     import onnx
@@ -155,20 +155,20 @@ def make_runner(target: str, threads: int = 1) -> Runner:
     if reason := _missing(check_target(target)):
         raise SluiceError(f"target {target!r} cannot run here: {reason}; targets that can: {_here()}")
     if target == "ort-cpu":
-        from sluice.runtime.ort import OrtRunner
+        from sluice.runtime.ort.cpu import OrtRunner
 
         return OrtRunner(threads)
     if threads != 1:
         raise SluiceError(f"cannot run target {target!r} with threads={threads}: a GPU has no such threads; give 1")
     if target == "ort-cuda":
-        from sluice.runtime.ort_cuda import OrtCudaRunner
+        from sluice.runtime.ort.cuda import OrtCudaRunner
 
         return OrtCudaRunner()
     if target == "torch-cuda":
-        from sluice.runtime.torch_cuda import TorchCudaRunner
+        from sluice.runtime.torch_cuda.runner import TorchCudaRunner
 
         return TorchCudaRunner()
-    from sluice.runtime.tensorrt import TensorRtRunner
+    from sluice.runtime.trt.runner import TensorRtRunner
 
     return TensorRtRunner()
 
@@ -180,13 +180,13 @@ def available_targets() -> dict[str, str]:
 
 def _missing(target: str) -> str:
     if target == "ort-cpu":
-        from sluice.runtime.ort import missing
+        from sluice.runtime.ort.cpu import missing
     elif target == "ort-cuda":
-        from sluice.runtime.ort_cuda import missing
+        from sluice.runtime.ort.cuda import missing
     elif target == "torch-cuda":
-        from sluice.runtime.torch_cuda import missing
+        from sluice.runtime.torch_cuda.runner import missing
     else:
-        from sluice.runtime.tensorrt import missing
+        from sluice.runtime.trt.runner import missing
     return missing()
 
 

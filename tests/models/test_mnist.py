@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sluice.errors import SluiceError
+from sluice.core.errors import SluiceError
 from sluice.models.mnist import MEAN, STD, Digits, accuracy, load_digits, random_affine, split_per_class, train
 
 BLACK = -MEAN / STD

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import sluice.models as models
-from sluice.errors import SluiceError
+from sluice.core.errors import SluiceError
 from sluice.models import EXAMPLE_SHAPES, example_inputs
 
 FRESH = sorted(set(EXAMPLE_SHAPES) - {"resnet20_mnist"})

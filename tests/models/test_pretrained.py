@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sluice.errors import SluiceError
+from sluice.core.errors import SluiceError
 from sluice.models import pretrained, resnet20, resnet20_mnist
 from sluice.models.mnist import accuracy, load_digits
 from sluice.models.pretrained import CHECKPOINT, checkpoint_metadata, save_checkpoint

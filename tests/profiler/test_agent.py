@@ -11,11 +11,11 @@ from pathlib import Path
 import onnx
 import pytest
 
-from sluice.passes.options import METHODS
 from sluice.profiler.agent import main
 from sluice.profiler.job import Job, write_job
 from sluice.profiler.profile import fingerprint_here, profile_onnx
-from sluice.profiler.table import LatencyTable
+from sluice.profiler.table.latency_table import LatencyTable
+from sluice.solver.options import METHODS
 from tests import tiny
 from tests.device import FINGERPRINT, chain
 
@@ -58,7 +58,7 @@ def on_device(job: Path, *arguments: object, simulated: bool = True) -> subproce
 
 @pytest.fixture(scope="module")
 def residual() -> onnx.ModelProto:
-    from sluice.passes.export import to_onnx
+    from sluice.passes.cut.export import to_onnx
 
     return to_onnx(tiny.residual(), tiny.inputs())
 

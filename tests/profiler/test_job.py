@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from sluice.errors import SluiceError
+from sluice.core.errors import SluiceError
 from sluice.profiler import job as job_module
-from sluice.profiler.fingerprint import Fingerprint
 from sluice.profiler.job import Job, known_table, read_job, write_job
-from sluice.profiler.table import LatencyTable
+from sluice.profiler.table.fingerprint import Fingerprint
+from sluice.profiler.table.latency_table import LatencyTable
 from sluice.runtime.runner import UNFIT
 from tests.device import chain
 
@@ -52,7 +52,7 @@ def test_it_carries_all_code_and_its_licences(tmp_path: Path) -> None:
         sources = {name: file.read(name).decode() for name in names if name.endswith(".py")}
         for licence in ("site/sluice.LICENSE", "site/onnx_graphsurgeon.LICENSE"):
             assert "Apache License" in file.read(licence).decode()
-    assert {"site/sluice/__init__.py", "site/sluice/profiler/agent.py", "site/sluice/runtime/ort.py"} <= names
+    assert {"site/sluice/__init__.py", "site/sluice/profiler/agent.py", "site/sluice/runtime/ort/cpu.py"} <= names
     assert {"site/onnx_graphsurgeon/__init__.py", "site/onnx_graphsurgeon/ir/graph.py"} <= names
     for name, source in sources.items():
         tops = [node for node in ast.parse(source).body if isinstance(node, (ast.Import, ast.ImportFrom))]

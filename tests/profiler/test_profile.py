@@ -11,15 +11,15 @@ import onnx
 import pytest
 
 from sluice.cli import main
-from sluice.errors import SluiceError
-from sluice.passes.rewrite_onnx import cut_graph
-from sluice.passes.sampling import random_configuration
+from sluice.core.errors import SluiceError
+from sluice.passes.cut.rewrite_onnx import cut_graph
 from sluice.profiler import profile as profile_module
 from sluice.profiler.profile import Profile, fingerprint_here, measured_elsewhere, profile_known, profile_onnx
 from sluice.profiler.summary import profile_summary
-from sluice.profiler.table import LatencyTable
+from sluice.profiler.table.latency_table import LatencyTable
 from sluice.runtime.compare import assert_close
 from sluice.runtime.runner import UNFIT
+from sluice.solver.random_configurations import random_configuration
 from tests.device import ANCHOR_MS, Cost, FakeRunner, FakeSession, chain, line, staircase
 
 
@@ -239,6 +239,6 @@ def test_a_small_network_in_the_real_runtime(tmp_path: Path) -> None:
 
 
 def profile_module_key(profile: Profile) -> str:
-    from sluice.profiler.engine_times import model_key
+    from sluice.profiler.sweep.engine_times import model_key
 
     return model_key(profile.dissection, profile.latency)

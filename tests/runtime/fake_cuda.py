@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sluice.runtime.torch_program import Program
+from sluice.runtime.torch_cuda.program import Program
 
 __all__ = ["LAUNCH_MS", "FakeDriver", "FakeGraph"]
 

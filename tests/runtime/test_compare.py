@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from sluice.errors import SluiceError
+from sluice.core.errors import SluiceError
 from sluice.runtime.compare import assert_close, relative_error
 
 

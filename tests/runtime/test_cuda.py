@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sluice.errors import SluiceError
+from sluice.core.errors import SluiceError
 from sluice.runtime import cuda as module
 from sluice.runtime.cuda import Cuda
 

@@ -6,11 +6,12 @@ from types import ModuleType
 
 import pytest
 
-from sluice.errors import SluiceError
-from sluice.passes.precision import PRECISIONS
-from sluice.runtime import ort, ort_cuda, tensorrt, torch_cuda
-from sluice.runtime.ort import OrtRunner
-from sluice.runtime.ort_cuda import OrtCudaRunner
+from sluice.core.errors import SluiceError
+from sluice.passes.precision.typed import PRECISIONS
+from sluice.runtime.ort import cpu as ort
+from sluice.runtime.ort import cuda as ort_cuda
+from sluice.runtime.ort.cpu import OrtRunner
+from sluice.runtime.ort.cuda import OrtCudaRunner
 from sluice.runtime.runner import (
     LEAST_LAUNCH_MS,
     MOST_INFERENCES,
@@ -25,7 +26,9 @@ from sluice.runtime.runner import (
     inferences_per_launch,
     make_runner,
 )
-from sluice.runtime.torch_cuda import TorchCudaRunner
+from sluice.runtime.torch_cuda import runner as torch_cuda
+from sluice.runtime.torch_cuda.runner import TorchCudaRunner
+from sluice.runtime.trt import runner as tensorrt
 
 MODULES: dict[str, ModuleType] = {
     "ort-cpu": ort, "ort-cuda": ort_cuda, "torch-cuda": torch_cuda, "tensorrt": tensorrt

@@ -1,0 +1,128 @@
+"""Does a folder that `sluice.compress` wrote hold one network? Three ways to it must give the same outputs:
+
+1. torch: the user's dense module, cut by the plan, filled with the saved weights;
+2. the deployment file ``slim.onnx``;
+3. the dense ONNX graph, cut by the plan with the other rewriter, filled with the saved weights.
+
+For a dense network given as an ONNX file the first way falls away, and torch is not needed.
+
+A file in another precision, ``slim.int8.onnx``, cannot give the same numbers; whether it is the same network as
+``slim.onnx`` is what `sluice.artifacts.rounding_check` judges.
+
+Weights are filled in by the names of the slim network. In torch these follow from rewriting the module, and must be all
+that the file holds. In the cut graph every tensor of the user's, every factor and every merged bias must be found; what
+an exporter made up keeps its value.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from sluice.artifacts.rounding_check import Likeness, compare_precisions, drawn, outputs_of
+from sluice.core.errors import SluiceError
+from sluice.core.plan import InputSpec, Plan
+from sluice.passes.cut.factor import first_name, second_name
+from sluice.passes.cut.merge_region import bias_name
+from sluice.passes.cut.rewrite_onnx import rewrite_onnx
+from sluice.passes.graph.onnx_file import finalize, load_onnx
+from sluice.passes.precision.typed import PRECISIONS
+from sluice.runtime.compare import relative_error
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["check", "check_deployed"]
+
+
+def check(dense: nn.Module | onnx.ModelProto, folder: str | os.PathLike[str]) -> dict[str, float]:
+    """Relative error of every pair of ways, by name, on inputs drawn from a normal distribution.
+
+    Args:
+        dense: the network that was compressed (its weights do not matter), or its ONNX with parameter names.
+        folder: with ``plan.json``, ``slim.safetensors`` and ``slim.onnx``.
+    Raises:
+        SluiceError: files are missing, or do not belong to each other or to ``dense``.
+    """
+    folder = Path(folder)
+    plan = Plan.load(folder / "plan.json")
+    arrays = drawn(_inputs(plan))
+    outputs = {"slim.onnx": _run(load_onnx(folder / "slim.onnx"), arrays)}
+    exported = dense
+    if not isinstance(exported, onnx.ModelProto):
+        import torch
+        from torch.utils import _pytree as pytree
+
+        from sluice.artifacts.store import load
+        from sluice.passes.cut.export import to_onnx
+
+        inputs = tuple(torch.from_numpy(a) for a in arrays)
+        slim = load(exported, plan, folder / "slim.safetensors", inputs)
+        with torch.no_grad():
+            outputs["torch"] = [t.numpy() for t in pytree.tree_leaves(slim(*inputs)) if isinstance(t, torch.Tensor)]
+        exported = to_onnx(exported, inputs)
+    cut = _filled(rewrite_onnx(exported, plan), plan, folder / "slim.safetensors")
+    outputs["plan on dense ONNX"] = _run(finalize(cut), arrays)
+    return {f"{a} and {b}": relative_error(outputs[a], outputs[b]) for a, b in itertools.combinations(outputs, 2)}
+
+
+def check_deployed(folder: str | os.PathLike[str]) -> dict[str, Likeness]:
+    """How like ``slim.onnx`` the files in other precisions are, by file name; empty where the folder has none.
+
+    Raises:
+        SluiceError: files are missing, are no networks, or do not take the same inputs and return the same shapes.
+    """
+    folder = Path(folder)
+    specs = _inputs(Plan.load(folder / "plan.json"))
+    names = {p: f"slim.{p}.onnx" for p in PRECISIONS if p != "fp32"}
+    return {
+        name: compare_precisions(load_onnx(folder / name), load_onnx(folder / "slim.onnx"), precision, specs)
+        for precision, name in names.items()
+        if (folder / name).exists()
+    }
+
+
+def _inputs(plan: Plan) -> tuple[InputSpec, ...]:
+    if not plan.inputs:
+        raise SluiceError("the plan does not say what inputs the model takes; compress with plain tensors as inputs")
+    return plan.inputs
+
+
+def _run(model: onnx.ModelProto, arrays: list[np.ndarray]) -> list[np.ndarray]:
+    return next(outputs_of(model, [arrays]))
+
+
+def _filled(model: onnx.ModelProto, plan: Plan, path: Path) -> onnx.ModelProto:
+    """The cut model with its initialisers replaced by the tensors of a safetensors file, by name."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load as load_bytes
+
+    try:
+        tensors: Mapping[str, np.ndarray] = load_bytes(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise SluiceError(f"cannot read the weights {str(path)!r}: {error}; give a .safetensors file") from None
+    own = {*plan.fingerprint, *(bias_name(run[-1]) for merge in plan.merges for run in merge.runs)}
+    own |= {name(f.param) for f in plan.factorizations for name in (first_name, second_name)}
+    for init in model.graph.initializer:
+        found = tensors.get(init.name)
+        if found is None and init.name in own:
+            raise SluiceError(
+                f"{str(path)!r} does not belong to this plan: it lacks {init.name!r} {tuple(init.dims)}; give the "
+                "weights saved beside the plan"
+            )
+        if found is None:
+            continue
+        if found.shape != tuple(init.dims):
+            raise SluiceError(
+                f"{str(path)!r} does not belong to this plan: {init.name!r} is {found.shape} instead of "
+                f"{tuple(init.dims)}; give the weights saved beside the plan"
+            )
+        init.CopyFrom(numpy_helper.from_array(found, init.name))
+    return model

@@ -1,0 +1,162 @@
+"""The file that is deployed, in any precision, and how it can be judged before.
+
+1. `export`: module -> ONNX in its precision, written whole or not at all. `deploy_onnx` is the same for a graph that
+   was exported before.
+2. `as_module`: a deployment file as ``nn.Module``, so that the code that evaluates the model gives the accuracy in
+   every precision. fp32 and int8 run in ONNX Runtime as they are, 16 bits as `sluice.passes.precision.emulation`
+   rewrites them.
+3. `rounding_error`: what a precision costs on a few inputs, in numbers alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sluice.artifacts.calibration_ranges import PERCENTILE, activation_ranges, slices
+from sluice.core.errors import SluiceError
+from sluice.passes.cut.export import OPSET, to_onnx
+from sluice.passes.graph.capture import Inputs
+from sluice.passes.graph.onnx_file import finalize, save_onnx
+from sluice.passes.precision.emulation import emulated
+from sluice.passes.precision.typed import check_precision, typed
+from sluice.runtime.compare import relative_error
+from sluice.runtime.runner import check_target
+
+if TYPE_CHECKING:
+    from sluice.runtime.runner import Session
+
+__all__ = ["as_module", "deploy_onnx", "export", "rounding_error"]
+
+
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Inputs,
+    *,
+    precision: str = "fp32",
+    calibration: Iterable[Any] | None = None,
+    target: str = "ort-cpu",
+    exclude: Collection[str] = (),
+    opset: int = OPSET,
+) -> onnx.ModelProto:
+    """Write the network as deployment-ready ONNX and return it.
+
+    Args:
+        precision: one of `sluice.passes.precision.typed.PRECISIONS`.
+        calibration, target, exclude: as for `deploy_onnx`.
+    Raises:
+        SluiceError: the model cannot be exported, or not in this precision, or the file cannot be written.
+    """
+    check_precision(precision)
+    fp32 = finalize(to_onnx(model, example_inputs, opset=opset))
+    done = deploy_onnx(fp32, precision, calibration, target=target, exclude=exclude)
+    save_onnx(done, path)
+    return done
+
+
+def deploy_onnx(
+    model: onnx.ModelProto,
+    precision: str,
+    calibration: Iterable[Any] | None = None,
+    *,
+    target: str = "ort-cpu",
+    exclude: Collection[str] = (),
+    percentile: float = PERCENTILE,
+) -> onnx.ModelProto:
+    """An fp32 network, finalized, as it is deployed in ``precision``.
+
+    Args:
+        calibration: for int8, some hundred inputs as they occur in deployment, in batches of ``(inputs, labels)`` or of
+            inputs alone; a mapping names the file's inputs, anything else gives them in order.
+        target: the runtime that the file is for; int8 has another form for each.
+        exclude: for int8, names of weights whose layers stay float, often the first and the last.
+        percentile: for int8, see `sluice.artifacts.calibration_ranges`.
+    Raises:
+        SluiceError: there is no such precision or target, int8 has no calibration, or the network cannot be written in
+            the precision.
+    """
+    check_target(target)
+    if check_precision(precision) != "int8":
+        return typed(model, precision, target=target)
+    if calibration is None:
+        raise SluiceError(
+            "int8 needs to know the ranges of activations; give calibration= some hundred inputs, in batches"
+        )
+    ranges = activation_ranges(model, calibration, percentile=percentile, target=target, exclude=exclude)
+    return typed(model, precision, ranges=ranges, target=target, exclude=exclude)
+
+
+def rounding_error(narrow: onnx.ModelProto, wide: onnx.ModelProto, batches: Iterable[Any]) -> float:
+    """The relative error of a file to the one in fp32 on the first inputs of ``batches``, 16 where that can be.
+
+    Raises:
+        SluiceError: the batch does not fit the network.
+    """
+    from sluice.runtime.runner import make_runner
+
+    runner, feeds = make_runner("ort-cpu"), next(slices(batches, wide))
+    return relative_error(runner.build(emulated(narrow)).run(feeds), runner.build(wide).run(feeds))
+
+
+def as_module(model: onnx.ModelProto, like: Any = None) -> nn.Module:
+    """The network of a deployment file as a module, without gradients; it computes on the CPU.
+
+    It takes tensors in the order of the file's inputs, nested as the exported model's were; keyword arguments with the
+    names of inputs may come in any order, and what is no tensor is passed over, since it is part of the file. The
+    results are on the device of the first tensor.
+
+    Args:
+        like: how the results are nested: outputs of the exported model, whose tensors are replaced and whose other
+            leaves (None, flags) stay, or a ``TreeSpec`` with tensors alone. Without it, the output, or a tuple of them
+            if there are several.
+    Raises:
+        SluiceError: ``like`` has another number of tensors than the file has outputs.
+    """
+    outputs = [info.name for info in model.graph.output]
+    if isinstance(like, pytree.TreeSpec):
+        like = pytree.tree_unflatten([torch.empty(0)] * like.num_leaves, like)
+    count = sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(like))
+    if like is not None and count != len(outputs):
+        raise SluiceError(
+            f"the file has {len(outputs)} outputs ({', '.join(outputs)}), but like= holds {count} tensors; give "
+            f"outputs of the model that was exported"
+        )
+    from sluice.runtime.runner import make_runner
+
+    initializers = {init.name for init in model.graph.initializer}
+    inputs = tuple(info.name for info in model.graph.input if info.name not in initializers)
+    return _Deployed(make_runner("ort-cpu").build(emulated(model)), inputs, like)
+
+
+class _Deployed(nn.Module):
+    def __init__(self, session: Session, inputs: tuple[str, ...], like: Any):
+        super().__init__()
+        self.session, self.inputs = session, inputs
+        self.like = pytree.tree_map_only(Tensor, lambda _: torch.empty(0), like)
+        # Code that evaluates models asks their parameters for the device that data should be moved to.
+        self.placeholder = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = {name: x for name, x in kwargs.items() if name in self.inputs and isinstance(x, Tensor)}
+        others = {name: x for name, x in kwargs.items() if name not in given}
+        leaves = [x for x in pytree.tree_leaves((args, others)) if isinstance(x, Tensor)]
+        if len(leaves) + len(given) != len(self.inputs):
+            raise SluiceError(
+                f"the network takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), not "
+                f"{len(leaves) + len(given)}; give one tensor for each"
+            )
+        given.update(zip([name for name in self.inputs if name not in given], leaves, strict=True))
+        feeds = {name: x.detach().cpu().numpy() for name, x in given.items()}
+        device = next((given[name].device for name in self.inputs), self.placeholder.device)
+        found = [torch.from_numpy(array).to(device) for array in self.session.run(feeds).values()]
+        if self.like is not None:
+            results = iter(found)
+            return pytree.tree_map_only(Tensor, lambda _: next(results), self.like)
+        return found[0] if len(found) == 1 else tuple(found)

@@ -1,0 +1,35 @@
+"""Multiply-accumulates of an ONNX graph for one example: convolutions and matrix products, nothing else counted.
+
+Conv            output elements * (in channels / groups) * kernel elements
+ConvTranspose   input elements * (out channels / groups) * kernel elements
+Gemm, MatMul    output elements * contracted size
+"""
+
+from __future__ import annotations
+
+import math
+
+import onnx
+
+from sluice.passes.graph.onnx_graph import attributes
+from sluice.profiler.pieces.static_shapes import static_graph
+
+__all__ = ["count_macs"]
+
+
+def count_macs(model: onnx.ModelProto) -> int:
+    """MACs at batch 1 (at the model's own batch if that is fixed)."""
+    graph = static_graph(model, 1).graph
+    shapes = {init.name: list(init.dims) for init in graph.initializer}
+    for info in [*graph.input, *graph.value_info, *graph.output]:
+        shapes[info.name] = [d.dim_value for d in info.type.tensor_type.shape.dim]
+    total = 0
+    for node in graph.node:
+        if node.op_type == "Conv":
+            total += math.prod(shapes[node.output[0]]) * math.prod(shapes[node.input[1]][1:])
+        elif node.op_type == "ConvTranspose":
+            total += math.prod(shapes[node.input[0]]) * math.prod(shapes[node.input[1]][1:])
+        elif node.op_type in ("Gemm", "MatMul"):
+            contracted = shapes[node.input[0]][0 if attributes(node).get("transA") else -1]
+            total += math.prod(shapes[node.output[0]]) * contracted
+    return total

@@ -1,0 +1,274 @@
+"""What was promised, what was measured, and what was left alone, as one frozen value.
+
+JSON (``version`` 3; 1, which knew widths only, and 2, which knew fp32 only, still load) and a terminal table. Times are
+milliseconds, ``parity_max_rel`` is the largest deviation of the slim network's output relative to the dense output's
+scale. Figures that were not taken are ``None``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from sluice.core.errors import SluiceError
+from sluice.core.files import write_atomically
+from sluice.core.plan import Plan
+
+if TYPE_CHECKING:
+    from rich.console import Console, Group
+
+__all__ = ["EditRow", "GroupRow", "MethodRow", "PieceRow", "Report", "edit_rows"]
+
+VERSION = 3
+# What reports of earlier versions lack, by version.
+LATER: dict[int, dict[str, Any]] = {
+    1: {"methods": (), "edits": (), "readings": (), "metric_deployed": None},
+    2: {"metric_deployed": None},
+    VERSION: {},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PieceRow:
+    """One measured piece of the graph; ``ms`` of one occurrence, ``count`` occurrences."""
+
+    name: str
+    description: str
+    count: int
+    ms_before: float
+    ms_after: float
+    extents_before: tuple[int, ...]
+    extents_after: tuple[int, ...]
+
+    def saved_ms(self) -> float:
+        return self.count * (self.ms_before - self.ms_after)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRow:
+    """Channels of one axis group."""
+
+    name: str
+    dense: int
+    kept: int
+
+
+@dataclass(frozen=True, slots=True)
+class MethodRow:
+    """What one of the methods (filter, rank, block, merge) contributed: see `sluice.pipeline.figures.contributions`.
+
+    ``sites`` is how many it changed, ``saved_ms`` what the plan would promise more without it, ``loss`` the increase of
+    the loss that its choices were priced at (None: not known).
+    """
+
+    name: str
+    sites: int
+    saved_ms: float
+    loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EditRow:
+    """One structural edit: the method, what it is done to, and how."""
+
+    method: str
+    name: str
+    detail: str
+
+
+def edit_rows(plan: Plan) -> tuple[EditRow, ...]:
+    """The plan's factorizations, drops and merges; slices are told as widths."""
+    return (
+        *(EditRow("rank", f.param, f"{f.form}, rank {f.rank}") for f in plan.factorizations),
+        *(EditRow("block", d.name, f"dropped, {len(d.params)} tensors") for d in plan.drops),
+        *(
+            EditRow("merge", m.name, f"{len(m.layers)} layers, of {' | '.join(' '.join(run) for run in m.runs)}")
+            for m in plan.merges
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The outcome of one compression.
+
+    ``readings`` are the plans that were rehearsed: name, promised milliseconds, held-out loss after every round that
+    the plan took part in. The first is the one that was trusted. ``metric_deployed`` is that of the file itself, where
+    its precision (``fingerprint["precision"]``) is not fp32.
+    """
+
+    budget_ms: float
+    dense_ms: float
+    promised_ms: float
+    measured_ms: float | None
+    parity_max_rel: float | None
+    params_dense: int
+    params_slim: int
+    macs_dense: int
+    macs_slim: int
+    metric_dense: float | None
+    metric_slim: float | None
+    seconds: float
+    rounds: int
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    pieces: tuple[PieceRow, ...] = ()
+    groups: tuple[GroupRow, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+    error: Mapping[str, float] = field(default_factory=dict)
+    methods: tuple[MethodRow, ...] = ()
+    edits: tuple[EditRow, ...] = ()
+    readings: tuple[tuple[str, float, tuple[float, ...]], ...] = ()
+    metric_deployed: float | None = None
+
+    def met(self) -> bool:
+        """Whether the measured (where there is none, the promised) time is within the budget."""
+        return (self.promised_ms if self.measured_ms is None else self.measured_ms) <= self.budget_ms
+
+    def to_json(self) -> str:
+        """Raises ``ValueError`` for figures that JSON does not have (NaN, infinity)."""
+        return json.dumps({"version": VERSION, **asdict(self)}, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SluiceError(f"this is no report: {error}; give the JSON that Report.save wrote") from None
+        version = data.pop("version", None) if isinstance(data, dict) else None
+        if version not in LATER:
+            raise SluiceError(
+                f"report has version {version!r}, this package reads 1 to {VERSION}; make the report again"
+            )
+        data = {**LATER[version], **data}
+        names = {f.name for f in fields(cls)}
+        if set(data) != names:
+            raise SluiceError(f"report lacks or adds {sorted(set(data) ^ names)}; make the report again")
+        data["pieces"] = tuple(_piece(row) for row in data["pieces"])
+        data["groups"] = tuple(GroupRow(**row) for row in data["groups"])
+        data["skipped"] = tuple((name, reason) for name, reason in data["skipped"])
+        data["methods"] = tuple(MethodRow(**row) for row in data["methods"])
+        data["edits"] = tuple(EditRow(**row) for row in data["edits"])
+        data["readings"] = tuple((name, ms, tuple(losses)) for name, ms, losses in data["readings"])
+        return cls(**data)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the JSON whole or not at all: what was at ``path`` stays until the new file is complete."""
+        write_atomically(path, self.to_json().encode())
+
+    def table(self) -> Group:
+        """The summary, what every method contributed, the pieces by saved time, what was done and what was left alone,
+        for a ``rich`` console."""
+        from rich.console import Group
+        from rich.text import Text
+
+        parts: list[Any] = [self._summary(), Text(self._verdict())]
+        if self.methods:
+            parts += [Text(), self._methods()]
+        if self.readings:
+            parts += [Text(), self._readings()]
+        if self.pieces:
+            parts += [Text(), self._pieces()]
+        if self.groups:
+            kept, dense = sum(g.kept for g in self.groups), sum(g.dense for g in self.groups)
+            cut = sum(g.kept < g.dense for g in self.groups)
+            parts += [Text(), Text(f"{cut} of {len(self.groups)} groups cut, {kept} of {dense} channels kept")]
+        if self.edits:
+            parts += [Text(), Text("restructured")]
+            parts += [Text(f"  {edit.method} {edit.name}: {edit.detail}") for edit in self.edits]
+        if self.skipped:
+            parts += [Text(), Text("left alone")]
+            parts += [Text(f"  {name}: {reason}") for name, reason in self.skipped]
+        return Group(*parts)
+
+    def render(self, console: Console) -> None:
+        console.print(self.table())
+
+    def _summary(self) -> Any:
+        from rich.table import Table
+
+        table = Table("", "dense", "slim", "slim/dense", box=None, pad_edge=False)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        rows: list[tuple[str, float | None, float | None, str]] = [
+            ("promised ms", self.dense_ms, self.promised_ms, ",.3f"),
+            ("measured ms", None, self.measured_ms, ",.3f"),
+            ("parameters", self.params_dense, self.params_slim, ",d"),
+            ("MACs", self.macs_dense, self.macs_slim, ",d"),
+        ]
+        for name, dense, slim, style in rows:
+            share = f"{100 * slim / dense:.1f}%" if dense and slim is not None else ""
+            table.add_row(name, _figure(dense, style), _figure(slim, style), share)
+        if self.metric_dense is not None or self.metric_slim is not None:
+            both = self.metric_dense is not None and self.metric_slim is not None
+            change = f"{(self.metric_slim or 0.0) - (self.metric_dense or 0.0):+.4g}" if both else ""
+            table.add_row("metric", _figure(self.metric_dense, ".4f"), _figure(self.metric_slim, ".4f"), change)
+        if self.metric_deployed is not None:
+            name = f"metric in {self.fingerprint.get('precision', 'the file')}"
+            both = self.metric_dense is not None
+            change = f"{self.metric_deployed - (self.metric_dense or 0.0):+.4g}" if both else ""
+            table.add_row(name, "", _figure(self.metric_deployed, ".4f"), change)
+        return table
+
+    def _verdict(self) -> str:
+        what = "promised" if self.measured_ms is None else "measured"
+        lines = [f"budget {self.budget_ms:.3f} ms {'met' if self.met() else 'MISSED'} as {what}"]
+        if self.parity_max_rel is not None:
+            lines.append(f"parity {self.parity_max_rel:.1e}")
+        lines += [f"{name} {value:.4g}" for name, value in self.error.items()]
+        lines.append(f"{self.rounds} round{'' if self.rounds == 1 else 's'}, {self.seconds:.1f} s")
+        return ", ".join(lines)
+
+    def _methods(self) -> Any:
+        from rich.table import Table
+
+        table = Table("method", "sites changed", "ms saved by it", "priced at a loss of", box=None, pad_edge=False)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in self.methods:
+            table.add_row(row.name, str(row.sites), f"{row.saved_ms:.3f}", _figure(row.loss, ".4g"))
+        return table
+
+    def _readings(self) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("rehearsed", "promised ms", "held-out losses", box=None, pad_edge=False)
+        table.columns[1].justify = "right"
+        for name, ms, losses in self.readings:
+            table.add_row(Text(name), f"{ms:.3f}", " ".join(f"{value:.4g}" for value in losses) or "-")
+        return table
+
+    def _pieces(self) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(
+            "piece", "operator", "count", "extents", "ms before", "ms after", "saved", box=None, pad_edge=False
+        )
+        for column in (table.columns[2], *table.columns[4:]):
+            column.justify = "right"
+        for row in sorted(self.pieces, key=PieceRow.saved_ms, reverse=True):
+            before, after = ("x".join(map(str, e)) for e in (row.extents_before, row.extents_after))
+            table.add_row(
+                # Text, not str: a name in brackets would be read as markup.
+                Text(row.name),
+                Text(row.description),
+                str(row.count),
+                before if before == after else f"{before} -> {after}",
+                f"{row.ms_before:.3f}",
+                f"{row.ms_after:.3f}",
+                f"{row.saved_ms():.3f}",
+            )
+        return table
+
+
+def _piece(row: dict[str, Any]) -> PieceRow:
+    extents: dict[str, Any] = {key: tuple(row.pop(key)) for key in ("extents_before", "extents_after")}
+    return PieceRow(**row, **extents)
+
+
+def _figure(value: float | None, style: str) -> str:
+    return "-" if value is None else format(value, style)

@@ -1,0 +1,258 @@
+"""What the command line makes of an exported file: an engine, and the commands that build, time and check it elsewhere.
+
+1. ``trtexec``: the types are in the file, so no flag gives a precision. TensorRT 10 wants ``--stronglyTyped`` as well,
+   which 11 refuses, so the line is for the one found here, and for 11 where there is none. Times are those of a CUDA
+   graph without transfers, as `sluice bench` takes them. The engine that it saves never replaces one written here.
+2. ``polygraphy`` compares TensorRT with ONNX Runtime, each value within an absolute or a relative tolerance. Tolerances
+   are multiples of what the precision resolves, about 2e-7, 5e-4, 4e-3 and 8e-3: runtimes sum in another order, and
+   choose algorithms of their own. ONNX Runtime has no bfloat16 convolutions on a CPU; such a file is only checked for
+   infinities and NaNs.
+3. An int8 file has the form that one runtime wants; TensorRT's commands are for a file that was written for it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shlex
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sluice.commands.specs import fixed_rows
+from sluice.core.errors import SluiceError
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = [
+    "Asked",
+    "Commands",
+    "Engine",
+    "Outcome",
+    "check_files",
+    "commands",
+    "known_cache",
+    "outcome",
+    "write_engine",
+]
+
+TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "bf16": None, "int8": 1e-1}
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """Command lines, quoted for a shell."""
+
+    trtexec: str
+    polygraphy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The file that an engine is wanted in, and a timing cache to build it with (else the one next to it, if any)."""
+
+    file: str
+    cache: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine that was written: its file, its size, and what built it."""
+
+    file: str
+    bytes: int
+    builder: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What is printed as JSON or as lines, and why there is no engine although one was asked for."""
+
+    data: dict[str, Any]
+    lines: list[str]
+    refusal: SluiceError | None
+
+
+def check_files(path: str, engine: str) -> None:
+    """The file, its engine and the timing cache beside that are three.
+
+    Raises:
+        SluiceError: two of them are one file.
+    """
+    files = {"-o": path, "--engine": engine, "the timing cache beside the engine": _cache_of(engine)}
+    for (one, first), (other, second) in combinations(files.items(), 2):
+        if Path(first).resolve() == Path(second).resolve():
+            raise SluiceError(
+                f"{one} and {other} are both {second!r}; give each a file of its own, the engine *.engine"
+            )
+
+
+def outcome(
+    model: onnx.ModelProto,
+    path: str,
+    asked: Asked | None,
+    *,
+    precision: str,
+    target: str,
+    batch: int,
+    error: float | None = None,
+) -> Outcome:
+    """Build the engine, if one is asked for, and say what became of everything; ``model`` is what ``path`` holds.
+
+    Where there is no engine, the file and the commands are still of use on another machine.
+
+    Args:
+        error: of a file in another precision, relative to fp32; on the calibration inputs for int8.
+    """
+    fixed = bool(fixed_rows(model))  # the network does not leave it free
+    data: dict[str, Any] = {"out": path, "bytes": model.ByteSize(), "precision": precision, "batch_fixed": fixed}
+    lines = [f"{path}: {model.ByteSize():,} bytes, {precision}{f', batch fixed at {batch}' * fixed}"]
+    if error is not None:
+        data["error"] = error if math.isfinite(error) else None  # JSON has no infinity
+        inputs = "the first calibration inputs" if precision == "int8" else "random inputs"
+        lines.append(f"relative error to fp32 {error:.1e}, on {inputs}")
+    refusal, built = None, None
+    if asked is not None:
+        try:
+            built = write_engine(model, asked, batch)
+        except SluiceError as error:
+            refusal = error
+        else:
+            data["engine"] = asdict(built)
+            lines.append(f"{built.file}: {built.bytes:,} bytes, batch {batch}, by {built.builder}")
+    if precision != "int8" or target == "tensorrt":
+        own = asked.file if asked is not None else str(Path(path).with_suffix(".engine"))
+        version = _version(built)
+        found = commands(model, path, own, precision=precision, batch=batch, written=built is not None, version=version)
+        data |= asdict(found)
+        lines += [
+            f"build and time with TensorRT {version or '11 (10 wants --stronglyTyped as well)'}:",
+            f"  {found.trtexec}",
+            "check the result:",
+            f"  {found.polygraphy}",
+        ]
+    return Outcome(data, lines, refusal)
+
+
+def commands(
+    model: onnx.ModelProto,
+    path: str | os.PathLike[str],
+    engine: str | os.PathLike[str],
+    *,
+    precision: str,
+    batch: int = 1,
+    written: bool = False,
+    version: int | None = None,
+) -> Commands:
+    """The command lines for ``model``, written to ``path``, and its engine.
+
+    Args:
+        written: the engine is there already; the command saves its own beside it.
+        version: of TensorRT, the major one.
+    Raises:
+        SluiceError: an input has a dynamic dimension that is not its batch.
+    """
+    shapes = _dynamic_inputs(model, batch)
+    cache = _cache_of(engine)
+    saved = Path(engine).with_suffix(".trtexec.engine") if written else engine
+    trtexec = [f"--onnx={os.fspath(path)}", f"--saveEngine={os.fspath(saved)}"]
+    if version == 10:
+        trtexec.append("--stronglyTyped")
+    if shapes:
+        trtexec.append("--shapes=" + ",".join(f"{name}:{'x'.join(map(str, dims))}" for name, dims in shapes.items()))
+    trtexec += [f"--timingCacheFile={cache}", "--useCudaGraph", "--useSpinWait", "--noDataTransfers"]
+    polygraphy = ["run", os.fspath(path), "--trt", "--strongly-typed"]
+    tolerance = TOLERANCES[precision]
+    if tolerance is None:
+        polygraphy.append("--validate")
+    else:
+        polygraphy += ["--onnxrt", "--rtol", f"{tolerance:g}", "--atol", f"{tolerance:g}"]
+    if shapes:
+        polygraphy += ["--input-shapes", *(f"{name}:[{','.join(map(str, dims))}]" for name, dims in shapes.items())]
+    polygraphy += ["--load-timing-cache", cache, "--save-timing-cache", cache]
+    return Commands(shlex.join(["trtexec", *trtexec]), shlex.join(["polygraphy", *polygraphy]))
+
+
+def known_cache(table: str | os.PathLike[str]) -> bytes:
+    """The timing cache in a latency table of this TensorRT on this device.
+
+    Raises:
+        SluiceError: the table cannot be read, is of another runtime, version or device, or holds no cache.
+    """
+    from sluice.profiler.profile import fingerprint_here
+    from sluice.profiler.table.fingerprint import difference
+    from sluice.profiler.table.latency_table import LatencyTable
+    from sluice.profiler.timing.timing_cache import NAME
+
+    with LatencyTable.open(table) as opened:
+        there, cache = opened.fingerprint, opened.get_blob(NAME)
+    if there.runtime != "tensorrt" or not cache:
+        raise SluiceError(
+            f"{os.fspath(table)!r} holds no timing cache (its runtime is {there.runtime}); give a table that "
+            f"`sluice profile --target tensorrt` filled, or leave out --table"
+        )
+    here = fingerprint_here("tensorrt", there.threads, there.batch, there.precision)
+    if differences := difference(there, here):
+        raise SluiceError(
+            f"the timing cache in {os.fspath(table)!r} is of no use here: {'; '.join(differences)}; leave out --table"
+        )
+    return cache
+
+
+def write_engine(model: onnx.ModelProto, asked: Asked, batch: int) -> Engine:
+    """Build ``model`` with the TensorRT of this machine and write the engine; its timing cache is kept next to it.
+
+    Raises:
+        SluiceError: TensorRT is not here, cannot start, or refuses the model; or the file cannot be written.
+    """
+    from sluice.core.files import write_atomically
+    from sluice.runtime.trt.build import build_engine, find_tensorrt, product
+
+    trt, cache = find_tensorrt(), Path(_cache_of(asked.file))
+    before = asked.cache or (cache.read_bytes() if cache.is_file() else b"")
+    built = build_engine(trt, model, batch=batch, cache=before)
+    write_atomically(asked.file, built.plan)
+    # RTX has no cache; one that the full TensorRT left is not lost by that.
+    if built.cache and built.cache != before:
+        write_atomically(cache, built.cache)
+    return Engine(asked.file, len(built.plan), product(trt))
+
+
+def _dynamic_inputs(model: onnx.ModelProto, batch: int) -> dict[str, list[int]]:
+    """The shape at ``batch`` of every input that the file leaves open."""
+    from sluice.runtime.inputs import static_shapes
+
+    open_, fixed = static_shapes(model, None, {}).inputs, static_shapes(model, batch, {}).inputs
+    found: dict[str, list[int]] = {}
+    for name, dims in fixed.items():
+        sizes = [size for size in dims if isinstance(size, int)]
+        if len(sizes) < len(dims):
+            raise SluiceError(
+                f"input {name!r} has shape {list(dims)}, of which only the batch may be open in a deployment; "
+                f"export the model with its other sizes fixed"
+            )
+        if sizes != list(open_[name]):
+            found[name] = sizes
+    return found
+
+
+def _version(built: Engine | None) -> int | None:
+    """The major version of the TensorRT that built the engine, or of the one that is installed; RTX has no trtexec."""
+    from sluice.runtime.trt.build import find_tensorrt, product
+
+    name = built.builder if built is not None else ""
+    if not name and find_spec("tensorrt") is not None:
+        with suppress(SluiceError):
+            name = product(find_tensorrt())
+    found = re.match(r"TensorRT (\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def _cache_of(engine: str | os.PathLike[str]) -> str:
+    """Where the timing cache of an engine is kept."""
+    return str(Path(engine).with_suffix(".cache"))

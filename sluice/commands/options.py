@@ -1,0 +1,138 @@
+"""Options that several verbs of the command line share, and the types of their values.
+
+A type says what is wrong with a word and what to write instead; `argparse` adds which option it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sluice.profiler.sweep.shards import Shard
+
+__all__ = [
+    "METHODS",
+    "MODEL",
+    "budget",
+    "count",
+    "device",
+    "exclude",
+    "model",
+    "network",
+    "positive",
+    "precision",
+    "profiling",
+    "shape",
+    "shard",
+    "table",
+]
+
+METHODS = "filter,rank,block,merge"
+MODEL = "package.module:factory, or sluice:NAME for a network of sluice.models"
+
+
+def model(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help=MODEL)
+    p.add_argument("--shape", type=shape, help="shape of the input without the batch: 3,32,32")
+
+
+def network(p: argparse.ArgumentParser) -> None:
+    """A model, or its ONNX file, for verbs that need no weights to train."""
+    p.add_argument(
+        "model", metavar="MODEL", help=f"{MODEL}; or an ONNX file in fp32 with parameter names, as "
+        "`sluice export --names` writes it",
+    )  # fmt: skip
+    p.add_argument(
+        "--shape", type=shape, help="shape of the input without the batch: 3,32,32; an ONNX file has its own"
+    )
+
+
+def exclude(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--exclude", action="append", default=[], help="layer, or shell pattern of layers, to leave alone")
+
+
+def device(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--batch", type=positive, default=1, help="batch size of the deployment (default 1)")
+    p.add_argument("--threads", type=positive, default=1, help="threads inside an operator (default 1)")
+    p.add_argument("--target", default="ort-cpu", help="ort-cpu, ort-cuda, torch-cuda or tensorrt (default ort-cpu)")
+
+
+def precision(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--precision", default="fp32", help="of the deployment: fp32, fp16, bf16 or int8 (default fp32)")
+
+
+def table(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--table", required=True, help="latency table, made or continued")
+    _profiled(p)
+
+
+def profiling(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--table", help="latency table, made or continued; with --pack, what is known already")
+    _profiled(p)
+    p.add_argument(
+        "--shard", type=shard, metavar="K/N", help="measure the share of one of N devices or hosts of one kind"
+    )
+    p.add_argument("--pack", action="store_true", help="measure nothing, write a job for a device without torch")
+    p.add_argument("-o", "--out", metavar="JOB.zip", help="with --pack, the job to write")
+    p.add_argument(
+        "--layers", action="store_true", help="tell which layers of the dense engine hold which piece (tensorrt)"
+    )
+
+
+def _profiled(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--methods",
+        default=METHODS,
+        metavar="LIST",
+        help=f"what may be done to the network, of {METHODS} (default: all), or bsr alone",
+    )
+    device(p)
+    precision(p)
+    exclude(p)
+    p.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def budget(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--budget", required=True, help="share of the dense latency, 50%%, or 2.4ms")
+    p.add_argument("--data", required=True, help="package.module:factory of batches (inputs, labels)")
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """``3,32,32``."""
+    sizes = [_whole(part) for part in text.split(",")]
+    if any(size is None or size < 1 for size in sizes):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no shape; give whole numbers of 1 or more, without the batch, as in 3,32,32"
+        )
+    return tuple(size for size in sizes if size is not None)
+
+
+def shard(text: str) -> Shard:
+    """``2/8``."""
+    from sluice.profiler.sweep.shards import shard_argument
+
+    return shard_argument(text)
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more."""
+    return _at_least(1, text)
+
+
+def count(text: str) -> int:
+    """A whole number of 0 or more."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if (value := _whole(text)) is None or value < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is too small or no whole number; give one of {least} or more")
+    return value
+
+
+def _whole(text: str) -> int | None:
+    try:
+        return int(text)
+    except ValueError:
+        return None

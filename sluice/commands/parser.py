@@ -1,0 +1,130 @@
+"""The arguments of every verb of the command line; what a verb does is `sluice.cli`'s.
+
+A verb is a function: its name is what is typed, its docstring what help says. What can be refused from the arguments
+alone is wrong usage (exit status 2) if it lies in one word, and a `SluiceError` of the verb's if two disagree.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+
+from sluice.commands import options as options
+from sluice.commands.table import add_table
+
+__all__ = ["TOLERANCE", "Verb", "make_parser"]
+
+TOLERANCE = 1e-5  # relative, of `sluice check`
+
+Verb = Callable[[argparse.Namespace], int]
+
+
+def make_parser(verbs: Iterable[Verb]) -> argparse.ArgumentParser:
+    """All verbs and their options; what each of them takes stands below under its name."""
+    from sluice import __version__
+
+    top = argparse.ArgumentParser(
+        prog="sluice", description="Makes a network fit a latency budget measured on the device."
+    )
+    top.add_argument("--version", action="version", version=f"sluice {__version__}")
+    made = top.add_subparsers(required=True, metavar="VERB")
+    for verb in verbs:
+        text = str(verb.__doc__).strip()
+        parser = made.add_parser(verb.__name__, help=text, description=text)
+        _ARGUMENTS[verb.__name__](parser)
+        parser.add_argument("--json", action="store_true", help="print the result as JSON")
+        parser.set_defaults(run=verb)
+    add_table(made)
+    return top
+
+
+def _inspect(p: argparse.ArgumentParser) -> None:
+    options.network(p)
+    options.exclude(p)
+
+
+def _profile(p: argparse.ArgumentParser) -> None:
+    options.network(p)
+    options.profiling(p)
+    p.set_defaults(wrong=p.error)
+
+
+def _compress(p: argparse.ArgumentParser) -> None:
+    options.model(p)
+    options.table(p)
+    options.budget(p)
+    p.add_argument("--out", required=True, help="folder for plan, weights, ONNX file and report")
+    p.add_argument(
+        "--gate-epochs", type=options.count, default=0, help="epochs with gates; 0 decides in one shot (default 0)"
+    )
+    p.add_argument("--epochs", type=options.count, default=10, help="epochs of fine-tuning (default 10)")
+    p.add_argument(
+        "--rehearsal", type=options.count, default=40, metavar="N", help="steps of training in which plans are "
+        "compared before one is chosen; 0 takes the solver's word (default 40)",
+    )  # fmt: skip
+    p.add_argument("--evaluate", metavar="FUNCTION", help="package.module:function from a module to its accuracy")
+    p.add_argument("--lr", type=float, default=1e-3, help="learning rate of the weights (default 1e-3)")
+
+
+def _plan(p: argparse.ArgumentParser) -> None:
+    options.model(p)
+    options.table(p)
+    options.budget(p)
+    p.add_argument("-o", "--out", required=True, help="the plan to write")
+
+
+def _apply(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL.onnx", help="dense ONNX with parameter names (`sluice export --names`)")
+    p.add_argument("plan", metavar="PLAN.json")
+    p.add_argument("-o", "--out", required=True, help="the ONNX file to write")
+
+
+def _export(p: argparse.ArgumentParser) -> None:
+    options.model(p)
+    options.precision(p)
+    p.add_argument("--plan", metavar="DIR", help="folder that `sluice compress` wrote, or a plan")
+    p.add_argument("--names", action="store_true", help="fold nothing: what `sluice apply` and `sluice profile` take")
+    p.add_argument("-o", "--out", required=True, help="the ONNX file to write")
+    p.add_argument(
+        "--calibration", metavar="DATA", help="for int8: package.module:factory of some hundred inputs in batches"
+    )
+    # No default here: one that is given must fit the precision and the engine, one that is not says nothing.
+    p.add_argument(
+        "--target", help="runtime that the file is for; int8 has another form for each (default ort-cpu, with "
+        "--engine tensorrt)",
+    )  # fmt: skip
+    p.add_argument("--engine", metavar="FILE", help="build an engine with the TensorRT of this machine")
+    p.add_argument(
+        "--table", help="latency table of this device whose timing cache the engine is built with: it then takes the "
+        "kernels that were measured",
+    )  # fmt: skip
+    p.add_argument(
+        "--batch", type=options.positive, default=1, help="batch size of the engine, of commands, and of the file if "
+        "the network does not leave it free (default 1)",
+    )  # fmt: skip
+
+
+def _check(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help=f"{options.MODEL}, or its dense ONNX with parameter names")
+    p.add_argument("folder", metavar="DIR", help="folder that `sluice compress` wrote")
+    p.add_argument("--tolerance", type=float, default=TOLERANCE, help=f"relative, in fp32 (default {TOLERANCE:g})")
+
+
+def _bench(p: argparse.ArgumentParser) -> None:
+    options.device(p)
+    p.add_argument(
+        "models", nargs="+", metavar="MODEL.onnx", help="ONNX files of that batch, measured in turns; with --target "
+        "tensorrt also engines (.engine, .plan, .trt), which have a batch of their own",
+    )  # fmt: skip
+
+
+_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "inspect": _inspect,
+    "profile": _profile,
+    "compress": _compress,
+    "plan": _plan,
+    "apply": _apply,
+    "export": _export,
+    "check": _check,
+    "bench": _bench,
+}

@@ -1,0 +1,200 @@
+"""What the command line's words stand for: a model, its example inputs, its data.
+
+``package.module:factory`` is called without arguments and returns a module, or batches; ``sluice:NAME`` is a network
+of `sluice.models`. The folder in which the command runs is searched for modules, as ``python -m`` does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from sluice.core.errors import SluiceError
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+    from torch import nn
+
+__all__ = [
+    "check_batch",
+    "data_of",
+    "dense_in",
+    "evaluate_of",
+    "fixed_rows",
+    "inputs_of",
+    "is_onnx",
+    "model_of",
+]
+
+OWN = "sluice:"
+
+
+def is_onnx(spec: str) -> bool:
+    """Is ``spec`` the path of an ONNX file rather than a factory?"""
+    return spec.endswith(".onnx")
+
+
+def dense_in(path: str, shape: tuple[int, ...] | None) -> onnx.ModelProto:
+    """The dense network of an ONNX file, which says the shapes of its inputs itself.
+
+    Raises:
+        SluiceError: the file cannot be read, a shape is given, or it is in another precision: all starts from fp32.
+    """
+    from sluice.passes.graph.onnx_file import load_onnx
+
+    model = load_onnx(path)
+    if shape is not None:
+        raise SluiceError(
+            f"--shape {','.join(map(str, shape))} is for a factory, the ONNX file {path!r} says its shapes itself; "
+            f"leave it out"
+        )
+    if reason := _not_float32(model):
+        raise SluiceError(
+            f"{path!r} is not in fp32: {reason}; give the file that `sluice export --names` writes, and the precision "
+            f"of the deployment as --precision"
+        )
+    return model
+
+
+def fixed_rows(model: onnx.ModelProto) -> dict[str, int]:
+    """The first size of every input of a file whose batch is fixed; empty where any of them is free."""
+    initializers = {init.name for init in model.graph.initializer}
+    shapes = {info.name: info.type.tensor_type.shape.dim for info in model.graph.input if info.name not in initializers}
+    first = {name: dims[0] for name, dims in shapes.items() if dims}
+    return {name: dim.dim_value for name, dim in first.items()} if all(map(_is_fixed, first.values())) else {}
+
+
+def check_batch(model: onnx.ModelProto, batch: int, path: str) -> None:
+    """A file whose batch is fixed can be used at that one alone.
+
+    Raises:
+        SluiceError: no input has ``batch`` rows; an input beside the one with the batch may have rows of its own.
+    """
+    rows = fixed_rows(model)
+    if rows and batch not in rows.values():
+        name, fixed = next(iter(rows.items()))
+        raise SluiceError(
+            f"{path!r} fixes its batch: input {name!r} has {fixed} rows, not {batch}; give --batch {fixed}, or a file "
+            f"that leaves its batch free"
+        )
+
+
+def model_of(spec: str) -> nn.Module:
+    """The module that the factory makes.
+
+    Raises:
+        SluiceError: there is no such module or factory, it raises, or what it returns is no ``nn.Module``.
+    """
+    from torch import nn
+
+    made = _made(f"sluice.models:{spec.removeprefix(OWN)}" if spec.startswith(OWN) else spec, spec)
+    if not isinstance(made, nn.Module):
+        raise SluiceError(f"{spec!r} returned {type(made).__name__}; let the factory return a torch.nn.Module")
+    return made
+
+
+def data_of(spec: str) -> Iterable[Any]:
+    """The batches that the factory makes."""
+    made = _made(spec, spec)
+    if not isinstance(made, Iterable):
+        raise SluiceError(f"{spec!r} returned {type(made).__name__}; let it return batches, a DataLoader for one")
+    return made
+
+
+def evaluate_of(spec: str) -> Callable[[Any], float]:
+    """The function itself, from a module to a number; it is not called."""
+    found: Callable[[Any], float] = _found(spec, spec)
+    return found
+
+
+def inputs_of(spec: str, shape: tuple[int, ...] | None, batch: int) -> torch.Tensor:
+    """Standard normal input (batch, *shape), the same on every call; own networks know their shape."""
+    import torch
+
+    _refuse_onnx(spec)
+    if shape is None:
+        if not spec.startswith(OWN):
+            raise SluiceError(f"the input of {spec!r} is not known; give its shape without the batch, --shape 3,32,32")
+        from sluice.models import example_inputs
+
+        return example_inputs(spec.removeprefix(OWN), batch)[0]
+    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def _found(spec: str, written: str) -> Any:
+    """The callable of that name; ``written`` is how the user named it."""
+    _refuse_onnx(spec)
+    place, _, name = spec.partition(":")
+    if not place or not name:
+        raise SluiceError(f"{written!r} names no factory; write package.module:factory or sluice:resnet20")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        missing = str(error.name)
+        if place != missing and not place.startswith(f"{missing}."):
+            raise SluiceError(f"{place!r} imports {missing!r}, which is not installed; install it") from error
+        raise SluiceError(f"there is no module {missing!r} for {written!r}; run in its folder or install it") from error
+    except Exception as error:
+        raise SluiceError(f"{place!r} cannot be imported ({_reason(error)}); mend that module") from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        here = getattr(module, "__all__", [n for n, v in vars(module).items() if callable(v) and n[0] != "_"])
+        raise SluiceError(f"{place!r} has no factory {name!r}; it has {', '.join(here[:12]) or 'none'}")
+    return found
+
+
+def _made(spec: str, written: str) -> Any:
+    """What the factory returns."""
+    found = _found(spec, written)
+    try:
+        return found()
+    except SluiceError:
+        raise
+    except Exception as error:
+        raise SluiceError(f"{written!r} raised {_reason(error)}; it is called without arguments, mend it") from error
+
+
+def _is_fixed(dim: onnx.TensorShapeProto.Dimension) -> bool:
+    return dim.HasField("dim_value")
+
+
+def _not_float32(model: onnx.ModelProto) -> str:
+    """The first thing in the file that no fp32 network has; empty where there is none."""
+    from onnx import TensorProto
+
+    # Constants may be in float64, which no deployment is in; weights and inputs in it show by the inputs.
+    short = {
+        code: name
+        for name, code in TensorProto.DataType.items()
+        if name.startswith(("FLOAT", "BFLOAT")) and code != TensorProto.FLOAT
+    }
+    for info in model.graph.input:
+        code = info.type.tensor_type.elem_type
+        if code in short or code == TensorProto.DOUBLE:
+            return f"input {info.name!r} is {TensorProto.DataType.Name(code)}"
+    for init in model.graph.initializer:
+        if init.data_type in short:
+            return f"tensor {init.name!r} is {short[init.data_type]}"
+    for node in model.graph.node:
+        if "Quantize" in node.op_type or node.op_type.startswith("QLinear") or node.op_type.endswith("Integer"):
+            return f"operator {node.name or node.output[0]!r} is {node.op_type}"
+        for attribute in node.attribute:
+            if attribute.t.data_type in short:
+                return f"constant {node.output[0]!r} is {short[attribute.t.data_type]}"
+    return ""
+
+
+def _refuse_onnx(spec: str) -> None:
+    if is_onnx(spec):
+        raise SluiceError(f"{spec!r} is an ONNX file, this needs the torch model; give package.module:factory")
+
+
+def _reason(error: BaseException) -> str:
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,225 @@
+"""A plan: what is removed from a network, by parameter name. It carries no tensors.
+
+1. A `Slice` keeps some indices of one axis of one named tensor (parameter or buffer).
+2. A `Drop` removes a residual branch, a `Merge` turns a run of convolutions into fewer, a `Factorize` one weight into
+   two. They name tensors of the dense model as well; a weight takes part in at most one of them.
+3. The plan is order-free: at most one slice per (tensor, axis), slices of different axes commute, and what the other
+   edits name is disjoint. Rewriters carry out slices first, then drops, merges and factorizations.
+4. The plan remembers name and shape of every tensor of the model it was made for, so a wrong model is refused
+   with the first difference instead of being cut.
+5. On disk: JSON, versioned, kept indices as half-open ranges. Old versions load for ever.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sluice.core.algebra import from_ranges, to_ranges
+from sluice.core.errors import SluiceError
+from sluice.core.files import write_atomically
+
+__all__ = ["FORMS", "Drop", "Factorize", "InputSpec", "Merge", "Plan", "Slice"]
+
+VERSION = 2
+FORMS = ("kxk-1x1", "1x1-kxk", "kx1-1xk")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Slice:
+    """Keep the indices ``keep`` of axis ``axis`` (dense length ``size``) of the tensor ``param``."""
+
+    param: str
+    axis: int
+    size: int
+    keep: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        ok = self.keep and list(self.keep) == sorted(set(self.keep)) and self.keep[0] >= 0 and self.keep[-1] < self.size
+        if not ok or self.axis < 0:
+            raise SluiceError(
+                f"bad slice of {self.param!r} axis {self.axis}: kept indices must be a non-empty increasing list "
+                f"below {self.size}; make the plan again with `sluice plan`"
+            )
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Factorize:
+    """The weight ``param`` becomes two of inner size ``rank``, in one of the `FORMS` (first layer - second layer)."""
+
+    param: str
+    form: str
+    rank: int
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS or self.rank < 1:
+            raise SluiceError(
+                f"bad factorization of {self.param!r}: form {self.form!r}, rank {self.rank}; the form must be one of "
+                f"{list(FORMS)} and the rank positive; make the plan again with `sluice plan`"
+            )
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Drop:
+    """The residual branch whose own tensors are ``params`` (sorted) goes; ``name`` is what reports call it."""
+
+    name: str
+    params: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Merge:
+    """The convolutions ``layers`` (their weights, in order) lose the activations between them.
+
+    Every run of ``runs`` becomes one convolution; what no run names is removed, as if it were the identity.
+    """
+
+    layers: tuple[str, ...]
+    runs: tuple[tuple[str, ...], ...]
+
+    def __post_init__(self) -> None:
+        kept = [name for run in self.runs for name in run]
+        if not kept or not all(self.runs) or [n for n in self.layers if n in set(kept)] != kept:
+            raise SluiceError(
+                f"bad merge of {list(self.layers)}: its runs {[list(r) for r in self.runs]} must be non-empty and name "
+                "its layers in order; make the plan again with `sluice plan`"
+            )
+
+    @property
+    def name(self) -> str:
+        return f"{self.layers[0]}..{self.layers[-1]}"
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """Shape (batch included) and dtype name of one example input, enough to capture the model again."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Edits for one model. ``fingerprint`` maps every tensor name of the dense model to its shape."""
+
+    fingerprint: Mapping[str, tuple[int, ...]]
+    slices: tuple[Slice, ...] = ()
+    inputs: tuple[InputSpec, ...] = ()
+    widths: Mapping[str, int] = field(default_factory=dict)
+    factorizations: tuple[Factorize, ...] = ()
+    drops: tuple[Drop, ...] = ()
+    merges: tuple[Merge, ...] = ()
+
+    def __post_init__(self) -> None:
+        seen = [(s.param, s.axis) for s in self.slices]
+        if len(set(seen)) != len(seen):
+            twice = next(p for p in seen if seen.count(p) > 1)
+            raise SluiceError(f"the plan slices {twice[0]!r} axis {twice[1]} twice; make it again with `sluice plan`")
+        for s in self.slices:
+            shape = self.fingerprint.get(s.param)
+            if shape is None or s.axis >= len(shape) or shape[s.axis] != s.size:
+                raise SluiceError(
+                    f"the plan slices {s.param!r} axis {s.axis} of length {s.size}, but its own model has shape "
+                    f"{shape}; the file is damaged, make it again with `sluice plan`"
+                )
+        named = [f.param for f in self.factorizations]
+        named += [p for drop in self.drops for p in drop.params] + [p for merge in self.merges for p in merge.layers]
+        for name in named:
+            if name not in self.fingerprint:
+                raise SluiceError(
+                    f"the plan changes {name!r}, which its own model lacks; the file is damaged, make it again with "
+                    "`sluice plan`"
+                )
+            if named.count(name) > 1:
+                raise SluiceError(f"the plan changes {name!r} twice; make it again with `sluice plan`")
+        for kind in ("slices", "factorizations", "drops", "merges"):
+            object.__setattr__(self, kind, tuple(sorted(getattr(self, kind))))
+
+    def edited(self) -> set[str]:
+        """Every tensor that some edit names."""
+        own = {p for drop in self.drops for p in drop.params} | {p for merge in self.merges for p in merge.layers}
+        return own | {s.param for s in self.slices} | {f.param for f in self.factorizations}
+
+    def check_model(self, shapes: Mapping[str, tuple[int, ...]], complete: bool = True) -> None:
+        """Refuse a model whose tensors differ from the fingerprint.
+
+        ``complete=False`` (ONNX files, where unused tensors may be gone) looks only at the tensors that the plan cuts.
+        """
+        names = self.fingerprint if complete else {name: self.fingerprint[name] for name in sorted(self.edited())}
+        wrong = [
+            f"{name!r} is {shapes.get(name, 'missing')} instead of {shape}"
+            for name, shape in names.items()
+            if shapes.get(name) != shape
+        ]
+        if complete:
+            wrong += [f"{name!r} {shapes[name]} is unknown to it" for name in shapes if name not in self.fingerprint]
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise SluiceError(
+                f"the plan was made for another model: {', '.join(wrong[:3])}{more}; "
+                "apply it to the dense model that it was made for"
+            )
+
+    def to_json(self) -> str:
+        data = {
+            "format": "sluice-plan",
+            "version": VERSION,
+            "fingerprint": {name: list(shape) for name, shape in self.fingerprint.items()},
+            "inputs": [{"shape": list(i.shape), "dtype": i.dtype} for i in self.inputs],
+            "widths": dict(self.widths),
+            "slices": [
+                {"param": s.param, "axis": s.axis, "size": s.size, "keep": [list(r) for r in to_ranges(s.keep)]}
+                for s in self.slices
+            ],
+            "drops": [{"name": d.name, "params": list(d.params)} for d in self.drops],
+            "merges": [{"layers": list(m.layers), "runs": [list(r) for r in m.runs]} for m in self.merges],
+            "factorizations": [{"param": f.param, "form": f.form, "rank": f.rank} for f in self.factorizations],
+        }
+        return json.dumps(data, indent=1) + "\n"
+
+    @staticmethod
+    def from_json(text: str, source: str = "the plan") -> Plan:
+        try:
+            data: dict[str, Any] = json.loads(text)
+            if data["format"] != "sluice-plan":
+                raise KeyError("format")
+            version = data["version"]
+            if not isinstance(version, int) or version > VERSION:
+                raise SluiceError(f"{source} has version {version}, this sluice reads up to {VERSION}; upgrade sluice")
+            return Plan(
+                fingerprint={name: tuple(shape) for name, shape in data["fingerprint"].items()},
+                slices=tuple(
+                    Slice(s["param"], int(s["axis"]), int(s["size"]), from_ranges(s["keep"])) for s in data["slices"]
+                ),
+                inputs=tuple(InputSpec(tuple(i["shape"]), i["dtype"]) for i in data["inputs"]),
+                widths={str(k): int(v) for k, v in data["widths"].items()},
+                factorizations=tuple(
+                    Factorize(f["param"], f["form"], int(f["rank"])) for f in data.get("factorizations", [])
+                ),
+                drops=tuple(Drop(d["name"], tuple(d["params"])) for d in data.get("drops", [])),
+                merges=tuple(
+                    Merge(tuple(m["layers"]), tuple(tuple(r) for r in m["runs"])) for m in data.get("merges", [])
+                ),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SluiceError(
+                f"{source} is not a readable sluice plan ({type(error).__name__}: {error}); "
+                "make it again with `sluice plan`"
+            ) from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        write_atomically(path, self.to_json().encode())
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Plan:
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SluiceError(
+                f"cannot read the plan {os.fspath(path)!r}: {error}; give the path of a plan.json"
+            ) from None
+        return Plan.from_json(text, source=f"{os.fspath(path)!r}")

@@ -1,0 +1,163 @@
+"""What every choice costs, measured, in one currency: the increase of the loss.
+
+    loss(site, value) = max(0, L(network with this one change) - L(network))
+
+1. ``L`` is the training loss on a few batches, the dense network being the teacher (`sluice.importance.loss_increase`).
+2. Which channels go is a matter of their scores (`sluice.importance.taylor`); what their going costs is measured, so
+   widths, ranks, blocks and merged runs compare. Scores are squared gradients and say nothing about large changes.
+3. At most `LEVELS` values of a site are measured, the rest interpolated; losses do not grow with the value.
+4. Where noise hides a loss, a `FLOOR` in proportion to what is removed keeps the solver from removing it for nothing.
+
+That single changes add up is an assumption, the same that LayerMerge and every knapsack over layers makes; the choices
+it leads to are compared by a short training (`sluice.training.rehearse`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache, partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from sluice.core.latency import LatencyModel
+from sluice.importance.loss_increase import SAMPLES, Judge
+from sluice.passes.cut.drop_torch import drop_torch
+from sluice.passes.cut.factor_torch import truncations_torch
+from sluice.passes.cut.merge_torch import linearize_torch
+from sluice.passes.cut.resolve import tensor_masks
+from sluice.passes.gates.gating import bake
+from sluice.passes.gates.insertion import along
+from sluice.passes.gates.placement import Placement
+from sluice.passes.graph.groups import Analysis, keep_masks
+from sluice.solver.options import Options, RankOption
+from sluice.training.train import Data, Loss
+
+__all__ = ["measured_losses"]
+
+LEVELS = 4
+FLOOR = 1e-3  # of the median loss of a whole site
+
+
+def measured_losses(
+    gm: fx.GraphModule,
+    analysis: Analysis,
+    placement: Placement,
+    model: LatencyModel,
+    options: Options,
+    scores: Mapping[str, np.ndarray],
+    data: Data,
+    *,
+    loss: Loss,
+    samples: int = SAMPLES,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, np.ndarray]:
+    """Loss of every value of every site, shape ``(len(model.levels[site]),)``; zero at the dense value.
+
+    Args:
+        gm: captured network without gates; not changed.
+        scores: per group, which channels go last (shape ``(size,)``).
+        samples: examples of ``data`` to measure on.
+    Raises:
+        SluiceError: the loss is not finite.
+    """
+    judge = Judge(gm, data, loss, samples)
+    changes: list[_Change] = []
+    for group in analysis.groups:
+        if len(model.levels.get(group.name, ())) > 1:
+            changes.append(_width(judge, analysis, placement, group.name, scores[group.name]))
+    for option in options.ranks:
+        if len(model.levels.get(option.switch, ())) > 1:
+            changes.append(_rank(judge, option))
+    for name, drop in options.drops.items():
+        if len(model.levels.get(name, ())) > 1:
+            changes.append(_restructuring(judge, name, drop.params, partial(drop_torch, drops=[drop])))
+    for name, merge in options.merges.items():
+        if len(model.levels.get(name, ())) > 1:
+            changes.append(_restructuring(judge, name, merge.layers, partial(linearize_torch, merges=[merge])))
+    found: dict[str, np.ndarray] = {}
+    ranks = {option.rank: option.switch for option in options.ranks}
+    changes.sort(key=lambda change: judge.place(change.tensors))  # the order that costs least
+    for done, (site, _, increase) in enumerate(changes, 1):
+        levels = model.levels[site]
+        if site in model.switches:
+            found[site] = np.array([0.0, increase(1)])
+        elif site in ranks:
+            # Even the largest rank is a truncation; what it costs is the price of the switch.
+            curve = _curve(levels, increase, dense=None)
+            found[ranks[site]] = np.array([0.0, curve[-1]])
+            found[site] = curve - curve[-1]
+        else:
+            found[site] = _curve(levels, increase, dense=levels[-1])
+        advance(done, len(changes))
+    return _floored(found, model)
+
+
+class _Change(NamedTuple):
+    """What may happen at a site, the tensors it begins at, and the increase of the loss at a value."""
+
+    site: str
+    tensors: Collection[str]
+    increase: Callable[[int], float]
+
+
+def _width(judge: Judge, analysis: Analysis, placement: Placement, group: str, scores: np.ndarray) -> _Change:
+    order = np.argsort(-scores, kind="stable")
+    index = next(i for i, g in enumerate(analysis.groups) if g.name == group)
+    normed = any((analysis.values[name].groups == index).any() for name in placement.norms)
+    state = judge.gm.state_dict()
+
+    def masks(width: int) -> dict[tuple[str, int], np.ndarray]:
+        found = tensor_masks(analysis, keep_masks(analysis, {group: order[:width].tolist()}))
+        return {at: found[at] for at in sorted(placement.refs & found.keys())}
+
+    def increase(width: int) -> float:
+        if normed:  # statistics over the kept channels need another graph
+            keeps = keep_masks(analysis, {group: order[:width].tolist()})
+            return judge.restructured(lambda g: bake(g, analysis, placement, keeps))
+        changed: dict[str, Tensor] = {}
+        for (param, axis), mask in masks(width).items():
+            value = changed.get(param, state[param])
+            changed[param] = value * along(torch.from_numpy(mask).to(value), value.ndim, axis)
+        return judge.weights(changed)
+
+    return _Change(group, () if normed else {param for param, _ in masks(1)}, increase)
+
+
+def _rank(judge: Judge, option: RankOption) -> _Change:
+    @cache
+    def truncated() -> Callable[[int], Tensor]:  # decomposed when its turn comes
+        return truncations_torch(judge.gm.state_dict()[option.param], option.form)
+
+    return _Change(option.rank, [option.param], lambda rank: judge.weights({option.param: truncated()(rank)}))
+
+
+def _restructuring(
+    judge: Judge, site: str, tensors: Sequence[str], change: Callable[[fx.GraphModule], object]
+) -> _Change:
+    return _Change(site, tensors, lambda _: judge.restructured(change, near=tensors))
+
+
+def _curve(levels: Sequence[int], change: Callable[[int], float], dense: int | None) -> np.ndarray:
+    """Losses at all levels from `LEVELS` measured ones, not growing with the level."""
+    open_levels = [level for level in levels if level != dense]
+    count = min(LEVELS, len(open_levels))
+    picked = sorted({open_levels[round(float(k))] for k in np.linspace(0, len(open_levels) - 1, count)})
+    values = [change(level) for level in picked]
+    if dense is not None:
+        picked, values = [*picked, dense], [*values, 0.0]
+    falling = np.maximum.accumulate(np.array(values)[::-1])[::-1]
+    return np.asarray(np.interp(levels, picked, falling))
+
+
+def _floored(losses: dict[str, np.ndarray], model: LatencyModel) -> dict[str, np.ndarray]:
+    tops = [float(values.max()) for values in losses.values() if values.max() > 0]
+    floor = FLOOR * float(np.median(tops)) if tops else 1.0
+    found = {}
+    for site, values in losses.items():
+        levels = np.asarray(model.levels[site], float)
+        removed = levels if site in model.switches else 1.0 - levels / levels[-1]
+        found[site] = values + floor * removed
+    return found

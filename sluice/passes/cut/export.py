@@ -1,0 +1,89 @@
+"""Captured network -> ONNX, in two steps.
+
+1. `to_onnx`: ``torch.onnx.export(dynamo=True, optimize=False)``, the one route on which every initialiser keeps its
+   ``state_dict`` name; then constants are folded except where a named tensor would disappear. This file is what plans
+   are applied to and what pieces are cut from.
+2. `sluice.passes.graph.onnx_file.finalize`: fold and clean for deployment (batch norm into convolutions, shape
+   arithmetic).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from sluice.core.errors import SluiceError
+from sluice.passes.graph.capture import MARK, Inputs, capture, free_batch
+from sluice.passes.graph.onnx_file import finalize, note_buffers, quiet, save_onnx
+
+__all__ = ["OPSET", "finalize", "save_onnx", "to_onnx"]
+
+OPSET = 20
+
+
+def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> onnx.ModelProto:
+    """ONNX with the parameter names of ``model`` (eval mode), the batch dynamic if the model allows it."""
+    from onnx_ir import passes, to_proto
+    from onnx_ir.passes import common
+    from onnxscript.optimizer import fold_constants_ir
+
+    gm = capture(model, example_inputs).eval()
+    mark = gm.meta[MARK]
+    args, kwargs = mark["args"], mark["kwargs"]
+    shapes: Any = None
+    if mark["dynamic"]:
+        args, kwargs, shapes = free_batch(args, kwargs)
+    names = set(gm.state_dict())
+    with quiet():
+        program = torch.export.export(gm, args, kwargs, dynamic_shapes=shapes, strict=False)
+        try:
+            exported = torch.onnx.export(
+                program, dynamo=True, optimize=False, external_data=False, verbose=False, opset_version=opset
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reasons = [line for line in str(error).splitlines() if line.startswith("<class")]
+            reason = reasons[0].partition(": ")[2] if reasons else str(error).splitlines()[0]
+            raise SluiceError(
+                f"torch.onnx cannot export {type(model).__name__}: {reason}; replace that operator in the model"
+            ) from error
+        assert exported is not None
+        ir_model = exported.model
+        read = {name for name in names if name in {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}}
+        lost = sorted(read - set(ir_model.graph.initializers))
+        if lost:
+            raise AssertionError(f"the exporter renamed {lost[:3]}; parameter names are the anchor of every rewrite")
+        # A fold that swallows a named tensor would take its name away (Transpose(weight), for one).
+        fold_constants_ir(
+            ir_model,
+            onnx_shape_inference=True,
+            should_fold=lambda n: False if any(v is not None and v.name in names for v in n.inputs) else None,
+        )
+        passes.Sequential(
+            common.IdentityEliminationPass(),
+            common.RemoveUnusedNodesPass(),
+            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            common.ClearMetadataAndDocStringPass(),
+        )(ir_model)
+        done = _without_bias(to_proto(ir_model), names)
+    note_buffers(done, (name for name, tensor in gm.named_buffers() if tensor.ndim > 1))
+    return done
+
+
+def _without_bias(model: onnx.ModelProto, names: set[str]) -> onnx.ModelProto:
+    """For a 1-D or 3-D convolution without bias the exporter writes zeros of a wrong shape, which runtimes refuse."""
+    initial = {init.name: init for init in model.graph.initializer}
+    for node in model.graph.node:
+        bias = initial.get(node.input[2]) if node.op_type == "Conv" and len(node.input) > 2 else None
+        if bias is None or bias.name in names or len(bias.dims) == 1:
+            continue
+        if np.any(numpy_helper.to_array(bias)):
+            raise AssertionError(f"the exporter gave {node.input[1]!r} a bias of shape {list(bias.dims)}")
+        del node.input[2:]
+        if not any(bias.name in other.input for other in model.graph.node):
+            model.graph.initializer.remove(bias)
+    return model

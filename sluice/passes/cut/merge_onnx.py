@@ -1,0 +1,259 @@
+"""Merges on an ONNX graph; numpy and onnx only.
+
+Every run of a merge (`sluice.passes.cut.merge_region`) becomes one ``Conv`` with bias under the name of its last
+weight; batch norms, inner activations, removed convolutions and folded shortcuts go, with their initialisers. What
+`sluice.passes.cut.merge_torch` makes of the same plan in two steps is made here in one, and computes the same.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from sluice.core.errors import SluiceError
+from sluice.core.plan import Merge
+from sluice.passes.cut.compose import Conv
+from sluice.passes.cut.merge_region import (
+    Block,
+    Region,
+    Run,
+    bias_name,
+    compose_run,
+    find_region,
+    layers_of,
+    merged_shape,
+)
+from sluice.passes.graph.chains import Chain, Layer, Norm, Op, find_chains
+from sluice.passes.graph.onnx_graph import attributes
+
+__all__ = ["Replacement", "chains_onnx", "merge_onnx", "random_weight", "replaced", "replacement"]
+
+_ACTIVATIONS = """Relu Clip LeakyRelu Elu Selu Celu Gelu Mish HardSwish HardSigmoid Sigmoid Tanh Softplus Softsign Swish
+    Dropout Identity"""
+
+
+def chains_onnx(model: onnx.ModelProto) -> tuple[Chain, ...]:
+    """The chains of convolutions of an ONNX graph whose initialisers carry the parameter names."""
+    graph = model.graph
+    shapes = {init.name: tuple(init.dims) for init in graph.initializer}
+    constant = {node.output[0] for node in graph.node if node.op_type == "Constant"}
+    inputs = [info.name for info in graph.input if info.name not in shapes]
+    uses = Counter(name for node in graph.node for name in node.input)
+    made = {node.output[0]: node for node in graph.node}
+    ops: list[Op] = []
+    gates: set[str] = set()
+    for node in reversed(graph.node):  # from behind, so that a product takes the sigmoid before it along
+        gate = _gate(node, made, uses)
+        if gate is not None:
+            gates.add(gate)
+            ops.append(Op("act", f"Swish ({node.output[0]})", (made[gate].input[0],), (node.output[0],)))
+        elif node.op_type == "Constant" or node.output[0] in gates:
+            continue
+        elif node.op_type != "Shape" or node.input[0] not in inputs:  # sizes that enter do not change
+            ops.append(_read(node, shapes, constant, uses))
+    ops.reverse()
+    ops += [Op("output", "output", (info.name,), ()) for info in graph.output]
+    return find_chains(ops, inputs)
+
+
+def merge_onnx(model: onnx.ModelProto, merges: Sequence[Merge], *, values: bool = True) -> onnx.ModelProto:
+    """The merged graph, a copy.
+
+    Args:
+        values: compose the weights; without, they are random numbers of the right shape, which is quick and enough to
+            measure the time that the graph takes.
+    Raises:
+        SluiceError: a merge does not fit the graph.
+    """
+    done = onnx.ModelProto()
+    done.CopyFrom(model)
+    for merge in merges:
+        _apply(done, find_region(chains_onnx(done), merge), values)
+    if merges:
+        inferred = onnx.shape_inference.infer_shapes(done, strict_mode=True, data_prop=True)
+        onnx.checker.check_model(inferred, full_check=True)
+        return inferred
+    return done
+
+
+def _apply(model: onnx.ModelProto, region: Region, values: bool) -> None:
+    graph = model.graph
+    arrays = {init.name: numpy_helper.to_array(init) for init in graph.initializer if init.name in region.tensors}
+    new = replacement(region, {init.name for init in graph.initializer})
+    nodes = list(graph.node)
+    kept = replaced(nodes, {info.name for info in graph.output}, region, new)
+    weights: dict[str, np.ndarray] = {}
+    for name, run in new.runs.items():
+        conv, dtype = compose_run(run, arrays) if values else _random(run), arrays[name].dtype
+        weights[name], weights[bias_name(name)] = conv.weight.astype(dtype), conv.bias.astype(dtype)
+    before = {name for node in nodes for name in (*node.input, *node.output)}
+    read = {name for node in kept for name in (*node.input, *node.output)}
+    gone = (before - read) | weights.keys()
+    initializers = [init for init in graph.initializer if init.name not in gone]
+    initializers += [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    infos = [info for info in graph.value_info if info.name not in gone]
+    for target, items in ((graph.node, kept), (graph.initializer, initializers), (graph.value_info, infos)):
+        del target[:]
+        target.extend(items)
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """The nodes that take a region's place, and the run behind every weight that they read."""
+
+    nodes: Sequence[onnx.NodeProto]
+    runs: Mapping[str, Run]
+
+
+def replacement(region: Region, taken: Collection[str]) -> Replacement:
+    """What takes the region's place.
+
+    Args:
+        taken: names of all initialisers.
+    Raises:
+        SluiceError: a bias that a merged convolution gets would have the name of another tensor.
+    """
+    new = _Emitter(region, taken)
+    new.emit(region.units, region.source, region.value)
+    return Replacement(new.nodes, new.runs)
+
+
+def replaced(
+    nodes: Sequence[onnx.NodeProto], outputs: Collection[str], region: Region, new: Replacement
+) -> list[onnx.NodeProto]:
+    """A graph's nodes with the region's replaced; ``outputs`` are the values that leave the graph."""
+    rest = list(nodes)
+    place = next(index for index, node in enumerate(rest) if region.value in node.output)
+    old = rest.pop(place)
+    return _alive([*rest[:place], *new.nodes, *rest[place:]], outputs, [old])
+
+
+def _alive(
+    nodes: list[onnx.NodeProto], outputs: Collection[str], gone: Sequence[onnx.NodeProto]
+) -> list[onnx.NodeProto]:
+    """The nodes without those that only led to the nodes ``gone``."""
+    uses = Counter(name for node in nodes for name in node.input)
+    dead = {name for node in gone for name in node.input}
+    kept = []
+    for node in reversed(nodes):
+        if any(name in dead for name in node.output) and not any(uses[n] or n in outputs for n in node.output):
+            uses.subtract(node.input)
+            dead.update(node.input)
+        else:
+            kept.append(node)
+    return kept[::-1]
+
+
+@dataclass(slots=True)
+class _Emitter:
+    """Nodes of a region's units, and the runs that they carry out, by weight."""
+
+    region: Region
+    taken: Collection[str]
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    runs: dict[str, Run] = field(default_factory=dict)
+
+    def emit(self, units: Sequence[Run | Block], x: str, out: str) -> None:
+        for index, unit in enumerate(units):
+            y = out if index == len(units) - 1 else f"{out}::{index}"
+            if isinstance(unit, Run):
+                self.run(unit, x, y)
+            else:
+                side = x
+                if unit.span.shortcut is not None:
+                    side = f"{y}::shortcut"
+                    self.run(Run((unit.span.shortcut,)), x, side)
+                self.emit(unit.units, x, f"{y}::branch")
+                self.nodes.append(helper.make_node("Add", [f"{y}::branch", side], [y], name=y))
+            x = y
+
+    def run(self, run: Run, x: str, out: str) -> None:
+        name = layers_of(run.parts)[-1].weight
+        bias = bias_name(name)
+        if bias in self.taken and bias not in self.region.tensors:
+            raise SluiceError(f"cannot merge into {name!r}: its bias would take the name {bias!r}; rename that tensor")
+        shape, stride, pad, groups = merged_shape(run)
+        self.runs[name] = run
+        self.nodes.append(
+            helper.make_node(
+                "Conv",
+                [x, name, bias],
+                [out],
+                name=out,
+                kernel_shape=shape[2:],
+                strides=stride,
+                pads=pad * 2,
+                dilations=(1,) * len(pad),
+                group=groups,
+            )
+        )
+
+
+def _random(run: Run) -> Conv:
+    shape, stride, pad, groups = merged_shape(run)
+    return Conv(random_weight(shape), np.zeros(shape[0], np.float32), stride, pad, groups)
+
+
+def random_weight(shape: tuple[int, ...]) -> np.ndarray:
+    """A weight (out, in / groups, *kernel) that keeps the scale of what it reads; always the same."""
+    return np.random.default_rng(0).standard_normal(shape, np.float32) / np.sqrt(prod(shape[1:]))
+
+
+def _gate(node: onnx.NodeProto, made: dict[str, onnx.NodeProto], uses: Counter[str]) -> str | None:
+    """The sigmoid's value where the node is x * sigmoid(x) and its only reader."""
+    if node.op_type == "Mul":
+        for x, gate in (tuple(node.input), tuple(node.input)[::-1]):
+            if gate in made and made[gate].op_type == "Sigmoid" and made[gate].input[0] == x and uses[gate] == 1:
+                return gate
+    return None
+
+
+def _read(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]], constant: set[str], uses: Counter[str]) -> Op:
+    """The neutral form of a node."""
+    inputs = tuple(name for name in node.input if name and name not in shapes and name not in constant)
+    outputs = tuple(name for name in node.output if name)
+    other = Op("other", f"{node.op_type} ({node.output[0]})", inputs, outputs)
+    if inputs != tuple(node.input)[:1] or len(outputs) > 1:
+        plain = node.op_type == "Add" and len(inputs) == 2
+        return replace(other, kind="add") if plain else other
+    if node.op_type in _ACTIVATIONS.split():
+        return replace(other, kind="act")
+    if not all(name in shapes for name in node.input[1:] if name):
+        return other
+    if node.op_type == "Conv":
+        return _read_conv(node, shapes, uses, other)
+    if node.op_type == "BatchNormalization":
+        weight, bias, mean, var = node.input[1:5]
+        norm = Norm(weight, bias, mean, var, attributes(node).get("epsilon", 1e-5), outputs[0])
+        return replace(other, kind="norm", norm=norm)
+    return other
+
+
+def _read_conv(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]], uses: Counter[str], other: Op) -> Op:
+    a, name = attributes(node), node.input[1]
+    shape, axes = shapes[name], len(shapes[name]) - 2
+    stride, dilation = (tuple(a.get(key, (1,) * axes)) for key in ("strides", "dilations"))
+    pads, groups = tuple(a.get("pads", (0,) * 2 * axes)), a.get("group", 1)
+    automatic = a.get("auto_pad", b"NOTSET")
+    if automatic in (b"SAME_UPPER", b"SAME_LOWER") and max(stride) == 1 and all(k % 2 for k in shape[2:]):
+        pads, automatic = tuple(k // 2 for k in shape[2:]) * 2, b"NOTSET"
+    reason = None
+    if uses[name] > 1:
+        reason = "is shared"
+    elif max(dilation) > 1:
+        reason = f"has dilation {dilation}"
+    elif pads[:axes] != pads[axes:] or automatic not in (b"NOTSET", b"VALID"):
+        reason = "is padded unevenly"
+    elif groups > 1 and shape[:2] != (groups, 1):
+        reason = f"has groups={groups}"
+    if reason is not None:
+        return replace(other, label=f"convolution {name!r}, which {reason}")
+    bias = node.input[2] if len(node.input) > 2 and node.input[2] else None
+    layer = Layer(name, bias, shape, stride, pads[:axes], groups, node.input[0], node.output[0])
+    return replace(other, kind="conv", label=f"convolution {name!r}", layer=layer)

@@ -1,0 +1,96 @@
+"""Between a choice of channels and the slices that carry it out.
+
+1. ``choice -> plan``: an index of an axis stays unless its channel goes; every axis a group lies on is sliced.
+2. ``plan -> choice``: a channel goes if all its indices go. A plan that cuts tied axes differently, leaves one of them
+   whole, or cuts what the graph does not allow, is refused: it would change the function or break the shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from sluice.core.errors import SluiceError
+from sluice.core.plan import InputSpec, Plan, Slice
+from sluice.passes.graph.groups import Analysis, keep_masks
+from sluice.solver.options import Edits, tie_removed
+
+__all__ = ["make_plan", "masks_of_slices", "tensor_masks"]
+
+
+def tensor_masks(analysis: Analysis, keeps: Sequence[np.ndarray]) -> dict[tuple[str, int], np.ndarray]:
+    """(tensor, axis) -> which indices stay, for every axis that loses something."""
+    masks: dict[tuple[str, int], np.ndarray] = {}
+    for group, keep in zip(analysis.groups, keeps, strict=True):
+        if keep.all():
+            continue
+        for ref in group.refs:
+            mask = masks.setdefault((ref.param, ref.axis), np.ones(len(ref.channels), dtype=bool))
+            mine = ref.channels >= 0
+            mask[mine] &= keep[ref.channels[mine]]
+    return masks
+
+
+def make_plan(
+    analysis: Analysis,
+    kept: Mapping[str, Sequence[int]],
+    inputs: Iterable[InputSpec] = (),
+    edits: Edits | None = None,
+) -> Plan:
+    """The plan that keeps the channels ``kept[group]`` (groups not named stay whole) and makes the edits."""
+    edits = edits or Edits()
+    keeps = tie_removed(analysis, edits.merges, keep_masks(analysis, kept))
+    slices = [
+        Slice(param, axis, len(mask), tuple(np.flatnonzero(mask).tolist()))
+        for (param, axis), mask in tensor_masks(analysis, keeps).items()
+    ]
+    widths = {group.name: int(keep.sum()) for group, keep in zip(analysis.groups, keeps, strict=True)}
+    return Plan(
+        dict(analysis.tensors), tuple(slices), tuple(inputs), widths,
+        factorizations=edits.factorizations, drops=edits.drops, merges=edits.merges,
+    )  # fmt: skip
+
+
+def masks_of_slices(
+    analysis: Analysis, slices: Sequence[Slice], named: Container[str] | None = None
+) -> list[np.ndarray]:
+    """One boolean mask per group.
+
+    Args:
+        named: the tensors that the plan's model had, if the graph may hold others (constants an exporter made); those
+            follow the axes they are tied to.
+    Raises:
+        SluiceError: the slices contradict each other or this graph.
+    """
+    wanted: dict[tuple[str, int], np.ndarray] = {}
+    for cut in slices:
+        mask = np.zeros(cut.size, dtype=bool)
+        mask[list(cut.keep)] = True
+        wanted[(cut.param, cut.axis)] = mask
+    keeps = []
+    for group in analysis.groups:
+        keep = np.ones(group.size, dtype=bool)
+        for ref in group.refs:
+            asked = wanted.get((ref.param, ref.axis))
+            if asked is not None:
+                keep &= np.isin(np.arange(group.size), ref.channels[asked & (ref.channels >= 0)])
+        keeps.append(keep)
+    implied = tensor_masks(analysis, keeps)
+    for key in {**wanted, **implied}:
+        ours = implied.get(key)
+        theirs = wanted.get(key)
+        if theirs is None and named is not None and key[0] not in named:
+            continue
+        length = analysis.tensors[key[0]][key[1]]
+        whole = np.ones(length, dtype=bool)
+        if not np.array_equal(whole if ours is None else ours, whole if theirs is None else theirs):
+            raise SluiceError(
+                f"the plan does not fit this graph at {key[0]!r} axis {key[1]}: it keeps "
+                f"{'all' if theirs is None else int(theirs.sum())} of {length}, the axes tied to it ask for "
+                f"{'all' if ours is None else int(ours.sum())} or for others; make the plan again with `sluice plan`"
+            )
+    for group, keep in zip(analysis.groups, keeps, strict=True):
+        if not keep.any():
+            raise SluiceError(f"the plan leaves nothing of group {group.name!r}; keep at least one channel")
+    return keeps

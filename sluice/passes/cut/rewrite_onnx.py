@@ -1,0 +1,228 @@
+"""Apply a plan to an ONNX graph with onnx-graphsurgeon; no torch needed.
+
+1. Find every tensor by initialiser name, slice it. A shared initialiser whose readers are cut differently is copied
+   first, one copy per reader; exporters share equal tensors between layers.
+2. Mend literal sizes from the labelled axis of the value they speak of: Reshape and Expand targets, Split sizes, Slice
+   bounds, Resize sizes, the number of depthwise groups.
+3. Forget cached intermediate shapes *before* anything is folded, else stale sizes are folded in; infer them again,
+   strictly, and run the checker. Node metadata, which graphsurgeon drops, is put back by output name.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Container, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+
+from sluice.core.errors import SluiceError
+from sluice.core.plan import Plan
+from sluice.passes.cut.drop_onnx import drop_onnx
+from sluice.passes.cut.factor import factors, random_factors
+from sluice.passes.cut.factor_onnx import factorize_onnx
+from sluice.passes.cut.merge_onnx import merge_onnx
+from sluice.passes.cut.resolve import masks_of_slices, tensor_masks
+from sluice.passes.graph.groups import Analysis
+from sluice.passes.graph.onnx_axes import analyze_onnx
+from sluice.passes.graph.onnx_graph import BATCH
+from sluice.solver.options import Edits
+
+__all__ = ["cut_graph", "restructure", "rewrite_onnx"]
+
+
+def rewrite_onnx(model: onnx.ModelProto, plan: Plan) -> onnx.ModelProto:
+    """The slim ONNX model.
+
+    Args:
+        model: dense model whose initialisers carry the parameter names of the plan.
+    Raises:
+        SluiceError: names or shapes do not match the plan, or the plan contradicts the graph.
+    """
+    shapes = {init.name: tuple(init.dims) for init in model.graph.initializer}
+    present = tuple(cut for cut in plan.slices if cut.param in shapes)
+    Plan(plan.fingerprint, present).check_model(shapes, complete=False)
+    if len(present) < len(plan.slices) and not _shared(model, plan):
+        plan.check_model(shapes, complete=False)
+    try:
+        analysis = analyze_onnx(model)
+        keeps = masks_of_slices(analysis, present, plan.fingerprint)
+    except SluiceError:
+        if not _shared(model, plan):
+            raise
+        model = _unshare(model, plan)
+        analysis = analyze_onnx(model)
+        keeps = masks_of_slices(analysis, present, plan.fingerprint)
+    edits = Edits(plan.factorizations, plan.drops, plan.merges)
+    slim = restructure(cut_graph(model, analysis, keeps), edits, named=plan.fingerprint)
+    slim = onnx.shape_inference.infer_shapes(slim, strict_mode=True, data_prop=True)
+    onnx.checker.check_model(slim, full_check=True)
+    return slim
+
+
+def restructure(
+    model: onnx.ModelProto, edits: Edits, *, values: bool = True, named: Container[str] | None = None
+) -> onnx.ModelProto:
+    """Drop, merge and factorise, in this order.
+
+    Args:
+        values: False gives new weights the right shapes and any values, which is enough for timing.
+        named: the tensors that the edits may speak of, if the file may hold others.
+    """
+    if edits.drops:
+        model = drop_onnx(model, edits.drops, named)
+    if edits.merges:
+        model = merge_onnx(model, edits.merges, values=values)
+    if edits.factorizations:
+        model = factorize_onnx(model, edits.factorizations, split=factors if values else random_factors)
+    return model
+
+
+def cut_graph(model: onnx.ModelProto, analysis: Analysis, keeps: Sequence[np.ndarray]) -> onnx.ModelProto:
+    """Slice initialisers and mend literals; ``model`` may be a part of the graph that was analysed."""
+    import onnx_graphsurgeon as gs
+
+    metadata = {node.output[0]: list(node.metadata_props) for node in model.graph.node if node.metadata_props}
+    graph = gs.import_onnx(model)
+    tensors = graph.tensors()
+    for (param, axis), mask in tensor_masks(analysis, keeps).items():
+        if param in tensors and isinstance(tensors[param], gs.Constant):
+            tensors[param].values = np.ascontiguousarray(np.compress(mask, tensors[param].values, axis=axis))
+    mender = _Mender(analysis, keeps)
+    for node in graph.nodes:
+        mender.mend(node)
+    borders = {id(t) for t in (*graph.inputs, *graph.outputs)}
+    for tensor in tensors.values():
+        lost = mender.lost(tensor.name)
+        if isinstance(tensor, gs.Variable) and id(tensor) not in borders:
+            tensor.shape = None
+        elif isinstance(tensor, gs.Variable) and lost is not None:
+            tensor.shape = [int(lost[1].sum()) if d == lost[0] else size for d, size in enumerate(tensor.shape)]
+    slim = gs.export_onnx(graph.cleanup().toposort())
+    slim.ir_version = model.ir_version
+    del slim.metadata_props[:]
+    slim.metadata_props.extend(model.metadata_props)
+    for node in slim.graph.node:
+        node.metadata_props.extend(metadata.get(node.output[0], []))
+    return slim
+
+
+class _Mender:
+    """Literal sizes of graphsurgeon nodes."""
+
+    def __init__(self, analysis: Analysis, keeps: Sequence[np.ndarray]):
+        self.analysis, self.keeps = analysis, keeps
+
+    def lost(self, name: str) -> tuple[int, np.ndarray] | None:
+        axis = self.analysis.values.get(name)
+        mask = None if axis is None else axis.mask(self.keeps)
+        return None if axis is None or mask is None or mask.all() else (axis.dim, mask)
+
+    def mend(self, node: Any) -> None:
+        cut_in = self.lost(node.inputs[0].name) if node.inputs else None
+        cut_out = self.lost(node.outputs[0].name) if node.outputs else None
+        if node.op in ("Reshape", "Expand") and cut_out:
+            self._target(node, *cut_out)
+        elif node.op == "Split" and cut_in:
+            self._split(node, *cut_in)
+        elif node.op == "Slice" and cut_in:
+            self._slice(node, *cut_in)
+        elif node.op == "Resize" and cut_out and len(node.inputs) > 3 and not _empty(node.inputs[3]):
+            sizes = node.inputs[3].values.copy()
+            sizes[cut_out[0]] = int(cut_out[1].sum())
+            node.inputs[3] = _constant(f"{node.outputs[0].name}_sizes", sizes)
+        elif node.op in ("Conv", "ConvTranspose") and node.attrs.get("group", 1) > 1 and cut_in:
+            depthwise = self.analysis.tensors[node.inputs[1].name][1] == 1  # one group per input channel
+            kept = int(cut_in[1].sum()) if depthwise else len(cut_in[1])
+            node.attrs["group"] = node.attrs["group"] * kept // len(cut_in[1])
+
+    def _target(self, node: Any, dim: int, mask: np.ndarray) -> None:
+        """Sizes of the output: the cut one as it is now, dynamic ones as 0 (copied) or -1 (inferred)."""
+        before, after = self.analysis.shapes[node.inputs[0].name], self.analysis.shapes[node.outputs[0].name]
+        old = getattr(node.inputs[1], "values", None)
+        if old is not None and int(old.reshape(-1)[dim]) == -1:
+            return
+        sizes = []
+        for d, size in enumerate(after):
+            if d == dim:
+                sizes.append(int(mask.sum()))
+            elif size % BATCH:
+                sizes.append(size)
+            elif node.op == "Expand":
+                sizes.append(1)
+            else:
+                sizes.append(0 if d < len(before) and before[d] == size else -1)
+        node.attrs.pop("allowzero", None)
+        node.inputs[1] = _constant(f"{node.outputs[0].name}_shape", np.array(sizes, dtype=np.int64))
+
+    def _split(self, node: Any, dim: int, mask: np.ndarray) -> None:
+        rank = len(self.analysis.shapes[node.inputs[0].name])
+        if node.attrs.get("axis", 0) % rank != dim:
+            return
+        bounds = np.cumsum([0, *(self.analysis.shapes[out.name][dim] for out in node.outputs)])
+        sizes = np.array([mask[i:j].sum() for i, j in itertools.pairwise(bounds)], dtype=np.int64)
+        node.attrs.pop("num_outputs", None)
+        node.inputs = [node.inputs[0], _constant(f"{node.outputs[0].name}_sizes", sizes)]
+
+    def _slice(self, node: Any, dim: int, mask: np.ndarray) -> None:
+        rank = len(self.analysis.shapes[node.inputs[0].name])
+        axes = node.inputs[3].values.tolist() if len(node.inputs) > 3 else list(range(rank))
+        for k, d in enumerate(axes):
+            if d % rank == dim:
+                for index, name in ((1, "starts"), (2, "ends")):
+                    values = node.inputs[index].values.copy()
+                    bound = slice(int(values[k]), None).indices(len(mask))[0]
+                    values[k] = int(mask[:bound].sum())
+                    node.inputs[index] = _constant(f"{node.outputs[0].name}_{name}", values)
+
+
+def _constant(name: str, values: np.ndarray) -> Any:
+    import onnx_graphsurgeon as gs
+
+    return gs.Constant(name, np.ascontiguousarray(values))
+
+
+def _empty(tensor: Any) -> bool:
+    return tensor is None or tensor.name == ""
+
+
+def _shared(model: onnx.ModelProto, plan: Plan) -> set[str]:
+    """Float initialisers with several readers that may stand for several tensors of the plan's model.
+
+    Those are constants of the exporter's own, and tensors whose shape is that of a tensor the file lacks; any other
+    shared tensor is one that the model itself uses twice.
+    """
+    initializers = {init.name: init for init in model.graph.initializer}
+    missing = {shape for name, shape in plan.fingerprint.items() if name not in initializers}
+    floats = {
+        name
+        for name, init in initializers.items()
+        if init.data_type not in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
+        and (name not in plan.fingerprint or tuple(init.dims) in missing)
+    }
+    seen: set[str] = set()
+    shared: set[str] = set()
+    for node in model.graph.node:
+        for name in floats.intersection(node.input):
+            (shared if name in seen else seen).add(name)
+    return shared
+
+
+def _unshare(model: onnx.ModelProto, plan: Plan) -> onnx.ModelProto:
+    """Every reader but the first of a shared initialiser gets its own copy."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    tensors = {init.name: init for init in copy.graph.initializer}
+    taken: dict[str, int] = {}
+    shared = _shared(model, plan)
+    for node in copy.graph.node:
+        for index, name in enumerate(node.input):
+            if name not in shared:
+                continue
+            taken[name] = taken.get(name, -1) + 1
+            if taken[name]:
+                private = copy.graph.initializer.add()
+                private.CopyFrom(tensors[name])
+                private.name = node.input[index] = f"{name}::{taken[name]}"
+    return copy

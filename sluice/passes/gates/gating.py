@@ -1,0 +1,251 @@
+"""Put gates into a captured graph, and bake a choice into the weights.
+
+    effective weight = filter masks * block mask * D_tau(weight)
+
+1. `insert_gates`: a weight with a rank gate is thresholded first; then every tensor named by
+   `sluice.passes.gates.placement` is multiplied by the masks of its groups, and what a block ends in by the mask of the
+   block; layer and group norms over gated axes get masked statistics. Parameter names do not change; the gates live
+   under ``gates``.
+2. `close_gates`: the same is carried out on the weights with 0/1 masks and hard ranks, the gates go, and what is left
+   is the user's own architecture computing what the gated model computes under those decisions. Only a layer or
+   group norm keeps its (constant) mask, because no weight can make it leave a channel out of its statistics.
+3. A rank is cut after masking, from what is left of the matrix: rows and columns that go anyway take no rank.
+4. `strip_gates`: the dense network with the trained weights, nothing baked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from sluice.core.errors import SluiceError
+from sluice.core.plan import Factorize
+from sluice.passes.cut.factor_torch import truncate_torch
+from sluice.passes.cut.resolve import tensor_masks
+from sluice.passes.gates.filter_gates import REFRESH, BlockGate, Gate, Gates
+from sluice.passes.gates.insertion import TAG, Inserter, along, mask_norm, masked_norm
+from sluice.passes.gates.placement import Placement, place_gates
+from sluice.passes.gates.rank_gates import RankGate
+from sluice.passes.graph.aten import analyze
+from sluice.passes.graph.capture import MARK, Inputs, capture, clone
+from sluice.passes.graph.groups import Analysis, keep_masks
+
+__all__ = ["Gated", "absorb_masks", "bake", "close_gates", "insert_gates", "masked_norm", "strip_gates"]
+
+KINDS = ("filter", "rank", "block")
+
+
+class Gated(fx.GraphModule):
+    """A captured network with gates; ``step()`` once per optimizer step."""
+
+    gates: Gates
+
+    def step(self) -> None:
+        """Advance the schedules of the gates, and compute singular directions where they are due."""
+        self.gates.step()
+        self.gates.refresh(self.get_parameter)
+
+
+def insert_gates(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    steps: int = 1000,
+    exclude: Sequence[str] = (),
+    kinds: Collection[str] = ("filter",),
+    ranks: Mapping[str, str] | None = None,
+    blocks: Mapping[str, Sequence[str]] | None = None,
+    refresh: int = REFRESH,
+) -> Gated:
+    """Insert a filter gate at every axis group, and gates of ranks and of blocks where asked for.
+
+    Args:
+        model: any module `sluice.capture` takes; it is not changed.
+        example_inputs: tensor, tuple or mapping; axis 0 is the batch.
+        steps: optimizer steps over which the gates harden.
+        exclude: module names or shell patterns whose widths must not change.
+        kinds: without ``"filter"`` no filter gates; ``"rank"`` and ``"block"`` follow from the next two.
+        ranks: by name of a weight the form of `sluice.core.plan.FORMS` whose matrix is thresholded.
+        blocks: by name of a residual branch the tensors that make it zero: weight and bias of its last norm, or of its
+            last convolution.
+        refresh: steps between two computations of singular directions; 1 is exact.
+    Raises:
+        SluiceError: the model cannot be captured, has no width to cut where filters are to be gated, or ``ranks`` and
+            ``blocks`` do not fit it.
+    """
+    ranks, blocks = dict(ranks or {}), {name: tuple(tensors) for name, tensors in (blocks or {}).items()}
+    wrong = [kind for kind in kinds if kind not in KINDS]
+    empty = [kind for kind, places in (("rank", ranks), ("block", blocks)) if kind in kinds and not places]
+    if wrong or empty:
+        told = f"{wrong[0]!r} is no kind of gate" if wrong else f"kind {empty[0]!r} has no place to go"
+        raise SluiceError(f"{told}; kinds are {list(KINDS)}, and ranks= and blocks= say where the last two go")
+    gm = capture(model, example_inputs)
+    analysis = analyze(gm, exclude, needed="filter" in kinds)
+    placement = place_gates(gm, analysis)
+    if hasattr(gm, "gates"):
+        raise SluiceError("the model already has a submodule or tensor named 'gates'; rename it")
+    read = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    state = gm.state_dict(keep_vars=True)
+    for name in (*ranks, *[tensor for tensors in blocks.values() for tensor in tensors]):
+        if name not in read or not isinstance(state.get(name), nn.Parameter):
+            raise SluiceError(f"cannot gate {name!r}: the model computes with no parameter of this name")
+    sizes = {g.name: g.size for g in analysis.groups} if "filter" in kinds else {}
+    gates = Gates(sizes, steps, [RankGate(name, form, state[name]) for name, form in ranks.items()], blocks, refresh)
+    gm.add_module("gates", gates.to(next(gm.parameters()).device))
+    inserter = Inserter(gm, analysis, gates)
+    if sizes:
+        inserter.run(placement)
+    inserter.scale_blocks(blocks)
+    inserter.threshold(ranks)
+    gm.graph.lint()
+    gated = Gated(gm, gm.graph)
+    _adopt(gated, gm)
+    gated.meta.update({"analysis": analysis, "placement": placement, "blocks": blocks, **gm.meta})
+    return gated.train(model.training)
+
+
+def strip_gates(gated: Gated, *, thresholded: bool = False) -> fx.GraphModule:
+    """The captured network without gates, with the weights as they are.
+
+    ``thresholded``: weights with a rank gate as their threshold leaves them, which is the network that was trained.
+    """
+    gm = fx.GraphModule(gated, gated.graph)
+    _adopt(gm, gated)
+    gm.meta.update(gated.meta)
+    gm = clone(gm)
+    for node in reversed(list(gm.graph.nodes)):
+        tag = node.meta.get(TAG)
+        if tag == "norm":
+            x, _, weight, bias = node.args[:4]
+            a = {**node.meta["original"], "input": x, "weight": weight, "bias": bias}
+            with gm.graph.inserting_before(node):
+                new = gm.graph.call_function(node.meta["operator"], tuple(a.values()))
+            new.meta = {"val": node.meta["val"]}
+            new._rename(node.meta["name"])
+            node.replace_all_uses_with(new)
+            gm.graph.erase_node(node)
+    for node in list(gm.graph.nodes):
+        if node.meta.get(TAG) in ("scale", "rank"):
+            node.replace_all_uses_with(node.args[0])
+    for node in reversed(list(gm.graph.nodes)):
+        if node.meta.get(TAG):
+            gm.graph.erase_node(node)
+    del gm._modules["gates"]
+    if thresholded:
+        with torch.no_grad():
+            for _, gate in gated.gates.items():
+                if isinstance(gate, RankGate):
+                    gm.get_parameter(gate.param).copy_(gate.thresholded(gated.get_parameter(gate.param)))
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def absorb_masks(gated: Gated) -> None:
+    """Multiply the masks into the weights, in place, and open the gates: the same function with every mask 1.
+
+    Groups whose channels a layer or group norm takes its statistics over keep their masks, which no weight can hold.
+    """
+    analysis, placement = gated.meta["analysis"], gated.meta["placement"]
+    state = gated.state_dict(keep_vars=True)
+    normed = {int(g) for name in placement.norms for g in analysis.values[name].groups if g >= 0}
+    with torch.no_grad():
+        for index, group in enumerate(analysis.groups):
+            if index in normed or group.name not in set(gated.gates):
+                continue
+            gate = gated.gates[group.name]
+            assert isinstance(gate, Gate)
+            mask = gate()
+            for ref in group.refs:
+                if (ref.param, ref.axis) in placement.refs:
+                    mine = torch.as_tensor(ref.channels, device=mask.device)
+                    vector = torch.where(mine >= 0, mask[mine.clamp(min=0)], torch.ones_like(mask[:1]))
+                    state[ref.param].mul_(along(vector.to(state[ref.param]), state[ref.param].ndim, ref.axis))
+            gate.open_all()
+        for name, tensors in gated.meta["blocks"].items():
+            block = gated.gates[f"{name}|drop"]
+            assert isinstance(block, BlockGate)
+            for tensor in tensors:
+                state[tensor].mul_(block.open().to(state[tensor]))
+            block.open.open_all()
+
+
+def close_gates(
+    gated: Gated,
+    kept: Mapping[str, Sequence[int]],
+    *,
+    ranks: Mapping[str, tuple[str, int]] | None = None,
+    blocks: Collection[str] = (),
+) -> fx.GraphModule:
+    """Bake a choice into the weights.
+
+    A weight with a rank gate is baked as its threshold leaves it, whether or not ``ranks`` cuts it further.
+
+    Args:
+        kept: by axis group the indices of the channels that stay; groups not named stay whole.
+        ranks: by name of a weight form and rank to cut it to.
+        blocks: names of the residual branches that go.
+    Raises:
+        SluiceError: an unknown group, weight or block.
+    """
+    gm = strip_gates(gated, thresholded=True)
+    known = gated.meta["blocks"]
+    unknown = [name for name in blocks if name not in known]
+    if unknown:
+        raise SluiceError(f"block {unknown[0]!r} has no gate; gated blocks are {sorted(known)}")
+    analysis: Analysis = gated.meta["analysis"]
+    zeroed = {tensor for name in blocks for tensor in known[name]}
+    return bake(gm, analysis, gated.meta["placement"], keep_masks(analysis, kept), ranks=ranks, zeroed=zeroed)
+
+
+def bake(
+    gm: fx.GraphModule,
+    analysis: Analysis,
+    placement: Placement,
+    keeps: list[np.ndarray],
+    *,
+    ranks: Mapping[str, tuple[str, int]] | None = None,
+    zeroed: Collection[str] = (),
+) -> fx.GraphModule:
+    """A copy of a captured graph whose removed channels, ranks and blocks carry nothing.
+
+    Args:
+        keeps: one boolean mask per group of ``analysis``.
+        ranks: by name of a weight form and rank to cut it to.
+        zeroed: tensors that become zero.
+    """
+    gm = clone(gm)
+    state = gm.state_dict(keep_vars=True)
+    masks = tensor_masks(analysis, keeps)
+    with torch.no_grad():
+        for param, axis in masks:
+            if (param, axis) in placement.refs or param in (ranks or {}):  # the others lose nothing
+                vector = torch.tensor(masks[(param, axis)], dtype=state[param].dtype)
+                state[param].mul_(along(vector, state[param].ndim, axis).to(state[param].device))
+        truncate_torch(gm, [Factorize(param, form, rank) for param, (form, rank) in (ranks or {}).items()])
+        for param in zeroed:
+            state[param].zero_()
+    nodes = {node.name: node for node in gm.graph.nodes}
+    for name in placement.norms:
+        axis_mask = analysis.values[name].mask(keeps)
+        if not axis_mask.all():
+            kept = torch.tensor(axis_mask, dtype=torch.float32, device=next(gm.parameters()).device)
+            gm.register_buffer(f"kept_{name}", kept, persistent=False)
+            with gm.graph.inserting_before(nodes[name]):
+                mask = gm.graph.get_attr(f"kept_{name}")
+            mask_norm(gm, nodes[name], mask, analysis)
+    gm.meta.pop(MARK, None)
+    gm.recompile()
+    return gm
+
+
+def _adopt(target: fx.GraphModule, source: fx.GraphModule) -> None:
+    """Share every tensor and mode of ``source``, also those that no node reads."""
+    target._modules.update(source._modules)
+    target._parameters.update(source._parameters)
+    target._buffers.update(source._buffers)
+    target._non_persistent_buffers_set |= source._non_persistent_buffers_set
+    target.training = source.training

@@ -1,0 +1,186 @@
+"""Where gates meet the graph: nodes that multiply tensors by masks, threshold weights, and mask statistics.
+
+1. A mask is computed once per group and reshaped to broadcast against each of its tensors; an axis on which several
+   groups lie, or one out of order, gets its multipliers by one gather.
+2. Every node put in carries `TAG` in its ``meta``: ``mask`` (a mask and what is made of it), ``scale`` (tensor times
+   mask), ``rank`` (thresholded weight), ``norm`` (a norm with masked statistics). Stripping goes by it.
+3. A thresholded weight stands right behind the weight, before every mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from sluice.passes.gates.filter_gates import Gates
+from sluice.passes.gates.placement import Placement
+from sluice.passes.graph.aten_walk import arguments, operator_name
+from sluice.passes.graph.groups import Analysis
+
+__all__ = ["TAG", "Inserter", "along", "mask_norm", "masked_norm"]
+
+TAG = "sluice_gate"
+
+
+def masked_norm(
+    x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, dims: list[int], groups: int, eps: float
+) -> Tensor:
+    """Layer norm (``groups == 0``) or group norm with statistics weighted by ``mask``, which broadcasts against x.
+
+    ``mean = sum(m x) / sum(m)``, ``var = sum(m (x - mean)^2) / sum(m)`` over ``dims``; with a 0/1 mask these are the
+    statistics of the kept channels.
+    """
+    shape, dtype = x.shape, x.dtype
+    mask = mask.to(torch.promote_types(dtype, torch.float32))  # half precision would lose the statistics
+    if groups:
+        x = x.reshape(shape[0], groups, -1, *shape[2:])
+        mask = mask.reshape(1, groups, -1, *[1] * (len(shape) - 2))
+    m = mask.expand(x.shape)
+    total = m.sum(dims, keepdim=True).clamp(min=1e-6)
+    mean = (m * x).sum(dims, keepdim=True) / total
+    var = (m * (x - mean) ** 2).sum(dims, keepdim=True) / total
+    x = ((x - mean) * torch.rsqrt(var + eps)).reshape(shape)
+    tail = [1] * (len(shape) - 2) if groups else []
+    x = x if weight is None else x * weight.reshape(*weight.shape, *tail)
+    x = x if bias is None else x + bias.reshape(*bias.shape, *tail)
+    return x.to(dtype)
+
+
+def along(vector: Tensor, ndim: int, axis: int) -> Tensor:
+    """A vector shaped to broadcast along one axis of a tensor with ``ndim`` axes."""
+    return vector.reshape([-1 if i == axis else 1 for i in range(ndim)])
+
+
+def mask_norm(gm: fx.GraphModule, node: fx.Node, mask: fx.Node, analysis: Analysis) -> fx.Node:
+    """Replace a layer or group norm node by `masked_norm`."""
+    a, rank = arguments(node), len(analysis.shapes[node.name])
+    dim = analysis.values[node.name].dim
+    grouped = operator_name(node) == "group_norm"
+    dims = list(range(2, rank + 1)) if grouped else list(range(rank - len(a["normalized_shape"]), rank))
+    with gm.graph.inserting_before(node):
+        shaped = gm.graph.call_function(
+            torch.ops.aten.view.default, (mask, [-1 if i == dim else 1 for i in range(rank)])
+        )
+        args = (a["input"], shaped, a["weight"], a["bias"], dims, a["num_groups"] if grouped else 0, a["eps"])
+        new = gm.graph.call_function(masked_norm, args)
+    shaped.meta = {TAG: "mask"}
+    new.meta = {"val": node.meta["val"], TAG: "norm", "original": a, "operator": node.target, "name": node.name}
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+    return new
+
+
+class Inserter:
+    """Puts ``gates`` into ``gm``, which is changed: `run` for axis groups, then `scale_blocks`, then `threshold`."""
+
+    def __init__(self, gm: fx.GraphModule, analysis: Analysis, gates: Gates):
+        self.gm, self.analysis, self.gates = gm, analysis, gates
+        self.anchor = next(node for node in gm.graph.nodes if node.op != "placeholder")
+        self.masks: dict[int, fx.Node] = {}
+        self.vectors: dict[bytes, fx.Node] = {}
+
+    def run(self, placement: Placement) -> None:
+        reads = {n: n.target for n in self.gm.graph.nodes if n.op == "get_attr"}
+        for param, axis in sorted(placement.refs):
+            groups, channels = self._lies_on(param, axis)
+            vector = self._expanded(groups, channels)
+            for node in [n for n, target in reads.items() if target == param]:
+                self._scale(node, vector, axis)
+        for name in placement.norms:
+            value = self.analysis.values[name]
+            node = next(n for n in self.gm.graph.nodes if n.name == name)
+            mask_norm(self.gm, node, self._expanded(value.groups, value.channels), self.analysis)
+
+    def scale_blocks(self, blocks: Mapping[str, Sequence[str]]) -> None:
+        for name, tensors in blocks.items():
+            with self.gm.graph.inserting_before(self.anchor):
+                mask = self.gm.graph.call_module(f"gates.{self.gates.key(f'{name}|drop')}")
+            mask.meta = {TAG: "mask"}
+            for node in [n for n in self.gm.graph.nodes if n.op == "get_attr" and n.target in tensors]:
+                self._scale(node, mask, 0)
+
+    def threshold(self, ranks: Mapping[str, str]) -> None:
+        """Rule 3: comes last."""
+        for param, form in ranks.items():
+            path = f"gates.{self.gates.key(f'{param}|{form}|rank')}"
+            first, *others = [n for n in self.gm.graph.nodes if n.op == "get_attr" and n.target == param]
+            with self.gm.graph.inserting_after(first):
+                result = self.gm.graph.call_module(path, (first,))
+            result.meta = {TAG: "rank"}
+            for node in (first, *others):  # a shared weight is thresholded once
+                node.replace_all_uses_with(result, delete_user_cb=lambda user, own=result: user is not own)
+
+    def _lies_on(self, param: str, axis: int) -> tuple[np.ndarray, np.ndarray]:
+        length = self.analysis.tensors[param][axis]
+        groups, channels = np.full(length, -1), np.zeros(length, dtype=np.int64)
+        for index, group in enumerate(self.analysis.groups):
+            for ref in group.refs:
+                if (ref.param, ref.axis) == (param, axis):
+                    mine = ref.channels >= 0
+                    groups[mine], channels[mine] = index, ref.channels[mine]
+        return groups, channels
+
+    def _scale(self, node: fx.Node, vector: fx.Node, axis: int) -> None:
+        ndim = len(self.analysis.tensors[str(node.target)])
+        last = next((u for u in node.users if u.meta.get(TAG) == "scale"), node)
+        while nested := next((u for u in last.users if u.meta.get(TAG) == "scale"), None):
+            last = nested
+        readers = [u for u in last.users if not u.meta.get(TAG)]
+        with self.gm.graph.inserting_after(max(last, vector)):
+            shape = [-1 if i == axis else 1 for i in range(ndim)]
+            shaped = self.gm.graph.call_function(torch.ops.aten.view.default, (vector, shape))
+        dtype = self.gm.state_dict()[str(node.target)].dtype
+        if dtype in (torch.float16, torch.bfloat16):  # gates stay in single precision
+            shaped.meta = {TAG: "mask"}
+            with self.gm.graph.inserting_after(shaped):
+                shaped = self.gm.graph.call_function(torch.ops.aten._to_copy.default, (shaped,), {"dtype": dtype})
+        with self.gm.graph.inserting_after(shaped):
+            scaled = self.gm.graph.call_function(torch.ops.aten.mul.Tensor, (last, shaped))
+        shaped.meta, scaled.meta = {TAG: "mask"}, {TAG: "scale"}
+        for reader in readers:
+            reader.replace_input_with(last, scaled)
+
+    def _mask(self, group: int) -> fx.Node:
+        if group not in self.masks:
+            path = f"gates.{self.gates.key(self.analysis.groups[group].name)}"
+            with self.gm.graph.inserting_before(self.anchor):
+                self.masks[group] = self.gm.graph.call_module(path)
+            self.masks[group].meta = {TAG: "mask"}
+        return self.masks[group]
+
+    def _expanded(self, groups: np.ndarray, channels: np.ndarray) -> fx.Node:
+        """The multiplier of every index: its channel's mask, 1 where no group lies."""
+        present = [int(g) for g in np.unique(groups)]
+        if len(present) == 1 and present[0] >= 0:
+            size = self.analysis.groups[present[0]].size
+            if len(channels) == size and (channels == np.arange(size)).all():
+                return self._mask(present[0])
+        key = groups.tobytes() + channels.tobytes()
+        if key not in self.vectors:
+            self.vectors[key] = self._gather(groups, channels, [g for g in present if g >= 0])
+        return self.vectors[key]
+
+    def _gather(self, groups: np.ndarray, channels: np.ndarray, present: list[int]) -> fx.Node:
+        offset, offsets = 1, {}
+        for group in present:
+            offsets[group] = offset
+            offset += self.analysis.groups[group].size
+        index = np.array([offsets[g] + c if g >= 0 else 0 for g, c in zip(groups, channels, strict=True)])
+        name = f"index_{len(self.vectors)}"
+        device = next(self.gates.parameters()).device
+        self.gates.register_buffer(name, torch.tensor(index, device=device), persistent=False)
+        if "one" not in self.gates._buffers:
+            self.gates.register_buffer("one", torch.ones(1, device=device), persistent=False)
+        masks = [self._mask(group) for group in present]
+        graph = self.gm.graph
+        with graph.inserting_before(self.anchor):
+            nodes: list[Any] = [graph.get_attr("gates.one"), graph.get_attr(f"gates.{name}")]
+            joined = graph.call_function(torch.ops.aten.cat.default, ([nodes[0], *masks],))
+            vector = graph.call_function(torch.ops.aten.index_select.default, (joined, 0, nodes[1]))
+        for node in (*nodes, joined, vector):
+            node.meta = {TAG: "mask"}
+        return vector

@@ -1,0 +1,260 @@
+"""Capture: any ``nn.Module`` becomes one ``torch.fx`` form.
+
+1. ``torch.export.export(strict=False)``, not decomposed: about forty ATen operators, every tensor under its
+   ``state_dict`` name, pytree inputs and outputs kept, the batch dynamic unless the model refuses.
+2. The model is captured in eval mode; operators whose behaviour depends on the mode are raised to modules at their
+   own path, so that ``.train()`` and ``.eval()`` work: batch norm (`BatchNorm`, whose affine tensors stay graph
+   inputs, so that gates can multiply them) and the dropouts. What else differs between the modes (drop path,
+   auxiliary heads) stays as it is in eval mode.
+3. All else stays functional: shapes follow from the tensors, so cutting is slicing named tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from sluice.core.errors import SluiceError, first_line
+
+__all__ = ["BatchNorm", "Inputs", "capture", "clone", "free_batch", "normalize_inputs", "set_tensor"]
+
+Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+MARK = "sluice_capture"
+_DROPOUTS = {
+    "dropout": nn.Dropout,
+    "feature_dropout": nn.Dropout2d,
+    "alpha_dropout": nn.AlphaDropout,
+    "feature_alpha_dropout": nn.FeatureAlphaDropout,
+}
+
+
+class BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over any number of spatial axes whose scale and shift are arguments of ``forward``."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        momentum = self.momentum
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        return nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, weight, bias, self.training, momentum or 0.0, self.eps
+        )
+
+
+def normalize_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A tensor or tuple is positional, a mapping is keyword arguments."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,), {}
+
+
+def capture(model: nn.Module, example_inputs: Inputs, *, dynamic_batch: bool = True) -> fx.GraphModule:
+    """The model as a trainable ``fx.GraphModule`` with the same ``state_dict`` names.
+
+    Args:
+        model: left unchanged (its tensors are copied); a module that this function returned is copied as it is.
+        example_inputs: tensor, tuple of positional or mapping of keyword arguments; axis 0 is the batch.
+        dynamic_batch: keep axis 0 of every input free; falls back to the example's size where the model refuses.
+    Raises:
+        SluiceError: the example inputs do not fit the model, or it cannot be exported.
+    """
+    if isinstance(model, fx.GraphModule) and MARK in model.meta:
+        return clone(model)
+    args, kwargs = normalize_inputs(example_inputs)
+    kwargs = _in_order(model, kwargs)
+    source = copy.deepcopy(model).eval()
+    try:
+        with torch.no_grad():
+            source(*args, **kwargs)
+    except Exception as error:
+        raise SluiceError(
+            f"the model does not run on the example inputs {_shapes(args, kwargs)}: {first_line(error)}; "
+            "give inputs as its forward() takes them"
+        ) from error
+    exported, dynamic = _export(source, args, kwargs, dynamic_batch)
+    gm = exported.module(check_guards=False)
+    gm.__dict__.pop("train", None)  # the exporter forbids both; raised modules make them right again
+    gm.__dict__.pop("eval", None)
+    _raise_modes(gm, source)
+    for node in list(gm.graph.nodes):
+        guard = node.op == "call_module" and node.target == "_guards_fn"
+        if guard or node.target is torch.ops.aten._assert_tensor_metadata.default:
+            gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    _same_names(gm, model)
+    gm.meta[MARK] = {"args": args, "kwargs": kwargs, "dynamic": dynamic}
+    return gm.train(model.training)
+
+
+def clone(gm: fx.GraphModule, *, sharing: bool = False) -> fx.GraphModule:
+    """Deep copy that keeps tensors no node reads (``copy.deepcopy`` of a GraphModule drops them).
+
+    ``sharing``: modules and graph are its own, the tensors that nodes read those of ``gm``.
+    """
+    tensors = [*gm.named_parameters(), *gm.named_buffers()]
+    with warnings.catch_warnings():  # copying torch's own tree specifications warns of their next form
+        warnings.simplefilter("ignore", FutureWarning)
+        result = copy.deepcopy(gm, {id(tensor): tensor for _, tensor in tensors} if sharing else None)
+    for name, tensor in tensors:
+        try:
+            _owner(result, name).__getattr__(name.rpartition(".")[2])
+        except AttributeError:
+            set_tensor(result, name, tensor.detach().clone(), isinstance(tensor, nn.Parameter))
+    return result.train(gm.training)
+
+
+def set_tensor(module: nn.Module, name: str, value: Tensor, parameter: bool) -> None:
+    """Replace (or create) the parameter or buffer ``name``."""
+    path, _, leaf = name.rpartition(".")
+    owner = module
+    for part in path.split(".") if path else []:
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    old = getattr(owner, leaf, None)
+    if parameter:
+        requires_grad = old.requires_grad if isinstance(old, Tensor) else True
+        setattr(owner, leaf, nn.Parameter(value, requires_grad=requires_grad))
+    elif leaf in owner._buffers:
+        owner._buffers[leaf] = value
+    else:
+        owner.register_buffer(leaf, value)
+
+
+def _owner(module: nn.Module, name: str) -> nn.Module:
+    return module.get_submodule(name.rpartition(".")[0])
+
+
+def _in_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword inputs in the order of ``forward``: the graph may then be called with positional ones as well."""
+    names = list(inspect.signature(model.forward).parameters)
+    return {name: kwargs[name] for name in sorted(kwargs, key=lambda n: names.index(n) if n in names else len(names))}
+
+
+def free_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Inputs to export with, and the ``dynamic_shapes`` that leave their common first axis free.
+
+    A batch of one would be specialised, so it is doubled; all tensors are copies, since export marks the ones it is
+    given as dynamic, for good.
+    """
+    leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 0]
+    batch = leaves[0].shape[0] if leaves else 1
+
+    def widen(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        batched = leaf.ndim > 0 and leaf.shape[0] == batch
+        return torch.cat([leaf, leaf]) if batched and batch == 1 else leaf.clone()
+
+    def free(leaf: Any) -> Any:
+        batched = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
+        return {0: torch.export.Dim.DYNAMIC} if batched else None
+
+    wide_args, wide_kwargs = pytree.tree_map(widen, (args, kwargs))
+    return wide_args, wide_kwargs, pytree.tree_map(free, kwargs if kwargs else args)
+
+
+def _export(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> tuple[Any, bool]:
+    if dynamic and any(isinstance(leaf, Tensor) and leaf.ndim for leaf in pytree.tree_leaves((args, kwargs))):
+        try:
+            wide_args, wide_kwargs, shapes = free_batch(args, kwargs)
+            return torch.export.export(source, wide_args, wide_kwargs, dynamic_shapes=shapes, strict=False), True
+        except Exception:  # the model fixes its batch size; the static export below says what is wrong otherwise
+            pass
+    try:
+        return torch.export.export(source, args, kwargs, strict=False), False
+    except Exception as error:
+        raise SluiceError(
+            f"torch.export cannot capture {type(source).__name__}: {first_line(error)}; change its forward() so that "
+            "torch.export.export(model, inputs, strict=False) succeeds"
+        ) from error
+
+
+def _raise_modes(gm: fx.GraphModule, source: nn.Module) -> None:
+    """Batch norm and dropout calls become modules with state and mode of their own."""
+    taken = set(dict(gm.named_modules())) | {name for name, _ in gm.named_parameters()}
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        kind = node.target._schema.name.removeprefix("aten::").removesuffix("_")
+        if kind == "batch_norm" and isinstance(node.args[3], fx.Node):
+            x, weight, bias, mean, _, _, momentum, eps, _ = node.args
+            path = str(mean.target).rpartition(".")[0]
+            if not path:
+                continue  # statistics registered on the root: stays functional, in eval mode
+            gm.set_submodule(path, _batch_norm(gm.get_submodule(path), source.get_submodule(path), momentum, eps))
+            args: tuple[Any, ...] = (x, weight, bias)
+        elif kind in _DROPOUTS:
+            stack = list((node.meta.get("nn_module_stack") or {}).values())
+            parent = str(stack[-1][0]) if stack else ""
+            here = parent if parent and parent not in taken else ".".join(p for p in (parent, node.name) if p)
+            path = next(name for name in _names(here) if name not in taken)
+            taken.add(path)
+            _parents(gm, path)
+            gm.set_submodule(path, _DROPOUTS[kind](node.args[1]))
+            args = (node.args[0],)
+        else:
+            continue
+        with gm.graph.inserting_before(node):
+            new = gm.graph.call_module(path, args)
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+
+
+def _batch_norm(holder: nn.Module, original: nn.Module, momentum: float, eps: float) -> BatchNorm:
+    if isinstance(holder, BatchNorm):
+        return holder
+    features = int(holder.get_buffer("running_mean").shape[0])
+    module = BatchNorm(features, eps=eps, momentum=getattr(original, "momentum", momentum), affine=False)
+    del module.running_mean, module.running_var, module.num_batches_tracked
+    for name, buffer in holder.named_buffers(recurse=False):
+        module.register_buffer(name, buffer, persistent=name not in holder._non_persistent_buffers_set)
+    if "num_batches_tracked" not in module._buffers:
+        module.num_batches_tracked = None
+    for name, parameter in holder.named_parameters(recurse=False):
+        module.register_parameter(name, parameter)
+    return module
+
+
+def _parents(gm: nn.Module, path: str) -> None:
+    owner = gm
+    for part in path.split(".")[:-1]:
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+
+
+def _names(base: str) -> Any:
+    yield base
+    yield from (f"{base}_{i}" for i in range(1, 10_000))
+
+
+def _same_names(gm: fx.GraphModule, model: nn.Module) -> None:
+    """Constants that export lifted must not appear in the state_dict; every name of the model must."""
+    want = model.state_dict()
+    for name, tensor in want.items():
+        if name not in gm.state_dict():
+            set_tensor(gm, name, tensor.detach().clone(), parameter=name in dict(model.named_parameters()))
+    for name in [n for n in gm.state_dict() if n not in want]:
+        owner, leaf = _owner(gm, name), name.rpartition(".")[2]
+        if leaf in owner._buffers:
+            owner._non_persistent_buffers_set.add(leaf)
+
+
+def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    leaves = pytree.tree_leaves((args, kwargs))
+    return ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in leaves)

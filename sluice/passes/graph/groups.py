@@ -1,0 +1,176 @@
+"""From tied atoms to axis groups: the places where a width can be chosen.
+
+1. A *channel* is one class of tied atoms that nothing froze. Its *slots* are the (tensor, axis, index) it owns.
+2. Channels whose slots lie on the same set of (tensor, axis) pairs form one `AxisGroup`; the group takes its name
+   from the first weight, in graph order, that produces it.
+3. What is frozen is listed with the reason. Parameter names are the only identity that leaves this module.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from sluice.core.errors import SluiceError
+from sluice.passes.graph.coupling import Axis, Coupling, Shape
+
+__all__ = ["Analysis", "AxisGroup", "AxisRef", "ValueAxis", "find_groups", "keep_masks", "module_of", "rename_groups"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AxisRef:
+    """How a group lies on one axis: ``channels[i]`` is the channel of index i, or -1 if i is not the group's."""
+
+    param: str
+    axis: int
+    channels: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AxisGroup:
+    """Axes that must be cut together; ``size`` channels."""
+
+    name: str
+    size: int
+    refs: tuple[AxisRef, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ValueAxis:
+    """The labelled axis of a value: group index (-1: fixed) and channel of every position."""
+
+    dim: int
+    groups: np.ndarray
+    channels: np.ndarray
+
+    def mask(self, keeps: Sequence[np.ndarray]) -> np.ndarray:
+        """Which positions stay, given one boolean mask per group."""
+        mask = np.ones(len(self.groups), dtype=bool)
+        for index in np.unique(self.groups[self.groups >= 0]):
+            mine = self.groups == index
+            mask[mine] = keeps[index][self.channels[mine]]
+        return mask
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Analysis:
+    """All groups of a graph, what was refused and why, and the labelled axis and dense shape of every value."""
+
+    groups: tuple[AxisGroup, ...]
+    frozen: Mapping[str, str]
+    values: Mapping[str, ValueAxis]
+    shapes: Mapping[str, Shape]
+    tensors: Mapping[str, Shape]
+
+    def group(self, name: str) -> AxisGroup:
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise SluiceError(f"no group {name!r} in this model; its groups are {[g.name for g in self.groups]}")
+
+
+def module_of(param: str) -> str:
+    """``layer1.0.conv1.weight -> layer1.0.conv1``."""
+    return param.rpartition(".")[0] or param
+
+
+def find_groups(
+    coupling: Coupling, values: Mapping[str, Axis | None], shapes: Mapping[str, Shape], exclude: Sequence[str] = ()
+) -> Analysis:
+    """Close the books on a coupling that has read the whole graph.
+
+    ``exclude``: module or parameter names, or shell patterns of them, that must keep their width.
+    """
+    _exclude(coupling, exclude)
+    lies = {key: coupling.roots(atoms) for key, atoms in coupling.axes.items()}
+    on: dict[int, list[tuple[str, int]]] = {}
+    for key, along in lies.items():
+        for root in np.unique(along).tolist():
+            on.setdefault(root, []).append(key)
+    order = {key: rank for rank, key in enumerate(coupling.producers)}
+    members: dict[tuple[tuple[str, int], ...], list[int]] = {}
+    for root, keys in on.items():
+        if root not in coupling.frozen and any(key in order for key in keys):
+            members.setdefault(tuple(keys), []).append(root)
+
+    def lead(signature: tuple[tuple[str, int], ...]) -> tuple[str, int]:
+        return min((key for key in signature if key in order), key=order.__getitem__)
+
+    frozen: dict[str, str] = {}
+    groups: list[AxisGroup] = []
+    group_of = np.full(coupling.count, -1)
+    channel_of = np.zeros(coupling.count, dtype=group_of.dtype)
+    names: dict[str, int] = {}
+    for signature, roots in sorted(members.items(), key=lambda item: (order[lead(item[0])], min(item[1]))):
+        key = lead(signature)
+        found, first = np.unique(lies[key], return_index=True)
+        position = dict(zip(found.tolist(), first.tolist(), strict=True))
+        roots = sorted(roots, key=position.__getitem__)
+        name = module_of(key[0])
+        if len(roots) == 1:
+            frozen.setdefault(name, "has a single channel")
+            continue
+        names[name] = names.get(name, 0) + 1
+        name += f"#{names[name]}" if names[name] > 1 else ""
+        group_of[roots], channel_of[roots] = len(groups), np.arange(len(roots))
+        refs = []
+        for param, axis in sorted(signature, key=lambda k: (order.get(k, len(order)), k)):
+            own = lies[param, axis]
+            refs.append(AxisRef(param, axis, np.where(group_of[own] == len(groups), channel_of[own], -1)))
+        groups.append(AxisGroup(name, len(roots), tuple(refs)))
+    for param, axis in coupling.producers:
+        reason = coupling.reason(int(coupling.axes[(param, axis)][0]))
+        if reason is not None:
+            frozen[module_of(param)] = reason
+
+    def place(axis: Axis) -> ValueAxis:
+        roots = coupling.roots(axis.atoms)
+        return ValueAxis(axis.dim, group_of[roots], channel_of[roots])
+
+    placed = {name: place(axis) for name, axis in values.items() if axis is not None}
+    return Analysis(tuple(groups), frozen, placed, dict(shapes), dict(coupling.tensors))
+
+
+def _exclude(coupling: Coupling, exclude: Sequence[str]) -> None:
+    for pattern in exclude:
+        hits = [
+            key
+            for key in coupling.producers
+            if any(fnmatch.fnmatchcase(n, pattern) for n in (key[0], module_of(key[0])))
+            or module_of(key[0]).startswith(pattern + ".")
+        ]
+        if not hits:
+            raise SluiceError(
+                f"exclude pattern {pattern!r} matches no layer; layers are {[p for p, _ in coupling.producers]}"
+            )
+        for key in hits:
+            coupling.freeze(coupling.axes[key], f"excluded by {pattern!r}")
+
+
+def rename_groups(analysis: Analysis, names: Mapping[tuple[str, int], str]) -> Analysis:
+    """The same analysis with groups called as ``names`` calls one of the (tensor, axis) pairs they lie on."""
+
+    def name(group: AxisGroup) -> str:
+        return next((names[key] for ref in group.refs if (key := (ref.param, ref.axis)) in names), group.name)
+
+    return replace(analysis, groups=tuple(replace(group, name=name(group)) for group in analysis.groups))
+
+
+def keep_masks(analysis: Analysis, kept: Mapping[str, Sequence[int]]) -> list[np.ndarray]:
+    """One boolean mask per group; groups not named stay whole."""
+    unknown = [name for name in kept if name not in {g.name for g in analysis.groups}]
+    if unknown:
+        raise SluiceError(f"no group {unknown[0]!r} in this model; its groups are {[g.name for g in analysis.groups]}")
+    masks = []
+    for group in analysis.groups:
+        mask = np.ones(group.size, dtype=bool)
+        if group.name in kept:
+            mask[:] = False
+            mask[list(kept[group.name])] = True
+            if not mask.any():
+                raise SluiceError(f"group {group.name!r} would lose all {group.size} channels; keep at least one")
+        masks.append(mask)
+    return masks

@@ -1,0 +1,258 @@
+"""The ONNX front end of the coupling rules: model -> `Analysis`; needs numpy and onnx, not torch.
+
+The same rules as for ``torch.fx`` (`sluice.passes.graph.coupling`), one literal table of operator types. Every
+initialiser is a named tensor. Values are analysed at one static batch, so that all sizes are numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+
+from sluice.passes.graph.coupling import Axis, Coupling, Shape
+from sluice.passes.graph.groups import Analysis, find_groups
+from sluice.passes.graph.onnx_graph import BATCH, attributes, constants, with_batch
+
+__all__ = ["analyze_onnx"]
+
+Node = onnx.NodeProto
+
+
+class _Walk:
+    def __init__(self, model: onnx.ModelProto, frozen: Sequence[str]):
+        graph = model.graph
+        self.constants = constants(model)
+        self.coupling = Coupling({init.name: tuple(init.dims) for init in graph.initializer})
+        self.axis: dict[str, Axis | None] = {}
+        self.alias: dict[str, tuple[str, tuple[int, ...]]] = {}  # transposed weights: value -> (tensor, order)
+        self.shape: dict[str, Shape] = dict(self.coupling.tensors)
+        for info in [*graph.input, *graph.value_info, *graph.output]:
+            self.shape[info.name] = tuple(d.dim_value or BATCH for d in info.type.tensor_type.shape.dim)
+
+    def of(self, name: str) -> Axis | None:
+        if name in self.coupling.tensors and name not in self.axis:
+            long = [d for d, size in enumerate(self.shape[name]) if size > 1]
+            self.axis[name] = Axis(long[0], self.coupling.param(name, long[0])) if len(long) == 1 else None
+        return self.axis.get(name)
+
+    def tensor(self, name: str) -> str | None:
+        return name if name in self.coupling.tensors else None
+
+    def weight(self, name: str) -> tuple[str | None, tuple[int, ...]]:
+        """A named 2-D tensor, perhaps read through a transpose."""
+        if name in self.alias:
+            return self.alias[name]
+        return (self.tensor(name), tuple(range(len(self.shape.get(name, ())))))
+
+    def ints(self, name: str) -> list[int] | None:
+        value = self.constants.get(name)
+        return None if value is None else [int(v) for v in np.asarray(value).reshape(-1)]
+
+
+Rule = Callable[[_Walk, Node, dict[str, Any]], Axis | None]
+
+
+def _input(n: Node, index: int) -> str:
+    return n.input[index] if index < len(n.input) else ""
+
+
+def _conv(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
+    rank = len(w.shape[n.input[0]])
+    out, into = (1, 0) if n.op_type == "ConvTranspose" else (0, 1)
+    return w.coupling.contract(
+        w.of(n.input[0]),
+        1,
+        rank,
+        w.tensor(n.input[1]),
+        out,
+        into,
+        w.tensor(_input(n, 2)),
+        a.get("group", 1),
+        n.input[1],
+    )
+
+
+def _gemm(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
+    weight, order = w.weight(n.input[1])
+    if a.get("transA") or weight is None or a.get("alpha", 1.0) != 1.0:
+        return _unknown(w, n, a)
+    out, into = (0, 1) if a.get("transB") else (1, 0)
+    bias = w.tensor(_input(n, 2))
+    return w.coupling.contract(w.of(n.input[0]), 1, 2, weight, order[out], order[into], bias, 1, weight)
+
+
+def _matmul(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
+    weight, order = w.weight(n.input[1])
+    if weight is None or len(order) != 2:
+        return _unknown(w, n, a)
+    rank = len(w.shape[n.input[0]])
+    return w.coupling.contract(w.of(n.input[0]), rank - 1, rank, weight, order[1], order[0], None, 1, weight)
+
+
+def _per_channel(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
+    names = [w.tensor(i) for i in n.input[1:]]
+    x = w.of(n.input[0])
+    if n.op_type == "InstanceNormalization" and x is not None and x.dim != 1:
+        return x  # the inner part of a decomposed group norm: the affine has one entry per group
+    if any(i and w.tensor(i) is None for i in n.input[1:]):
+        return _unknown(w, n, a)
+    return w.coupling.per_channel(x, 1, names, n.name)
+
+
+def _layer_norm(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
+    first = a.get("axis", -1) % len(w.shape[n.input[0]])
+    return w.coupling.layer_norm(w.of(n.input[0]), first, [w.tensor(i) for i in n.input[1:] if i], n.name)
+
+
+def _combine(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
+    operands = [(w.of(i), w.shape[i], w.tensor(i)) for i in n.input if i in w.shape]
+    return w.coupling.combine(operands, w.shape[n.output[0]], n.name)
+
+
+def _unary(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
+    return w.of(n.input[0])
+
+
+def _concat(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
+    return w.coupling.concat([(w.of(i), w.shape[i]) for i in n.input if i in w.shape], a["axis"], n.name)
+
+
+def _split(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
+    x, start = w.of(n.input[0]), 0
+    dim = a.get("axis", 0) % len(w.shape[n.input[0]])
+    for out in n.output:
+        stop = start + w.shape[out][dim]
+        w.axis[out] = w.coupling.narrow(x, dim, start, stop, n.name)
+        start = stop
+    return w.axis[n.output[0]]
+
+
+def _slice(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
+    x, shape = w.of(n.input[0]), w.shape[n.input[0]]
+    if x is None:
+        return None
+    starts, ends = w.ints(n.input[1]), w.ints(n.input[2])
+    axes = w.ints(_input(n, 3)) if _input(n, 3) else list(range(len(starts or [])))
+    steps = w.ints(_input(n, 4)) if _input(n, 4) else [1] * len(starts or [])
+    if axes is None or (x.dim in [d % len(shape) for d in axes] and (starts is None or ends is None or steps is None)):
+        return _unknown(w, n, a)
+    for start, end, dim, step in zip(starts or [], ends or [], axes, steps or [], strict=False):
+        if dim % len(shape) == x.dim:
+            if step != 1:
+                return _unknown(w, n, a)
+            i, j, _ = slice(start, end).indices(shape[x.dim])
+            return w.coupling.narrow(x, x.dim, i, j, n.name)
+    return x
+
+
+def _reshape(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
+    return w.coupling.reshape(w.of(n.input[0]), w.shape[n.input[0]], w.shape[n.output[0]], n.name)
+
+
+def _transpose(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
+    rank = len(w.shape[n.input[0]])
+    order = a.get("perm", list(range(rank))[::-1])
+    if (name := w.tensor(n.input[0])) is not None and rank == 2:
+        w.alias[n.output[0]] = (name, tuple(order))
+    return w.coupling.permute(w.of(n.input[0]), order)
+
+
+def _expand(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
+    x, before, after = w.of(n.input[0]), w.shape[n.input[0]], w.shape[n.output[0]]
+    if x is None:
+        return None
+    dim = x.dim + len(after) - len(before)
+    return Axis(dim, x.atoms) if len(x.atoms) == after[dim] else _unknown(w, n, a)
+
+
+def _reduce(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
+    rank = len(w.shape[n.input[0]])
+    axes = a.get("axes") or (w.ints(_input(n, 1)) if _input(n, 1) else None) or list(range(rank))
+    return w.coupling.reduce(w.of(n.input[0]), axes, rank, bool(a.get("keepdims", 1)), n.name)
+
+
+def _spatial(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
+    return w.coupling.spatial(w.of(n.input[0]), 2, n.name)
+
+
+def _pad(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
+    x, rank = w.of(n.input[0]), len(w.shape[n.input[0]])
+    pads = w.ints(_input(n, 1))
+    if x is None or (pads is not None and len(pads) == 2 * rank and not pads[x.dim] and not pads[x.dim + rank]):
+        return x
+    return _unknown(w, n, a)
+
+
+def _softmax(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
+    return w.coupling.along(w.of(n.input[0]), a.get("axis", -1) % len(w.shape[n.input[0]]), n.name)
+
+
+def _depth_to_space(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
+    (b, c, h, v), r, x = w.shape[n.input[0]], a["blocksize"], w.of(n.input[0])
+    if a.get("mode", b"DCR") in (b"CRD", "CRD"):
+        x = w.coupling.tie_runs(x, c // r**2) if x is not None and x.dim == 1 else x
+        inner, order = (b, c // r**2, r, r, h, v), [0, 1, 4, 2, 5, 3]
+    else:
+        inner, order = (b, r, r, c // r**2, h, v), [0, 3, 4, 1, 5, 2]
+    return w.coupling.shuffle(x, (b, c, h, v), inner, order, w.shape[n.output[0]], n.name)
+
+
+def _fixed(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
+    return None
+
+
+def _unknown(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
+    w.coupling.unknown([w.of(i) for i in n.input if i], f"unknown operator {n.op_type} ({n.name})")
+    return None
+
+
+_UNARY = """Relu Clip Sigmoid HardSigmoid HardSwish Tanh LeakyRelu Elu Selu Celu Softplus Mish Gelu Swish Neg Abs Exp Log Sqrt
+    Reciprocal Erf Sin Cos Sign Floor Ceil Round Identity Dropout Cast CastLike Softsign ThresholdedRelu Shrink Not"""  # noqa: E501
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(_UNARY.split(), _unary),
+    **dict.fromkeys(["Add", "Sub", "Mul", "Div", "Max", "Min", "Pow", "Where", "PRelu", "Mod", "Equal", "Greater", "Less"], _combine),  # noqa: E501
+    **dict.fromkeys(["Conv", "ConvTranspose"], _conv),
+    **dict.fromkeys(["BatchNormalization", "InstanceNormalization"], _per_channel),
+    **dict.fromkeys(["Reshape", "Flatten", "Squeeze", "Unsqueeze"], _reshape),
+    **dict.fromkeys(["AveragePool", "MaxPool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "Resize", "Upsample"], _spatial),  # noqa: E501
+    **dict.fromkeys(["ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceL1", "ReduceProd", "ReduceSumSquare"], _reduce),  # noqa: E501
+    **dict.fromkeys(["Softmax", "LogSoftmax", "CumSum"], _softmax),
+    **dict.fromkeys(["Shape", "Constant", "ConstantOfShape", "Range"], _fixed),
+    "Gemm": _gemm,
+    "MatMul": _matmul,
+    "LayerNormalization": _layer_norm,
+    "Concat": _concat,
+    "Split": _split,
+    "Slice": _slice,
+    "Transpose": _transpose,
+    "Expand": _expand,
+    "Pad": _pad,
+    "DepthToSpace": _depth_to_space,
+}  # fmt: skip
+
+
+def analyze_onnx(model: onnx.ModelProto, exclude: Sequence[str] = ()) -> Analysis:
+    """Read an ONNX graph: groups, what is frozen and why, the labelled axis of every value.
+
+    Raises:
+        SluiceError: a size cannot be inferred.
+    """
+    model = with_batch(model, BATCH)
+    w = _Walk(model, exclude)
+    for node in model.graph.node:
+        rule = RULES.get(node.op_type, _unknown)
+        missing = [name for name in (*node.input, *node.output) if name and name not in w.shape]
+        if missing and any(w.of(i) is not None for i in node.input if i):
+            if rule is not _fixed:
+                _unknown(w, node, {})
+            continue
+        if not missing or rule in (_unary, _fixed):
+            axis = rule(w, node, attributes(node))
+            if rule is not _split:
+                w.axis[node.output[0]] = axis
+    for out in model.graph.output:
+        w.coupling.freeze(w.of(out.name), "is an output of the model")
+    return find_groups(w.coupling, w.axis, w.shape, exclude)

@@ -1,0 +1,107 @@
+"""ONNX files: read, fold for deployment, write whole or not at all. No torch.
+
+Folding comes last: it merges batch norms into convolutions and makes named tensors disappear, and names are what a
+plan is applied by.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import onnx
+
+from sluice.core.errors import SluiceError, first_line
+from sluice.core.files import write_atomically
+
+__all__ = ["buffers_of", "finalize", "load_onnx", "note_buffers", "quiet", "save_onnx", "without_defaults"]
+
+BUFFERS = "sluice.buffers"
+
+
+def load_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """The model in a file, its initialisers no inputs: `without_defaults`.
+
+    Raises:
+        SluiceError: the file cannot be read, or is none.
+    """
+    name = os.fspath(path)
+    try:
+        model = onnx.load(name)
+    except OSError as error:
+        raise SluiceError(f"cannot read {name!r}: {error.strerror or error}; give the path of an ONNX file") from None
+    except Exception as error:  # protobuf's errors share no public base class
+        raise SluiceError(
+            f"{name!r} is not an ONNX file ({first_line(error)}); give one that `sluice export` wrote"
+        ) from None
+    if not model.graph.node:  # an empty file is a valid message
+        raise SluiceError(f"{name!r} is not an ONNX file (it holds no operator); give one that `sluice export` wrote")
+    return without_defaults(model)
+
+
+def without_defaults(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with constant initialisers; itself if it is such a one.
+
+    Before IR version 4 every initialiser had to be a graph input too, and since then one that is can be fed another
+    value: nothing may be folded into it, or stored in another type.
+    """
+    initial = {init.name for init in model.graph.initializer}
+    kept = [info for info in model.graph.input if info.name not in initial]
+    if len(kept) == len(model.graph.input):
+        return model
+    done = onnx.ModelProto()
+    done.CopyFrom(model)
+    done.ir_version = max(done.ir_version, 4)
+    del done.graph.input[:]
+    done.graph.input.extend(kept)
+    return done
+
+
+def finalize(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Fold and clean; the result is what is deployed."""
+    import onnxscript.optimizer
+
+    metadata = list(model.metadata_props)
+    with quiet():
+        done = onnxscript.optimizer.optimize(model)
+    assert isinstance(done, onnx.ModelProto)
+    del done.metadata_props[:]
+    done.metadata_props.extend(metadata)
+    onnx.checker.check_model(done, full_check=True)
+    return done
+
+
+def save_onnx(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
+    """Write one self-contained file, whole or not at all."""
+    if model.ByteSize() >= 2**31:
+        raise SluiceError(f"{os.fspath(path)!r} would exceed the 2 GiB of one ONNX file; export a smaller model")
+    write_atomically(path, model.SerializeToString())
+
+
+def note_buffers(model: onnx.ModelProto, names: Iterable[str]) -> None:
+    """Say in the file which initialisers were buffers: ONNX does not tell what is trained from what is not."""
+    if noted := sorted(names):
+        model.metadata_props.add(key=BUFFERS, value=json.dumps(noted))
+
+
+def buffers_of(model: onnx.ModelProto) -> frozenset[str]:
+    """The initialisers that are known to have been buffers."""
+    noted = (entry.value for entry in model.metadata_props if entry.key == BUFFERS)
+    return frozenset(name for value in noted for name in json.loads(value))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The exporter logs and warns about packages it does not find; none of it is the user's to act on."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

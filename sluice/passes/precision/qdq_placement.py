@@ -1,0 +1,218 @@
+"""Which tensors of a network are int8, for each runtime. numpy and onnx only.
+
+A tensor that is int8 has one pair of ``QuantizeLinear`` and ``DequantizeLinear``, which all its readers share, behind
+the activation that runtimes fuse into the layer (``Conv -> Relu -> Q``), never before it. Which tensors have a pair
+follows from what runtimes compute in integers, and there they differ.
+
+*TensorRT* wants int8 with zero point 0 (its recommendations on placing Q/DQ layers, in "Explicit Quantization").
+
+1. Every layer with a constant weight reads int8; its output is not quantised for its own sake.
+2. An ``Add`` is fused into the convolution that makes one operand, and would be torn off it by a pair in between; the
+   other operand, the shortcut, reads int8.
+3. Pooling, and what only moves numbers, computes in int8 if its result is int8.
+
+*ONNX Runtime* on a CPU (seen in its optimised graphs) wants uint8. On x86 it turns int8 activations into uint8 itself,
+but not where a tensor has two readers, and then none of the layers around it is computed in integers.
+
+4. The zero point is 128, and 0 for what cannot be negative. A pair with 0 does what ``Relu`` and ``Clip`` from 0 do,
+   so those vanish into the layer; with another zero point they keep it in fp32.
+5. Rule 1, but the output of a convolution is quantised as well: without, it is computed in fp32. Transposed
+   convolutions are so in any case, and have no pairs.
+6. A matrix product gives floating-point numbers, and is computed in fp32 if a bias is part of it; see
+   `sluice.passes.precision.quantize`.
+7. Operators with an integer kernel (`CARRIERS`) or that only move numbers compute in int8 if their result is int8.
+
+A *part* of a network has int8 borders where the network does, as far as the part shows it. A graph input is int8 if
+these rules give it a pair. A graph output is int8, as if a layer read it, unless it is a sum or another arrangement of
+what a matrix product or a softmax made: in transformers that is the residual stream, or goes into attention, and
+neither is int8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto, numpy_helper
+
+from sluice.core.errors import SluiceError
+from sluice.passes.graph.onnx_graph import attributes
+
+__all__ = ["WEIGHTED", "Dialect", "Pairs", "dialect_of"]
+
+WEIGHTED = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul"])
+POOLS = frozenset(["AveragePool", "GlobalAveragePool"])
+CARRIERS = POOLS | {"Add", "Mul", "Concat", "Sigmoid", "LeakyRelu"}
+# The result has the numbers of the first operand, so it has its scale as well.
+MOVERS = frozenset(
+    ["DepthToSpace", "Flatten", "Identity", "MaxPool", "Reshape", "Resize", "Slice", "SpaceToDepth", "Split", "Squeeze"]
+) | {"Transpose", "Unsqueeze"}
+NONNEGATIVE = frozenset(["Relu", "Sigmoid", "HardSigmoid", "Softmax", "Abs", "Exp"])
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """What a runtime computes in integers, and in which form it wants the pairs."""
+
+    unsigned: bool
+    weighted: frozenset[str]
+    carriers: frozenset[str]
+    fused_addition: bool = False  # rule 2
+    quantised_outputs: bool = False  # of convolutions, rule 5
+    separate_bias: bool = False  # rule 6
+
+
+TENSORRT = Dialect(False, WEIGHTED, POOLS, fused_addition=True)
+ONNXRUNTIME = Dialect(True, WEIGHTED - {"ConvTranspose"}, CARRIERS, quantised_outputs=True, separate_bias=True)
+
+
+def dialect_of(target: str) -> Dialect:
+    """TensorRT's for its target, ONNX Runtime's for every other."""
+    return TENSORRT if target == "tensorrt" else ONNXRUNTIME
+
+
+class Pairs:
+    """A folded fp32 network, read for its pairs; ``exclude`` names weights whose layers stay float."""
+
+    def __init__(self, model: onnx.ModelProto, dialect: Dialect, exclude: Collection[str] = ()):
+        self.graph, self.dialect, self.exclude = model.graph, dialect, frozenset(exclude)
+        self.initial = {init.name: init for init in self.graph.initializer}
+        unknown = sorted(self.exclude - self.initial.keys())
+        if unknown:
+            raise SluiceError(f"exclude names {unknown[0]!r}, which is no weight of the network; name one that is")
+        self.made = {name: node for node in self.graph.node for name in node.output}
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in self.graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+        self.finals = {info.name for info in self.graph.output}
+        inferred = onnx.shape_inference.infer_shapes(model).graph
+        self.floats = {
+            info.name
+            for info in [*inferred.input, *inferred.value_info, *inferred.output]
+            if info.type.tensor_type.elem_type == TensorProto.FLOAT and info.name not in self.initial
+        }
+        self.nonnegative = self._find_nonnegative()
+
+    def tensors(self, *, part: bool = False) -> set[str]:
+        """The tensors that have a pair."""
+        found = self.finals - self._products() if part else set()
+        for node in reversed(self.graph.node):
+            made = {*node.output, self.behind(node)}
+            if self.is_quantised(node):
+                found.add(node.input[0])
+                if self.dialect.quantised_outputs and node.op_type == "Conv":
+                    found.add(self.behind(node))
+            elif node.op_type == "Add" and self.dialect.fused_addition:
+                found.update(self._shortcuts(node))
+            elif node.op_type in self.dialect.carriers and made & found and self._is_active(node):
+                found.update(node.input)
+            elif _moves(node) and made & found:
+                found.update((node.input[0], *node.output))
+        return found & self.floats
+
+    def is_quantised(self, node: onnx.NodeProto) -> bool:
+        """Whether ``node`` is a layer that computes in integers."""
+        if node.op_type not in self.dialect.weighted or node.input[1] not in self.initial:
+            return False
+        weight, a = self.initial[node.input[1]], attributes(node)
+        return (
+            weight.data_type == TensorProto.FLOAT
+            and node.input[0] in self.floats
+            and node.input[1] not in self.exclude
+            and not a.get("transA")
+            and not (node.op_type == "MatMul" and len(weight.dims) != 2)
+            # Its output channels lie on two axes of the weight, and scales lie along one.
+            and not (node.op_type == "ConvTranspose" and a.get("group", 1) > 1)
+        )
+
+    def behind(self, node: onnx.NodeProto) -> str:
+        """The output of ``node``, or of the activation behind it that becomes part of its kernel."""
+        name = node.output[0]
+        users = self.readers.get(name, [])
+        if len(users) == 1 and name not in self.finals and self._clips_at_zero(users[0]):
+            return users[0].output[0]
+        return name
+
+    def origin(self, name: str) -> str:
+        """The tensor whose numbers a value has."""
+        while name in self.made and _moves(self.made[name]):
+            name = self.made[name].input[0]
+        return name
+
+    def bound(self, name: str) -> float:
+        """What no absolute value of the tensor exceeds, as far as the operator that makes it says so."""
+        node = self.made.get(name)
+        if node is None or node.op_type != "Clip":
+            return np.inf
+        low, high = self._bounds(node)
+        if node.input[0] in self.nonnegative:
+            low = max(low, 0.0)
+        return max(abs(low), abs(high))
+
+    def _products(self) -> set[str]:
+        """Values that a matrix product or a softmax made, and what is only arranged of them."""
+        found: set[str] = set()
+        convolved: set[str] = set()
+        for node in self.graph.node:
+            arranges = node.op_type in CARRIERS or _moves(node)
+            if node.op_type == "Conv" or (arranges and convolved.intersection(node.input)):
+                convolved.update((*node.output, self.behind(node)))
+            elif (
+                node.op_type in ("Gemm", "Softmax")
+                or (node.op_type == "MatMul" and self.is_quantised(node))
+                or (arranges and found.intersection(node.input))
+            ):
+                found.update(node.output)
+        return found
+
+    def _shortcuts(self, add: onnx.NodeProto) -> list[str]:
+        """Rule 2: the operands of an addition but for the one whose convolution takes the addition in."""
+        fused = [name for name in add.input if self._is_fused(name)] if self._is_active(add) else []
+        order = {name: index for index, node in enumerate(self.graph.node) for name in node.output}
+        last = max(fused, key=lambda name: order[name], default=None)
+        return [name for name in add.input if last is not None and name != last]
+
+    def _is_fused(self, name: str) -> bool:
+        node = self.made.get(name)
+        private = len(self.readers[name]) == 1 and name not in self.finals
+        return node is not None and node.op_type == "Conv" and self.is_quantised(node) and private
+
+    def _is_active(self, node: onnx.NodeProto) -> bool:
+        """Whether no operand is a constant."""
+        return self.floats.issuperset(node.input)
+
+    def _clips_at_zero(self, node: onnx.NodeProto) -> bool:
+        return node.op_type == "Relu" or (node.op_type == "Clip" and self._bounds(node)[0] == 0)
+
+    def _bounds(self, clip: onnx.NodeProto) -> tuple[float, float]:
+        found = [-np.inf, np.inf]
+        for index, name in enumerate(clip.input[1:3]):
+            if name in self.initial:
+                found[index] = float(numpy_helper.to_array(self.initial[name]))
+            elif name in self.made and self.made[name].op_type == "Constant":
+                value = next(iter(attributes(self.made[name]).values()))
+                found[index] = float(numpy_helper.to_array(value) if isinstance(value, TensorProto) else value)
+        return found[0], found[1]
+
+    def _find_nonnegative(self) -> set[str]:
+        """Values that cannot be negative, whatever the input is."""
+        found: set[str] = set()
+        for node in self.graph.node:
+            inherits = node.op_type in CARRIERS | {"ReduceMean"} or _moves(node)
+            operands = node.input[:1] if node.op_type == "ReduceMean" or _moves(node) else node.input
+            if (
+                node.op_type in NONNEGATIVE
+                or (node.op_type == "Clip" and self._bounds(node)[0] >= 0)
+                or (inherits and found.issuperset(operands))
+            ):
+                found.update(node.output)
+        return found
+
+
+def _moves(node: onnx.NodeProto) -> bool:
+    return node.op_type in MOVERS and (
+        node.op_type != "Resize" or attributes(node).get("mode", b"nearest") == b"nearest"
+    )

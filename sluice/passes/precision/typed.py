@@ -1,0 +1,69 @@
+"""The precision of a deployment, and fp32 networks rewritten for it. numpy and onnx only.
+
+``fp32``: the network as it is. ``fp16``, ``bf16``: strongly typed in 16 bits (`sluice.passes.precision.half`).
+``int8``: pairs of ``QuantizeLinear`` and ``DequantizeLinear`` around fp32 operators
+(`sluice.passes.precision.quantize`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import onnx
+from onnx import checker, shape_inference, version_converter
+
+from sluice.core.errors import SluiceError, first_line
+from sluice.passes.graph.onnx_file import without_defaults
+from sluice.passes.precision.half import LEAST_OPSET, at_opset, halve
+from sluice.passes.precision.quantize import quantize
+
+__all__ = ["PRECISIONS", "check_precision", "typed"]
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+
+
+def check_precision(precision: str) -> str:
+    """The name, checked.
+
+    Raises:
+        SluiceError: there is no such precision.
+    """
+    if precision not in PRECISIONS:
+        raise SluiceError(f"there is no precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+    return precision
+
+
+def typed(
+    model: onnx.ModelProto,
+    precision: str,
+    *,
+    part: bool = False,
+    ranges: Mapping[str, float] | None = None,
+    target: str = "ort-cpu",
+    exclude: Collection[str] = (),
+) -> onnx.ModelProto:
+    """An fp32 network as it is deployed in ``precision``.
+
+    Args:
+        part: a piece of a network, whose borders are typed like inner tensors.
+        ranges: for int8, the largest absolute value by tensor (`sluice.artifacts.calibration_ranges`); without them
+            every scale is the same arbitrary constant, enough for timing, since latency does not depend on scales.
+        target: the runtime that the file is for, which decides on the form of int8:
+        `sluice.passes.precision.qdq_placement`. exclude: for int8, names of weights whose layers stay float.
+    Raises:
+        SluiceError: there is no such precision, or the network cannot be written in it.
+    """
+    check_precision(precision)
+    model = without_defaults(model)
+    if precision == "fp32":
+        return model
+    try:
+        if precision == "int8":
+            return quantize(at_opset(model, LEAST_OPSET), ranges=ranges, part=part, target=target, exclude=exclude)
+        return halve(model, precision, part=part)
+    except (checker.ValidationError, shape_inference.InferenceError, version_converter.ConvertError) as error:
+        reason = first_line(error).rstrip(": ")
+        raise SluiceError(
+            f"the network cannot be written in {precision}: {reason}; check the fp32 file with onnx.checker, export it "
+            f"anew with a recent opset, or choose another precision"
+        ) from error

@@ -1,0 +1,65 @@
+"""The closed network of a plan: the user's own architecture, computing what the cut network computes.
+
+1. Removed channels carry nothing, dropped branches end in zero, weights have the rank that they are given.
+2. What a merge makes linear is linear, with the padding of every run in front, as it will be trained.
+3. As little as can be is shared with the rewriters, since what they make is compared with this. A branch is cut out
+   only where no tensor of its own makes it zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import fx
+
+from sluice.core.plan import Drop
+from sluice.passes.cut.drop_torch import close_block, drop_torch, view_torch
+from sluice.passes.cut.merge_torch import linearize_torch
+from sluice.passes.cut.resolve import tensor_masks
+from sluice.passes.gates.gating import Gated, close_gates
+from sluice.passes.gates.insertion import along
+from sluice.passes.graph.blocks import match_drops
+from sluice.passes.graph.groups import keep_masks
+from sluice.pipeline.verify import Answer
+from sluice.solver.options import tie_removed
+
+__all__ = ["close"]
+
+
+def close(gated: Gated, answer: Answer) -> fx.GraphModule:
+    """The closed network: the choice baked into the dense architecture, merged runs linear with padding in front."""
+    plan, keeps = answer.plan, keep_masks(gated.meta["analysis"], answer.kept)
+    masks = tie_removed(gated.meta["analysis"], plan.merges, keeps)
+    kept = {
+        g.name: tuple(np.flatnonzero(m).tolist()) for g, m in zip(gated.meta["analysis"].groups, masks, strict=True)
+    }
+    closed = close_gates(gated, kept, ranks={f.param: (f.form, f.rank) for f in plan.factorizations})
+    if plan.merges:
+        _close_readers(closed, tensor_masks(gated.meta["analysis"], masks))
+    if plan.drops:
+        _close_branches(closed, plan.drops)
+    if plan.merges:
+        linearize_torch(closed, plan.merges)
+    closed.recompile()
+    return closed
+
+
+def _close_branches(closed: fx.GraphModule, drops: Sequence[Drop]) -> None:
+    open_ended = []
+    for drop, block in zip(drops, match_drops(view_torch(closed), drops), strict=True):
+        if block.closing is None:
+            open_ended.append(drop)
+        else:
+            close_block(closed, block)
+    if open_ended:
+        drop_torch(closed, open_ended)
+
+
+def _close_readers(closed: fx.GraphModule, masks: Mapping[tuple[str, int], np.ndarray]) -> None:
+    """Layers that a merge removes may have carried masks; what reads a closed channel reads nothing then either."""
+    state = closed.state_dict()
+    for (param, axis), mask in masks.items():
+        if axis == 1:
+            state[param].mul_(along(torch.from_numpy(mask).to(state[param]), state[param].ndim, axis))

@@ -1,0 +1,284 @@
+"""The whole arc: profile, learn gates, decide and verify, close, cut, fine-tune, export, measure, report.
+
+1. Everything is decided and its engine measured *before* fine-tuning, since latency does not depend on the weights.
+2. Closing and cutting are exact; their parity (closed = slim torch = slim ONNX) is part of the report. Accuracy changes
+   only in the two training stages, in the decision between them, and in the precision of the file.
+3. Everything up to that file is fp32; engines are timed in the precision that is asked for. int8 is calibrated on
+   `CALIBRATION` inputs of the training data.
+4. What may fail with a precision is tried on the cut network before it is trained: writing the file, and judging it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from sluice.artifacts.deploy import as_module, deploy_onnx
+from sluice.artifacts.macs import count_macs
+from sluice.artifacts.result import Compressed, claim
+from sluice.core.errors import SluiceError
+from sluice.core.stages import stage
+from sluice.importance.taylor import learned_scores
+from sluice.passes.cut.export import to_onnx
+from sluice.passes.cut.rewrite_onnx import rewrite_onnx
+from sluice.passes.cut.rewrite_torch import merge_runs, rewrite_torch
+from sluice.passes.gates.gating import Gated, strip_gates
+from sluice.passes.graph.capture import Inputs
+from sluice.passes.graph.onnx_file import finalize
+from sluice.passes.precision.typed import check_precision
+from sluice.pipeline.close import close
+from sluice.pipeline.figures import captured_inputs, count_parameters, example_outputs, make_report, parity
+from sluice.pipeline.prepare import Ready, check_float32, prepare
+from sluice.pipeline.price import Reading, ask, choose
+from sluice.pipeline.verify import AIM, final_pair, settle_first
+from sluice.solver.decide import least_ms
+from sluice.solver.options import METHODS, check_methods
+from sluice.training.budget import Budget, parse_budget
+from sluice.training.train import Data, Loss, check_data, default_loss, fit, split_batch
+
+__all__ = ["Compressed", "compress", "finish", "sweep"]
+
+Evaluate = Callable[[nn.Module], float]
+CALIBRATION = 512
+PARITY = 1e-4  # relative; beyond this a rewrite has changed the function, and that is our fault
+
+
+def compress(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    budget: str | Mapping[str, str | float],
+    data: Data,
+    table: str | os.PathLike[str] = ":memory:",
+    out: str | os.PathLike[str] | None = None,
+    batch: int = 1,
+    target: str = "ort-cpu",
+    threads: int = 1,
+    precision: str = "fp32",
+    exclude: Sequence[str] = (),
+    methods: Sequence[str] = METHODS,
+    gate_epochs: int = 0,
+    epochs: int = 10,
+    rehearsal: int = 40,
+    lr: float = 1e-3,
+    loss: Loss = default_loss,
+    evaluate: Evaluate | None = None,
+    progress: bool = True,
+) -> Compressed:
+    """Make ``model`` fit a measured latency budget.
+
+    Args:
+        model: trained network; not changed.
+        example_inputs: tensor, tuple or mapping; axis 0 is the batch.
+        budget: ``"50%"`` of the dense latency, ``"2.4ms"`` or ``{"latency_ms": 2.4}``, at ``batch`` on ``target``.
+        data: re-iterable batches, ``(inputs, labels)`` or inputs alone.
+        table: latency table (SQLite), made or continued.
+        out: folder for plan, weights, ONNX and report.
+        precision: that the network is deployed and timed in: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
+        methods: what may be done to the network, of ``filter``, ``rank``, ``block``, ``merge``.
+        gate_epochs: epochs of training with gates; 0 scores channels in one shot (Fisher, with or without labels).
+        epochs: epochs of fine-tuning with the dense network as teacher.
+        rehearsal: training steps after which plans are first compared; 0 takes the solver's word.
+        evaluate: figure of merit of a module, for the report.
+    Raises:
+        SluiceError: anything the caller can mend; nothing half-written is left behind.
+    """
+    started = time.perf_counter()
+    methods = check_methods(methods)
+    parse_budget(budget, 1.0)  # a typing error is said before anything is measured, and so is the rest of these
+    _check_rehearsal(rehearsal)
+    check_precision(precision)
+    check_float32(model)
+    check_data(model, data, loss=loss)
+    if out is not None:
+        claim(out)
+    ready = prepare(
+        model, example_inputs, budget=budget, data=data, table=table, batch=batch, target=target, threads=threads,
+        precision=precision, exclude=exclude, methods=methods, gate_epochs=gate_epochs, lr=lr, loss=loss,
+        progress=progress,
+    )  # fmt: skip
+    return _finish(
+        ready, budget, data=data, epochs=epochs, rehearsal=rehearsal, lr=lr, loss=loss, evaluate=evaluate, out=out,
+        progress=progress, started=started,
+    )  # fmt: skip
+
+
+def sweep(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    budgets: Sequence[str],
+    data: Data,
+    table: str | os.PathLike[str] = ":memory:",
+    out: str | os.PathLike[str] | None = None,
+    batch: int = 1,
+    target: str = "ort-cpu",
+    threads: int = 1,
+    precision: str = "fp32",
+    exclude: Sequence[str] = (),
+    methods: Sequence[str] = METHODS,
+    epochs: int = 10,
+    rehearsal: int = 40,
+    lr: float = 1e-3,
+    loss: Loss = default_loss,
+    evaluate: Evaluate | None = None,
+    progress: bool = True,
+) -> Iterator[tuple[str, Compressed]]:
+    """`compress` for several budgets, one after the other: the network is profiled and every choice priced only once.
+
+    No gates are trained, since those would be trained for one budget. Arguments and errors are those of `compress`,
+    and the first budget that fails ends the sweep; that one cannot be met is said before anything is priced.
+    ``out/<budget without its %>`` holds the files of a budget.
+    """
+    methods = check_methods(methods)
+    if not budgets:
+        raise SluiceError("there are no budgets; give at least one, budgets=['50%']")
+    for budget in budgets:
+        parse_budget(budget, 1.0)
+    _check_rehearsal(rehearsal)
+    check_precision(precision)
+    check_float32(model)
+    check_data(model, data, loss=loss)
+    folders = {budget: None if out is None else Path(out) / budget.strip().removesuffix("%") for budget in budgets}
+    for folder in folders.values():
+        if folder is not None:
+            claim(folder)
+    ready = prepare(
+        model, example_inputs, budget=budgets, data=data, table=table, batch=batch, target=target, threads=threads,
+        precision=precision, exclude=exclude, methods=methods, loss=loss, progress=progress,
+    )  # fmt: skip
+    for budget, folder in folders.items():
+        started = time.perf_counter()
+        yield budget, _finish(
+            ready, budget, data=data, epochs=epochs, rehearsal=rehearsal, lr=lr, loss=loss, evaluate=evaluate,
+            out=folder, progress=progress, started=started,
+        )  # fmt: skip
+
+
+def finish(
+    gated: Gated,
+    budget: Budget,
+    *,
+    methods: Sequence[str] = ("filter",),
+    importance: Mapping[str, np.ndarray] | None = None,
+    teacher: nn.Module | None = None,
+    data: Data | None = None,
+    epochs: int = 0,
+    rehearsal: int = 40,
+    lr: float = 1e-3,
+    loss: Loss = default_loss,
+    evaluate: Evaluate | None = None,
+    out: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Compressed:
+    """Decide, verify on the engine, close, cut, fine-tune, export, measure, report.
+
+    Args:
+        gated: trained gated network.
+        budget: made with a profile (not a bare latency model: the engine has to be measured).
+        methods: what may be done, of those the budget's profile was made for; all but ``filter`` need ``data``.
+        importance: scores by group; those the gates collected if not given.
+        teacher: dense network, for fine-tuning (``epochs`` over ``data``) and as the report's reference.
+    """
+    if budget.profile is None:
+        raise SluiceError("this budget has no profile, so no engine can be measured; make it from sluice.profile(...)")
+    methods = check_methods(methods)
+    given = importance if importance is not None else {}
+    learned = importance is None and "filter" in methods and gated.meta["analysis"].groups
+    scores = learned_scores(gated.gates) if learned else given
+    with stage("price every choice", progress) as advance:
+        question = ask(gated, budget.profile, methods, scores, data=data, loss=loss, advance=advance)
+    reference = teacher if teacher is not None else strip_gates(gated, thresholded=True).eval()
+    return _finish(
+        Ready(gated, budget.profile, methods, reference, question), budget.target, data=data, epochs=epochs,
+        rehearsal=rehearsal, lr=lr, loss=loss, evaluate=evaluate, out=out, progress=progress,
+        started=time.perf_counter(),
+    )  # fmt: skip
+
+
+def _finish(
+    ready: Ready, budget: str | Mapping[str, str | float], *, data: Data | None, epochs: int, rehearsal: int,
+    lr: float, loss: Loss, evaluate: Evaluate | None, out: str | os.PathLike[str] | None, progress: bool,
+    started: float,
+) -> Compressed:  # fmt: skip
+    gated, measured, methods, reference = ready.gated, ready.measured, ready.methods, ready.teacher
+    question, precision = ready.question, measured.fingerprint.precision
+    if precision == "int8" and data is None:
+        raise SluiceError("int8 is calibrated on data; give data= some batches of inputs")
+    stripped = strip_gates(gated, thresholded=True).eval()
+    inputs = captured_inputs(stripped)
+    readings: list[Reading] = []
+    if data is not None and epochs:
+        least = least_ms(question.model).promised_ms
+        target_ms = max(AIM * parse_budget(budget, measured.latency.dense_ms()), least)
+        readings = choose(
+            question, methods, target_ms, lambda answer: rewrite_torch(stripped, answer.plan, inputs, merged=False),
+            data=data, teacher=reference, loss=loss, lr=lr, steps=rehearsal, progress=progress,
+        )  # fmt: skip
+    with stage("decide and verify on engines", progress):
+        dense_onnx = to_onnx(stripped, inputs)
+        settled = settle_first([*(r.question for r in readings), question], budget, dense_onnx)
+    slim = rewrite_torch(stripped, settled.plan, inputs, merged=False).eval()
+    cut = finalize(rewrite_onnx(dense_onnx, settled.plan))
+    closed = parity(close(gated, settled.answer).eval(), slim, cut, stripped)
+    _same(closed)
+
+    def deploy(model: onnx.ModelProto) -> tuple[onnx.ModelProto, float | None]:
+        if precision == "fp32":
+            return model, None
+        batches = None if data is None else _first(data, CALIBRATION)
+        made = deploy_onnx(model, precision, batches, target=measured.target)
+        return made, None if evaluate is None else evaluate(as_module(made, example_outputs(slim, stripped)))
+
+    deploy(cut)  # rule 4
+    metric_dense = None if evaluate is None else evaluate(reference)  # if it cannot be called, nothing is lost yet
+    if epochs and data is not None:
+        fit(slim, data, epochs=epochs, teacher=reference, loss=loss, lr=lr, progress=progress, name="fine-tune")
+    slim = merge_runs(slim, settled.plan).eval()
+    with stage("export and measure", progress):
+        slim_onnx = finalize(to_onnx(slim, inputs))
+        exported = parity(slim, slim, slim_onnx, stripped)
+        dense_engine = finalize(dense_onnx)
+        deployed, metric_deployed = deploy(slim_onnx)
+        dense_ms, slim_ms = final_pair(measured, measured.engine(dense_engine), deployed, budget)
+    report = make_report(
+        measured, settled, dense_ms=dense_ms, slim_ms=slim_ms, worst=max(closed, exported),
+        budget_ms=parse_budget(budget, dense_ms),
+        params=(count_parameters(stripped), count_parameters(slim)),
+        macs=(count_macs(dense_engine), count_macs(slim_onnx)),
+        metrics=(metric_dense, None if evaluate is None else evaluate(slim), metric_deployed),
+        frozen={**gated.meta["analysis"].frozen, **measured.options.refused},
+        seconds=time.perf_counter() - started, losses=ready.question.losses,
+        readings=[(r.name, r.answer.choice.promised_ms, r.rehearsed) for r in readings],
+    )  # fmt: skip
+    done = Compressed(slim, settled.plan, slim_onnx, deployed, report)
+    if out is not None:
+        done.save(out)
+    _same(exported)  # last: what was trained is saved even then
+    return done
+
+
+def _first(data: Data, count: int) -> Iterator[object]:
+    """Batches until ``count`` inputs have come."""
+    for batch in data:
+        yield batch
+        count -= len(pytree.tree_leaves(split_batch(batch)[0])[0])
+        if count <= 0:
+            return
+
+
+def _check_rehearsal(steps: int) -> None:
+    if steps < 0:
+        raise SluiceError(f"rehearsal={steps}: give the number of training steps, or 0 for no rehearsal")
+
+
+def _same(worst: float) -> None:
+    if worst > PARITY:
+        raise AssertionError(f"two forms of the slim network differ by {worst:.2e} of the output's scale")

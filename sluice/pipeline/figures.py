@@ -1,0 +1,161 @@
+"""The figures of a finished compression: parity of its forms, sizes, and the report that holds them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from sluice.artifacts.report import GroupRow, MethodRow, PieceRow, Report, edit_rows
+from sluice.core.latency import LatencyModel
+from sluice.passes.graph.capture import MARK, Inputs, normalize_inputs
+from sluice.pipeline.verify import Settled
+from sluice.profiler.profile import Profile
+from sluice.runtime.compare import relative_error
+from sluice.runtime.runner import make_runner
+from sluice.solver.options import METHODS, Options
+
+__all__ = ["captured_inputs", "contributions", "count_parameters", "example_outputs", "make_report", "parity"]
+
+
+def captured_inputs(gm: fx.GraphModule) -> Inputs:
+    """The example inputs a graph was captured with."""
+    mark = gm.meta[MARK]
+    return mark["kwargs"] if mark["kwargs"] else mark["args"]
+
+
+def example_outputs(module: nn.Module, captured: fx.GraphModule) -> Any:
+    """What ``module`` returns for the inputs that a graph was captured with."""
+    args, kwargs = normalize_inputs(captured_inputs(captured))
+    with torch.no_grad():
+        return module(*args, **kwargs)
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def parity(closed: nn.Module, slim: nn.Module, engine: onnx.ModelProto, captured: fx.GraphModule) -> float:
+    """Largest relative difference between closed, slim torch and slim ONNX on the example inputs.
+
+    In ONNX Runtime on the CPU, whatever the target: what is asked is whether the rewrites agree, in full precision.
+    """
+    args, kwargs = normalize_inputs(captured_inputs(captured))
+    with torch.no_grad():
+        want = [t.cpu().numpy() for t in pytree.tree_leaves(closed(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+        have = [t.cpu().numpy() for t in pytree.tree_leaves(slim(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    feeds = {info.name: t.cpu().numpy() for info, t in zip(engine.graph.input, tensors, strict=True)}
+    outputs = list(make_runner("ort-cpu").build(engine).run(feeds).values())
+    return max(max(relative_error(h, w), relative_error(o, w)) for h, o, w in zip(have, outputs, want, strict=True))
+
+
+def contributions(
+    model: LatencyModel,
+    options: Options,
+    configuration: Mapping[str, int],
+    losses: Mapping[str, np.ndarray] | None = None,
+) -> tuple[MethodRow, ...]:
+    """What every method contributes to a configuration.
+
+    With ``w`` the configuration and ``w_m`` the same with the decisions of method m put back to dense (its widths at
+    full size; for a rank, a dropped block or a merged run, every layer that it covers dense),
+
+        saved_ms(m) = T(w_m) - T(w)                                                        [milliseconds]
+
+    That is what the plan would lose without the method, not a share of the whole: where two methods shorten the same
+    layers, their savings need not add up. A method that changes nothing has saved 0.
+
+    Args:
+        losses: of every level of every site, as the solver was given them (`sluice.pipeline.verify.Question.losses`).
+    """
+    ranks = {option.rank for option in options.ranks}
+    chosen = {
+        "filter": [g for g, n in model.dense.items() if g not in model.switches | ranks and configuration[g] < n],
+        "rank": [option.switch for option in options.ranks if configuration.get(option.switch)],
+        "block": [switch for switch in options.drops if configuration.get(switch)],
+        "merge": [switch for switch in options.merges if configuration.get(switch)],
+    }
+    rank_of = {option.switch: option.rank for option in options.ranks}
+    promised = model.ms(configuration)
+    rows = []
+    for method in METHODS:
+        sites = chosen[method]
+        priced = [s for site in sites for s in (site, rank_of.get(site)) if s is not None]
+        # The rules of a switch name the layers that it covers and all else that they may be.
+        covered = {n for rule in model.rules for n, _ in rule.coefs if any(s in dict(rule.coefs) for s in sites)}
+        back = {**configuration, **{site: model.dense[site] for site in {*priced, *covered}}}
+        known = losses is not None and set(priced) <= losses.keys()
+        loss = (
+            sum(float(losses[s][model.levels[s].index(configuration[s])]) for s in priced) if known and losses else None
+        )
+        rows.append(MethodRow(method, len(sites), model.ms(back) - promised if sites else 0.0, loss))
+    return tuple(rows)
+
+
+def _finite(metric: float | None) -> float | None:
+    """A network whose figures overflow has none; the report is to be saved all the same."""
+    return metric if metric is not None and math.isfinite(metric) else None
+
+
+def make_report(
+    measured: Profile, settled: Settled, *, dense_ms: float, slim_ms: float, worst: float, budget_ms: float,
+    params: tuple[int, int], macs: tuple[int, int], metrics: tuple[float | None, float | None, float | None],
+    frozen: Mapping[str, str], seconds: float, losses: Mapping[str, np.ndarray] | None = None,
+    readings: Sequence[tuple[str, float, tuple[float, ...]]] = (),
+) -> Report:  # fmt: skip
+    """The report of a settled plan.
+
+    Args:
+        worst: largest relative difference between two forms of the slim network.
+        params, macs: of the dense and of the slim network.
+        metrics: of the dense and of the slim network, and of the file that is deployed.
+        losses: what every level of every site was priced at.
+        readings: the rehearsed plans: name, promised milliseconds, held-out losses.
+    """
+    latency, widths = measured.latency, dict(settled.choice.widths)
+    descriptions = {p.name: p.description for p in measured.dissection.pieces}
+    before = {t.name: t.on(latency.dense) * t.weight * t.at(latency.dense) for t in latency.terms}
+    after = {t.name: t.on(widths) * t.weight * t.at(widths) for t in latency.terms}
+    rows = [
+        PieceRow(
+            t.name, descriptions.get(t.name, "joint" if t.weight < 0 else "instead of a dense layer"), 1,
+            before[t.name], after[t.name],
+            tuple(int(e.at(latency.dense)) for e in t.extents), tuple(int(e.at(widths)) for e in t.extents),
+        )
+        for t in latency.terms if t.on(latency.dense) or t.on(widths)
+    ]  # fmt: skip
+    again = latency.again_ms(latency.dense), latency.again_ms(widths)
+    if any(again):
+        rows.append(PieceRow("read again", "weights beyond what the caches hold", 1, *again, (), ()))
+    return Report(
+        budget_ms=budget_ms,
+        dense_ms=dense_ms,
+        promised_ms=settled.choice.promised_ms,
+        measured_ms=slim_ms,
+        parity_max_rel=worst,
+        params_dense=params[0],
+        params_slim=params[1],
+        macs_dense=macs[0],
+        macs_slim=macs[1],
+        metric_dense=_finite(metrics[0]),
+        metric_slim=_finite(metrics[1]),
+        metric_deployed=_finite(metrics[2]),
+        seconds=seconds,
+        rounds=settled.rounds,
+        fingerprint=asdict(measured.fingerprint),
+        pieces=tuple(rows),
+        groups=tuple(GroupRow(g, n, widths[g]) for g, n in measured.dissection.dense.items()),
+        skipped=tuple(frozen.items()),
+        error=dict(latency.error),
+        methods=contributions(latency, measured.options, widths, losses),
+        edits=edit_rows(settled.plan),
+        readings=tuple(readings),
+    )

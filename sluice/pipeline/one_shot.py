@@ -1,0 +1,62 @@
+"""A plan without training: score, price, solve."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from sluice.core.plan import Plan
+from sluice.passes.graph.capture import Inputs
+from sluice.pipeline.prepare import prepare
+from sluice.solver.options import METHODS, check_methods
+from sluice.training.budget import parse_budget
+from sluice.training.train import Data, check_data
+
+__all__ = ["Proposal", "propose"]
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A plan made without training, and what it promises; ``retained`` is the kept share of the importance."""
+
+    plan: Plan
+    budget_ms: float
+    dense_ms: float
+    promised_ms: float
+    retained: float
+
+
+def propose(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    budget: str | Mapping[str, str | float],
+    data: Data,
+    table: str | os.PathLike[str] = ":memory:",
+    batch: int = 1,
+    target: str = "ort-cpu",
+    threads: int = 1,
+    precision: str = "fp32",
+    exclude: Sequence[str] = (),
+    methods: Sequence[str] = METHODS,
+    progress: bool = True,
+) -> Proposal:
+    """A plan in one shot: Fisher scores on a few labelled batches of ``data``, then the solver; nothing is trained.
+
+    Arguments and errors are those of `compress`, but nothing needs to run on the device: a table that was filled there
+    will do, if it knows all of the model.
+    """
+    methods = check_methods(methods)
+    parse_budget(budget, 1.0)
+    check_data(model, data)
+    ready = prepare(
+        model, example_inputs, budget=budget, data=data, table=table, batch=batch, target=target, threads=threads,
+        precision=precision, exclude=exclude, methods=methods, elsewhere=True, progress=progress,
+    )  # fmt: skip
+    dense_ms = ready.measured.latency.dense_ms()
+    target_ms = parse_budget(budget, dense_ms)
+    answer = ready.question.answer(target_ms)
+    return Proposal(answer.plan, target_ms, dense_ms, answer.choice.promised_ms, answer.choice.retained)

@@ -1,0 +1,152 @@
+"""Before anything is decided: profile, insert gates and train them or score channels, price every choice.
+
+What can be known to be wrong is said before anything is measured, and that a budget cannot be met before anything is
+trained.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from sluice.core.errors import SluiceError, Unreachable
+from sluice.core.stages import stage
+from sluice.importance.taylor import learned_scores
+from sluice.passes.cut.export import to_onnx
+from sluice.passes.gates.gating import Gated, absorb_masks, insert_gates, strip_gates
+from sluice.passes.graph.capture import Inputs
+from sluice.pipeline.bsr import stable_rank_loss
+from sluice.pipeline.price import ask, insert_all, one_shot_scores
+from sluice.pipeline.verify import AIM, Question
+from sluice.profiler.profile import Profile, measured_elsewhere, profile_known, profile_onnx
+from sluice.solver.decide import least_ms, restricted, unreachable
+from sluice.solver.options import BSR, METHODS
+from sluice.training.budget import Budget, parse_budget
+from sluice.training.train import Data, Loss, default_loss, fit
+
+__all__ = ["Ready", "check_float32", "check_reachable", "prepare", "profile"]
+
+
+def profile(
+    model: nn.Module,
+    example_inputs: Inputs,
+    table: str | os.PathLike[str] = ":memory:",
+    *,
+    batch: int = 1,
+    target: str = "ort-cpu",
+    threads: int = 1,
+    precision: str = "fp32",
+    exclude: Sequence[str] = (),
+    methods: Sequence[str] = METHODS,
+    elsewhere: bool = False,
+    progress: bool = True,
+) -> Profile:
+    """Measure, on this device, what ``table`` does not know yet about the model; see `sluice.profiler.profile_onnx`.
+
+    ``elsewhere``: a table that another device filled will do, if it lacks nothing.
+    """
+    check_float32(model)
+    with stage("export", progress):
+        dense = to_onnx(model, example_inputs)
+    if elsewhere and measured_elsewhere(table, target=target, threads=threads, batch=batch, precision=precision):
+        return profile_known(dense, table, exclude=exclude, methods=methods)
+    return profile_onnx(
+        dense, table, batch=batch, target=target, threads=threads, precision=precision, exclude=exclude,
+        methods=methods, progress=progress,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ready:
+    """What deciding needs, whatever the budget; ``question`` holds the prices."""
+
+    gated: Gated
+    measured: Profile
+    methods: tuple[str, ...]
+    teacher: nn.Module
+    question: Question
+
+
+def prepare(
+    model: nn.Module, example_inputs: Inputs, *, budget: str | Mapping[str, str | float] | Sequence[str], data: Data,
+    table: str | os.PathLike[str], batch: int, target: str, threads: int, precision: str, exclude: Sequence[str],
+    methods: tuple[str, ...], gate_epochs: int = 0, lr: float = 1e-3, loss: Loss = default_loss,
+    elsewhere: bool = False, progress: bool,
+) -> Ready:  # fmt: skip
+    """Profile, train gates (at ``lr``, if there are ``gate_epochs``) or score channels, price every choice.
+
+    Several budgets may be given where no gates are trained. ``elsewhere`` as for `profile`.
+    """
+    budgets = [budget] if isinstance(budget, (str, Mapping)) else list(budget)
+    measured = profile(
+        model, example_inputs, table, batch=batch, target=target, threads=threads, precision=precision,
+        exclude=exclude, methods=methods, elsewhere=elsewhere, progress=progress,
+    )  # fmt: skip
+    for each in budgets:
+        check_reachable(measured, methods, each)  # says at once if a budget cannot be met
+    widths_vary = bool(measured.dissection.analysis.groups)
+    gated = insert_gates(model, example_inputs, exclude=exclude, kinds=("filter",) if widths_vary else ())
+    teacher = strip_gates(gated).eval()
+    scores: Mapping[str, np.ndarray] = {}
+    if methods == (BSR,):
+        question = ask(gated, measured, methods, scores, data=data, loss=loss)
+        if gate_epochs:
+            target_ms = AIM * parse_budget(budgets[0], measured.latency.dense_ms())
+            ranks = question.answer(target_ms).plan.factorizations
+            if ranks:
+                fit(
+                    gated, data, epochs=gate_epochs, teacher=teacher, loss=stable_rank_loss(loss, gated, ranks), lr=lr,
+                    progress=progress, name="stable ranks",
+                )  # fmt: skip
+        return Ready(gated, measured, methods, teacher, question)
+    trained: Gated | None = None
+    if gate_epochs:
+        steps = max(1, gate_epochs * _length(data))
+        trained = insert_all(model, example_inputs, measured, methods, steps=steps, exclude=exclude)
+    held = None if trained is None else _budget(trained, measured, budgets[0])
+    if trained is not None and held is not None:
+        gated = trained
+        fit(gated, data, epochs=gate_epochs, teacher=teacher, budget=held, loss=loss, lr=lr, progress=progress,
+            name="gates")  # fmt: skip
+        scores = learned_scores(gated.gates) if "filter" in methods and widths_vary else {}
+        absorb_masks(gated)  # what is priced next is the network that was trained
+    elif "filter" in methods and widths_vary:
+        scores = one_shot_scores(gated, data, loss)
+    with stage("price every choice", progress) as advance:
+        question = ask(gated, measured, methods, scores, data=data, loss=loss, advance=advance)
+    return Ready(gated, measured, methods, teacher, question)
+
+
+def _budget(gated: Gated, measured: Profile, budget: str | Mapping[str, str | float]) -> Budget | None:
+    """None where the gates alone do not get there: the methods that have none are needed, and nothing is to be learned
+    from emptying what has."""
+    try:
+        return Budget(gated, measured, budget)
+    except Unreachable:
+        return None
+
+
+def check_reachable(measured: Profile, methods: Sequence[str], budget: str | Mapping[str, str | float]) -> None:
+    latency = measured.latency
+    model = restricted(latency, measured.options.sites(latency, methods))
+    target_ms, least = parse_budget(budget, latency.dense_ms()), least_ms(model).promised_ms
+    if least > target_ms * (1 + 1e-6):
+        raise unreachable(target_ms, least, latency.dense_ms(), methods=methods)
+
+
+def check_float32(model: nn.Module) -> None:
+    """The network itself is float32; the precision of its deployment is another matter."""
+    for name, tensor in model.named_parameters():
+        if tensor.dtype != torch.float32:
+            raise SluiceError(
+                f"parameter {name!r} is {tensor.dtype}; call model.float(), and give the deployment's as precision="
+            )
+
+
+def _length(data: Data) -> int:
+    return len(data) if hasattr(data, "__len__") else sum(1 for _ in data)  # type: ignore[arg-type]

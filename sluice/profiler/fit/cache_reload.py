@@ -1,0 +1,127 @@
+"""What a network reads again: weights that its pieces, timed one by one, find in the caches.
+
+A piece that is timed alone finds its weights where its last run left them. In the whole engine the weights of all other
+layers have been through the caches since, and what these cannot hold comes from memory once more:
+
+    again = max(0, sum_k r_k - p C),        r_k = min(p MB_k, ms_k)                                  [milliseconds]
+
+1. ``p`` is what reading a MB takes beyond what a piece takes by itself. That is at most as long again: a piece that
+   does little but read weights reads them from afar when it is alone, too. Weights count as fp32 in all precisions.
+2. ``C`` is how many MB the caches hold of one run until the next. Up to there nothing is read again.
+3. Both follow from whole engines: of a grid, C in shares of the most weights in any of them and p in what a MB of them
+   takes in all, that pair counts with which ``T = intercept + slope * (raw + again)`` fits them best, of equal ones the
+   one of the least C. For the error that is stated, each engine is predicted by a pair that has not seen it either.
+
+Engines of VGG16-BN on two threads take what their pieces add up to where they have 5 MB of weights, and 12 to 25% more
+where they have 32 to 60: docs/measuring.md. Reconstruction; no paper.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from sluice.core.latency import LatencyModel, Term
+from sluice.profiler.fit.least_squares import fit_linear
+from sluice.profiler.pieces.dissect import Dissection, Piece, spread_widths, weight_bytes
+from sluice.profiler.pieces.variants import Alternatives
+
+__all__ = ["Reading", "Readings", "megabytes", "readings"]
+
+SHARES = (0.0, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
+PRICES = tuple(2.0 ** (k / 12) for k in range(-60, 13))
+FEWEST = 4  # engines that read something again, and that do not
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """``ms_per_mb`` before the calibration's slope (p), and ``held_mb`` (C)."""
+
+    ms_per_mb: float
+    held_mb: float
+
+    def applied(self, model: LatencyModel, weights: Mapping[str, np.ndarray]) -> LatencyModel:
+        """The model with what is read again; ``weights`` as of `megabytes`."""
+
+        def cold(term: Term) -> Term:
+            if term.name not in weights:
+                return term
+            return replace(term, reload=np.minimum(self.ms_per_mb * weights[term.name], np.maximum(term.ms, 0.0)))
+
+        return replace(model, terms=tuple(map(cold, model.terms)), spared=self.ms_per_mb * self.held_mb)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Readings:
+    """The pairs that count (rule 3) by increasing C, and what the engines add up to with each.
+
+    ``raw``, shape ``(engines,)``, is what pieces and joints alone add up to; ``sums`` has shape ``(pairs, engines)``.
+    """
+
+    pairs: tuple[Reading, ...]
+    raw: np.ndarray
+    sums: np.ndarray
+
+    def best(self, measured: np.ndarray) -> Reading | None:
+        """The pair of rule 3, None where too few engines read anything again."""
+        best = _best(self.sums, measured)
+        return None if best is None else self.pairs[best]
+
+    def left_out(
+        self, measured: np.ndarray, more: Sequence[np.ndarray] = (), stiffness: Sequence[float] = ()
+    ) -> np.ndarray:
+        """Every engine as predicted by a pair and a fit, with ``more`` columns, to all the others."""
+        found = np.empty(len(measured))
+        for i in range(len(measured)):
+            rest = np.arange(len(measured)) != i
+            best = _best(self.sums[:, rest], measured[rest])
+            own = self.raw if best is None else self.sums[best]
+            design = [own, np.ones(len(measured)), *more]
+            fitted = fit_linear([c[rest] for c in design], measured[rest], [0.0, 0.0, *stiffness])
+            found[i] = sum(k * c[i] for k, c in zip(fitted, design, strict=True))
+        return found
+
+
+def readings(ms: np.ndarray, weights: np.ndarray, raw: np.ndarray) -> Readings:
+    """Those of engines whose pieces take ``ms`` and hold ``weights`` MB, both ``(engines, pieces)``, 0 if not there."""
+    pairs: list[Reading] = []
+    sums: list[np.ndarray] = []
+    most, unit = float(weights.sum(1).max(initial=0.0)), float(raw.sum() / max(weights.sum(), 1e-12))
+    for share, price in itertools.product(SHARES, PRICES):
+        pair = Reading(price * unit, share * most)
+        again = np.minimum(pair.ms_per_mb * weights, ms).sum(1) - pair.ms_per_mb * pair.held_mb
+        held = np.count_nonzero(again <= 0.0)
+        if len(raw) - held >= FEWEST and (share == 0.0 or held >= FEWEST):
+            pairs.append(pair)
+            sums.append(raw + np.maximum(0.0, again))
+    return Readings(tuple(pairs), raw, np.array(sums).reshape(len(pairs), len(raw)))
+
+
+def megabytes(dissection: Dissection, model: LatencyModel, alternatives: Alternatives) -> dict[str, np.ndarray]:
+    """Megabytes of weights by the name of a piece's term, on its knots."""
+    terms = {term.name: term for term in model.terms}
+    own = [(piece.name, piece, dissection) for piece in dissection.pieces]
+    own += [(f"{p.name} {s.place.switch}", p, s.dissection) for s in alternatives.shown for p in s.place.pieces]
+    return {name: _megabytes(piece, cut, terms[name]) for name, piece, cut in own}
+
+
+def _best(sums: np.ndarray, measured: np.ndarray) -> int | None:
+    """Which of the pairs has the least squares of the relative residual, all of them fitted at once."""
+    a, b = sums / measured, 1.0 / measured
+    aa, ab, bb, at, bt = (a * a).sum(1), a @ b, b @ b, a.sum(1), b.sum()
+    scale = np.maximum(aa * bb - ab * ab, 1e-300)
+    slope, intercept = (at * bb - bt * ab) / scale, (aa * bt - ab * at) / scale
+    missed = ((slope[:, None] * a + intercept[:, None] * b - 1.0) ** 2).sum(1)
+    missed[slope <= 0.0] = np.inf
+    if not np.isfinite(missed).any():
+        return None
+    return int(np.argmax(missed <= missed.min() * (1.0 + 1e-6) + 1e-15))
+
+
+def _megabytes(piece: Piece, cut: Dissection, term: Term) -> np.ndarray:
+    points: Sequence[tuple[float, ...]] = list(itertools.product(*term.knots))
+    found = [weight_bytes(cut, piece, spread_widths(piece, [int(v) for v in p], cut.dense)) for p in points]
+    return np.array(found).reshape(term.ms.shape) / 1e6

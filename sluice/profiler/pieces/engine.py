@@ -1,0 +1,44 @@
+"""A whole engine in one configuration, for timing: the first channels of every group, factors of any value.
+
+A narrowed weight has no more ranks than its smaller side, so an engine whose layers are promised more takes less than
+promised. `with_ranks_in_reach` gives the nearest configuration of which promise and engine speak alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx
+
+from sluice.core.latency import LatencyModel
+from sluice.passes.cut.factor import max_rank
+from sluice.passes.cut.resolve import tensor_masks
+from sluice.passes.cut.rewrite_onnx import cut_graph, restructure
+from sluice.profiler.pieces.dissect import Dissection
+from sluice.solver.options import Options, chosen_edits, tie_removed
+
+__all__ = ["build_engine", "with_ranks_in_reach"]
+
+
+def build_engine(
+    dissection: Dissection, configuration: Mapping[str, int], options: Options | None = None
+) -> onnx.ModelProto:
+    """The engine that takes what ``configuration`` (a value per site of the latency model) promises."""
+    edits = chosen_edits(options or Options(), configuration)
+    keeps = tie_removed(dissection.analysis, edits.merges, dissection.masks(configuration))
+    return restructure(cut_graph(dissection.model, dissection.analysis, keeps), edits, values=False)
+
+
+def with_ranks_in_reach(
+    dissection: Dissection, model: LatencyModel, configuration: Mapping[str, int], options: Options
+) -> dict[str, int]:
+    """The configuration with every rank at the largest of its levels that the narrowed weight has, or the smallest."""
+    lost = tensor_masks(dissection.analysis, dissection.masks(configuration))
+    found = dict(configuration)
+    for option in options.ranks:
+        shape = dissection.analysis.tensors[option.param]
+        kept = [int(lost[option.param, d].sum()) if (option.param, d) in lost else n for d, n in enumerate(shape)]
+        most = max_rank(kept, option.form)
+        levels = model.levels[option.rank]
+        found[option.rank] = max((v for v in levels if v <= min(most, found[option.rank])), default=levels[0])
+    return found

@@ -1,0 +1,161 @@
+"""What makes two pieces the same: their extents, and a key without names and widths.
+
+1. A piece depends on the widths of the groups that lie on its values. Groups that occur only in sums, always
+   together (concatenation), count as one *extent*: their total.
+2. The *key* is a hash of the structure with extents as symbols: operators, attributes, fixed sizes, batch. Equal
+   pieces, in one network or in several, have the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from sluice.core.latency import Extent
+from sluice.passes.graph.groups import Analysis
+from sluice.passes.graph.onnx_graph import attributes
+from sluice.profiler.pieces.split import ANCHORS
+from sluice.runtime.runner import PLAIN
+
+__all__ = ["Identity", "identify"]
+
+SCHEME = 4  # of how a piece is timed; those of another one never meet
+Size = Callable[[str], list[object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A piece's key, the same in words, and its extents."""
+
+    key: str
+    description: str
+    extents: tuple[Extent, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Composition:
+    """The labelled ``axis`` of a value: positions per channel of every group on it, and ``fixed`` ones."""
+
+    axis: int
+    coefs: Mapping[str, int]
+    fixed: int
+
+
+def identify(
+    graph: onnx.GraphProto,
+    analysis: Analysis,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    joined: Collection[str],
+) -> Identity:
+    """The identity of a piece's graph with these activations; ``joined`` are those that a concatenation made."""
+    joined_only = {n for n in inputs if all(node.op_type == "Concat" for node in graph.node if n in node.input)}
+    values = [*inputs, *(name for node in graph.node for name in node.output if name)]
+    compositions = {v: c for v in values if (c := _composition(analysis, v)) is not None}
+    classes = _classes(compositions, joined_only)
+    symbol = {g: f"e{k}" for k, names in enumerate(classes) for g in names}
+
+    def size(value: str) -> list[object]:
+        dims: list[object] = list(analysis.shapes[value])
+        if (found := compositions.get(value)) is not None:
+            terms = sorted({f"{coef}*{symbol[g]}" for g, coef in found.coefs.items()})
+            dims[found.axis] = "+".join([*terms, str(found.fixed)])
+        return dims
+
+    lines = _structure(graph, analysis, inputs, outputs, compositions, size)
+    if plain := [f"i{k}" for k, name in enumerate(inputs) if name in joined]:
+        lines.append([PLAIN, *plain])
+    key = hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()[:24]
+    extents = tuple(Extent(tuple((g, 1) for g in sorted(names))) for names in classes)
+    return Identity(key, _words(graph, inputs, outputs, size), extents)
+
+
+def _composition(analysis: Analysis, value: str) -> _Composition | None:
+    axis = analysis.values.get(value)
+    if axis is None or not (axis.groups >= 0).any():
+        return None
+    coefs: dict[str, int] = {}
+    for index in np.unique(axis.groups[axis.groups >= 0]):
+        group = analysis.groups[int(index)]
+        channels = axis.channels[axis.groups == index]
+        coefs[group.name] = len(channels) // len(np.unique(channels))
+    return _Composition(axis.dim, coefs, int((axis.groups < 0).sum()))
+
+
+def _classes(compositions: Mapping[str, _Composition], joined_only: Collection[str]) -> list[list[str]]:
+    """Groups that occur together (rule 1), in the order in which the values show them."""
+    different = {json.dumps(c.coefs, sort_keys=True) for v, c in compositions.items() if v not in joined_only}
+    incidence: dict[str, list[tuple[int, int]]] = {}
+    for position, coefs in enumerate(sorted(different)):
+        for group, coef in json.loads(coefs).items():
+            incidence.setdefault(group, []).append((position, coef))
+    classes: dict[tuple[tuple[int, int], ...], list[str]] = {}
+    for group in incidence:
+        classes.setdefault(tuple(incidence[group]), []).append(group)
+    first_seen = {g: i for i, g in reversed(list(enumerate(g for c in compositions.values() for g in c.coefs)))}
+    return sorted(classes.values(), key=lambda names: min(first_seen[g] for g in names))
+
+
+def _structure(
+    graph: onnx.GraphProto,
+    analysis: Analysis,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    compositions: Collection[str],
+    size: Size,
+) -> list[object]:
+    """What the key is a hash of: a line per operator, between those of the inputs and the outputs."""
+    rename = {name: f"i{k}" for k, name in enumerate(inputs)}
+    initial = {init.name: init for init in graph.initializer}
+    lines: list[object] = [SCHEME, [size(name) for name in inputs]]
+    for index, node in enumerate(graph.node):
+        operands = [rename.get(n) or _constant_text(initial, n) for n in node.input]
+        own = {k: repr(v) for k, v in sorted(attributes(node).items())}
+        if own.get("group", "1") != "1" and node.input[0] in compositions:
+            own["group"] = "depthwise" if initial[node.input[1]].dims[1] == 1 else own["group"]
+        weight = initial.get(node.input[1]) if node.op_type in ANCHORS and len(node.input) > 1 else None
+        kernel = list(weight.dims[2:]) if weight is not None else []
+        for k, out in enumerate(node.output):
+            rename[out] = f"n{index}.{k}"
+        shapes = [size(out) for out in node.output if out in analysis.shapes]
+        lines.append([node.op_type, own, operands, kernel, shapes])
+    lines.append([rename[name] for name in outputs])
+    return lines
+
+
+def _words(graph: onnx.GraphProto, inputs: Sequence[str], outputs: Sequence[str], size: Size) -> str:
+    """The anchor, its kernel, the sizes of what comes and goes, and what follows the anchor."""
+    initial = {init.name: init for init in graph.initializer}
+    anchor = next((n for n in graph.node if n.op_type in ANCHORS), graph.node[0])
+    weightless = _weightless(graph, inputs)
+    epilogue = " + ".join(n.op_type for n in graph.node if n is not anchor and n.output[0] not in weightless)
+    weight = initial.get(anchor.input[1]) if anchor.input[1:] else None
+    kernel = "x".join(map(str, weight.dims[2:])) if weight is not None else ""
+    into = "x".join(map(str, size(inputs[0]))) if inputs else ""
+    out = "x".join(map(str, size(outputs[-1]))) if outputs else ""
+    text = f"{anchor.op_type} {kernel} {into} -> {out}" + (f" + {epilogue}" if epilogue else "")
+    return " ".join(text.split())
+
+
+def _weightless(graph: onnx.GraphProto, inputs: Sequence[str]) -> set[str]:
+    """Outputs of operators that depend on weights only."""
+    active = set(inputs)
+    prepared: set[str] = set()
+    for node in graph.node:
+        (active if active.intersection(node.input) else prepared).update(node.output)
+    return prepared
+
+
+def _constant_text(initial: Mapping[str, onnx.TensorProto], name: str) -> str:
+    """Small float constants matter (clip bounds); weights and sizes do not."""
+    init = initial.get(name)
+    if init is None:
+        return "-" if not name else "w"
+    small = int(np.prod(init.dims)) <= 1 and init.data_type == onnx.TensorProto.FLOAT
+    return repr(numpy_helper.to_array(init).tolist()) if small else f"w{len(init.dims)}"

@@ -1,0 +1,176 @@
+"""Joints: what neighbours save when they run together.
+
+A piece alone pays for a call, and for its borders: where the runtime cannot time it without changes of layout there
+(`sluice.runtime.runner`, 6), its output is laid out for the caller, its input for its kernels. And where neighbours
+want different layouts, it is between them that it changes. For a tensor t between its producer p and its consumers
+c_1 ... c_k
+
+    J(t) = T(p) + sum_i T(c_i) - T(p and all c_i joined at t)
+
+with all widths other than t's small, so that the difference is not lost in large numbers. Only t is connected; other
+tensors that the pieces share stay borders, they have joints of their own. Inputs that need a source have one, in the
+parts and in the whole (`sluice.profiler.pieces.sources`), so that all that differs is t. Sum over pieces minus sum over
+joints is the cluster expansion of the latency up to its second term. Calls are not in it: neighbours in a ring, as
+those of a residual block, would save one too many, so they are taken out of pieces and joints before
+(`sluice.profiler.fit.assemble`, 4).
+
+1. A tensor with one consumer makes a *pair*: both parts are timed alone, each as the piece is that the sum counts, and
+   joined, so
+
+       J(t) = T(p) + T(c) - T(p and c joined at t) - T(sources of t)
+
+2. With several consumers the joined engine has more inputs and outputs than any layer of the network, and outgrows the
+   cache that one layer after the other lives in; all that it does then takes longer. Its parts are therefore timed
+   beside each other in one engine, which outgrows it as well and is one call instead of 1 + k,
+
+       J(t) = T(p | c_1 | ... | c_k) - T(p and all c_i joined at t) - T(sources of t) + k * T(call)
+
+   and where the batch is free and one thread computes, at a quarter of it: what neighbours save beside the calls is
+   work on t, hence in proportion to the batch. What several threads take to share an operator is not.
+
+3. Where the runtime tells that the pieces joined run the very kernels that they run apart (less the sources of t), they
+   save their calls, and nothing is timed. That is the rule where borders are free; what is left to be timed is where
+   layouts change, or an addition is fused into another convolution. Where several threads compute, these joints are
+   timed, too: joined, a piece reads what the neighbour's threads made, half of it in the cache of another core. Within
+   what timing can tell (`sluice.profiler.sweep.bench.DOUBT` of what the joined take), they still save their calls.
+
+Chains of three convolutions at batch 8, with changes of layout at all borders (one core with 2 MB of its own; what the
+joints of both tensors leave of the difference between the three alone and the chain, in percent of the chain):
+
+                                    1x1, depthwise 3x3, 1x1    1x1, ..., 1x1    3x3, 3x3, 3x3
+                                    96 channels, 28x28         192, 14x14       16, 28x28    64, 28x28
+    beside each other, batch 2      +29 to +50                 +22 to +37       +1 to +3     +2 to +3
+    beside each other, batch 8      -10 to +8                  -12 to +4        -10 to -8    0 to +1
+    alone, batch 8                  +5                         +15              +1           -1
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx
+from onnx import helper
+
+from sluice.core.latency import Extent
+from sluice.profiler.pieces.dissect import Dissection, Piece, build_piece
+from sluice.profiler.pieces.sources import add_sources, has_source, source_model
+
+__all__ = ["Joint", "call_models", "find_joints", "joint_models", "joint_widths"]
+
+SMALL = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Joint:
+    """One tensor between pieces; ``extent`` is its labelled size (None if nothing in it can be cut).
+
+    ``calls`` is how many calls of engines it saves: one per consumer, less those of the sources of its own.
+    """
+
+    tensor: str
+    key: str
+    description: str
+    extent: Extent | None
+    producer: Piece
+    consumers: tuple[Piece, ...]
+    calls: int
+
+    @property
+    def pair(self) -> bool:
+        """Rule 1."""
+        return len(self.consumers) == 1
+
+
+def find_joints(dissection: Dissection) -> tuple[Joint, ...]:
+    readers: dict[str, list[Piece]] = {}
+    for piece in dissection.pieces:
+        for tensor in dict.fromkeys(piece.inputs):
+            readers.setdefault(tensor, []).append(piece)
+    joints = []
+    for producer in dissection.pieces:
+        for tensor in producer.outputs:
+            consumers = tuple(readers.get(tensor, ()))
+            if not consumers:
+                continue
+            groups = _groups(dissection, tensor)
+            extent = Extent(tuple((g, 1) for g in groups)) if groups else None
+            own = [
+                f"{p.key}:{p.outputs.index(tensor) if p is producer else p.inputs.index(tensor)}:"
+                + ",".join(str(k) for k, e in enumerate(p.extents) if set(groups) & {g for g, _ in e.coefs})
+                for p in (producer, *consumers)
+            ]
+            key = hashlib.sha256(";".join(own).encode()).hexdigest()[:24]
+            text = f"joint of {producer.description.split(' ->')[0]} with {len(consumers)} consumer(s)"
+            sourced = has_source(dissection.analysis.shapes[tensor]) * sum(tensor in p.bare for p in consumers)
+            kind = "jp" if len(consumers) == 1 else "j"
+            joints.append(Joint(tensor, kind + key, text, extent, producer, consumers, len(consumers) - sourced))
+    return tuple(joints)
+
+
+def _groups(dissection: Dissection, tensor: str) -> list[str]:
+    axis = dissection.analysis.values.get(tensor)
+    if axis is None:
+        return []
+    return sorted({dissection.analysis.groups[int(i)].name for i in axis.groups if i >= 0})
+
+
+def joint_widths(dissection: Dissection, joint: Joint, own: Mapping[str, int]) -> dict[str, int]:
+    """The tensor's groups at ``own``, every other group of the pieces small."""
+    widths = {g: min(SMALL, size) for g, size in dissection.dense.items()}
+    return {**widths, **own}
+
+
+def joint_models(
+    dissection: Dissection, joint: Joint, widths: Mapping[str, int], threads: int = 1
+) -> tuple[tuple[onnx.ModelProto, ...], onnx.ModelProto, list[tuple[int, ...]]]:
+    """The parts (rule 1), or they beside each other (2); the pieces joined; shapes of the tensor's sources."""
+    pieces = (joint.producer, *joint.consumers)
+    bare = [build_piece(dissection, p, widths) for p in pieces]
+    others = [[n for n in p.bare if n != joint.tensor] for p in pieces]
+    whole = _join([add_sources(m, names, threads)[0] for m, names in zip(bare, others, strict=True)], joint.tensor)
+    parts = tuple(add_sources(m, p.bare, threads)[0] for m, p in zip(bare, pieces, strict=True))
+    own = [shape for m, p in zip(bare, pieces, strict=True) if joint.tensor in p.bare
+           for shape in add_sources(m, [joint.tensor], threads)[1]]  # fmt: skip
+    return parts if joint.pair else (_join(parts),), whole, own
+
+
+def call_models() -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """A tiny engine, and two of them in one: what they save is a call."""
+    one = source_model((1, 1, 1, 1))
+    return one, _join([one, one])
+
+
+def _join(parts: Sequence[onnx.ModelProto], tensor: str | None = None) -> onnx.ModelProto:
+    """One model in which ``tensor``, if any, runs from the first part to the others; other names are kept apart."""
+    nodes: list[onnx.NodeProto] = []
+    inputs: list[onnx.ValueInfoProto] = []
+    outputs: list[onnx.ValueInfoProto] = []
+    weights: list[onnx.TensorProto] = []
+    for index, part in enumerate(parts):
+
+        def rename(name: str, index: int = index) -> str:
+            return name if name in ("", tensor) else f"{index}/{name}"
+
+        for node in part.graph.node:
+            copy = onnx.NodeProto()
+            copy.CopyFrom(node)
+            copy.name = rename(node.name)
+            copy.input[:] = [rename(n) for n in node.input]
+            copy.output[:] = [rename(n) for n in node.output]
+            nodes.append(copy)
+        for source, target in ((part.graph.input, inputs), (part.graph.output, outputs)):
+            for info in source:
+                if info.name != tensor:
+                    renamed = onnx.ValueInfoProto()
+                    renamed.CopyFrom(info)
+                    renamed.name = rename(info.name)
+                    target.append(renamed)
+        for init in part.graph.initializer:
+            own = onnx.TensorProto()
+            own.CopyFrom(init)
+            own.name = rename(init.name)
+            weights.append(own)
+    graph = helper.make_graph(nodes, "joint", inputs, outputs, weights)
+    return helper.make_model(graph, opset_imports=parts[0].opset_import, ir_version=parts[0].ir_version)

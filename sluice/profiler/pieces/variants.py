@@ -1,0 +1,156 @@
+"""Restructured graphs: where the pieces of factorised layers come from (and, in `sluice.profiler.pieces.merged`, of
+runs).
+
+What would take a layer's place is cut out of the user's own graph as well: the graph is rewritten with *every* layer
+that allows it in one form, at the largest rank worth measuring, and dissected like the dense one. The rank is then the
+width of one more axis group, and a factorised layer is two pieces of that graph and the joint between them.
+
+1. Only layers that matter (`SHARE` of the dense cost) have variants. Their largest rank is the largest useful one that
+   is a multiple of what kernels load at once, as all ranks that are tried.
+2. The groups of a restructured graph are those of the dense one, found by the tensors they lie on.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from sluice.core.plan import FORMS, Factorize
+from sluice.passes.cut.factor import first_name, forms_of, random_factors, second_name, useful_rank
+from sluice.passes.cut.factor_onnx import factorize_onnx
+from sluice.passes.graph.groups import module_of
+from sluice.passes.graph.onnx_graph import attributes
+from sluice.profiler.pieces.dissect import Dissection, Piece, anchor_weight, dissect
+from sluice.profiler.pieces.split import ANCHORS
+from sluice.profiler.sweep.grids import Staircase, step_of
+from sluice.solver.options import Options, RankOption, groups_on
+
+__all__ = ["Alternatives", "Place", "Shown", "Variant", "is_excluded", "rank_layers", "rank_variants"]
+
+SHARE = 0.004
+LEAST = 8  # a weight with fewer rows or columns has no rank to choose
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """What takes the place of ``layers`` (weights) under ``switch``: pieces, and the tensors between them."""
+
+    switch: str
+    layers: tuple[str, ...]
+    pieces: tuple[Piece, ...]
+    inner: tuple[str, ...] = ()
+    rank: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Variant:
+    """One restructured graph, of which the dissection holds at least the pieces of the places, and the places."""
+
+    dissection: Dissection
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shown:
+    """A place with the staircases of its graph; its pieces are measured at up to ``most`` points each."""
+
+    place: Place
+    dissection: Dissection
+    stairs: Mapping[str, Staircase]
+    most: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Alternatives:
+    """The options worth offering, and the measured pieces of those that have any."""
+
+    options: Options
+    shown: tuple[Shown, ...] = ()
+    without_weight: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by drop, pieces that go with it
+
+
+def is_excluded(param: str, exclude: Sequence[str]) -> bool:
+    """Whether a pattern means this tensor, its module or one around it, as for widths."""
+    module = module_of(param)
+    return any(fnmatch.fnmatchcase(n, p) for n in (param, module) for p in exclude) or any(
+        module.startswith(p + ".") for p in exclude
+    )
+
+
+def rank_layers(base: Dissection, dense_ms: Mapping[str, float], exclude: Sequence[str] = ()) -> dict[str, Piece]:
+    """Weights that may be factorised, and the dense piece of each (``dense_ms``: milliseconds by piece name)."""
+    readers: dict[str, int] = {}
+    for node in base.model.graph.node:
+        for name in node.input:
+            readers[name] = readers.get(name, 0) + 1
+    total = sum(dense_ms.values())
+    found: dict[str, Piece] = {}
+    for piece in base.pieces:
+        weight = anchor_weight(piece)
+        if weight is None or readers[weight] != 1 or dense_ms[piece.name] < SHARE * total:
+            continue
+        shape = base.analysis.tensors[weight]
+        anchor = next(n for n in piece.model.graph.node if n.op_type in ANCHORS)
+        grouped = attributes(anchor).get("group", 1) != 1 or anchor.op_type == "ConvTranspose"
+        if not grouped and not is_excluded(weight, exclude) and min(shape[0], math.prod(shape[1:])) >= LEAST:
+            found[weight] = piece
+    return found
+
+
+def rank_variants(base: Dissection, layers: Mapping[str, Piece], precision: str) -> list[Variant]:
+    """One variant per form that any of the layers can take."""
+    variants = []
+    for form in FORMS:
+        edits = [
+            Factorize(weight, form, _most(base, weight, piece, form, precision))
+            for weight, piece in layers.items()
+            if form in forms_of(base.analysis.tensors[weight])
+        ]
+        if edits:
+            variant = _rank_variant(base, edits)
+            if base.small is not None:
+                less = _rank_variant(base.small, edits).dissection
+                variant = replace(variant, dissection=replace(variant.dissection, small=less))
+            variants.append(variant)
+    return variants
+
+
+def _rank_variant(base: Dissection, edits: Sequence[Factorize]) -> Variant:
+    names, flipped = groups_on(base.analysis), _flipped(base)
+    for edit in edits:
+        first, second = first_name(edit.param), second_name(edit.param)
+        out, into = (1, 0) if edit.param in flipped else (0, 1)  # factors lie as their weight does
+        for own, of in (((second, out), (edit.param, out)), ((first, into), (edit.param, into))):
+            if of in names:
+                names[own] = names[of]
+        names[(first, out)] = names[(second, into)] = RankOption(edit.param, edit.form).rank
+    cut = dissect(factorize_onnx(base.model, edits, split=random_factors), base.batch, names=names)
+    by_weight = {anchor_weight(piece): piece for piece in cut.pieces}
+    sizes = cut.dense
+    places = []
+    for edit in edits:
+        option = RankOption(edit.param, edit.form)
+        pieces = (by_weight[first_name(edit.param)], by_weight[second_name(edit.param)])
+        if option.rank in sizes:  # a rank of one has no axis to choose on
+            places.append(Place(option.switch, (edit.param,), pieces, pieces[0].outputs, option.rank))
+    return Variant(cut, tuple(places))
+
+
+def _flipped(base: Dissection) -> set[str]:
+    """Weights of matrix products that are stored as (in, out)."""
+    return {
+        node.input[1]
+        for node in base.model.graph.node
+        if node.op_type == "MatMul" or (node.op_type == "Gemm" and not attributes(node).get("transB"))
+    }
+
+
+def _most(base: Dissection, weight: str, piece: Piece, form: str, precision: str) -> int:
+    anchor = next(n for n in piece.model.graph.node if n.op_type in ANCHORS)
+    shapes = base.analysis.shapes
+    into, out = shapes[anchor.input[0]], shapes[anchor.output[0]]
+    areas = (math.prod(out[2:]), math.prod(into[2:])) if anchor.op_type == "Conv" else (1, 1)
+    rank = useful_rank(base.analysis.tensors[weight], form, out_area=areas[0], in_area=areas[1])
+    return rank - rank % step_of(rank, precision)

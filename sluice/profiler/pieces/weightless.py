@@ -1,0 +1,51 @@
+"""Weights that nobody has asked for yet: a type and a shape without data.
+
+What a merged run's time depends on is the shape of its weight, and most runs are in the table already. So their
+pieces carry *hollow* tensors, which are filled when one is built. A single element is never hollow, since it may be
+part of a piece's key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from sluice.passes.cut.merge_onnx import random_weight
+
+__all__ = ["filled", "hollow"]
+
+
+def hollow(name: str, data_type: int, shape: Sequence[int]) -> onnx.TensorProto:
+    """A tensor without data, or with one element."""
+    tensor = onnx.TensorProto(name=name, data_type=data_type, dims=shape)
+    if prod(shape) == 1:
+        _fill(tensor)
+    return tensor
+
+
+def filled(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with random numbers in hollow weights and zeros in hollow vectors; itself if it has none."""
+    empty = [k for k, tensor in enumerate(model.graph.initializer) if _is_hollow(tensor)]
+    if not empty:
+        return model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for k in empty:
+        _fill(copy.graph.initializer[k])
+    return copy
+
+
+def _is_hollow(tensor: onnx.TensorProto) -> bool:
+    """Whether all that is set are name, type and shape."""
+    return not tensor.HasField("raw_data") and {f.name for f, _ in tensor.ListFields()} == {"name", "data_type", "dims"}
+
+
+def _fill(tensor: onnx.TensorProto) -> None:
+    shape = tuple(tensor.dims)
+    array = np.zeros(shape) if len(shape) == 1 else random_weight(shape)
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    tensor.CopyFrom(numpy_helper.from_array(array.astype(dtype), tensor.name))

@@ -1,0 +1,151 @@
+"""What could take the place of a layer, and what that costs: ranks, dropped blocks, merged runs.
+
+1. A form is offered at the ranks at which its two pieces take less than `PAYS` times the dense layer's; a form that
+   never does is not measured further.
+2. A merged run is offered if it takes less than the pieces it replaces, all widths dense; where layers are removed from
+   it, as one convolution or as what is left of several, whichever is faster.
+3. What is compared is without calls: an engine makes one, however many pieces are in it.
+4. Widths are thinned on the pieces of alternatives: `points_of` points per piece, more where they replace more.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+from sluice.core.plan import Drop, Merge
+from sluice.passes.cut.drop_onnx import view_onnx
+from sluice.passes.graph.blocks import Block, find_blocks
+from sluice.passes.graph.onnx_file import buffers_of
+from sluice.profiler.pieces.dissect import Dissection, Piece, anchor_weight
+from sluice.profiler.pieces.merged import MergeSite, merge_segments, merge_variants
+from sluice.profiler.pieces.variants import Alternatives, Shown, Variant, is_excluded, rank_layers, rank_variants
+from sluice.profiler.sweep.bench import Bench
+from sluice.profiler.sweep.explore import explore
+from sluice.profiler.sweep.grids import Staircase, calls_in, dense_ms, dense_points, knots_of, net_ms
+from sluice.profiler.sweep.joint_sweep import explore_joints, joint_tolerance
+from sluice.solver.options import BSR, Options, RankOption
+
+__all__ = ["find_alternatives", "points_of"]
+
+PAYS = 1.1
+POINTS = ((0.02, 9), (0.06, 16), (math.inf, 25))  # below this share of the dense cost, so many
+RANKS = 10  # of one form
+
+
+def find_alternatives(
+    dissection: Dissection,
+    stairs: Mapping[str, Staircase],
+    bench: Bench,
+    methods: Sequence[str],
+    exclude: Sequence[str] = (),
+) -> Alternatives:
+    """Measure what ``methods`` could put in the place of the dense layers."""
+    dense = dense_ms(dissection, bench.table, bench.call())
+    shown: list[Shown] = []
+    drops: dict[str, Drop] = {}
+    hidden: dict[str, tuple[str, ...]] = {}
+    refused: dict[str, str] = {}
+    if "rank" in methods or BSR in methods:
+        layers = rank_layers(dissection, dense, exclude)
+        # Nothing would train the factors of a weight that nothing trained.
+        refused = dict.fromkeys(layers.keys() & buffers_of(dissection.model), "is a buffer, not a parameter: no rank")
+        layers = {weight: piece for weight, piece in layers.items() if weight not in refused}
+        for variant in rank_variants(dissection, layers, bench.table.fingerprint.precision):
+            shown += _ranks(variant, layers, dense, stairs, bench, joint_tolerance(dissection, bench.table))
+    if "block" in methods:
+        found, _ = find_blocks(view_onnx(dissection.model))
+        blocks = [b for b in found if not any(is_excluded(param, exclude) for param in b.params)]
+        drops = {f"{block.name}|drop": Drop(block.name, block.params) for block in blocks}
+        hidden = {f"{block.name}|drop": _without_weight(dissection, block) for block in blocks}
+    merges: dict[str, Merge] = {}
+    if "merge" in methods:
+        sites = merge_segments(dissection, exclude, widths_vary="filter" in methods)
+        paying = _merges(dissection, sites, dense, stairs, bench)
+        merges = {s.place.switch: site.merge for s, site in paying}
+        shown += [s for s, _ in paying]
+    ranks = tuple(RankOption(*s.place.switch.rsplit("|", 1)) for s in shown if s.place.rank)
+    options = Options(ranks, drops, merges, refused)
+    return Alternatives(options, tuple(shown), hidden)
+
+
+def points_of(share: float) -> int:
+    """The most points of a piece that takes the place of layers with this share of the dense cost."""
+    return next(points for below, points in POINTS if share < below)
+
+
+def _without_weight(dissection: Dissection, block: Block) -> tuple[str, ...]:
+    """Pieces of a branch that no weight tells from others: products of activations, as in attention."""
+    own = set(block.own)
+    return tuple(p.name for p in dissection.pieces if anchor_weight(p) is None and own.issuperset(p.outputs))
+
+
+def _ranks(
+    variant: Variant,
+    layers: Mapping[str, Piece],
+    dense: Mapping[str, float],
+    stairs: Mapping[str, Staircase],
+    bench: Bench,
+    tolerance: float,
+) -> list[Shown]:
+    cut = variant.dissection
+    explored = explore(cut, bench, {p.rank for p in variant.places if p.rank}, most=RANKS)
+    own, total, call_ms = _widths(cut, stairs), sum(dense.values()), bench.call()
+    shown = []
+    for place in variant.places:
+        assert place.rank is not None
+        stair, replaced = explored[place.rank], dense[layers[place.layers[0]].name]
+        calls = sum(calls_in(piece, cut) for piece in place.pieces)
+        levels = tuple(rank for rank in stair.levels if stair.cost[rank] - calls * call_ms < PAYS * replaced)
+        if levels:
+            now = {**own, place.rank: Staircase(stair.cost, levels)}
+            shown.append(Shown(place, cut, now, points_of(replaced / total)))
+    _measure(shown, bench, tolerance)
+    return shown
+
+
+def _merges(
+    dissection: Dissection,
+    sites: Sequence[MergeSite],
+    dense: Mapping[str, float],
+    stairs: Mapping[str, Staircase],
+    bench: Bench,
+) -> list[tuple[Shown, MergeSite]]:
+    """Rule 2: every run at the dense widths first, and at others if that pays."""
+    by_weight, total = {anchor_weight(piece): dense[piece.name] for piece in dissection.pieces}, sum(dense.values())
+    best: dict[str, tuple[float, Shown, MergeSite]] = {}
+    call_ms = bench.call()
+    for variant, shelf in merge_variants(dissection, sites):
+        cut = variant.dissection
+        own = _widths(cut, stairs)
+        at_dense = {place.switch: dense_points(cut, place.pieces) for place in variant.places}
+        bench.pieces(cut, [point for points in at_dense.values() for point in points])
+        for place, site in zip(variant.places, shelf, strict=True):
+            points = at_dense[place.switch]
+            ms = sum(net_ms(p, cut, bench.table.require(p.key, extents).ms, call_ms) for p, extents in points)
+            replaced = sum(by_weight.get(weight, 0.0) for weight in place.layers)
+            if ms < replaced and (place.switch not in best or ms < best[place.switch][0]):
+                best[place.switch] = (ms, Shown(place, cut, own, points_of(replaced / total)), site)
+    paying = [(shown, site) for _, shown, site in best.values()]
+    _measure([shown for shown, _ in paying], bench, joint_tolerance(dissection, bench.table))
+    return paying
+
+
+def _measure(shown: Sequence[Shown], bench: Bench, tolerance: float) -> None:
+    """All pieces and inner joints of restructured graphs, with ranks that share its pieces' names apart."""
+    points = [
+        (s.dissection, piece, tuple(int(v) for v in point))
+        for s in shown
+        for piece in s.place.pieces
+        for point in itertools.product(*knots_of(piece, s.dissection, s.stairs, s.most))
+    ]
+    bench.pieces_of(points)
+    for s in shown:
+        if s.place.inner:
+            explore_joints(s.dissection, s.stairs, bench, tolerance, s.place.inner)
+
+
+def _widths(cut: Dissection, stairs: Mapping[str, Staircase]) -> dict[str, Staircase]:
+    """The staircases of the dense graph; groups that it does not have keep their size."""
+    return {**stairs, **{group: stairs.get(group, Staircase({}, (size,))) for group, size in cut.dense.items()}}

@@ -1,0 +1,151 @@
+"""Whole engines in configurations of a network: which are measured, and how.
+
+1. They are timed in turns, as many at once as memory allows: what other tenants do to the caches makes one ten seconds
+   differ from the next by up to 5%, which must not tell engines apart. They are timed in passes, until nine in ten
+   engines were seen twice near their lowest (`AGREE`) in passes in which the machine was quiet, or there were `PASSES`;
+   the figure is each engine's lowest of quiet passes, since noise only ever adds, or else of all. From one pass to the
+   next an engine differs by 0.3% on a quiet host (ResNet-20), by 1 to 2.5% on a busy one (MobileNetV2).
+2. Where engines of the network are known already, up to `REFERENCES` of them take their turns with the new ones, as
+   memory allows, and the new figures are given in the time of the known ones: times the median of ``known / now``. As
+   the anchor, but of the network's own kind, which what shares a core slows in a measure of its own. Each of them is
+   known to a percent or two, hence many: with six, 40 plans of ResNet-20 took 1.5% longer than promised in the median.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from sluice.core.latency import LatencyModel
+from sluice.profiler.pieces.dissect import Dissection
+from sluice.profiler.pieces.engine import build_engine, with_ranks_in_reach
+from sluice.profiler.pieces.variants import Alternatives
+from sluice.profiler.sweep.bench import BURSTS, Bench
+from sluice.profiler.table.latency_table import encode_widths
+from sluice.profiler.timing.burst_log import landed
+from sluice.profiler.timing.measure import Measurement, best_of
+from sluice.runtime.runner import Session
+from sluice.solver.options import Options
+from sluice.solver.random_configurations import random_configuration
+
+__all__ = ["measure_engines", "missing_plans", "model_key"]
+
+ENGINES = 14
+RESTRUCTURED = 48  # where not only widths vary
+FEWEST = 4  # engines that say how much slower the machine is by now
+AGREE, PASSES = 0.015, 3
+REFERENCES = 16
+OF_PLANS = 1
+AT_ONCE = 2**30  # bytes of ONNX and of `_working_bytes`; a runtime takes two to three times as much
+
+
+def model_key(dissection: Dissection, model: LatencyModel) -> str:
+    """Identity of a network in the table: its pieces in order, and everything that may be chosen."""
+    sites = [f"{n}={s}" for n, s in model.dense.items()]
+    text = ";".join([*(p.key for p in dissection.pieces), *sites])
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def missing_plans(
+    dissection: Dissection,
+    model: LatencyModel,
+    alternatives: Alternatives,
+    known: Sequence[Mapping[str, int]],
+    seed: int,
+    engines: int | None = None,
+) -> list[dict[str, int]]:
+    """Plans that make ``known`` up to ``engines`` different ones, the dense one among them, if there are so many.
+
+    The same after a kill, and for all shards: from ``seed`` on, numbers that nothing else draws.
+    """
+    rng = np.random.default_rng([seed, OF_PLANS])
+    engines = engines or (RESTRUCTURED if model.switches else ENGINES)
+
+    def draw() -> dict[str, int]:
+        return with_ranks_in_reach(dissection, model, random_configuration(model, rng), alternatives.options)
+
+    seen = {tuple(sorted(widths.items())) for widths in known}
+    plans: list[dict[str, int]] = []
+    for plan in itertools.chain([dict(model.dense)], (draw() for _ in range(20 * engines))):
+        if len(seen) >= engines:
+            break
+        if (identity := tuple(sorted(plan.items()))) not in seen:
+            seen.add(identity)
+            plans.append(plan)
+    return plans
+
+
+def measure_engines(
+    dissection: Dissection,
+    bench: Bench,
+    plans: Sequence[Mapping[str, int]],
+    options: Options | None = None,
+    *,
+    known: Sequence[tuple[Mapping[str, int], Measurement]] = (),
+    record: str = "",
+) -> list[float]:
+    """Milliseconds of whole engines (rule 1), in the time of those that are ``known`` (2).
+
+    They are kept in the table under the key ``record``, if there is one.
+    """
+    if not plans:  # a complete table is only read
+        return []
+    found: list[Measurement] = []
+    working = _working_bytes(dissection)
+    network = hashlib.sha256(";".join(p.key for p in dissection.pieces).encode()).hexdigest()[:24]
+    known = _spread(known, AT_ONCE // (dissection.model.ByteSize() + working))
+    references = [bench.session(build_engine(dissection, plan, options), part=False) for plan, _ in known]
+    while len(found) < len(plans):
+        sessions: list[Session] = []
+        size = 0
+        for plan in plans[len(found) :]:
+            engine = build_engine(dissection, plan, options)
+            size += engine.ByteSize() + working
+            if sessions and size > AT_ONCE:
+                break
+            sessions.append(bench.session(engine, part=False))
+        together = [*(plan for plan, _ in known), *plans[len(found) : len(found) + len(sessions)]]
+        names = [f"{network} {encode_widths(plan)}" for plan in together]
+        now = _passes(bench, [*references, *sessions], names)
+        ratios = [there.ms / m.ms for (_, there), m in zip(known, now, strict=False)]
+        scale = float(np.median(ratios)) if known else 1.0
+        found += [replace(m, ms=scale * m.ms) for m in now[len(known) :]]
+        bench.progress(len(found), len(plans))
+    if record:
+        bench.table.put_engines(record, zip(plans, found, strict=True))
+    landed(bench.table)
+    return [m.ms for m in found]
+
+
+def _spread(
+    known: Sequence[tuple[Mapping[str, int], Measurement]], most: int
+) -> list[tuple[Mapping[str, int], Measurement]]:
+    """At most `REFERENCES` of the engines, and ``most``, but `FEWEST`, from the quickest to the slowest."""
+    ordered = sorted(known, key=lambda engine: engine[1].ms)
+    count = min(REFERENCES, max(FEWEST, most), len(ordered))
+    return [ordered[round(k * (len(ordered) - 1) / max(1, count - 1))] for k in range(count)]
+
+
+def _passes(bench: Bench, sessions: Sequence[Session], names: Sequence[str]) -> list[Measurement]:
+    """Rule 1."""
+    passes: list[tuple[Measurement, ...]] = []
+    agreed = False
+    while not agreed and len(passes) < PASSES:
+        passes.append(bench.time(sessions, [f"{name} pass {len(passes)}" for name in names], BURSTS))
+        quiet = [[m.ms for m in found] for found in passes if not all(m.uncertain for m in found)]
+        lowest = np.sort(quiet, axis=0)[:2]
+        agreed = len(lowest) > 1 and float(np.quantile(lowest[1] / lowest[0], 0.9)) <= 1.0 + AGREE
+    return [best_of(tries) for tries in zip(*passes, strict=True)]
+
+
+def _working_bytes(dissection: Dissection) -> int:
+    """What an engine holds beside its weights at the least: inputs and outputs of one node, where they are largest."""
+    shapes = dissection.analysis.shapes
+    moving = shapes.keys() - dissection.analysis.tensors.keys()
+    tensors = [{*node.input, *node.output} & moving for node in dissection.model.graph.node]
+    return 4 * max(sum(math.prod(shapes[name]) for name in names) for names in tensors)

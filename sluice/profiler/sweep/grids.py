@@ -1,0 +1,147 @@
+"""The points of a graph's pieces: grids over the levels of their groups, thinned where there would be too many.
+
+1. Levels crowd where a group's cost is steep, which is mostly near its full width. So the values that stay are not
+   every other one, but those that leave the others nearest to the lines between them: the one that is furthest off the
+   group's known cost, in turn. `EVEN` times its distance to the next value counts as much, so that a wide gap is split.
+2. Sums of groups are measured where they were explored; one that was not, since it is a restructured graph's alone, at
+   sums of the levels nearest to equal shares of the groups.
+3. What a piece was found to take has one call in it, less one per source, whose time was subtracted with its call.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sluice.profiler.pieces.dissect import Dissection, Piece
+from sluice.profiler.pieces.sources import has_source
+from sluice.profiler.table.latency_table import LatencyTable
+
+__all__ = [
+    "MAX_GRID",
+    "SUMS",
+    "Staircase",
+    "calls_in",
+    "cost_of",
+    "dense_ms",
+    "dense_points",
+    "knots_of",
+    "net_ms",
+    "piece_points",
+    "step_of",
+    "sum_of",
+    "thin",
+    "totals",
+]
+
+MAX_GRID = 49
+EVEN = 0.2
+SUMS = 7
+PACK = 16  # bytes: four floats, eight halves; what kernels load at once
+ITEM = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # bytes of a value
+
+
+@dataclass(frozen=True, slots=True)
+class Staircase:
+    """Measured cost (ms) of a kind of group by width, and the widths worth having."""
+
+    cost: Mapping[int, float]
+    levels: tuple[int, ...]
+
+
+def dense_points(dissection: Dissection, pieces: Sequence[Piece] | None = None) -> list[tuple[Piece, tuple[int, ...]]]:
+    """Every piece of the graph, or some of them, at its dense size."""
+    dense, pieces = dissection.dense, dissection.pieces if pieces is None else pieces
+    return [(piece, tuple(int(e.at(dense)) for e in piece.extents)) for piece in pieces]
+
+
+def dense_ms(dissection: Dissection, table: LatencyTable, call_ms: float) -> dict[str, float]:
+    """Milliseconds of every piece at its dense size without calls, by name; `SluiceError` where the table lacks one."""
+    points = dense_points(dissection)
+    return {p.name: net_ms(p, dissection, table.require(p.key, extents).ms, call_ms) for p, extents in points}
+
+
+def net_ms(piece: Piece, dissection: Dissection, ms: float, call_ms: float) -> float:
+    """``ms`` of the piece without calls, of which the engine of a network makes one in all."""
+    return max(0.0, ms - calls_in(piece, dissection) * call_ms)
+
+
+def calls_in(piece: Piece, dissection: Dissection) -> int:
+    """How many calls are in the milliseconds of the piece (rule 3); with several sources less than none."""
+    return 1 - sum(has_source(dissection.analysis.shapes[name]) for name in piece.bare)
+
+
+def piece_points(dissection: Dissection, stairs: Mapping[str, Staircase]) -> list[tuple[Piece, tuple[int, ...]]]:
+    """Every piece on the product of the levels of its extents (rule 1 of `sluice.profiler.sweep.bench`)."""
+    return [
+        (piece, tuple(int(v) for v in point))
+        for piece in dissection.pieces
+        for point in itertools.product(*knots_of(piece, dissection, stairs))
+    ]
+
+
+def knots_of(
+    piece: Piece, dissection: Dissection, stairs: Mapping[str, Staircase], most: int = MAX_GRID
+) -> list[list[int]]:
+    """The values of every extent of a piece at which it is measured, at most ``most`` points if there are several."""
+    names = [[group for group, _ in extent.coefs] for extent in piece.extents]
+    lists = [totals(groups, dissection, stairs) for groups in names]
+    counts = [len(values) for values in lists]
+    while len(lists) > 1 and math.prod(counts) > most:
+        counts[counts.index(max(counts))] -= 1
+    costs = [cost_of(groups, stairs) for groups in names]
+    return [list(thin(values, count, cost)) for values, count, cost in zip(lists, counts, costs, strict=True)]
+
+
+def sum_of(groups: Sequence[str]) -> str:
+    """What a staircase of the sum of these groups is found under; of one group, its name."""
+    return " + ".join(groups)
+
+
+def cost_of(groups: Sequence[str], stairs: Mapping[str, Staircase]) -> Mapping[int, float]:
+    """The cost of a group or a sum by its value; empty where it was not explored."""
+    found = stairs.get(sum_of(groups))
+    return found.cost if found is not None else {}
+
+
+def totals(names: Sequence[str], dissection: Dissection, stairs: Mapping[str, Staircase]) -> list[int]:
+    """The sizes that a sum of groups is measured at: a group's levels; those of several by rule 2."""
+    if (found := stairs.get(sum_of(names))) is not None:
+        return list(found.levels)
+    shares = (k / (SUMS - 1) for k in range(SUMS))
+    lists = [stairs[name].levels for name in names]
+    return sorted({sum(_nearest(levels, share * levels[-1]) for levels in lists) for share in shares})
+
+
+def step_of(size: int, precision: str) -> int:
+    """What the widths that are tried of a group of this size are multiples of (rule 1 of
+    `sluice.profiler.sweep.explore`)."""
+    step = PACK // ITEM[precision]
+    while step > 1 and 2 * step > size:
+        step //= 2
+    return step
+
+
+def _nearest(levels: Sequence[int], width: float) -> int:
+    return min(levels, key=lambda level: abs(level - width))
+
+
+def thin(values: Sequence[int], count: int, cost: Mapping[int, float] | None = None) -> tuple[int, ...]:
+    """``count`` of the increasing values, ends included, by rule 1; spread evenly where the cost is not known."""
+    if len(values) <= count:
+        return tuple(values)
+    curve = {v: cost[v] for v in values} if cost and cost.keys() >= set(values) else dict.fromkeys(values, 0.0)
+    height, width = max(curve.values()) - min(curve.values()) or 1.0, values[-1] - values[0]
+    chosen = {values[0], values[-1]}
+
+    def missed(value: int) -> float:
+        low, high = max(c for c in chosen if c < value), min(c for c in chosen if c > value)
+        share = (value - low) / (high - low)
+        off = abs(curve[value] - (1.0 - share) * curve[low] - share * curve[high])
+        return off / height + EVEN * min(value - low, high - value) / width
+
+    while len(chosen) < count:
+        chosen.add(max((value for value in values if value not in chosen), key=missed))
+    return tuple(sorted(chosen))

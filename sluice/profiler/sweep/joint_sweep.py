@@ -1,0 +1,115 @@
+"""At which sizes of its tensor a joint is measured.
+
+1. `FEW` sizes, ends included, of those that the tensor can have (the levels of its group).
+2. What a joint saves jumps where the layout of its tensor changes, and may be flat otherwise. So where two neighbouring
+   sizes differ by more than the tolerance, the size in the middle between them is measured too, and so on.
+3. The tolerance is a share of the dense network's time (`GAIN`): a finer one would follow the noise.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from sluice.profiler.pieces.dissect import Dissection
+from sluice.profiler.pieces.joints import Joint, find_joints
+from sluice.profiler.sweep.bench import Bench
+from sluice.profiler.sweep.grids import Staircase, dense_points, thin, totals
+from sluice.profiler.table.latency_table import LatencyTable
+
+__all__ = ["explore_joints", "joint_graph", "joint_ms", "joint_points", "joint_sizes", "joint_tolerance"]
+
+FEW = 5
+BATCH_OF_JOINTS = 8
+GAIN = 0.003
+
+
+def joint_tolerance(dissection: Dissection, table: LatencyTable) -> float:
+    """Milliseconds (rule 3); what a shard does not know of the dense graph's pieces is taken to be like the rest."""
+    points = dense_points(dissection)
+    known = [found.ms for piece, at in points if (found := table.get(piece.key, at)) is not None]
+    return GAIN * sum(known) * len(points) / max(1, len(known))
+
+
+def joint_sizes(
+    values: Sequence[int], saved: Callable[[int], float | None], tolerance: float
+) -> tuple[tuple[int, ...], bool]:
+    """The sizes to be measured, given what is ``saved`` at those that were, and whether these are all."""
+    chosen = thin(values, FEW)
+    place = {value: k for k, value in enumerate(values)}
+    while all(saved(value) is not None for value in chosen):
+        between = {
+            values[(place[a] + place[b]) // 2]
+            for a, b in itertools.pairwise(chosen)
+            if place[b] - place[a] > 1 and abs((saved(b) or 0.0) - (saved(a) or 0.0)) > tolerance
+        }
+        if not between:
+            return chosen, True
+        chosen = tuple(sorted({*chosen, *between}))
+    return chosen, False
+
+
+def joint_points(
+    dissection: Dissection,
+    stairs: Mapping[str, Staircase],
+    table: LatencyTable,
+    tolerance: float,
+    tensors: Collection[str] | None = None,
+) -> list[tuple[Joint, tuple[int, ...]]]:
+    """What is wanted of all joints, or those at ``tensors``, by what the table knows so far."""
+    points: list[tuple[Joint, tuple[int, ...]]] = []
+    for joint in _joints(dissection):
+        if tensors is not None and joint.tensor not in tensors:
+            continue
+        if joint.extent is None:
+            points.append((joint, ()))
+            continue
+        known = {extents[0]: found.ms for extents, found in table.points(joint.key).items()}
+        values = totals([g for g, _ in joint.extent.coefs], dissection, stairs)
+        sizes, _ = joint_sizes(values, known.get, tolerance * joint_graph(joint, dissection).batch / dissection.batch)
+        points += [(joint, (size,)) for size in sizes]
+    return points
+
+
+def joint_graph(joint: Joint, dissection: Dissection) -> Dissection:
+    """The graph at the batch that the joint is measured at (rules 1 and 2 of `sluice.profiler.pieces.joints`)."""
+    return dissection if joint.pair else dissection.small or dissection
+
+
+def _joints(dissection: Dissection) -> list[Joint]:
+    """All joints, each of the graph that it is measured in."""
+    at_batch = find_joints(dissection)
+    if dissection.small is None:
+        return list(at_batch)
+    small = {joint.tensor: joint for joint in find_joints(dissection.small)}
+    return [joint if joint.pair else small[joint.tensor] for joint in at_batch]
+
+
+def joint_ms(joint: Joint, dissection: Dissection, ms: float, call_ms: float) -> float:
+    """What the joint saves beside its calls at the batch of the dissection, given ``ms`` in `joint_graph`."""
+    return (ms - joint.calls * call_ms) * dissection.batch / joint_graph(joint, dissection).batch
+
+
+def explore_joints(
+    dissection: Dissection,
+    stairs: Mapping[str, Staircase],
+    bench: Bench,
+    tolerance: float,
+    tensors: Collection[str] | None = None,
+    wanted: Callable[[Joint], bool] = lambda joint: True,
+) -> None:
+    """Measure all joints that are ``wanted``, until the table holds what they need.
+
+    What is wanted follows from what is known, so it is asked for anew after every batch (`sluice.profiler.sweep.bench`,
+    2).
+    """
+    done = 0
+    while True:
+        points = joint_points(dissection, stairs, bench.table, tolerance, tensors)
+        missing = [(j, at) for j, at in points if wanted(j) and bench.table.get(j.key, at) is None]
+        if not missing:
+            return
+        batch = missing[:BATCH_OF_JOINTS]
+        bench.joints([(joint_graph(joint, dissection), joint, at) for joint, at in batch])
+        bench.progress(done + len(batch), done + len(missing))
+        done = done + len(batch) if len(missing) > len(batch) else 0

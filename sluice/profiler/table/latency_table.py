@@ -1,0 +1,311 @@
+"""The latency table: what was measured on one device, in one SQLite file.
+
+1. A *point* is the time of one piece at one tuple of extents. ``key`` is the hash of the piece's structure, so equal
+   pieces of different networks share their points.
+2. Everything written together is one transaction of SQLite's rollback journal, so a killed sweep loses what was in
+   flight and nothing else; it goes on by asking which points are missing. What was in flight stands beside the table
+   (`sluice.profiler.timing.burst_log`).
+3. The `Fingerprint` says what the times are valid for. A table is never opened for another one.
+4. A *blob* is what a runtime wants to find again next time, as bytes by name: its timing cache.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from sluice.core.errors import SluiceError
+from sluice.profiler.table.fingerprint import Fingerprint, difference
+from sluice.profiler.table.table_file import (
+    add_blobs,
+    check_content,
+    check_header,
+    connect,
+    drop_bursts,
+    exists,
+    lay_out,
+    place,
+    transaction,
+    translated,
+)
+from sluice.profiler.timing.measure import Measurement
+
+__all__ = ["MEMORY", "Fit", "LatencyTable", "encode_widths", "scaled"]
+
+MEMORY = ":memory:"
+PUT_POINT = "INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?, ?)"
+PUT_FIT = "INSERT OR REPLACE INTO calibrations VALUES (?, ?, ?, ?)"
+PUT_BLOB = "INSERT OR REPLACE INTO blobs VALUES (?, ?)"
+Points = Iterable[tuple[str, Sequence[int], Measurement]]  # key, extents, time
+Fit = tuple[float, float, dict[str, float]]  # slope, intercept, error
+
+
+class LatencyTable:
+    """Measured milliseconds by piece and extents; a context manager. Made by `create`, `open` or `open_or_create`."""
+
+    def __init__(self, connection: sqlite3.Connection, path: str, fingerprint: Fingerprint) -> None:
+        self._connection = connection
+        self.path = path
+        self.fingerprint = fingerprint
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], fingerprint: Fingerprint) -> LatencyTable:
+        """A new, empty table; `SluiceError` where ``path`` is taken. ``":memory:"`` makes one without a file."""
+        name = os.fspath(path)
+        if name == MEMORY:
+            connection = connect(name)
+            lay_out(connection, name, fingerprint)
+            return cls(connection, name, fingerprint)
+        if exists(name):
+            raise SluiceError(f"{name} exists already; open it, or remove it to measure anew")
+        # Built aside and moved, so that a kill in between leaves no half-made table under the name.
+        draft = Path(name).with_name(f".{Path(name).name}.{os.getpid()}")
+        try:
+            draft.parent.mkdir(parents=True, exist_ok=True)
+            draft.unlink(missing_ok=True)
+            connection = connect(name, draft)
+            try:
+                lay_out(connection, name, fingerprint)
+            finally:
+                connection.close()
+            drop_bursts(name)
+            place(draft, name)
+        except OSError as error:
+            raise SluiceError(f"cannot create {name}: {error}; choose a place that can be written") from error
+        finally:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
+        return cls(connect(name), name, fingerprint)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], expect: Fingerprint | None = None) -> LatencyTable:
+        """An existing table.
+
+        Raises `SluiceError` where the file is missing, damaged, of another kind or of a newer version (it is left as
+        it was), and where its fingerprint is not ``expect``.
+        """
+        name = os.fspath(path)
+        check_header(name)
+        connection = connect(name)
+        try:
+            fingerprint = check_content(connection, name)
+            differences = difference(fingerprint, expect) if expect is not None else ()
+            if differences:
+                raise SluiceError(
+                    f"{name} was measured under other conditions: {'; '.join(differences)}; "
+                    f"use those conditions, or choose another file for the new ones"
+                )
+        except BaseException:
+            connection.close()
+            raise
+        return cls(connection, name, fingerprint)
+
+    @classmethod
+    def open_or_create(cls, path: str | os.PathLike[str], fingerprint: Fingerprint) -> LatencyTable:
+        """The table at ``path`` if there is one (it must have this fingerprint), else a new one."""
+        name = os.fspath(path)
+        if name == MEMORY or not exists(name):
+            try:
+                return cls.create(name, fingerprint)
+            except SluiceError:
+                if name == MEMORY or not exists(name):
+                    raise  # otherwise another process was first
+        return cls.open(name, fingerprint)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __enter__(self) -> LatencyTable:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        """The number of points."""
+        return int(self._rows("SELECT count(*) FROM points")[0][0])
+
+    def get(self, key: str, extents: Sequence[int]) -> Measurement | None:
+        rows = self._rows(
+            "SELECT ms, spread, samples FROM points WHERE key = ? AND extents = ?", (key, _encode(extents))
+        )
+        return self._measurement(rows[0]) if rows else None
+
+    def require(self, key: str, extents: Sequence[int]) -> Measurement:
+        """`get`, but `SluiceError` with the piece's description where the point is missing."""
+        found = self.get(key, extents)
+        if found is None:
+            raise SluiceError(
+                f"{self.path} has no time for {self.description(key) or repr(key)} at extents {tuple(extents)}; "
+                f"measure it on {self.fingerprint.device}"
+            )
+        return found
+
+    def put(self, key: str, extents: Sequence[int], measurement: Measurement) -> None:
+        """Record one point, replacing an older one."""
+        self.put_many([(key, extents, measurement)])
+
+    def put_many(self, points: Points) -> None:
+        """Record all points or, where one of them is refused or cannot be written, none."""
+        rows = [(key, _encode(extents), *self._columns(found)) for key, extents, found in points]
+        self._write(PUT_POINT, rows)
+
+    def points(self, key: str) -> dict[tuple[int, ...], Measurement]:
+        """All points of a piece, by extents in increasing order."""
+        rows = self._rows("SELECT extents, ms, spread, samples FROM points WHERE key = ?", (key,))
+        found = {tuple(json.loads(row[0])): self._measurement(row[1:]) for row in rows}
+        return dict(sorted(found.items()))
+
+    def keys(self) -> tuple[str, ...]:
+        """The pieces that have points."""
+        return tuple(row[0] for row in self._rows("SELECT DISTINCT key FROM points ORDER BY key"))
+
+    def beyond(self, spread: float, but: str) -> tuple[int, int]:
+        """How many points, ``but`` those of one key, and engines have a larger spread."""
+        ((points,),) = self._rows("SELECT count(*) FROM points WHERE spread > ? AND key != ?", (spread, but))
+        ((engines,),) = self._rows("SELECT count(*) FROM engines WHERE spread > ?", (spread,))
+        return points, engines
+
+    def forget(self, spread: float, but: str) -> tuple[int, int]:
+        """Remove what is `beyond`, and tell how much that was."""
+        points, engines = self.beyond(spread, but)
+        self._write("DELETE FROM points WHERE spread > ? AND key != ?", [(spread, but)])
+        self._write("DELETE FROM engines WHERE spread > ?", [(spread,)])
+        return points, engines
+
+    def doubt(self, spread: float) -> None:
+        """Give all points and engines at least this spread."""
+        for kind in ("points", "engines"):
+            self._write(f"UPDATE {kind} SET spread = max(spread, ?)", [(spread,)])
+
+    def move(self, key: str, known: Measurement, own: Measurement, blobs: Mapping[str, bytes]) -> bool:
+        """Multiply all times by ``own / known``, those of the point ``key``, and put these blobs: all of it or nothing.
+
+        Nothing, and False, if another process has changed that point from ``known``.
+        """
+        ratio = own.ms / known.ms
+        with translated(self.path), transaction(self._connection):
+            if self.get(key, ()) != known:
+                return False
+            fits = [(network, fit) for network in self.networks() if (fit := self.get_calibration(network))]
+            add_blobs(self._connection)
+            for kind in ("points", "engines"):
+                self._connection.execute(f"UPDATE {kind} SET ms = ms * ?", (ratio,))
+            self._connection.executemany(PUT_FIT, [_fit_row(network, *scaled(fit, ratio)) for network, fit in fits])
+            self._connection.execute(PUT_POINT, (key, _encode(()), *self._columns(own)))
+            self._connection.executemany(PUT_BLOB, list(blobs.items()))
+        return True
+
+    def describe(self, key: str, text: str) -> None:
+        """Say in words which piece ``key`` is, as in ``"Conv 3x3 16x28x28 + Relu"``."""
+        self.describe_all({key: text})
+
+    def describe_all(self, texts: Mapping[str, str]) -> None:
+        self._write("INSERT OR REPLACE INTO pieces VALUES (?, ?)", list(texts.items()))
+
+    def description(self, key: str) -> str:
+        """What `describe` said, or an empty string."""
+        rows = self._rows("SELECT text FROM pieces WHERE key = ?", (key,))
+        return str(rows[0][0]) if rows else ""
+
+    def put_calibration(self, model_key: str, slope: float, intercept: float, error: Mapping[str, float]) -> None:
+        """Record the affine map from the sum of pieces to the whole engine, and its errors by name."""
+        if not all(math.isfinite(value) for value in (slope, intercept, *error.values())):
+            raise SluiceError(f"the calibration of {model_key!r} is not finite; measure its engines again")
+        self._write(PUT_FIT, [_fit_row(model_key, slope, intercept, error)])
+
+    def get_calibration(self, model_key: str) -> Fit | None:
+        """``(slope, intercept, error)``."""
+        rows = self._rows("SELECT slope, intercept, error FROM calibrations WHERE model_key = ?", (model_key,))
+        return (rows[0][0], rows[0][1], json.loads(rows[0][2])) if rows else None
+
+    def put_engine(self, model_key: str, widths: Mapping[str, int], measurement: Measurement) -> None:
+        """Record the time of a whole engine at ``widths`` by group."""
+        self.put_engines(model_key, [(widths, measurement)])
+
+    def put_engines(self, model_key: str, engines: Iterable[tuple[Mapping[str, int], Measurement]]) -> None:
+        """Record all engines or, where one of them is refused or cannot be written, none."""
+        rows = []
+        for widths, measurement in engines:
+            rows.append((model_key, encode_widths(widths), *self._columns(measurement)))
+        self._write("INSERT OR REPLACE INTO engines VALUES (?, ?, ?, ?, ?)", rows)
+
+    def engines(self, model_key: str) -> list[tuple[dict[str, int], Measurement]]:
+        rows = self._rows("SELECT widths, ms, spread, samples FROM engines WHERE model_key = ?", (model_key,))
+        return [(json.loads(row[0]), self._measurement(row[1:])) for row in rows]
+
+    def networks(self) -> tuple[str, ...]:
+        """The model keys that have engines or a calibration."""
+        sql = "SELECT model_key FROM engines UNION SELECT model_key FROM calibrations ORDER BY model_key"
+        return tuple(row[0] for row in self._rows(sql))
+
+    def put_blob(self, name: str, content: bytes) -> None:
+        """Keep ``content`` under ``name``, replacing what was there."""
+        with translated(self.path), transaction(self._connection):
+            add_blobs(self._connection)
+            self._connection.execute(PUT_BLOB, (name, content))
+
+    def get_blob(self, name: str) -> bytes | None:
+        if name not in self.blobs():
+            return None
+        return bytes(self._rows("SELECT content FROM blobs WHERE name = ?", (name,))[0][0])
+
+    def drop_blob(self, name: str) -> None:
+        """Remove it; where there is none, nothing happens."""
+        if name in self.blobs():
+            self._write("DELETE FROM blobs WHERE name = ?", [(name,)])
+
+    def blobs(self) -> dict[str, int]:
+        """The size in bytes of every blob."""
+        if not self._rows("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'blobs'"):
+            return {}
+        return dict(self._rows("SELECT name, length(content) FROM blobs ORDER BY name"))
+
+    def _columns(self, measurement: Measurement) -> tuple[float, float, int]:
+        if not (math.isfinite(measurement.ms) and math.isfinite(measurement.spread)):
+            raise SluiceError(f"a time of {measurement.ms} ms, spread {measurement.spread}, is none; measure again")
+        if measurement.clock != self.fingerprint.clock:
+            raise SluiceError(
+                f"a time by the {measurement.clock} clock does not go into {self.path}, whose clock is "
+                f"{self.fingerprint.clock}; use one clock per table"
+            )
+        return float(measurement.ms), float(measurement.spread), int(measurement.samples)
+
+    def _measurement(self, row: Sequence[Any]) -> Measurement:
+        return Measurement(row[0], row[1], row[2], self.fingerprint.clock)
+
+    def _rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        with translated(self.path):
+            return self._connection.execute(sql, values).fetchall()
+
+    def _write(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
+        with translated(self.path), transaction(self._connection):
+            self._connection.executemany(sql, rows)
+
+
+def _fit_row(model_key: str, slope: float, intercept: float, error: Mapping[str, float]) -> tuple[Any, ...]:
+    return model_key, float(slope), float(intercept), json.dumps({k: float(v) for k, v in error.items()})
+
+
+def scaled(fit: Fit, ratio: float) -> Fit:
+    """The calibration of the same pieces and engines, all times multiplied by ``ratio``."""
+    slope, intercept, error = fit
+    return slope, intercept * ratio, {n: v * ratio if n.endswith("_ms_per_mb") else v for n, v in error.items()}
+
+
+def encode_widths(widths: Mapping[str, int]) -> str:
+    """A configuration as text, the same for the same one."""
+    return json.dumps({group: int(width) for group, width in widths.items()}, sort_keys=True)
+
+
+def _encode(extents: Sequence[int]) -> str:
+    return json.dumps([int(extent) for extent in extents], separators=(",", ":"))

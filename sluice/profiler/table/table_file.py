@@ -1,0 +1,180 @@
+"""A latency table as a file: its schema and versions, how it is recognised, and SQLite's errors in the user's words.
+
+1. ``user_version`` of the file is the version of the format; ``application_id`` tells it from other SQLite files.
+2. A file is of version 1 until it holds a *blob*, which makes it version 2 (`add_blobs`). So a table is never newer
+   than what it holds asks for, and one that is only read stays as it is.
+3. A file that is not a table of these formats is refused before SQLite may write to it.
+4. Beside a table there may be a file of what was in flight; whoever makes a table anew drops what is there.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from sluice.core.errors import SluiceError
+from sluice.profiler.table.fingerprint import Fingerprint
+
+__all__ = [
+    "add_blobs",
+    "bursts_of",
+    "check_content",
+    "check_header",
+    "connect",
+    "drop_bursts",
+    "exists",
+    "lay_out",
+    "place",
+    "transaction",
+    "translated",
+]
+
+APPLICATION_ID = 0x736C7569  # "slui"
+FIRST_VERSION, VERSION = 1, 2
+
+SCHEMA = """
+CREATE TABLE fingerprint (json TEXT NOT NULL);
+CREATE TABLE pieces (key TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE points (
+    key TEXT NOT NULL, extents TEXT NOT NULL, ms REAL NOT NULL, spread REAL NOT NULL, samples INTEGER NOT NULL,
+    PRIMARY KEY (key, extents)) WITHOUT ROWID;
+CREATE TABLE calibrations (
+    model_key TEXT PRIMARY KEY, slope REAL NOT NULL, intercept REAL NOT NULL, error TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE engines (
+    model_key TEXT NOT NULL, widths TEXT NOT NULL, ms REAL NOT NULL, spread REAL NOT NULL, samples INTEGER NOT NULL,
+    PRIMARY KEY (model_key, widths)) WITHOUT ROWID;
+"""
+BLOBS = "CREATE TABLE blobs (name TEXT PRIMARY KEY, content BLOB NOT NULL)"
+
+
+def connect(name: str, draft: Path | None = None) -> sqlite3.Connection:
+    """To the table, or to the draft of it that is to become it."""
+    with translated(name):
+        return sqlite3.connect(draft or name, timeout=30.0, isolation_level=None)
+
+
+def place(draft: Path, name: str) -> None:
+    """Move the draft to where the table belongs; `FileExistsError` where another process made one in the meantime."""
+    if not exists(name):
+        Path(name).unlink(missing_ok=True)
+    try:
+        os.link(draft, name)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        os.replace(draft, name)
+
+
+def lay_out(connection: sqlite3.Connection, name: str, fingerprint: Fingerprint) -> None:
+    with translated(name), transaction(connection):
+        for statement in SCHEMA.split(";\n"):
+            connection.execute(statement)
+        connection.execute("INSERT INTO fingerprint VALUES (?)", (fingerprint.to_json(),))
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {FIRST_VERSION}")
+
+
+def add_blobs(connection: sqlite3.Connection) -> None:
+    """Make room for blobs (rule 2), inside a transaction; a table that has it stays as it is."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version < VERSION:
+        connection.execute(BLOBS)
+        connection.execute(f"PRAGMA user_version = {VERSION}")
+
+
+def exists(name: str) -> bool:
+    """An empty file, as temporary-file makers leave, counts as none."""
+    return os.path.exists(name) and (os.path.isdir(name) or os.path.getsize(name) > 0)
+
+
+def bursts_of(name: str) -> str:
+    """The file beside the table that `sluice.profiler.timing.burst_log` writes."""
+    return f"{name}-bursts"
+
+
+def drop_bursts(name: str) -> None:
+    """What was in flight is in the table now, or was of another one of that name."""
+    with suppress(OSError):
+        os.remove(bursts_of(name))
+
+
+def check_header(name: str) -> None:
+    """Refuse what is not ours from its first bytes (SQLite's documented file header), without opening it as a table."""
+    try:
+        with open(name, "rb") as file:
+            header = file.read(100)
+    except OSError as error:
+        raise SluiceError(f"cannot open the latency table {name}: {error.strerror}; check the path") from error
+    if len(header) < 100 or header[:16] != b"SQLite format 3\0" or _big_endian(header[68:72]) != APPLICATION_ID:
+        raise SluiceError(f"{name} is not a latency table; choose another file, it was left as it is")
+    version = _big_endian(header[60:64])
+    if version > VERSION:
+        raise SluiceError(
+            f"{name} is of version {version}, this program knows up to {VERSION}; use a newer release of sluice"
+        )
+
+
+def _big_endian(data: bytes) -> int:
+    return int.from_bytes(data, "big")
+
+
+def check_content(connection: sqlite3.Connection, name: str) -> Fingerprint:
+    try:
+        sound = connection.execute("PRAGMA quick_check(1)").fetchall() == [("ok",)]
+        rows = connection.execute("SELECT json FROM fingerprint").fetchall()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        for table in ("pieces", "points", "calibrations", "engines", *(["blobs"] if version >= 2 else [])):
+            connection.execute(f"SELECT 1 FROM {table} LIMIT 1")
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error):
+            raise SluiceError(f"{name} is in use by another process; wait for that to end") from error
+        if os.path.exists(f"{name}-journal"):
+            raise SluiceError(
+                f"the latency table {name} was left by a process that was killed and cannot be put right here "
+                f"({error}); make the file and its folder writable, or copy it together with {name}-journal"
+            ) from error
+        sound, rows = False, []
+    except sqlite3.DatabaseError:
+        sound, rows = False, []
+    if not sound or len(rows) != 1:
+        raise SluiceError(f"the latency table {name} is damaged; restore a copy, or remove it and measure again")
+    return Fingerprint.from_json(rows[0][0])
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        # A full disk may have rolled back already.
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+@contextmanager
+def translated(name: str) -> Iterator[None]:
+    """SQLite's errors as the user's."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        reason = str(error)
+        advice = "check the path and its rights"
+        if "full" in reason:
+            advice = "what was recorded before is kept; make room on the disk and run again, it will go on from there"
+        elif "readonly" in reason:
+            advice = "what was recorded before is kept; make the file and its folder writable and run again"
+        elif "locked" in reason:
+            advice = "another process is writing to it; wait for that to end and run again"
+        elif "disk I/O" in reason:
+            advice = "what was recorded before is kept; check the disk and run again"
+        raise SluiceError(f"cannot use the latency table {name}: {reason}; {advice}") from error
+    except sqlite3.DatabaseError as error:
+        raise SluiceError(
+            f"the latency table {name} is damaged ({error}); restore a copy, or remove it and measure again"
+        ) from error

@@ -1,0 +1,177 @@
+"""One table of several, measured on devices or hosts of the same kind.
+
+1. The fingerprints are equal; the first difference is a reason to refuse.
+2. Times are made comparable through the anchor, the fixed engine that took part in every measurement
+   (`sluice.profiler.timing.reference_engine`): those of a table are multiplied by ``anchor of the first table / its own
+   anchor``. Hosts whose anchors differ by more than `MAX_RATIO` are not of the same kind.
+3. Of two times for one point, or one engine, the one with the smaller relative spread stays; of equal ones the first.
+4. Of two calibrations of a network that on more engines stays. It is fitted anew when the network is profiled on the
+   merged table, which costs no measurement if the engines are there. Of two blobs of a name the first stays,
+   but what is left to be timed again (`sluice.profiler.timing.burst_log`, 5) stays of all, and the host (`anchor`) is
+   that of the table whose times the others are brought to.
+5. A table with a time that cannot be one is refused: not finite, or negative where no difference of times is recorded.
+   Joints are such differences, and pieces have their sources' time taken out, which may leave less than nothing by the
+   noise of those; not more than `NOISE` of the anchor's or of the largest source's time.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+from sluice.core.errors import SluiceError
+from sluice.profiler.sweep.bench import SOURCE_KEY
+from sluice.profiler.table.fingerprint import Fingerprint, difference
+from sluice.profiler.table.latency_table import Fit, LatencyTable, scaled
+from sluice.profiler.table.table_file import bursts_of, drop_bursts, exists
+from sluice.profiler.timing.burst_log import AGAIN, ONCE, Point, keep_points, points_kept
+from sluice.profiler.timing.measure import Measurement
+from sluice.profiler.timing.reference_engine import HOST, MAX_RATIO
+from sluice.profiler.timing.reference_engine import KEY as ANCHOR_KEY
+
+__all__ = ["Merged", "merge_tables"]
+
+NOISE = 0.05
+Engine = tuple[tuple[str, int], ...]
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What the merged table holds, by what the times of every table were multiplied, and what was left out.
+
+    ``in_flight`` are the tables beside which bursts of unfinished points lie, which only the command that was killed
+    goes on with.
+    """
+
+    points: int
+    engines: int
+    ratios: tuple[float, ...]
+    in_flight: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Content:
+    """All that tables hold, being put together; a table's times are checked and scaled as they come in."""
+
+    points: dict[tuple[str, tuple[int, ...]], Measurement] = field(default_factory=dict)
+    engines: dict[tuple[str, Engine], Measurement] = field(default_factory=dict)
+    calibrations: dict[str, Fit] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    unfinished: dict[str, set[Point]] = field(default_factory=dict)
+    blobs: dict[str, bytes] = field(default_factory=dict)
+
+    def add(self, table: LatencyTable, ratio: float, *, reference: bool) -> None:
+        anchor = table.get(ANCHOR_KEY, ())
+        largest_source = max((found.ms for found in table.points(SOURCE_KEY).values()), default=0.0)
+        for key in table.keys():  # noqa: SIM118 (a table is no mapping)
+            if text := table.description(key):
+                self.texts.setdefault(key, text)
+            least = -math.inf if key.startswith("j") else 0.0
+            if anchor is not None and key not in (ANCHOR_KEY, SOURCE_KEY):
+                least = min(least, -NOISE * max(anchor.ms, largest_source))
+            for extents, found in table.points(key).items():
+                where = f"{self.texts.get(key) or repr(key)} at extents {extents}"
+                _keep(self.points, (key, extents), _checked(found, least, where, table.path, ratio))
+        for network in table.networks():
+            for widths, found in table.engines(network):
+                engine = tuple(sorted(widths.items()))
+                where = f"an engine of network {network}"
+                _keep(self.engines, (network, engine), _checked(found, 0.0, where, table.path, ratio))
+            if (fit := table.get_calibration(network)) is not None:
+                known = self.calibrations.get(network)
+                if known is None or fit[2].get("n", 0.0) > known[2].get("n", 0.0):
+                    self.calibrations[network] = scaled(fit, ratio)
+        for name in (ONCE, AGAIN):
+            self.unfinished.setdefault(name, set()).update(points_kept(table, name))
+        for name in table.blobs().keys() - {ONCE, AGAIN, *([] if reference else [HOST])}:
+            self.blobs.setdefault(name, table.get_blob(name) or b"")
+
+    def write(self, table: LatencyTable) -> None:
+        table.describe_all(self.texts)
+        table.put_many((key, extents, found) for (key, extents), found in self.points.items())
+        for (network, engine), found in self.engines.items():
+            table.put_engine(network, dict(engine), found)
+        for network, fit in self.calibrations.items():
+            table.put_calibration(network, *fit)
+        for name, points in self.unfinished.items():
+            keep_points(table, name, points)
+        for name, content in self.blobs.items():
+            table.put_blob(name, content)
+
+
+def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Merged:
+    """Write the table ``out``, whole or not at all, from those at ``paths``, in the times of the first.
+
+    Raises:
+        SluiceError: the tables do not belong together, one of them is unsound, or ``out`` exists or cannot be written.
+    """
+    out = Path(out)
+    if exists(str(out)):
+        raise SluiceError(f"{str(out)!r} exists already; choose another file to merge into, or remove it")
+    content, ratios = _Content(), []
+    first: tuple[str, Fingerprint] | None = None
+    reference: float | None = None
+    for path in paths:
+        with LatencyTable.open(path) as table:
+            first = first or (table.path, table.fingerprint)
+            if differences := difference(table.fingerprint, first[1]):
+                raise SluiceError(
+                    f"{table.path} and {first[0]} do not belong together: in {table.path} the {differences[0]}; merge "
+                    f"tables of one kind of device and one setting, or compare them with `sluice table diff`"
+                )
+            anchor = _anchor_ms(table)
+            leads = reference is None and anchor is not None
+            reference = reference or anchor
+            ratio = reference / anchor if reference and anchor else 1.0
+            if not 1 / MAX_RATIO <= ratio <= MAX_RATIO:
+                raise SluiceError(
+                    f"{table.path} is of a host whose reference engine takes {1 / ratio:.2f} times what it takes in "
+                    f"{first[0]}, more than {MAX_RATIO}; measure again on a quiet host or one of that kind"
+                )
+            content.add(table, ratio, reference=leads)
+            ratios.append(ratio)
+    if first is None:
+        raise SluiceError("there is no table to merge; give one or more")
+    try:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+            draft = Path(folder) / out.name
+            with LatencyTable.create(draft, first[1]) as table:
+                content.write(table)
+            drop_bursts(str(out))
+            os.replace(draft, out)
+    except OSError as error:
+        raise SluiceError(f"cannot write {str(out)!r}: {error.strerror or error}; choose another folder") from None
+    in_flight = tuple(os.fspath(path) for path in paths if os.path.exists(bursts_of(os.fspath(path))))
+    return Merged(len(content.points), len(content.engines), tuple(ratios), in_flight)
+
+
+def _anchor_ms(table: LatencyTable) -> float | None:
+    """None for a table without points, whose times need no comparing."""
+    anchor = table.get(ANCHOR_KEY, ())
+    if anchor is None:
+        if len(table):
+            raise SluiceError(f"{table.path} does not know its reference engine's time; profile on it once more")
+        return None
+    if not (math.isfinite(anchor.ms) and anchor.ms > 0):
+        raise SluiceError(f"{table.path} holds {anchor.ms} ms for its reference engine, which is no time; measure anew")
+    return anchor.ms
+
+
+def _checked(found: Measurement, least: float, where: str, path: str, ratio: float) -> Measurement:
+    if not (math.isfinite(found.ms) and found.ms >= least and math.isfinite(found.spread) and found.spread >= 0):
+        raise SluiceError(
+            f"{path} holds {found.ms} ms, spread {found.spread}, for {where}, which is no time; measure that table anew"
+        )
+    return replace(found, ms=found.ms * ratio)
+
+
+def _keep(there: dict[Key, Measurement], key: Key, found: Measurement) -> None:
+    """Rule 3."""
+    if key not in there or found.spread < there[key].spread:
+        there[key] = found

@@ -1,0 +1,215 @@
+"""What a kill leaves of the points in flight: their bursts, kept beside the table while they are timed.
+
+1. The points of a batch take their turns with each other, so a kill finds all of them half done. What every burst took
+   is appended to a file beside the table, `EVERY` bursts at a time: fewer than any point takes (``min_bursts`` of
+   `sluice.profiler.timing.measure`). That is the timing a kill costs; the batch's engines are built again.
+2. What `measure` finds follows from what its sessions report and from its random numbers. So the next run makes the
+   call that was killed once more, with the same seed and limits: its sessions repeat what they had reported, in the
+   same order, and where that ends they are timed. If a call asks for another burst than the one that was kept (another
+   release of this program, say), the rest is dropped.
+3. A call is known by the names of what it times, in their order, and by the table's fingerprint and anchor. So what is
+   timed together must follow from what the table holds, and from nothing else. Several calls in a row stay in the file,
+   such as the passes over the engines of a calibration.
+4. The file goes when the table has what it led to, or when another run on this table gets so far; with a table made
+   anew, and when points are to be forgotten. One process writes it, a second one on the same table keeps nothing, nor
+   does a table in memory. Where it cannot be written nothing is said: a kill then costs the batch.
+5. Of points whose first time is in doubt until a sample of them has been timed again (`sluice.profiler.sweep.bench`,
+   3), and of those that are to be timed again for what that sample showed, word is left in the table until that is
+   done.
+
+Lines of JSON: ``{"names": ...}`` begins a call, ``[seed of the call, session, repeats, milliseconds]`` is a burst.
+Reading ends at a line that ends early, or that belongs to no call or to another one than the last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sluice.profiler.table.latency_table import MEMORY, LatencyTable
+from sluice.profiler.table.table_file import bursts_of, drop_bursts
+from sluice.runtime.runner import Clock, Session
+
+__all__ = ["AGAIN", "EVERY", "ONCE", "Call", "Point", "keep_points", "kept", "landed", "points_kept"]
+
+EVERY = 16
+ONCE, AGAIN = "points timed once", "points to be timed again"
+Point = tuple[str, tuple[int, ...]]  # key and extents
+Raw = io.FileIO | io.BytesIO
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call of `measure` on what has these ``names``, ``within`` a table; the rest is the call's own (rule 2)."""
+
+    names: tuple[str, ...]
+    within: str
+    seed: int
+    min_bursts: int
+    max_bursts: int
+    patience_ms: float
+
+    def like(self, other: Call) -> bool:
+        """Rule 3."""
+        return (self.names, self.within) == (other.names, other.within)
+
+
+def landed(table: LatencyTable) -> None:
+    """The table has it (rule 4)."""
+    if os.path.isfile(bursts_of(table.path)):
+        with _file(table) as file:
+            if isinstance(file, io.FileIO):
+                drop_bursts(table.path)
+
+
+@contextlib.contextmanager
+def kept(table: LatencyTable, call: Call, sessions: Sequence[Session]) -> Iterator[tuple[Call, tuple[Session, ...]]]:
+    """The call to make, ``call`` or the one like it that was killed, and the ``sessions`` for it."""
+    with _file(table) as file:
+        found = _read(file)
+        known = next((each for each in found if each.call.like(call)), None)
+        if known is None:
+            known = _Found(call, found[-1].end if found else 0)
+            log = _Log(file, known, [json.dumps(asdict(call))])
+        else:
+            log = _Log(file, known)
+        try:
+            yield known.call, tuple(_Kept(session, k, log) for k, session in enumerate(sessions))
+        except Exception:  # what was reported may be the reason
+            log.drop()
+            raise
+        finally:
+            log.save()
+
+
+def points_kept(table: LatencyTable, name: str) -> set[Point]:
+    """The points that a call was killed before it had timed again, of `ONCE` or `AGAIN` (rule 5)."""
+    return {(key, tuple(extents)) for key, extents in json.loads(table.get_blob(name) or b"[]")}
+
+
+def keep_points(table: LatencyTable, name: str, points: Collection[Point]) -> None:
+    """Leave word of ``points`` for `points_kept`."""
+    if points:
+        table.put_blob(name, json.dumps(sorted(points)).encode())
+    else:
+        table.drop_blob(name)
+
+
+def _file(table: LatencyTable) -> Raw:
+    """The file, locked, or one in memory where that cannot be."""
+    if table.path != MEMORY:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            file = io.FileIO(bursts_of(table.path), "a+")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.close()
+            else:
+                return file
+    return io.BytesIO()
+
+
+@dataclass(slots=True)
+class _Found:
+    """A call in the file, the offset of what follows its first line, its bursts, and that of what follows each."""
+
+    call: Call
+    begin: int
+    bursts: deque[tuple[int, int, float, int]] = field(default_factory=deque)
+
+    @property
+    def end(self) -> int:
+        return self.bursts[-1][-1] if self.bursts else self.begin
+
+
+def _read(file: Raw) -> list[_Found]:
+    found: list[_Found] = []
+    at = file.seek(0)
+    *lines, _ = (file.read() or b"").split(b"\n")
+    for line in lines:
+        at += len(line) + 1
+        try:
+            content = json.loads(line)
+            if isinstance(content, dict):
+                found.append(_Found(Call(**{**content, "names": tuple(content["names"])}), at))
+                continue
+            seed, session, repeats, ms = content
+        except (ValueError, TypeError, KeyError):
+            break
+        if not found or seed != found[-1].call.seed:
+            break
+        found[-1].bursts.append((session, repeats, ms, at))
+    return found
+
+
+class _Log:
+    """Where the bursts of a call come from, those that were kept first, and where they go."""
+
+    def __init__(self, file: Raw, known: _Found, lines: Sequence[str] = ()) -> None:
+        self._file: Raw | None = file
+        self._seed, self._begin, self._offset = known.call.seed, known.begin, known.begin
+        self._bursts, self._lines = known.bursts, list(lines)
+
+    def sample(self, session: Session, index: int, repeats: int) -> float:
+        if self._bursts:
+            *burst, ms, end = self._bursts.popleft()
+            if burst == [index, repeats]:
+                self._offset = end
+                return float(ms)
+            self._bursts.clear()
+        ms = session.sample(repeats)
+        self._lines.append(json.dumps([self._seed, index, repeats, ms]))
+        if len(self._lines) >= EVERY:
+            self.save()
+        return ms
+
+    def save(self) -> None:
+        """Write what is new behind what is valid, as long as that can be done."""
+        lines, self._lines = self._lines, []
+        if self._file is not None and lines:
+            content = "".join(f"{line}\n" for line in lines).encode()
+            try:
+                self._file.seek(self._offset)
+                self._file.truncate()
+                whole = self._file.write(content) == len(content)
+            except OSError:
+                whole = False
+            self._offset += len(content)
+            self._file = self._file if whole else None
+
+    def drop(self) -> None:
+        """Forget this call's bursts, and what came after it."""
+        self._lines.clear()
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._begin)
+
+
+class _Kept:
+    """A session that reports what the log has of it before it is timed."""
+
+    def __init__(self, session: Session, index: int, log: _Log) -> None:
+        self._session, self._index, self._log = session, index, log
+
+    @property
+    def clock(self) -> Clock:
+        return self._session.clock
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self._session.run(feeds)
+
+    def sample(self, repeats: int) -> float:
+        return self._log.sample(self._session, self._index, repeats)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)

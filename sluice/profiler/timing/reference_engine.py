@@ -1,0 +1,130 @@
+"""A fixed small engine that takes part in every measurement, so that points measured at different times compare.
+
+It says when there was quiet enough (`sluice.profiler.timing.measure`, rule 4). The quiet time is measured once, long,
+and kept in the table. It is of the lowest 3% of a thousand bursts: the lowest three were once 4% quicker than ever
+after.
+
+A host that is busy for the whole of that first time makes it too long, and then all seems calm: on two threads, with an
+anchor that was 13% slow, a ResNet-1D came out 8% too slow, without a word. So where the anchor takes less in some later
+call, by `CALM`, its quiet time is taken anew, and counts if it is lower by more than `NOISE`. Where it was off by
+`OFF`, all that the table holds by then is marked as uncertain, and that call is made again.
+
+Where another host goes on with a table, of the same kind but some percent slower or quicker, its own quiet time is
+measured, all that the table holds is multiplied by ``own / known``, and the table is that host's from then on. If it
+turns out to be less in the first call after that, all is multiplied once more. Beyond `MAX_RATIO` it is of another
+kind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from sluice.core.errors import SluiceError
+from sluice.profiler.table.latency_table import LatencyTable
+from sluice.profiler.timing.measure import CALM, UNCERTAIN, Anchor, Measurement, measure
+from sluice.runtime.host import host_identity
+from sluice.runtime.runner import Runner, Session
+
+__all__ = ["MAX_RATIO", "anchor_model", "make_anchor", "was_slow"]
+
+KEY = "anchor-v1"
+TRIES, ANEW = 8, 2
+OFF, NOISE = 0.03, 0.005
+MAX_RATIO = 1.15
+HOST = "host"
+
+
+def anchor_model() -> onnx.ModelProto:
+    """Two 3x3 convolutions with ReLU, 32 channels at 28x28, fixed random weights."""
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_normal((32, 32, 3, 3)).astype(np.float32) * 0.06 for _ in range(2)]
+    nodes = []
+    for k in range(2):
+        nodes.append(helper.make_node("Conv", [f"x{k}", f"w{k}"], [f"y{k}"], pads=[1, 1, 1, 1]))
+        nodes.append(helper.make_node("Relu", [f"y{k}"], [f"x{k + 1}"]))
+    graph = helper.make_graph(
+        nodes,
+        "anchor",
+        [helper.make_tensor_value_info("x0", TensorProto.FLOAT, [1, 32, 28, 28])],
+        [helper.make_tensor_value_info("x2", TensorProto.FLOAT, [1, 32, 28, 28])],
+        [numpy_helper.from_array(w, f"w{k}") for k, w in enumerate(weights)],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def make_anchor(
+    table: LatencyTable, runner: Runner, rng: np.random.Generator, *, lacks: Callable[[], bool] = lambda: True
+) -> Anchor:
+    """The anchor engine with the quiet time that the table knows, or that is measured now and recorded.
+
+    Args:
+        lacks: whether something is missing in the table; only then that of another host becomes this host's.
+    Raises:
+        SluiceError: the table was begun on a host of another kind.
+    """
+    session = runner.build(anchor_model())
+    known, here = table.get(KEY, ()), host_identity()
+    if known is None:
+        known = _quiet(session, TRIES, rng)
+        table.put(KEY, (), known)
+        table.describe(KEY, "reference engine measured along with every point")
+        table.put_blob(HOST, _encoded(here))
+    elif _of_another_host(table, here) and lacks():
+        return _moved(table, known, session, _quiet(session, TRIES, rng), here)
+    return Anchor(session, known.ms)
+
+
+def _of_another_host(table: LatencyTable, here: frozenset[str]) -> bool:
+    """Only of tables that can be written, and where both hosts have something to be known by."""
+    there = frozenset(json.loads(table.get_blob(HOST) or b"[]"))
+    writable = all(os.access(place, os.W_OK) for place in (table.path, os.path.dirname(table.path) or "."))
+    return bool(there and here) and not there & here and writable
+
+
+def _moved(table: LatencyTable, known: Measurement, session: Session, own: Measurement, here: frozenset[str]) -> Anchor:
+    """The anchor in a table whose times are now of this host."""
+    ratio = own.ms / known.ms
+    if not 1 / MAX_RATIO <= ratio <= MAX_RATIO:
+        raise SluiceError(
+            f"{table.path} is of a host whose reference engine takes {1 / ratio:.2f} times what it takes here, beyond "
+            f"{MAX_RATIO}; go on when this host is quiet, on that host or one of its kind, or begin a new table here"
+        )
+    if abs(ratio - 1.0) <= NOISE:
+        own = known
+    if table.move(KEY, known, own, {HOST: _encoded(here)}):
+        return Anchor(session, own.ms, own.ms / known.ms, unproven=True)
+    return Anchor(session, table.require(KEY, ()).ms)  # another process here was first
+
+
+def _encoded(identity: frozenset[str]) -> bytes:
+    return json.dumps(sorted(identity)).encode()
+
+
+def was_slow(anchor: Anchor, ms: float, table: LatencyTable) -> bool:
+    """Whether the quiet time of the anchor, which now took ``ms``, was off by `OFF`; what it is off by is mended."""
+    if ms >= (1.0 - CALM) * anchor.ms:
+        return False
+    before, found = anchor.ms, _quiet(anchor.session, ANEW, np.random.default_rng(0))
+    if found.ms > (1.0 - NOISE) * before:
+        return False
+    off = found.ms < (1.0 - OFF) * before
+    known = table.get(KEY, ())
+    if anchor.unproven and known is not None and table.move(KEY, known, found, {}):
+        anchor.moved *= found.ms / known.ms
+    else:
+        if off:
+            table.doubt(UNCERTAIN + before / found.ms - 1.0)
+        table.put(KEY, (), found)
+    anchor.ms = found.ms
+    return off
+
+
+def _quiet(session: Session, tries: int, rng: np.random.Generator) -> Measurement:
+    found = [measure([session], min_bursts=1000, max_bursts=1000, rng=rng)[0] for _ in range(tries)]
+    return min(found, key=lambda m: m.ms)

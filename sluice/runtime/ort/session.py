@@ -1,0 +1,145 @@
+"""What sessions of ONNX Runtime have in common, whatever they run on: loading, computing, made-up inputs.
+
+1. A build for NVIDIA's GPUs is linked against the libraries of CUDA, so these are loaded before it is imported: by
+   torch where that is installed, since two copies in one process would be trouble, else by name or from NVIDIA's
+   packages. What torch does not bring (cuDNN, other versions) ONNX Runtime finds itself once it is imported.
+2. Shapes are made static before the graph is optimised. A named dimension is overridden by its name, a dimension
+   without one is written into the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sluice.core.errors import SluiceError, first_line
+from sluice.runtime.cuda import Cuda
+from sluice.runtime.inputs import Dims, Shapes, made_up, place, serialized, sized
+from sluice.runtime.ort.denormals import floating_point_mode
+
+if TYPE_CHECKING:
+    from sluice.runtime.inputs import Model
+
+__all__ = ["compute", "load_library", "load_session", "resident_inputs"]
+
+DTYPES: dict[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int8)": np.int8,
+    "tensor(int16)": np.int16,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+    "tensor(uint8)": np.uint8,
+    "tensor(uint16)": np.uint16,
+    "tensor(uint32)": np.uint32,
+    "tensor(uint64)": np.uint64,
+    "tensor(bool)": np.bool_,
+}
+
+
+@functools.cache
+def load_library(*, cuda: bool) -> str:
+    """Import ONNX Runtime, ``cuda``: after the libraries of CUDA (rule 1); why that failed, empty where it did not."""
+    if cuda:
+        _load_cuda()
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return f"the installed ONNX Runtime cannot be imported ({first_line(error)}); install what it needs"
+    if cuda and hasattr(onnxruntime, "preload_dlls"):
+        with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find, and others read our output
+            onnxruntime.preload_dlls()
+    return ""
+
+
+def load_session(
+    model: Model,
+    shapes: Shapes,
+    provider: str | tuple[str, dict[str, str]],
+    *,
+    threads: int = 1,
+    entries: Mapping[str, str] | None = None,
+    optimize: bool = True,
+    save: Path | None = None,
+) -> Any:
+    """An ``onnxruntime.InferenceSession`` of ``model`` with static ``shapes`` (rule 2).
+
+    Args:
+        entries: further entries of the session's configuration.
+        optimize: as a deployed engine is; else the graph is computed as it stands.
+        save: where the optimised graph is written to.
+    Raises:
+        SluiceError: the model cannot be loaded; with the file's name and ONNX Runtime's reason.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    if save is not None:
+        options.optimized_model_filepath = str(save)
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    for key, value in (entries or {}).items():
+        options.add_session_config_entry(key, value)
+    for name, size in shapes.sizes.items():
+        options.add_free_dimension_override_by_name(name, size)
+    given = sized(model, shapes)
+    source = str(Path(given)) if isinstance(given, (str, os.PathLike)) else serialized(given)
+    try:
+        with floating_point_mode(flush=False):
+            # Without the fallback of the Python wrapper, which would try the CPU where another provider fails.
+            return ort.InferenceSession(source, options, providers=[provider], enable_fallback=0)
+    except Exception as error:  # ORT's exceptions share no base class of their own
+        raise SluiceError(f"ONNX Runtime cannot load {place(model)}: {first_line(error)}; check the model") from error
+
+
+def compute(
+    session: Any, where: str, feeds: Mapping[str, np.ndarray], options: Any | None = None
+) -> dict[str, np.ndarray]:
+    """Outputs by name; `SluiceError` where a feed is missing, unknown or of the wrong type or shape."""
+    names = [output.name for output in session.get_outputs()]
+    try:
+        outputs = session.run(names, dict(feeds), options)
+    except Exception as error:
+        shapes = {name: tuple(np.shape(value)) for name, value in feeds.items()}
+        takes = ", ".join(f"{meta.name}: {meta.type} {meta.shape}" for meta in session.get_inputs())
+        raise SluiceError(
+            f"ONNX Runtime cannot run {where} on inputs {shapes}: {first_line(error)}; the model takes {takes}"
+        ) from error
+    return dict(zip(names, outputs, strict=True))
+
+
+def resident_inputs(session: Any, shapes: Mapping[str, Dims], where: str) -> dict[str, np.ndarray]:
+    """Data for every input; `SluiceError` where one has no static shape or a type for which none can be made up."""
+    found = {}
+    for meta in session.get_inputs():
+        dtype = DTYPES.get(meta.type)
+        if dtype is None:
+            raise SluiceError(
+                f"cannot time {where}: input {meta.name!r} is {meta.type}, for which no data can be made up; "
+                f"use one of {', '.join(DTYPES)}"
+            )
+        found[meta.name] = made_up(meta.name, shapes.get(meta.name, tuple(meta.shape)), dtype, where)
+    return found
+
+
+def _load_cuda() -> None:
+    if find_spec("torch"):
+        with contextlib.suppress(ImportError, OSError):  # ONNX Runtime can do without a torch that is broken
+            import torch  # noqa: F401
+    else:
+        with contextlib.suppress(SluiceError):  # what is lacking is said by whoever needs it
+            Cuda.load()

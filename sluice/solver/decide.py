@@ -1,0 +1,329 @@
+"""The configuration to build: least loss within the promised milliseconds, over all sites at once, solved exactly.
+
+    minimise   sum_g sum_l  D[g,l] x[g,l]                 D[g,l] = increase of the loss where site g takes level l
+    subject to sum_l x[g,l] = 1,  x binary                one level per site (width, rank, switch)
+               the model's rules over the switches
+               LatencyModel.ms(widths) <= target
+
+1. The latency row (`sluice.solver.milp`) is the model itself up to the solver's tolerance. ``promised_ms`` is
+   nevertheless recomputed from ``LatencyModel.ms``; a solution that exceeds the target by more than a millionth is
+   solved again, tightened.
+2. A gap lets the solver stop at what is needlessly altered. What it returns is therefore walked downhill, in loss,
+   then in structural edits (switches that leave their dense value), then towards full widths and ranks: single sites
+   to another level, and whole edits back to the dense state of the layers that they cover, as long as rules and target
+   hold.
+3. Losses of widths come from scores of channels, squared changes of the loss one channel at a time. What leaves a
+   group together adds up in amplitude: ``D = (sum of sqrt(score) over the removed channels)^2``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from sluice.core.errors import SluiceError, Unreachable
+from sluice.core.latency import LatencyModel
+from sluice.solver.milp import Program
+
+__all__ = ["Choice", "amplitude_losses", "decide", "least_ms", "restricted", "tightened", "unreachable"]
+
+TOLERANCE = 1e-6  # relative excess of the recomputed promise that still counts as met
+SCALE = 1e3  # of the objective: the solver stops at an absolute gap of 1e-6 as well, and good losses are small
+TIE = 1e-5  # what a structural edit costs in that objective
+# What a method chooses.
+MEANS = {"filter": "widths", "rank": "ranks", "block": "dropped blocks", "merge": "merged runs", "bsr": "ranks"}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One value per site, switches included, and what it promises.
+
+    ``retained`` is ``1 - loss / (sum over the sites of their largest loss)``, in [0, 1]; for ``least_ms``, which knows
+    no losses, the kept share of all widths and ranks, and ``loss`` the rest. ``gap`` is the relative distance to the
+    best bound that the solver proved.
+    """
+
+    widths: Mapping[str, int]
+    promised_ms: float
+    loss: float
+    retained: float
+    gap: float
+    seconds: float
+
+    def kept(self, importance: Mapping[str, np.ndarray]) -> Mapping[str, tuple[int, ...]]:
+        """Sorted indices of the most important channels of every group scored; of equal scores the first."""
+        return {g: tuple(sorted(_order(importance[g])[:w].tolist())) for g, w in self.widths.items() if g in importance}
+
+
+class _OutOfTime(SluiceError):
+    """The solver has neither found a configuration nor proved that there is none."""
+
+
+def decide(
+    model: LatencyModel,
+    losses: Mapping[str, np.ndarray],
+    target_ms: float,
+    *,
+    gap: float = 1e-2,
+    time_limit_s: float = 20.0,
+) -> Choice:
+    """The configuration of least loss within ``target_ms``; of equal ones that with fewer structural edits.
+
+    Args:
+        model: what a configuration costs.
+        losses: by site, the increase of the loss at every one of its levels, shape ``(len(levels[g]),)``, in any one
+            unit; sites left out cost nothing at any level. For widths see `amplitude_losses`.
+        target_ms: milliseconds that ``model.ms(widths)`` must not exceed.
+        gap: relative distance to the least loss at which the solver may stop.
+        time_limit_s: after this many seconds the best configuration found so far is returned, with its gap.
+
+    Raises:
+        SluiceError: losses of an unknown site, of the wrong shape or sign, a target below what any configuration
+            reaches, or none found in time.
+    """
+    started = time.perf_counter()
+    checked = _checked(model, losses)
+    if not math.isfinite(target_ms):
+        raise SluiceError(f"budget is {target_ms} ms; give a finite number of milliseconds")
+
+    def chosen(widths: Mapping[str, int], gap: float) -> Choice:
+        lost = _loss(model, checked, widths)
+        total = sum(float(loss.max()) for loss in checked.values())
+        retained = min(max(1.0 - lost / total, 0.0), 1.0) if total > 0 else 1.0
+        return Choice(dict(widths), model.ms(widths), lost, retained, gap, time.perf_counter() - started)
+
+    dense_ms = model.dense_ms()
+    if dense_ms <= target_ms and _valid(model, model.dense) and _loss(model, checked, model.dense) <= 0:
+        return chosen(model.dense, 0.0)
+    program = Program(model)
+    unit = (sum(float(loss.max()) for loss in checked.values()) or 1.0) / SCALE
+    altered = program.over_levels({s: TIE * _edits(model, s) for s in model.switches})
+    objective = program.over_levels({g: loss / unit for g, loss in checked.items()}) + altered
+    bound = target_ms
+    for _ in range(8):
+        left = time_limit_s - (time.perf_counter() - started)
+        solved = _solve(program, objective, bound, gap, max(left, 0.1))
+        if solved is None:
+            least = least_ms(model, time_limit_s=time_limit_s)
+            if least.promised_ms > target_ms * (1 + TOLERANCE):
+                raise unreachable(target_ms, least.promised_ms, dense_ms, structure=bool(model.switches))
+            widths, proved = dict(least.widths), 0.0
+        else:
+            widths, proved = solved
+        promised = model.ms(widths)
+        if promised <= target_ms + TOLERANCE * abs(target_ms):
+            return chosen(_downhill(model, checked, widths, max(target_ms, promised)), proved)
+        bound -= 2 * (promised - target_ms)
+    raise RuntimeError(f"the solver's latency row and the model disagree at {widths}")
+
+
+def least_ms(model: LatencyModel, *, time_limit_s: float = 20.0) -> Choice:
+    """The configuration of the least promised milliseconds.
+
+    Of equally fast ones the one with fewest structural edits, then that which keeps most of widths and ranks.
+    """
+    started = time.perf_counter()
+    program = Program(model)
+    solved = _solve(program, program.cost, None, 1e-6, time_limit_s)
+    if solved is None:
+        raise RuntimeError("a program without a budget has no solution")
+    widths, proved = solved
+    fastest = model.ms(widths)
+    sizes = {g: size for g, size in model.dense.items() if g not in model.switches}
+    channels = sum(sizes.values()) or 1
+    keep = {g: -np.asarray(model.levels[g], float) / channels for g in sizes}
+    altered = {s: _edits(model, s) for s in model.switches}
+    try:
+        fuller = _solve(program, program.over_levels(keep | altered), fastest, 1e-6, time_limit_s)
+    except _OutOfTime:  # no reason to fail: as fast it is already
+        fuller, widths = None, _downhill(model, {}, widths, fastest)
+    if fuller is not None and model.ms(fuller[0]) <= fastest + 1e-9 * abs(fastest):
+        widths = fuller[0]
+    share = sum(widths[g] for g in sizes) / channels if sizes else 1.0
+    return Choice(widths, model.ms(widths), 1.0 - share, share, proved, time.perf_counter() - started)
+
+
+def tightened(target_ms: float, ask: Callable[[float], Choice]) -> Choice:
+    """A choice that promises ``target_ms``, of an algorithm that adds up milliseconds site by site.
+
+    What a site saves is seen from the dense network, where more may be read again (`LatencyModel`, rule 5) than is left
+    to be saved in the end. So the algorithm is asked for what it has missed as well, until it meets the target.
+
+    Raises:
+        Unreachable: the first answer of ``ask``, if it is that; of later ones the choice before it counts.
+    """
+    choice, bound = ask(target_ms), target_ms
+    for _ in range(8):
+        missed = choice.promised_ms - target_ms
+        if missed <= TOLERANCE * abs(target_ms):
+            break
+        bound -= 2 * missed
+        try:
+            choice = ask(bound)
+        except Unreachable:
+            break
+    return choice
+
+
+def unreachable(
+    target_ms: float, least: float, dense: float, *, structure: bool = False, methods: Sequence[str] = ()
+) -> Unreachable:
+    """The error for a budget below the least that is reached, in milliseconds.
+
+    ``methods`` are those that reach it; where they are not known, ``structure`` says that there are ranks and depth.
+    """
+    means = "widths, ranks and depth together reach" if structure else "filter gates alone reach"
+    if methods:
+        *first, last = (MEANS[method] for method in methods)
+        means = f"{', '.join(first)} and {last} together reach" if first else f"{last} alone reach"
+    return Unreachable(
+        f"budget {_ms(target_ms)} cannot be met: {means} {_ms(least, up=True)} "
+        f"({100 * least / dense:.1f}% of dense {_ms(dense)}); ask for at least that"
+    )
+
+
+def amplitude_losses(levels: Mapping[str, tuple[int, ...]], scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Losses of widths from scores of channels (rule 3), shape ``(len(levels[g]),)`` each.
+
+    Args:
+        levels: increasing widths of the groups to score, the last one dense; ``model.levels`` or a part of it.
+        scores: by group, squared changes of the loss by channel, shape ``(levels[g][-1],)``.
+
+    Returns:
+        Losses relative to removing all channels of all groups.
+
+    Raises:
+        SluiceError: scores missing, of the wrong shape or sign, or all zero.
+    """
+    sums = {}
+    for group, widths in levels.items():
+        size = widths[-1]
+        if group not in scores:
+            raise SluiceError(f"no importance given for group {group!r}; give scores of shape ({size},)")
+        own = np.asarray(scores[group], dtype=float)
+        if own.shape != (size,):
+            raise SluiceError(f"importance of group {group!r} has shape {own.shape}; it must be ({size},)")
+        if not np.isfinite(own).all() or (own < 0).any():
+            raise SluiceError(f"importance of group {group!r} is negative or not finite; give non-negative scores")
+        # Summed from the least important up, so that what is small is not lost in what is large.
+        removed = np.concatenate([[0.0], np.cumsum(np.sqrt(own[_order(own)[::-1]]))])
+        sums[group] = removed[::-1] ** 2
+    total = sum(float(s[0]) for s in sums.values())
+    if total <= 0:
+        raise SluiceError(f"importance is zero in all of {len(sums)} groups; give at least one positive score")
+    return {group: s[list(levels[group])] / total for group, s in sums.items()}
+
+
+def restricted(model: LatencyModel, groups: frozenset[str]) -> LatencyModel:
+    """The same model in which all other sites stay dense."""
+    levels = {g: tuple(model.levels[g]) if g in groups else (size,) for g, size in model.dense.items()}
+    return replace(model, levels=levels)
+
+
+def _solve(
+    program: Program, objective: np.ndarray, bound_ms: float | None, gap: float, time_limit_s: float
+) -> tuple[dict[str, int], float] | None:
+    """Values of the sites and proved gap, or None where none satisfy the bound."""
+    model = program.model
+    constraints = [program.rows()]
+    # Milliseconds may be tiny; HiGHS' feasibility tolerance is absolute, so both rows are put on a scale of one.
+    unit = max(abs(model.slope) * float(np.abs(program.cost).max(initial=0.0)), 1e-12)
+    if bound_ms is not None:
+        room = bound_ms - model.intercept - model.slope * program.constant
+        constraints.append(LinearConstraint(model.slope / unit * program.cost[None, :], -np.inf, room / unit))
+    else:
+        objective = model.slope / unit * objective
+    result = milp(
+        objective,
+        integrality=program.integrality,
+        bounds=Bounds(0, program.most),
+        constraints=constraints,
+        options={"mip_rel_gap": gap, "time_limit": time_limit_s},
+    )
+    if result.x is None and "nfeasible" in result.message:
+        return None
+    if result.x is None:
+        raise _OutOfTime(
+            f"no configuration found in {time_limit_s:.0f} s for {len(model.dense)} sites ({result.message.strip()}); "
+            "raise time_limit_s or offer fewer levels per group"
+        )
+    return program.widths(result.x), float(result.mip_gap or 0.0)
+
+
+def _downhill(
+    model: LatencyModel, losses: Mapping[str, np.ndarray], widths: Mapping[str, int], target_ms: float
+) -> dict[str, int]:
+    """Rule 2: the configuration after all moves that lower (loss, structural edits, what widths and ranks lack)."""
+
+    def height(at: Mapping[str, int]) -> tuple[float, int, int]:
+        edits = sum(at[s] != model.dense[s] for s in model.switches)
+        return _loss(model, losses, at), edits, -sum(w for g, w in at.items() if g not in model.switches)
+
+    current = dict(widths)
+    lowest = height(current)
+    moved = True
+    while moved:
+        moved = False
+        for change in _moves(model, current):
+            after = {**current, **change}
+            reached = height(after)
+            if reached < lowest and _valid(model, after) and model.ms(after) <= target_ms:
+                current, lowest, moved = after, reached, True
+    return current
+
+
+def _moves(model: LatencyModel, widths: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    for group in model.dense:
+        if group not in model.switches:
+            yield from ({group: level} for level in model.levels[group])
+    for switch in model.switches:
+        if widths[switch] != model.dense[switch]:
+            rules = [rule for rule in model.rules if switch in dict(rule.coefs)]
+            yield {s: model.dense[s] for rule in rules for s, _ in rule.coefs}
+
+
+def _valid(model: LatencyModel, widths: Mapping[str, int]) -> bool:
+    offered = all(widths[g] in levels for g, levels in model.levels.items())
+    return offered and all(rule.holds(widths) for rule in model.rules)
+
+
+def _checked(model: LatencyModel, losses: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Losses of every site, zeros where none are given."""
+    for site in losses:
+        if site not in model.levels:
+            raise SluiceError(f"losses are given for {site!r}, which is no site of the model; name one of its sites")
+    found = {}
+    for site, levels in model.levels.items():
+        own = np.asarray(losses.get(site, np.zeros(len(levels))), dtype=float)
+        if own.shape != (len(levels),):
+            raise SluiceError(f"losses of site {site!r} have shape {own.shape}; give one per level, ({len(levels)},)")
+        if not np.isfinite(own).all() or (own < 0).any():
+            raise SluiceError(f"losses of site {site!r} are negative or not finite; give increases of the loss")
+        found[site] = own
+    return found
+
+
+def _loss(model: LatencyModel, losses: Mapping[str, np.ndarray], widths: Mapping[str, int]) -> float:
+    return float(sum(loss[model.levels[g].index(widths[g])] for g, loss in losses.items()))
+
+
+def _edits(model: LatencyModel, switch: str) -> np.ndarray:
+    """1 at the levels of a switch that change the network's structure, 0 at its dense value."""
+    return np.asarray([float(level != model.dense[switch]) for level in model.levels[switch]])
+
+
+def _order(scores: np.ndarray) -> np.ndarray:
+    return np.argsort(-np.asarray(scores, dtype=float), kind="stable")
+
+
+def _ms(value: float, *, up: bool = False) -> str:
+    """At least three significant digits; rounded up where the figure is one to ask for."""
+    decimals = 2 if abs(value) >= 1 or value == 0 else 2 - math.floor(math.log10(abs(value)))
+    if up:
+        value = math.ceil(value * 10**decimals - 1e-9) / 10**decimals
+    return f"{value:.{decimals}f} ms"

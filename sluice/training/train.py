@@ -1,0 +1,166 @@
+"""The built-in training loop, for both stages: learn the gates, then fine-tune what is left.
+
+``loss = task + budget.penalty()`` in the first stage, ``task`` in the second. The task is logit distillation from the
+dense network (`sluice.training.distill`) mixed with the labels where there are some. AdamW, learning rate on half a
+cosine; gate logits have a learning rate of their own and no weight decay. Any other loop serves as well: the only calls
+a loop owes are ``budget.penalty()`` in the loss and ``gated.step()`` after the optimizer's step.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sized
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sluice.core.errors import SluiceError, first_line
+from sluice.passes.gates.filter_gates import gate_parameters, other_parameters
+from sluice.training.budget import Budget
+from sluice.training.distill import logit_distillation
+
+__all__ = ["Data", "Loss", "check_data", "fit", "on_device", "split_batch"]
+
+# Batches of (inputs, labels) or of inputs alone; iterated once per epoch.
+Data = Iterable[Any]
+# (model outputs, teacher outputs, labels or None) -> scalar
+Loss = Callable[[Any, Any, Any], Tensor]
+GATE_LR = 0.02
+WEIGHT_DECAY = 1e-2
+
+
+def default_loss(outputs: Any, taught: Any, labels: Any) -> Tensor:
+    """Logit distillation at temperature 4, with a tenth of cross-entropy where there are labels."""
+    if not isinstance(outputs, Tensor):
+        raise SluiceError(
+            f"the model returns {type(outputs).__name__}, not logits; pass loss=(outputs, taught, labels)"
+        )
+    return logit_distillation(outputs, taught, labels)
+
+
+def split_batch(batch: Any) -> tuple[tuple[Any, ...], Any]:
+    """(arguments of the model, labels or None) of a batch from a data loader."""
+    if isinstance(batch, Tensor):
+        return (batch,), None
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        inputs, labels = batch
+        return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), labels
+    raise SluiceError(f"a batch of data is {type(batch).__name__}; make it inputs, or a pair (inputs, labels)")
+
+
+def on_device(values: Any, model: nn.Module) -> Any:
+    """Tensors moved to where the model is."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device), values)
+
+
+def check_data(model: nn.Module, data: Data, *, loss: Loss | None = None) -> None:
+    """Run the first batch through a copy of ``model``, so that what does not fit is said before hours of work.
+
+    Args:
+        loss: evaluated once, the model as its own teacher; None if nothing is trained.
+    Raises:
+        SluiceError: there is no batch, it can be read only once, the model or the loss refuses it, or there is nothing
+            to train.
+    """
+    if loss is not None and not any(p.requires_grad for p in model.parameters()):
+        raise SluiceError("no parameter of the model requires a gradient, so it cannot be trained; unfreeze some")
+    if iter(data) is data:
+        raise SluiceError(f"data is a {type(data).__name__}, which can be read only once; give a list or a DataLoader")
+    first = next(iter(data), None)
+    if first is None:
+        raise SluiceError("data has no batches; give at least one")
+    inputs, known = split_batch(first)
+    step = "model does not run"
+    try:
+        with torch.no_grad():
+            outputs = copy.deepcopy(model).eval()(*on_device(inputs, model))
+            if loss is not None:
+                step = "loss cannot be taken"
+                loss(outputs, outputs, on_device(known, model))
+    except SluiceError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
+        reason = first_line(error)
+        raise SluiceError(
+            f"the {step} on the first batch of data {shapes}: {reason}; give batches (inputs, labels) as they need"
+        ) from error
+
+
+def fit(
+    model: nn.Module,
+    data: Data,
+    *,
+    epochs: int,
+    teacher: nn.Module,
+    budget: Budget | None = None,
+    loss: Loss = default_loss,
+    lr: float = 1e-3,
+    gate_lr: float = GATE_LR,
+    weight_decay: float = WEIGHT_DECAY,
+    progress: bool = True,
+    name: str = "train",
+) -> nn.Module:
+    """Train ``model`` in place.
+
+    Args:
+        data: re-iterable batches.
+        teacher: the dense network; kept in eval mode, not trained.
+        budget: adds its penalty, and steps the gates of ``model``.
+    Raises:
+        SluiceError: the loss is not finite, or there is no data.
+    """
+    from tqdm import tqdm
+
+    total = epochs * len(data) if isinstance(data, Sized) else None
+    if total == 0:
+        raise SluiceError(f"cannot train: {epochs} epochs over no batches; give data with at least one batch")
+    groups: list[dict[str, Any]] = [{"params": other_parameters(model), "lr": lr, "weight_decay": weight_decay}]
+    if budget is not None:
+        # A short memory of the second moment: the budget's pull changes within tens of steps.
+        groups.append({"params": gate_parameters(model), "lr": gate_lr, "weight_decay": 0.0, "betas": (0.9, 0.99)})
+    optimizer = torch.optim.AdamW(groups)
+    shape = [cosine, late][: len(groups)]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [f(total) for f in shape])
+    teacher.eval()
+    model.train()
+    done = 0  # a disabled bar does not count
+    with tqdm(total=total, desc=name, unit="step", disable=not progress, leave=False) as bar:
+        for epoch in range(epochs):
+            before = done
+            for batch in data:
+                inputs, labels = on_device(split_batch(batch), model)
+                with torch.no_grad():
+                    taught = teacher(*inputs)
+                value = loss(model(*inputs), taught, labels)
+                if budget is not None:
+                    value = value + budget.penalty()
+                number = float(value.detach())
+                if not math.isfinite(number):
+                    raise SluiceError(f"the loss became {number} at step {done}; lower the learning rate lr={lr:g}")
+                optimizer.zero_grad()
+                value.backward()
+                optimizer.step()
+                schedule.step()
+                if budget is not None:
+                    model.step()  # type: ignore[operator]
+                done += 1
+                bar.update()
+                bar.set_postfix(loss=f"{number:.4f}", refresh=False)
+            if done == before:
+                raise SluiceError(f"epoch {epoch + 1} had no batches; give data that can be read again, as a list can")
+    return model.eval()
+
+
+def cosine(total: int | None) -> Callable[[int], float]:
+    """Half a cosine from 1 to 0 over ``total`` steps; 1 throughout where the length is unknown."""
+    return lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / total))) if total else 1.0
+
+
+def late(total: int | None) -> Callable[[int], float]:
+    """1 over the first half, then falling linearly to 0: sharper gates answer the same step with a larger jump."""
+    return lambda step: min(1.0, 2.0 * (1.0 - min(1.0, step / total))) if total else 1.0

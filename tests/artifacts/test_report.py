@@ -1,0 +1,251 @@
+"""Round trip, atomic save, and the figures a reader looks for."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from sluice.artifacts.report import EditRow, GroupRow, MethodRow, PieceRow, Report, edit_rows
+from sluice.core.errors import SluiceError
+from sluice.core.latency import Extent, LatencyModel, Rule, Term
+from sluice.core.plan import Drop, Factorize, Merge, Plan
+from sluice.solver.options import METHODS, Options, RankOption
+
+number = st.floats(allow_nan=False, allow_infinity=False)
+count = st.integers(0, 10**12)
+extents = st.lists(st.integers(1, 4096), max_size=3).map(tuple)
+reports = st.builds(
+    Report,
+    budget_ms=number,
+    dense_ms=number,
+    promised_ms=number,
+    measured_ms=st.none() | number,
+    parity_max_rel=st.none() | number,
+    params_dense=count,
+    params_slim=count,
+    macs_dense=count,
+    macs_slim=count,
+    metric_dense=st.none() | number,
+    metric_slim=st.none() | number,
+    seconds=number,
+    rounds=count,
+    fingerprint=st.dictionaries(st.text(), st.text() | st.integers() | number, max_size=3),
+    pieces=st.lists(st.builds(PieceRow, st.text(), st.text(), count, number, number, extents, extents), max_size=3).map(
+        tuple
+    ),
+    groups=st.lists(st.builds(GroupRow, st.text(), count, count), max_size=3).map(tuple),
+    skipped=st.lists(st.tuples(st.text(), st.text()), max_size=3).map(tuple),
+    error=st.dictionaries(st.text(), number, max_size=3),
+    methods=st.lists(st.builds(MethodRow, st.text(), count, number, st.none() | number), max_size=3).map(tuple),
+    edits=st.lists(st.builds(EditRow, st.text(), st.text(), st.text()), max_size=3).map(tuple),
+    readings=st.lists(st.tuples(st.text(), number, st.lists(number, max_size=3).map(tuple)), max_size=3).map(tuple),
+)
+OLD = """{"version": 1, "budget_ms": 2.5, "dense_ms": 5.0, "promised_ms": 2.4, "measured_ms": 2.45,
+"parity_max_rel": 3e-07, "params_dense": 270, "params_slim": 117, "macs_dense": 3100, "macs_slim": 1090,
+"metric_dense": 98.9, "metric_slim": null, "seconds": 151.5, "rounds": 3, "fingerprint": {"device": "cpu"},
+"pieces": [{"name": "conv1", "description": "Conv", "count": 1, "ms_before": 0.5, "ms_after": 0.25,
+"extents_before": [3, 16], "extents_after": [3, 7]}], "groups": [{"name": "conv1", "dense": 16, "kept": 7}],
+"skipped": [["fc", "is an output"]], "error": {"n": 14.0}}"""
+
+
+@pytest.fixture
+def report() -> Report:
+    return Report(
+        budget_ms=2.5,
+        dense_ms=4.96,
+        promised_ms=2.437,
+        measured_ms=2.461,
+        parity_max_rel=3.2e-7,
+        params_dense=11173962,
+        params_slim=3391234,
+        macs_dense=555422720,
+        macs_slim=201334455,
+        metric_dense=0.9512,
+        metric_slim=0.9467,
+        seconds=12.34,
+        rounds=2,
+        fingerprint={"device": "cpu"},
+        pieces=(
+            PieceRow("layer1.conv", "Conv 3x3", 1, 0.50, 0.41, (64, 64), (64, 48)),
+            PieceRow("[layer4.conv]", "Conv 3x3", 3, 0.90, 0.30, (512, 511), (512, 160)),
+        ),
+        groups=(GroupRow("layer1", 64, 48), GroupRow("stem", 64, 64)),
+        skipped=(("fc", "the model's output is never cut"),),
+        error={"p95": 0.052},
+        methods=(MethodRow("filter", 3, 1.234, 0.0625), MethodRow("block", 1, 0.777)),
+        edits=(EditRow("block", "layer2.0", "dropped, 6 tensors"),),
+        readings=(("[together]", 2.437, (0.5, 0.25)), ("filter alone", 2.431, ())),
+    )
+
+
+def text_of(report: Report) -> str:
+    console = Console(file=io.StringIO(), width=140)
+    report.render(console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@given(reports)
+def test_json_round_trip(report: Report) -> None:
+    assert Report.from_json(report.to_json()) == report
+
+
+def test_save_and_load(tmp_path: Path, report: Report) -> None:
+    path = tmp_path / "report.json"
+    report.save(path)
+    report.save(path)
+    assert Report.from_json(path.read_text()) == report
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_failed_save_leaves_the_old_file(tmp_path: Path, report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "report.json"
+    report.save(path)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        replace(report, seconds=math.nan).save(path)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(SluiceError, match="disk full"):
+            replace(report, rounds=7).save(path)
+    assert Report.from_json(path.read_text()) == report
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_table_has_the_figures_in_order(report: Report) -> None:
+    text = text_of(report)
+    for figure in ("4.960", "2.437", "2.461", "49.1%", "11,173,962", "30.3%", "201,334,455", "0.9467", "-0.0045"):
+        assert figure in text
+    assert "budget 2.500 ms met as measured" in text
+    assert "parity 3.2e-07" in text
+    assert "512x511 -> 512x160" in text
+    assert "1.800" in text
+    assert "1 of 2 groups cut, 112 of 128 channels kept" in text
+    words = [line.split() for line in text.splitlines()]
+    assert ["filter", "3", "1.234", "0.0625"] in words
+    assert ["block", "1", "0.777", "-"] in words
+    assert ["[together]", "2.437", "0.5", "0.25"] in words
+    assert ["filter", "alone", "2.431", "-"] in words
+    assert "  block layer2.0: dropped, 6 tensors\n" in text
+    marks = ["parameters", "ms saved by it", "rehearsed", "[layer4.conv]", "layer1.conv", "channels kept"]
+    marks += ["restructured", "fc: the model's output is never cut"]
+    assert [text.index(m) for m in marks] == sorted(text.index(m) for m in marks)
+
+
+def test_missing_figures_and_missed_budgets_are_said(report: Report) -> None:
+    missed = replace(report, measured_ms=2.6)
+    assert not missed.met()
+    assert "MISSED as measured" in text_of(missed)
+    bare = replace(report, measured_ms=None, parity_max_rel=None, metric_dense=None, metric_slim=None, pieces=())
+    assert bare.met()
+    text = text_of(bare)
+    assert "met as promised" in text
+    assert "metric" not in text
+
+
+def test_other_files_are_refused(report: Report) -> None:
+    data = json.loads(report.to_json())
+    with pytest.raises(SluiceError, match="no report"):
+        Report.from_json("{")
+    with pytest.raises(SluiceError, match="version 4"):
+        Report.from_json(json.dumps({**data, "version": 4}))
+    with pytest.raises(SluiceError, match=r"lacks or adds \['rounds'\]"):
+        Report.from_json(json.dumps({k: v for k, v in data.items() if k != "rounds"}))
+
+
+def test_reports_of_version_1_load() -> None:
+    report = Report.from_json(OLD)
+    assert report.pieces == (PieceRow("conv1", "Conv", 1, 0.5, 0.25, (3, 16), (3, 7)),)
+    assert report.groups == (GroupRow("conv1", 16, 7),)
+    assert report.skipped == (("fc", "is an output"),)
+    assert (report.methods, report.edits, report.readings) == ((), (), ())
+    assert "ms saved by it" not in text_of(report)
+    assert Report.from_json(report.to_json()) == report
+    with pytest.raises(SluiceError, match=r"lacks or adds \['rounds'\]"):
+        Report.from_json(OLD.replace('"rounds": 3, ', ""))
+
+
+def test_edits_of_a_plan() -> None:
+    shapes = {name: (4, 4, 3, 3) for name in "abcdef"}
+    merge = Merge(("c", "d", "e"), (("c",), ("e",)))
+    plan = Plan(
+        shapes, factorizations=(Factorize("a", "kx1-1xk", 2),), drops=(Drop("two", ("b", "f")),), merges=(merge,)
+    )
+    assert edit_rows(plan) == (
+        EditRow("rank", "a", "kx1-1xk, rank 2"),
+        EditRow("block", "two", "dropped, 2 tensors"),
+        EditRow("merge", "c..e", "3 layers, of c | e"),
+    )
+
+
+def structured() -> tuple[LatencyModel, Options]:
+    """Layers a to d, each on the widths g and h: a may have a rank, (a, b) may go, (c, d) or (b, c) may be merged.
+
+    Dense, a layer takes ``g * h / 10`` ms; a of rank r ``r / 10`` ms, a merged run ``g / 10`` ms.
+    """
+    option = RankOption("a", "kxk-1x1")
+    options = Options(
+        (option,),
+        {"block|drop": Drop("block", ("a", "b"))},
+        {"c..d|merge": Merge(("c", "d"), (("d",),)), "b..c|merge": Merge(("b", "c"), (("c",),))},
+    )
+    others = {"a": [option.switch, "block|drop"], "b": ["block|drop", "b..c|merge"]}
+    others |= {"c": ["c..d|merge", "b..c|merge"], "d": ["c..d|merge"]}
+    rules = tuple(Rule(tuple((name, 1) for name in (f"{layer}|dense", *rest))) for layer, rest in others.items())
+    switches = {name: int(name.endswith("dense")) for rule in rules for name, _ in rule.coefs}
+    sizes = {"g": 10, "h": 10, option.rank: 8}
+    grid = np.arange(11.0)
+
+    def term(name: str, *sites: str, when: str) -> Term:
+        axes = np.meshgrid(*[grid] * len(sites), indexing="ij")
+        ms = np.prod(np.stack(axes), axis=0) / 10
+        return Term(name, tuple(Extent(((s, 1),)) for s in sites), (grid,) * len(sites), ms, 1.0, (when,))
+
+    terms = [term(layer, "g", "h", when=f"{layer}|dense") for layer in others]
+    terms += [term(option.switch, option.rank, when=option.switch)]
+    terms += [term(switch, "g", when=switch) for switch in options.merges]
+    levels = {s: (0, 1) for s in switches} | {"g": (5, 10), "h": (7, 10), option.rank: (2, 8)}
+    return LatencyModel(tuple(terms), {**sizes, **switches}, levels, 0.5, 2.0, {}, rules, frozenset(switches)), options
+
+
+def test_contributions() -> None:
+    from sluice.pipeline.figures import contributions
+
+    model, options = structured()
+    (option,) = options.ranks
+    chosen = {**model.dense, "g": 5, option.rank: 2, option.switch: 1, "a|dense": 0}
+    chosen |= {"c|dense": 0, "d|dense": 0, "c..d|merge": 1}
+    assert model.ms(chosen) == pytest.approx(0.5 + 2 * (0.2 + 5 + 0.5))
+    losses = {"g": np.array([0.5, 0.0]), option.switch: np.array([0.0, 0.25]), option.rank: np.array([0.125, 0.0])}
+    losses |= {"block|drop": np.array([0.0, 9.0]), "c..d|merge": np.array([0.0, 4.0])}
+    rows = {row.name: row for row in contributions(model, options, chosen, losses)}
+    assert tuple(rows) == METHODS
+    assert [rows[name].sites for name in METHODS] == [1, 1, 0, 1]
+    assert [rows[name].loss for name in METHODS] == [0.5, 0.375, 0.0, 4.0]
+    # Without filters b takes 10 and the run 1; without the rank a takes 5; without the merge c and d take 5 each.
+    want = [2 * (5 + 0.5), 2 * (5 - 0.2), 0.0, 2 * (10 - 0.5)]
+    assert [rows[name].saved_ms for name in METHODS] == pytest.approx(want)
+
+    assert [row.loss for row in contributions(model, options, chosen)] == [None] * 4
+    part = {name: losses[name] for name in ("g", "c..d|merge")}  # a rank without a price
+    assert [row.loss for row in contributions(model, options, chosen, part)] == [0.5, None, 0.0, 4.0]
+
+    dropped = {**model.dense, "block|drop": 1, "a|dense": 0, "b|dense": 0}
+    rows = {row.name: row for row in contributions(model, options, dropped)}
+    assert rows["block"] == MethodRow("block", 1, pytest.approx(2 * 20))  # type: ignore[arg-type]
+    assert [(row.sites, row.saved_ms) for row in rows.values() if row.name != "block"] == [(0, 0.0)] * 3
+
+
+def test_torch_is_not_imported() -> None:
+    code = "import sys, sluice.artifacts.report; sys.exit('torch' in sys.modules or 'rich' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,338 @@
+"""``sluice export``: the file in its precision, the engine, and the commands for another machine."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+from sluice.artifacts.deploy import as_module
+from sluice.cli import main
+from sluice.commands import export as cli_export
+from sluice.commands.export import commands
+from sluice.commands.specs import inputs_of
+from sluice.core.errors import SluiceError
+from sluice.passes.precision.typed import PRECISIONS
+from sluice.runtime.compare import relative_error
+from sluice.runtime.trt import build as trt_build
+from sluice.runtime.trt.build import static_model
+from tests import tiny
+from tests.device import chain
+from tests.fake_tensorrt import fake_tensorrt
+from tests.rtx import INSTALLED
+from tests.tiny import words
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = "export tests.tiny:model --shape 3,9,9"
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def called(*parts: object, status: int = 0, error: str = "") -> dict[str, Any]:
+        assert main(words(*parts, "--json")) == status
+        out, err = capsys.readouterr()
+        assert error in err and bool(err) == bool(status)
+        return json.loads(out) if out else {}
+
+    return called
+
+
+def install(monkeypatch: pytest.MonkeyPatch, **faults: Any) -> Any:
+    trt = fake_tensorrt(**faults)
+    monkeypatch.setattr(trt_build, "find_tensorrt", lambda: trt)
+    return trt
+
+
+def types_in(path: Path) -> set[int]:
+    return {init.data_type for init in onnx.load(path).graph.initializer if len(init.dims) > 1}
+
+
+def test_trtexec_builds_and_times_what_is_deployed() -> None:
+    found = commands(chain([5], batch="N"), "slim.onnx", "out/slim.engine", precision="fp16", batch=8)
+    assert shlex.split(found.trtexec) == [
+        "trtexec",
+        "--onnx=slim.onnx",
+        "--saveEngine=out/slim.engine",
+        "--shapes=x:8x3x9x9",
+        "--timingCacheFile=out/slim.cache",
+        "--useCudaGraph",
+        "--useSpinWait",
+        "--noDataTransfers",
+    ]
+    assert shlex.split(found.polygraphy) == [
+        *(
+            "polygraphy",
+            "run",
+            "slim.onnx",
+            "--trt",
+            "--strongly-typed",
+            "--onnxrt",
+            "--rtol",
+            "0.02",
+            "--atol",
+            "0.02",
+        ),
+        *("--input-shapes", "x:[8,3,9,9]"),
+        *("--load-timing-cache", "out/slim.cache", "--save-timing-cache", "out/slim.cache"),
+    ]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_no_flag_gives_a_precision(precision: str) -> None:
+    found = commands(chain([5]), "a.onnx", "a.engine", precision=precision)
+    used = {word.partition("=")[0] for text in (found.trtexec, found.polygraphy) for word in shlex.split(text)}
+    assert not used & {"--fp16", "--bf16", "--int8", "--fp8", "--best", "--stronglyTyped", "--shapes", "--input-shapes"}
+    assert ("--onnxrt" in used, "--validate" in used) == (precision != "bf16", precision == "bf16")
+
+
+def test_tolerances_widen_with_the_step_of_the_precision() -> None:
+    def tolerance(precision: str) -> float:
+        line = shlex.split(commands(chain([5]), "a.onnx", "a.engine", precision=precision).polygraphy)
+        assert line[line.index("--rtol") + 1] == line[line.index("--atol") + 1]
+        return float(line[line.index("--rtol") + 1])
+
+    assert tolerance("fp32") < tolerance("fp16") < tolerance("int8") < 0.5
+
+
+def test_inputs_and_paths_of_any_name() -> None:
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, dims) for name, dims in
+             (("a b", ["N", 3]), ("fixed", [4, 3]), ("c:0", ["N", 2, 5]), ("y", ["N", 3]))]  # fmt: skip
+    graph = helper.make_graph([helper.make_node("Relu", ["a b"], ["y"])], "g", infos[:3], infos[3:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    found = commands(model, "my files/a.onnx", "my files/a.engine", precision="fp32", batch=6)
+    assert "--shapes=a b:6x3,c:0:6x2x5" in shlex.split(found.trtexec)
+    assert "--onnx=my files/a.onnx" in shlex.split(found.trtexec)
+    line = shlex.split(found.polygraphy)
+    assert line[line.index("--input-shapes") + 1 : line.index("--load-timing-cache")] == ["a b:[6,3]", "c:0:[6,2,5]"]
+    infos[2].type.tensor_type.shape.dim[1].dim_param = "length"
+    graph.input[2].CopyFrom(infos[2])
+    model.graph.CopyFrom(graph)
+    with pytest.raises(SluiceError, match=r"'c:0' has shape \[6, 'length', 5\], of which only the batch may be open"):
+        commands(model, "a.onnx", "a.engine", precision="fp32", batch=6)
+
+
+def test_export_in_half_precision_with_its_engine(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trt = install(monkeypatch)
+    path, engine = tmp_path / "slim.onnx", tmp_path / "deep" / "out.engine"
+    found = run(MODEL, "-o", path, "--precision fp16 --batch 4 --engine", engine)
+    assert types_in(path) == {TensorProto.FLOAT16}
+    assert engine.read_bytes() == static_model(onnx.load(path), 4).SerializeToString()
+    assert found["engine"] == {"file": str(engine), "bytes": engine.stat().st_size, "builder": "TensorRT 11.4.0.106"}
+    assert (found["out"], found["precision"], found["bytes"]) == (str(path), "fp16", path.stat().st_size)
+    assert f"--saveEngine={engine.with_suffix('.trtexec.engine')}" in shlex.split(found["trtexec"])
+    assert f"--timingCacheFile={engine.with_suffix('.cache')}" in shlex.split(found["trtexec"])
+    assert ":4x3x9x9" in found["trtexec"] and found["batch_fixed"] is False
+    cache = (tmp_path / "deep" / "out.cache").read_bytes()
+    assert cache
+    run(MODEL, "-o", path, "--precision fp16 --batch 4 --engine", engine)
+    assert trt.calls["caches"] == [b"", cache]
+
+
+@pytest.mark.parametrize(
+    ("version", "name", "major"),
+    [("10.13.3.9", "tensorrt", "10"), ("11.4.0.106", "tensorrt", "11"), ("1.2.0.54", "tensorrt_rtx", "11 (10 wants")],
+)
+def test_types_are_strong_in_the_version_found(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    version: str, name: str, major: str,
+) -> None:  # fmt: skip
+    """TensorRT 10 must be told, 11 refuses the flag; so too where it is only installed and builds nothing here."""
+    install(monkeypatch, version=version, name=name)
+    monkeypatch.setattr(cli_export, "find_spec", lambda module: module == name or None)
+    for option in ((), ("--engine", tmp_path / "a.engine")):
+        assert main(words(MODEL, "-o", tmp_path / "a.onnx", *option)) == 0
+        lines = capsys.readouterr().out.splitlines()
+        title, line = next((a, b) for a, b in pairwise(lines) if a.startswith("build and time"))
+        assert title.startswith(f"build and time with TensorRT {major}")
+        assert ("--stronglyTyped" in shlex.split(line)) is (major == "10")
+
+
+def test_what_is_installed_and_cannot_be_loaded_is_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise SluiceError("TensorRT is not here")
+
+    monkeypatch.setattr(trt_build, "find_tensorrt", broken)
+    monkeypatch.setattr(cli_export, "find_spec", lambda module: True)
+    assert cli_export._version(None) is None
+
+
+class Stubborn(nn.Module):
+    """Takes any batch, but not a free one: its Python asks for the number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).relu().mean((2, 3)) * float(1 / int(x.shape[0]))
+
+
+@pytest.mark.parametrize("option", ["", "--names"])
+def test_a_network_that_fixes_its_batch_is_exported_at_the_one_asked_for(
+    option: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    line = f"export tests.commands.test_export:Stubborn --shape 3,9,9 {option}"
+    for batch in (1, 5):
+        assert main(words(line, f"--batch {batch} -o", tmp_path / "a.onnx")) == 0
+        (info,) = onnx.load(tmp_path / "a.onnx").graph.input
+        assert [dim.dim_value for dim in info.type.tensor_type.shape.dim] == [batch, 3, 9, 9]
+        out = capsys.readouterr().out
+        assert f"bytes, fp32, batch fixed at {batch}\n" in out or option
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--engine a.engine --target ort-cpu", "--engine is built by TensorRT, --target ort-cpu asks for"),
+        ("--engine a.engine --target ort-cuda", "--engine is built by TensorRT, --target ort-cuda asks for"),
+        ("--precision int8 --target ort-cuda", "ort-cuda cannot be timed in int8: its CUDA provider"),
+        ("--precision int8 --target torch-cuda", "torch-cuda cannot be timed in int8: it has no int8"),
+        ("--precision bf16 --target ort-cpu", "ort-cpu cannot be timed in bf16"),
+        ("--target abacus", "there is no target 'abacus'"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sluice.cli.model_of", lambda _: pytest.fail("the model was made"))
+    calibration = "--calibration tests.tiny:data" if "int8" in options else ""
+    run(MODEL, "-o a.onnx", options, calibration, status=1, error=message)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("out", "engine", "said"),
+    [
+        ("same", "same", "-o and --engine are both 'same'"),
+        ("same.onnx", "./folder/../same.onnx", "-o and --engine are both './folder/../same.onnx'"),
+        ("a.cache", "a.engine", "-o and the timing cache beside the engine are both 'a.cache'"),
+        ("a.onnx", "a.cache", "--engine and the timing cache beside the engine are both 'a.cache'"),
+    ],
+)
+def test_no_file_is_written_over_another(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, out: str, engine: str, said: str
+) -> None:
+    install(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    run(MODEL, "-o", out, "--engine", engine, status=1, error=said)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("precision", "data"), [("fp16", ""), ("bf16", ""), ("int8", "data"), ("int8", "data_once")])
+def test_what_the_precision_costs_is_said(
+    run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path, precision: str, data: str
+) -> None:
+    """On the first calibration inputs, or else on those that the file was exported with."""
+    options = f"--precision {precision} --batch 3 {f'--calibration tests.tiny:{data}' * bool(data)}"
+    path = tmp_path / "a.onnx"
+    found = run(MODEL, "-o", path, options)
+    given = tiny.data()[0][0] if data else inputs_of("tests.tiny:model", (3, 9, 9), 3)
+    with torch.no_grad():
+        want = tiny.model().eval()(given)
+    assert found["error"] == pytest.approx(relative_error(as_module(onnx.load(path))(given), want), rel=0.02)
+    assert 0 < found["error"] < 0.05
+    assert main(words(MODEL, "-o", path, options)) == 0
+    place = "the first calibration inputs" if data else "random inputs"
+    assert f"relative error to fp32 {found['error']:.1e}, on {place}" in capsys.readouterr().out.splitlines()
+
+
+class Overflowing(nn.Module):
+    """Beyond what fp16 can hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 6e4 * 6e4
+
+
+def test_an_error_without_a_number(run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    line = f"export tests.commands.test_export:Overflowing --shape 5 --precision fp16 -o {tmp_path / 'a.onnx'}"
+    assert run(line)["error"] is None
+    assert main(words(line)) == 0
+    assert "relative error to fp32 inf, on random inputs" in capsys.readouterr().out
+
+
+def test_fp32_costs_nothing(run: Run, tmp_path: Path) -> None:
+    assert "error" not in run(MODEL, "-o", tmp_path / "a.onnx")
+
+
+def test_rtx_leaves_the_timing_cache_of_another(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(monkeypatch, name="tensorrt_rtx")
+    cache = tmp_path / "out.cache"
+    cache.write_bytes(b"[old]")
+    run(MODEL, "-o", tmp_path / "a.onnx", "--engine", tmp_path / "out.engine")
+    assert cache.read_bytes() == b"[old]"
+    run(MODEL, "-o", tmp_path / "a.onnx", "--engine", tmp_path / "new.engine")
+    assert not (tmp_path / "new.cache").exists()
+
+
+def test_lines_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(monkeypatch)
+    assert main(words(MODEL, "-o", tmp_path / "a.onnx", "--engine", tmp_path / "a.engine")) == 0
+    first, second, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{tmp_path / 'a.onnx'}: ") and first.endswith("bytes, fp32")
+    assert second.startswith(f"{tmp_path / 'a.engine'}: ") and second.endswith("batch 1, by TensorRT 11.4.0.106")
+    assert [line.split()[0] for line in rest] == ["build", "trtexec", "check", "polygraphy"]
+
+
+def test_where_no_engine_can_be_built_the_rest_is_there(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    install(monkeypatch, build_error="no kernel for this")
+    path, engine = tmp_path / "slim.onnx", tmp_path / "out.engine"
+    found = run(
+        MODEL, "-o", path, "--engine", engine, status=1, error="cannot build the model in memory: no kernel for"
+    )
+    assert types_in(path) == {TensorProto.FLOAT}
+    assert "engine" not in found and not engine.exists()
+    assert found["trtexec"].startswith("trtexec ") and found["polygraphy"].startswith("polygraphy ")
+
+
+def test_int8_is_for_one_runtime(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "slim.onnx"
+    int8 = (MODEL, "-o", path, "--precision int8")
+    run(*int8, status=1, error="int8 needs to know the ranges")
+    found = run(*int8, "--calibration tests.tiny:data")
+    assert "trtexec" not in found
+    zero_points = {init.data_type for init in onnx.load(path).graph.initializer if "zero" in init.name}
+    found = run(*int8, "--calibration tests.tiny:data --target tensorrt")
+    assert found["trtexec"].startswith("trtexec ") and "--onnxrt" in found["polygraphy"]
+    nodes = {node.op_type for node in onnx.load(path).graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= nodes
+    assert zero_points != {init.data_type for init in onnx.load(path).graph.initializer if "zero" in init.name}
+
+
+@pytest.mark.parametrize("option", ["--precision fp16", "--engine out.engine"])
+def test_a_file_for_plans_is_no_deployment(run: Run, tmp_path: Path, option: str) -> None:
+    run(MODEL, "-o", tmp_path / "a.onnx", "--names", option, status=1, error="--names writes what plans are applied to")
+    assert not (tmp_path / "a.onnx").exists()
+
+
+def test_an_unknown_precision_is_refused(run: Run, tmp_path: Path) -> None:
+    run(MODEL, "-o", tmp_path / "a.onnx", "--precision fp8", status=1, error="there is no precision 'fp8'")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INSTALLED, reason="TensorRT-RTX is not installed")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_real_engine(tmp_path: Path, precision: str) -> None:
+    calibration = "--calibration tests.tiny:data" if precision == "int8" else ""
+    line = f"{MODEL} --json --precision {precision} {calibration} --engine {tmp_path / 'a.engine'}"
+    done = subprocess.run(
+        [sys.executable, "-m", "sluice", *line.split(), "-o", str(tmp_path / "a.onnx")],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    engine = json.loads(done.stdout)["engine"]
+    assert engine["builder"].startswith("TensorRT-RTX ") and engine["bytes"] == (tmp_path / "a.engine").stat().st_size

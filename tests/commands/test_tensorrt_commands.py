@@ -1,0 +1,158 @@
+"""What the command line does with TensorRT beyond building an engine, on one that exists in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from sluice.cli import main
+from sluice.core.errors import SluiceError
+from sluice.core.latency import LatencyModel
+from sluice.profiler.pieces.dissect import dissect
+from sluice.profiler.placement import check_inspector, place_profile, placement_lines
+from sluice.profiler.profile import Profile
+from sluice.profiler.table.fingerprint import Fingerprint
+from sluice.profiler.table.latency_table import LatencyTable
+from sluice.profiler.timing import sm_clock as clocks
+from sluice.profiler.timing.measure import Measurement
+from sluice.profiler.timing.timing_cache import NAME
+from sluice.runtime import nvidia
+from sluice.runtime import runner as runner_module
+from sluice.runtime.cuda import Cuda
+from sluice.runtime.ort.cuda import OrtCudaRunner
+from sluice.runtime.torch_cuda.runner import TorchCudaRunner
+from sluice.runtime.trt import build as trt_build
+from sluice.runtime.trt import runner as tensorrt
+from sluice.runtime.trt.inspect import Placement
+from sluice.runtime.trt.runner import TensorRtRunner
+from tests.device import FINGERPRINT, chain
+from tests.fake_tensorrt import MS, FakeCuda, fake_tensorrt
+from tests.tiny import words
+
+BATCH = 2
+Run = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture
+def trt(monkeypatch: pytest.MonkeyPatch) -> Any:
+    cuda = FakeCuda()
+    fake = fake_tensorrt(cuda)
+    for module in (tensorrt, trt_build):
+        monkeypatch.setattr(module, "find_tensorrt", lambda: fake)
+    monkeypatch.setattr(Cuda, "load", lambda: cuda)
+    monkeypatch.setattr(nvidia, "gpu_names", lambda: ("NVIDIA Some",))
+    monkeypatch.setattr(nvidia, "driver_version", lambda: "580.65.06")
+    monkeypatch.setattr(nvidia, "sm_clock_mhz", lambda: 1410)
+    monkeypatch.setattr(runner_module, "TRIALS_MS", 0.01)
+    return fake
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def called(*parts: object, status: int = 0) -> tuple[str, str]:
+        assert main(words(*parts)) == status
+        found = capsys.readouterr()
+        return found.out, found.err
+
+    return called
+
+
+def fingerprint_of(runner: TensorRtRunner) -> Fingerprint:
+    return Fingerprint(runner.device, "tensorrt", runner.version, 1, "fp32", BATCH, runner.clock)
+
+
+def test_pieces_are_found_in_the_dense_engine(trt: Any) -> None:
+    """Here every node is a layer, and none is shared."""
+    dissection = dissect(chain([5, 7]), BATCH)
+    runner = TensorRtRunner()
+    profile = Profile(LatencyModel((), {}, {}), dissection, fingerprint_of(runner), "tensorrt", 1.0)
+    placed = place_profile(profile)
+    assert list(placed.pieces) == [piece.name for piece in dissection.pieces]
+    nodes = {piece.name: [node.name for node in piece.model.graph.node] for piece in dissection.pieces}
+    assert {name: len(layers) for name, layers in placed.pieces.items()} == {n: len(v) for n, v in nodes.items()}
+    assert not placed.shared and not placed.own
+
+
+def test_a_placement_for_people() -> None:
+    placed = Placement({"a": ("k0", "k1"), "b": ("k1",), "c": ()}, {"k1": ("a", "b")}, ("copy",))
+    assert placement_lines(placed) == [
+        "layers of the dense engine, by piece; 1 are shared by several pieces",
+        "  a: k0, k1 (with 1 more)",
+        "  b: k1 (with 1 more)",
+        "  c: no layer of its own",
+        "  put in by the compiler: copy",
+    ]
+    assert json.loads(json.dumps(asdict(placed)))["shared"] == {"k1": ["a", "b"]}
+
+
+def test_other_runtimes_do_not_tell_their_layers(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(SluiceError, match="ort-cuda does not tell the layers"):
+        check_inspector("ort-cuda")
+    table = tmp_path / "t.db"
+    _, error = run("profile tests.tiny:model --shape 3,9,9 --layers --table", table, status=1)
+    assert error.startswith("sluice: error: ort-cpu does not tell the layers of its engines") and not table.exists()
+    with pytest.raises(SystemExit):
+        run("profile tests.tiny:model --shape 3,9,9 --layers --pack -o", tmp_path / "job.zip")
+    with pytest.raises(SystemExit):
+        run("profile tests.tiny:model --shape 3,9,9 --layers --shard 1/2 --target tensorrt --table", table)
+
+
+def test_an_engine_is_timed_beside_the_file_it_came_from(trt: Any, run: Run, tmp_path: Path) -> None:
+    model = chain([5], batch=BATCH)
+    file, engine = tmp_path / "a.onnx", tmp_path / "a.engine"
+    onnx.save(model, file)
+    engine.write_bytes(model.SerializeToString())
+    out, _ = run("bench --json --target tensorrt --batch", BATCH, file, engine)
+    assert [e["ms"] for e in json.loads(out)["engines"]] == pytest.approx([MS, MS])
+    _, error = run("bench", engine, status=1)
+    assert "is an engine of TensorRT, --target is ort-cpu" in error
+    _, error = run("bench --target tensorrt", tmp_path / "none.engine", status=1)
+    assert "cannot read" in error and "give the path of an engine" in error
+
+
+def export(folder: Path, table: Path) -> list[object]:
+    return [
+        "export tests.tiny:model --shape 3,9,9 -o",
+        folder / "a.onnx",
+        "--engine",
+        folder / "a.engine",
+        "--table",
+        table,
+    ]
+
+
+def test_an_engine_is_built_with_the_timing_cache_of_the_table(trt: Any, run: Run, tmp_path: Path) -> None:
+    with LatencyTable.create(tmp_path / "t.db", fingerprint_of(TensorRtRunner())) as table:
+        table.put_blob(NAME, b"[measured]")
+    (tmp_path / "a.cache").write_bytes(b"[beside]")
+    run(*export(tmp_path, tmp_path / "t.db"))
+    assert trt.calls["caches"] == [b"[measured]"]
+    assert (tmp_path / "a.cache").read_bytes().startswith(b"[measured]")
+
+
+def test_tables_without_a_cache_for_this_device_are_refused(trt: Any, run: Run, tmp_path: Path) -> None:
+    with LatencyTable.create(tmp_path / "cpu.db", FINGERPRINT) as table:
+        table.put("k", (), Measurement(1.0, 0.01, 40, FINGERPRINT.clock))
+    _, error = run(*export(tmp_path, tmp_path / "cpu.db"), status=1)
+    assert "holds no timing cache (its runtime is fake)" in error
+    here = fingerprint_of(TensorRtRunner())
+    other = Fingerprint("NVIDIA Other", *[getattr(here, n) for n in list(Fingerprint.__dataclass_fields__)[1:]])
+    with LatencyTable.create(tmp_path / "other.db", other) as table:
+        table.put_blob(NAME, b"[measured]")
+    _, error = run(*export(tmp_path, tmp_path / "other.db"), status=1)
+    assert "of no use here: device is 'NVIDIA Other', not 'NVIDIA Some'" in error
+    _, error = run("export tests.tiny:model --shape 3,9,9 -o", tmp_path / "a.onnx", "--table x.db", status=1)
+    assert "--table gives an engine the timing cache" in error
+
+
+def test_clocks_of_all_gpu_targets_are_logged(trt: Any) -> None:
+    for runner in (TensorRtRunner(), OrtCudaRunner(), TorchCudaRunner()):
+        with LatencyTable.create(":memory:", FINGERPRINT) as table:
+            clocks.keep(runner, table)
+            assert clocks.clock_range(table) == (1410, 1410)

@@ -1,0 +1,86 @@
+"""Export keeps every parameter name (the anchor of all rewriting), the numbers and a free batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sluice.core.errors import SluiceError
+from sluice.passes.cut.export import finalize, save_onnx, to_onnx
+from sluice.passes.graph.capture import capture
+from sluice.runtime.compare import assert_close
+from sluice.runtime.ort.cpu import OrtRunner
+from tests.networks import build
+
+
+@pytest.mark.parametrize("name", ["plain", "norms"])
+def test_names_survive(name: str) -> None:
+    """The canary: that names survive is how the exporter behaves, not what it promises."""
+    model, inputs = build(name)
+    exported = to_onnx(model, inputs)
+    names = {i.name: tuple(i.dims) for i in exported.graph.initializer}
+    wanted = {k: tuple(v.shape) for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    assert {k: names.get(k) for k in wanted} == wanted
+
+
+def test_training_mode_does_not_matter() -> None:
+    model, inputs = build("tied")
+    x, y = (i.numpy() for i in inputs)
+    out = OrtRunner().build(finalize(to_onnx(model.train(), inputs))).run({"x": x, "y": y})
+    with torch.no_grad():
+        assert_close(list(out.values()), list(model.eval()(*inputs).values()))
+    assert not any(node.op_type == "Dropout" for node in to_onnx(model.train(), inputs).graph.node)
+
+
+def test_static_batch() -> None:
+    model, (x,) = build("plain")
+    exported = to_onnx(capture(model, x, dynamic_batch=False), x)
+    assert [d.dim_value for d in exported.graph.input[0].type.tensor_type.shape.dim] == [3, 3, 8, 6]
+
+
+def test_metadata_survives_finalize() -> None:
+    exported = to_onnx(nn.Linear(3, 2), torch.rand(2, 3))
+    exported.metadata_props.add(key="precision", value="fp32")
+    assert [(p.key, p.value) for p in finalize(exported).metadata_props] == [("precision", "fp32")]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_convolutions_with_any_number_of_axes(axes: int, bias: bool) -> None:
+    """The exporter's zeros for a missing bias have a shape that runtimes refuse where there are not two axes."""
+    make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
+    model = nn.Sequential(make(2, 5, 3, bias=bias), nn.ReLU(), make(5, 4, 2, stride=2, bias=bias)).eval()
+    x = torch.randn(3, 2, *(9, 7, 5)[:axes])
+    exported = to_onnx(model, x)
+    layers = [node for node in exported.graph.node if node.op_type == "Conv"]
+    assert [n.input[1] for n in layers] == ["0.weight", "2.weight"]
+    if bias:
+        assert [n.input[2] for n in layers] == ["0.bias", "2.bias"]
+    with torch.no_grad():
+        for onnx_model in (exported, finalize(exported)):
+            feeds = {onnx_model.graph.input[0].name: x.numpy()}
+            assert_close(next(iter(OrtRunner().build(onnx_model).run(feeds).values())), model(x))
+
+
+def test_what_onnx_has_no_operator_for() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv3d(2, 3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.adaptive_avg_pool3d(self.conv(x), (2, 3, 1))
+
+    with pytest.raises(SluiceError, match=r"torch\.onnx cannot export Net: .*_adaptive_avg_pool3d"):
+        to_onnx(Net(), torch.rand(2, 2, 5, 7, 3))
+
+
+def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SluiceError, match="cannot write"):
+        save_onnx(onnx.ModelProto(), tmp_path / "file" / "x.onnx")

@@ -1,0 +1,187 @@
+"""Gates are identity at the start; closing is exact; stripping gives the captured network back."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sluice import models
+from sluice.core.errors import SluiceError
+from sluice.passes.gates.gating import Gated, close_gates, insert_gates, masked_norm, strip_gates
+from sluice.passes.graph.capture import capture
+from sluice.runtime.compare import assert_close, relative_error
+from tests.networks import NETWORKS, build, random_kept
+
+# Widths differ by up to two orders of magnitude between networks of the field, so does what rounding adds up to.
+REFERENCE = ("resnet20", "vgg16_bn", "mobilenet_v2", "densenet", "se_resnet", "resnet1d")
+
+
+@functools.cache
+def gated(name: str) -> tuple[nn.Module, tuple[Tensor, ...], Gated]:
+    model, inputs = build(name)
+    return model, inputs, insert_gates(model, inputs)
+
+
+def harden(network: Gated, kept: dict[str, list[int]]) -> None:
+    for site, gate in network.gates.items():
+        gate.set_decision(torch.isin(torch.arange(gate.size), torch.tensor(kept[site])))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_closing_is_exact(name: str) -> None:
+    model, inputs, network = gated(name)
+    for gate in network.gates._modules.values():
+        gate.hard.fill_(False)  # type: ignore[union-attr,operator]
+        gate.logit.fill_(2.0)  # type: ignore[union-attr,operator]
+    assert_close(network(*inputs), model(*inputs), what="gates at their start")
+    analysis = network.meta["analysis"]
+    changes = []
+    for seed in range(4):
+        kept = random_kept(analysis, seed)
+        harden(network, kept)
+        closed = close_gates(network, kept)
+        assert_close(closed(*inputs), network(*inputs), what=f"closed, seed {seed}")
+        assert not hasattr(closed, "gates")
+        assert closed.state_dict().keys() == model.state_dict().keys()
+        changes.append(relative_error(closed(*inputs), model(*inputs)))
+    assert max(changes) > 1e-2, "the plans must remove something that is seen"
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_stripping_gives_the_captured_network_back(name: str) -> None:
+    model, inputs, network = gated(name)
+    captured, stripped = capture(model, inputs), strip_gates(network)
+    assert stripped.code == captured.code
+    assert [n.name for n in stripped.graph.nodes] == [n.name for n in captured.graph.nodes]
+    state = captured.state_dict()
+    assert list(stripped.state_dict()) == list(state)
+    assert all(torch.equal(value, state[key]) for key, value in stripped.state_dict().items())
+    assert capture(stripped, inputs) is not stripped
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    with torch.no_grad():
+        for parameter in stripped.parameters():
+            parameter.zero_()
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items()), "the gated network is left alone"
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_everything_trains(name: str) -> None:
+    model, inputs, _ = gated(name)
+    network = insert_gates(model, inputs, steps=5).train()
+    out = network(*inputs)
+    sum(o.square().sum() for o in (out.values() if isinstance(out, dict) else [out])).backward()
+    assert all(g.logit.grad is not None and g.logit.grad.abs().sum() > 0 for _, g in network.gates.items())
+    assert all(g.fisher.sum() > 0 for _, g in network.gates.items())
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in network.parameters())
+    network.step()
+    assert int(network.gates.progress) == 1
+
+
+def test_gates_and_their_schedule_survive_state_dict() -> None:
+    model, inputs, _ = gated("norms")
+    network = insert_gates(model, inputs, steps=7)
+    for _ in range(3):
+        network.step()
+    for _, gate in network.gates.items():
+        gate.logit.data.uniform_(-1.0, 1.0)
+    again = insert_gates(model, inputs, steps=7)
+    again.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        assert_close(again(*inputs), network(*inputs), 0.0)
+    assert int(again.gates.progress) == 3
+
+
+def test_trained_weights_are_closed() -> None:
+    """Closing works on the weights as they are, not as they were when the gates went in."""
+    model, inputs, _ = gated("in_place")
+    network = insert_gates(model, inputs)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(1.3)
+        kept = random_kept(network.meta["analysis"], 0)
+        harden(network, kept)
+        assert_close(close_gates(network, kept)(*inputs), network(*inputs))
+
+
+def test_caller_and_closed_are_separate() -> None:
+    model, inputs = build("plain")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    network = insert_gates(model, inputs)
+    close_gates(network, {"conv1": [0]})
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(network.state_dict()[k], v) for k, v in before.items())
+
+
+def test_excluded_layers_have_no_gate() -> None:
+    model, inputs = build("plain")
+    network = insert_gates(model, inputs, exclude=["conv2"])
+    assert list(network.gates) == ["conv1", "fc1"]
+
+
+def test_errors() -> None:
+    model, inputs = build("plain")
+    network = insert_gates(model, inputs)
+    with pytest.raises(SluiceError, match="no group 'conv9'"):
+        close_gates(network, {"conv9": [0]})
+    with pytest.raises(SluiceError, match="would lose all 7 channels"):
+        close_gates(network, {"conv1": []})
+
+    model.gates = nn.Linear(1, 1)
+    with pytest.raises(SluiceError, match="already has a submodule or tensor named 'gates'"):
+        insert_gates(model, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_other_precisions(dtype: torch.dtype) -> None:
+    model, inputs = build("norms")
+    model, inputs = model.to(dtype), tuple(x.to(dtype) for x in inputs)
+    network = insert_gates(model, inputs)
+    tolerance = 1e-12 if dtype == torch.float64 else 0.05
+    assert network(*inputs).dtype == dtype
+    assert_close(network(*inputs), model(*inputs), tolerance)
+    kept = random_kept(network.meta["analysis"], 0)
+    harden(network, kept)
+    closed = close_gates(network, kept)
+    assert closed(*inputs).dtype == dtype
+    assert_close(closed(*inputs), network(*inputs), tolerance)
+
+
+def test_masked_norm_is_the_norm_of_the_kept_channels() -> None:
+    x, mask = torch.randn(3, 8, 5, 2), torch.tensor([1, 0, 1, 1, 0, 1, 1, 1.0])
+    keep = mask.bool()
+    grouped = masked_norm(x, mask.view(1, 8, 1, 1), None, None, [2, 3, 4], 2, 1e-5)
+    assert_close(grouped[:, keep], nn.functional.group_norm(x[:, keep], 2), 1e-5)
+    y, weight = torch.randn(4, 8), torch.rand(8)
+    layered = masked_norm(y, mask.view(1, 8), weight, weight, [1], 0, 1e-5)
+    expected = nn.functional.layer_norm(y[:, keep], (6,), weight[keep], weight[keep])
+    assert_close(layered[:, keep], expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet20", pytest.param("mobilenet_v2", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_reference_networks(name: str) -> None:
+    check_reference(name, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in REFERENCE if n not in ("resnet20", "mobilenet_v2")])
+@torch.no_grad()
+def test_more_reference_networks(name: str) -> None:
+    check_reference(name, 5)
+
+
+def check_reference(name: str, plans: int) -> None:
+    inputs = models.example_inputs(name, 2)
+    model = models.enliven(getattr(models, name)(), 0, inputs)
+    network = insert_gates(model, inputs)
+    assert_close(network(*inputs), model(*inputs), 1e-6)
+    for seed in range(plans):
+        kept = random_kept(network.meta["analysis"], seed)
+        harden(network, kept)
+        assert_close(close_gates(network, kept)(*inputs), network(*inputs))

@@ -1,0 +1,224 @@
+"""Readings of the losses, and the short training that chooses between them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from sluice.core.errors import SluiceError, Unreachable
+from sluice.importance.taylor import fisher_scores
+from sluice.passes.cut.export import to_onnx
+from sluice.passes.cut.rewrite_torch import rewrite_torch
+from sluice.passes.gates.gating import Gated, insert_gates, strip_gates
+from sluice.pipeline.price import Reading, ask, choose
+from sluice.pipeline.verify import Answer, Question
+from sluice.profiler import profile as profile_module
+from sluice.profiler.profile import Profile, profile_onnx
+from sluice.solver.decide import least_ms, restricted
+from sluice.solver.options import METHODS
+from sluice.training.rehearse import HELD, held_out_loss, rehearse
+from tests.device import FakeRunner, staircase
+from tests.networks import mixed
+
+
+def squared(outputs: Tensor, taught: Tensor, labels: object) -> Tensor:
+    return ((outputs - taught) ** 2).mean()
+
+
+def data() -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(4)
+    return [(torch.randn(8, 3, 9, 7, generator=g), torch.randint(9, (8,), generator=g)) for _ in range(9)]
+
+
+@dataclass(frozen=True)
+class Case:
+    inputs: tuple[Tensor, ...]
+    gated: Gated
+    stripped: fx.GraphModule
+    profile: Profile
+    question: Question
+    scores: dict[str, np.ndarray]
+
+    def build(self, answer: Answer) -> fx.GraphModule:
+        return rewrite_torch(self.stripped, answer.plan, self.inputs, merged=False)
+
+    def choose(self, share: float, steps: int, methods: Sequence[str] = METHODS) -> list[Reading]:
+        return choose(
+            self.question, methods, share * self.profile.latency.dense_ms(), self.build, data=data(),
+            teacher=self.stripped, loss=squared, lr=1e-3, steps=steps, progress=False,
+        )  # fmt: skip
+
+
+@functools.cache
+def case() -> Case:
+    model, inputs = mixed()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profile_module, "make_runner", lambda target, threads=1: FakeRunner(staircase(8)))
+        profile = profile_onnx(to_onnx(model, inputs), batch=2, methods=METHODS, progress=False)
+    gated = insert_gates(model, inputs)
+    scores = fisher_scores(gated, data())
+    question = ask(gated, profile, METHODS, scores, data=data(), loss=squared)
+    return Case(inputs, gated, strip_gates(gated).eval(), profile, question, scores)
+
+
+def test_widths_alone_are_priced_by_scores() -> None:
+    c = case()
+    question = ask(c.gated, c.profile, ("filter",), c.scores, loss=squared)
+    assert set(question.losses) == set(c.profile.dissection.dense)
+    assert all(question.model.levels[s] == (c.profile.latency.dense[s],) for s in c.profile.latency.switches)
+    answer = question.answer(0.7 * c.profile.latency.dense_ms())
+    assert answer.plan.slices and not (answer.plan.drops or answer.plan.merges or answer.plan.factorizations)
+
+
+def test_structure_needs_data() -> None:
+    with pytest.raises(SluiceError, match=r"priced by measuring the loss; give data"):
+        ask(case().gated, case().profile, ("rank",), case().scores, loss=squared)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.75])
+def test_readings_differ_and_keep_the_budget(share: float) -> None:
+    readings = case().choose(share, steps=0)
+    assert readings[0].name == "together" and len(readings) >= 2
+    assert all(a.answer.plan != b.answer.plan for i, a in enumerate(readings) for b in readings[:i])
+    target = share * case().profile.latency.dense_ms()
+    assert all(r.answer.choice.promised_ms <= target * (1 + 1e-6) and r.rehearsed == () for r in readings)
+    for r in readings:
+        plan = r.answer.plan
+        used = {"filter": plan.slices, "rank": plan.factorizations, "block": plan.drops, "merge": plan.merges}
+        if r.name.endswith(" alone"):
+            assert {m for m, edits in used.items() if edits} == {r.name.removesuffix(" alone")}
+
+
+def test_methods_that_do_not_get_there_alone_are_left_out() -> None:
+    c = case()
+    latency, options = c.profile.latency, c.profile.options
+    least = {m: least_ms(restricted(latency, options.sites(latency, [m]))).promised_ms for m in METHODS}
+    share = 0.98 * sorted(least.values())[1] / latency.dense_ms()  # one method alone reaches it
+    names = {r.name for r in c.choose(share, steps=0)}
+    assert "together" in names
+    assert not {f"{m} alone" for m, ms in least.items() if ms > share * latency.dense_ms()} & names
+    below = 0.9 * least_ms(latency).promised_ms / latency.dense_ms()
+    with pytest.raises(Unreachable):
+        c.choose(below, steps=0)
+
+
+def test_one_method_has_one_reading() -> None:
+    c = case()
+    alone = restricted(c.profile.latency, c.profile.options.sites(c.profile.latency, ["rank"]))
+    question = replace(c.question, model=alone)
+    (only,) = choose(
+        question, ("rank",), 0.8 * c.profile.latency.dense_ms(), c.build, data=data(), teacher=c.stripped,
+        loss=squared, lr=1e-3, steps=5, progress=False,
+    )  # fmt: skip
+    assert only.rehearsed == () and only.question is question
+
+
+def test_the_best_comes_first() -> None:
+    readings = case().choose(0.5, steps=2)
+    assert len(readings) >= 3
+    rounds = [len(r.rehearsed) for r in readings]
+    assert rounds == sorted(rounds, reverse=True) and rounds[-1] >= 1
+    finalists = [r for r in readings if len(r.rehearsed) == rounds[0]]
+    assert len(finalists) <= 2
+    last = [r.rehearsed[-1] for r in finalists]
+    assert last == sorted(last)
+
+
+def test_the_same_data_choose_the_same() -> None:
+    first, second = (case().choose(0.5, steps=2) for _ in range(2))
+    assert [(r.name, r.rehearsed) for r in first] == [(r.name, r.rehearsed) for r in second]
+
+
+class Scale(nn.Module):
+    """One number that is to become the teacher's; it learns nothing if ``stuck``."""
+
+    def __init__(self, value: float, stuck: bool = False) -> None:
+        super().__init__()
+        self.value, self.idle = nn.Parameter(torch.tensor(value)), nn.Parameter(torch.zeros(()))
+        self.stuck = stuck
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = self.value.detach() if self.stuck else self.value
+        return x * (value + 0 * self.idle)
+
+
+def trained(candidates: Sequence[nn.Module], batches: object, steps: int = 4) -> list[list[float]]:
+    return rehearse(
+        candidates, batches, teacher=Scale(1.0), loss=squared, lr=0.05, steps=steps, progress=False,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def numbers(count: int) -> list[Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return [torch.randn(5, 3, generator=g) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("count", "rounds"), [(2, [1, 1]), (3, [2, 2, 1]), (5, [3, 3, 2, 1, 1]), (1, [0])])
+def test_halving(count: int, rounds: list[int]) -> None:
+    found = trained([Scale(1.0 + 0.4 * (k + 1), stuck=True) for k in range(count)], numbers(20))
+    assert [len(losses) for losses in found] == rounds
+
+
+def test_who_learns_overtakes() -> None:
+    stuck, learner = Scale(1.3, stuck=True), Scale(1.5)
+    found = trained([stuck, learner], numbers(60), steps=50)
+    assert len(found[0]) == len(found[1]) == 1 and found[1][-1] < found[0][-1]
+
+
+class Listening(Scale):
+    """Notes the batches that it sees in train and in eval mode."""
+
+    def __init__(self, by: float) -> None:
+        super().__init__(by, stuck=True)
+        self.trained_on: list[int] = []
+        self.judged_on: set[int] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.trained_on.append(id(x))
+        else:
+            self.judged_on.add(id(x))
+        return super().forward(x)
+
+
+def test_rounds_are_on_the_same_batches_twice_as_many_each_time() -> None:
+    candidates = [Listening(1.0 + k) for k in range(4)]
+    batches = numbers(HELD + 30)
+    trained(candidates, batches, steps=3)
+    assert sorted(len(c.trained_on) for c in candidates) == [3, 3, 3 + 6, 3 + 6]
+    assert all(c.trained_on[:3] == candidates[0].trained_on[:3] for c in candidates)
+    assert all(len(set(c.trained_on)) == len(c.trained_on) for c in candidates)
+
+
+@pytest.mark.parametrize("size", [HELD + 2, HELD + 5, 40])
+def test_held_batches_are_not_trained_on(size: int) -> None:
+    """Also where the data come round again."""
+    candidates, batches = [Listening(1.0), Listening(2.0), Listening(3.0)], numbers(size)
+    trained(candidates, batches, steps=11)
+    judged = set[int]().union(*(c.judged_on for c in candidates))
+    seen = {x for c in candidates for x in c.trained_on}
+    assert judged == {id(b) for b in batches[:HELD]} and len(seen) >= size - HELD - 7 and not judged & seen
+
+
+def test_a_candidate_that_is_not_finite_is_out() -> None:
+    broken = Scale(float("nan"), stuck=True)
+    found = trained([broken, Scale(1.7), Scale(1.2)], numbers(20))
+    assert found[0] == [np.inf] and len(found[1]) == len(found[2]) == 2
+
+
+def test_fewer_batches_than_are_held() -> None:
+    found = trained([Scale(1.5), Scale(1.9)], numbers(2), steps=3)
+    assert [len(losses) for losses in found] == [1, 1] and all(np.isfinite(x) for own in found for x in own)
+
+
+def test_the_held_out_loss_is_the_mean_in_eval_mode() -> None:
+    batches = numbers(3)
+    dropping = nn.Sequential(nn.Dropout(0.5), Scale(2.0)).train()
+    expected = np.mean([float((x**2).mean()) for x in batches])
+    assert held_out_loss(dropping, batches, Scale(1.0), squared) == pytest.approx(expected)

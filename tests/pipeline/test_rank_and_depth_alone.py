@@ -1,0 +1,154 @@
+"""BSR and LayerMerge on their own: their answers within the budget, and against what the solver would say."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from sluice.core.errors import Unreachable
+from sluice.core.plan import Factorize
+from sluice.importance.loss_increase import Judge
+from sluice.passes.cut.factor import singular_values
+from sluice.passes.cut.factor_torch import truncations_torch
+from sluice.passes.gates.gating import insert_gates
+from sluice.pipeline.bsr import BeamQuestion, stable_rank_loss
+from sluice.pipeline.layermerge import DepthQuestion
+from sluice.pipeline.price import ask
+from sluice.pipeline.verify import Question
+from sluice.runtime.compare import assert_close
+from sluice.training.train import fit
+from tests.networks import mixed
+from tests.pipeline.test_choose import case, data, squared
+
+SHARES = (0.95, 0.85, 0.75, 0.65)
+
+
+@functools.cache
+def bsr() -> BeamQuestion:
+    c = case()
+    question = ask(c.gated, c.profile, ("bsr",), {}, data=data(), loss=squared)
+    assert isinstance(question, BeamQuestion)
+    return question
+
+
+@functools.cache
+def depth() -> DepthQuestion:
+    c = case()
+    question = ask(c.gated, c.profile, ("merge",), {}, data=data(), loss=squared)
+    assert isinstance(question, DepthQuestion)
+    return question
+
+
+def reachable(question: Question, share: float) -> bool:
+    try:
+        question.answer(share * question.model.dense_ms())
+    except Unreachable:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_beam_search_meets_the_budget_by_ranks_alone(share: float) -> None:
+    question = bsr()
+    if not reachable(question, share):
+        pytest.skip("beyond what ranks reach here")
+    answer = question.answer(share * question.model.dense_ms())
+    assert answer.choice.promised_ms <= share * question.model.dense_ms() * (1 + 1e-9)
+    assert answer.plan.factorizations and not (answer.plan.slices or answer.plan.drops or answer.plan.merges)
+    assert all(rule.holds(answer.choice.widths) for rule in question.model.rules)
+    assert answer.choice.promised_ms == pytest.approx(question.model.ms(answer.choice.widths))
+
+
+def test_some_budgets_are_within_reach_and_some_are_not() -> None:
+    assert reachable(bsr(), SHARES[0]) and not reachable(bsr(), 0.01)
+    assert reachable(depth(), SHARES[0]) and not reachable(depth(), 0.01)
+
+
+def test_the_beam_is_no_worse_than_what_the_solver_makes_of_the_same_prices() -> None:
+    """Jointly measured, the beam's state loses no more than the one that single prices suggest, within its steps."""
+    c, question, judge = case(), bsr(), Judge(case().stripped, data(), squared)
+    priced = ask(c.gated, c.profile, ("rank",), {}, data=data(), loss=squared)
+    target = SHARES[0] * question.model.dense_ms()
+    theirs = priced.answer(target).plan.factorizations
+
+    state = judge.gm.state_dict()
+    loss = judge.weights({f.param: truncations_torch(state[f.param], f.form)(f.rank) for f in theirs})
+    assert question.answer(target).choice.loss <= 1.5 * loss
+
+
+def test_what_was_scored_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question is asked again and again, for budgets close to each other."""
+    question, target = bsr(), SHARES[0] * bsr().model.dense_ms()
+    first = question.answer(target)
+    assert len(first.plan.factorizations) > 0
+    monkeypatch.setattr(Judge, "weights", lambda self, changed: pytest.fail("scored again"))
+    monkeypatch.setattr(np.linalg, "svd", lambda *args, **kwargs: pytest.fail("decomposed again"))
+    second = question.answer(target)
+    assert second.plan == first.plan and second.choice.loss == first.choice.loss
+    with pytest.raises(pytest.fail.Exception, match="scored again"):
+        question.answer(0.9 * question.model.dense_ms())
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_the_dynamic_programme_says_what_the_solver_says(share: float) -> None:
+    question = depth()
+    plain = Question(question.profile, question.analysis, question.model, question.losses, question.scores)
+    target = share * question.model.dense_ms()
+    if not reachable(plain, share):
+        assert not reachable(question, share)
+        return
+    ours, theirs = question.answer(target), plain.answer(target)
+    assert ours.choice.promised_ms <= target * (1 + 1e-9)
+    assert_close(ours.choice.loss, theirs.choice.loss, tol=0.011)  # the solver stops within 1%
+    assert all(rule.holds(ours.choice.widths) for rule in question.model.rules)
+    assert bool(ours.plan.merges) and not ours.plan.factorizations
+
+
+def test_every_merge_alone_takes_what_the_programme_is_told() -> None:
+    """A generous budget with a price below zero for one merge: it is taken, and promised what the model says."""
+    question = depth()
+
+    for switch in question.profile.options.merges:
+        losses = {s: np.array([0.0, 1e3]) for s in question.losses} | {switch: np.array([0.0, -1.0])}
+        answer = replace(question, losses=losses).answer(2 * question.model.dense_ms())
+        assert answer.plan.merges == (question.profile.options.merges[switch],)
+        assert answer.choice.promised_ms == pytest.approx(question.model.ms(answer.choice.widths))
+
+
+def test_a_bonus_keeps_segments() -> None:
+
+    question, target = depth(), SHARES[1] * depth().model.dense_ms()
+    if not reachable(question, SHARES[1]):
+        pytest.skip("beyond what merges reach here")
+    removed = [
+        sum(len(m.layers) - 1 for m in replace(question, bonus=bonus).answer(target).plan.merges)
+        for bonus in (0.0, 5.0, 50.0)
+    ]
+    assert removed == sorted(removed, reverse=True)
+
+
+def test_the_regulariser_empties_what_will_be_cut() -> None:
+    model, inputs = mixed()
+    gated = insert_gates(model, inputs)
+    name = "block1.conv1.weight"
+    edit = Factorize(name, "kxk-1x1", 3)
+
+    def tail() -> float:
+        values = singular_values(gated.get_parameter(name).detach().numpy(), edit.form)
+        return float(values[3:].sum() / values[:3].sum())
+
+    teacher = insert_gates(model, inputs).eval()
+    with torch.no_grad():
+        plain = squared(gated.eval()(*inputs), teacher(*inputs), None)
+        regularised = stable_rank_loss(squared, gated, (edit,), strength=2.0)(gated(*inputs), teacher(*inputs), None)
+    assert_close(float(regularised - plain), 2.0 * tail(), tol=1e-5)
+    before = tail()
+    fit(
+        gated, data(), epochs=3, teacher=teacher, loss=stable_rank_loss(squared, gated, (edit,), strength=1.0), lr=3e-3,
+        progress=False,
+    )  # fmt: skip
+    assert tail() < 0.7 * before

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import onnx
+import pytest
+
+from sluice.passes.cut.export import to_onnx
+from sluice.profiler.pieces.dissect import Dissection, build_piece, dissect
+from sluice.profiler.pieces.joints import SMALL, call_models, find_joints, joint_models, joint_widths
+from sluice.profiler.pieces.sources import add_sources
+from sluice.profiler.sweep.bench import Bench
+from sluice.profiler.table.latency_table import LatencyTable
+from sluice.profiler.timing.reference_engine import make_anchor
+from sluice.runtime.compare import assert_close
+from sluice.runtime.ort.blocked_part import block_size
+from sluice.runtime.ort.cpu import OrtRunner
+from tests.device import FINGERPRINT, FakeRunner, FakeSession, chain
+from tests.networks import any_network
+
+NAMES = [
+    "splits",
+    "concat",
+    "squeeze_excite",
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("tokens", "in_place", "resnet20", "mobilenet_v2", "densenet")),
+]
+
+
+@cache
+def dissection_of(name: str) -> Dissection:
+    model, inputs = any_network(name)
+    return dissect(to_onnx(model, inputs), len(inputs[0]))
+
+
+def feeds_of(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_tensor_between_pieces_has_one_joint(name: str) -> None:
+    dissection = dissection_of(name)
+    read = Counter(n for p in dissection.pieces for n in p.inputs)
+    between = {n for p in dissection.pieces for n in p.outputs if n in read}
+    joints = find_joints(dissection)
+    assert Counter(j.tensor for j in joints) == Counter(between)
+    for joint in joints:
+        assert joint.tensor in joint.producer.outputs
+        assert len(joint.consumers) == read[joint.tensor]
+        assert all(joint.tensor in p.inputs for p in joint.consumers)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_joined_model_is_its_parts_in_sequence(name: str) -> None:
+    dissection = dissection_of(name)
+    for joint in find_joints(dissection):
+        own = {} if joint.extent is None else {g: max(1, dissection.dense[g] - 1) for g, _ in joint.extent.coefs}
+        widths = joint_widths(dissection, joint, own)
+        _, whole, sources = joint_models(dissection, joint, widths)
+        pieces = (joint.producer, *joint.consumers)
+        rank = len(dissection.analysis.shapes[joint.tensor])
+        assert len(sources) == sum(joint.tensor in p.bare for p in joint.consumers) * (rank >= 3)
+        onnx.checker.check_model(whole, full_check=True)
+        feeds = feeds_of(whole)
+        found = OrtRunner().build(whole).run(feeds) if whole.graph.output else {}
+        expected: dict[str, np.ndarray] = {}
+        tensor: np.ndarray | None = None
+        for index, piece in enumerate(pieces):
+            bare = build_piece(dissection, piece, widths)
+            part = add_sources(bare, [n for n in piece.bare if n != joint.tensor])[0]
+            given = {i.name: feeds.get(f"{index}/{i.name}", tensor) for i in part.graph.input}
+            assert all(value is not None for value in given.values())
+            made = OrtRunner().build(part).run(given)  # type: ignore[arg-type]
+            tensor = made[joint.tensor] if index == 0 else tensor
+            expected.update({f"{index}/{n}": value for n, value in made.items() if n != joint.tensor})
+        assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_parts_beside_each_other_share_nothing(name: str) -> None:
+    dissection = dissection_of(name)
+    for joint in find_joints(dissection):
+        widths = joint_widths(dissection, joint, {})
+        parts, _, _ = joint_models(dissection, joint, widths)
+        if joint.pair:
+            wanted = [
+                add_sources(build_piece(dissection, piece, widths), piece.bare)[0]
+                for piece in (joint.producer, *joint.consumers)
+            ]
+            assert list(parts) == wanted
+            continue
+        (apart,) = parts
+        onnx.checker.check_model(apart, full_check=True)
+        feeds = feeds_of(apart)
+        expected: dict[str, np.ndarray] = {}
+        for index, piece in enumerate((joint.producer, *joint.consumers)):
+            part = add_sources(build_piece(dissection, piece, widths), piece.bare)[0]
+            given = {i.name: feeds.pop(f"{index}/{i.name}") for i in part.graph.input}
+            expected.update({f"{index}/{n}": value for n, value in OrtRunner().build(part).run(given).items()})
+        assert not feeds
+        assert_close(OrtRunner().build(apart).run(feeds_of(apart)), expected)
+
+
+def test_two_tiny_engines_in_one_are_one_call() -> None:
+    one, both = call_models()
+    assert len(both.graph.node) == 2 * len(one.graph.node) and len(both.graph.output) == 2
+    assert set(OrtRunner().build(both).run(feeds_of(both))) == {"0/x", "1/x"}
+
+
+def test_neighbours_that_run_the_same_kernels_save_their_calls_and_are_not_timed() -> None:
+    dissection = dissect(chain([32, 33, 24, 16]), 2)
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        runner, rng = OrtRunner(), np.random.default_rng(0)
+        bench = Bench(table, runner, make_anchor(table, runner, rng), rng)
+        found = {}
+        for joint in find_joints(dissection)[:3]:
+            assert joint.extent is not None and joint.calls == 1
+            ((group, _),) = joint.extent.coefs
+            bench.joints([(dissection, joint, (dissection.dense[group],))])
+            found[group] = table.require(joint.key, (dissection.dense[group],))
+        for group in ("conv0", "conv2"):
+            assert found[group].ms == bench.call() > 0
+            assert (found[group].samples, found[group].spread) == (0, 0.0)
+        # 33 channels make no whole blocks, so the layout changes behind them.
+        assert (found["conv1"].samples > 0) == (block_size() > 1)
+
+
+class Apart(FakeRunner):
+    """Tells kernels, which are the same apart and joined; what is joined takes a share ``more``."""
+
+    def __init__(self, more: float) -> None:
+        super().__init__()
+        self.more = more
+
+    def build(self, model: onnx.ModelProto, *, batch: int | None = None, feeds_shapes: object = None) -> FakeSession:
+        session = super().build(model)
+        session.kernels = Counter(node.op_type for node in model.graph.node)  # type: ignore[attr-defined]
+        session.ms *= 1.0 + self.more * (model.graph.name == "joint")
+        return session
+
+
+@pytest.mark.parametrize(("threads", "more", "costs"), [(1, 0.1, False), (2, 0.1, True), (2, 0.02, False)])
+def test_equal_kernels_on_several_threads_are_timed_and_count_beyond_doubt(
+    threads: int, more: float, costs: bool
+) -> None:
+    dissection = dissect(chain([32, 33, 24, 16]), 2)
+    with LatencyTable.create(":memory:", replace(FINGERPRINT, threads=threads)) as table:
+        runner, rng = Apart(more), np.random.default_rng(0)
+        bench = Bench(table, runner, make_anchor(table, runner, rng), rng)
+        for joint in find_joints(dissection)[:3]:
+            bench.joints([(dissection, joint, (8,))])
+            found = table.require(joint.key, (8,))
+            widths = joint_widths(dissection, joint, {f"conv{joint.tensor[1]}": 8})
+            _, whole, _ = joint_models(dissection, joint, widths, threads)
+            assert (found.samples > 0) == (threads > 1) and bench.call() == 0.0
+            assert found.ms == pytest.approx(-more * runner.ms(whole) if costs else 0.0, rel=1e-6, abs=1e-12)
+
+
+def test_widths_of_a_joint_are_small_but_its_own() -> None:
+    dissection = dissect(chain([40, 33, 9]), 2)
+    joint = next(j for j in find_joints(dissection) if j.extent is not None and j.extent.coefs == (("conv1", 1),))
+    assert joint_widths(dissection, joint, {"conv1": 21}) == {"conv0": SMALL, "conv1": 21, "conv2": 9}
+
+
+def test_equal_joints_share_a_key() -> None:
+    joints = find_joints(dissect(chain([10, 7, 9, 5, 6]), 2))
+    keys = [j.key for j in joints]
+    assert keys[1] == keys[2] and len(set(keys)) == len(keys) - 1  # between two inner convolutions
+    assert keys == [j.key for j in find_joints(dissect(chain([10, 7, 9, 5, 6], prefix="other."), 2))]
+    assert not set(keys) & {j.key for j in find_joints(dissect(chain([10, 7, 9, 5, 6], stride=2), 2))}

@@ -1,0 +1,395 @@
+"""Pieces of merged runs are cut out of graphs that are never made with data; here those graphs are made, checked, read
+and dissected whole, and every piece must be the same."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Collection
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sluice import models
+from sluice.models import enliven
+from sluice.models.mobilenet import InvertedResidual
+from sluice.models.resnet import BasicBlock
+from sluice.passes.cut.export import to_onnx
+from sluice.passes.cut.merge_onnx import merge_onnx
+from sluice.passes.graph.onnx_axes import analyze_onnx
+from sluice.profiler.pieces import merged
+from sluice.profiler.pieces import merged_groups as relabel
+from sluice.profiler.pieces.dissect import Dissection, Piece, anchor_weight, build_piece, dissect, weight_bytes
+from sluice.profiler.pieces.joints import find_joints, joint_models, joint_widths
+from sluice.profiler.pieces.merged import MergeSite, merge_segments, merge_variants, names_in
+from sluice.profiler.pieces.weightless import filled, hollow
+from tests.networks import Mixed
+
+BATCH = 2
+
+
+class Residual(nn.Module):
+    """x + conv(relu(conv(x))), of any dimension and kernel."""
+
+    def __init__(self, width: int, inner: int, conv: type[nn.Conv1d] | type[nn.Conv2d] = nn.Conv2d) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = conv(width, inner, 3, padding=1), conv(inner, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(x)))
+
+
+class Bottlenecks(nn.Module):
+    """Expansion, depthwise, projection; the second and third with a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 5, 3, padding=1)
+        self.body = nn.Sequential(*(InvertedResidual(a, b, s, 2) for a, b, s in [(5, 7, 2), (7, 7, 1), (7, 7, 1)]))
+        self.last, self.fc = nn.Conv2d(7, 9, 1), nn.Linear(9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.last(self.body(F.relu(self.stem(x))))).mean((2, 3)))
+
+
+class Row(nn.Module):
+    """One spatial axis, a stride, a flatten of channels and positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv1d(2, 6, 5, padding=2), nn.Conv1d(6, 8, 3, 2, 1)
+        self.block1, self.block2 = Residual(6, 7, nn.Conv1d), Residual(8, 5, nn.Conv1d)
+        self.last, self.fc = nn.Conv1d(8, 4, 3), nn.Linear(4 * 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block2(F.relu(self.down(self.block1(F.relu(self.stem(x))))))
+        return self.fc(F.relu(self.last(F.relu(x))).flatten(1))
+
+
+class Stream(nn.Module):
+    """A residual stream that ends as the output: frozen, but not before a block that is folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(3, 7, 3, padding=1)
+        self.block1, self.block2, self.block3 = Residual(7, 5), Residual(7, 6), Residual(7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block3(F.relu(self.block2(self.block1(self.head(x)))))
+
+
+class Around(nn.Module):
+    """Blocks around the network's input, whose size is fixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block1, self.block2, self.last = Residual(3, 7), Residual(3, 5), nn.Conv2d(3, 6, 3)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.last(F.relu(self.block2(self.block1(x))))).mean((2, 3)))
+
+
+class Removable(nn.Module):
+    """Convolutions that change nothing in front of a block and behind it: removed, they tie their sides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.block, self.d, self.fc = Residual(6, 5), nn.Conv2d(6, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.block(F.relu(self.b(F.relu(self.a(x))))))
+        return self.fc(F.relu(self.d(F.relu(self.c(x)))).mean((2, 3)))
+
+
+class Joined(nn.Module):
+    """Behind folded blocks a concatenation, of two widths and of tied ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.side = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(3, 4, 1)
+        self.block0, self.block1, self.block2 = Residual(6, 5), Residual(6, 7), Residual(16, 5)
+        self.last, self.fc = nn.Conv2d(16, 5, 3), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        s, side = F.relu(self.a(x)), self.side(x)
+        y = self.block1(self.block0(s))
+        z = self.block2(torch.cat([y, s, side], 1))
+        return self.fc(F.relu(self.last(F.relu(z))).mean((2, 3)))
+
+
+class Halves(nn.Module):
+    """Convolutions on halves of a value, and a value that is split behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 10, 3), nn.Conv2d(5, 7, 3), nn.Conv2d(7, 8, 3, padding=1)
+        self.d, self.e, self.fc = nn.Conv2d(8, 10, 1), nn.Conv2d(3, 6, 1), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = F.relu(self.a(x)).chunk(2, 1)
+        y = F.relu(self.d(F.relu(self.c(F.relu(self.b(left))))))
+        one, two, three = y.split([3, 3, 4], 1)
+        return self.fc(F.relu(self.e(one * two)).mean((2, 3))) + right.mean() + three.mean()
+
+
+class Padded(nn.Module):
+    """Paddings in front of a run, and of a block, whose addition reads them as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.block = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3), Residual(5, 7)
+        self.c, self.fc = nn.Conv2d(5, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.b(F.relu(self.a(F.pad(x, (1, 0, 2, 1))))))
+        x = self.block(F.pad(x, (1, 1, 0, 1)))
+        return self.fc(F.relu(self.c(F.relu(x))).mean((2, 3)))
+
+
+class Narrow(nn.Module):
+    """A single channel, depthwise convolutions in a row, a kernel of one tap and one channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 1, 3), nn.Conv2d(1, 1, 1), nn.Conv2d(1, 6, 1)
+        self.dw1, self.dw2 = nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.d, self.fc = nn.Conv2d(6, 5, 1), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.c(F.relu(self.b(F.relu(self.a(x))))))
+        return self.fc(F.relu(self.d(F.relu(self.dw2(F.relu(self.dw1(x)))))).mean((2, 3)))
+
+
+class Late(nn.Module):
+    """Another branch is computed between a block's convolutions and its addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.conv1, self.conv2 = (
+            nn.Conv2d(3, 6, 3),
+            nn.Conv2d(6, 7, 3, padding=1),
+            nn.Conv2d(7, 6, 3, padding=1),
+        )
+        self.side, self.b, self.fc = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.a(x))
+        branch, side = self.conv2(F.relu(self.conv1(h))), self.side(x)
+        return self.fc(F.relu(self.b(F.relu(F.relu(h + branch) + side))).mean((2, 3)))
+
+
+class Deep(nn.Module):
+    """Basic blocks of three widths, projections among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        widths = [(4, 4, 1), (4, 4, 1), (4, 6, 2), (6, 6, 1), (6, 9, 2), (9, 9, 1)]
+        self.body, self.fc = nn.Sequential(*(BasicBlock(*w) for w in widths)), nn.Linear(9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.body(F.relu(self.bn(self.stem(x)))).mean((2, 3)))
+
+
+class Shared(nn.Module):
+    """Two convolutions with one bias, of which one is merged: their widths are tied by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3), nn.Conv2d(5, 6, 3)
+        self.pool, self.d, self.fc = nn.MaxPool2d(2), nn.Conv2d(6, 6, 1), nn.Linear(6, 3)
+        self.d.bias = self.a.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.c(F.relu(self.b(F.relu(self.a(x))))))
+        return self.fc(F.relu(self.d(self.pool(x))).mean((2, 3)))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mixed": (Mixed, (3, 9, 7)),
+    "deep": (Deep, (3, 9, 7)),
+    "bottlenecks": (Bottlenecks, (3, 9, 7)),
+    "row": (Row, (2, 13)),
+    "stream": (Stream, (3, 8, 6)),
+    "around": (Around, (3, 8, 6)),
+    "removable": (Removable, (3, 8, 6)),
+    "joined": (Joined, (3, 8, 6)),
+    "halves": (Halves, (3, 8, 6)),
+    "padded": (Padded, (3, 8, 7)),
+    "narrow": (Narrow, (3, 8, 6)),
+    "late": (Late, (3, 8, 6)),
+    "shared": (Shared, (3, 9, 8)),
+}
+
+
+@functools.cache
+def exported(name: str) -> onnx.ModelProto:
+    factory, shape = NETWORKS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model, x = factory(), torch.randn(BATCH, *shape)
+    return to_onnx(enliven(model, 0, (x,)), x)
+
+
+def whole(base: Dissection, sites: list[MergeSite]) -> Dissection:
+    """The graph with these runs merged: made, checked, read and dissected."""
+    done = merge_onnx(base.model, [site.merge for site in sites], values=False)
+    return dissect(done, BATCH, names=names_in(base, sites))
+
+
+def described(cut: Dissection, piece: Piece) -> dict[str, object]:
+    """All that anybody asks of a piece."""
+    graph = piece.model.graph
+    return {
+        "name": piece.name,
+        "key": piece.key,
+        "description": piece.description,
+        "extents": piece.extents,
+        "sizes": {group: cut.dense[group] for group in piece.groups},
+        "borders": (piece.inputs, piece.outputs, piece.bare),
+        "nodes": [node.SerializeToString(deterministic=True) for node in graph.node],
+        "infos": [i.SerializeToString() for i in (*graph.input, *graph.output)],
+        "inner": sorted(i.SerializeToString() for i in graph.value_info),
+        "tensors": [(t.name, tuple(t.dims), t.data_type) for t in graph.initializer],
+        "shapes": {n: cut.analysis.shapes[n] for node in graph.node for n in (*node.input, *node.output) if n},
+    }
+
+
+def narrowed(cut: Dissection, piece: Piece, seed: int) -> dict[str, int]:
+    rng = np.random.default_rng(seed)
+    return {group: int(rng.integers(1, cut.dense[group] + 1)) for group in piece.groups}
+
+
+def check(base: Dissection, exclude: Collection[str] = (), *, widths_vary: bool = True, every: int = 1) -> int:
+    """Every place of every graph, or of some; how many."""
+    places = 0
+    found = merge_variants(base, merge_segments(base, tuple(exclude), widths_vary=widths_vary))
+    for variant, sites in itertools.islice(found, 0, None, every):
+        own, cut = variant.dissection, whole(base, sites)
+        by_weight = {anchor_weight(piece): piece for piece in cut.pieces}
+        assert {name: cut.dense[name] for name in own.dense} == own.dense
+        for place, site in zip(variant.places, sites, strict=True):
+            expected = [by_weight[run[-1]] for run in site.merge.runs]
+            assert (place.switch, place.layers) == (site.switch, site.gone)
+            assert [described(own, p) for p in place.pieces] == [described(cut, p) for p in expected]
+            assert place.inner == tuple(tensor for piece in expected[:-1] for tensor in piece.outputs)
+            for seed, (piece, other) in enumerate(zip(place.pieces, expected, strict=True)):
+                widths = narrowed(cut, other, places + seed)
+                assert weight_bytes(own, piece, widths) == weight_bytes(cut, other, widths)
+                if places % 5 == 0:
+                    assert build_piece(own, piece, widths) == build_piece(cut, other, widths)
+            assert joints(own, place.inner, places) == joints(cut, place.inner, places)
+            places += 1
+    return places
+
+
+def joints(cut: Dissection, inner: Collection[str], seed: int) -> list[object]:
+    found: list[object] = []
+    for joint in find_joints(cut):
+        if joint.tensor in inner:
+            own = joint.extent.coefs if joint.extent else ()
+            widths = joint_widths(cut, joint, {g: 1 + seed % cut.dense[g] for g, _ in own})
+            found.append((joint.tensor, joint.key, joint.description, joint.extent))
+            if seed % 7 == 0:
+                found.append(joint_models(cut, joint, widths))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _any_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are shown that nobody would time."""
+    monkeypatch.setattr(merged, "MORE", 1e9)
+
+
+@pytest.mark.parametrize("widths_vary", [True, False])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_pieces_are_those_of_the_whole_graph(name: str, widths_vary: bool) -> None:
+    assert check(dissect(exported(name), BATCH), widths_vary=widths_vary) > 1
+
+
+@pytest.mark.parametrize("exclude", ["block1.conv1", "block2", "stem", "tail1"])
+def test_an_excluded_layer_is_no_matter_for_the_others(exclude: str) -> None:
+    assert check(dissect(exported("mixed"), BATCH, [exclude]), [exclude]) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "every"), [("resnet20", 3), ("mobilenet_v2", 9)])
+def test_pieces_of_reference_networks(name: str, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    model = models.resnet20(widths=(4, 6, 9)) if name == "resnet20" else models.mobilenet_v2(width=0.1)
+    x = torch.randn(BATCH, 1, 14, 12, generator=torch.Generator().manual_seed(0))
+    assert check(dissect(to_onnx(enliven(model, 0, (x,)), x), BATCH), every=every) > 20
+
+
+def times_read(name: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    read = []
+    monkeypatch.setattr(merged, "analyze_onnx", lambda model: read.append(model) or analyze_onnx(model))
+    base = dissect(exported(name), BATCH)
+    assert sum(1 for _ in merge_variants(base, merge_segments(base))) > 1
+    return len(read)
+
+
+@pytest.mark.parametrize("name", ["mixed", "deep", "bottlenecks", "padded", "late", "narrow"])
+def test_a_plain_network_is_read_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert times_read(name, monkeypatch) == 1
+
+
+@pytest.mark.parametrize("name", ["row", "stream", "around", "joined", "halves", "shared"])
+def test_what_does_not_follow_is_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert times_read(name, monkeypatch) > 1
+
+
+def _without_biases(change: relabel.Change, together: Collection[str]) -> list[tuple[str, int]]:
+    return [key for key in LIES_ON(change, together) if not key[0].endswith("bias")]
+
+
+LIES_ON = relabel._lies_on
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "instead"),
+    [
+        ("stream", "_holds", lambda *_: True),
+        ("around", "_tied_before", lambda change: False),
+        ("mixed", "_lies_on", _without_biases),
+    ],
+)
+def test_faults_are_noticed(name: str, broken: str, instead: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = dissect(exported(name), BATCH)
+    assert check(base) > 1
+    monkeypatch.setattr(relabel, broken, instead)
+    with pytest.raises((AssertionError, KeyError, IndexError, ValueError)):
+        check(base)
+
+
+def test_hollow_weights_are_filled_when_a_piece_is_built() -> None:
+    base = dissect(exported("mixed"), BATCH)
+    variant, sites = next(merge_variants(base, merge_segments(base)))
+    piece = next(p for place in variant.places for p in place.pieces)
+    empty = [t.name for t in piece.model.graph.initializer if not t.HasField("raw_data")]
+    before = piece.model.SerializeToString()
+    done = filled(piece.model)
+    assert set(empty) == {f"{piece.name}.weight", f"{piece.name}.bias"}
+    assert piece.model.SerializeToString() == before
+    whole_piece = next(p for p in whole(base, sites).pieces if p.name == piece.name)
+    assert done.graph == whole_piece.model.graph
+    assert filled(done) is done
+
+
+def test_what_has_data_of_any_kind_is_not_hollow() -> None:
+    given = helper.make_tensor("given", TensorProto.FLOAT, [3], [1.0, 2.0, 3.0])
+    assert not given.HasField("raw_data")
+    nothing, half = numpy_helper.from_array(np.zeros((0, 3)), "no"), hollow("half", TensorProto.FLOAT16, (3, 2))
+    single = hollow("single", TensorProto.FLOAT, (1, 1, 1))
+    assert single.HasField("raw_data")
+    model = helper.make_model(helper.make_graph([], "g", [], [], [given, nothing, half, single]))
+    *same, made, one = filled(model).graph.initializer
+    assert same == [given, nothing] and one == single
+    assert made.data_type == TensorProto.FLOAT16 and numpy_helper.to_array(made).std() > 0

@@ -1,0 +1,151 @@
+"""Shards: the work is divided, the union is whole, and a dead shard costs what it had not done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sluice.core.errors import SluiceError
+from sluice.profiler import profile as profile_module
+from sluice.profiler.pieces.dissect import dissect
+from sluice.profiler.profile import Profile, ShardDone, profile_onnx, profile_shard
+from sluice.profiler.summary import profile_summary, shard_summary
+from sluice.profiler.sweep.engine_times import ENGINES
+from sluice.profiler.sweep.shards import Shard, share_of
+from sluice.profiler.table.latency_table import LatencyTable
+from sluice.profiler.table_tools.merge import merge_tables
+from tests.device import FakeRunner, chain, staircase
+from tests.profiler.timing.test_reference_engine import Host
+
+WIDTHS = [26, 20, 28, 18, 30, 22, 19, 27]
+COUNT = 4
+
+
+@pytest.fixture
+def measure(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[ShardDone | None, int]]:
+    """Profile a chain, whole or a shard, on a fresh simulated device; how many engines were built for it."""
+
+    def run(path: Path, shard: Shard | None = None, fail_at: int | None = None) -> tuple[ShardDone | None, int]:
+        runner = FakeRunner(staircase(8), fail_at=fail_at)
+        monkeypatch.setattr(profile_module, "make_runner", lambda target, threads=1: runner)
+        model = chain(WIDTHS, batch="N", size=7)
+        if shard is None:
+            profile_onnx(model, path, batch=2, progress=False)
+            return None, runner.built
+        return profile_shard(model, path, shard, batch=2, progress=False), runner.built
+
+    return run
+
+
+def points(path: Path) -> int:
+    with LatencyTable.open(path) as table:
+        return len(table)
+
+
+def content(path: Path) -> dict[tuple[str, tuple[int, ...]], float]:
+    with LatencyTable.open(path) as table:
+        return {(key, at): m.ms for key in table.keys() for at, m in table.points(key).items()}  # noqa: SIM118
+
+
+def test_the_work_is_divided_and_the_union_is_whole(tmp_path: Path, measure: Callable[..., tuple]) -> None:
+    measure(tmp_path / "whole.db")
+    whole = points(tmp_path / "whole.db")
+    parts = [tmp_path / f"{k}.db" for k in range(COUNT)]
+    for k, path in enumerate(parts):
+        done, _ = measure(path, Shard(k + 1, COUNT))
+        assert done.points == points(path) - 1 and done.engines == 0 and not done.complete  # its anchor apart
+        assert done.points <= 0.42 * whole
+    merged = merge_tables(parts, tmp_path / "all.db")
+    assert merged.points == whole
+    assert content(tmp_path / "all.db") == pytest.approx(content(tmp_path / "whole.db"))
+
+    # What is left are engines; shards of the merged table divide them, and nothing is left to the last run.
+    again = [tmp_path / f"{k} again.db" for k in range(COUNT)]
+    for k, path in enumerate(again):
+        path.write_bytes((tmp_path / "all.db").read_bytes())
+        done, built = measure(path, Shard(k + 1, COUNT))
+        assert done.complete and done.points == 0
+        assert built == done.engines == len(range(k, ENGINES, COUNT))
+        done, built = measure(path, Shard(k + 1, COUNT))
+        assert built == done.engines == 0
+    merge_tables(again, tmp_path / "done.db")
+    assert measure(tmp_path / "done.db") == (None, 0)
+    assert measure(tmp_path / "all.db") == (None, ENGINES)
+
+
+def test_a_dead_shard_costs_what_it_had_not_done(tmp_path: Path, measure: Callable[..., tuple]) -> None:
+    measure(tmp_path / "2.db", Shard(2, 2))
+    with pytest.raises(KeyboardInterrupt):
+        measure(tmp_path / "dead.db", Shard(1, 2), fail_at=60)
+    kept = points(tmp_path / "dead.db")
+    assert kept > 20
+    # Any host goes on with it under its number, or finishes what all have left.
+    alone, _ = measure(tmp_path / "alone.db", Shard(1, 2))
+    merge_tables([tmp_path / "2.db", tmp_path / "dead.db"], tmp_path / "all.db")
+    missing, _ = measure(tmp_path / "dead.db", Shard(1, 2))
+    assert missing.points == alone.points + 1 - kept
+    before = points(tmp_path / "all.db")
+    measure(tmp_path / "all.db")
+    measure(tmp_path / "whole.db")
+    assert content(tmp_path / "all.db") == pytest.approx(content(tmp_path / "whole.db"))
+    assert 0 < points(tmp_path / "all.db") - before <= missing.points
+
+
+@pytest.mark.parametrize("factor", [0.93, 1.04, 1.1])
+def test_a_host_of_another_speed_finishes_in_its_own_time(
+    factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What both hosts have measured is what the one that finishes would have measured alone."""
+
+    def run(name: str, speed: float, path: Path, shard: Shard | None) -> Profile | ShardDone:
+        runner = Host(monkeypatch, name, speed)
+        monkeypatch.setattr(profile_module, "make_runner", lambda target, threads=1: runner)
+        model, settings = chain(WIDTHS[:4], batch="N", size=7), {"batch": 2, "progress": False}
+        return profile_shard(model, path, shard, **settings) if shard else profile_onnx(model, path, **settings)
+
+    run("a", 1.0, tmp_path / "1.db", Shard(1, 2))
+    run("b", factor, tmp_path / "2.db", Shard(2, 2))
+    merge_tables([tmp_path / "1.db", tmp_path / "2.db"], tmp_path / "all.db")
+    done, alone = run("b", factor, tmp_path / "all.db", None), run("b", factor, tmp_path / "alone.db", None)
+    assert (done.disturbed, done.moved) == (0, pytest.approx(factor))
+    assert content(tmp_path / "all.db") == pytest.approx(content(tmp_path / "alone.db"))
+    assert done.latency.dense_ms() == pytest.approx(alone.latency.dense_ms())
+    assert f"multiplied by {factor:.4f}" in "\n".join(profile_summary(done, ("filter",))[1])
+    # What lacks nothing is only read.
+    before = (tmp_path / "all.db").read_bytes()
+    assert run("a", 1.0, tmp_path / "all.db", None).moved == 1.0 and (tmp_path / "all.db").read_bytes() == before
+    shard = run("a", 1.0, tmp_path / "2.db", Shard(2, 2))
+    assert shard.points == 0 and shard.moved == pytest.approx(1 / factor)
+    assert f"multiplied by {1 / factor:.4f}" in "\n".join(shard_summary(shard)[1])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 40, 9999])
+@pytest.mark.parametrize("methods", [("filter",), ("filter", "rank", "block", "merge")])
+def test_every_part_has_one_owner(count: int, methods: tuple[str, ...]) -> None:
+    cut = dissect(chain(WIDTHS, batch="N"), 2)
+    shares = [share_of(cut, Shard(k, count), methods) for k in range(1, min(count, 40) + 1)]
+    for piece in cut.pieces:
+        (owner,) = [share for share in shares if share.has(piece)]
+        assert owner.groups.issuperset(piece.groups)
+    weights = {name for share in shares for name in share.foreign}
+    assert weights <= {init.name for init in cut.model.graph.initializer}
+    if count == 1:
+        assert not weights and shares[0].groups == set(cut.dense)
+    assert shares == [share_of(cut, Shard(k, count), methods) for k in range(1, min(count, 40) + 1)]
+
+
+def test_a_shard_without_work_is_done_at_once(tmp_path: Path, measure: Callable[..., tuple]) -> None:
+    done, built = measure(tmp_path / "12.db", Shard(12, 12))
+    assert (done.points, done.engines, done.complete, built) == (0, 0, False, 0)
+
+
+def test_shard_numbers() -> None:
+    assert Shard.parse("2/8") == Shard(2, 8) and str(Shard(2, 8)) == "2/8"
+    for text in ("0/8", "9/8"):
+        with pytest.raises(SluiceError, match=f"there is no shard {text}; give 1/8 to 8/8"):
+            Shard.parse(text)
+    for text in ("", "2", "2/", "/8", "-1/8", "1/0", "a/b", "1/2/3", "1.5/2", "1/20000", "1/" + "9" * 5000):
+        with pytest.raises(SluiceError, match="is no shard; give its number and how many there are, as in 2/8"):
+            Shard.parse(text)

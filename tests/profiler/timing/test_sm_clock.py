@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sluice.profiler.pieces.dissect import dissect
+from sluice.profiler.sweep.bench import Bench
+from sluice.profiler.sweep.explore import explore
+from sluice.profiler.table.latency_table import LatencyTable
+from sluice.profiler.table_tools.listing import to_data, to_lines
+from sluice.profiler.timing import sm_clock as clocks
+from sluice.profiler.timing.reference_engine import make_anchor
+from tests.device import FINGERPRINT, FakeRunner, chain
+
+
+class Clocked(FakeRunner):
+    """Its clock falls with every engine, from 1980 MHz to 1500."""
+
+    def sm_clock_mhz(self) -> int | None:
+        return max(1500, 1980 - self.built)
+
+
+@pytest.mark.parametrize("runner", [FakeRunner(), Clocked()])
+def test_the_clock_is_logged_where_there_is_one(runner: FakeRunner) -> None:
+    rng = np.random.default_rng(0)
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        assert clocks.clock_range(table) is None
+        explore(dissect(chain([26, 18]), 2), Bench(table, runner, make_anchor(table, runner, rng), rng))
+        told = [line for line in to_lines(to_data(table)) if "MHz" in line]
+        if not isinstance(runner, Clocked):
+            assert clocks.clock_range(table) is None and not told
+            return
+        found = clocks.clock_range(table)
+        assert found is not None and found[0] < found[1] < 1980 and found[0] == 1980 - runner.built
+        assert told == [f"clock while measuring: {found[0]} to {found[1]} MHz"]
+
+
+def test_a_clock_that_cannot_be_read_is_no_clock() -> None:
+    runner = Clocked()
+    runner.sm_clock_mhz = lambda: None  # type: ignore[method-assign]
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        clocks.keep(runner, table)
+        assert table.blobs() == {}
