@@ -28,7 +28,7 @@ from sluice.profiler.profile import profile_onnx
 from sluice.profiler.sweep.bench import Bench
 from sluice.profiler.sweep.engine_times import measure_engines, model_key
 from sluice.profiler.table.latency_table import LatencyTable
-from sluice.profiler.timing.reference_engine import make_anchor
+from sluice.profiler.timing.reference_engine import make_reference_engine
 from sluice.solver.options import chosen_edits
 from sluice.solver.random_configurations import random_configuration
 
@@ -73,14 +73,14 @@ def perform(run: Run, folder: Path) -> Record:
     rng = np.random.default_rng(run.seed)
     latency, options = profile.latency, profile.options
     drawn = [
-        with_ranks_in_reach(profile.dissection, latency, random_configuration(latency, rng), options)
+        with_ranks_in_reach(profile.partition, latency, random_configuration(latency, rng), options)
         for _ in range(run.plans)
     ]
     runner = profile.runner()
     with LatencyTable.open(table) as opened:
-        bench = Bench(opened, runner, make_anchor(opened, runner, rng), rng)
-        known = opened.engines(model_key(profile.dissection, latency))
-        measured = measure_engines(profile.dissection, bench, drawn, options, known=known)
+        bench = Bench(opened, runner, make_reference_engine(opened, runner, rng), rng)
+        known = opened.engines(model_key(profile.partition, latency))
+        measured = measure_engines(profile.partition, bench, drawn, options, known=known)
     outcomes = []
     for configuration, ms in zip(drawn, measured, strict=True):
         edits = chosen_edits(options, configuration)

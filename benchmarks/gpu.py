@@ -44,8 +44,9 @@ from benchmarks.gpu_stages import FULL, SMALL, Layer, Network, Sizes, dense, fid
 from sluice.core.errors import SluiceError
 from sluice.core.files import write_atomically
 from sluice.passes.cut.export import to_onnx
-from sluice.runtime import nvidia
-from sluice.runtime.runner import Runner, available_targets, make_runner
+from sluice.runtime.base import nvidia
+from sluice.runtime.base.runner import Runner
+from sluice.runtime.targets import available_targets, make_runner
 
 __all__ = ["main"]
 

@@ -61,10 +61,10 @@ def _panel(left: int, top: int, name: str, lines: Lines, colours: Mapping[str, s
     out = [text(left + LEFT, top + 18, name, weight="bold")]
     for ms in ticks(slowest):
         out.append(f'<line x1="{x(0):.1f}" x2="{x(widest):.1f}" y1="{y(ms):.1f}" y2="{y(ms):.1f}" stroke="{GREY}"/>')
-        out.append(text(left + LEFT - 6, y(ms) + 4, f"{ms:g}", size=10, anchor="end"))
+        out.append(text(left + LEFT - 6, y(ms) + 4, f"{ms:g}", size=10, reference="end"))
     for width in ticks(widest):
-        out.append(text(x(width), base + 14, f"{width:g}", size=10, anchor="middle"))
-    out.append(text(x(widest), base + 27, "output channels", size=10, anchor="end"))
+        out.append(text(x(width), base + 14, f"{width:g}", size=10, reference="middle"))
+    out.append(text(x(widest), base + 27, "output channels", size=10, reference="end"))
     out.append(text(left, base + 14, "ms", size=10))
     for target, line in lines.items():
         path = " ".join(f"{x(width):.1f},{y(ms):.1f}" for width, ms in line)

@@ -14,7 +14,7 @@ from torch import nn
 
 from sluice.models import mobilenet_v2_224, resnet50
 from sluice.models.imagenet import ImageNetResNet
-from sluice.passes.precision.typed import typed
+from sluice.passes.precision.to_precision import to_precision
 from sluice.pipeline.verify import measure_configurations
 from sluice.profiler.fit.least_squares import errors
 from sluice.profiler.profile import Profile, profile_onnx
@@ -22,8 +22,8 @@ from sluice.profiler.sweep.bench import Bench
 from sluice.profiler.sweep.engine_times import measure_engines, model_key
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.timing.measure import measure
-from sluice.profiler.timing.reference_engine import make_anchor
-from sluice.runtime.runner import Runner
+from sluice.profiler.timing.reference_engine import make_reference_engine
+from sluice.runtime.base.runner import Runner
 from sluice.solver.decide import amplitude_losses, decide, least_ms
 from sluice.solver.random_configurations import random_configuration
 
@@ -31,7 +31,7 @@ __all__ = ["FULL", "SMALL", "Layer", "Network", "Sizes", "dense", "fidelity", "h
 
 SHARE = 0.5
 AT_A_TIME = 24  # sessions that are alive together
-SOLVER_S = 5.0  # for each question to the solver: a GPU that waits for it is paid for
+SOLVER_S = 5.0  # for each problem to the solver: a GPU that waits for it is paid for
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +90,14 @@ def staircase(runner: Runner, layer: Layer, batch: int, precision: str) -> list[
     found: dict[int, float] = {}
     for start in range(0, len(order), AT_A_TIME):
         widths = order[start : start + AT_A_TIME]
-        sessions = [runner.build(typed(_conv(layer, width, batch), precision, part=True)) for width in widths]
+        sessions = [runner.build(to_precision(_conv(layer, width, batch), precision, part=True)) for width in widths]
         found |= {width: m.ms for width, m in zip(widths, measure(sessions, rng=rng), strict=True)}
     return sorted(found.items())
 
 
 def dense(runner: Runner, model: onnx.ModelProto, batch: int, precision: str) -> dict[str, Any]:
     """Milliseconds of a whole network as it is."""
-    session = runner.build(typed(model, precision), batch=batch)
+    session = runner.build(to_precision(model, precision), batch=batch)
     found = measure([session], min_bursts=60, rng=np.random.default_rng(0))[0]
     return {"ms": found.ms, "spread": found.spread}
 
@@ -122,9 +122,9 @@ def fidelity(profile: Profile, table: Path, plans: int, seed: int = 1000) -> dic
     promised = np.array([profile.latency.ms(plan) for plan in drawn])
     runner = profile.runner()
     with LatencyTable.open(table) as opened:
-        bench = Bench(opened, runner, make_anchor(opened, runner, rng), rng)
-        known = opened.engines(model_key(profile.dissection, profile.latency))
-        measured = np.array(measure_engines(profile.dissection, bench, drawn, known=known))
+        bench = Bench(opened, runner, make_reference_engine(opened, runner, rng), rng)
+        known = opened.engines(model_key(profile.partition, profile.latency))
+        measured = np.array(measure_engines(profile.partition, bench, drawn, known=known))
     return {**errors(promised, measured), "promised_ms": promised.tolist(), "measured_ms": measured.tolist()}
 
 

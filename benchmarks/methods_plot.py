@@ -42,7 +42,7 @@ def _panel(left: int, top: int, name: str, found: Mapping[str, float | None], me
     for tick in range(int(LEFT), int(RIGHT) + 1):
         colour = "#111827" if tick == 0 else "#e5e7eb"
         out.append(f'<line x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{low}" y2="{bottom}" stroke="{colour}"/>')
-        out.append(text(x(tick), bottom + 13, f"{tick:+d}" if tick else "dense", size=10, anchor="middle"))
+        out.append(text(x(tick), bottom + 13, f"{tick:+d}" if tick else "dense", size=10, reference="middle"))
     for row, method in enumerate(methods):
         y = top + HEAD + ROW * row
         out.append(text(left, y + 4, method))

@@ -18,14 +18,14 @@ from torch import nn
 import sluice
 from benchmarks.methods_jobs import Job
 from benchmarks.methods_results import Record, Run
+from sluice.core.budget_spec import parse_budget
 from sluice.core.errors import SluiceError
 from sluice.passes.cut.export import finalize, to_onnx
 from sluice.pipeline.figures import count_parameters
 from sluice.pipeline.verify import ACCEPTED
 from sluice.profiler.timing.measure import measure
-from sluice.runtime.host import host_device
-from sluice.runtime.runner import make_runner
-from sluice.training.budget import parse_budget
+from sluice.runtime.base.host import host_device
+from sluice.runtime.targets import make_runner
 from sluice.training.train import fit
 
 __all__ = ["pair_ms", "perform", "widest"]

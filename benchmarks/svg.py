@@ -23,9 +23,9 @@ def text(
     content: str,
     *,
     size: int = 12,
-    anchor: str = "start",
+    reference: str = "start",
     weight: str = "normal",
     colour: str = "#111827",
 ) -> str:
-    style = f'font-size="{size}" text-anchor="{anchor}" font-weight="{weight}" fill="{colour}"'
+    style = f'font-size="{size}" text-reference="{reference}" font-weight="{weight}" fill="{colour}"'
     return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(content)}</text>'

@@ -69,7 +69,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 def profile(args: argparse.Namespace) -> int:
     """Measure, on this device, what the table does not know yet; with --pack, write a job that does so elsewhere."""
-    from sluice.profiler.placement import check_inspector, place_profile, placement_lines
+    from sluice.profiler.engine_layers import check_inspector, place_profile, placement_lines
     from sluice.profiler.profile import profile_onnx, profile_shard
     from sluice.profiler.summary import profile_summary, shard_summary
 
@@ -148,11 +148,11 @@ def compress(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace) -> int:
     """Make a plan in one shot, without training."""
     from sluice.artifacts.report import edit_rows
-    from sluice.pipeline.one_shot import propose
+    from sluice.pipeline.one_shot import plan_one_shot
 
     settings = _settings(args)
     model, inputs = model_of(args.model), inputs_of(args.model, args.shape, args.batch)
-    found = propose(model, inputs, budget=args.budget, data=data_of(args.data), **settings)
+    found = plan_one_shot(model, inputs, budget=args.budget, data=data_of(args.data), **settings)
     found.plan.save(args.out)
     edits = edit_rows(found.plan)
     data = {
@@ -187,8 +187,8 @@ def export(args: argparse.Namespace) -> int:
     from sluice.artifacts.deploy import deploy_onnx, rounding_error
     from sluice.commands.export import Asked, check_files, known_cache, outcome
     from sluice.passes.cut.export import finalize, save_onnx, to_onnx
-    from sluice.passes.precision.typed import check_precision
-    from sluice.runtime.runner import check_fit
+    from sluice.passes.precision.to_precision import check_precision
+    from sluice.runtime.targets import check_fit
 
     check_precision(args.precision)
     if args.calibration and args.precision != "int8":
@@ -259,8 +259,8 @@ def bench(args: argparse.Namespace) -> int:
     import numpy as np
 
     from sluice.profiler.timing.measure import measure
-    from sluice.runtime.inputs import parsed
-    from sluice.runtime.runner import make_runner
+    from sluice.runtime.base.inputs import parsed
+    from sluice.runtime.targets import make_runner
 
     built = [path for path in args.models if path.endswith(ENGINES)]
     if built and args.target != "tensorrt":

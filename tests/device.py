@@ -16,12 +16,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sluice.profiler.pieces.static_shapes import static_graph
 from sluice.profiler.table.fingerprint import Fingerprint
-from sluice.profiler.timing.reference_engine import anchor_model
-from sluice.runtime.runner import Clock
+from sluice.profiler.timing.reference_engine import reference_model
+from sluice.runtime.base.runner import Clock
 
-__all__ = ["ANCHOR_MS", "FINGERPRINT", "FakeRunner", "FakeSession", "chain", "line", "operator_ms", "staircase"]
+__all__ = ["FINGERPRINT", "REFERENCE_MS", "FakeRunner", "FakeSession", "chain", "line", "operator_ms", "staircase"]
 
-ANCHOR_MS = 0.4
+REFERENCE_MS = 0.4
 FINGERPRINT = Fingerprint("a fake device", "fake", "0", 1, "fp32", 2, "thread_cpu")
 # (in channels, out channels, everything else that multiplies) -> milliseconds of a convolution or matrix product
 Cost = Callable[[int, int, float], float]
@@ -68,7 +68,7 @@ class FakeSession:
 class FakeRunner:
     """Builds engines that take the sum of their operators' times, ``slower`` times as long.
 
-    ``built`` counts them (the anchor apart); the one numbered ``fail_at`` cannot be built.
+    ``built`` counts them (the reference apart); the one numbered ``fail_at`` cannot be built.
     """
 
     clock: Clock = "thread_cpu"
@@ -86,8 +86,8 @@ class FakeRunner:
         return self.slower(sum(operator_ms(node, shapes, self.cost) for node in graph.node))
 
     def build(self, model: Any, *, batch: int | None = None, feeds_shapes: Any = None) -> FakeSession:
-        if model.graph.name == anchor_model().graph.name:
-            return FakeSession(ANCHOR_MS)
+        if model.graph.name == reference_model().graph.name:
+            return FakeSession(REFERENCE_MS)
         if self.built == self.fail_at:
             raise KeyboardInterrupt("killed")
         self.built += 1

@@ -53,7 +53,7 @@ DTYPES: dict[str, Any] = {
 
 
 class FakeCuda:
-    """The calls of `sluice.runtime.cuda.Cuda`; ``log`` names them in order."""
+    """The calls of `sluice.runtime.base.cuda.Cuda`; ``log`` names them in order."""
 
     def __init__(self, capturable: bool = True, room: int = 1 << 30, ms: float = MS, launch_ms: float = 0.0) -> None:
         self.capturable, self.room, self.ms, self.launch_ms = capturable, room, ms, launch_ms

@@ -24,7 +24,7 @@ import onnx
 from sluice.core.errors import SluiceError
 from sluice.runtime.trt.build import build_engine, find_tensorrt, static_model
 
-__all__ = ["INSTALLED", "Answer", "Rtx"]
+__all__ = ["INSTALLED", "Rtx", "Solution"]
 
 INSTALLED = all(find_spec(name) for name in ("tensorrt_rtx_bindings", "tensorrt_rtx_libs"))
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +33,7 @@ LAYER = re.compile(r"^Name: (?P<Name>.*?), LayerType: (?P<LayerType>\w+), .* Met
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Solution:
     """The size of the engine in bytes, or why there is none; the inspector's JSON, if that was asked for."""
 
     size: int
@@ -54,7 +54,7 @@ class Rtx:
         if self._process is not None:
             self._process.communicate()
 
-    def build(self, model: onnx.ModelProto, batch: int = 2, *, described: bool = False) -> Answer:
+    def build(self, model: onnx.ModelProto, batch: int = 2, *, described: bool = False) -> Solution:
         path = Path(self._folder.name) / "model.onnx"
         path.write_bytes(model.SerializeToString())
         if self._process is None:
@@ -67,18 +67,18 @@ class Rtx:
         line = self._process.stdout.readline()
         if not line:
             status, self._process = self._process.wait(), None
-            return Answer(0, f"TensorRT-RTX crashed with status {status}", "")
-        return Answer(**json.loads(line))
+            return Solution(0, f"TensorRT-RTX crashed with status {status}", "")
+        return Solution(**json.loads(line))
 
 
-def _build(path: str, batch: int) -> Answer:
+def _build(path: str, batch: int) -> Solution:
     try:
-        return Answer(len(build_engine(find_tensorrt(), path, batch=batch).plan), "", "")
+        return Solution(len(build_engine(find_tensorrt(), path, batch=batch).plan), "", "")
     except SluiceError as error:
-        return Answer(0, str(error), "")
+        return Solution(0, str(error), "")
 
 
-def _describe(path: str, batch: int) -> Answer:
+def _describe(path: str, batch: int) -> Solution:
     """A build that listens to all that the builder says, since an engine can only be inspected on a GPU."""
     trt = find_tensorrt()
     said: list[str] = []
@@ -99,7 +99,7 @@ def _describe(path: str, batch: int) -> Answer:
     plan = builder.build_serialized_network(network, config)
     lines = next(text for text in said if text.startswith("Layers:")).splitlines()
     layers = [match.groupdict() for line in lines if (match := LAYER.match(line)) is not None]
-    return Answer(len(bytes(plan)), "", json.dumps({"Layers": layers, "I/O Tensors": []}))
+    return Solution(len(bytes(plan)), "", json.dumps({"Layers": layers, "I/O Tensors": []}))
 
 
 def main() -> None:
@@ -109,7 +109,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     for line in sys.stdin:
         asked = json.loads(line)
-        answer: Callable[[str, int], Answer] = _describe if asked["described"] else _build
+        answer: Callable[[str, int], Solution] = _describe if asked["described"] else _build
         found = answer(asked["model"], asked["batch"])
         print(json.dumps({"size": found.size, "error": found.error, "information": found.information}), file=replies)
         replies.flush()

@@ -17,23 +17,22 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from sluice import models
-from sluice.core.plan import Drop, Factorize, Merge, Plan
+from sluice.core.plan import Drop, Edits, Factorize, Merge, Plan
 from sluice.models import EXAMPLE_SHAPES, example_inputs
-from sluice.passes.cut.drop_onnx import view_onnx
 from sluice.passes.cut.export import to_onnx
 from sluice.passes.cut.factor import forms_of
-from sluice.passes.cut.merge_onnx import chains_onnx
 from sluice.passes.cut.resolve import make_plan
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.graph.blocks import find_blocks
+from sluice.passes.graph.chains_onnx import chains_onnx
 from sluice.passes.graph.onnx_axes import analyze_onnx
 from sluice.passes.graph.onnx_file import finalize
 from sluice.passes.graph.segments import find_segments, folded_norms
-from sluice.passes.precision.typed import PRECISIONS, typed
-from sluice.profiler.pieces.dissect import build_piece, dissect
+from sluice.passes.graph.view_onnx import view_onnx
+from sluice.passes.precision.to_precision import PRECISIONS, to_precision
+from sluice.profiler.pieces.partition import build_piece, partition_graph
 from sluice.profiler.pieces.sources import add_sources
 from sluice.runtime.trt.inspect import Placement, owners, place_pieces, read_layers
-from sluice.solver.options import Edits
 from tests import networks
 from tests.device import chain
 from tests.rtx import INSTALLED, Rtx
@@ -129,7 +128,7 @@ def test_activations_that_bfloat16_lacks(rtx: Rtx, activation: str, precision: s
     model = chain([5, 7])
     for node in model.graph.node:
         node.op_type = activation if node.op_type == "Relu" else node.op_type
-    accepted(rtx, typed(model, precision, target=TARGET))
+    accepted(rtx, to_precision(model, precision, target=TARGET))
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -143,7 +142,7 @@ def test_what_stays_float32(rtx: Rtx, precision: str) -> None:
     for output, (kind, *inputs) in reversed(made.items()):
         model.graph.node.insert(activation, helper.make_node(kind, inputs, [output]))
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(1e9), "large"))
-    accepted(rtx, typed(model, precision, target=TARGET))
+    accepted(rtx, to_precision(model, precision, target=TARGET))
 
 
 def test_every_reference_network_is_here() -> None:
@@ -153,13 +152,13 @@ def test_every_reference_network_is_here() -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", REFERENCE)
 def test_a_dense_network(rtx: Rtx, name: str, precision: str) -> None:
-    accepted(rtx, typed(finalize(named(name)), precision, target=TARGET))
+    accepted(rtx, to_precision(finalize(named(name)), precision, target=TARGET))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["mixed", "se_resnet", "resnet1d"])
 def test_a_slim_network(rtx: Rtx, name: str, precision: str) -> None:
-    accepted(rtx, typed(finalize(cut(name)[0]), precision, target=TARGET))
+    accepted(rtx, to_precision(finalize(cut(name)[0]), precision, target=TARGET))
 
 
 @pytest.mark.parametrize("name", ["densenet", "mobilenet_v2", "resnet20", "vgg16_bn"])
@@ -170,7 +169,7 @@ def test_a_thinner_network(rtx: Rtx, name: str) -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_an_engine_as_it_is_timed(rtx: Rtx, precision: str) -> None:
     """Nothing is folded there, since names are needed to the end."""
-    accepted(rtx, typed(cut("mixed")[0], precision, target=TARGET))
+    accepted(rtx, to_precision(cut("mixed")[0], precision, target=TARGET))
 
 
 def test_all_edits_are_among_the_plans() -> None:
@@ -181,14 +180,14 @@ def test_all_edits_are_among_the_plans() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_piece(rtx: Rtx, precision: str) -> None:
-    found = dissect(named("mixed"), BATCH)
+    found = partition_graph(named("mixed"), BATCH)
     pieces = {piece.key: piece for piece in found.pieces}
     halves = {group: max(1, size // 2) for group, size in found.dense.items()}
     assert len(pieces) > 5
     for piece in pieces.values():
         model, _ = add_sources(build_piece(found, piece, halves), piece.bare)
-        answer = rtx.build(typed(model, precision, part=True, target=TARGET), BATCH)
-        assert not answer.error and answer.size, f"{piece.description}: {answer.error}"
+        solution = rtx.build(to_precision(model, precision, part=True, target=TARGET), BATCH)
+        assert not solution.error and solution.size, f"{piece.description}: {solution.error}"
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -201,8 +200,8 @@ def test_layers_are_traced_to_pieces(rtx: Rtx, precision: str) -> None:
 
 
 def placement(rtx: Rtx, precision: str) -> tuple[Placement, list[str]]:
-    found = dissect(named("mixed"), BATCH)
-    deployed = typed(found.model, precision, target=TARGET)
+    found = partition_graph(named("mixed"), BATCH)
+    deployed = to_precision(found.model, precision, target=TARGET)
     layers = read_layers(rtx.build(deployed, BATCH, described=True).information)
     assert len(layers) > len(found.pieces) // 2
     pieces = {piece.name: piece.model.graph for piece in found.pieces}

@@ -21,7 +21,7 @@ from sluice.importance.taylor import fisher_scores
 from sluice.passes.cut.export import to_onnx
 from sluice.passes.graph.onnx_file import save_onnx
 from sluice.pipeline.compress import compress
-from sluice.profiler.pieces.dissect import dissect
+from sluice.profiler.pieces.partition import partition_graph
 from sluice.profiler.profile import fingerprint_here
 from sluice.profiler.table import latency_table as table_module
 from sluice.profiler.table.latency_table import LatencyTable
@@ -387,7 +387,7 @@ def test_a_fixed_batch_is_not_measured_under_another_name() -> None:
             return self.fc(self.conv(x).relu().view(3, 294))
 
     with pytest.raises(SluiceError, match=r"the model fixes its batch: input .* has 3 rows, not 8"):
-        dissect(to_onnx(Fixed().eval(), torch.randn(3, 3, 9, 9)), 8)
+        partition_graph(to_onnx(Fixed().eval(), torch.randn(3, 3, 9, 9)), 8)
 
 
 def test_a_network_that_is_not_float32_is_refused_before_anything_is_measured() -> None:

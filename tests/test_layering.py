@@ -54,7 +54,7 @@ WITHOUT_TORCH = (
     "sluice.passes.precision.half",
     "sluice.passes.precision.qdq_placement",
     "sluice.passes.precision.quantize",
-    "sluice.passes.precision.typed",
+    "sluice.passes.precision.to_precision",
     "sluice.profiler.",
     "sluice.runtime.",
     "sluice.passes.graph.onnx_file",

@@ -19,7 +19,7 @@ CHECKPOINT = "weights/resnet20_mnist.safetensors"
 def test_version_is_written_once() -> None:
     assert "version" not in PROJECT["project"]
     assert PROJECT["project"]["dynamic"] == ["version"]
-    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "sluice.__version__"}
+    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "sluice.core.version.__version__"}
     assert re.fullmatch(r"\d+\.\d+\.\d+", sluice.__version__)
     assert f"## [{sluice.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
     assert "version" not in (ROOT / "setup.py").read_text()

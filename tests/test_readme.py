@@ -17,7 +17,7 @@ from sluice.cli import main, parser
 from sluice.profiler import agent
 from sluice.profiler.sweep.shards import Shard
 from sluice.profiler.table.latency_table import LatencyTable
-from sluice.runtime.runner import TARGETS, UNFIT
+from sluice.runtime.targets import TARGETS, UNFIT
 from sluice.solver.options import METHODS
 from tests import tiny
 

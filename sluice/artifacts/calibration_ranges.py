@@ -52,13 +52,13 @@ def activation_ranges(
         batches: ``(inputs, labels)`` or inputs alone, as for `sluice.compress`. Tensors stand for the network's inputs
             in their order, those of a mapping for the inputs of their names.
         percentile: of ``|x|`` within a slice of a batch, above 0 and up to 100.
-        target, exclude: as for `sluice.passes.precision.typed.typed`.
+        target, exclude: as for `sluice.passes.precision.to_precision.typed`.
     Raises:
         SluiceError: there is no batch, one does not fit the network, or a range is not finite.
     """
     if not 0 < percentile <= 100:
         raise SluiceError(f"cannot take percentile {percentile:g} of activations; give one above 0 and up to 100")
-    from sluice.runtime.runner import make_runner
+    from sluice.runtime.targets import make_runner
 
     names = tensors_to_calibrate(model, target=target, exclude=exclude)
     session = make_runner("ort-cpu").build(_with_outputs(fold_batch_norms(model), names))

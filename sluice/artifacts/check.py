@@ -26,15 +26,15 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from sluice.artifacts.rounding_check import Likeness, compare_precisions, drawn, outputs_of
+from sluice.artifacts.rounding_check import RoundingCheck, compare_precisions, drawn, outputs_of
 from sluice.core.errors import SluiceError
 from sluice.core.plan import InputSpec, Plan
 from sluice.passes.cut.factor import first_name, second_name
 from sluice.passes.cut.merge_region import bias_name
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.graph.onnx_file import finalize, load_onnx
-from sluice.passes.precision.typed import PRECISIONS
-from sluice.runtime.compare import relative_error
+from sluice.passes.precision.to_precision import PRECISIONS
+from sluice.runtime.base.compare import relative_error
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,7 +73,7 @@ def check(dense: nn.Module | onnx.ModelProto, folder: str | os.PathLike[str]) ->
     return {f"{a} and {b}": relative_error(outputs[a], outputs[b]) for a, b in itertools.combinations(outputs, 2)}
 
 
-def check_deployed(folder: str | os.PathLike[str]) -> dict[str, Likeness]:
+def check_deployed(folder: str | os.PathLike[str]) -> dict[str, RoundingCheck]:
     """How like ``slim.onnx`` the files in other precisions are, by file name; empty where the folder has none.
 
     Raises:

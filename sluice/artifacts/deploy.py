@@ -25,12 +25,12 @@ from sluice.passes.cut.export import OPSET, to_onnx
 from sluice.passes.graph.capture import Inputs
 from sluice.passes.graph.onnx_file import finalize, save_onnx
 from sluice.passes.precision.emulation import emulated
-from sluice.passes.precision.typed import check_precision, typed
-from sluice.runtime.compare import relative_error
-from sluice.runtime.runner import check_target
+from sluice.passes.precision.to_precision import check_precision, to_precision
+from sluice.runtime.base.compare import relative_error
+from sluice.runtime.targets import check_target
 
 if TYPE_CHECKING:
-    from sluice.runtime.runner import Session
+    from sluice.runtime.base.runner import Session
 
 __all__ = ["as_module", "deploy_onnx", "export", "rounding_error"]
 
@@ -49,7 +49,7 @@ def export(
     """Write the network as deployment-ready ONNX and return it.
 
     Args:
-        precision: one of `sluice.passes.precision.typed.PRECISIONS`.
+        precision: one of `sluice.passes.precision.to_precision.PRECISIONS`.
         calibration, target, exclude: as for `deploy_onnx`.
     Raises:
         SluiceError: the model cannot be exported, or not in this precision, or the file cannot be written.
@@ -84,13 +84,13 @@ def deploy_onnx(
     """
     check_target(target)
     if check_precision(precision) != "int8":
-        return typed(model, precision, target=target)
+        return to_precision(model, precision, target=target)
     if calibration is None:
         raise SluiceError(
             "int8 needs to know the ranges of activations; give calibration= some hundred inputs, in batches"
         )
     ranges = activation_ranges(model, calibration, percentile=percentile, target=target, exclude=exclude)
-    return typed(model, precision, ranges=ranges, target=target, exclude=exclude)
+    return to_precision(model, precision, ranges=ranges, target=target, exclude=exclude)
 
 
 def rounding_error(narrow: onnx.ModelProto, wide: onnx.ModelProto, batches: Iterable[Any]) -> float:
@@ -99,7 +99,7 @@ def rounding_error(narrow: onnx.ModelProto, wide: onnx.ModelProto, batches: Iter
     Raises:
         SluiceError: the batch does not fit the network.
     """
-    from sluice.runtime.runner import make_runner
+    from sluice.runtime.targets import make_runner
 
     runner, feeds = make_runner("ort-cpu"), next(slices(batches, wide))
     return relative_error(runner.build(emulated(narrow)).run(feeds), runner.build(wide).run(feeds))
@@ -128,7 +128,7 @@ def as_module(model: onnx.ModelProto, like: Any = None) -> nn.Module:
             f"the file has {len(outputs)} outputs ({', '.join(outputs)}), but like= holds {count} tensors; give "
             f"outputs of the model that was exported"
         )
-    from sluice.runtime.runner import make_runner
+    from sluice.runtime.targets import make_runner
 
     initializers = {init.name for init in model.graph.initializer}
     inputs = tuple(info.name for info in model.graph.input if info.name not in initializers)

@@ -16,9 +16,9 @@ from sluice.core.errors import SluiceError
 from sluice.core.files import write_atomically
 from sluice.core.plan import Plan
 from sluice.passes.graph.onnx_file import save_onnx
-from sluice.passes.precision.typed import PRECISIONS
+from sluice.passes.precision.to_precision import PRECISIONS
 
-__all__ = ["Compressed", "claim"]
+__all__ = ["Compressed", "check_writable"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,7 +34,7 @@ class Compressed:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """``plan.json``, ``slim.safetensors``, ``slim.onnx`` and ``report.json`` in ``folder``; where the precision is
         another, also the file to deploy, as ``slim.int8.onnx``."""
-        claim(folder)
+        check_writable(folder)
         # Made aside and moved when all are complete: a full disk must not leave one plan's weights beside another's.
         try:
             with tempfile.TemporaryDirectory(dir=folder, prefix=".part") as part:
@@ -54,7 +54,7 @@ class Compressed:
             raise SluiceError(f"cannot write to {os.fspath(folder)!r}: {error}; choose another folder") from error
 
 
-def claim(folder: str | os.PathLike[str]) -> None:
+def check_writable(folder: str | os.PathLike[str]) -> None:
     """Make the folder, and make sure that it can be written to."""
     probe = Path(folder) / ".probe"
     write_atomically(probe, b"")

@@ -1,6 +1,7 @@
 """Are a file in a narrow precision and one in fp32 the same network? What rounding may do, and what chance would do.
 
-The figure is the relative error of the narrow file's outputs (`sluice.runtime.compare`), the largest over a few inputs.
+The figure is the relative error of the narrow file's outputs (`sluice.runtime.base.compare`), the largest over a few
+inputs.
 
 1. *By rounding.* What is rounded is off by at most ``eps / 2`` of its size: ``eps`` is 2^-10 for fp16, 2^-7 for bf16,
    and for int8 1/127 of the largest weight of a channel. Independent errors of n operators add up like a random walk,
@@ -34,10 +35,10 @@ from onnx import TensorProto, helper, numpy_helper
 from sluice.core.errors import SluiceError
 from sluice.core.plan import InputSpec
 from sluice.passes.precision.emulation import emulated
-from sluice.runtime.compare import relative_error
-from sluice.runtime.runner import make_runner
+from sluice.runtime.base.compare import relative_error
+from sluice.runtime.targets import make_runner
 
-__all__ = ["Likeness", "compare_precisions", "drawn", "outputs_of"]
+__all__ = ["RoundingCheck", "compare_precisions", "drawn", "outputs_of"]
 
 EPS = {"fp16": 2.0**-10, "bf16": 2.0**-7, "int8": 1 / 127}
 ROUNDINGS = 16.0
@@ -45,7 +46,7 @@ DRAWS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Likeness:
+class RoundingCheck:
     """Relative error of a narrow file, up to where it is the same network, what another network would have, and the
     error as the file runs, which is another one for int8 (rule 3)."""
 
@@ -61,7 +62,7 @@ class Likeness:
 
 def compare_precisions(
     narrow: onnx.ModelProto, wide: onnx.ModelProto, precision: str, specs: Sequence[InputSpec]
-) -> Likeness:
+) -> RoundingCheck:
     """The likeness of a file in ``precision`` to the one in fp32.
 
     Args:
@@ -78,7 +79,7 @@ def compare_precisions(
     if precision == "int8":
         within = [drawn(specs, seed, _input_ranges(narrow)) for seed in range(DRAWS)]
         as_run = relative_error(list(outputs_of(narrow, within)), list(outputs_of(wide, within)))
-    return Likeness(error, tolerance, by_chance, as_run)
+    return RoundingCheck(error, tolerance, by_chance, as_run)
 
 
 def drawn(

@@ -10,37 +10,15 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor, fx, nn
 
 from sluice.core.errors import SluiceError
 from sluice.core.files import write_atomically
-from sluice.core.plan import InputSpec, Plan
+from sluice.core.plan import Plan
 from sluice.passes.cut.rewrite_torch import rewrite_torch
-from sluice.passes.graph.capture import MARK, capture
+from sluice.passes.graph.capture import capture, example_inputs_of
 
-__all__ = ["example_inputs_of", "input_specs", "load", "read_tensors", "save_weights"]
-
-
-def input_specs(gm: fx.GraphModule) -> tuple[InputSpec, ...]:
-    """Shapes and dtypes of the positional example inputs a graph was captured with; empty if they are not tensors."""
-    args, kwargs = gm.meta[MARK]["args"], gm.meta[MARK]["kwargs"]
-    if kwargs or not all(isinstance(a, Tensor) for a in args):
-        return ()
-    return tuple(InputSpec(tuple(a.shape), str(a.dtype).removeprefix("torch.")) for a in args)
-
-
-def example_inputs_of(plan: Plan) -> tuple[Tensor, ...]:
-    """Inputs of the shapes that the plan remembers: standard normal, ones for integers."""
-    if not plan.inputs:
-        raise SluiceError("the plan does not say what inputs the model takes; pass example_inputs")
-    made = []
-    for spec in plan.inputs:
-        dtype = getattr(torch, spec.dtype)
-        made.append(
-            torch.randn(spec.shape, dtype=dtype) if dtype.is_floating_point else torch.ones(spec.shape, dtype=dtype)
-        )
-    return tuple(made)
+__all__ = ["load", "read_tensors", "save_weights"]
 
 
 def save_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -225,7 +225,7 @@ def write_engine(model: onnx.ModelProto, asked: Asked, batch: int) -> Engine:
 
 def _dynamic_inputs(model: onnx.ModelProto, batch: int) -> dict[str, list[int]]:
     """The shape at ``batch`` of every input that the file leaves open."""
-    from sluice.runtime.inputs import static_shapes
+    from sluice.runtime.base.inputs import static_shapes
 
     open_, fixed = static_shapes(model, None, {}).inputs, static_shapes(model, batch, {}).inputs
     found: dict[str, list[int]] = {}

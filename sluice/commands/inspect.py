@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from sluice.passes.graph.chains import Chain
     from sluice.passes.graph.groups import Analysis
-    from sluice.passes.graph.view import View
+    from sluice.passes.graph.view import GraphView
 
-    Readings = tuple[Analysis, View, tuple[Chain, ...], dict[str, np.ndarray]]
+    Readings = tuple[Analysis, GraphView, tuple[Chain, ...], dict[str, np.ndarray]]
 
 __all__ = ["inspection"]
 
@@ -63,9 +63,9 @@ def _read_onnx(path: str, shape: tuple[int, ...] | None, exclude: Sequence[str])
     """Axis groups, operators, chains of convolutions and tensors of an ONNX file."""
     from onnx import numpy_helper
 
-    from sluice.passes.cut.drop_onnx import view_onnx
-    from sluice.passes.cut.merge_onnx import chains_onnx
+    from sluice.passes.graph.chains_onnx import chains_onnx
     from sluice.passes.graph.onnx_axes import analyze_onnx
+    from sluice.passes.graph.view_onnx import view_onnx
 
     model = dense_in(path, shape)
     tensors = {init.name: numpy_helper.to_array(init) for init in model.graph.initializer}
@@ -75,15 +75,15 @@ def _read_onnx(path: str, shape: tuple[int, ...] | None, exclude: Sequence[str])
 def _read_module(model: nn.Module, inputs: torch.Tensor, exclude: Sequence[str]) -> Readings:
     """The same of a torch module."""
     from sluice import analyze, capture
-    from sluice.passes.cut.drop_torch import view_torch
-    from sluice.passes.cut.merge_torch import chains_torch
+    from sluice.passes.graph.chains_torch import chains_torch
+    from sluice.passes.graph.view_torch import view_torch
 
     gm = capture(model, inputs)
     tensors = {name: tensor.detach().cpu().numpy() for name, tensor in gm.state_dict().items()}
     return analyze(gm, exclude), view_torch(gm), chains_torch(gm), tensors
 
 
-def _blocks_in(view: View) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def _blocks_in(view: GraphView) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Residual blocks (name, layers, whether a gate can close them and why not), and why other additions are none."""
     from sluice.passes.graph.blocks import find_blocks
 
@@ -95,7 +95,7 @@ def _blocks_in(view: View) -> tuple[list[dict[str, Any]], dict[str, str]]:
 
 
 def _factorable_in(
-    view: View, tensors: Mapping[str, np.ndarray], exclude: Sequence[str]
+    view: GraphView, tensors: Mapping[str, np.ndarray], exclude: Sequence[str]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Weights with their shape and, by form, the rank at which nothing is lost; and why other weights have no form."""
     from sluice.passes.cut.factor import forms_of, max_rank

@@ -1,4 +1,4 @@
-"""Options that several verbs of the command line share, and the types of their values.
+"""EditSpace that several verbs of the command line share, and the types of their values.
 
 A type says what is wrong with a word and what to write instead; `argparse` adds which option it was.
 """

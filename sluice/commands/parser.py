@@ -21,7 +21,7 @@ Verb = Callable[[argparse.Namespace], int]
 
 def make_parser(verbs: Iterable[Verb]) -> argparse.ArgumentParser:
     """All verbs and their options; what each of them takes stands below under its name."""
-    from sluice import __version__
+    from sluice.core.version import __version__
 
     top = argparse.ArgumentParser(
         prog="sluice", description="Makes a network fit a latency budget measured on the device."

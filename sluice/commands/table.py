@@ -86,8 +86,8 @@ def diff(args: argparse.Namespace) -> int:
 def forget(args: argparse.Namespace) -> int:
     """Forget the times of a machine that was never quiet, which are uncertain; the next profile takes them anew."""
     from sluice.profiler.table.latency_table import LatencyTable
+    from sluice.profiler.table.measurement import UNCERTAIN
     from sluice.profiler.timing.burst_log import landed
-    from sluice.profiler.timing.measure import UNCERTAIN
     from sluice.profiler.timing.reference_engine import KEY
 
     with LatencyTable.open(args.table) as table:

@@ -4,7 +4,7 @@ A configuration ``w`` gives every site a value: a *width* (channels of an axis g
 *switch*, 0 or 1 (this layer dense, this layer factorised in that form, this block dropped, this segment merged). The
 promise is
 
-    T(w) = intercept + slope * (sum_t c_t(w) * ms_t + max(0, sum_t c_t(w) * reload_t - spared))         [milliseconds]
+    T(w) = intercept + slope * (sum_t c_t(w) * ms_t + max(0, sum_t c_t(w) * reload_t - cached_ms))         [ms]
     c_t(w) = weight_t * on_t(w),     ms_t, reload_t at (extent_t1(w), extent_t2(w), ...)
 
 1. A *term* t is a piece of the graph (``weight = number of times it occurs``) or a joint, what neighbours save
@@ -15,7 +15,7 @@ promise is
 3. ``ms_t`` is known at the points of a rectangular grid (``knots``) and multilinear in between, constant beyond.
 4. A *rule* is a linear equation between switches, above all "exactly one of these".
 5. ``reload_t`` is what reading the weights of a piece takes once the rest of the network has pushed them out of the
-   caches, and ``spared`` what the caches hold of that (`sluice.profiler.fit.cache_reload`). Of a joint it is zero.
+   caches, and ``cached_ms`` what the caches hold of that (`sluice.profiler.fit.cache_reload`). Of a joint it is zero.
 
 Everything here is frozen and needs numpy only: the same value drives the budget of the training loss, the
 solver and the report.
@@ -110,7 +110,7 @@ class LatencyModel:
     error: Mapping[str, float] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
     switches: frozenset[str] = frozenset()
-    spared: float = 0.0
+    cached_ms: float = 0.0
 
     def raw_ms(self, widths: Mapping[str, float]) -> float:
         """Sum of pieces minus joints, and what is read again, not calibrated."""
@@ -118,12 +118,12 @@ class LatencyModel:
         if missing:
             raise SluiceError(f"no width given for group {missing[0]!r}; give one for each of {sorted(self.dense)}")
         found = ((term, term.on(widths)) for term in self.terms)
-        return sum(on * term.weight * term.at(widths) for term, on in found if on) + self.again_ms(widths)
+        return sum(on * term.weight * term.at(widths) for term, on in found if on) + self.reload_ms(widths)
 
-    def again_ms(self, widths: Mapping[str, float]) -> float:
+    def reload_ms(self, widths: Mapping[str, float]) -> float:
         """What is read again (rule 5), not calibrated."""
         found = ((term, term.on(widths)) for term in self.terms if term.reload is not None)
-        return max(0.0, sum(on * term.weight * term.reload_at(widths) for term, on in found if on) - self.spared)
+        return max(0.0, sum(on * term.weight * term.reload_at(widths) for term, on in found if on) - self.cached_ms)
 
     def ms(self, widths: Mapping[str, float]) -> float:
         """Promised milliseconds at ``widths``."""

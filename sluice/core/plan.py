@@ -23,7 +23,7 @@ from sluice.core.algebra import from_ranges, to_ranges
 from sluice.core.errors import SluiceError
 from sluice.core.files import write_atomically
 
-__all__ = ["FORMS", "Drop", "Factorize", "InputSpec", "Merge", "Plan", "Slice"]
+__all__ = ["FORMS", "Drop", "Edits", "Factorize", "InputSpec", "Merge", "Plan", "Slice"]
 
 VERSION = 2
 FORMS = ("kxk-1x1", "1x1-kxk", "kx1-1xk")
@@ -223,3 +223,12 @@ class Plan:
                 f"cannot read the plan {os.fspath(path)!r}: {error}; give the path of a plan.json"
             ) from None
         return Plan.from_json(text, source=f"{os.fspath(path)!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Edits:
+    """The structural edits of one configuration."""
+
+    factorizations: tuple[Factorize, ...] = ()
+    drops: tuple[Drop, ...] = ()
+    merges: tuple[Merge, ...] = ()

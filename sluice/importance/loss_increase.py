@@ -27,14 +27,14 @@ from sluice.core.errors import SluiceError
 from sluice.passes.graph.capture import BatchNorm, clone
 from sluice.training.train import Data, Loss, on_device, split_batch
 
-__all__ = ["SAMPLES", "Judge"]
+__all__ = ["SAMPLES", "LossIncrease"]
 
 SAMPLES = 128
 BROKEN = 100.0  # times the network's own loss: what a change costs that makes the loss infinite
 Batch = tuple[tuple[Any, ...], Any, Any]  # inputs, what the teacher says, labels
 
 
-class Judge:
+class LossIncrease:
     """The dense network on fixed batches, and the loss of changed copies of it."""
 
     def __init__(self, gm: fx.GraphModule, data: Data, loss: Loss, samples: int = SAMPLES):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from sluice.core.latency import LatencyModel
-from sluice.importance.loss_increase import SAMPLES, Judge
+from sluice.importance.loss_increase import SAMPLES, LossIncrease
 from sluice.passes.cut.drop_torch import drop_torch
 from sluice.passes.cut.factor_torch import truncations_torch
 from sluice.passes.cut.merge_torch import linearize_torch
@@ -32,7 +32,7 @@ from sluice.passes.gates.gating import bake
 from sluice.passes.gates.insertion import along
 from sluice.passes.gates.placement import Placement
 from sluice.passes.graph.groups import Analysis, keep_masks
-from sluice.solver.options import Options, RankOption
+from sluice.solver.options import EditSpace, RankOption
 from sluice.training.train import Data, Loss
 
 __all__ = ["measured_losses"]
@@ -46,7 +46,7 @@ def measured_losses(
     analysis: Analysis,
     placement: Placement,
     model: LatencyModel,
-    options: Options,
+    options: EditSpace,
     scores: Mapping[str, np.ndarray],
     data: Data,
     *,
@@ -63,7 +63,7 @@ def measured_losses(
     Raises:
         SluiceError: the loss is not finite.
     """
-    judge = Judge(gm, data, loss, samples)
+    judge = LossIncrease(gm, data, loss, samples)
     changes: list[_Change] = []
     for group in analysis.groups:
         if len(model.levels.get(group.name, ())) > 1:
@@ -103,7 +103,7 @@ class _Change(NamedTuple):
     increase: Callable[[int], float]
 
 
-def _width(judge: Judge, analysis: Analysis, placement: Placement, group: str, scores: np.ndarray) -> _Change:
+def _width(judge: LossIncrease, analysis: Analysis, placement: Placement, group: str, scores: np.ndarray) -> _Change:
     order = np.argsort(-scores, kind="stable")
     index = next(i for i, g in enumerate(analysis.groups) if g.name == group)
     normed = any((analysis.values[name].groups == index).any() for name in placement.norms)
@@ -126,7 +126,7 @@ def _width(judge: Judge, analysis: Analysis, placement: Placement, group: str, s
     return _Change(group, () if normed else {param for param, _ in masks(1)}, increase)
 
 
-def _rank(judge: Judge, option: RankOption) -> _Change:
+def _rank(judge: LossIncrease, option: RankOption) -> _Change:
     @cache
     def truncated() -> Callable[[int], Tensor]:  # decomposed when its turn comes
         return truncations_torch(judge.gm.state_dict()[option.param], option.form)
@@ -135,7 +135,7 @@ def _rank(judge: Judge, option: RankOption) -> _Change:
 
 
 def _restructuring(
-    judge: Judge, site: str, tensors: Sequence[str], change: Callable[[fx.GraphModule], object]
+    judge: LossIncrease, site: str, tensors: Sequence[str], change: Callable[[fx.GraphModule], object]
 ) -> _Change:
     return _Change(site, tensors, lambda _: judge.restructured(change, near=tensors))
 

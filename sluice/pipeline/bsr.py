@@ -22,27 +22,27 @@ from torch import Tensor, nn
 from sluice.core.errors import SluiceError
 from sluice.core.latency import LatencyModel
 from sluice.core.plan import Factorize, InputSpec
-from sluice.importance.loss_increase import Judge
+from sluice.importance.loss_increase import LossIncrease
 from sluice.passes.cut.factor_torch import truncations_torch
 from sluice.passes.cut.resolve import make_plan
 from sluice.passes.gates.svt import matricize, modified_stable_rank
 from sluice.passes.graph.groups import Analysis
-from sluice.pipeline.verify import Answer, Question
+from sluice.pipeline.problem import Problem, Solution
 from sluice.profiler.profile import Profile
 from sluice.solver.beam_search import Option, beam_search
 from sluice.solver.decide import Choice, least_ms, tightened, unreachable
 from sluice.solver.options import RankOption, chosen_edits
 from sluice.training.train import Loss
 
-__all__ = ["BeamQuestion", "beam_question", "stable_rank_loss"]
+__all__ = ["BeamProblem", "beam_problem", "stable_rank_loss"]
 
 STRENGTH = 0.1
 Label = tuple[RankOption, int] | None
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class BeamQuestion(Question):
-    """A question whose answers come from the beam search instead of the solver.
+class BeamProblem(Problem):
+    """A problem whose solutions come from the beam search instead of the solver.
 
     ``steps`` are the options of every weight, ``score`` is the loss with each at one of them, by position.
     """
@@ -50,10 +50,10 @@ class BeamQuestion(Question):
     steps: Mapping[str, Sequence[Option]]
     score: Callable[[Mapping[str, int]], float]
 
-    def answer(self, target_ms: float) -> Answer:
+    def solve(self, target_ms: float) -> Solution:
         choice = tightened(target_ms, self._searched)
         edits = chosen_edits(self.profile.options, choice.widths)
-        return Answer(choice, {}, make_plan(self.analysis, {}, self.inputs, edits))
+        return Solution(choice, {}, make_plan(self.analysis, {}, self.inputs, edits))
 
     def _searched(self, target_ms: float) -> Choice:
         model = self.model
@@ -67,10 +67,10 @@ class BeamQuestion(Question):
         return Choice(widths, model.ms(widths), found.score, 1.0, 0.0, 0.0)
 
 
-def beam_question(
-    profile: Profile, analysis: Analysis, model: LatencyModel, inputs: tuple[InputSpec, ...], judge: Judge
-) -> BeamQuestion:
-    """The question about these ranks. One is asked for several budgets, so what it has scored it remembers."""
+def beam_problem(
+    profile: Profile, analysis: Analysis, model: LatencyModel, inputs: tuple[InputSpec, ...], judge: LossIncrease
+) -> BeamProblem:
+    """The problem about these ranks. One is asked for several budgets, so what it has scored it remembers."""
     state, forms = judge.gm.state_dict(), profile.options.ranks
     cut = {o: truncations_torch(state[o.param], o.form) for o in forms}
     steps = {
@@ -85,7 +85,7 @@ def beam_question(
             known[key] = judge.weights({o.param: cut[o](rank) for o, rank in _labels(steps, at)})
         return known[key]
 
-    return BeamQuestion(profile, analysis, model, {}, {}, inputs, steps=steps, score=score)
+    return BeamProblem(profile, analysis, model, {}, {}, inputs, steps=steps, score=score)
 
 
 def _labels(steps: Mapping[str, Sequence[Option]], at: Mapping[str, int]) -> list[tuple[RankOption, int]]:

@@ -15,22 +15,23 @@ import torch
 from torch import fx
 
 from sluice.core.plan import Drop
-from sluice.passes.cut.drop_torch import close_block, drop_torch, view_torch
+from sluice.passes.cut.drop_torch import close_block, drop_torch
+from sluice.passes.cut.merge_ties import tie_removed
 from sluice.passes.cut.merge_torch import linearize_torch
 from sluice.passes.cut.resolve import tensor_masks
 from sluice.passes.gates.gating import Gated, close_gates
 from sluice.passes.gates.insertion import along
 from sluice.passes.graph.blocks import match_drops
 from sluice.passes.graph.groups import keep_masks
-from sluice.pipeline.verify import Answer
-from sluice.solver.options import tie_removed
+from sluice.passes.graph.view_torch import view_torch
+from sluice.pipeline.problem import Solution
 
 __all__ = ["close"]
 
 
-def close(gated: Gated, answer: Answer) -> fx.GraphModule:
+def close(gated: Gated, solution: Solution) -> fx.GraphModule:
     """The closed network: the choice baked into the dense architecture, merged runs linear with padding in front."""
-    plan, keeps = answer.plan, keep_masks(gated.meta["analysis"], answer.kept)
+    plan, keeps = solution.plan, keep_masks(gated.meta["analysis"], solution.kept)
     masks = tie_removed(gated.meta["analysis"], plan.merges, keeps)
     kept = {
         g.name: tuple(np.flatnonzero(m).tolist()) for g, m in zip(gated.meta["analysis"].groups, masks, strict=True)

@@ -22,7 +22,8 @@ from torch.utils import _pytree as pytree
 
 from sluice.artifacts.deploy import as_module, deploy_onnx
 from sluice.artifacts.macs import count_macs
-from sluice.artifacts.result import Compressed, claim
+from sluice.artifacts.result import Compressed, check_writable
+from sluice.core.budget_spec import parse_budget
 from sluice.core.errors import SluiceError
 from sluice.core.stages import stage
 from sluice.importance.taylor import learned_scores
@@ -32,15 +33,16 @@ from sluice.passes.cut.rewrite_torch import merge_runs, rewrite_torch
 from sluice.passes.gates.gating import Gated, strip_gates
 from sluice.passes.graph.capture import Inputs
 from sluice.passes.graph.onnx_file import finalize
-from sluice.passes.precision.typed import check_precision
+from sluice.passes.precision.to_precision import check_precision
+from sluice.pipeline.choose import Scenario, choose
 from sluice.pipeline.close import close
 from sluice.pipeline.figures import captured_inputs, count_parameters, example_outputs, make_report, parity
-from sluice.pipeline.prepare import Ready, check_float32, prepare
-from sluice.pipeline.price import Reading, ask, choose
-from sluice.pipeline.verify import AIM, final_pair, settle_first
+from sluice.pipeline.prepare import Prepared, check_float32, prepare
+from sluice.pipeline.price import price_problem
+from sluice.pipeline.verify import AIM, final_pair, first_verified
 from sluice.solver.decide import least_ms
 from sluice.solver.options import METHODS, check_methods
-from sluice.training.budget import Budget, parse_budget
+from sluice.training.budget import Budget
 from sluice.training.train import Data, Loss, check_data, default_loss, fit, split_batch
 
 __all__ = ["Compressed", "compress", "finish", "sweep"]
@@ -98,7 +100,7 @@ def compress(
     check_float32(model)
     check_data(model, data, loss=loss)
     if out is not None:
-        claim(out)
+        check_writable(out)
     ready = prepare(
         model, example_inputs, budget=budget, data=data, table=table, batch=batch, target=target, threads=threads,
         precision=precision, exclude=exclude, methods=methods, gate_epochs=gate_epochs, lr=lr, loss=loss,
@@ -149,7 +151,7 @@ def sweep(
     folders = {budget: None if out is None else Path(out) / budget.strip().removesuffix("%") for budget in budgets}
     for folder in folders.values():
         if folder is not None:
-            claim(folder)
+            check_writable(folder)
     ready = prepare(
         model, example_inputs, budget=budgets, data=data, table=table, batch=batch, target=target, threads=threads,
         precision=precision, exclude=exclude, methods=methods, loss=loss, progress=progress,
@@ -194,40 +196,40 @@ def finish(
     learned = importance is None and "filter" in methods and gated.meta["analysis"].groups
     scores = learned_scores(gated.gates) if learned else given
     with stage("price every choice", progress) as advance:
-        question = ask(gated, budget.profile, methods, scores, data=data, loss=loss, advance=advance)
+        problem = price_problem(gated, budget.profile, methods, scores, data=data, loss=loss, advance=advance)
     reference = teacher if teacher is not None else strip_gates(gated, thresholded=True).eval()
     return _finish(
-        Ready(gated, budget.profile, methods, reference, question), budget.target, data=data, epochs=epochs,
+        Prepared(gated, budget.profile, methods, reference, problem), budget.target, data=data, epochs=epochs,
         rehearsal=rehearsal, lr=lr, loss=loss, evaluate=evaluate, out=out, progress=progress,
         started=time.perf_counter(),
     )  # fmt: skip
 
 
 def _finish(
-    ready: Ready, budget: str | Mapping[str, str | float], *, data: Data | None, epochs: int, rehearsal: int,
+    ready: Prepared, budget: str | Mapping[str, str | float], *, data: Data | None, epochs: int, rehearsal: int,
     lr: float, loss: Loss, evaluate: Evaluate | None, out: str | os.PathLike[str] | None, progress: bool,
     started: float,
 ) -> Compressed:  # fmt: skip
     gated, measured, methods, reference = ready.gated, ready.measured, ready.methods, ready.teacher
-    question, precision = ready.question, measured.fingerprint.precision
+    problem, precision = ready.problem, measured.fingerprint.precision
     if precision == "int8" and data is None:
         raise SluiceError("int8 is calibrated on data; give data= some batches of inputs")
     stripped = strip_gates(gated, thresholded=True).eval()
     inputs = captured_inputs(stripped)
-    readings: list[Reading] = []
+    readings: list[Scenario] = []
     if data is not None and epochs:
-        least = least_ms(question.model).promised_ms
+        least = least_ms(problem.model).promised_ms
         target_ms = max(AIM * parse_budget(budget, measured.latency.dense_ms()), least)
         readings = choose(
-            question, methods, target_ms, lambda answer: rewrite_torch(stripped, answer.plan, inputs, merged=False),
+            problem, methods, target_ms, lambda solution: rewrite_torch(stripped, solution.plan, inputs, merged=False),
             data=data, teacher=reference, loss=loss, lr=lr, steps=rehearsal, progress=progress,
         )  # fmt: skip
     with stage("decide and verify on engines", progress):
         dense_onnx = to_onnx(stripped, inputs)
-        settled = settle_first([*(r.question for r in readings), question], budget, dense_onnx)
-    slim = rewrite_torch(stripped, settled.plan, inputs, merged=False).eval()
-    cut = finalize(rewrite_onnx(dense_onnx, settled.plan))
-    closed = parity(close(gated, settled.answer).eval(), slim, cut, stripped)
+        verified = first_verified([*(r.problem for r in readings), problem], budget, dense_onnx)
+    slim = rewrite_torch(stripped, verified.plan, inputs, merged=False).eval()
+    cut = finalize(rewrite_onnx(dense_onnx, verified.plan))
+    closed = parity(close(gated, verified.solution).eval(), slim, cut, stripped)
     _same(closed)
 
     def deploy(model: onnx.ModelProto) -> tuple[onnx.ModelProto, float | None]:
@@ -241,7 +243,7 @@ def _finish(
     metric_dense = None if evaluate is None else evaluate(reference)  # if it cannot be called, nothing is lost yet
     if epochs and data is not None:
         fit(slim, data, epochs=epochs, teacher=reference, loss=loss, lr=lr, progress=progress, name="fine-tune")
-    slim = merge_runs(slim, settled.plan).eval()
+    slim = merge_runs(slim, verified.plan).eval()
     with stage("export and measure", progress):
         slim_onnx = finalize(to_onnx(slim, inputs))
         exported = parity(slim, slim, slim_onnx, stripped)
@@ -249,16 +251,16 @@ def _finish(
         deployed, metric_deployed = deploy(slim_onnx)
         dense_ms, slim_ms = final_pair(measured, measured.engine(dense_engine), deployed, budget)
     report = make_report(
-        measured, settled, dense_ms=dense_ms, slim_ms=slim_ms, worst=max(closed, exported),
+        measured, verified, dense_ms=dense_ms, slim_ms=slim_ms, worst=max(closed, exported),
         budget_ms=parse_budget(budget, dense_ms),
         params=(count_parameters(stripped), count_parameters(slim)),
         macs=(count_macs(dense_engine), count_macs(slim_onnx)),
         metrics=(metric_dense, None if evaluate is None else evaluate(slim), metric_deployed),
         frozen={**gated.meta["analysis"].frozen, **measured.options.refused},
-        seconds=time.perf_counter() - started, losses=ready.question.losses,
-        readings=[(r.name, r.answer.choice.promised_ms, r.rehearsed) for r in readings],
+        seconds=time.perf_counter() - started, losses=ready.problem.losses,
+        readings=[(r.name, r.solution.choice.promised_ms, r.rehearsed) for r in readings],
     )  # fmt: skip
-    done = Compressed(slim, settled.plan, slim_onnx, deployed, report)
+    done = Compressed(slim, verified.plan, slim_onnx, deployed, report)
     if out is not None:
         done.save(out)
     _same(exported)  # last: what was trained is saved even then

@@ -16,11 +16,11 @@ from torch.utils import _pytree as pytree
 from sluice.artifacts.report import GroupRow, MethodRow, PieceRow, Report, edit_rows
 from sluice.core.latency import LatencyModel
 from sluice.passes.graph.capture import MARK, Inputs, normalize_inputs
-from sluice.pipeline.verify import Settled
+from sluice.pipeline.verify import VerifiedSolution
 from sluice.profiler.profile import Profile
-from sluice.runtime.compare import relative_error
-from sluice.runtime.runner import make_runner
-from sluice.solver.options import METHODS, Options
+from sluice.runtime.base.compare import relative_error
+from sluice.runtime.targets import make_runner
+from sluice.solver.options import METHODS, EditSpace
 
 __all__ = ["captured_inputs", "contributions", "count_parameters", "example_outputs", "make_report", "parity"]
 
@@ -59,7 +59,7 @@ def parity(closed: nn.Module, slim: nn.Module, engine: onnx.ModelProto, captured
 
 def contributions(
     model: LatencyModel,
-    options: Options,
+    options: EditSpace,
     configuration: Mapping[str, int],
     losses: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[MethodRow, ...]:
@@ -74,7 +74,7 @@ def contributions(
     layers, their savings need not add up. A method that changes nothing has saved 0.
 
     Args:
-        losses: of every level of every site, as the solver was given them (`sluice.pipeline.verify.Question.losses`).
+        losses: of every level of every site, as the solver was given them (`sluice.pipeline.verify.Problem.losses`).
     """
     ranks = {option.rank for option in options.ranks}
     chosen = {
@@ -106,12 +106,12 @@ def _finite(metric: float | None) -> float | None:
 
 
 def make_report(
-    measured: Profile, settled: Settled, *, dense_ms: float, slim_ms: float, worst: float, budget_ms: float,
+    measured: Profile, verified: VerifiedSolution, *, dense_ms: float, slim_ms: float, worst: float, budget_ms: float,
     params: tuple[int, int], macs: tuple[int, int], metrics: tuple[float | None, float | None, float | None],
     frozen: Mapping[str, str], seconds: float, losses: Mapping[str, np.ndarray] | None = None,
     readings: Sequence[tuple[str, float, tuple[float, ...]]] = (),
 ) -> Report:  # fmt: skip
-    """The report of a settled plan.
+    """The report of a verified plan.
 
     Args:
         worst: largest relative difference between two forms of the slim network.
@@ -120,8 +120,8 @@ def make_report(
         losses: what every level of every site was priced at.
         readings: the rehearsed plans: name, promised milliseconds, held-out losses.
     """
-    latency, widths = measured.latency, dict(settled.choice.widths)
-    descriptions = {p.name: p.description for p in measured.dissection.pieces}
+    latency, widths = measured.latency, dict(verified.choice.widths)
+    descriptions = {p.name: p.description for p in measured.partition.pieces}
     before = {t.name: t.on(latency.dense) * t.weight * t.at(latency.dense) for t in latency.terms}
     after = {t.name: t.on(widths) * t.weight * t.at(widths) for t in latency.terms}
     rows = [
@@ -132,13 +132,13 @@ def make_report(
         )
         for t in latency.terms if t.on(latency.dense) or t.on(widths)
     ]  # fmt: skip
-    again = latency.again_ms(latency.dense), latency.again_ms(widths)
+    again = latency.reload_ms(latency.dense), latency.reload_ms(widths)
     if any(again):
         rows.append(PieceRow("read again", "weights beyond what the caches hold", 1, *again, (), ()))
     return Report(
         budget_ms=budget_ms,
         dense_ms=dense_ms,
-        promised_ms=settled.choice.promised_ms,
+        promised_ms=verified.choice.promised_ms,
         measured_ms=slim_ms,
         parity_max_rel=worst,
         params_dense=params[0],
@@ -149,13 +149,13 @@ def make_report(
         metric_slim=_finite(metrics[1]),
         metric_deployed=_finite(metrics[2]),
         seconds=seconds,
-        rounds=settled.rounds,
+        rounds=verified.rounds,
         fingerprint=asdict(measured.fingerprint),
         pieces=tuple(rows),
-        groups=tuple(GroupRow(g, n, widths[g]) for g, n in measured.dissection.dense.items()),
+        groups=tuple(GroupRow(g, n, widths[g]) for g, n in measured.partition.dense.items()),
         skipped=tuple(frozen.items()),
         error=dict(latency.error),
         methods=contributions(latency, measured.options, widths, losses),
-        edits=edit_rows(settled.plan),
+        edits=edit_rows(verified.plan),
         readings=tuple(readings),
     )

@@ -18,27 +18,27 @@ import numpy as np
 from sluice.core.latency import LatencyModel
 from sluice.core.plan import Merge
 from sluice.passes.cut.resolve import make_plan
-from sluice.pipeline.verify import Answer, Question
+from sluice.pipeline.problem import Problem, Solution
 from sluice.solver.decide import Choice, least_ms, tightened, unreachable
 from sluice.solver.dynamic_program import Entry, solve
 from sluice.solver.options import chosen_edits, dense_switch
 
-__all__ = ["BONUSES", "DepthQuestion"]
+__all__ = ["BONUSES", "DepthProblem"]
 
 BONUSES = (0.0, 0.5, 1.0)  # in units of the mean loss of a segment
 LEVELS = 10_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DepthQuestion(Question):
-    """A question about merges alone, answered by the dynamic programme."""
+class DepthProblem(Problem):
+    """A problem about merges alone, answered by the dynamic programme."""
 
     bonus: float = 0.0
 
-    def answer(self, target_ms: float) -> Answer:
+    def solve(self, target_ms: float) -> Solution:
         choice = tightened(target_ms, self._tiled)
         edits = chosen_edits(self.profile.options, choice.widths)
-        return Answer(choice, {}, make_plan(self.analysis, {}, self.inputs, edits))
+        return Solution(choice, {}, make_plan(self.analysis, {}, self.inputs, edits))
 
     def _tiled(self, target_ms: float) -> Choice:
         model, merges = self.model, self.profile.options.merges

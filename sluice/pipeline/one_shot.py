@@ -8,18 +8,18 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from sluice.core.budget_spec import parse_budget
 from sluice.core.plan import Plan
 from sluice.passes.graph.capture import Inputs
 from sluice.pipeline.prepare import prepare
 from sluice.solver.options import METHODS, check_methods
-from sluice.training.budget import parse_budget
 from sluice.training.train import Data, check_data
 
-__all__ = ["Proposal", "propose"]
+__all__ = ["OneShotPlan", "plan_one_shot"]
 
 
 @dataclass(frozen=True, slots=True)
-class Proposal:
+class OneShotPlan:
     """A plan made without training, and what it promises; ``retained`` is the kept share of the importance."""
 
     plan: Plan
@@ -29,7 +29,7 @@ class Proposal:
     retained: float
 
 
-def propose(
+def plan_one_shot(
     model: nn.Module,
     example_inputs: Inputs,
     *,
@@ -43,7 +43,7 @@ def propose(
     exclude: Sequence[str] = (),
     methods: Sequence[str] = METHODS,
     progress: bool = True,
-) -> Proposal:
+) -> OneShotPlan:
     """A plan in one shot: Fisher scores on a few labelled batches of ``data``, then the solver; nothing is trained.
 
     Arguments and errors are those of `compress`, but nothing needs to run on the device: a table that was filled there
@@ -58,5 +58,5 @@ def propose(
     )  # fmt: skip
     dense_ms = ready.measured.latency.dense_ms()
     target_ms = parse_budget(budget, dense_ms)
-    answer = ready.question.answer(target_ms)
-    return Proposal(answer.plan, target_ms, dense_ms, answer.choice.promised_ms, answer.choice.retained)
+    solution = ready.problem.solve(target_ms)
+    return OneShotPlan(solution.plan, target_ms, dense_ms, solution.choice.promised_ms, solution.choice.retained)

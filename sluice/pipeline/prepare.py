@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from sluice.core.budget_spec import parse_budget
 from sluice.core.errors import SluiceError, Unreachable
 from sluice.core.stages import stage
 from sluice.importance.taylor import learned_scores
@@ -21,15 +22,17 @@ from sluice.passes.cut.export import to_onnx
 from sluice.passes.gates.gating import Gated, absorb_masks, insert_gates, strip_gates
 from sluice.passes.graph.capture import Inputs
 from sluice.pipeline.bsr import stable_rank_loss
-from sluice.pipeline.price import ask, insert_all, one_shot_scores
-from sluice.pipeline.verify import AIM, Question
+from sluice.pipeline.insert import insert_all
+from sluice.pipeline.price import one_shot_scores, price_problem
+from sluice.pipeline.problem import Problem
+from sluice.pipeline.verify import AIM
 from sluice.profiler.profile import Profile, measured_elsewhere, profile_known, profile_onnx
 from sluice.solver.decide import least_ms, restricted, unreachable
 from sluice.solver.options import BSR, METHODS
-from sluice.training.budget import Budget, parse_budget
+from sluice.training.budget import Budget
 from sluice.training.train import Data, Loss, default_loss, fit
 
-__all__ = ["Ready", "check_float32", "check_reachable", "prepare", "profile"]
+__all__ = ["Prepared", "check_float32", "check_reachable", "prepare", "profile"]
 
 
 def profile(
@@ -62,14 +65,14 @@ def profile(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Ready:
-    """What deciding needs, whatever the budget; ``question`` holds the prices."""
+class Prepared:
+    """What deciding needs, whatever the budget; ``problem`` holds the prices."""
 
     gated: Gated
     measured: Profile
     methods: tuple[str, ...]
     teacher: nn.Module
-    question: Question
+    problem: Problem
 
 
 def prepare(
@@ -77,7 +80,7 @@ def prepare(
     table: str | os.PathLike[str], batch: int, target: str, threads: int, precision: str, exclude: Sequence[str],
     methods: tuple[str, ...], gate_epochs: int = 0, lr: float = 1e-3, loss: Loss = default_loss,
     elsewhere: bool = False, progress: bool,
-) -> Ready:  # fmt: skip
+) -> Prepared:  # fmt: skip
     """Profile, train gates (at ``lr``, if there are ``gate_epochs``) or score channels, price every choice.
 
     Several budgets may be given where no gates are trained. ``elsewhere`` as for `profile`.
@@ -89,21 +92,21 @@ def prepare(
     )  # fmt: skip
     for each in budgets:
         check_reachable(measured, methods, each)  # says at once if a budget cannot be met
-    widths_vary = bool(measured.dissection.analysis.groups)
+    widths_vary = bool(measured.partition.analysis.groups)
     gated = insert_gates(model, example_inputs, exclude=exclude, kinds=("filter",) if widths_vary else ())
     teacher = strip_gates(gated).eval()
     scores: Mapping[str, np.ndarray] = {}
     if methods == (BSR,):
-        question = ask(gated, measured, methods, scores, data=data, loss=loss)
+        problem = price_problem(gated, measured, methods, scores, data=data, loss=loss)
         if gate_epochs:
             target_ms = AIM * parse_budget(budgets[0], measured.latency.dense_ms())
-            ranks = question.answer(target_ms).plan.factorizations
+            ranks = problem.solve(target_ms).plan.factorizations
             if ranks:
                 fit(
                     gated, data, epochs=gate_epochs, teacher=teacher, loss=stable_rank_loss(loss, gated, ranks), lr=lr,
                     progress=progress, name="stable ranks",
                 )  # fmt: skip
-        return Ready(gated, measured, methods, teacher, question)
+        return Prepared(gated, measured, methods, teacher, problem)
     trained: Gated | None = None
     if gate_epochs:
         steps = max(1, gate_epochs * _length(data))
@@ -118,8 +121,8 @@ def prepare(
     elif "filter" in methods and widths_vary:
         scores = one_shot_scores(gated, data, loss)
     with stage("price every choice", progress) as advance:
-        question = ask(gated, measured, methods, scores, data=data, loss=loss, advance=advance)
-    return Ready(gated, measured, methods, teacher, question)
+        problem = price_problem(gated, measured, methods, scores, data=data, loss=loss, advance=advance)
+    return Prepared(gated, measured, methods, teacher, problem)
 
 
 def _budget(gated: Gated, measured: Profile, budget: str | Mapping[str, str | float]) -> Budget | None:

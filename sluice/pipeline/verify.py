@@ -17,29 +17,24 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
+from sluice.core.budget_spec import parse_budget
 from sluice.core.errors import SluiceError, Unreachable
-from sluice.core.latency import LatencyModel
-from sluice.core.plan import InputSpec, Plan
-from sluice.passes.cut.resolve import make_plan
+from sluice.core.plan import Plan
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
-from sluice.passes.graph.groups import Analysis
 from sluice.passes.graph.onnx_file import finalize
+from sluice.pipeline.problem import Problem, Solution
 from sluice.profiler.pieces.engine import build_engine
 from sluice.profiler.profile import Profile
 from sluice.profiler.timing.measure import measure
-from sluice.solver.decide import Choice, decide, least_ms
-from sluice.solver.options import chosen_edits
-from sluice.training.budget import parse_budget
+from sluice.solver.decide import Choice, least_ms
 
 __all__ = [
-    "Answer",
-    "Question",
-    "Settled",
+    "VerifiedSolution",
     "final_pair",
+    "first_verified",
     "measure_configurations",
     "measure_pair",
-    "settle",
-    "settle_first",
+    "solve_verified",
 ]
 
 ROUNDS = 4
@@ -51,43 +46,10 @@ ENOUGH = 0.95  # of the budget: no need to look for more
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Question:
-    """What the solver is asked, whatever the budget.
+class VerifiedSolution:
+    """An solution whose engine was measured; ``dense_ms`` and ``measured_ms`` come from one interleaved run."""
 
-    ``model`` is the profile's latency model with the sites that may move, ``losses`` what every value of a site costs,
-    ``scores`` which channels go first; ``analysis`` is that of the captured module, whose tensors plans name.
-    """
-
-    profile: Profile
-    analysis: Analysis
-    model: LatencyModel
-    losses: Mapping[str, np.ndarray]
-    scores: Mapping[str, np.ndarray]
-    inputs: tuple[InputSpec, ...] = ()
-
-    def answer(self, target_ms: float) -> Answer:
-        """The plan of least loss within ``target_ms``."""
-        free = {site for site, levels in self.model.levels.items() if len(levels) > 1}
-        choice = decide(self.model, {site: v for site, v in self.losses.items() if site in free}, target_ms)
-        edits = chosen_edits(self.profile.options, choice.widths)
-        kept = choice.kept(self.scores)
-        return Answer(choice, kept, make_plan(self.analysis, kept, self.inputs, edits))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Answer:
-    """A choice, the channels it keeps by group, and the plan that carries it out."""
-
-    choice: Choice
-    kept: Mapping[str, tuple[int, ...]]
-    plan: Plan
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Settled:
-    """An answer whose engine was measured; ``dense_ms`` and ``measured_ms`` come from one interleaved run."""
-
-    answer: Answer
+    solution: Solution
     budget_ms: float
     dense_ms: float
     measured_ms: float
@@ -95,11 +57,11 @@ class Settled:
 
     @property
     def choice(self) -> Choice:
-        return self.answer.choice
+        return self.solution.choice
 
     @property
     def plan(self) -> Plan:
-        return self.answer.plan
+        return self.solution.plan
 
 
 def measure_pair(profile: Profile, dense: onnx.ModelProto, slim: onnx.ModelProto, seed: int = 0) -> tuple[float, float]:
@@ -109,12 +71,12 @@ def measure_pair(profile: Profile, dense: onnx.ModelProto, slim: onnx.ModelProto
     faster or slower by where its memory came to lie: it is built anew for every run.
     """
     runner = profile.runner()
-    anchor, rng = profile.anchor(runner), np.random.default_rng(seed)
+    reference, rng = profile.reference(runner), np.random.default_rng(seed)
     runs = []
     for _ in range(RUNS):
         sessions = [runner.build(model, batch=profile.fingerprint.batch) for model in (dense, slim)]
         runs.append(
-            measure(sessions, min_bursts=60, target_spread=0.015, anchor=anchor, patience_ms=PATIENCE_MS, rng=rng)
+            measure(sessions, min_bursts=60, target_spread=0.015, reference=reference, patience_ms=PATIENCE_MS, rng=rng)
         )
     first, second = sorted(runs, key=lambda run: run[1].ms / run[0].ms)[RUNS // 2]
     return first.ms, second.ms
@@ -124,14 +86,16 @@ def measure_configurations(profile: Profile, configurations: Sequence[Mapping[st
     """Milliseconds of engines with the first channels of every group kept, interleaved."""
     runner = profile.runner()
     sessions = [
-        runner.build(profile.engine(build_engine(profile.dissection, one, profile.options))) for one in configurations
+        runner.build(profile.engine(build_engine(profile.partition, one, profile.options))) for one in configurations
     ]
-    anchor, rng = profile.anchor(runner), np.random.default_rng(0)
-    found = measure(sessions, min_bursts=60, anchor=anchor, patience_ms=PATIENCE_MS, rng=rng)
+    reference, rng = profile.reference(runner), np.random.default_rng(0)
+    found = measure(sessions, min_bursts=60, reference=reference, patience_ms=PATIENCE_MS, rng=rng)
     return [m.ms for m in found]
 
 
-def settle(question: Question, budget: str | Mapping[str, str | float], dense: onnx.ModelProto) -> Settled:
+def solve_verified(
+    problem: Problem, budget: str | Mapping[str, str | float], dense: onnx.ModelProto
+) -> VerifiedSolution:
     """Find a plan whose engine meets the budget.
 
     Args:
@@ -139,38 +103,38 @@ def settle(question: Question, budget: str | Mapping[str, str | float], dense: o
     Raises:
         SluiceError: the budget cannot be met.
     """
-    profile = question.profile
+    profile = problem.profile
     dense_engine = profile.engine(finalize(dense))
     target_ms = AIM * parse_budget(budget, profile.latency.dense_ms())
-    least = least_ms(question.model).promised_ms
-    best: Settled | None = None
-    fastest: Settled | None = None
+    least = least_ms(problem.model).promised_ms
+    best: VerifiedSolution | None = None
+    fastest: VerifiedSolution | None = None
     for attempt in range(1, ROUNDS + 1):
         try:
-            answer = question.answer(max(target_ms, least))
+            solution = problem.solve(max(target_ms, least))
         except Unreachable:
             if fastest is None:
                 raise
             break
-        slim = profile.engine(finalize(rewrite_onnx(dense, answer.plan)))
+        slim = profile.engine(finalize(rewrite_onnx(dense, solution.plan)))
         dense_ms, slim_ms = measure_pair(profile, dense_engine, slim, seed=attempt)
         if slim_ms <= ACCEPTED * parse_budget(budget, dense_ms):  # not only by luck
             pairs = [(dense_ms, slim_ms), measure_pair(profile, dense_engine, slim, seed=ROUNDS + attempt)]
             dense_ms, slim_ms = max(pairs, key=lambda pair: pair[1] / parse_budget(budget, pair[0]))
         budget_ms = parse_budget(budget, dense_ms)
-        found = Settled(answer, budget_ms, dense_ms, slim_ms, attempt)
+        found = VerifiedSolution(solution, budget_ms, dense_ms, slim_ms, attempt)
         if fastest is None or slim_ms / budget_ms < fastest.measured_ms / fastest.budget_ms:
             fastest = found
-        if slim_ms <= ACCEPTED * budget_ms and (best is None or answer.choice.loss <= best.choice.loss):
+        if slim_ms <= ACCEPTED * budget_ms and (best is None or solution.choice.loss <= best.choice.loss):
             best = found
-        if answer.choice.widths == profile.latency.dense and slim_ms <= budget_ms:
+        if solution.choice.widths == profile.latency.dense and slim_ms <= budget_ms:
             return found  # nothing has to go
         if ENOUGH * budget_ms <= slim_ms <= ACCEPTED * budget_ms:
             break
         change = float(np.clip(AIM * budget_ms / slim_ms, 0.5, 1.15))
         # Values come in levels, so the promise may lie well below the target; tightening starts from the promise, or
         # the same ones would be chosen again.
-        target_ms = change * (target_ms if change > 1 else min(target_ms, answer.choice.promised_ms))
+        target_ms = change * (target_ms if change > 1 else min(target_ms, solution.choice.promised_ms))
     chosen = best or fastest
     assert chosen is not None
     if chosen.measured_ms > chosen.budget_ms:
@@ -181,20 +145,20 @@ def settle(question: Question, budget: str | Mapping[str, str | float], dense: o
     return chosen
 
 
-def settle_first(
-    questions: Sequence[Question], budget: str | Mapping[str, str | float], dense: onnx.ModelProto
-) -> Settled:
-    """The first question that has an engine within the budget: what trained best may just not be fast enough.
+def first_verified(
+    problems: Sequence[Problem], budget: str | Mapping[str, str | float], dense: onnx.ModelProto
+) -> VerifiedSolution:
+    """The first problem that has an engine within the budget: what trained best may just not be fast enough.
 
     The last one, which may move the most, says what is wrong where none has.
     """
-    refused: dict[Question, SluiceError] = {}
-    for question in dict.fromkeys(questions):
+    refused: dict[Problem, SluiceError] = {}
+    for problem in dict.fromkeys(problems):
         try:
-            return settle(question, budget, dense)
+            return solve_verified(problem, budget, dense)
         except SluiceError as error:
-            refused[question] = error
-    raise refused[questions[-1]]
+            refused[problem] = error
+    raise refused[problems[-1]]
 
 
 def final_pair(

@@ -30,11 +30,11 @@ import onnx
 
 from sluice.core.errors import SluiceError
 from sluice.core.files import read_bytes, write_atomically
-from sluice.passes.precision.typed import check_precision
+from sluice.passes.precision.to_precision import check_precision
 from sluice.profiler.table.fingerprint import difference
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.table.table_file import exists
-from sluice.runtime.runner import check_fit
+from sluice.runtime.targets import check_fit
 from sluice.solver.options import check_methods
 
 __all__ = ["SITE", "Job", "known_table", "read_job", "write_job"]
@@ -191,9 +191,7 @@ def _code() -> Iterator[tuple[str, bytes]]:
     """Paths under ``site`` and what they hold."""
     import onnx_graphsurgeon
 
-    import sluice
-
-    root = Path(sluice.__file__).parent
+    root = Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
         data = path.read_bytes()
         if "torch" not in _imported(data):

@@ -1,4 +1,4 @@
-"""Profile one network on this device: dissect, explore, measure, join, calibrate.
+"""Profile one network on this device: partition_graph, explore, measure, join, calibrate.
 
 Everything that the table knows already is not measured again, so a second call, another network with equal pieces or
 a run after a kill costs only what is missing. Needs numpy, onnx, onnx-graphsurgeon and a runtime, nothing else.
@@ -18,20 +18,22 @@ import onnx
 from sluice.core.errors import SluiceError
 from sluice.core.latency import LatencyModel
 from sluice.core.progress import Progress, progress_of, silent
-from sluice.passes.precision.typed import check_precision, typed
+from sluice.passes.precision.to_precision import check_precision, to_precision
 from sluice.profiler.fit.calibrate import calibrate
-from sluice.profiler.pieces.dissect import Dissection, dissect
+from sluice.profiler.pieces.partition import Partition, partition_graph
 from sluice.profiler.survey import Unknown, closed_bench, measure_engine_share, survey, survey_of_known
 from sluice.profiler.sweep.bench import Bench
 from sluice.profiler.sweep.shards import Shard
 from sluice.profiler.table.fingerprint import Fingerprint
 from sluice.profiler.table.latency_table import LatencyTable
+from sluice.profiler.table.measurement import UNCERTAIN
 from sluice.profiler.timing import timing_cache
-from sluice.profiler.timing.measure import UNCERTAIN, Anchor
-from sluice.profiler.timing.reference_engine import KEY as ANCHOR_KEY
-from sluice.profiler.timing.reference_engine import anchor_model, make_anchor
-from sluice.runtime.runner import Runner, check_fit, make_runner
-from sluice.solver.options import Options, check_methods
+from sluice.profiler.timing.measure import ReferenceEngine
+from sluice.profiler.timing.reference_engine import KEY as REFERENCE_KEY
+from sluice.profiler.timing.reference_engine import make_reference_engine, reference_model
+from sluice.runtime.base.runner import Runner
+from sluice.runtime.targets import check_fit, make_runner
+from sluice.solver.options import EditSpace, check_methods
 
 __all__ = [
     "Profile",
@@ -54,20 +56,20 @@ class Profile:
     """
 
     latency: LatencyModel
-    dissection: Dissection
+    partition: Partition
     fingerprint: Fingerprint
     target: str
-    anchor_ms: float
-    options: Options = field(default_factory=Options)
+    reference_ms: float
+    options: EditSpace = field(default_factory=EditSpace)
     timing_cache: bytes | None = None
     points: int = 0
     grid: int = 0
     disturbed: int = 0
     moved: float = 1.0
 
-    def anchor(self, runner: Runner) -> Anchor:
+    def reference(self, runner: Runner) -> ReferenceEngine:
         """The reference engine that makes times of different moments comparable."""
-        return Anchor(runner.build(anchor_model()), self.anchor_ms)
+        return ReferenceEngine(runner.build(reference_model()), self.reference_ms)
 
     def runner(self) -> Runner:
         runner = make_runner(self.target, self.fingerprint.threads)
@@ -76,7 +78,7 @@ class Profile:
 
     def engine(self, model: onnx.ModelProto) -> onnx.ModelProto:
         """An fp32 network as its engine is timed: in the profile's precision."""
-        return typed(model, self.fingerprint.precision, target=self.target)
+        return to_precision(model, self.fingerprint.precision, target=self.target)
 
 
 def fingerprint_here(target: str, threads: int, batch: int, precision: str = "fp32") -> Fingerprint:
@@ -146,7 +148,7 @@ def profile_onnx(
     """
     methods, show = check_methods(methods), progress_of(progress)
     fingerprint = fingerprint_here(target, threads, batch, precision)
-    dissection = _dissect(model, fingerprint, exclude, methods)
+    partition = _dissect(model, fingerprint, exclude, methods)
 
     def lacks() -> bool:
         try:
@@ -156,22 +158,22 @@ def profile_onnx(
         return False
 
     with _bench(table, fingerprint, seed, lacks) as bench:
-        found = survey(dissection, bench, show, methods=methods, exclude=exclude)
-        _check_choice(dissection, found.alternatives.options)
+        found = survey(partition, bench, show, methods=methods, exclude=exclude)
+        _check_choice(partition, found.alternatives.options)
         with show("engines") as advance:
             own = replace(bench, progress=advance)
-            latency = calibrate(dissection, found.latency(bench), own, found.alternatives, seed=seed)
+            latency = calibrate(partition, found.latency(bench), own, found.alternatives, seed=seed)
         cache, counts = bench.table.get_blob(timing_cache.NAME), found.coverage(bench.table)
     return Profile(
         latency,
-        dissection,
+        partition,
         fingerprint,
         target,
-        bench.anchor.ms,
+        bench.reference.ms,
         found.alternatives.options,
         cache,
         *counts,
-        bench.anchor.moved,
+        bench.reference.moved,
     )
 
 
@@ -190,20 +192,20 @@ def profile_known(
     methods = check_methods(methods)
     with LatencyTable.open(table) as opened:
         there, bench = opened.fingerprint, closed_bench(opened)
-        dissection = _dissect(model, there, exclude, methods)
+        partition = _dissect(model, there, exclude, methods)
         try:
-            found = survey(dissection, bench, silent, methods=methods, exclude=exclude)
-            _check_choice(dissection, found.alternatives.options)
-            latency = calibrate(dissection, found.latency(bench), bench, found.alternatives)
+            found = survey(partition, bench, silent, methods=methods, exclude=exclude)
+            _check_choice(partition, found.alternatives.options)
+            latency = calibrate(partition, found.latency(bench), bench, found.alternatives)
         except Unknown:
             raise SluiceError(
                 f"{opened.path} was measured on {there.device!r} and lacks points of this network; profile it there, "
                 f"with a job that `sluice profile --pack --table` makes"
             ) from None
         cache, options = opened.get_blob(timing_cache.NAME), found.alternatives.options
-        anchor, counts = opened.get(ANCHOR_KEY, ()), found.coverage(opened)
-    anchor_ms = anchor.ms if anchor is not None else math.nan
-    return Profile(latency, dissection, there, there.runtime, anchor_ms, options, cache, *counts)
+        reference, counts = opened.get(REFERENCE_KEY, ()), found.coverage(opened)
+    reference_ms = reference.ms if reference is not None else math.nan
+    return Profile(latency, partition, there, there.runtime, reference_ms, options, cache, *counts)
 
 
 def profile_shard(
@@ -227,45 +229,45 @@ def profile_shard(
     """
     methods, show = check_methods(methods), progress_of(progress)
     fingerprint = fingerprint_here(target, threads, batch, precision)
-    dissection = _dissect(model, fingerprint, exclude, methods)
+    partition = _dissect(model, fingerprint, exclude, methods)
     with _bench(table, fingerprint, seed) as bench:
         before = len(bench.table)
-        survey(dissection, bench, show, methods=methods, exclude=exclude, shard=shard)
+        survey(partition, bench, show, methods=methods, exclude=exclude, shard=shard)
         points, engines = len(bench.table) - before, 0
-        disturbed, _ = bench.table.beyond(UNCERTAIN, ANCHOR_KEY)
-        known = survey_of_known(dissection, bench.table, methods=methods, exclude=exclude)
+        disturbed, _ = bench.table.beyond(UNCERTAIN, REFERENCE_KEY)
+        known = survey_of_known(partition, bench.table, methods=methods, exclude=exclude)
         if known is not None:
             with show("engines") as advance:
                 engines = measure_engine_share(known, replace(bench, progress=advance), shard, seed)
-    return ShardDone(shard, points, engines, known is not None, disturbed, bench.anchor.moved)
+    return ShardDone(shard, points, engines, known is not None, disturbed, bench.reference.moved)
 
 
 @contextmanager
 def _bench(
     table: str | os.PathLike[str], fingerprint: Fingerprint, seed: int, lacks: Callable[[], bool] = lambda: True
 ) -> Iterator[Bench]:
-    """The table, opened or made, and the runner that it is for, with its timing cache and the anchor.
+    """The table, opened or made, and the runner that it is for, with its timing cache and the reference.
 
     A table that lacks nothing stays in the time of the host that filled it.
     """
     rng, runner = np.random.default_rng(seed), make_runner(fingerprint.runtime, fingerprint.threads)
     with LatencyTable.open_or_create(table, fingerprint) as opened:
         timing_cache.restore(runner, opened.get_blob(timing_cache.NAME))
-        yield Bench(opened, runner, make_anchor(opened, runner, rng, lacks=lacks), rng)
+        yield Bench(opened, runner, make_reference_engine(opened, runner, rng, lacks=lacks), rng)
 
 
 def _dissect(
     model: onnx.ModelProto, fingerprint: Fingerprint, exclude: Sequence[str], methods: Sequence[str]
-) -> Dissection:
+) -> Partition:
     # Less work takes no less time where a small batch leaves an accelerator idle, or threads wait for each other.
     proportional = fingerprint.runtime == "ort-cpu" and fingerprint.threads == 1
-    dissection = dissect(model, fingerprint.batch, exclude, small=proportional)
+    partition = partition_graph(model, fingerprint.batch, exclude, small=proportional)
     if tuple(methods) == ("filter",):
-        _check_choice(dissection, Options())
-    return dissection
+        _check_choice(partition, EditSpace())
+    return partition
 
 
-def _check_choice(dissection: Dissection, options: Options) -> None:
+def _check_choice(partition: Partition, options: EditSpace) -> None:
     """Something must be left to choose."""
-    if not (dissection.analysis.groups or options.ranks or options.drops or options.merges):
-        raise SluiceError(f"nothing in this model can be cut: {dict(list(dissection.analysis.frozen.items())[:3])}")
+    if not (partition.analysis.groups or options.ranks or options.drops or options.merges):
+        raise SluiceError(f"nothing in this model can be cut: {dict(list(partition.analysis.frozen.items())[:3])}")

@@ -14,20 +14,21 @@ import onnx
 from sluice.core.latency import LatencyModel
 from sluice.core.progress import Progress, silent
 from sluice.profiler.fit.assemble import assemble
-from sluice.profiler.pieces.dissect import Dissection
+from sluice.profiler.pieces.partition import Partition
+from sluice.profiler.pieces.staircase import Staircase
 from sluice.profiler.pieces.variants import Alternatives
 from sluice.profiler.sweep.alternatives import find_alternatives
 from sluice.profiler.sweep.bench import Bench
 from sluice.profiler.sweep.engine_times import measure_engines, missing_plans, model_key
 from sluice.profiler.sweep.explore import explore
-from sluice.profiler.sweep.grids import Staircase, dense_points, piece_points
+from sluice.profiler.sweep.grids import dense_points, piece_points
 from sluice.profiler.sweep.joint_sweep import explore_joints, joint_tolerance
 from sluice.profiler.sweep.shards import WHOLE, Shard, share_of
 from sluice.profiler.table.fingerprint import Fingerprint
 from sluice.profiler.table.latency_table import LatencyTable
-from sluice.profiler.timing.measure import Anchor
-from sluice.runtime.runner import Clock, Session
-from sluice.solver.options import Options
+from sluice.profiler.timing.measure import ReferenceEngine
+from sluice.runtime.base.runner import Clock, Session
+from sluice.solver.options import EditSpace
 
 __all__ = ["Survey", "Unknown", "closed_bench", "measure_engine_share", "survey", "survey_of_known"]
 
@@ -36,26 +37,26 @@ __all__ = ["Survey", "Unknown", "closed_bench", "measure_engine_share", "survey"
 class Survey:
     """What the table knows of a network, found by measuring what it did not know."""
 
-    dissection: Dissection
+    partition: Partition
     stairs: dict[str, Staircase]
     alternatives: Alternatives
 
     def latency(self, bench: Bench) -> LatencyModel:
         """The model, not calibrated; only of a survey of the whole."""
-        return assemble(self.dissection, self.stairs, bench.table, self.alternatives)
+        return assemble(self.partition, self.stairs, bench.table, self.alternatives)
 
     def coverage(self, table: LatencyTable) -> tuple[int, int, int]:
         """How many points of the pieces are in the table, how many there would be at all widths and ranks, and how many
         of the first were measured on a machine that was never quiet."""
-        dense = [(piece, self.dissection.dense) for piece in self.dissection.pieces]
-        shown = [(piece, s.dissection.dense) for s in self.alternatives.shown for piece in s.place.pieces]
+        dense = [(piece, self.partition.dense) for piece in self.partition.pieces]
+        shown = [(piece, s.partition.dense) for s in self.alternatives.shown for piece in s.place.pieces]
         pieces = {piece.key: math.prod(int(e.at(sizes)) for e in piece.extents) for piece, sizes in (*shown, *dense)}
         found = [measured for key in pieces for measured in table.points(key).values()]
         return len(found), sum(pieces.values()), sum(measured.uncertain for measured in found)
 
 
 def survey(
-    dissection: Dissection,
+    partition: Partition,
     bench: Bench,
     progress: Progress,
     *,
@@ -64,38 +65,38 @@ def survey(
     shard: Shard = WHOLE,
 ) -> Survey:
     """Measure what is missing of the shard's share; groups of which it has none stay at their size."""
-    share = share_of(dissection, shard, methods)
+    share = share_of(partition, shard, methods)
     with progress("staircases") as advance:
-        explored = explore(dissection, replace(bench, progress=advance), share.groups)
-    unexplored = {group: Staircase({}, (size,)) for group, size in dissection.dense.items()}
+        explored = explore(partition, replace(bench, progress=advance), share.groups)
+    unexplored = {group: Staircase({}, (size,)) for group, size in partition.dense.items()}
     stairs = {**unexplored, **explored}
     with progress("pieces") as advance:
-        points = [(piece, at) for piece, at in piece_points(dissection, stairs) if share.has(piece)]
-        replace(bench, progress=advance).pieces(dissection, points)
+        points = [(piece, at) for piece, at in piece_points(partition, stairs) if share.has(piece)]
+        replace(bench, progress=advance).pieces(partition, points)
     with progress("joints") as advance:
         own = replace(bench, progress=advance)
-        tolerance = joint_tolerance(dissection, bench.table)
-        ours = {piece.name for piece in dissection.pieces if share.has(piece)}
+        tolerance = joint_tolerance(partition, bench.table)
+        ours = {piece.name for piece in partition.pieces if share.has(piece)}
         if ours:
             own.call()
-        explore_joints(dissection, stairs, own, tolerance, wanted=lambda joint: joint.producer.name in ours)
+        explore_joints(partition, stairs, own, tolerance, wanted=lambda joint: joint.producer.name in ours)
     with progress("alternatives") as advance:
-        alternatives = Alternatives(Options())
+        alternatives = Alternatives(EditSpace())
         if set(methods) - {"filter"}:
             left_out = (*exclude, *map(glob.escape, share.foreign))
             own = replace(bench, progress=advance)
             # What takes a layer's place is compared with the dense layers, whoever has those.
-            own.pieces(dissection, dense_points(dissection))
-            alternatives = find_alternatives(dissection, stairs, own, methods, left_out)
-    return Survey(dissection, stairs, alternatives)
+            own.pieces(partition, dense_points(partition))
+            alternatives = find_alternatives(partition, stairs, own, methods, left_out)
+    return Survey(partition, stairs, alternatives)
 
 
 def survey_of_known(
-    dissection: Dissection, table: LatencyTable, *, methods: Sequence[str], exclude: Sequence[str]
+    partition: Partition, table: LatencyTable, *, methods: Sequence[str], exclude: Sequence[str]
 ) -> Survey | None:
     """The survey of the whole if the table holds all of it, else None; nothing is measured."""
     try:
-        return survey(dissection, closed_bench(table), silent, methods=methods, exclude=exclude)
+        return survey(partition, closed_bench(table), silent, methods=methods, exclude=exclude)
     except Unknown:
         return None
 
@@ -103,11 +104,11 @@ def survey_of_known(
 def measure_engine_share(known: Survey, bench: Bench, shard: Shard, seed: int) -> int:
     """Measure the shard's engines of those that a calibration needs; how many were missing (rule 4 of shards)."""
     model = known.latency(bench)
-    key = model_key(known.dissection, model)
+    key = model_key(known.partition, model)
     there = [widths for widths, _ in bench.table.engines(key)]
-    plans = missing_plans(known.dissection, model, known.alternatives, [], seed)  # the same list for all shards
+    plans = missing_plans(known.partition, model, known.alternatives, [], seed)  # the same list for all shards
     own = [plan for k, plan in enumerate(plans) if shard.takes(k) and plan not in there]
-    measure_engines(known.dissection, bench, own, known.alternatives.options, record=key)
+    measure_engines(known.partition, bench, own, known.alternatives.options, record=key)
     return len(own)
 
 
@@ -152,4 +153,4 @@ class _Closed:
 def closed_bench(table: LatencyTable) -> Bench:
     """A bench that only reads: `Unknown` is raised where something would have to be measured."""
     nothing = _Closed(table.fingerprint)
-    return Bench(table, nothing, Anchor(nothing, math.nan), np.random.default_rng(0), closed=True)
+    return Bench(table, nothing, ReferenceEngine(nothing, math.nan), np.random.default_rng(0), closed=True)

@@ -5,7 +5,7 @@ A state gives every layer one of its options (dense, or a form with a rank), and
 1. *Equal cost.* A step takes at least ``step_ms`` off one layer: to the nearest option that saves so much more, to the
    last one where none does, and never past what the target still needs. Without this the search peels off the layers
    whose steps are the smallest first, since they hurt the least.
-2. *Levels.* Options are not evenly spaced, so a step may save more. States are ranked only against those of their own
+2. *Levels.* EditSpace are not evenly spaced, so a step may save more. States are ranked only against those of their own
    level ``floor(saved_ms / step_ms)``, and of each level the best ``width`` go on. ``width = 1`` is greedy.
 3. *Every state once*, however many ways lead to it: a state is a tuple of positions, its loss is kept.
 4. Levels are worked off in order until all that is left meets the target; of that the lowest loss wins. Every

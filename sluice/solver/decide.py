@@ -28,7 +28,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from sluice.core.errors import SluiceError, Unreachable
 from sluice.core.latency import LatencyModel
-from sluice.solver.milp import Program
+from sluice.solver.milp import MixedIntegerProgram
 
 __all__ = ["Choice", "amplitude_losses", "decide", "least_ms", "restricted", "tightened", "unreachable"]
 
@@ -100,7 +100,7 @@ def decide(
     dense_ms = model.dense_ms()
     if dense_ms <= target_ms and _valid(model, model.dense) and _loss(model, checked, model.dense) <= 0:
         return chosen(model.dense, 0.0)
-    program = Program(model)
+    program = MixedIntegerProgram(model)
     unit = (sum(float(loss.max()) for loss in checked.values()) or 1.0) / SCALE
     altered = program.over_levels({s: TIE * _edits(model, s) for s in model.switches})
     objective = program.over_levels({g: loss / unit for g, loss in checked.items()}) + altered
@@ -128,7 +128,7 @@ def least_ms(model: LatencyModel, *, time_limit_s: float = 20.0) -> Choice:
     Of equally fast ones the one with fewest structural edits, then that which keeps most of widths and ranks.
     """
     started = time.perf_counter()
-    program = Program(model)
+    program = MixedIntegerProgram(model)
     solved = _solve(program, program.cost, None, 1e-6, time_limit_s)
     if solved is None:
         raise RuntimeError("a program without a budget has no solution")
@@ -148,23 +148,23 @@ def least_ms(model: LatencyModel, *, time_limit_s: float = 20.0) -> Choice:
     return Choice(widths, model.ms(widths), 1.0 - share, share, proved, time.perf_counter() - started)
 
 
-def tightened(target_ms: float, ask: Callable[[float], Choice]) -> Choice:
+def tightened(target_ms: float, solve: Callable[[float], Choice]) -> Choice:
     """A choice that promises ``target_ms``, of an algorithm that adds up milliseconds site by site.
 
     What a site saves is seen from the dense network, where more may be read again (`LatencyModel`, rule 5) than is left
     to be saved in the end. So the algorithm is asked for what it has missed as well, until it meets the target.
 
     Raises:
-        Unreachable: the first answer of ``ask``, if it is that; of later ones the choice before it counts.
+        Unreachable: the first answer of ``solve``, if it is that; of later ones the choice before it counts.
     """
-    choice, bound = ask(target_ms), target_ms
+    choice, bound = solve(target_ms), target_ms
     for _ in range(8):
         missed = choice.promised_ms - target_ms
         if missed <= TOLERANCE * abs(target_ms):
             break
         bound -= 2 * missed
         try:
-            choice = ask(bound)
+            choice = solve(bound)
         except Unreachable:
             break
     return choice
@@ -183,7 +183,7 @@ def unreachable(
         means = f"{', '.join(first)} and {last} together reach" if first else f"{last} alone reach"
     return Unreachable(
         f"budget {_ms(target_ms)} cannot be met: {means} {_ms(least, up=True)} "
-        f"({100 * least / dense:.1f}% of dense {_ms(dense)}); ask for at least that"
+        f"({100 * least / dense:.1f}% of dense {_ms(dense)}); solve for at least that"
     )
 
 
@@ -226,7 +226,7 @@ def restricted(model: LatencyModel, groups: frozenset[str]) -> LatencyModel:
 
 
 def _solve(
-    program: Program, objective: np.ndarray, bound_ms: float | None, gap: float, time_limit_s: float
+    program: MixedIntegerProgram, objective: np.ndarray, bound_ms: float | None, gap: float, time_limit_s: float
 ) -> tuple[dict[str, int], float] | None:
     """Values of the sites and proved gap, or None where none satisfy the bound."""
     model = program.model
@@ -322,7 +322,7 @@ def _order(scores: np.ndarray) -> np.ndarray:
 
 
 def _ms(value: float, *, up: bool = False) -> str:
-    """At least three significant digits; rounded up where the figure is one to ask for."""
+    """At least three significant digits; rounded up where the figure is one to solve for."""
     decimals = 2 if abs(value) >= 1 or value == 0 else 2 - math.floor(math.log10(abs(value)))
     if up:
         value = math.ceil(value * 10**decimals - 1e-9) / 10**decimals

@@ -34,7 +34,7 @@ from scipy.sparse import csr_array
 
 from sluice.core.latency import Extent, LatencyModel, Rule, Term
 
-__all__ = ["Program"]
+__all__ = ["MixedIntegerProgram"]
 
 _Key = tuple[tuple[tuple[int, float], ...], ...]
 GRID_LIMIT = 400  # points of a product of levels beyond which an interpolating axis is cheaper
@@ -66,7 +66,7 @@ class _Bundle:
     grids: list[np.ndarray] = field(default_factory=list)
 
 
-class Program:
+class MixedIntegerProgram:
     """Columns and rows of one model: ``cost`` (raw ms per column), ``constant``, ``integrality``, rows and widths.
 
     First one binary ``x`` per level of every site, then what the terms' costs need (``lambda`` with segment binaries,
@@ -105,7 +105,7 @@ class Program:
             self._read_again()
             self.most = np.append(self.most, np.inf)
         else:
-            self._constant[0] += max(0.0, float(self._constant[1]) - model.spared)
+            self._constant[0] += max(0.0, float(self._constant[1]) - model.cached_ms)
         self.cost = np.asarray(self._cost).reshape(-1, 2)[:, 0]
         self.constant = float(self._constant[0])
         self.integrality = np.asarray(self._integral, dtype=int)
@@ -217,7 +217,7 @@ class Program:
         row = {column: float(reload) / unit for column, (_, reload) in enumerate(self._cost) if reload}
         (again,) = self._columns(1)
         self._cost[again] = np.asarray([unit, 0.0])
-        self._row({**row, again: -1.0}, -np.inf, (self.model.spared - float(self._constant[1])) / unit)
+        self._row({**row, again: -1.0}, -np.inf, (self.model.cached_ms - float(self._constant[1])) / unit)
 
     def _on(self, when: frozenset[str]) -> list[int]:
         """Columns whose sum is 1 where one of the switches is set."""

@@ -14,30 +14,14 @@ Every option is a switch of the latency model; the names say what it is:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
 
 from sluice.core.errors import SluiceError
 from sluice.core.latency import LatencyModel
-from sluice.core.plan import Drop, Factorize, Merge
-from sluice.passes.graph.groups import Analysis
+from sluice.core.plan import Drop, Edits, Factorize, Merge
 
-__all__ = [
-    "BSR",
-    "METHODS",
-    "Edits",
-    "Inside",
-    "Options",
-    "RankOption",
-    "check_methods",
-    "chosen_edits",
-    "dense_switch",
-    "groups_on",
-    "inside",
-    "tie_removed",
-]
+__all__ = ["BSR", "METHODS", "EditSpace", "RankOption", "check_methods", "chosen_edits", "dense_switch"]
 
 METHODS = ("filter", "rank", "block", "merge")
 BSR = "bsr"  # ranks by beam search, on its own
@@ -64,7 +48,7 @@ class RankOption:
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class EditSpace:
     """All options of a network; drops and merges by the name of their switch.
 
     ``refused`` says of weights, by name, why they are offered no rank, where they are of a kind that could have one.
@@ -95,15 +79,6 @@ class Options:
         return frozenset(found & set(model.dense))
 
 
-@dataclass(frozen=True, slots=True)
-class Edits:
-    """The structural edits of one configuration."""
-
-    factorizations: tuple[Factorize, ...] = ()
-    drops: tuple[Drop, ...] = ()
-    merges: tuple[Merge, ...] = ()
-
-
 def dense_switch(param: str) -> str:
     return f"{param}|dense"
 
@@ -122,7 +97,7 @@ def check_methods(methods: Sequence[str]) -> tuple[str, ...]:
     return tuple(m for m in METHODS if m in methods)
 
 
-def chosen_edits(options: Options, configuration: Mapping[str, int]) -> Edits:
+def chosen_edits(options: EditSpace, configuration: Mapping[str, int]) -> Edits:
     """What the switches of a configuration ask for."""
     return Edits(
         tuple(
@@ -131,72 +106,3 @@ def chosen_edits(options: Options, configuration: Mapping[str, int]) -> Edits:
         tuple(drop for switch, drop in options.drops.items() if configuration.get(switch)),
         tuple(merge for switch, merge in options.merges.items() if configuration.get(switch)),
     )
-
-
-def groups_on(analysis: Analysis) -> dict[tuple[str, int], str]:
-    """The group of every (tensor, axis)."""
-    return {(ref.param, ref.axis): group.name for group in analysis.groups for ref in group.refs}
-
-
-@dataclass(frozen=True, slots=True)
-class Inside:
-    """What a merge does to the groups on its layers' axes.
-
-    Attributes:
-        inner: those that nothing outside sees: not at a border, and on no weight of another layer (in front of a
-            depthwise convolution there is one).
-        tied: those that removed layers make one width (rule 2); None stands for an axis that keeps its size.
-    """
-
-    inner: frozenset[str]
-    tied: tuple[frozenset[str | None], ...]
-
-    def outer(self, together: frozenset[str | None]) -> list[str | None]:
-        """The members of one of ``tied`` that decide its width, None last; the inner ones follow."""
-        return sorted(together - self.inner, key=lambda name: (name is None, name or ""))
-
-
-def inside(
-    analysis: Analysis, layers: Sequence[str], kept: Collection[str], on: Mapping[tuple[str, int], str]
-) -> Inside:
-    """The groups inside a merge of ``layers`` that removes all but ``kept``; ``on`` is `groups_on` the analysis."""
-    borders = {on.get((layers[0], 1)), on.get((layers[-1], 0))}
-    names = {on[key] for layer in layers for key in ((layer, 0), (layer, 1)) if key in on} - borders
-    inner = {
-        group.name
-        for group in analysis.groups
-        if group.name in names
-        and all(ref.param in layers for ref in group.refs if len(analysis.tensors[ref.param]) > 1)
-    }
-    tied: list[frozenset[str | None]] = []
-    for layer in layers:
-        if layer not in kept:
-            out, depthwise = on.get((layer, 0)), analysis.tensors.get(layer, ())[1:2] == (1,)
-            together = frozenset({out if depthwise else on.get((layer, 1)), out})
-            touching = [other for other in tied if other & together - {None}]
-            tied = [other for other in tied if other not in touching] + [together.union(*touching)]
-    return Inside(frozenset(inner), tuple(tied))
-
-
-def tie_removed(analysis: Analysis, merges: Sequence[Merge], keeps: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Masks in which both sides of every removed convolution keep the same channels (rule 2); other groups inside a
-    merged run, which nothing outside sees, stay whole."""
-    masks = {group.name: keep.copy() for group, keep in zip(analysis.groups, keeps, strict=True)}
-    on = groups_on(analysis) if merges else {}
-    for merge in merges:
-        found = inside(analysis, merge.layers, {name for run in merge.runs for name in run}, on)
-        for name in found.inner:
-            masks[name][:] = True
-        for together in found.tied:
-            first, *others = found.outer(together) or [None]
-            if first is None:
-                continue
-            for other in others:
-                mask = np.ones_like(masks[first]) if other is None else masks[other]
-                if not np.array_equal(mask, masks[first]):
-                    raise SluiceError(
-                        f"merging {merge.name} removes a layer between the groups {[first, other]}, which keep "
-                        f"{int(masks[first].sum())} and {int(mask.sum())} channels; keep the same in both"
-                    )
-            masks |= {name: masks[first].copy() for name in found.inner & together}
-    return list(masks.values())

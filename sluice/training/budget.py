@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sluice.core.budget_spec import parse_budget
 from sluice.core.errors import SluiceError
 from sluice.core.latency import LatencyModel
 from sluice.passes.gates.filter_gates import Gates
@@ -38,7 +39,7 @@ from sluice.training.expected_latency import ExpectedLatency, alternatives, conf
 if TYPE_CHECKING:
     from sluice.profiler.profile import Profile
 
-__all__ = ["Budget", "GateLike", "parse_budget"]
+__all__ = ["Budget", "GateLike"]
 
 PROPORTIONAL = 20.0  # 5% over the target multiplies the pull by e
 MARGIN = 0.02  # relative distance below the target at which the pull has faded to nothing
@@ -62,33 +63,6 @@ class GateLike(Protocol):
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
-
-
-def parse_budget(spec: str | Mapping[str, str | float], dense_ms: float) -> float:
-    """Milliseconds of ``"50%"`` (of dense), ``"2.4ms"``, ``"800us"`` or ``{"latency_ms": 2.4 or "50%"}``."""
-    how = "say '50%', '2.4ms' or {'latency_ms': 2.4}"
-    value: object = spec
-    if isinstance(spec, Mapping):
-        unknown = sorted(set(spec) - {"latency_ms"})
-        if unknown or not spec:
-            raise SluiceError(f"budget {dict(spec)!r} names {unknown or 'nothing'}; only 'latency_ms' is known, {how}")
-        value = spec["latency_ms"]
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            value = f"{value}ms"
-    if not isinstance(value, str):
-        raise SluiceError(f"budget {value!r} has no unit; {how}")
-    text = value.strip().lower()
-    units = {"%": dense_ms / 100, "us": 1e-3, "ms": 1.0, "s": 1e3}
-    unit = next((u for u in units if text.endswith(u)), None)
-    try:
-        number = float(text.removesuffix(unit or ""))
-    except ValueError:
-        number = math.nan
-    if unit is None or not math.isfinite(number):
-        raise SluiceError(f"budget {value!r} is not understood; {how}")
-    if number <= 0 or (unit == "%" and number > 100):
-        raise SluiceError(f"budget {value!r} is out of range; {how}, a share between 0% and 100%")
-    return number * units[unit]
 
 
 class _Lagrangian(torch.autograd.Function):

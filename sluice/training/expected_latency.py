@@ -5,7 +5,7 @@
    every width that the solver may choose, and the average slope of the steps in between.
 2. A term counts times the sum of its switches. Switches of blocks are values like widths (their gates).
 3. Whether a layer is dense or factorised is no parameter: it follows from what its alternatives cost at the present
-   widths and ranks (`Alternatives`). With costs ``c_k``, those of the terms that exist under alternative k, and ``d``
+   widths and ranks (`LayerStates`). With costs ``c_k``, those of the terms that exist under alternative k, and ``d``
    the drops that contain the layer, it contributes
 
        prod (1 - d) * min_k c_k,       with the derivatives of       prod (1 - d) * sum_k p_k c_k
@@ -32,20 +32,20 @@ from torch import Tensor
 from sluice.core.errors import SluiceError
 from sluice.core.latency import Extent, LatencyModel, Term
 
-__all__ = ["Alternatives", "ExpectedLatency", "alternatives", "configured", "through_levels"]
+__all__ = ["ExpectedLatency", "LayerStates", "alternatives", "configured", "through_levels"]
 
 TEMPERATURE = 0.5  # of the softmin, relative to the dense cost
 
 
 @dataclass(frozen=True, slots=True)
-class Alternatives:
+class LayerStates:
     """Switches of which exactly one is set: the cheapest of ``options``, the dense one first, unless a drop is."""
 
     options: tuple[str, ...]
     drops: tuple[str, ...] = ()
 
 
-def alternatives(model: LatencyModel, given: Collection[str]) -> tuple[Alternatives, ...]:
+def alternatives(model: LatencyModel, given: Collection[str]) -> tuple[LayerStates, ...]:
     """What is left to choose in every rule of ``model`` once the sites ``given`` have values of their own."""
     found = []
     for rule in model.rules:
@@ -55,12 +55,12 @@ def alternatives(model: LatencyModel, given: Collection[str]) -> tuple[Alternati
         options = sorted((s for s in names if s not in given and 1 in model.levels[s]), key=lambda s: -model.dense[s])
         drops = tuple(s for s in names if s in given)
         if options and len(options) + len(drops) > 1:
-            found.append(Alternatives(tuple(options), drops))
+            found.append(LayerStates(tuple(options), drops))
     return tuple(found)
 
 
 def configured(
-    model: LatencyModel, values: Mapping[str, float], layers: Sequence[Alternatives] = ()
+    model: LatencyModel, values: Mapping[str, float], layers: Sequence[LayerStates] = ()
 ) -> dict[str, float]:
     """A value for every site: those given, the cheapest option in ``layers``, dense elsewhere."""
     full: dict[str, float] = {**model.dense, **values}
@@ -111,14 +111,14 @@ class ExpectedLatency:
     The switches in ``layers`` follow from the others (rule 3), whatever is given for them.
     """
 
-    def __init__(self, model: LatencyModel, *, smooth: bool = True, layers: Sequence[Alternatives] = ()) -> None:
+    def __init__(self, model: LatencyModel, *, smooth: bool = True, layers: Sequence[LayerStates] = ()) -> None:
         if smooth:
             model = through_levels(model)
         self.groups = tuple(model.dense)
         self.dense = tuple(float(n) for n in model.dense.values())
         self._again = any(term.reload is not None for term in model.terms)
         always = [_tables(t, model.slope, self._again) for t in model.terms if not t.extents and not t.when]
-        offsets = np.asarray([model.intercept, -model.slope * model.spared][: 1 + self._again])
+        offsets = np.asarray([model.intercept, -model.slope * model.cached_ms][: 1 + self._again])
         stacks: dict[int, list[Term]] = {}
         for term in model.terms:
             if term.extents or term.when:
@@ -163,7 +163,7 @@ class ExpectedLatency:
         return (smooth + (value - smooth).detach()).to(widths.dtype)
 
 
-def _indices(layers: Sequence[Alternatives], groups: tuple[str, ...]) -> tuple[Tensor, ...]:
+def _indices(layers: Sequence[LayerStates], groups: tuple[str, ...]) -> tuple[Tensor, ...]:
     """(options (L, K), whether they exist (L, K), drops (L, D), whether they exist (L, D)) as positions; or nothing."""
     if not layers:
         return ()

@@ -19,7 +19,7 @@ from sluice.models import resnet20_mnist
 from sluice.models.mnist import accuracy, load_digits
 from sluice.passes.cut.export import OPSET, finalize, to_onnx
 from sluice.passes.graph.onnx_file import load_onnx, without_defaults
-from sluice.runtime.compare import assert_close
+from sluice.runtime.base.compare import assert_close
 from sluice.runtime.ort.cpu import OrtRunner
 from tests.exported import arrays, deployed, ops
 from tests.networks import build
@@ -203,10 +203,10 @@ def test_every_result_is_rounded() -> None:
 
 def test_narrow_borders_are_widened() -> None:
     """A part, whose borders are 16 bits, runs on float32 as well."""
-    from sluice.passes.precision.typed import typed
+    from sluice.passes.precision.to_precision import to_precision
 
     model, (x,) = build("plain")
-    part = typed(deployed("plain"), "bf16", part=True)
+    part = to_precision(deployed("plain"), "bf16", part=True)
     assert part.graph.input[0].type.tensor_type.elem_type == TensorProto.BFLOAT16
     with torch.no_grad():
         assert_close(as_module(part)(x), model(x), TOLERANCE["bf16"])

@@ -20,7 +20,7 @@ from sluice.artifacts.report import EditRow, GroupRow, MethodRow, PieceRow, Repo
 from sluice.core.errors import SluiceError
 from sluice.core.latency import Extent, LatencyModel, Rule, Term
 from sluice.core.plan import Drop, Factorize, Merge, Plan
-from sluice.solver.options import METHODS, Options, RankOption
+from sluice.solver.options import METHODS, EditSpace, RankOption
 
 number = st.floats(allow_nan=False, allow_infinity=False)
 count = st.integers(0, 10**12)
@@ -188,13 +188,13 @@ def test_edits_of_a_plan() -> None:
     )
 
 
-def structured() -> tuple[LatencyModel, Options]:
+def structured() -> tuple[LatencyModel, EditSpace]:
     """Layers a to d, each on the widths g and h: a may have a rank, (a, b) may go, (c, d) or (b, c) may be merged.
 
     Dense, a layer takes ``g * h / 10`` ms; a of rank r ``r / 10`` ms, a merged run ``g / 10`` ms.
     """
     option = RankOption("a", "kxk-1x1")
-    options = Options(
+    options = EditSpace(
         (option,),
         {"block|drop": Drop("block", ("a", "b"))},
         {"c..d|merge": Merge(("c", "d"), (("d",),)), "b..c|merge": Merge(("b", "c"), (("c",),))},

@@ -11,7 +11,7 @@ import torch
 from onnx import numpy_helper, parser
 
 from sluice.artifacts.deploy import deploy_onnx
-from sluice.artifacts.rounding_check import EPS, Likeness, compare_precisions, drawn
+from sluice.artifacts.rounding_check import EPS, RoundingCheck, compare_precisions, drawn
 from sluice.core.errors import SluiceError
 from sluice.core.plan import InputSpec
 from tests.exported import deployed
@@ -28,7 +28,7 @@ def narrowed(model: onnx.ModelProto, name: str, precision: str, target: str = "o
     return deploy_onnx(model, precision, [(build(name)[1], None)], target=target)
 
 
-def likeness(name: str, precision: str, narrow: onnx.ModelProto) -> Likeness:
+def likeness(name: str, precision: str, narrow: onnx.ModelProto) -> RoundingCheck:
     return compare_precisions(narrow, deployed(name), precision, specs_of(name))
 
 

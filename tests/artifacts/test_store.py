@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from sluice.artifacts.store import example_inputs_of, input_specs, load, read_tensors, save_weights
+from sluice.artifacts.store import load, read_tensors, save_weights
 from sluice.core.errors import SluiceError
 from sluice.core.plan import InputSpec, Plan
 from sluice.passes.cut.resolve import make_plan
 from sluice.passes.cut.rewrite_torch import rewrite_torch
 from sluice.passes.graph.aten import analyze
-from sluice.passes.graph.capture import capture
-from sluice.runtime.compare import assert_close
+from sluice.passes.graph.capture import capture, example_inputs_of, input_specs
+from sluice.runtime.base.compare import assert_close
 from tests import networks, tiny
 
 

@@ -23,7 +23,7 @@ from benchmarks.gpu_stages import FULL, SMALL
 from sluice.core.errors import SluiceError
 from sluice.profiler import profile as profile_module
 from sluice.profiler.sweep.engine_times import ENGINES, REFERENCES
-from sluice.runtime.compare import assert_close
+from sluice.runtime.base.compare import assert_close
 from tests.device import FakeRunner, chain, staircase
 
 
@@ -370,7 +370,7 @@ def test_the_full_sizes_are_those_of_the_networks() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_convolution_of_a_staircase_keeps_its_size(precision: str) -> None:
-    model = gpu_stages.typed(gpu_stages._conv(SMALL.layer, 15, 2), precision, part=True)
+    model = gpu_stages.to_precision(gpu_stages._conv(SMALL.layer, 15, 2), precision, part=True)
     shapes = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph.output[0].type.tensor_type
     assert [d.dim_value for d in shapes.shape.dim] == [2, 15, SMALL.layer.size, SMALL.layer.size]
     assert shapes.elem_type == (1 if precision == "fp32" else 10)

@@ -21,26 +21,26 @@ import sluice
 from sluice import __version__
 from sluice.artifacts.deploy import deploy_onnx
 from sluice.artifacts.report import Report
-from sluice.artifacts.store import input_specs, load, read_tensors, save_weights
+from sluice.artifacts.store import load, read_tensors, save_weights
 from sluice.cli import main, parser
 from sluice.commands import options as options
 from sluice.commands.specs import check_batch, evaluate_of, fixed_rows, inputs_of
 from sluice.core.errors import SluiceError
-from sluice.core.plan import Factorize, Merge, Plan
+from sluice.core.plan import Edits, Factorize, Merge, Plan
 from sluice.models import EXAMPLE_SHAPES, enliven
-from sluice.passes.cut.drop_torch import view_torch
 from sluice.passes.cut.export import to_onnx
 from sluice.passes.cut.resolve import make_plan
 from sluice.passes.cut.rewrite_torch import merge_runs, rewrite_torch
 from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.blocks import find_blocks
-from sluice.passes.graph.capture import capture
+from sluice.passes.graph.capture import capture, input_specs
 from sluice.passes.graph.groups import keep_masks
 from sluice.passes.graph.onnx_file import finalize, save_onnx
+from sluice.passes.graph.view_torch import view_torch
 from sluice.profiler.pieces.static_shapes import static_graph
-from sluice.runtime.compare import assert_close
+from sluice.runtime.base.compare import assert_close
 from sluice.runtime.ort.cpu import OrtRunner
-from sluice.solver.options import METHODS, Edits
+from sluice.solver.options import METHODS
 from tests import tiny
 from tests.tiny import compressed_in, dense_onnx_in, files_of, table_in, words
 

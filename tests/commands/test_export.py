@@ -23,8 +23,8 @@ from sluice.commands import export as cli_export
 from sluice.commands.export import commands
 from sluice.commands.specs import inputs_of
 from sluice.core.errors import SluiceError
-from sluice.passes.precision.typed import PRECISIONS
-from sluice.runtime.compare import relative_error
+from sluice.passes.precision.to_precision import PRECISIONS
+from sluice.runtime.base.compare import relative_error
 from sluice.runtime.trt import build as trt_build
 from sluice.runtime.trt.build import static_model
 from tests import tiny

@@ -18,8 +18,8 @@ from sluice.cli import main
 from sluice.profiler.job import Job, read_job
 from sluice.profiler.table.fingerprint import Fingerprint
 from sluice.profiler.table.latency_table import LatencyTable
+from sluice.profiler.table.measurement import Measurement
 from sluice.profiler.table.table_file import bursts_of
-from sluice.profiler.timing.measure import Measurement
 from sluice.profiler.timing.reference_engine import KEY as ANCHOR
 from tests import tiny
 from tests.tiny import dense_onnx_in, words
@@ -91,7 +91,7 @@ def test_show(capsys: pytest.CaptureFixture[str], a: Path) -> None:
     ):
         assert f"{line}\n" in text
     data = json.loads(run(capsys, "table show --json", a))
-    assert data["fingerprint"]["batch"] == 8 and data["anchor_ms"] == 0.25 and data["blobs"] == {"cache": 1234}
+    assert data["fingerprint"]["batch"] == 8 and data["reference_ms"] == 0.25 and data["blobs"] == {"cache": 1234}
     assert {p["key"]: (p["points"], p["ms"]) for p in data["pieces"]}["p"] == (2, [1.0, 2.0])
     (network,) = data["networks"]
     assert network["calibration"]["slope"] == 0.9 and network["engines"] == 2

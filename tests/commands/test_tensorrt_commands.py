@@ -14,22 +14,22 @@ import pytest
 from sluice.cli import main
 from sluice.core.errors import SluiceError
 from sluice.core.latency import LatencyModel
-from sluice.profiler.pieces.dissect import dissect
-from sluice.profiler.placement import check_inspector, place_profile, placement_lines
+from sluice.profiler.engine_layers import check_inspector, place_profile, placement_lines
+from sluice.profiler.pieces.partition import partition_graph
 from sluice.profiler.profile import Profile
 from sluice.profiler.table.fingerprint import Fingerprint
 from sluice.profiler.table.latency_table import LatencyTable
+from sluice.profiler.table.measurement import Measurement
 from sluice.profiler.timing import sm_clock as clocks
-from sluice.profiler.timing.measure import Measurement
 from sluice.profiler.timing.timing_cache import NAME
-from sluice.runtime import nvidia
-from sluice.runtime import runner as runner_module
-from sluice.runtime.cuda import Cuda
+from sluice.runtime.base import nvidia
+from sluice.runtime.base import runner as runner_module
+from sluice.runtime.base.cuda import Cuda
 from sluice.runtime.ort.cuda import OrtCudaRunner
 from sluice.runtime.torch_cuda.runner import TorchCudaRunner
 from sluice.runtime.trt import build as trt_build
 from sluice.runtime.trt import runner as tensorrt
-from sluice.runtime.trt.inspect import Placement
+from sluice.runtime.trt.inspect import EngineLayers
 from sluice.runtime.trt.runner import TensorRtRunner
 from tests.device import FINGERPRINT, chain
 from tests.fake_tensorrt import MS, FakeCuda, fake_tensorrt
@@ -69,18 +69,18 @@ def fingerprint_of(runner: TensorRtRunner) -> Fingerprint:
 
 def test_pieces_are_found_in_the_dense_engine(trt: Any) -> None:
     """Here every node is a layer, and none is shared."""
-    dissection = dissect(chain([5, 7]), BATCH)
+    partition = partition_graph(chain([5, 7]), BATCH)
     runner = TensorRtRunner()
-    profile = Profile(LatencyModel((), {}, {}), dissection, fingerprint_of(runner), "tensorrt", 1.0)
+    profile = Profile(LatencyModel((), {}, {}), partition, fingerprint_of(runner), "tensorrt", 1.0)
     placed = place_profile(profile)
-    assert list(placed.pieces) == [piece.name for piece in dissection.pieces]
-    nodes = {piece.name: [node.name for node in piece.model.graph.node] for piece in dissection.pieces}
+    assert list(placed.pieces) == [piece.name for piece in partition.pieces]
+    nodes = {piece.name: [node.name for node in piece.model.graph.node] for piece in partition.pieces}
     assert {name: len(layers) for name, layers in placed.pieces.items()} == {n: len(v) for n, v in nodes.items()}
     assert not placed.shared and not placed.own
 
 
 def test_a_placement_for_people() -> None:
-    placed = Placement({"a": ("k0", "k1"), "b": ("k1",), "c": ()}, {"k1": ("a", "b")}, ("copy",))
+    placed = EngineLayers({"a": ("k0", "k1"), "b": ("k1",), "c": ()}, {"k1": ("a", "b")}, ("copy",))
     assert placement_lines(placed) == [
         "layers of the dense engine, by piece; 1 are shared by several pieces",
         "  a: k0, k1 (with 1 more)",

@@ -30,7 +30,7 @@ from sluice.passes.gates.gating import Gated, close_gates, insert_gates
 from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.capture import BatchNorm, capture
 from sluice.passes.graph.groups import AxisRef
-from sluice.runtime.compare import assert_close, relative_error
+from sluice.runtime.base.compare import assert_close, relative_error
 from sluice.runtime.ort.cpu import OrtRunner
 from tests import tiny
 from tests.networks import random_kept

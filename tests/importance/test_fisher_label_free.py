@@ -14,7 +14,7 @@ from sluice.importance.fisher_label_free import _ROOTS, Outputs, label_free_scor
 from sluice.importance.taylor import fisher_scores
 from sluice.passes.gates.filter_gates import Gate
 from sluice.passes.gates.gating import Gated, close_gates, insert_gates, strip_gates
-from sluice.runtime.compare import assert_close
+from sluice.runtime.base.compare import assert_close
 from tests import networks, tiny
 
 

@@ -14,15 +14,16 @@ from torch import Tensor, fx, nn
 
 from sluice.core.errors import SluiceError
 from sluice.core.plan import Merge
-from sluice.importance.loss_increase import Judge
+from sluice.importance.loss_increase import LossIncrease
 from sluice.models import enliven
-from sluice.passes.cut.drop_torch import drop_torch, view_torch
+from sluice.passes.cut.drop_torch import drop_torch
 from sluice.passes.cut.merge_torch import linearize_torch
 from sluice.passes.graph.blocks import find_blocks
 from sluice.passes.graph.capture import capture, clone
-from sluice.runtime.compare import assert_close
+from sluice.passes.graph.view_torch import view_torch
+from sluice.runtime.base.compare import assert_close
 
-Change = tuple[str, Callable[[Judge], float], Callable[[fx.GraphModule], None]]
+Change = tuple[str, Callable[[LossIncrease], float], Callable[[fx.GraphModule], None]]
 
 
 def squared(outputs: Tensor, taught: Tensor, labels: Tensor) -> Tensor:
@@ -66,11 +67,11 @@ def network(inplace: bool) -> fx.GraphModule:
 
 
 @functools.cache
-def judge_of(inplace: bool) -> Judge:
+def judge_of(inplace: bool) -> LossIncrease:
     generator, statistics = torch.Generator().manual_seed(5), clone(network(inplace)).train()
     batches = [torch.randn(6, 3, 9, 8, generator=generator) for _ in range(2)]
     with torch.no_grad():
-        return Judge(network(inplace), [(x, statistics(x.clone())) for x in batches], squared)
+        return LossIncrease(network(inplace), [(x, statistics(x.clone())) for x in batches], squared)
 
 
 def mixed(tensor: Tensor) -> Tensor:
@@ -162,4 +163,4 @@ def test_the_network_stays_as_it_was() -> None:
 
 def test_a_network_without_a_finite_loss_is_refused() -> None:
     with pytest.raises(SluiceError, match="the loss is nan"):
-        Judge(network(False), [(torch.full((4, 3, 9, 8), float("nan")), torch.zeros(4, 4))], squared)
+        LossIncrease(network(False), [(torch.full((4, 3, 9, 8), float("nan")), torch.zeros(4, 4))], squared)

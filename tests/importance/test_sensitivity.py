@@ -15,13 +15,13 @@ from sluice.core.errors import SluiceError
 from sluice.core.latency import LatencyModel
 from sluice.core.plan import Merge
 from sluice.importance.sensitivity import FLOOR, measured_losses
-from sluice.passes.cut.drop_torch import view_torch
 from sluice.passes.cut.factor import truncations
 from sluice.passes.gates.gating import insert_gates, strip_gates
 from sluice.passes.gates.placement import Placement
 from sluice.passes.graph.blocks import find_blocks
 from sluice.passes.graph.groups import Analysis
-from sluice.solver.options import Options, RankOption, dense_switch
+from sluice.passes.graph.view_torch import view_torch
+from sluice.solver.options import EditSpace, RankOption, dense_switch
 from sluice.training.train import default_loss
 from tests.networks import build, mixed
 
@@ -40,7 +40,7 @@ class Case:
     analysis: Analysis
     placement: Placement
     model: LatencyModel
-    options: Options
+    options: EditSpace
     scores: dict[str, np.ndarray]
     data: Sequence[object]
 
@@ -56,7 +56,7 @@ def case_of(model: nn.Module, inputs: tuple[Tensor, ...], *, structure: bool) ->
     gated = insert_gates(model, inputs)
     gm, analysis = strip_gates(gated).eval(), gated.meta["analysis"]
     drops = {f"{b.name}|drop": b.drop() for b in find_blocks(view_torch(gm))[0]} if structure else {}
-    options = Options(RANKS, drops, {"tail|merge": MERGE}) if structure else Options()
+    options = EditSpace(RANKS, drops, {"tail|merge": MERGE}) if structure else EditSpace()
     dense = {g.name: g.size for g in analysis.groups}
     levels = {g: tuple(sorted({1, *range(2, n, 3), n})) for g, n in dense.items()}
     switches = [*(o.switch for o in options.ranks), *options.drops, *options.merges]

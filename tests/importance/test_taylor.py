@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sluice.core.errors import SluiceError
 from sluice.importance.taylor import fisher_scores, learned_scores
 from sluice.passes.gates.gating import Gated, insert_gates, strip_gates
-from sluice.runtime.compare import assert_close
+from sluice.runtime.base.compare import assert_close
 from tests import networks, tiny
 
 

@@ -16,8 +16,9 @@ from sluice.importance.taylor import fisher_scores
 from sluice.passes.cut.export import to_onnx
 from sluice.passes.cut.rewrite_torch import rewrite_torch
 from sluice.passes.gates.gating import Gated, insert_gates, strip_gates
-from sluice.pipeline.price import Reading, ask, choose
-from sluice.pipeline.verify import Answer, Question
+from sluice.pipeline.choose import Scenario, choose
+from sluice.pipeline.price import price_problem
+from sluice.pipeline.problem import Problem, Solution
 from sluice.profiler import profile as profile_module
 from sluice.profiler.profile import Profile, profile_onnx
 from sluice.solver.decide import least_ms, restricted
@@ -42,15 +43,15 @@ class Case:
     gated: Gated
     stripped: fx.GraphModule
     profile: Profile
-    question: Question
+    problem: Problem
     scores: dict[str, np.ndarray]
 
-    def build(self, answer: Answer) -> fx.GraphModule:
-        return rewrite_torch(self.stripped, answer.plan, self.inputs, merged=False)
+    def build(self, solution: Solution) -> fx.GraphModule:
+        return rewrite_torch(self.stripped, solution.plan, self.inputs, merged=False)
 
-    def choose(self, share: float, steps: int, methods: Sequence[str] = METHODS) -> list[Reading]:
+    def choose(self, share: float, steps: int, methods: Sequence[str] = METHODS) -> list[Scenario]:
         return choose(
-            self.question, methods, share * self.profile.latency.dense_ms(), self.build, data=data(),
+            self.problem, methods, share * self.profile.latency.dense_ms(), self.build, data=data(),
             teacher=self.stripped, loss=squared, lr=1e-3, steps=steps, progress=False,
         )  # fmt: skip
 
@@ -63,33 +64,33 @@ def case() -> Case:
         profile = profile_onnx(to_onnx(model, inputs), batch=2, methods=METHODS, progress=False)
     gated = insert_gates(model, inputs)
     scores = fisher_scores(gated, data())
-    question = ask(gated, profile, METHODS, scores, data=data(), loss=squared)
-    return Case(inputs, gated, strip_gates(gated).eval(), profile, question, scores)
+    problem = price_problem(gated, profile, METHODS, scores, data=data(), loss=squared)
+    return Case(inputs, gated, strip_gates(gated).eval(), profile, problem, scores)
 
 
 def test_widths_alone_are_priced_by_scores() -> None:
     c = case()
-    question = ask(c.gated, c.profile, ("filter",), c.scores, loss=squared)
-    assert set(question.losses) == set(c.profile.dissection.dense)
-    assert all(question.model.levels[s] == (c.profile.latency.dense[s],) for s in c.profile.latency.switches)
-    answer = question.answer(0.7 * c.profile.latency.dense_ms())
-    assert answer.plan.slices and not (answer.plan.drops or answer.plan.merges or answer.plan.factorizations)
+    problem = price_problem(c.gated, c.profile, ("filter",), c.scores, loss=squared)
+    assert set(problem.losses) == set(c.profile.partition.dense)
+    assert all(problem.model.levels[s] == (c.profile.latency.dense[s],) for s in c.profile.latency.switches)
+    solution = problem.solve(0.7 * c.profile.latency.dense_ms())
+    assert solution.plan.slices and not (solution.plan.drops or solution.plan.merges or solution.plan.factorizations)
 
 
 def test_structure_needs_data() -> None:
     with pytest.raises(SluiceError, match=r"priced by measuring the loss; give data"):
-        ask(case().gated, case().profile, ("rank",), case().scores, loss=squared)
+        price_problem(case().gated, case().profile, ("rank",), case().scores, loss=squared)
 
 
 @pytest.mark.parametrize("share", [0.5, 0.75])
 def test_readings_differ_and_keep_the_budget(share: float) -> None:
     readings = case().choose(share, steps=0)
     assert readings[0].name == "together" and len(readings) >= 2
-    assert all(a.answer.plan != b.answer.plan for i, a in enumerate(readings) for b in readings[:i])
+    assert all(a.solution.plan != b.solution.plan for i, a in enumerate(readings) for b in readings[:i])
     target = share * case().profile.latency.dense_ms()
-    assert all(r.answer.choice.promised_ms <= target * (1 + 1e-6) and r.rehearsed == () for r in readings)
+    assert all(r.solution.choice.promised_ms <= target * (1 + 1e-6) and r.rehearsed == () for r in readings)
     for r in readings:
-        plan = r.answer.plan
+        plan = r.solution.plan
         used = {"filter": plan.slices, "rank": plan.factorizations, "block": plan.drops, "merge": plan.merges}
         if r.name.endswith(" alone"):
             assert {m for m, edits in used.items() if edits} == {r.name.removesuffix(" alone")}
@@ -111,12 +112,12 @@ def test_methods_that_do_not_get_there_alone_are_left_out() -> None:
 def test_one_method_has_one_reading() -> None:
     c = case()
     alone = restricted(c.profile.latency, c.profile.options.sites(c.profile.latency, ["rank"]))
-    question = replace(c.question, model=alone)
+    problem = replace(c.problem, model=alone)
     (only,) = choose(
-        question, ("rank",), 0.8 * c.profile.latency.dense_ms(), c.build, data=data(), teacher=c.stripped,
+        problem, ("rank",), 0.8 * c.profile.latency.dense_ms(), c.build, data=data(), teacher=c.stripped,
         loss=squared, lr=1e-3, steps=5, progress=False,
     )  # fmt: skip
-    assert only.rehearsed == () and only.question is question
+    assert only.rehearsed == () and only.problem is problem
 
 
 def test_the_best_comes_first() -> None:

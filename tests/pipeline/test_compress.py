@@ -24,14 +24,14 @@ from sluice.passes.gates.gating import insert_gates
 from sluice.passes.graph.onnx_file import buffers_of, finalize
 from sluice.pipeline import compress as pipeline
 from sluice.pipeline import prepare, verify
-from sluice.pipeline.bsr import BeamQuestion
+from sluice.pipeline.bsr import BeamProblem
 from sluice.pipeline.compress import Compressed, compress, finish, sweep
-from sluice.pipeline.one_shot import propose
-from sluice.pipeline.verify import Question
+from sluice.pipeline.one_shot import plan_one_shot
+from sluice.pipeline.problem import Problem
 from sluice.profiler.profile import Profile
-from sluice.runtime.compare import assert_close
+from sluice.runtime.base.compare import assert_close
+from sluice.runtime.base.runner import Runner
 from sluice.runtime.ort.cpu import OrtRunner
-from sluice.runtime.runner import Runner
 from sluice.solver.options import METHODS
 from sluice.training.budget import Budget
 from sluice.training.train import Data, default_loss
@@ -194,7 +194,7 @@ def test_sweeps_say_what_cannot_be_reached_before_pricing(table: Path, monkeypat
     )  # fmt: skip
     with pytest.raises(SluiceError, match="there are no budgets"):
         next(sweep(tiny.model(), tiny.inputs(), budgets=[], **settings))
-    monkeypatch.setattr(prepare, "ask", lambda *args, **options: pytest.fail("priced"))
+    monkeypatch.setattr(prepare, "price_problem", lambda *args, **options: pytest.fail("priced"))
     with pytest.raises(SluiceError, match="cannot be met"):
         next(sweep(tiny.model(), tiny.inputs(), budgets=["90%", "0.000001ms"], **settings))
 
@@ -260,7 +260,7 @@ def test_excluded_layers_keep_their_width(tmp_path: Path) -> None:
 @pytest.mark.parametrize("methods", [("filter",), METHODS])
 @pytest.mark.parametrize("data", [tiny.data, tiny.data_without_labels])
 def test_a_proposal_is_the_one_shot_plan(methods: tuple[str, ...], data: Callable[[], Data], table: Path) -> None:
-    found = propose(
+    found = plan_one_shot(
         tiny.model(), tiny.inputs(), budget=BUDGET, data=data(), table=table, batch=tiny.BATCH, methods=methods,
         progress=False,
     )  # fmt: skip
@@ -273,13 +273,13 @@ def test_a_proposal_is_the_one_shot_plan(methods: tuple[str, ...], data: Callabl
 
 def test_a_proposal_needs_no_device(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {"budget": BUDGET, "data": tiny.data(), "table": table, "batch": tiny.BATCH, "methods": ("filter",)}
-    expected = propose(tiny.model(), tiny.inputs(), **asked, progress=False)
+    expected = plan_one_shot(tiny.model(), tiny.inputs(), **asked, progress=False)
 
     def absent(target: str, *rest: object) -> Runner:
         raise SluiceError(f"the target {target!r} cannot run here")
 
     monkeypatch.setattr("sluice.profiler.profile.make_runner", absent)
-    assert propose(tiny.model(), tiny.inputs(), **asked, progress=False) == expected
+    assert plan_one_shot(tiny.model(), tiny.inputs(), **asked, progress=False) == expected
     with pytest.raises(SluiceError, match="cannot run here"):  # whose engines must be measured
         compress(tiny.model(), tiny.inputs(), **asked, progress=False)
 
@@ -381,31 +381,31 @@ def check_methods(methods: tuple[str, ...], budget: str, table: Path, folder: Pa
 def test_every_question_is_settled_once_and_the_last_says_what_is_wrong(
     measured: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Readings may hold the question itself, and two of them may be the same."""
-    part, whole = (Question(measured, measured.dissection.analysis, measured.latency, {}, {}) for _ in range(2))
-    asked: list[Question] = []
+    """Readings may hold the problem itself, and two of them may be the same."""
+    part, whole = (Problem(measured, measured.partition.analysis, measured.latency, {}, {}) for _ in range(2))
+    asked: list[Problem] = []
 
-    def refuse(question: Question, budget: object, dense: object) -> None:
-        asked.append(question)
-        raise SluiceError("the whole" if question is whole else "a part")
+    def refuse(problem: Problem, budget: object, dense: object) -> None:
+        asked.append(problem)
+        raise SluiceError("the whole" if problem is whole else "a part")
 
-    monkeypatch.setattr(verify, "settle", refuse)
+    monkeypatch.setattr(verify, "solve_verified", refuse)
     with pytest.raises(SluiceError, match="the whole"):
-        verify.settle_first([whole, part, part, whole], BUDGET, onnx.ModelProto())
-    assert [question is whole for question in asked] == [True, False]
+        verify.first_verified([whole, part, part, whole], BUDGET, onnx.ModelProto())
+    assert [problem is whole for problem in asked] == [True, False]
     with pytest.raises(SluiceError, match="the whole"):
-        verify.settle_first([whole], BUDGET, onnx.ModelProto())
+        verify.first_verified([whole], BUDGET, onnx.ModelProto())
     assert len(asked) == 3
 
 
 def test_without_gates_nothing_is_decided_before_the_end(residual_table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BeamQuestion, "answer", lambda self, target_ms: pytest.fail("decided"))
+    monkeypatch.setattr(BeamProblem, "solution", lambda self, target_ms: pytest.fail("decided"))
     monkeypatch.setattr(prepare, "_length", lambda data: pytest.fail("read to the end"))
     ready = prepare.prepare(
         tiny.residual(), tiny.inputs(), budget=BUDGET, data=tiny.data(), table=residual_table, batch=tiny.BATCH,
         target="ort-cpu", threads=1, precision="fp32", exclude=(), methods=("bsr",), loss=default_loss, progress=False,
     )  # fmt: skip
-    assert isinstance(ready.question, BeamQuestion) and ready.question.steps
+    assert isinstance(ready.problem, BeamProblem) and ready.problem.steps
 
 
 def test_what_is_profiled_says_which_weights_are_buffers(monkeypatch: pytest.MonkeyPatch) -> None:

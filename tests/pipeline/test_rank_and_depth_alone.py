@@ -1,4 +1,4 @@
-"""BSR and LayerMerge on their own: their answers within the budget, and against what the solver would say."""
+"""BSR and LayerMerge on their own: their solutions within the budget, and against what the solver would say."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 
 from sluice.core.errors import Unreachable
 from sluice.core.plan import Factorize
-from sluice.importance.loss_increase import Judge
+from sluice.importance.loss_increase import LossIncrease
 from sluice.passes.cut.factor import singular_values
 from sluice.passes.cut.factor_torch import truncations_torch
 from sluice.passes.gates.gating import insert_gates
-from sluice.pipeline.bsr import BeamQuestion, stable_rank_loss
-from sluice.pipeline.layermerge import DepthQuestion
-from sluice.pipeline.price import ask
-from sluice.pipeline.verify import Question
-from sluice.runtime.compare import assert_close
+from sluice.pipeline.bsr import BeamProblem, stable_rank_loss
+from sluice.pipeline.layermerge import DepthProblem
+from sluice.pipeline.price import price_problem
+from sluice.pipeline.problem import Problem
+from sluice.runtime.base.compare import assert_close
 from sluice.training.train import fit
 from tests.networks import mixed
 from tests.pipeline.test_choose import case, data, squared
@@ -28,24 +28,24 @@ SHARES = (0.95, 0.85, 0.75, 0.65)
 
 
 @functools.cache
-def bsr() -> BeamQuestion:
+def bsr() -> BeamProblem:
     c = case()
-    question = ask(c.gated, c.profile, ("bsr",), {}, data=data(), loss=squared)
-    assert isinstance(question, BeamQuestion)
-    return question
+    problem = price_problem(c.gated, c.profile, ("bsr",), {}, data=data(), loss=squared)
+    assert isinstance(problem, BeamProblem)
+    return problem
 
 
 @functools.cache
-def depth() -> DepthQuestion:
+def depth() -> DepthProblem:
     c = case()
-    question = ask(c.gated, c.profile, ("merge",), {}, data=data(), loss=squared)
-    assert isinstance(question, DepthQuestion)
-    return question
+    problem = price_problem(c.gated, c.profile, ("merge",), {}, data=data(), loss=squared)
+    assert isinstance(problem, DepthProblem)
+    return problem
 
 
-def reachable(question: Question, share: float) -> bool:
+def reachable(problem: Problem, share: float) -> bool:
     try:
-        question.answer(share * question.model.dense_ms())
+        problem.solve(share * problem.model.dense_ms())
     except Unreachable:
         return False
     return True
@@ -53,14 +53,14 @@ def reachable(question: Question, share: float) -> bool:
 
 @pytest.mark.parametrize("share", SHARES)
 def test_beam_search_meets_the_budget_by_ranks_alone(share: float) -> None:
-    question = bsr()
-    if not reachable(question, share):
+    problem = bsr()
+    if not reachable(problem, share):
         pytest.skip("beyond what ranks reach here")
-    answer = question.answer(share * question.model.dense_ms())
-    assert answer.choice.promised_ms <= share * question.model.dense_ms() * (1 + 1e-9)
-    assert answer.plan.factorizations and not (answer.plan.slices or answer.plan.drops or answer.plan.merges)
-    assert all(rule.holds(answer.choice.widths) for rule in question.model.rules)
-    assert answer.choice.promised_ms == pytest.approx(question.model.ms(answer.choice.widths))
+    solution = problem.solve(share * problem.model.dense_ms())
+    assert solution.choice.promised_ms <= share * problem.model.dense_ms() * (1 + 1e-9)
+    assert solution.plan.factorizations and not (solution.plan.slices or solution.plan.drops or solution.plan.merges)
+    assert all(rule.holds(solution.choice.widths) for rule in problem.model.rules)
+    assert solution.choice.promised_ms == pytest.approx(problem.model.ms(solution.choice.widths))
 
 
 def test_some_budgets_are_within_reach_and_some_are_not() -> None:
@@ -70,62 +70,62 @@ def test_some_budgets_are_within_reach_and_some_are_not() -> None:
 
 def test_the_beam_is_no_worse_than_what_the_solver_makes_of_the_same_prices() -> None:
     """Jointly measured, the beam's state loses no more than the one that single prices suggest, within its steps."""
-    c, question, judge = case(), bsr(), Judge(case().stripped, data(), squared)
-    priced = ask(c.gated, c.profile, ("rank",), {}, data=data(), loss=squared)
-    target = SHARES[0] * question.model.dense_ms()
-    theirs = priced.answer(target).plan.factorizations
+    c, problem, judge = case(), bsr(), LossIncrease(case().stripped, data(), squared)
+    priced = price_problem(c.gated, c.profile, ("rank",), {}, data=data(), loss=squared)
+    target = SHARES[0] * problem.model.dense_ms()
+    theirs = priced.solve(target).plan.factorizations
 
     state = judge.gm.state_dict()
     loss = judge.weights({f.param: truncations_torch(state[f.param], f.form)(f.rank) for f in theirs})
-    assert question.answer(target).choice.loss <= 1.5 * loss
+    assert problem.solve(target).choice.loss <= 1.5 * loss
 
 
 def test_what_was_scored_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A question is asked again and again, for budgets close to each other."""
-    question, target = bsr(), SHARES[0] * bsr().model.dense_ms()
-    first = question.answer(target)
+    """A problem is asked again and again, for budgets close to each other."""
+    problem, target = bsr(), SHARES[0] * bsr().model.dense_ms()
+    first = problem.solve(target)
     assert len(first.plan.factorizations) > 0
-    monkeypatch.setattr(Judge, "weights", lambda self, changed: pytest.fail("scored again"))
+    monkeypatch.setattr(LossIncrease, "weights", lambda self, changed: pytest.fail("scored again"))
     monkeypatch.setattr(np.linalg, "svd", lambda *args, **kwargs: pytest.fail("decomposed again"))
-    second = question.answer(target)
+    second = problem.solve(target)
     assert second.plan == first.plan and second.choice.loss == first.choice.loss
     with pytest.raises(pytest.fail.Exception, match="scored again"):
-        question.answer(0.9 * question.model.dense_ms())
+        problem.solve(0.9 * problem.model.dense_ms())
 
 
 @pytest.mark.parametrize("share", SHARES)
 def test_the_dynamic_programme_says_what_the_solver_says(share: float) -> None:
-    question = depth()
-    plain = Question(question.profile, question.analysis, question.model, question.losses, question.scores)
-    target = share * question.model.dense_ms()
+    problem = depth()
+    plain = Problem(problem.profile, problem.analysis, problem.model, problem.losses, problem.scores)
+    target = share * problem.model.dense_ms()
     if not reachable(plain, share):
-        assert not reachable(question, share)
+        assert not reachable(problem, share)
         return
-    ours, theirs = question.answer(target), plain.answer(target)
+    ours, theirs = problem.solve(target), plain.solve(target)
     assert ours.choice.promised_ms <= target * (1 + 1e-9)
     assert_close(ours.choice.loss, theirs.choice.loss, tol=0.011)  # the solver stops within 1%
-    assert all(rule.holds(ours.choice.widths) for rule in question.model.rules)
+    assert all(rule.holds(ours.choice.widths) for rule in problem.model.rules)
     assert bool(ours.plan.merges) and not ours.plan.factorizations
 
 
 def test_every_merge_alone_takes_what_the_programme_is_told() -> None:
     """A generous budget with a price below zero for one merge: it is taken, and promised what the model says."""
-    question = depth()
+    problem = depth()
 
-    for switch in question.profile.options.merges:
-        losses = {s: np.array([0.0, 1e3]) for s in question.losses} | {switch: np.array([0.0, -1.0])}
-        answer = replace(question, losses=losses).answer(2 * question.model.dense_ms())
-        assert answer.plan.merges == (question.profile.options.merges[switch],)
-        assert answer.choice.promised_ms == pytest.approx(question.model.ms(answer.choice.widths))
+    for switch in problem.profile.options.merges:
+        losses = {s: np.array([0.0, 1e3]) for s in problem.losses} | {switch: np.array([0.0, -1.0])}
+        solution = replace(problem, losses=losses).solve(2 * problem.model.dense_ms())
+        assert solution.plan.merges == (problem.profile.options.merges[switch],)
+        assert solution.choice.promised_ms == pytest.approx(problem.model.ms(solution.choice.widths))
 
 
 def test_a_bonus_keeps_segments() -> None:
 
-    question, target = depth(), SHARES[1] * depth().model.dense_ms()
-    if not reachable(question, SHARES[1]):
+    problem, target = depth(), SHARES[1] * depth().model.dense_ms()
+    if not reachable(problem, SHARES[1]):
         pytest.skip("beyond what merges reach here")
     removed = [
-        sum(len(m.layers) - 1 for m in replace(question, bonus=bonus).answer(target).plan.merges)
+        sum(len(m.layers) - 1 for m in replace(problem, bonus=bonus).solve(target).plan.merges)
         for bonus in (0.0, 5.0, 50.0)
     ]
     assert removed == sorted(removed, reverse=True)

@@ -8,16 +8,16 @@ import pytest
 
 from sluice.core.errors import SluiceError
 from sluice.passes.graph.onnx_axes import analyze_onnx
+from sluice.pipeline.problem import Problem
 from sluice.pipeline.verify import (
     AIM,
     ENOUGH,
     ROUNDS,
     RUNS,
-    Question,
-    Settled,
+    VerifiedSolution,
     measure_configurations,
     measure_pair,
-    settle,
+    solve_verified,
 )
 from sluice.profiler import profile as profile_module
 from sluice.profiler.profile import Profile, profile_onnx
@@ -38,12 +38,12 @@ class Device:
     def slow_down(self, change: Callable[[float], float]) -> None:
         self.runner.slower = change
 
-    def settle(self, budget: str) -> Settled:
+    def solve_verified(self, budget: str) -> VerifiedSolution:
         rng = np.random.default_rng(0)
         latency = self.profile.latency
         scores = {g: rng.uniform(0.1, 1.0, n) for g, n in latency.dense.items()}
         losses = amplitude_losses(latency.levels, scores)
-        return settle(Question(self.profile, analyze_onnx(DENSE), latency, losses, scores), budget, DENSE)
+        return solve_verified(Problem(self.profile, analyze_onnx(DENSE), latency, losses, scores), budget, DENSE)
 
 
 def device_of(cost: Cost, monkeypatch: pytest.MonkeyPatch) -> Device:
@@ -60,21 +60,21 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 
 
 def test_a_promise_that_holds_is_settled_at_once(device: Device) -> None:
-    found = device.settle("60%")
+    found = device.solve_verified("60%")
     assert found.rounds == 1
     assert found.measured_ms == pytest.approx(found.choice.promised_ms, rel=1e-6)
     assert found.dense_ms == pytest.approx(device.profile.latency.dense_ms(), rel=1e-6)
     assert found.budget_ms == pytest.approx(0.6 * found.dense_ms)
     assert ENOUGH * found.budget_ms <= found.measured_ms <= found.budget_ms
     assert found.plan.widths == dict(found.choice.widths)
-    assert {g: len(k) for g, k in found.answer.kept.items()} == dict(found.choice.widths)
+    assert {g: len(k) for g, k in found.solution.kept.items()} == dict(found.choice.widths)
 
 
 @pytest.mark.parametrize("factor", [1.08, 1.3, 1.9])
 def test_engines_slower_than_promised_tighten_the_target(factor: float, device: Device) -> None:
     budget = 0.6 * device.profile.latency.dense_ms()
     device.slow_down(lambda ms: factor * ms)
-    found = device.settle(f"{budget}ms")
+    found = device.solve_verified(f"{budget}ms")
     assert 1 < found.rounds <= ROUNDS
     assert found.measured_ms <= found.budget_ms == pytest.approx(budget)
     assert found.choice.promised_ms == pytest.approx(found.measured_ms / factor, rel=1e-6)
@@ -83,9 +83,9 @@ def test_engines_slower_than_promised_tighten_the_target(factor: float, device: 
 @pytest.mark.parametrize("factor", [0.9, 0.75])
 def test_engines_faster_than_promised_relax_it(factor: float, device: Device) -> None:
     budget = 0.4 * device.profile.latency.dense_ms()
-    reference = device.settle(f"{budget}ms")
+    reference = device.solve_verified(f"{budget}ms")
     device.slow_down(lambda ms: factor * ms)
-    found = device.settle(f"{budget}ms")
+    found = device.solve_verified(f"{budget}ms")
     assert 1 < found.rounds <= ROUNDS
     assert ENOUGH * budget * 0.95 <= found.measured_ms <= budget
     assert found.choice.retained > reference.choice.retained
@@ -94,7 +94,7 @@ def test_engines_faster_than_promised_relax_it(factor: float, device: Device) ->
 def test_a_share_is_of_the_dense_engine_as_measured(device: Device) -> None:
     """All engines slow down together: a share of dense is met as before."""
     device.slow_down(lambda ms: 1.4 * ms)
-    found = device.settle("60%")
+    found = device.solve_verified("60%")
     assert found.rounds == 1
     assert found.budget_ms == pytest.approx(0.6 * 1.4 * device.profile.latency.dense_ms(), rel=1e-6)
 
@@ -102,19 +102,19 @@ def test_a_share_is_of_the_dense_engine_as_measured(device: Device) -> None:
 def test_slim_engines_that_save_less_than_promised(device: Device) -> None:
     dense = device.profile.latency.dense_ms()
     device.slow_down(lambda ms: ms + 0.15 * (dense - ms))
-    found = device.settle("50%")
+    found = device.solve_verified("50%")
     assert 1 < found.rounds <= ROUNDS and found.measured_ms <= found.budget_ms
 
 
 def test_coarse_levels_are_tightened_by_the_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     """The promise lies well below the target here, and the engine takes a little more than the budget."""
     device = device_of(staircase(16), monkeypatch)
-    first = device.settle("45%")
+    first = device.solve_verified("45%")
     assert first.choice.promised_ms < 0.97 * AIM * first.budget_ms
     factor = 1.02 * first.budget_ms / first.choice.promised_ms
     budget = first.budget_ms
     device.slow_down(lambda ms: factor * ms)
-    found = device.settle(f"{budget}ms")
+    found = device.solve_verified(f"{budget}ms")
     assert found.choice.widths != first.choice.widths
     assert found.measured_ms <= found.budget_ms
 
@@ -123,7 +123,7 @@ def test_the_best_of_the_rounds_within_the_budget_wins(device: Device) -> None:
     """A device on which nothing is ever close: the promise is halved in truth beyond a point."""
     budget = 0.5 * device.profile.latency.dense_ms()
     device.slow_down(lambda ms: 0.7 * ms if ms < 0.9 * budget else 1.4 * ms)
-    found = device.settle(f"{budget}ms")
+    found = device.solve_verified(f"{budget}ms")
     assert found.measured_ms <= budget
 
 
@@ -131,7 +131,7 @@ def test_what_no_engine_reaches_is_an_error(device: Device) -> None:
     least = least_ms(device.profile.latency).promised_ms
     device.slow_down(lambda ms: 3.0 * ms)
     with pytest.raises(SluiceError, match=r"no engine within .* ms was found in 4 rounds, the fastest took") as caught:
-        device.settle(f"{1.5 * least}ms")
+        device.solve_verified(f"{1.5 * least}ms")
     assert f"{3.0 * least:.4g}" in str(caught.value)
 
 
@@ -145,7 +145,7 @@ def test_measuring_names_the_engines_in_order(device: Device) -> None:
 @pytest.mark.parametrize("budget", ["75%", "60%", "45%", "30%"])
 def test_what_is_settled_has_room_for_an_engine_that_is_built_again(budget: str, device: Device) -> None:
     """The same file differs from itself by up to 2%, and after training nothing can be chosen anew."""
-    found = device.settle(budget)
+    found = device.solve_verified(budget)
     assert 1.02 * found.measured_ms <= found.budget_ms
 
 
@@ -172,6 +172,6 @@ def test_an_engine_that_was_fast_once_is_not_taken_for_fast(device: Device) -> N
         return ms if ms > 0.99 * dense or measurement % 2 == 0 else 1.05 * ms
 
     device.slow_down(lucky)
-    found = device.settle("60%")
+    found = device.solve_verified("60%")
     assert 1 < found.rounds <= ROUNDS and 1.05 * found.choice.promised_ms <= found.budget_ms
     assert found.measured_ms == pytest.approx(1.05 * found.choice.promised_ms)

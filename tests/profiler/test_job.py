@@ -14,7 +14,7 @@ from sluice.profiler import job as job_module
 from sluice.profiler.job import Job, known_table, read_job, write_job
 from sluice.profiler.table.fingerprint import Fingerprint
 from sluice.profiler.table.latency_table import LatencyTable
-from sluice.runtime.runner import UNFIT
+from sluice.runtime.targets import UNFIT
 from tests.device import chain
 
 SETTINGS = Job(3, "tensorrt", 1, "fp16", ("filter", "rank"), ("conv1", "fc*"))

@@ -17,10 +17,10 @@ from sluice.profiler import profile as profile_module
 from sluice.profiler.profile import Profile, fingerprint_here, measured_elsewhere, profile_known, profile_onnx
 from sluice.profiler.summary import profile_summary
 from sluice.profiler.table.latency_table import LatencyTable
-from sluice.runtime.compare import assert_close
-from sluice.runtime.runner import UNFIT
+from sluice.runtime.base.compare import assert_close
+from sluice.runtime.targets import UNFIT
 from sluice.solver.random_configurations import random_configuration
-from tests.device import ANCHOR_MS, Cost, FakeRunner, FakeSession, chain, line, staircase
+from tests.device import REFERENCE_MS, Cost, FakeRunner, FakeSession, chain, line, staircase
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def on_fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeRunner], FakeRunne
 
 def promises(profile: Profile, runner: FakeRunner) -> tuple[list[float], list[float]]:
     """Promised and engine's milliseconds at every combination of levels (a few of them)."""
-    cut, levels = profile.dissection, profile.latency.levels
+    cut, levels = profile.partition, profile.latency.levels
     plans = [dict(zip(levels, point, strict=True)) for point in itertools.product(*levels.values())]
     plans = [plans[int(k)] for k in np.random.default_rng(0).integers(len(plans), size=25)]
     engines = [runner.ms(cut_graph(cut.model, cut.analysis, cut.masks(plan))) for plan in plans]
@@ -53,10 +53,10 @@ def test_where_times_add_up_the_promise_is_exact(cost: Cost, on_fake: Callable[[
     profile = profile_onnx(chain([50, 36, 20], batch="N"), batch=2, progress=False)
     promised, engines = promises(profile, runner)
     assert_close(promised, engines, tol=1e-9)
-    assert profile.latency.dense_ms() == pytest.approx(runner.ms(profile.dissection.model))
+    assert profile.latency.dense_ms() == pytest.approx(runner.ms(profile.partition.model))
     assert profile.latency.error["p95_abs_err"] < 1e-9
     # 3 -> 50 -> 36 -> 20 -> 5 channels
-    assert profile.grid == 50 + 50 * 36 + 36 * 20 + 20 and len(profile.dissection.pieces) < profile.points
+    assert profile.grid == 50 + 50 * 36 + 36 * 20 + 20 and len(profile.partition.pieces) < profile.points
     assert profile.points < 0.05 * profile.grid and profile.disturbed == 0
 
 
@@ -64,11 +64,11 @@ def test_what_every_engine_costs_once_is_counted_once(on_fake: Callable[[FakeRun
     """A call of 0.2 ms is in every piece, in what neighbours save, and once in the engine."""
     runner = on_fake(FakeRunner(staircase(8), slower=lambda ms: ms + 0.2))
     profile = profile_onnx(chain([26, 18], batch="N"), batch=2, progress=False)
-    engine = runner.ms(profile.dissection.model)
+    engine = runner.ms(profile.partition.model)
     assert profile.latency.raw_ms(profile.latency.dense) == pytest.approx(engine - 0.2)
     assert profile.latency.ms(profile.latency.dense) == pytest.approx(engine)
     joints = [t for t in profile.latency.terms if t.weight < 0]
-    assert len(joints) == len(profile.dissection.pieces) - 1
+    assert len(joints) == len(profile.partition.pieces) - 1
     assert all(np.asarray(t.ms).ravel() == pytest.approx(0.0, abs=1e-9) for t in joints)
 
 
@@ -87,7 +87,7 @@ def test_joints_at_a_smaller_batch_save_what_they_save_at_the_whole(
 ) -> None:
     runner = on_fake(Copying(staircase(8)))
     profile = profile_onnx(chain([26, 18, 30], batch="N"), batch=batch, progress=False)
-    cut = profile.dissection
+    cut = profile.partition
     assert (cut.batch, (cut.small or cut).batch) == (batch, max(1, batch // 4))
     for widths in ({}, {"conv0": 8, "conv1": 16, "conv2": 24}):
         plan = {**profile.latency.dense, **widths}
@@ -97,7 +97,7 @@ def test_joints_at_a_smaller_batch_save_what_they_save_at_the_whole(
 
 def test_joints_of_a_fixed_batch_are_measured_at_it(on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
     on_fake(FakeRunner(staircase(8)))
-    assert profile_onnx(chain([26, 18], batch=8), batch=8, progress=False).dissection.small is None
+    assert profile_onnx(chain([26, 18], batch=8), batch=8, progress=False).partition.small is None
 
 
 def test_a_line_is_met_closely_even_where_grids_are_thinned(on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
@@ -116,7 +116,7 @@ def test_a_profile_continues_a_table(tmp_path: Path, on_fake: Callable[[FakeRunn
     assert first.built > 0 and again.built == 0
     plan = {"conv0": 16, "conv1": 8}
     assert after.latency.ms(plan) == before.latency.ms(plan)
-    assert after.anchor_ms == before.anchor_ms == pytest.approx(ANCHOR_MS)
+    assert after.reference_ms == before.reference_ms == pytest.approx(REFERENCE_MS)
     # Another network with pieces of the same kind costs only what is missing.
     profile_onnx(chain([26, 18, 18], batch="N"), tmp_path / "t.db", batch=2, progress=False)
     alone = on_fake(FakeRunner(staircase(8)))
@@ -136,7 +136,8 @@ def test_points_of_a_busy_machine_are_told_and_measured_anew_once_forgotten(
     tmp_path: Path, on_fake: Callable[[FakeRunner], FakeRunner]
 ) -> None:
     class Busy(FakeSession):
-        """The anchor of a machine that is quiet for a while when the anchor's own time is taken, and never again."""
+        """The reference of a machine that is quiet for a while when the reference's own time is taken, and never
+        again."""
 
         bursts = 0
 
@@ -147,7 +148,7 @@ def test_points_of_a_busy_machine_are_told_and_measured_anew_once_forgotten(
     class OnBusy(FakeRunner):
         def build(self, model: Any, **given: Any) -> FakeSession:
             found = super().build(model, **given)
-            return Busy(found.ms) if found.ms == ANCHOR_MS else found
+            return Busy(found.ms) if found.ms == REFERENCE_MS else found
 
     on_fake(OnBusy(staircase(8)))
     model, path = chain([9, 5], batch="N"), tmp_path / "t.db"
@@ -226,19 +227,19 @@ def test_a_small_network_in_the_real_runtime(tmp_path: Path) -> None:
     assert profile.fingerprint == fingerprint_here("ort-cpu", 1, 2)
     assert profile.latency.dense == {"conv0": 6, "conv1": 4}
     with LatencyTable.open(tmp_path / "t.db", profile.fingerprint) as table:
-        assert len(table) > len(profile.dissection.pieces)
+        assert len(table) > len(profile.partition.pieces)
         dense = next(
             m.ms for key in [profile_module_key(profile)] for w, m in table.engines(key) if w == profile.latency.dense
         )
     # Microseconds on a shared host: the order of magnitude is all that can be held.
     assert 0.1 < profile.latency.dense_ms() / dense < 10
-    session = profile.runner().build(profile.dissection.model)
+    session = profile.runner().build(profile.partition.model)
     x = np.random.default_rng(0).standard_normal((2, 3, 7, 7)).astype(np.float32)
     assert session.run({"x": x})["y"].shape == (2, 5)
-    assert profile.anchor(profile.runner()).ms == profile.anchor_ms > 0
+    assert profile.reference(profile.runner()).ms == profile.reference_ms > 0
 
 
 def profile_module_key(profile: Profile) -> str:
     from sluice.profiler.sweep.engine_times import model_key
 
-    return model_key(profile.dissection, profile.latency)
+    return model_key(profile.partition, profile.latency)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sluice.core.errors import SluiceError
-from sluice.runtime.compare import assert_close, relative_error
+from sluice.runtime.base.compare import assert_close, relative_error
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from sluice.core.errors import SluiceError
-from sluice.runtime import cuda as module
-from sluice.runtime.cuda import Cuda
+from sluice.runtime.base import cuda as module
+from sluice.runtime.base.cuda import Cuda
 
 
 def library(fails: str = "", status: int = 2) -> tuple[Any, list[tuple[Any, ...]]]:

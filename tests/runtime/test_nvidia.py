@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sluice.runtime import nvidia
+from sluice.runtime.base import nvidia
 
 
 class FakeCuda:

@@ -7,25 +7,20 @@ from types import ModuleType
 import pytest
 
 from sluice.core.errors import SluiceError
-from sluice.passes.precision.typed import PRECISIONS
+from sluice.passes.precision.to_precision import PRECISIONS
+from sluice.runtime.base.runner import (
+    LEAST_LAUNCH_MS,
+    MOST_INFERENCES,
+    MOST_TRIALS,
+    TRIAL,
+    TRIALS_MS,
+    inferences_per_launch,
+)
 from sluice.runtime.ort import cpu as ort
 from sluice.runtime.ort import cuda as ort_cuda
 from sluice.runtime.ort.cpu import OrtRunner
 from sluice.runtime.ort.cuda import OrtCudaRunner
-from sluice.runtime.runner import (
-    LEAST_LAUNCH_MS,
-    MOST_INFERENCES,
-    MOST_TRIALS,
-    TARGETS,
-    TRIAL,
-    TRIALS_MS,
-    UNFIT,
-    available_targets,
-    check_fit,
-    check_target,
-    inferences_per_launch,
-    make_runner,
-)
+from sluice.runtime.targets import TARGETS, UNFIT, available_targets, check_fit, check_target, make_runner
 from sluice.runtime.torch_cuda import runner as torch_cuda
 from sluice.runtime.torch_cuda.runner import TorchCudaRunner
 from sluice.runtime.trt import runner as tensorrt

@@ -240,14 +240,14 @@ def test_an_algorithm_that_adds_up_is_asked_for_what_it_missed() -> None:
     """It believes that a millisecond less is asked for than is saved in the end: beyond 6 ms half of it is spared."""
     asked: list[float] = []
 
-    def ask(target_ms: float) -> Choice:
+    def solve(target_ms: float) -> Choice:
         asked.append(target_ms)
         if target_ms < 3.0:
             raise unreachable(target_ms, 3.0, 10.0)
         return Choice({}, max(target_ms, 6.0 - 0.5 * (6.0 - target_ms)), 0.0, 1.0, 0.0, 0.0)
 
-    assert tightened(7.0, ask).promised_ms == 7.0 and asked == [7.0]
-    assert tightened(5.0, ask).promised_ms <= 5.0 and asked[-1] == pytest.approx(4.0)
-    assert tightened(4.0, ask).promised_ms == 5.0  # nothing below 4.5 is in reach: what there was
+    assert tightened(7.0, solve).promised_ms == 7.0 and asked == [7.0]
+    assert tightened(5.0, solve).promised_ms <= 5.0 and asked[-1] == pytest.approx(4.0)
+    assert tightened(4.0, solve).promised_ms == 5.0  # nothing below 4.5 is in reach: what there was
     with pytest.raises(Unreachable):
-        tightened(2.0, ask)
+        tightened(2.0, solve)

@@ -13,7 +13,7 @@ from sluice.core.errors import SluiceError
 from sluice.core.latency import Extent, LatencyModel, Rule, Term
 from sluice.solver import milp as program_module
 from sluice.solver.decide import decide, least_ms, restricted
-from sluice.solver.milp import Program
+from sluice.solver.milp import MixedIntegerProgram
 
 DENSE = {"a": 7, "b": 9, "c": 5, "rank": 6}
 SWITCHES = {"dense A": 1, "dense B": 1, "factorized A": 0, "dropped": 0, "merged": 0, "never": 0, "both": 1}
@@ -83,7 +83,7 @@ def reading_again(model: LatencyModel, seed: int, share: float = 0.5) -> Latency
         for t in model.terms
     )
     heavy = replace(model, terms=terms)
-    return replace(heavy, spared=share * heavy.again_ms(model.dense))
+    return replace(heavy, cached_ms=share * heavy.reload_ms(model.dense))
 
 
 def configurations(model: LatencyModel) -> Iterator[dict[str, int]]:
@@ -154,7 +154,7 @@ def test_the_cost_of_a_configuration_is_what_the_model_says(seed: int, share: fl
 def test_configurations_lie_on_both_sides_of_what_the_caches_hold() -> None:
     """What the comparison above says of the hinge it says of both."""
     model = reading_again(random_model(0), 0, 0.9)
-    again = [model.again_ms(widths) for widths in itertools.islice(configurations(model), 0, None, 97)]
+    again = [model.reload_ms(widths) for widths in itertools.islice(configurations(model), 0, None, 97)]
     assert min(again) == 0.0 < max(again)
 
 
@@ -164,7 +164,7 @@ def test_what_is_always_read_again_is_a_constant() -> None:
         Term("plain", (width,), (knots,), np.asarray([1.0, 7.0])),
         Term("heavy", (), (), np.asarray(2.0), reload=np.asarray(1.5)),
     )
-    model = LatencyModel(terms, {"a": 7}, {"a": (1, 4, 7)}, spared=0.5)
+    model = LatencyModel(terms, {"a": 7}, {"a": (1, 4, 7)}, cached_ms=0.5)
     assert least_ms(model).promised_ms == 1.0 + 2.0 + 1.0
     assert dict(decide(model, {"a": np.asarray([2.0, 1.0, 0.0])}, 7.1).widths) == {"a": 4}
 
@@ -233,12 +233,12 @@ def test_equal_terms_share_columns() -> None:
     (switch,) = pair.when
     moved = replace(pair, name="other", extents=pair.extents[::-1], knots=pair.knots[::-1], ms=2 * pair.ms.T)
     alone = replace(pair, name="joint", extents=pair.extents[:1], knots=pair.knots[:1], ms=pair.ms[:, 0], weight=-1.0)
-    before = Program(replace(model, terms=(pair,)))
-    after = Program(replace(model, terms=(pair, moved, alone)))
+    before = MixedIntegerProgram(replace(model, terms=(pair,)))
+    after = MixedIntegerProgram(replace(model, terms=(pair, moved, alone)))
     assert len(after.cost) == len(before.cost)
     assert len(after.rows().lb) == len(before.rows().lb)
     assert not np.allclose(after.cost, before.cost)
     # A joint under two states of the layer joins the one product and needs columns under the other only.
     second = next(s for s in ("dense A", "factorized A") if s != switch)
-    both = Program(replace(model, terms=(pair, replace(alone, when=(switch, second)))))
+    both = MixedIntegerProgram(replace(model, terms=(pair, replace(alone, when=(switch, second)))))
     assert len(both.cost) == len(before.cost) + len(model.levels[pair.extents[0].coefs[0][0]])

@@ -9,8 +9,9 @@ import pytest
 
 from sluice.core.errors import SluiceError
 from sluice.core.plan import Merge
+from sluice.passes.cut.merge_ties import groups_on, inside, tie_removed
 from sluice.passes.graph.groups import Analysis, AxisGroup, AxisRef
-from sluice.solver.options import RankOption, dense_switch, groups_on, inside, tie_removed
+from sluice.solver.options import RankOption, dense_switch
 
 
 def analysis_of(groups: Mapping[str, list[tuple[str, int]]], shapes: Mapping[str, tuple[int, ...]]) -> Analysis:

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sluice.core.budget_spec import parse_budget
 from sluice.core.errors import SluiceError
 from sluice.core.latency import Extent, LatencyModel, Term
 from sluice.solver.decide import least_ms
-from sluice.training.budget import Budget, parse_budget
+from sluice.training.budget import Budget
 from sluice.training.expected_latency import ExpectedLatency, through_levels
 
 
@@ -60,7 +61,7 @@ def mixed(seed: int, again: bool = False) -> LatencyModel:
     levels = {"a": (2, 5, 7), "b": (3, 4, 9, 12), "c": (1, 5)}
     if again:
         terms = [replace(t, reload=rng.uniform(0.0, 1.0, np.shape(t.ms))) if k % 3 else t for k, t in enumerate(terms)]
-    return LatencyModel(tuple(terms), dense, levels, intercept=-0.2, slope=1.3, spared=1.5)
+    return LatencyModel(tuple(terms), dense, levels, intercept=-0.2, slope=1.3, cached_ms=1.5)
 
 
 def train(
@@ -117,7 +118,7 @@ def test_what_is_read_again_is_felt_beyond_what_the_caches_spare() -> None:
     """One piece of 1 ms and 0.1 ms per channel again, of which the caches spare what 20 channels are."""
     knots = np.asarray([1.0, 40.0])
     piece = Term("p", (Extent((("a", 1),)),), (knots,), np.asarray([1.0, 1.0]), reload=0.1 * knots)
-    model = LatencyModel((piece,), {"a": 40}, {"a": (1, 40)}, spared=2.0)
+    model = LatencyModel((piece,), {"a": 40}, {"a": (1, 40)}, cached_ms=2.0)
     assert [model.ms({"a": width}) for width in (1, 20, 30, 40)] == pytest.approx([1.0, 1.0, 2.0, 3.0])
     expected = ExpectedLatency(model)
     for width, slope in ((15.0, 0.0), (35.0, 0.1)):

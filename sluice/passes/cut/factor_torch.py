@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from sluice.core.errors import SluiceError
 from sluice.core.plan import Factorize
 from sluice.passes.cut.factor import Split, check_form, factors, first_name, per_axis, second_name, truncations
-from sluice.passes.cut.unused_torch import remove_unread
+from sluice.passes.cut.unused_torch import remove_unused
 from sluice.passes.graph.aten_walk import Args, arguments, operator_name
 from sluice.passes.graph.capture import set_tensor
 
@@ -80,7 +80,7 @@ def factorize_torch(gm: fx.GraphModule, edits: Sequence[Factorize], split: Split
                 node.args, node.kwargs = (middle, second, *([a["bias"]] if kind == "linear" else [])), {}
         # The value in the middle has another shape than the one behind the layer.
         middle.meta = {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta")}
-        remove_unread(gm, [edit.param])
+        remove_unused(gm, [edit.param])
     gm.graph.lint()
     gm.recompile()
 

@@ -3,8 +3,8 @@
 1. The layers of the merge are a segment of a chain (`sluice.passes.graph.segments`); those that no run names are
    removed. In a graph that `linearize_torch` has been through they are gone already.
 2. A residual block all of whose remaining layers belong to one run is *folded* into it. One with layers of several runs
-   is a `Block` that keeps its addition; none of those runs may reach beyond it. One without remaining layers is its
-   shortcut alone.
+   is a `FoldedBlock` that keeps its addition; none of those runs may reach beyond it. One without remaining layers is
+   its shortcut alone.
 3. All padding of a run moves to its first layer. Where a folded block begins the run, its shortcut then needs the zeros
    that are meant for later layers too; where it lies further inside, its branch has lost its own padding and the
    shortcut must lose that border: ``shift = padding applied within the block - half of its kernel``.
@@ -24,9 +24,9 @@ from sluice.passes.graph.chains import NEUTRAL, Chain, Layer, Span
 from sluice.passes.graph.segments import swallowed
 
 __all__ = [
-    "Block",
     "Fold",
-    "Region",
+    "FoldedBlock",
+    "MergeRegion",
     "Run",
     "bias_name",
     "compose_run",
@@ -54,22 +54,22 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class FoldedBlock:
     """A residual block that keeps its addition."""
 
-    units: tuple[Run | Block, ...]
+    units: tuple[Run | FoldedBlock, ...]
     span: Span
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
+class MergeRegion:
     """The part of a graph between the values ``source`` and ``value`` that a merge is about.
 
     ``layers`` are all of its layers, ``kept`` the weights that stay, ``acts`` the activations that go, ``spans`` the
     blocks inside and ``emptied`` those of which no layer stays, ``tensors`` all that layers, norms and shortcuts read.
     """
 
-    units: tuple[Run | Block, ...]
+    units: tuple[Run | FoldedBlock, ...]
     layers: tuple[Layer, ...]
     kept: frozenset[str]
     spans: tuple[Span, ...]
@@ -91,7 +91,7 @@ def layers_of(parts: Sequence[Layer | Fold]) -> list[Layer]:
     return [layer for part in parts for layer in (layers_of(part.parts) if isinstance(part, Fold) else [part])]
 
 
-def find_region(chains: Sequence[Chain], merge: Merge) -> Region:
+def find_region(chains: Sequence[Chain], merge: Merge) -> MergeRegion:
     """Where the merge applies.
 
     Raises:
@@ -132,7 +132,7 @@ def find_region(chains: Sequence[Chain], merge: Merge) -> Region:
     closing = [span.add for span in spans if span.end == end]
     emptied = [s for s in spans if not any(v.weight in kept for v in chain.layers[s.start : s.end])]
     read = [*layers, *(span.shortcut for span in spans if span.shortcut is not None)]
-    return Region(
+    return MergeRegion(
         tuple(units),
         layers,
         frozenset(kept),
@@ -265,14 +265,14 @@ def _touched(tree: _Tree, kept: Mapping[str, int]) -> set[int]:
     return found
 
 
-def _units(tree: _Tree, kept: Mapping[str, int]) -> list[Run | Block]:
-    units: list[Run | Block] = []
+def _units(tree: _Tree, kept: Mapping[str, int]) -> list[Run | FoldedBlock]:
+    units: list[Run | FoldedBlock] = []
     last: int | None = None
     for item in tree:
         touched = _touched([item], kept)
         if len(touched) > 1:
             assert not isinstance(item, Layer)
-            units.append(Block(tuple(_units(item[1], kept)), item[0]))
+            units.append(FoldedBlock(tuple(_units(item[1], kept)), item[0]))
             last = None
         elif touched:
             run = touched.pop()
@@ -295,9 +295,9 @@ def _parts(tree: _Tree, kept: Mapping[str, int]) -> tuple[Layer | Fold, ...]:
     return tuple(found)
 
 
-def runs_of(units: Sequence[Run | Block]) -> list[Run]:
+def runs_of(units: Sequence[Run | FoldedBlock]) -> list[Run]:
     """The runs in order, those inside of blocks included."""
-    return [run for unit in units for run in (runs_of(unit.units) if isinstance(unit, Block) else [unit])]
+    return [run for unit in units for run in (runs_of(unit.units) if isinstance(unit, FoldedBlock) else [unit])]
 
 
 def _tensors(layer: Layer) -> list[str]:

@@ -12,9 +12,9 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 import numpy as np
 
 from sluice.core.errors import SluiceError
-from sluice.core.plan import InputSpec, Plan, Slice
+from sluice.core.plan import Edits, InputSpec, Plan, Slice
+from sluice.passes.cut.merge_ties import tie_removed
 from sluice.passes.graph.groups import Analysis, keep_masks
-from sluice.solver.options import Edits, tie_removed
 
 __all__ = ["make_plan", "masks_of_slices", "tensor_masks"]
 

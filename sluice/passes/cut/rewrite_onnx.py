@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 
 from sluice.core.errors import SluiceError
-from sluice.core.plan import Plan
+from sluice.core.plan import Edits, Plan
 from sluice.passes.cut.drop_onnx import drop_onnx
 from sluice.passes.cut.factor import factors, random_factors
 from sluice.passes.cut.factor_onnx import factorize_onnx
@@ -27,7 +27,6 @@ from sluice.passes.cut.resolve import masks_of_slices, tensor_masks
 from sluice.passes.graph.groups import Analysis
 from sluice.passes.graph.onnx_axes import analyze_onnx
 from sluice.passes.graph.onnx_graph import BATCH
-from sluice.solver.options import Edits
 
 __all__ = ["cut_graph", "restructure", "rewrite_onnx"]
 

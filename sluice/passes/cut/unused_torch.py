@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, fx
 
-__all__ = ["read_tensors", "remove_unread"]
+__all__ = ["read_tensors", "remove_unused"]
 
 
 def read_tensors(gm: fx.GraphModule) -> set[str]:
@@ -26,7 +26,7 @@ def read_tensors(gm: fx.GraphModule) -> set[str]:
     return found
 
 
-def remove_unread(gm: fx.GraphModule, names: Iterable[str]) -> None:
+def remove_unused(gm: fx.GraphModule, names: Iterable[str]) -> None:
     """Of the tensors with these names, remove those that nothing reads."""
     for node in reversed(list(gm.graph.nodes)):
         if node.op == "get_attr" and not node.users:

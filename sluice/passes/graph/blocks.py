@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from sluice.core.errors import SluiceError
 from sluice.core.plan import Drop
 from sluice.passes.graph.groups import module_of
-from sluice.passes.graph.view import View
+from sluice.passes.graph.view import GraphView
 
 __all__ = ["Block", "dropped_values", "find_blocks", "match_drops"]
 
@@ -62,7 +62,7 @@ class Block:
         return Drop(self.name, self.params)
 
 
-def find_blocks(view: View, strict: bool = True) -> tuple[tuple[Block, ...], Mapping[str, str]]:
+def find_blocks(view: GraphView, strict: bool = True) -> tuple[tuple[Block, ...], Mapping[str, str]]:
     """Every residual block of a graph.
 
     Args:
@@ -90,7 +90,7 @@ def find_blocks(view: View, strict: bool = True) -> tuple[tuple[Block, ...], Map
     return tuple(found), refused
 
 
-def match_drops(view: View, drops: Sequence[Drop]) -> tuple[Block, ...]:
+def match_drops(view: GraphView, drops: Sequence[Drop]) -> tuple[Block, ...]:
     """The block of the graph that each drop means, by the tensors that the graph still has.
 
     Raises:
@@ -113,7 +113,7 @@ def match_drops(view: View, drops: Sequence[Drop]) -> tuple[Block, ...]:
     return tuple(matched)
 
 
-def dropped_values(view: View, blocks: Collection[Block]) -> dict[str, str]:
+def dropped_values(view: GraphView, blocks: Collection[Block]) -> dict[str, str]:
     """Value -> the value that takes its place: every addition, and activations that have nothing left to do."""
     shortcuts = {block.add: block.shortcut_output for block in blocks}
     gone = {out for block in blocks for out in block.own}
@@ -133,7 +133,7 @@ def dropped_values(view: View, blocks: Collection[Block]) -> dict[str, str]:
     return taken
 
 
-def _block(view: View, index: int, strict: bool) -> Block | tuple[str, str]:
+def _block(view: GraphView, index: int, strict: bool) -> Block | tuple[str, str]:
     """The block at an addition, or a name and the reason why there is none."""
     node = view.nodes[index]
     z, (left, right) = node.outputs[0], node.inputs
@@ -182,7 +182,7 @@ def _block(view: View, index: int, strict: bool) -> Block | tuple[str, str]:
     )
 
 
-def _closing(view: View, value: str, own: set[int]) -> set[str] | str:
+def _closing(view: GraphView, value: str, own: set[int]) -> set[str] | str:
     """Tensors that make ``value`` zero, or why there are none."""
     index = view.producer.get(value)
     if index is None or index not in own:
@@ -206,7 +206,7 @@ def _closing(view: View, value: str, own: set[int]) -> set[str] | str:
     return closes
 
 
-def _extras(view: View, block: Block, wanted: set[str]) -> int | None:
+def _extras(view: GraphView, block: Block, wanted: set[str]) -> int | None:
     """How many tensors the block has beyond those wanted, if it can be the one that is meant.
 
     Beyond them may be what carries no name of the model: constants of an exporter, copies of a shared tensor.
@@ -218,7 +218,7 @@ def _extras(view: View, block: Block, wanted: set[str]) -> int | None:
     return len(extras) if all("." not in name or "::" in name for name in extras) else None
 
 
-def _name(view: View, own: Sequence[int]) -> str:
+def _name(view: GraphView, own: Sequence[int]) -> str:
     """The module that all tensors of the branch lie in; its first layer if that is the whole network."""
     paths = [module_of(name).split(".") for name in sorted(view.tensors(own))]
     common = 0
@@ -229,7 +229,7 @@ def _name(view: View, own: Sequence[int]) -> str:
     return next((module_of(name) for name in _layers(view, own)), "")
 
 
-def _layers(view: View, own: Sequence[int]) -> tuple[str, ...]:
+def _layers(view: GraphView, own: Sequence[int]) -> tuple[str, ...]:
     """Weights that are named tensors; a weight that is computed from several has no name."""
     weighted = [view.nodes[i] for i in own if view.nodes[i].kind == "weighted"]
     return tuple(node.closes[0] for node in weighted if node.closes)

@@ -22,8 +22,19 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sluice.core.errors import SluiceError, first_line
+from sluice.core.plan import InputSpec, Plan
 
-__all__ = ["BatchNorm", "Inputs", "capture", "clone", "free_batch", "normalize_inputs", "set_tensor"]
+__all__ = [
+    "BatchNorm",
+    "Inputs",
+    "capture",
+    "clone",
+    "example_inputs_of",
+    "free_batch",
+    "input_specs",
+    "normalize_inputs",
+    "set_tensor",
+]
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 MARK = "sluice_capture"
@@ -258,3 +269,24 @@ def _same_names(gm: fx.GraphModule, model: nn.Module) -> None:
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     leaves = pytree.tree_leaves((args, kwargs))
     return ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in leaves)
+
+
+def input_specs(gm: fx.GraphModule) -> tuple[InputSpec, ...]:
+    """Shapes and dtypes of the positional example inputs a graph was captured with; empty if they are not tensors."""
+    args, kwargs = gm.meta[MARK]["args"], gm.meta[MARK]["kwargs"]
+    if kwargs or not all(isinstance(a, Tensor) for a in args):
+        return ()
+    return tuple(InputSpec(tuple(a.shape), str(a.dtype).removeprefix("torch.")) for a in args)
+
+
+def example_inputs_of(plan: Plan) -> tuple[Tensor, ...]:
+    """Inputs of the shapes that the plan remembers: standard normal, ones for integers."""
+    if not plan.inputs:
+        raise SluiceError("the plan does not say what inputs the model takes; pass example_inputs")
+    made = []
+    for spec in plan.inputs:
+        dtype = getattr(torch, spec.dtype)
+        made.append(
+            torch.randn(spec.shape, dtype=dtype) if dtype.is_floating_point else torch.ones(spec.shape, dtype=dtype)
+        )
+    return tuple(made)

@@ -1,6 +1,7 @@
 """Where convolutions follow each other so that they could be joined: the chains of a graph.
 
-A front end translates its graph into `Op`s, one per operator, over named values; what follows here is the same for all.
+A front end translates its graph into `ChainOp`s, one per operator, over named values; what follows here is the same for
+all.
 
 1. A *chain* is a row of convolutions with nothing between them but batch norm, activations and residual additions.
    Position p of a chain is the value that layer p reads (layers count from 0), so a segment (i, j] is ``layers[i:j]``.
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
-__all__ = ["NEUTRAL", "Chain", "Layer", "Norm", "Op", "Span", "find_chains"]
+__all__ = ["NEUTRAL", "Chain", "ChainOp", "Layer", "Norm", "Span", "find_chains"]
 
 NEUTRAL = "the shortcut is a convolution that changes neither channels nor size"
 
@@ -103,7 +104,7 @@ class Chain:
 
 
 @dataclass(frozen=True, slots=True)
-class Op:
+class ChainOp:
     """One operator: ``kind`` is conv, norm, act, add, pad, output or other; ``label`` says what it is in reasons."""
 
     kind: str
@@ -124,7 +125,7 @@ class _Path:
     shift: tuple[int, ...] = ()
     before: str = ""
     after: str = ""
-    end: Op | None = None
+    end: ChainOp | None = None
 
     def acts(self) -> tuple[str, ...]:
         """Activations at the end of the path."""
@@ -140,7 +141,7 @@ class _Path:
             self.layers[-1] = replace(self.layers[-1], acts=acts)
 
 
-def find_chains(ops: Sequence[Op], inputs: Sequence[str]) -> tuple[Chain, ...]:
+def find_chains(ops: Sequence[ChainOp], inputs: Sequence[str]) -> tuple[Chain, ...]:
     """All chains of a graph, by first layer; every supported convolution is in one, or is a shortcut.
 
     Args:
@@ -151,8 +152,8 @@ def find_chains(ops: Sequence[Op], inputs: Sequence[str]) -> tuple[Chain, ...]:
 
 
 class _Walker:
-    def __init__(self, ops: Sequence[Op], inputs: Sequence[str]):
-        self.readers: dict[str, list[Op]] = {}
+    def __init__(self, ops: Sequence[ChainOp], inputs: Sequence[str]):
+        self.readers: dict[str, list[ChainOp]] = {}
         for op in ops:
             for name in op.inputs:
                 self.readers.setdefault(name, []).append(op)
@@ -176,7 +177,7 @@ class _Walker:
         if path.end is not None:
             self.pending += [(name, path.end.label) for name in path.end.outputs]
 
-    def walk(self, value: str, before: str, op: Op | None = None, branch: bool = False) -> _Path:
+    def walk(self, value: str, before: str, op: ChainOp | None = None, branch: bool = False) -> _Path:
         """Follow ``value`` (into ``op``, if it has several readers) as far as a chain goes."""
         path = _Path(before=before)
         while True:
@@ -214,7 +215,7 @@ class _Walker:
                     self.pending += [(name, reader.label) for name in reader.outputs]
                 return path
 
-    def convolution(self, path: _Path, op: Op) -> str:
+    def convolution(self, path: _Path, op: ChainOp) -> str:
         """Append the layer with its norm; returns the value behind them."""
         assert op.layer is not None
         behind = self.readers.get(op.layer.value, [])
@@ -222,7 +223,7 @@ class _Walker:
         path.layers.append(replace(op.layer, norm=norm))
         return path.layers[-1].out
 
-    def block(self, value: str, readers: Sequence[Op]) -> tuple[_Path, Span] | None:
+    def block(self, value: str, readers: Sequence[ChainOp]) -> tuple[_Path, Span] | None:
         """The residual block that starts at ``value``: its branch, and the span over it."""
         reason = "2 readers that are no residual block"
         if readers[0] is readers[1]:

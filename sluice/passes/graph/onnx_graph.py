@@ -1,4 +1,4 @@
-"""Reading ONNX graphs: attributes, constants, and every size at one batch.
+"""Scenario ONNX graphs: attributes, constants, and every size at one batch.
 
 Sizes are inferred from the operators. What inference cannot see through stays as the exporter wrote it, as far as the
 batch tells all its sizes.

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 
 from sluice.passes.graph.coupling import Shape
 
-__all__ = ["KINDS", "Node", "View"]
+__all__ = ["KINDS", "GraphView", "Node"]
 
 KINDS = ("zero", "mul", "sum", "weighted", "norm", "other")
 Bounds = tuple[float, float]
@@ -51,7 +51,7 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class View:
+class GraphView:
     """Nodes in execution order; what the graph returns (or reads in a place that is not looked into)."""
 
     nodes: tuple[Node, ...]

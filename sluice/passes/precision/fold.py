@@ -22,7 +22,7 @@ from onnx import helper, numpy_helper
 
 from sluice.passes.graph.onnx_graph import attributes
 
-__all__ = ["fold_batch_norms", "remove_unread"]
+__all__ = ["fold_batch_norms", "remove_unused"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +40,11 @@ def fold_batch_norms(model: onnx.ModelProto) -> onnx.ModelProto:
     _store_transposed(done.graph)
     if any(node.op_type == "BatchNormalization" for node in done.graph.node):
         _Folder(done).fold()
-    remove_unread(done.graph)
+    remove_unused(done.graph)
     return done
 
 
-def remove_unread(graph: onnx.GraphProto) -> None:
+def remove_unused(graph: onnx.GraphProto) -> None:
     """Drop initialisers that nothing reads and what was known of values that are gone."""
     read = {name for node in graph.node for name in node.input} | {info.name for info in graph.output}
     made = {name for node in graph.node for name in node.output}

@@ -37,7 +37,7 @@ from sluice.passes.precision.fold import fold_batch_norms
 from sluice.passes.precision.keep_float32 import stays_float32
 from sluice.passes.precision.qdq_placement import WEIGHTED
 
-__all__ = ["LEAST_OPSET", "at_opset", "halve"]
+__all__ = ["LEAST_OPSET", "at_opset", "to_half"]
 
 LEAST_OPSET = 13  # before, operators say less about their types, and there are no scales per channel
 
@@ -67,8 +67,8 @@ _HALVES = {
 }
 
 
-def halve(model: onnx.ModelProto, precision: str, *, part: bool = False) -> onnx.ModelProto:
-    """An fp32 network in ``fp16`` or ``bf16``; the arguments are those of `sluice.passes.precision.typed.typed`.
+def to_half(model: onnx.ModelProto, precision: str, *, part: bool = False) -> onnx.ModelProto:
+    """An fp32 network in ``fp16`` or ``bf16``; the arguments are those of `sluice.passes.precision.to_precision.typed`.
 
     Raises:
         SluiceError: an operator's types are not known, it holds a graph, or a weight is too large.

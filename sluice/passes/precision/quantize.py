@@ -28,7 +28,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sluice.core.errors import SluiceError
 from sluice.passes.graph.onnx_graph import attributes
-from sluice.passes.precision.fold import fold_batch_norms, remove_unread
+from sluice.passes.precision.fold import fold_batch_norms, remove_unused
 from sluice.passes.precision.qdq_placement import Pairs, dialect_of
 
 __all__ = ["quantize", "tensors_to_calibrate"]
@@ -47,14 +47,14 @@ def quantize(
     target: str = "ort-cpu",
     exclude: Collection[str] = (),
 ) -> onnx.ModelProto:
-    """An fp32 network with pairs; the arguments are those of `sluice.passes.precision.typed.typed`.
+    """An fp32 network with pairs; the arguments are those of `sluice.passes.precision.to_precision.typed`.
 
     Raises:
         SluiceError: ``exclude`` names no weight, or ``ranges`` lack a tensor.
     """
     done = fold_batch_norms(model)
     _Quantizer(done, Pairs(done, dialect_of(target), exclude), ranges).rewrite(part)
-    remove_unread(done.graph)
+    remove_unused(done.graph)
     onnx.checker.check_model(done, full_check=True)
     return done
 

@@ -19,20 +19,21 @@ import numpy as np
 
 from sluice.core.latency import Extent, LatencyModel, Rule, Term
 from sluice.profiler.fit.steps import with_steps
-from sluice.profiler.pieces.dissect import Dissection, Piece, anchor_weight
 from sluice.profiler.pieces.joints import Joint
-from sluice.profiler.pieces.variants import Alternatives, Shown
+from sluice.profiler.pieces.partition import Partition, Piece, anchor_weight
+from sluice.profiler.pieces.staircase import Staircase
+from sluice.profiler.pieces.variants import Alternatives, MeasuredReplacement
 from sluice.profiler.sweep.bench import CALL_KEY
-from sluice.profiler.sweep.grids import MAX_GRID, Staircase, cost_of, knots_of, net_ms, totals
+from sluice.profiler.sweep.grids import MAX_GRID, cost_of, knots_of, net_ms, totals
 from sluice.profiler.sweep.joint_sweep import joint_ms, joint_points, joint_tolerance
 from sluice.profiler.table.latency_table import LatencyTable
-from sluice.solver.options import Options, dense_switch
+from sluice.solver.options import EditSpace, dense_switch
 
 __all__ = ["assemble"]
 
 
 def assemble(
-    dissection: Dissection,
+    partition: Partition,
     stairs: Mapping[str, Staircase],
     table: LatencyTable,
     alternatives: Alternatives | None = None,
@@ -45,13 +46,13 @@ def assemble(
     Raises:
         SluiceError: the table lacks a point.
     """
-    alternatives = alternatives or Alternatives(Options())
+    alternatives = alternatives or Alternatives(EditSpace())
     shown, drops = alternatives.shown, alternatives.options.drops
     found = table.get(CALL_KEY, ())
     call_ms = found.ms if found is not None else 0.0
     # A piece without a weight goes by its own name where a dropped branch takes it along.
     alone = {name for names in alternatives.without_weight.values() for name in names}
-    anchors = {p.name: p.name if p.name in alone else anchor_weight(p) for p in dissection.pieces}
+    anchors = {p.name: p.name if p.name in alone else anchor_weight(p) for p in partition.pieces}
     named = [
         *((s.place.switch, s.place.layers) for s in shown),
         *((n, (*d.params, *alternatives.without_weight.get(n, ()))) for n, d in drops.items()),
@@ -59,19 +60,19 @@ def assemble(
     # weight -> the switches under which its layer is not dense
     states = {weight: [switch for switch, gone in named if weight in gone] for weight in anchors.values() if weight}
     states = {weight: switches for weight, switches in states.items() if switches}
-    terms, known, tolerance = [], dissection.dense, joint_tolerance(dissection, table)
-    for piece in dissection.pieces:
+    terms, known, tolerance = [], partition.dense, joint_tolerance(partition, table)
+    for piece in partition.pieces:
         weight = anchors[piece.name]
         when = (dense_switch(weight),) if weight in states else ()
-        terms.append(_term(piece, dissection, stairs, table, call_ms, when, known))
+        terms.append(_term(piece, partition, stairs, table, call_ms, when, known))
     for s in shown:
         when = (s.place.switch,)
-        terms += [_term(piece, s.dissection, s.stairs, table, call_ms, when, known, s.most) for piece in s.place.pieces]
+        terms += [_term(piece, s.partition, s.stairs, table, call_ms, when, known, s.most) for piece in s.place.pieces]
         if s.place.inner:
             inner = dict.fromkeys(s.place.inner, when)
-            terms += _joint_terms(s.dissection, s.stairs, table, call_ms, tolerance, inner, known)
-    alive = _alive(dissection, shown, anchors, states)
-    terms += _joint_terms(dissection, stairs, table, call_ms, tolerance, alive, known)
+            terms += _joint_terms(s.partition, s.stairs, table, call_ms, tolerance, inner, known)
+    alive = _alive(partition, shown, anchors, states)
+    terms += _joint_terms(partition, stairs, table, call_ms, tolerance, alive, known)
     rules = tuple(Rule(tuple((n, 1) for n in (dense_switch(w), *switches))) for w, switches in states.items())
     switches = {name: int(name.endswith("|dense")) for rule in rules for name, _ in rule.coefs}
     ranks = {s.place.rank: s for s in shown if s.place.rank is not None}
@@ -90,15 +91,15 @@ def assemble(
 
 
 def _alive(
-    dissection: Dissection,
-    shown: Sequence[Shown],
+    partition: Partition,
+    shown: Sequence[MeasuredReplacement],
     anchors: Mapping[str, str | None],
     states: Mapping[str, Sequence[str]],
 ) -> dict[str, tuple[str, ...]]:
     """Rule 2 for the tensors between the pieces of the dense graph."""
     forms = {s.place.switch for s in shown if s.place.rank is not None}
     found: dict[str, tuple[str, ...]] = {}
-    for piece in dissection.pieces:
+    for piece in partition.pieces:
         weight = anchors[piece.name]
         for tensor in piece.outputs:
             if weight is None or weight not in states:
@@ -112,7 +113,7 @@ def _alive(
 
 def _term(
     piece: Piece,
-    dissection: Dissection,
+    partition: Partition,
     stairs: Mapping[str, Staircase],
     table: LatencyTable,
     call_ms: float,
@@ -120,24 +121,24 @@ def _term(
     known: Mapping[str, int],
     most: int = MAX_GRID,
 ) -> Term:
-    knots = knots_of(piece, dissection, stairs, most)
-    ms = [net_ms(piece, dissection, table.require(piece.key, p).ms, call_ms) for p in itertools.product(*knots)]
+    knots = knots_of(piece, partition, stairs, most)
+    ms = [net_ms(piece, partition, table.require(piece.key, p).ms, call_ms) for p in itertools.product(*knots)]
     arrays = tuple(np.array(k, dtype=np.float64) for k in knots)
     values = np.array(ms, dtype=np.float64).reshape(tuple(len(k) for k in knots))
-    arrays, values = with_steps(arrays, values, _curves(piece, dissection, stairs, table))
-    extents = tuple(_extent(e, dissection, known) for e in piece.extents)
+    arrays, values = with_steps(arrays, values, _curves(piece, partition, stairs, table))
+    extents = tuple(_extent(e, partition, known) for e in piece.extents)
     return Term(_under(piece.name, when), extents, arrays, values, 1.0, when)
 
 
 def _curves(
-    piece: Piece, dissection: Dissection, stairs: Mapping[str, Staircase], table: LatencyTable
+    piece: Piece, partition: Partition, stairs: Mapping[str, Staircase], table: LatencyTable
 ) -> list[dict[int, float]]:
     """What is known of every extent of a piece at all values it may have (`sluice.profiler.fit.steps`)."""
-    points, dense = table.points(piece.key), [int(e.at(dissection.dense)) for e in piece.extents]
+    points, dense = table.points(piece.key), [int(e.at(partition.dense)) for e in piece.extents]
     curves = []
     for k, extent in enumerate(piece.extents):
         groups = [group for group, _ in extent.coefs]
-        values = totals(groups, dissection, stairs)
+        values = totals(groups, partition, stairs)
         own = {v: points[at].ms for v in values if (at := (*dense[:k], v, *dense[k + 1 :])) in points}
         cost = cost_of(groups, stairs)
         curve = own if len(own) == len(values) else {v: cost[v] for v in values if v in cost}
@@ -146,7 +147,7 @@ def _curves(
 
 
 def _joint_terms(
-    dissection: Dissection,
+    partition: Partition,
     stairs: Mapping[str, Staircase],
     table: LatencyTable,
     call_ms: float,
@@ -156,16 +157,16 @@ def _joint_terms(
 ) -> list[Term]:
     """The joints at the tensors that ``when`` names."""
     values: dict[Joint, list[tuple[int, ...]]] = {}
-    for joint, at in joint_points(dissection, stairs, table, tolerance, when):
+    for joint, at in joint_points(partition, stairs, table, tolerance, when):
         values.setdefault(joint, []).append(at)
     terms = []
     for joint, points in values.items():
         found = (table.require(joint.key, point).ms for point in points)
-        saved = np.array([joint_ms(joint, dissection, ms, call_ms) for ms in found])
+        saved = np.array([joint_ms(joint, partition, ms, call_ms) for ms in found])
         extents: tuple[Extent, ...] = ()
         knots: tuple[np.ndarray, ...] = ()
         if joint.extent is not None:
-            extents = (_extent(joint.extent, dissection, known),)
+            extents = (_extent(joint.extent, partition, known),)
             knots = (np.array([p[0] for p in points], dtype=np.float64),)
         ms = saved.reshape([len(k) for k in knots])
         name = _under(f"joint {joint.tensor}", when[joint.tensor])
@@ -178,9 +179,9 @@ def _under(name: str, when: tuple[str, ...]) -> str:
     return f"{name} {when[0]}" if when and not when[0].endswith("|dense") else name
 
 
-def _extent(extent: Extent, dissection: Dissection, known: Mapping[str, int]) -> Extent:
+def _extent(extent: Extent, partition: Partition, known: Mapping[str, int]) -> Extent:
     """Groups that the dense graph does not have stay as they are."""
-    sizes = dissection.dense
+    sizes = partition.dense
     fixed = [(g, c) for g, c in extent.coefs if g not in known and not g.endswith("|rank")]
     coefs = tuple(pair for pair in extent.coefs if pair not in fixed)
     return Extent(coefs, extent.const + sum(c * sizes[g] for g, c in fixed))

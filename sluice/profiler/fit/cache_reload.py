@@ -26,10 +26,10 @@ import numpy as np
 
 from sluice.core.latency import LatencyModel, Term
 from sluice.profiler.fit.least_squares import fit_linear
-from sluice.profiler.pieces.dissect import Dissection, Piece, spread_widths, weight_bytes
+from sluice.profiler.pieces.partition import Partition, Piece, spread_widths, weight_bytes
 from sluice.profiler.pieces.variants import Alternatives
 
-__all__ = ["Reading", "Readings", "megabytes", "readings"]
+__all__ = ["CachePenalty", "PenaltyFit", "fit_penalties", "megabytes"]
 
 SHARES = (0.0, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 PRICES = tuple(2.0 ** (k / 12) for k in range(-60, 13))
@@ -37,11 +37,11 @@ FEWEST = 4  # engines that read something again, and that do not
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """``ms_per_mb`` before the calibration's slope (p), and ``held_mb`` (C)."""
+class CachePenalty:
+    """``ms_per_mb`` before the calibration's slope (p), and ``cache_mb`` (C)."""
 
     ms_per_mb: float
-    held_mb: float
+    cache_mb: float
 
     def applied(self, model: LatencyModel, weights: Mapping[str, np.ndarray]) -> LatencyModel:
         """The model with what is read again; ``weights`` as of `megabytes`."""
@@ -51,21 +51,21 @@ class Reading:
                 return term
             return replace(term, reload=np.minimum(self.ms_per_mb * weights[term.name], np.maximum(term.ms, 0.0)))
 
-        return replace(model, terms=tuple(map(cold, model.terms)), spared=self.ms_per_mb * self.held_mb)
+        return replace(model, terms=tuple(map(cold, model.terms)), cached_ms=self.ms_per_mb * self.cache_mb)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Readings:
+class PenaltyFit:
     """The pairs that count (rule 3) by increasing C, and what the engines add up to with each.
 
     ``raw``, shape ``(engines,)``, is what pieces and joints alone add up to; ``sums`` has shape ``(pairs, engines)``.
     """
 
-    pairs: tuple[Reading, ...]
+    pairs: tuple[CachePenalty, ...]
     raw: np.ndarray
     sums: np.ndarray
 
-    def best(self, measured: np.ndarray) -> Reading | None:
+    def best(self, measured: np.ndarray) -> CachePenalty | None:
         """The pair of rule 3, None where too few engines read anything again."""
         best = _best(self.sums, measured)
         return None if best is None else self.pairs[best]
@@ -85,26 +85,26 @@ class Readings:
         return found
 
 
-def readings(ms: np.ndarray, weights: np.ndarray, raw: np.ndarray) -> Readings:
+def fit_penalties(ms: np.ndarray, weights: np.ndarray, raw: np.ndarray) -> PenaltyFit:
     """Those of engines whose pieces take ``ms`` and hold ``weights`` MB, both ``(engines, pieces)``, 0 if not there."""
-    pairs: list[Reading] = []
+    pairs: list[CachePenalty] = []
     sums: list[np.ndarray] = []
     most, unit = float(weights.sum(1).max(initial=0.0)), float(raw.sum() / max(weights.sum(), 1e-12))
     for share, price in itertools.product(SHARES, PRICES):
-        pair = Reading(price * unit, share * most)
-        again = np.minimum(pair.ms_per_mb * weights, ms).sum(1) - pair.ms_per_mb * pair.held_mb
+        pair = CachePenalty(price * unit, share * most)
+        again = np.minimum(pair.ms_per_mb * weights, ms).sum(1) - pair.ms_per_mb * pair.cache_mb
         held = np.count_nonzero(again <= 0.0)
         if len(raw) - held >= FEWEST and (share == 0.0 or held >= FEWEST):
             pairs.append(pair)
             sums.append(raw + np.maximum(0.0, again))
-    return Readings(tuple(pairs), raw, np.array(sums).reshape(len(pairs), len(raw)))
+    return PenaltyFit(tuple(pairs), raw, np.array(sums).reshape(len(pairs), len(raw)))
 
 
-def megabytes(dissection: Dissection, model: LatencyModel, alternatives: Alternatives) -> dict[str, np.ndarray]:
+def megabytes(partition: Partition, model: LatencyModel, alternatives: Alternatives) -> dict[str, np.ndarray]:
     """Megabytes of weights by the name of a piece's term, on its knots."""
     terms = {term.name: term for term in model.terms}
-    own = [(piece.name, piece, dissection) for piece in dissection.pieces]
-    own += [(f"{p.name} {s.place.switch}", p, s.dissection) for s in alternatives.shown for p in s.place.pieces]
+    own = [(piece.name, piece, partition) for piece in partition.pieces]
+    own += [(f"{p.name} {s.place.switch}", p, s.partition) for s in alternatives.shown for p in s.place.pieces]
     return {name: _megabytes(piece, cut, terms[name]) for name, piece, cut in own}
 
 
@@ -121,7 +121,7 @@ def _best(sums: np.ndarray, measured: np.ndarray) -> int | None:
     return int(np.argmax(missed <= missed.min() * (1.0 + 1e-6) + 1e-15))
 
 
-def _megabytes(piece: Piece, cut: Dissection, term: Term) -> np.ndarray:
+def _megabytes(piece: Piece, cut: Partition, term: Term) -> np.ndarray:
     points: Sequence[tuple[float, ...]] = list(itertools.product(*term.knots))
     found = [weight_bytes(cut, piece, spread_widths(piece, [int(v) for v in p], cut.dense)) for p in points]
     return np.array(found).reshape(term.ms.shape) / 1e6

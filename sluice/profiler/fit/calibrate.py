@@ -23,13 +23,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sluice.core.latency import LatencyModel, Term
-from sluice.profiler.fit.cache_reload import Reading, megabytes, readings
+from sluice.profiler.fit.cache_reload import CachePenalty, fit_penalties, megabytes
 from sluice.profiler.fit.least_squares import errors, fit_linear, left_out, mean_error
-from sluice.profiler.pieces.dissect import Dissection
+from sluice.profiler.pieces.partition import Partition
 from sluice.profiler.pieces.variants import Alternatives
 from sluice.profiler.sweep.bench import Bench
 from sluice.profiler.sweep.engine_times import measure_engines, missing_plans, model_key
-from sluice.solver.options import Options
+from sluice.solver.options import EditSpace
 
 __all__ = ["calibrate"]
 
@@ -37,12 +37,12 @@ FEWEST = 4  # engines that two coefficients can be fitted to with one left out
 WORTH = 0.95
 EXACT = 0.001
 STIFFNESS = 0.02 / 0.2  # of a gain
-READ, HELD = "reload_ms_per_mb", "held_mb"
+READ, HELD = "reload_ms_per_mb", "cache_mb"
 KINDS = ("joints", "ranks", "merges")
 
 
 def calibrate(
-    dissection: Dissection,
+    partition: Partition,
     model: LatencyModel,
     bench: Bench,
     alternatives: Alternatives | None = None,
@@ -50,12 +50,12 @@ def calibrate(
     seed: int = 0,
 ) -> LatencyModel:
     """The model with slope, intercept and left-out error; engines that the table knows are not measured again."""
-    alternatives = alternatives or Alternatives(Options())
-    key = model_key(dissection, model)
+    alternatives = alternatives or Alternatives(EditSpace())
+    key = model_key(partition, model)
     known = bench.table.engines(key)
-    plans = missing_plans(dissection, model, alternatives, [widths for widths, _ in known], seed, engines)
+    plans = missing_plans(partition, model, alternatives, [widths for widths, _ in known], seed, engines)
     if plans:
-        measure_engines(dissection, bench, plans, alternatives.options, known=known, record=key)
+        measure_engines(partition, bench, plans, alternatives.options, known=known, record=key)
         known = bench.table.engines(key)
     whole = _Engines([widths for widths, _ in known], np.array([m.ms for _, m in known]))
     raw, measured = whole.sums(model), whole.measured
@@ -69,7 +69,7 @@ def calibrate(
     kinds = {kind: whole.sums(own) for kind, own in _by_kind(model, alternatives.options).items()}
     best, reading = _fitted({"slope": raw, "intercept": np.ones(len(raw))}, measured), None
     if WORTH * mean_error(best.predicted, measured) > EXACT:
-        weights = megabytes(dissection, model, alternatives)
+        weights = megabytes(partition, model, alternatives)
         best, reading = _with_corrections(best, model, weights, kinds, whole)
         model = model if reading is None else reading.applied(model, weights)
     terms = tuple(best.corrected(term, alternatives.options) for term in model.terms)
@@ -77,7 +77,7 @@ def calibrate(
     error = errors(best.predicted, measured)
     stated = {**error, **{n: c for n, c in best.coefficients.items() if n in kinds}}
     if reading is not None:
-        stated |= {READ: slope * reading.ms_per_mb, HELD: reading.held_mb}
+        stated |= {READ: slope * reading.ms_per_mb, HELD: reading.cache_mb}
     if bench.table.get_calibration(key) != (slope, intercept, stated):  # a complete table is only read
         bench.table.put_calibration(key, slope, intercept, stated)
     return replace(model, terms=terms).calibrated(slope, intercept, error)
@@ -107,7 +107,7 @@ class _Fit:
         known, slope = self.coefficients, self.coefficients["slope"]
         return slope > 0 and all(slope + known[kind] > 0 for kind in KINDS if kind in known)
 
-    def corrected(self, term: Term, options: Options) -> Term:
+    def corrected(self, term: Term, options: EditSpace) -> Term:
         """The term with its share of the corrections, in milliseconds before the slope."""
         slope, known = self.coefficients["slope"], self.coefficients
         return replace(term, ms=term.ms * (1.0 + known.get(_kind(term, options), 0.0) / slope))
@@ -127,10 +127,10 @@ def _with_corrections(
     weights: Mapping[str, np.ndarray],
     kinds: Mapping[str, np.ndarray],
     engines: _Engines,
-) -> tuple[_Fit, Reading | None]:
+) -> tuple[_Fit, CachePenalty | None]:
     """The fit with what rule 4 keeps of the corrections, and what is read again where that is among them."""
     raw, measured = engines.sums(model), engines.measured
-    again = readings(*_by_piece(model, weights, engines.plans), raw)
+    again = fit_penalties(*_by_piece(model, weights, engines.plans), raw)
     found = again.best(measured)
     best, kept = plain, None
     for own, more in ((found, {}), (None, kinds), (found, kinds)):
@@ -147,7 +147,7 @@ def _with_corrections(
     return best, kept
 
 
-def _kind(term: Term, options: Options) -> str:
+def _kind(term: Term, options: EditSpace) -> str:
     """One of `KINDS`, or nothing for a piece of the dense graph."""
     if term.weight < 0:
         return "joints"
@@ -157,7 +157,7 @@ def _kind(term: Term, options: Options) -> str:
     return "ranks" if any(switch == option.switch for option in options.ranks) else ""
 
 
-def _by_kind(model: LatencyModel, options: Options) -> dict[str, LatencyModel]:
+def _by_kind(model: LatencyModel, options: EditSpace) -> dict[str, LatencyModel]:
     """The terms of every kind of which there are any."""
     found = {kind: tuple(term for term in model.terms if _kind(term, options) == kind) for kind in KINDS}
     return {kind: replace(model, terms=terms) for kind, terms in found.items() if terms}

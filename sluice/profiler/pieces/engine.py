@@ -12,31 +12,32 @@ import onnx
 
 from sluice.core.latency import LatencyModel
 from sluice.passes.cut.factor import max_rank
+from sluice.passes.cut.merge_ties import tie_removed
 from sluice.passes.cut.resolve import tensor_masks
 from sluice.passes.cut.rewrite_onnx import cut_graph, restructure
-from sluice.profiler.pieces.dissect import Dissection
-from sluice.solver.options import Options, chosen_edits, tie_removed
+from sluice.profiler.pieces.partition import Partition
+from sluice.solver.options import EditSpace, chosen_edits
 
 __all__ = ["build_engine", "with_ranks_in_reach"]
 
 
 def build_engine(
-    dissection: Dissection, configuration: Mapping[str, int], options: Options | None = None
+    partition: Partition, configuration: Mapping[str, int], options: EditSpace | None = None
 ) -> onnx.ModelProto:
     """The engine that takes what ``configuration`` (a value per site of the latency model) promises."""
-    edits = chosen_edits(options or Options(), configuration)
-    keeps = tie_removed(dissection.analysis, edits.merges, dissection.masks(configuration))
-    return restructure(cut_graph(dissection.model, dissection.analysis, keeps), edits, values=False)
+    edits = chosen_edits(options or EditSpace(), configuration)
+    keeps = tie_removed(partition.analysis, edits.merges, partition.masks(configuration))
+    return restructure(cut_graph(partition.model, partition.analysis, keeps), edits, values=False)
 
 
 def with_ranks_in_reach(
-    dissection: Dissection, model: LatencyModel, configuration: Mapping[str, int], options: Options
+    partition: Partition, model: LatencyModel, configuration: Mapping[str, int], options: EditSpace
 ) -> dict[str, int]:
     """The configuration with every rank at the largest of its levels that the narrowed weight has, or the smallest."""
-    lost = tensor_masks(dissection.analysis, dissection.masks(configuration))
+    lost = tensor_masks(partition.analysis, partition.masks(configuration))
     found = dict(configuration)
     for option in options.ranks:
-        shape = dissection.analysis.tensors[option.param]
+        shape = partition.analysis.tensors[option.param]
         kept = [int(lost[option.param, d].sum()) if (option.param, d) in lost else n for d, n in enumerate(shape)]
         most = max_rank(kept, option.form)
         levels = model.levels[option.rank]

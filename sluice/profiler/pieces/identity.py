@@ -21,7 +21,7 @@ from sluice.core.latency import Extent
 from sluice.passes.graph.groups import Analysis
 from sluice.passes.graph.onnx_graph import attributes
 from sluice.profiler.pieces.split import ANCHORS
-from sluice.runtime.runner import PLAIN
+from sluice.runtime.base.runner import PLAIN
 
 __all__ = ["Identity", "identify"]
 

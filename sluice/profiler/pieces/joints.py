@@ -1,9 +1,9 @@
 """Joints: what neighbours save when they run together.
 
 A piece alone pays for a call, and for its borders: where the runtime cannot time it without changes of layout there
-(`sluice.runtime.runner`, 6), its output is laid out for the caller, its input for its kernels. And where neighbours
-want different layouts, it is between them that it changes. For a tensor t between its producer p and its consumers
-c_1 ... c_k
+(`sluice.runtime.base.runner`, 6), its output is laid out for the caller, its input for its kernels. And where
+neighbours want different layouts, it is between them that it changes. For a tensor t between its producer p and its
+consumers c_1 ... c_k
 
     J(t) = T(p) + sum_i T(c_i) - T(p and all c_i joined at t)
 
@@ -54,7 +54,7 @@ import onnx
 from onnx import helper
 
 from sluice.core.latency import Extent
-from sluice.profiler.pieces.dissect import Dissection, Piece, build_piece
+from sluice.profiler.pieces.partition import Partition, Piece, build_piece
 from sluice.profiler.pieces.sources import add_sources, has_source, source_model
 
 __all__ = ["Joint", "call_models", "find_joints", "joint_models", "joint_widths"]
@@ -83,18 +83,18 @@ class Joint:
         return len(self.consumers) == 1
 
 
-def find_joints(dissection: Dissection) -> tuple[Joint, ...]:
+def find_joints(partition: Partition) -> tuple[Joint, ...]:
     readers: dict[str, list[Piece]] = {}
-    for piece in dissection.pieces:
+    for piece in partition.pieces:
         for tensor in dict.fromkeys(piece.inputs):
             readers.setdefault(tensor, []).append(piece)
     joints = []
-    for producer in dissection.pieces:
+    for producer in partition.pieces:
         for tensor in producer.outputs:
             consumers = tuple(readers.get(tensor, ()))
             if not consumers:
                 continue
-            groups = _groups(dissection, tensor)
+            groups = _groups(partition, tensor)
             extent = Extent(tuple((g, 1) for g in groups)) if groups else None
             own = [
                 f"{p.key}:{p.outputs.index(tensor) if p is producer else p.inputs.index(tensor)}:"
@@ -103,31 +103,31 @@ def find_joints(dissection: Dissection) -> tuple[Joint, ...]:
             ]
             key = hashlib.sha256(";".join(own).encode()).hexdigest()[:24]
             text = f"joint of {producer.description.split(' ->')[0]} with {len(consumers)} consumer(s)"
-            sourced = has_source(dissection.analysis.shapes[tensor]) * sum(tensor in p.bare for p in consumers)
+            sourced = has_source(partition.analysis.shapes[tensor]) * sum(tensor in p.bare for p in consumers)
             kind = "jp" if len(consumers) == 1 else "j"
             joints.append(Joint(tensor, kind + key, text, extent, producer, consumers, len(consumers) - sourced))
     return tuple(joints)
 
 
-def _groups(dissection: Dissection, tensor: str) -> list[str]:
-    axis = dissection.analysis.values.get(tensor)
+def _groups(partition: Partition, tensor: str) -> list[str]:
+    axis = partition.analysis.values.get(tensor)
     if axis is None:
         return []
-    return sorted({dissection.analysis.groups[int(i)].name for i in axis.groups if i >= 0})
+    return sorted({partition.analysis.groups[int(i)].name for i in axis.groups if i >= 0})
 
 
-def joint_widths(dissection: Dissection, joint: Joint, own: Mapping[str, int]) -> dict[str, int]:
+def joint_widths(partition: Partition, joint: Joint, own: Mapping[str, int]) -> dict[str, int]:
     """The tensor's groups at ``own``, every other group of the pieces small."""
-    widths = {g: min(SMALL, size) for g, size in dissection.dense.items()}
+    widths = {g: min(SMALL, size) for g, size in partition.dense.items()}
     return {**widths, **own}
 
 
 def joint_models(
-    dissection: Dissection, joint: Joint, widths: Mapping[str, int], threads: int = 1
+    partition: Partition, joint: Joint, widths: Mapping[str, int], threads: int = 1
 ) -> tuple[tuple[onnx.ModelProto, ...], onnx.ModelProto, list[tuple[int, ...]]]:
     """The parts (rule 1), or they beside each other (2); the pieces joined; shapes of the tensor's sources."""
     pieces = (joint.producer, *joint.consumers)
-    bare = [build_piece(dissection, p, widths) for p in pieces]
+    bare = [build_piece(partition, p, widths) for p in pieces]
     others = [[n for n in p.bare if n != joint.tensor] for p in pieces]
     whole = _join([add_sources(m, names, threads)[0] for m, names in zip(bare, others, strict=True)], joint.tensor)
     parts = tuple(add_sources(m, p.bare, threads)[0] for m, p in zip(bare, pieces, strict=True))

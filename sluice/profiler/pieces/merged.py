@@ -19,18 +19,19 @@ import onnx
 from onnx import helper, numpy_helper
 
 from sluice.core.plan import Merge
-from sluice.passes.cut.merge_onnx import Replacement, chains_onnx, replaced, replacement
-from sluice.passes.cut.merge_region import Region, bias_name, find_region, merged_shape
+from sluice.passes.cut.merge_onnx import MergedNodes, replaced, replacement
+from sluice.passes.cut.merge_region import MergeRegion, bias_name, find_region, merged_shape
+from sluice.passes.cut.merge_ties import groups_on, inside
+from sluice.passes.graph.chains_onnx import chains_onnx
 from sluice.passes.graph.groups import rename_groups
 from sluice.passes.graph.onnx_axes import analyze_onnx
 from sluice.passes.graph.onnx_graph import LITERAL, attributes
 from sluice.passes.graph.segments import Segment, find_segments, folded_norms, swallowed
-from sluice.profiler.pieces.dissect import Dissection, anchor_weight, cut_out
 from sluice.profiler.pieces.merged_groups import Change, relabel
+from sluice.profiler.pieces.partition import Partition, anchor_weight, cut_out
 from sluice.profiler.pieces.split import split
-from sluice.profiler.pieces.variants import Place, Variant, is_excluded
-from sluice.profiler.pieces.weightless import hollow
-from sluice.solver.options import groups_on, inside
+from sluice.profiler.pieces.variants import LayerReplacement, RestructuredGraph, is_excluded
+from sluice.profiler.pieces.weightless import weightless
 
 __all__ = ["MergeSite", "merge_segments", "merge_variants", "names_in"]
 
@@ -59,7 +60,7 @@ class MergeSite:
         return f"{self.merge.name}|merge {'x'.join(map(str, self.segment.kernel))}"
 
 
-def merge_segments(base: Dissection, exclude: Sequence[str] = (), *, widths_vary: bool = True) -> list[MergeSite]:
+def merge_segments(base: Partition, exclude: Sequence[str] = (), *, widths_vary: bool = True) -> list[MergeSite]:
     """The merged runs worth timing, and where layers are removed from a run also what is left of it unmerged.
 
     A run is left out if its convolution alone multiplies more than `MORE` times what the layers do that it replaces,
@@ -93,7 +94,7 @@ def merge_segments(base: Dissection, exclude: Sequence[str] = (), *, widths_vary
     return found
 
 
-def merge_variants(base: Dissection, sites: Sequence[MergeSite]) -> Iterator[tuple[Variant, list[MergeSite]]]:
+def merge_variants(base: Partition, sites: Sequence[MergeSite]) -> Iterator[tuple[RestructuredGraph, list[MergeSite]]]:
     """Graphs that show every site once, and the sites of each (rule 1)."""
     shelves: list[list[MergeSite]] = []
     for site in sites:
@@ -106,12 +107,12 @@ def merge_variants(base: Dissection, sites: Sequence[MergeSite]) -> Iterator[tup
     for shelf in shelves:
         variant = _merge_variant(dense, shelf)
         if small is not None and any(place.inner for place in variant.places):
-            less = _merge_variant(small, shelf).dissection
-            variant = replace(variant, dissection=replace(variant.dissection, small=less))
+            less = _merge_variant(small, shelf).partition
+            variant = replace(variant, partition=replace(variant.partition, small=less))
         yield variant, shelf
 
 
-def names_in(base: Dissection, sites: Sequence[MergeSite]) -> dict[tuple[str, int], str]:
+def names_in(base: Partition, sites: Sequence[MergeSite]) -> dict[tuple[str, int], str]:
     """What the groups on a (tensor, axis) are called where the sites are merged (rule 2)."""
     on = groups_on(base.analysis)
     names = dict(on)
@@ -135,7 +136,7 @@ def names_in(base: Dissection, sites: Sequence[MergeSite]) -> dict[tuple[str, in
 class _Dense:
     """The dense graph, as all graphs with merged runs need it."""
 
-    def __init__(self, base: Dissection) -> None:
+    def __init__(self, base: Partition) -> None:
         graph = base.model.graph
         self.base = base
         self.chains = chains_onnx(base.model)
@@ -148,7 +149,7 @@ class _Dense:
         self.infos = {info.name: info for info in [*graph.input, *graph.value_info, *graph.output]}
 
 
-def _merge_variant(dense: _Dense, sites: Sequence[MergeSite]) -> Variant:
+def _merge_variant(dense: _Dense, sites: Sequence[MergeSite]) -> RestructuredGraph:
     nodes, changes = list(dense.base.model.graph.node), []
     new_tensors: dict[str, onnx.TensorProto] = {}
     infos = dict(dense.infos)
@@ -158,7 +159,7 @@ def _merge_variant(dense: _Dense, sites: Sequence[MergeSite]) -> Variant:
         nodes = replaced(nodes, dense.leaving, region, new)
         change = _change(dense, region, site.segment.start, new)
         dtype = dense.tensors[site.merge.layers[0]].data_type
-        new_tensors |= {name: hollow(name, dtype, shape) for name, shape in change.tensors.items()}
+        new_tensors |= {name: weightless(name, dtype, shape) for name, shape in change.tensors.items()}
         infos |= {n: helper.make_tensor_value_info(n, dtype, s) for n, s in change.shapes.items() if n not in infos}
         changes.append(change)
     gone = (dense.uses.keys() - Counter(name for node in nodes for name in node.input)) | new_tensors.keys()
@@ -173,17 +174,17 @@ def _merge_variant(dense: _Dense, sites: Sequence[MergeSite]) -> Variant:
     shared = any(dense.uses[name] > 1 for change in changes for name in change.region.tensors)
     analysis = None if shared else relabel(dense.analysis, changes, names, known, seen)
     analysis = analysis or rename_groups(analyze_onnx(model), names)
-    cut = Dissection(model, analysis, cut_out(parts, shown, model, analysis, tensors, infos), dense.base.batch)
+    cut = Partition(model, analysis, cut_out(parts, shown, model, analysis, tensors, infos), dense.base.batch)
     by_weight = {anchor_weight(piece): piece for piece in cut.pieces}
     places = []
     for site in sites:
         pieces = tuple(by_weight[run[-1]] for run in site.merge.runs)
         inner = tuple(tensor for piece in pieces[:-1] for tensor in piece.outputs)
-        places.append(Place(site.switch, site.gone, pieces, inner))
-    return Variant(cut, tuple(places))
+        places.append(LayerReplacement(site.switch, site.gone, pieces, inner))
+    return RestructuredGraph(cut, tuple(places))
 
 
-def _change(dense: _Dense, region: Region, start: int, new: Replacement) -> Change:
+def _change(dense: _Dense, region: MergeRegion, start: int, new: MergedNodes) -> Change:
     sizes = {region.source: dense.base.analysis.shapes[region.source]}
     tensors: dict[str, tuple[int, ...]] = {}
     for weight, run in new.runs.items():
@@ -209,7 +210,7 @@ def _skeleton(
 ) -> onnx.ModelProto:
     """A model whose larger tensors have no data, whatever they had."""
     light = [
-        init if math.prod(init.dims) <= LITERAL else hollow(init.name, init.data_type, init.dims)
+        init if math.prod(init.dims) <= LITERAL else weightless(init.name, init.data_type, init.dims)
         for init in tensors.values()
     ]
     ends = {info.name for info in [*dense.graph.input, *dense.graph.output]}

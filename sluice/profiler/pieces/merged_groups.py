@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from sluice.passes.cut.merge_region import Region, bias_name
+from sluice.passes.cut.merge_region import MergeRegion, bias_name
 from sluice.passes.graph.groups import Analysis, AxisGroup, AxisRef, ValueAxis, module_of
 from sluice.passes.graph.onnx_graph import attributes
 
@@ -40,7 +40,7 @@ class Change:
     ``tensors`` and ``shapes`` are the shapes of the tensors that these nodes read, and of the values that they make.
     """
 
-    region: Region
+    region: MergeRegion
     start: int
     nodes: Sequence[onnx.NodeProto]
     tensors: Mapping[str, tuple[int, ...]]

@@ -20,21 +20,30 @@ from dataclasses import dataclass, field, replace
 from sluice.core.plan import FORMS, Factorize
 from sluice.passes.cut.factor import first_name, forms_of, random_factors, second_name, useful_rank
 from sluice.passes.cut.factor_onnx import factorize_onnx
+from sluice.passes.cut.merge_ties import groups_on
 from sluice.passes.graph.groups import module_of
 from sluice.passes.graph.onnx_graph import attributes
-from sluice.profiler.pieces.dissect import Dissection, Piece, anchor_weight, dissect
+from sluice.profiler.pieces.partition import Partition, Piece, anchor_weight, partition_graph
 from sluice.profiler.pieces.split import ANCHORS
-from sluice.profiler.sweep.grids import Staircase, step_of
-from sluice.solver.options import Options, RankOption, groups_on
+from sluice.profiler.pieces.staircase import Staircase, step_of
+from sluice.solver.options import EditSpace, RankOption
 
-__all__ = ["Alternatives", "Place", "Shown", "Variant", "is_excluded", "rank_layers", "rank_variants"]
+__all__ = [
+    "Alternatives",
+    "LayerReplacement",
+    "MeasuredReplacement",
+    "RestructuredGraph",
+    "is_excluded",
+    "rank_layers",
+    "rank_variants",
+]
 
 SHARE = 0.004
 LEAST = 8  # a weight with fewer rows or columns has no rank to choose
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Place:
+class LayerReplacement:
     """What takes the place of ``layers`` (weights) under ``switch``: pieces, and the tensors between them."""
 
     switch: str
@@ -45,19 +54,19 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Variant:
-    """One restructured graph, of which the dissection holds at least the pieces of the places, and the places."""
+class RestructuredGraph:
+    """One restructured graph, of which the partition holds at least the pieces of the places, and the places."""
 
-    dissection: Dissection
-    places: tuple[Place, ...]
+    partition: Partition
+    places: tuple[LayerReplacement, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Shown:
+class MeasuredReplacement:
     """A place with the staircases of its graph; its pieces are measured at up to ``most`` points each."""
 
-    place: Place
-    dissection: Dissection
+    place: LayerReplacement
+    partition: Partition
     stairs: Mapping[str, Staircase]
     most: int
 
@@ -66,8 +75,8 @@ class Shown:
 class Alternatives:
     """The options worth offering, and the measured pieces of those that have any."""
 
-    options: Options
-    shown: tuple[Shown, ...] = ()
+    options: EditSpace
+    shown: tuple[MeasuredReplacement, ...] = ()
     without_weight: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by drop, pieces that go with it
 
 
@@ -79,7 +88,7 @@ def is_excluded(param: str, exclude: Sequence[str]) -> bool:
     )
 
 
-def rank_layers(base: Dissection, dense_ms: Mapping[str, float], exclude: Sequence[str] = ()) -> dict[str, Piece]:
+def rank_layers(base: Partition, dense_ms: Mapping[str, float], exclude: Sequence[str] = ()) -> dict[str, Piece]:
     """Weights that may be factorised, and the dense piece of each (``dense_ms``: milliseconds by piece name)."""
     readers: dict[str, int] = {}
     for node in base.model.graph.node:
@@ -99,7 +108,7 @@ def rank_layers(base: Dissection, dense_ms: Mapping[str, float], exclude: Sequen
     return found
 
 
-def rank_variants(base: Dissection, layers: Mapping[str, Piece], precision: str) -> list[Variant]:
+def rank_variants(base: Partition, layers: Mapping[str, Piece], precision: str) -> list[RestructuredGraph]:
     """One variant per form that any of the layers can take."""
     variants = []
     for form in FORMS:
@@ -111,13 +120,13 @@ def rank_variants(base: Dissection, layers: Mapping[str, Piece], precision: str)
         if edits:
             variant = _rank_variant(base, edits)
             if base.small is not None:
-                less = _rank_variant(base.small, edits).dissection
-                variant = replace(variant, dissection=replace(variant.dissection, small=less))
+                less = _rank_variant(base.small, edits).partition
+                variant = replace(variant, partition=replace(variant.partition, small=less))
             variants.append(variant)
     return variants
 
 
-def _rank_variant(base: Dissection, edits: Sequence[Factorize]) -> Variant:
+def _rank_variant(base: Partition, edits: Sequence[Factorize]) -> RestructuredGraph:
     names, flipped = groups_on(base.analysis), _flipped(base)
     for edit in edits:
         first, second = first_name(edit.param), second_name(edit.param)
@@ -126,7 +135,7 @@ def _rank_variant(base: Dissection, edits: Sequence[Factorize]) -> Variant:
             if of in names:
                 names[own] = names[of]
         names[(first, out)] = names[(second, into)] = RankOption(edit.param, edit.form).rank
-    cut = dissect(factorize_onnx(base.model, edits, split=random_factors), base.batch, names=names)
+    cut = partition_graph(factorize_onnx(base.model, edits, split=random_factors), base.batch, names=names)
     by_weight = {anchor_weight(piece): piece for piece in cut.pieces}
     sizes = cut.dense
     places = []
@@ -134,11 +143,11 @@ def _rank_variant(base: Dissection, edits: Sequence[Factorize]) -> Variant:
         option = RankOption(edit.param, edit.form)
         pieces = (by_weight[first_name(edit.param)], by_weight[second_name(edit.param)])
         if option.rank in sizes:  # a rank of one has no axis to choose on
-            places.append(Place(option.switch, (edit.param,), pieces, pieces[0].outputs, option.rank))
-    return Variant(cut, tuple(places))
+            places.append(LayerReplacement(option.switch, (edit.param,), pieces, pieces[0].outputs, option.rank))
+    return RestructuredGraph(cut, tuple(places))
 
 
-def _flipped(base: Dissection) -> set[str]:
+def _flipped(base: Partition) -> set[str]:
     """Weights of matrix products that are stored as (in, out)."""
     return {
         node.input[1]
@@ -147,7 +156,7 @@ def _flipped(base: Dissection) -> set[str]:
     }
 
 
-def _most(base: Dissection, weight: str, piece: Piece, form: str, precision: str) -> int:
+def _most(base: Partition, weight: str, piece: Piece, form: str, precision: str) -> int:
     anchor = next(n for n in piece.model.graph.node if n.op_type in ANCHORS)
     shapes = base.analysis.shapes
     into, out = shapes[anchor.input[0]], shapes[anchor.output[0]]

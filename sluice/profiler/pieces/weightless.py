@@ -16,10 +16,10 @@ from onnx import helper, numpy_helper
 
 from sluice.passes.cut.merge_onnx import random_weight
 
-__all__ = ["filled", "hollow"]
+__all__ = ["weightless", "with_weights"]
 
 
-def hollow(name: str, data_type: int, shape: Sequence[int]) -> onnx.TensorProto:
+def weightless(name: str, data_type: int, shape: Sequence[int]) -> onnx.TensorProto:
     """A tensor without data, or with one element."""
     tensor = onnx.TensorProto(name=name, data_type=data_type, dims=shape)
     if prod(shape) == 1:
@@ -27,7 +27,7 @@ def hollow(name: str, data_type: int, shape: Sequence[int]) -> onnx.TensorProto:
     return tensor
 
 
-def filled(model: onnx.ModelProto) -> onnx.ModelProto:
+def with_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with random numbers in hollow weights and zeros in hollow vectors; itself if it has none."""
     empty = [k for k, tensor in enumerate(model.graph.initializer) if _is_hollow(tensor)]
     if not empty:

@@ -15,17 +15,25 @@ import math
 from collections.abc import Mapping, Sequence
 
 from sluice.core.plan import Drop, Merge
-from sluice.passes.cut.drop_onnx import view_onnx
 from sluice.passes.graph.blocks import Block, find_blocks
 from sluice.passes.graph.onnx_file import buffers_of
-from sluice.profiler.pieces.dissect import Dissection, Piece, anchor_weight
+from sluice.passes.graph.view_onnx import view_onnx
 from sluice.profiler.pieces.merged import MergeSite, merge_segments, merge_variants
-from sluice.profiler.pieces.variants import Alternatives, Shown, Variant, is_excluded, rank_layers, rank_variants
+from sluice.profiler.pieces.partition import Partition, Piece, anchor_weight
+from sluice.profiler.pieces.staircase import Staircase
+from sluice.profiler.pieces.variants import (
+    Alternatives,
+    MeasuredReplacement,
+    RestructuredGraph,
+    is_excluded,
+    rank_layers,
+    rank_variants,
+)
 from sluice.profiler.sweep.bench import Bench
 from sluice.profiler.sweep.explore import explore
-from sluice.profiler.sweep.grids import Staircase, calls_in, dense_ms, dense_points, knots_of, net_ms
+from sluice.profiler.sweep.grids import calls_in, dense_ms, dense_points, knots_of, net_ms
 from sluice.profiler.sweep.joint_sweep import explore_joints, joint_tolerance
-from sluice.solver.options import BSR, Options, RankOption
+from sluice.solver.options import BSR, EditSpace, RankOption
 
 __all__ = ["find_alternatives", "points_of"]
 
@@ -35,38 +43,38 @@ RANKS = 10  # of one form
 
 
 def find_alternatives(
-    dissection: Dissection,
+    partition: Partition,
     stairs: Mapping[str, Staircase],
     bench: Bench,
     methods: Sequence[str],
     exclude: Sequence[str] = (),
 ) -> Alternatives:
     """Measure what ``methods`` could put in the place of the dense layers."""
-    dense = dense_ms(dissection, bench.table, bench.call())
-    shown: list[Shown] = []
+    dense = dense_ms(partition, bench.table, bench.call())
+    shown: list[MeasuredReplacement] = []
     drops: dict[str, Drop] = {}
     hidden: dict[str, tuple[str, ...]] = {}
     refused: dict[str, str] = {}
     if "rank" in methods or BSR in methods:
-        layers = rank_layers(dissection, dense, exclude)
+        layers = rank_layers(partition, dense, exclude)
         # Nothing would train the factors of a weight that nothing trained.
-        refused = dict.fromkeys(layers.keys() & buffers_of(dissection.model), "is a buffer, not a parameter: no rank")
+        refused = dict.fromkeys(layers.keys() & buffers_of(partition.model), "is a buffer, not a parameter: no rank")
         layers = {weight: piece for weight, piece in layers.items() if weight not in refused}
-        for variant in rank_variants(dissection, layers, bench.table.fingerprint.precision):
-            shown += _ranks(variant, layers, dense, stairs, bench, joint_tolerance(dissection, bench.table))
+        for variant in rank_variants(partition, layers, bench.table.fingerprint.precision):
+            shown += _ranks(variant, layers, dense, stairs, bench, joint_tolerance(partition, bench.table))
     if "block" in methods:
-        found, _ = find_blocks(view_onnx(dissection.model))
+        found, _ = find_blocks(view_onnx(partition.model))
         blocks = [b for b in found if not any(is_excluded(param, exclude) for param in b.params)]
         drops = {f"{block.name}|drop": Drop(block.name, block.params) for block in blocks}
-        hidden = {f"{block.name}|drop": _without_weight(dissection, block) for block in blocks}
+        hidden = {f"{block.name}|drop": _without_weight(partition, block) for block in blocks}
     merges: dict[str, Merge] = {}
     if "merge" in methods:
-        sites = merge_segments(dissection, exclude, widths_vary="filter" in methods)
-        paying = _merges(dissection, sites, dense, stairs, bench)
+        sites = merge_segments(partition, exclude, widths_vary="filter" in methods)
+        paying = _merges(partition, sites, dense, stairs, bench)
         merges = {s.place.switch: site.merge for s, site in paying}
         shown += [s for s, _ in paying]
     ranks = tuple(RankOption(*s.place.switch.rsplit("|", 1)) for s in shown if s.place.rank)
-    options = Options(ranks, drops, merges, refused)
+    options = EditSpace(ranks, drops, merges, refused)
     return Alternatives(options, tuple(shown), hidden)
 
 
@@ -75,21 +83,21 @@ def points_of(share: float) -> int:
     return next(points for below, points in POINTS if share < below)
 
 
-def _without_weight(dissection: Dissection, block: Block) -> tuple[str, ...]:
+def _without_weight(partition: Partition, block: Block) -> tuple[str, ...]:
     """Pieces of a branch that no weight tells from others: products of activations, as in attention."""
     own = set(block.own)
-    return tuple(p.name for p in dissection.pieces if anchor_weight(p) is None and own.issuperset(p.outputs))
+    return tuple(p.name for p in partition.pieces if anchor_weight(p) is None and own.issuperset(p.outputs))
 
 
 def _ranks(
-    variant: Variant,
+    variant: RestructuredGraph,
     layers: Mapping[str, Piece],
     dense: Mapping[str, float],
     stairs: Mapping[str, Staircase],
     bench: Bench,
     tolerance: float,
-) -> list[Shown]:
-    cut = variant.dissection
+) -> list[MeasuredReplacement]:
+    cut = variant.partition
     explored = explore(cut, bench, {p.rank for p in variant.places if p.rank}, most=RANKS)
     own, total, call_ms = _widths(cut, stairs), sum(dense.values()), bench.call()
     shown = []
@@ -100,24 +108,24 @@ def _ranks(
         levels = tuple(rank for rank in stair.levels if stair.cost[rank] - calls * call_ms < PAYS * replaced)
         if levels:
             now = {**own, place.rank: Staircase(stair.cost, levels)}
-            shown.append(Shown(place, cut, now, points_of(replaced / total)))
+            shown.append(MeasuredReplacement(place, cut, now, points_of(replaced / total)))
     _measure(shown, bench, tolerance)
     return shown
 
 
 def _merges(
-    dissection: Dissection,
+    partition: Partition,
     sites: Sequence[MergeSite],
     dense: Mapping[str, float],
     stairs: Mapping[str, Staircase],
     bench: Bench,
-) -> list[tuple[Shown, MergeSite]]:
+) -> list[tuple[MeasuredReplacement, MergeSite]]:
     """Rule 2: every run at the dense widths first, and at others if that pays."""
-    by_weight, total = {anchor_weight(piece): dense[piece.name] for piece in dissection.pieces}, sum(dense.values())
-    best: dict[str, tuple[float, Shown, MergeSite]] = {}
+    by_weight, total = {anchor_weight(piece): dense[piece.name] for piece in partition.pieces}, sum(dense.values())
+    best: dict[str, tuple[float, MeasuredReplacement, MergeSite]] = {}
     call_ms = bench.call()
-    for variant, shelf in merge_variants(dissection, sites):
-        cut = variant.dissection
+    for variant, shelf in merge_variants(partition, sites):
+        cut = variant.partition
         own = _widths(cut, stairs)
         at_dense = {place.switch: dense_points(cut, place.pieces) for place in variant.places}
         bench.pieces(cut, [point for points in at_dense.values() for point in points])
@@ -126,26 +134,26 @@ def _merges(
             ms = sum(net_ms(p, cut, bench.table.require(p.key, extents).ms, call_ms) for p, extents in points)
             replaced = sum(by_weight.get(weight, 0.0) for weight in place.layers)
             if ms < replaced and (place.switch not in best or ms < best[place.switch][0]):
-                best[place.switch] = (ms, Shown(place, cut, own, points_of(replaced / total)), site)
+                best[place.switch] = (ms, MeasuredReplacement(place, cut, own, points_of(replaced / total)), site)
     paying = [(shown, site) for _, shown, site in best.values()]
-    _measure([shown for shown, _ in paying], bench, joint_tolerance(dissection, bench.table))
+    _measure([shown for shown, _ in paying], bench, joint_tolerance(partition, bench.table))
     return paying
 
 
-def _measure(shown: Sequence[Shown], bench: Bench, tolerance: float) -> None:
+def _measure(shown: Sequence[MeasuredReplacement], bench: Bench, tolerance: float) -> None:
     """All pieces and inner joints of restructured graphs, with ranks that share its pieces' names apart."""
     points = [
-        (s.dissection, piece, tuple(int(v) for v in point))
+        (s.partition, piece, tuple(int(v) for v in point))
         for s in shown
         for piece in s.place.pieces
-        for point in itertools.product(*knots_of(piece, s.dissection, s.stairs, s.most))
+        for point in itertools.product(*knots_of(piece, s.partition, s.stairs, s.most))
     ]
     bench.pieces_of(points)
     for s in shown:
         if s.place.inner:
-            explore_joints(s.dissection, s.stairs, bench, tolerance, s.place.inner)
+            explore_joints(s.partition, s.stairs, bench, tolerance, s.place.inner)
 
 
-def _widths(cut: Dissection, stairs: Mapping[str, Staircase]) -> dict[str, Staircase]:
+def _widths(cut: Partition, stairs: Mapping[str, Staircase]) -> dict[str, Staircase]:
     """The staircases of the dense graph; groups that it does not have keep their size."""
     return {**stairs, **{group: stairs.get(group, Staircase({}, (size,))) for group, size in cut.dense.items()}}

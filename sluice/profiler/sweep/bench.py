@@ -6,11 +6,11 @@
    the batch in flight is timed first by the next run, and from where it was (`sluice.profiler.timing.burst_log`). So
    what a batch is made of follows from what the table holds. Engines of it are built again, with the runtime's timing
    cache if it has one: that is kept after each.
-3. What fills the caches that cores share slows large activations, and not the anchor: points of DenseNet were up to 20%
-   off in one call and not in the next. So some of the new pieces are timed once more, and unless nine in ten of these
-   are within `DOUBT` of what they took, all are; and so is a piece that seems to take longer than at larger widths by
-   more than that. The lower figure counts, since noise only adds. A call that is killed before leaves word in the table
-   of what it had not looked at again, and the next call that wants these points does.
+3. What fills the caches that cores share slows large activations, and not the reference: points of DenseNet were up to
+   20% off in one call and not in the next. So some of the new pieces are timed once more, and unless nine in ten of
+   these are within `DOUBT` of what they took, all are; and so is a piece that seems to take longer than at larger
+   widths by more than that. The lower figure counts, since noise only adds. A call that is killed before leaves word in
+   the table of what it had not looked at again, and the next call that wants these points does.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx
 
-from sluice.passes.precision.typed import typed
-from sluice.profiler.pieces.dissect import Dissection, Piece, build_piece, spread_widths
+from sluice.passes.precision.to_precision import to_precision
 from sluice.profiler.pieces.joints import Joint, call_models, joint_models, joint_widths
+from sluice.profiler.pieces.partition import Partition, Piece, build_piece, spread_widths
 from sluice.profiler.pieces.sources import add_sources, source_model
 from sluice.profiler.table.latency_table import LatencyTable
+from sluice.profiler.table.measurement import Measurement, best_of
 from sluice.profiler.timing import sm_clock, timing_cache
 from sluice.profiler.timing.burst_log import AGAIN, ONCE, Call, Point, keep_points, kept, landed, points_kept
-from sluice.profiler.timing.measure import CALM, PATIENCE_MS, Anchor, Measurement, best_of, measure
+from sluice.profiler.timing.measure import PATIENCE_MS, QUIET, ReferenceEngine, measure
 from sluice.profiler.timing.reference_engine import was_slow
-from sluice.runtime.runner import Runner, Session
+from sluice.runtime.base.runner import Runner, Session
 
 __all__ = ["Bench"]
 
@@ -41,8 +42,8 @@ DOUBT = 0.03
 BURSTS, MAX_BURSTS = 24, 160
 SOURCE_KEY = "source-v4"
 CALL_KEY = "call-v3"  # what an engine with nothing to do takes
-Progress = Callable[[int, int], None]  # (points done, points known to be needed)
-PieceAt = tuple[Point, tuple[Dissection, Piece]]
+Advance = Callable[[int, int], None]  # (points done, points known to be needed)
+PieceAt = tuple[Point, tuple[Partition, Piece]]
 
 
 @dataclass(slots=True)
@@ -62,9 +63,9 @@ class Bench:
 
     table: LatencyTable
     runner: Runner
-    anchor: Anchor
+    reference: ReferenceEngine
     rng: np.random.Generator
-    progress: Progress = lambda done, total: None
+    progress: Advance = lambda done, total: None
     waits: Waits = field(default_factory=Waits)
     closed: bool = False
 
@@ -72,11 +73,11 @@ class Bench:
     def _threads(self) -> int:
         return self.table.fingerprint.threads
 
-    def pieces(self, dissection: Dissection, wanted: Sequence[tuple[Piece, tuple[int, ...]]]) -> None:
+    def pieces(self, partition: Partition, wanted: Sequence[tuple[Piece, tuple[int, ...]]]) -> None:
         """Measure what is missing of (piece, extents)."""
-        self.pieces_of([(dissection, *point) for point in wanted])
+        self.pieces_of([(partition, *point) for point in wanted])
 
-    def pieces_of(self, wanted: Sequence[tuple[Dissection, Piece, tuple[int, ...]]]) -> None:
+    def pieces_of(self, wanted: Sequence[tuple[Partition, Piece, tuple[int, ...]]]) -> None:
         """The same for pieces of several graphs: the fuller a call, the less it waits for a quiet machine per point.
 
         In mixed order, so that what one call has in common with itself does not fall on one piece.
@@ -100,7 +101,7 @@ class Bench:
         keep_points(self.table, ONCE, points_kept(self.table, ONCE) - todo.keys())
         self._time_pieces([p for p in points if p[0] in again])
 
-    def _time_pieces(self, points: Sequence[PieceAt], progress: Progress = lambda done, total: None) -> None:
+    def _time_pieces(self, points: Sequence[PieceAt], progress: Advance = lambda done, total: None) -> None:
         """Time these points; of what the table has already, the lower figure is kept."""
         for start in range(0, len(points), BATCH_OF_SESSIONS):
             chunk = points[start : start + BATCH_OF_SESSIONS]
@@ -132,7 +133,7 @@ class Bench:
             self._put((SOURCE_KEY, shape, m) for shape, m in zip(chunk, found, strict=True))
         return {shape: self.table.require(SOURCE_KEY, shape).ms for shape in shapes}
 
-    def joints(self, wanted: Sequence[tuple[Dissection, Joint, tuple[int, ...]]]) -> None:
+    def joints(self, wanted: Sequence[tuple[Partition, Joint, tuple[int, ...]]]) -> None:
         """Find what is missing of (joint, extents), all at once: the parts and the pieces joined, or their difference.
 
         Where equal kernels tell (`sluice.profiler.pieces.joints`, 3), it is kept as a point of no samples.
@@ -189,7 +190,7 @@ class Bench:
         """The engine of a part of a network, or of a whole one, in the precision of the table (rule 2)."""
         asked = self.table.fingerprint
         build = getattr(self.runner, "build_part", self.runner.build) if part else self.runner.build
-        built = build(typed(model, asked.precision, part=part, target=asked.runtime))
+        built = build(to_precision(model, asked.precision, part=part, target=asked.runtime))
         timing_cache.keep(self.runner, self.table)
         return built
 
@@ -201,17 +202,18 @@ class Bench:
         Once the table has what it is for, `landed` is to be called.
         """
         seed = int(self.rng.integers(2**31))
-        within = f"{self.table.fingerprint.to_json()} {self.anchor.ms!r}"
+        within = f"{self.table.fingerprint.to_json()} {self.reference.ms!r}"
         asked = Call(tuple(names), within, seed, BURSTS, most, self.waits.patience_ms)
-        with kept(self.table, asked, [*sessions, self.anchor.session]) as (call, (*own, anchor)):
+        with kept(self.table, asked, [*sessions, self.reference.session]) as (call, (*own, reference)):
             *found, witness = measure(
                 own, min_bursts=call.min_bursts, max_bursts=call.max_bursts, patience_ms=call.patience_ms,
-                anchor=replace(self.anchor, session=anchor), with_anchor=True, rng=np.random.default_rng(call.seed),
+                reference=replace(self.reference, session=reference), with_reference=True,
+                rng=np.random.default_rng(call.seed),
             )  # fmt: skip
-        self.waits.in_vain = witness.ms > (1.0 + CALM) * self.anchor.ms
-        if was_slow(self.anchor, witness.ms, self.table):
+        self.waits.in_vain = witness.ms > (1.0 + QUIET) * self.reference.ms
+        if was_slow(self.reference, witness.ms, self.table):
             return self.time(sessions, names, most)
-        self.anchor.unproven = False
+        self.reference.unproven = False
         sm_clock.keep(self.runner, self.table)
         return tuple(found)
 
@@ -243,8 +245,8 @@ def _kernels(session: Session) -> Counter[Hashable]:
     return getattr(session, "kernels", None) or Counter()
 
 
-def _joint_groups(dissection: Dissection, joint: Joint, extents: tuple[int, ...]) -> dict[str, int]:
+def _joint_groups(partition: Partition, joint: Joint, extents: tuple[int, ...]) -> dict[str, int]:
     if joint.extent is None:
         return {}
     probe = Piece(joint.tensor, joint.key, "", joint.producer.model, (joint.extent,), (), ())
-    return spread_widths(probe, extents, dissection.dense)
+    return spread_widths(probe, extents, partition.dense)

@@ -7,7 +7,7 @@
    next an engine differs by 0.3% on a quiet host (ResNet-20), by 1 to 2.5% on a busy one (MobileNetV2).
 2. Where engines of the network are known already, up to `REFERENCES` of them take their turns with the new ones, as
    memory allows, and the new figures are given in the time of the known ones: times the median of ``known / now``. As
-   the anchor, but of the network's own kind, which what shares a core slows in a measure of its own. Each of them is
+   the reference, but of the network's own kind, which what shares a core slows in a measure of its own. Each of them is
    known to a percent or two, hence many: with six, 40 plans of ResNet-20 took 1.5% longer than promised in the median.
 """
 
@@ -22,15 +22,15 @@ from dataclasses import replace
 import numpy as np
 
 from sluice.core.latency import LatencyModel
-from sluice.profiler.pieces.dissect import Dissection
 from sluice.profiler.pieces.engine import build_engine, with_ranks_in_reach
+from sluice.profiler.pieces.partition import Partition
 from sluice.profiler.pieces.variants import Alternatives
 from sluice.profiler.sweep.bench import BURSTS, Bench
 from sluice.profiler.table.latency_table import encode_widths
+from sluice.profiler.table.measurement import Measurement, best_of
 from sluice.profiler.timing.burst_log import landed
-from sluice.profiler.timing.measure import Measurement, best_of
-from sluice.runtime.runner import Session
-from sluice.solver.options import Options
+from sluice.runtime.base.runner import Session
+from sluice.solver.options import EditSpace
 from sluice.solver.random_configurations import random_configuration
 
 __all__ = ["measure_engines", "missing_plans", "model_key"]
@@ -44,15 +44,15 @@ OF_PLANS = 1
 AT_ONCE = 2**30  # bytes of ONNX and of `_working_bytes`; a runtime takes two to three times as much
 
 
-def model_key(dissection: Dissection, model: LatencyModel) -> str:
+def model_key(partition: Partition, model: LatencyModel) -> str:
     """Identity of a network in the table: its pieces in order, and everything that may be chosen."""
     sites = [f"{n}={s}" for n, s in model.dense.items()]
-    text = ";".join([*(p.key for p in dissection.pieces), *sites])
+    text = ";".join([*(p.key for p in partition.pieces), *sites])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def missing_plans(
-    dissection: Dissection,
+    partition: Partition,
     model: LatencyModel,
     alternatives: Alternatives,
     known: Sequence[Mapping[str, int]],
@@ -67,7 +67,7 @@ def missing_plans(
     engines = engines or (RESTRUCTURED if model.switches else ENGINES)
 
     def draw() -> dict[str, int]:
-        return with_ranks_in_reach(dissection, model, random_configuration(model, rng), alternatives.options)
+        return with_ranks_in_reach(partition, model, random_configuration(model, rng), alternatives.options)
 
     seen = {tuple(sorted(widths.items())) for widths in known}
     plans: list[dict[str, int]] = []
@@ -81,10 +81,10 @@ def missing_plans(
 
 
 def measure_engines(
-    dissection: Dissection,
+    partition: Partition,
     bench: Bench,
     plans: Sequence[Mapping[str, int]],
-    options: Options | None = None,
+    options: EditSpace | None = None,
     *,
     known: Sequence[tuple[Mapping[str, int], Measurement]] = (),
     record: str = "",
@@ -96,15 +96,15 @@ def measure_engines(
     if not plans:  # a complete table is only read
         return []
     found: list[Measurement] = []
-    working = _working_bytes(dissection)
-    network = hashlib.sha256(";".join(p.key for p in dissection.pieces).encode()).hexdigest()[:24]
-    known = _spread(known, AT_ONCE // (dissection.model.ByteSize() + working))
-    references = [bench.session(build_engine(dissection, plan, options), part=False) for plan, _ in known]
+    working = _working_bytes(partition)
+    network = hashlib.sha256(";".join(p.key for p in partition.pieces).encode()).hexdigest()[:24]
+    known = _spread(known, AT_ONCE // (partition.model.ByteSize() + working))
+    references = [bench.session(build_engine(partition, plan, options), part=False) for plan, _ in known]
     while len(found) < len(plans):
         sessions: list[Session] = []
         size = 0
         for plan in plans[len(found) :]:
-            engine = build_engine(dissection, plan, options)
+            engine = build_engine(partition, plan, options)
             size += engine.ByteSize() + working
             if sessions and size > AT_ONCE:
                 break
@@ -143,9 +143,9 @@ def _passes(bench: Bench, sessions: Sequence[Session], names: Sequence[str]) -> 
     return [best_of(tries) for tries in zip(*passes, strict=True)]
 
 
-def _working_bytes(dissection: Dissection) -> int:
+def _working_bytes(partition: Partition) -> int:
     """What an engine holds beside its weights at the least: inputs and outputs of one node, where they are largest."""
-    shapes = dissection.analysis.shapes
-    moving = shapes.keys() - dissection.analysis.tensors.keys()
-    tensors = [{*node.input, *node.output} & moving for node in dissection.model.graph.node]
+    shapes = partition.analysis.shapes
+    moving = shapes.keys() - partition.analysis.tensors.keys()
+    tensors = [{*node.input, *node.output} & moving for node in partition.model.graph.node]
     return 4 * max(sum(math.prod(shapes[name]) for name in names) for names in tensors)

@@ -21,9 +21,9 @@ import itertools
 from collections.abc import Collection, Mapping, Sequence
 
 from sluice.core.latency import Extent
-from sluice.profiler.pieces.dissect import Dissection, Piece
+from sluice.profiler.pieces.partition import Partition, Piece
+from sluice.profiler.pieces.staircase import Staircase, step_of, sum_of
 from sluice.profiler.sweep.bench import Bench
-from sluice.profiler.sweep.grids import Staircase, step_of, sum_of
 
 __all__ = ["explore"]
 
@@ -32,53 +32,51 @@ WORTH = 0.015
 MAX_WIDTHS = 14
 SUM_GAIN, SUM_WIDTHS = 0.02, 20
 VECTOR = 4  # packs: 64 bytes
-Axis = tuple[str, ...]  # a group, or the groups of a sum
+GroupSum = tuple[str, ...]  # a group, or the groups of a sum
 
 
 def explore(
-    dissection: Dissection, bench: Bench, only: Collection[str] | None = None, most: int = MAX_WIDTHS
+    partition: Partition, bench: Bench, only: Collection[str] | None = None, most: int = MAX_WIDTHS
 ) -> dict[str, Staircase]:
     """Every group (or those of ``only``) with at most ``most`` widths each, and every sum of these.
 
-    Sums are called what `sluice.profiler.sweep.grids.sum_of` calls them.
+    Sums are called what `sluice.profiler.pieces.staircase.sum_of` calls them.
     """
-    dense = dissection.dense
+    dense = partition.dense
     groups = [g for g in dense if only is None or g in only]
     step = {group: step_of(dense[group], bench.table.fingerprint.precision) for group in groups}
-    tried: dict[Axis, tuple[int, ...]] = {(g,): (*range(step[g], dense[g], step[g]), dense[g]) for g in groups}
+    tried: dict[GroupSum, tuple[int, ...]] = {(g,): (*range(step[g], dense[g], step[g]), dense[g]) for g in groups}
     ends = {axis: [values[0], values[-1]] for axis, values in tried.items()}
-    found = {
-        axis[0]: Staircase(c, _levels(c)) for axis, c in _costs(dissection, bench, tried, ends, most, GAIN).items()
-    }
-    sums = {_axis(e): None for p in dissection.pieces for e in p.extents if len(e.coefs) > 1}
+    found = {axis[0]: Staircase(c, _levels(c)) for axis, c in _costs(partition, bench, tried, ends, most, GAIN).items()}
+    sums = {_axis(e): None for p in partition.pieces for e in p.extents if len(e.coefs) > 1}
     tried = {axis: _sums([found[g].levels for g in axis]) for axis in sums if found.keys() >= set(axis)}
     first = {}
     for axis, values in tried.items():
         narrow = VECTOR * max(step[g] for g in axis)
         first[axis] = [v for v in values if v <= narrow or v in (values[0], values[-1])]
-    for axis, cost in _costs(dissection, bench, tried, first, max(most, SUM_WIDTHS), SUM_GAIN).items():
+    for axis, cost in _costs(partition, bench, tried, first, max(most, SUM_WIDTHS), SUM_GAIN).items():
         found[sum_of(axis)] = Staircase(cost, tuple(sorted(cost)))
     return found
 
 
 def _costs(
-    dissection: Dissection,
+    partition: Partition,
     bench: Bench,
-    tried: Mapping[Axis, tuple[int, ...]],
-    first: Mapping[Axis, list[int]],
+    tried: Mapping[GroupSum, tuple[int, ...]],
+    first: Mapping[GroupSum, list[int]],
     most: int,
     gain: float,
-) -> dict[Axis, dict[int, float]]:
+) -> dict[GroupSum, dict[int, float]]:
     """Cost of axes by value, those asked for first, and what bisection needs of the values that may be ``tried``."""
-    dense = dissection.dense
-    pieces_of = {axis: _distinct([p for p in dissection.pieces if _lies_on(p, axis)], axis) for axis in tried}
+    dense = partition.dense
+    pieces_of = {axis: _distinct([p for p in partition.pieces if _lies_on(p, axis)], axis) for axis in tried}
     kinds = {axis: (tuple((p.key, _index(p, axis)) for p in pieces_of[axis]), tried[axis]) for axis in tried}
     lead = {kind: axis for axis, kind in reversed(list(kinds.items()))}
-    known: dict[Axis, dict[int, float]] = {axis: {} for axis in lead.values()}
+    known: dict[GroupSum, dict[int, float]] = {axis: {} for axis in lead.values()}
     asked = {axis: list(first[axis]) for axis in known}
     while any(asked.values()):
         wanted = [(p, _at(p, axis, w, dense)) for axis, ws in asked.items() for w in ws for p in pieces_of[axis]]
-        bench.pieces(dissection, wanted)
+        bench.pieces(partition, wanted)
         for axis, widths in asked.items():
             for w in widths:
                 known[axis][w] = sum(bench.table.require(p.key, _at(p, axis, w, dense)).ms for p in pieces_of[axis])
@@ -94,24 +92,24 @@ def _sums(levels: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _axis(extent: Extent) -> Axis:
+def _axis(extent: Extent) -> GroupSum:
     return tuple(group for group, _ in extent.coefs)
 
 
-def _lies_on(piece: Piece, axis: Axis) -> bool:
+def _lies_on(piece: Piece, axis: GroupSum) -> bool:
     """Is the group part of an extent of the piece, or the sum one?"""
     return axis[0] in piece.groups if len(axis) == 1 else any(_axis(e) == axis for e in piece.extents)
 
 
-def _distinct(pieces: Sequence[Piece], axis: Axis) -> list[Piece]:
+def _distinct(pieces: Sequence[Piece], axis: GroupSum) -> list[Piece]:
     return list({(p.key, _index(p, axis)): p for p in pieces}.values())
 
 
-def _index(piece: Piece, axis: Axis) -> int:
+def _index(piece: Piece, axis: GroupSum) -> int:
     return next(k for k, e in enumerate(piece.extents) if _axis(e) == axis or (len(axis) == 1 and axis[0] in _axis(e)))
 
 
-def _at(piece: Piece, axis: Axis, width: int, dense: Mapping[str, int]) -> tuple[int, ...]:
+def _at(piece: Piece, axis: GroupSum, width: int, dense: Mapping[str, int]) -> tuple[int, ...]:
     if len(axis) == 1:
         return tuple(int(e.at({**dense, axis[0]: width})) for e in piece.extents)
     return tuple(width if _axis(e) == axis else int(e.at(dense)) for e in piece.extents)

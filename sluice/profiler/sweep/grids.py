@@ -13,16 +13,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-from sluice.profiler.pieces.dissect import Dissection, Piece
+from sluice.profiler.pieces.partition import Partition, Piece
 from sluice.profiler.pieces.sources import has_source
+from sluice.profiler.pieces.staircase import Staircase, sum_of
 from sluice.profiler.table.latency_table import LatencyTable
 
 __all__ = [
     "MAX_GRID",
     "SUMS",
-    "Staircase",
     "calls_in",
     "cost_of",
     "dense_ms",
@@ -30,8 +29,6 @@ __all__ = [
     "knots_of",
     "net_ms",
     "piece_points",
-    "step_of",
-    "sum_of",
     "thin",
     "totals",
 ]
@@ -39,65 +36,50 @@ __all__ = [
 MAX_GRID = 49
 EVEN = 0.2
 SUMS = 7
-PACK = 16  # bytes: four floats, eight halves; what kernels load at once
-ITEM = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # bytes of a value
 
 
-@dataclass(frozen=True, slots=True)
-class Staircase:
-    """Measured cost (ms) of a kind of group by width, and the widths worth having."""
-
-    cost: Mapping[int, float]
-    levels: tuple[int, ...]
-
-
-def dense_points(dissection: Dissection, pieces: Sequence[Piece] | None = None) -> list[tuple[Piece, tuple[int, ...]]]:
+def dense_points(partition: Partition, pieces: Sequence[Piece] | None = None) -> list[tuple[Piece, tuple[int, ...]]]:
     """Every piece of the graph, or some of them, at its dense size."""
-    dense, pieces = dissection.dense, dissection.pieces if pieces is None else pieces
+    dense, pieces = partition.dense, partition.pieces if pieces is None else pieces
     return [(piece, tuple(int(e.at(dense)) for e in piece.extents)) for piece in pieces]
 
 
-def dense_ms(dissection: Dissection, table: LatencyTable, call_ms: float) -> dict[str, float]:
+def dense_ms(partition: Partition, table: LatencyTable, call_ms: float) -> dict[str, float]:
     """Milliseconds of every piece at its dense size without calls, by name; `SluiceError` where the table lacks one."""
-    points = dense_points(dissection)
-    return {p.name: net_ms(p, dissection, table.require(p.key, extents).ms, call_ms) for p, extents in points}
+    points = dense_points(partition)
+    return {p.name: net_ms(p, partition, table.require(p.key, extents).ms, call_ms) for p, extents in points}
 
 
-def net_ms(piece: Piece, dissection: Dissection, ms: float, call_ms: float) -> float:
+def net_ms(piece: Piece, partition: Partition, ms: float, call_ms: float) -> float:
     """``ms`` of the piece without calls, of which the engine of a network makes one in all."""
-    return max(0.0, ms - calls_in(piece, dissection) * call_ms)
+    return max(0.0, ms - calls_in(piece, partition) * call_ms)
 
 
-def calls_in(piece: Piece, dissection: Dissection) -> int:
+def calls_in(piece: Piece, partition: Partition) -> int:
     """How many calls are in the milliseconds of the piece (rule 3); with several sources less than none."""
-    return 1 - sum(has_source(dissection.analysis.shapes[name]) for name in piece.bare)
+    return 1 - sum(has_source(partition.analysis.shapes[name]) for name in piece.bare)
 
 
-def piece_points(dissection: Dissection, stairs: Mapping[str, Staircase]) -> list[tuple[Piece, tuple[int, ...]]]:
+def piece_points(partition: Partition, stairs: Mapping[str, Staircase]) -> list[tuple[Piece, tuple[int, ...]]]:
     """Every piece on the product of the levels of its extents (rule 1 of `sluice.profiler.sweep.bench`)."""
     return [
         (piece, tuple(int(v) for v in point))
-        for piece in dissection.pieces
-        for point in itertools.product(*knots_of(piece, dissection, stairs))
+        for piece in partition.pieces
+        for point in itertools.product(*knots_of(piece, partition, stairs))
     ]
 
 
 def knots_of(
-    piece: Piece, dissection: Dissection, stairs: Mapping[str, Staircase], most: int = MAX_GRID
+    piece: Piece, partition: Partition, stairs: Mapping[str, Staircase], most: int = MAX_GRID
 ) -> list[list[int]]:
     """The values of every extent of a piece at which it is measured, at most ``most`` points if there are several."""
     names = [[group for group, _ in extent.coefs] for extent in piece.extents]
-    lists = [totals(groups, dissection, stairs) for groups in names]
+    lists = [totals(groups, partition, stairs) for groups in names]
     counts = [len(values) for values in lists]
     while len(lists) > 1 and math.prod(counts) > most:
         counts[counts.index(max(counts))] -= 1
     costs = [cost_of(groups, stairs) for groups in names]
     return [list(thin(values, count, cost)) for values, count, cost in zip(lists, counts, costs, strict=True)]
-
-
-def sum_of(groups: Sequence[str]) -> str:
-    """What a staircase of the sum of these groups is found under; of one group, its name."""
-    return " + ".join(groups)
 
 
 def cost_of(groups: Sequence[str], stairs: Mapping[str, Staircase]) -> Mapping[int, float]:
@@ -106,22 +88,13 @@ def cost_of(groups: Sequence[str], stairs: Mapping[str, Staircase]) -> Mapping[i
     return found.cost if found is not None else {}
 
 
-def totals(names: Sequence[str], dissection: Dissection, stairs: Mapping[str, Staircase]) -> list[int]:
+def totals(names: Sequence[str], partition: Partition, stairs: Mapping[str, Staircase]) -> list[int]:
     """The sizes that a sum of groups is measured at: a group's levels; those of several by rule 2."""
     if (found := stairs.get(sum_of(names))) is not None:
         return list(found.levels)
     shares = (k / (SUMS - 1) for k in range(SUMS))
     lists = [stairs[name].levels for name in names]
     return sorted({sum(_nearest(levels, share * levels[-1]) for levels in lists) for share in shares})
-
-
-def step_of(size: int, precision: str) -> int:
-    """What the widths that are tried of a group of this size are multiples of (rule 1 of
-    `sluice.profiler.sweep.explore`)."""
-    step = PACK // ITEM[precision]
-    while step > 1 and 2 * step > size:
-        step //= 2
-    return step
 
 
 def _nearest(levels: Sequence[int], width: float) -> int:

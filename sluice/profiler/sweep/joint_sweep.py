@@ -11,10 +11,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from sluice.profiler.pieces.dissect import Dissection
 from sluice.profiler.pieces.joints import Joint, find_joints
+from sluice.profiler.pieces.partition import Partition
+from sluice.profiler.pieces.staircase import Staircase
 from sluice.profiler.sweep.bench import Bench
-from sluice.profiler.sweep.grids import Staircase, dense_points, thin, totals
+from sluice.profiler.sweep.grids import dense_points, thin, totals
 from sluice.profiler.table.latency_table import LatencyTable
 
 __all__ = ["explore_joints", "joint_graph", "joint_ms", "joint_points", "joint_sizes", "joint_tolerance"]
@@ -24,9 +25,9 @@ BATCH_OF_JOINTS = 8
 GAIN = 0.003
 
 
-def joint_tolerance(dissection: Dissection, table: LatencyTable) -> float:
+def joint_tolerance(partition: Partition, table: LatencyTable) -> float:
     """Milliseconds (rule 3); what a shard does not know of the dense graph's pieces is taken to be like the rest."""
-    points = dense_points(dissection)
+    points = dense_points(partition)
     known = [found.ms for piece, at in points if (found := table.get(piece.key, at)) is not None]
     return GAIN * sum(known) * len(points) / max(1, len(known))
 
@@ -50,7 +51,7 @@ def joint_sizes(
 
 
 def joint_points(
-    dissection: Dissection,
+    partition: Partition,
     stairs: Mapping[str, Staircase],
     table: LatencyTable,
     tolerance: float,
@@ -58,40 +59,40 @@ def joint_points(
 ) -> list[tuple[Joint, tuple[int, ...]]]:
     """What is wanted of all joints, or those at ``tensors``, by what the table knows so far."""
     points: list[tuple[Joint, tuple[int, ...]]] = []
-    for joint in _joints(dissection):
+    for joint in _joints(partition):
         if tensors is not None and joint.tensor not in tensors:
             continue
         if joint.extent is None:
             points.append((joint, ()))
             continue
         known = {extents[0]: found.ms for extents, found in table.points(joint.key).items()}
-        values = totals([g for g, _ in joint.extent.coefs], dissection, stairs)
-        sizes, _ = joint_sizes(values, known.get, tolerance * joint_graph(joint, dissection).batch / dissection.batch)
+        values = totals([g for g, _ in joint.extent.coefs], partition, stairs)
+        sizes, _ = joint_sizes(values, known.get, tolerance * joint_graph(joint, partition).batch / partition.batch)
         points += [(joint, (size,)) for size in sizes]
     return points
 
 
-def joint_graph(joint: Joint, dissection: Dissection) -> Dissection:
+def joint_graph(joint: Joint, partition: Partition) -> Partition:
     """The graph at the batch that the joint is measured at (rules 1 and 2 of `sluice.profiler.pieces.joints`)."""
-    return dissection if joint.pair else dissection.small or dissection
+    return partition if joint.pair else partition.small or partition
 
 
-def _joints(dissection: Dissection) -> list[Joint]:
+def _joints(partition: Partition) -> list[Joint]:
     """All joints, each of the graph that it is measured in."""
-    at_batch = find_joints(dissection)
-    if dissection.small is None:
+    at_batch = find_joints(partition)
+    if partition.small is None:
         return list(at_batch)
-    small = {joint.tensor: joint for joint in find_joints(dissection.small)}
+    small = {joint.tensor: joint for joint in find_joints(partition.small)}
     return [joint if joint.pair else small[joint.tensor] for joint in at_batch]
 
 
-def joint_ms(joint: Joint, dissection: Dissection, ms: float, call_ms: float) -> float:
-    """What the joint saves beside its calls at the batch of the dissection, given ``ms`` in `joint_graph`."""
-    return (ms - joint.calls * call_ms) * dissection.batch / joint_graph(joint, dissection).batch
+def joint_ms(joint: Joint, partition: Partition, ms: float, call_ms: float) -> float:
+    """What the joint saves beside its calls at the batch of the partition, given ``ms`` in `joint_graph`."""
+    return (ms - joint.calls * call_ms) * partition.batch / joint_graph(joint, partition).batch
 
 
 def explore_joints(
-    dissection: Dissection,
+    partition: Partition,
     stairs: Mapping[str, Staircase],
     bench: Bench,
     tolerance: float,
@@ -105,11 +106,11 @@ def explore_joints(
     """
     done = 0
     while True:
-        points = joint_points(dissection, stairs, bench.table, tolerance, tensors)
+        points = joint_points(partition, stairs, bench.table, tolerance, tensors)
         missing = [(j, at) for j, at in points if wanted(j) and bench.table.get(j.key, at) is None]
         if not missing:
             return
         batch = missing[:BATCH_OF_JOINTS]
-        bench.joints([(joint_graph(joint, dissection), joint, at) for joint, at in batch])
+        bench.joints([(joint_graph(joint, partition), joint, at) for joint, at in batch])
         bench.progress(done + len(batch), done + len(missing))
         done = done + len(batch) if len(missing) > len(batch) else 0

@@ -37,7 +37,7 @@ from dataclasses import dataclass
 
 from sluice.core.errors import SluiceError
 from sluice.passes.cut.factor import forms_of
-from sluice.profiler.pieces.dissect import Dissection, Piece, anchor_weight
+from sluice.profiler.pieces.partition import Partition, Piece, anchor_weight
 from sluice.solver.options import BSR
 
 __all__ = ["WHOLE", "Shard", "Share", "shard_argument", "share_of"]
@@ -90,7 +90,7 @@ Part = tuple[str, tuple[int, ...]]  # a kind of piece at its dense sizes
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one shard measures of a dissection (rules 1 to 3)."""
+    """What one shard measures of a partition (rules 1 to 3)."""
 
     parts: frozenset[Part]
     groups: frozenset[str]
@@ -101,12 +101,12 @@ class Share:
         return _part(piece, self.sizes) in self.parts
 
 
-def share_of(dissection: Dissection, shard: Shard, methods: Sequence[str]) -> Share:
+def share_of(partition: Partition, shard: Shard, methods: Sequence[str]) -> Share:
     """Rule 1: the pieces of one shard, the groups on them, and the layers of the others."""
-    work, sizes = _Work(dissection, methods), dissection.dense
+    work, sizes = _Work(partition, methods), partition.dense
     start, end = work.borders(shard.count)[shard.index - 1 : shard.index + 1]
     parts = frozenset(work.parts[start:end])
-    named = ((anchor_weight(piece), piece) for piece in dissection.pieces)
+    named = ((anchor_weight(piece), piece) for piece in partition.pieces)
     foreign = tuple(dict.fromkeys(w for w, piece in named if w is not None and _part(piece, sizes) not in parts))
     return Share(parts, frozenset(work.groups(parts)), foreign, sizes)
 
@@ -118,15 +118,15 @@ def _part(piece: Piece, sizes: Mapping[str, int]) -> Part:
 class _Work:
     """How many points a run of distinct parts is expected to take."""
 
-    def __init__(self, dissection: Dissection, methods: Sequence[str]) -> None:
-        self.pieces = [(_part(piece, dissection.dense), piece) for piece in dissection.pieces]
+    def __init__(self, partition: Partition, methods: Sequence[str]) -> None:
+        self.pieces = [(_part(piece, partition.dense), piece) for piece in partition.pieces]
         self.parts = list(dict.fromkeys(part for part, _ in self.pieces))
         self.own: dict[Part, float] = {}
         for part, piece in self.pieces:
             self.own[part] = JOINT_POINTS + math.prod(map(_levels, part[1]))
             weight = anchor_weight(piece)
             if weight is not None and ("rank" in methods or BSR in methods):
-                self.own[part] += FORM_POINTS * len(forms_of(dissection.analysis.tensors[weight]))
+                self.own[part] += FORM_POINTS * len(forms_of(partition.analysis.tensors[weight]))
             if weight is not None and "merge" in methods:
                 self.own[part] += MERGE_POINTS
 

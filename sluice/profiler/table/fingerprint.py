@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 
 from sluice.core.errors import SluiceError
-from sluice.runtime.runner import Clock
+from sluice.runtime.base.runner import Clock
 
 __all__ = ["Fingerprint", "difference"]
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from sluice.core.errors import SluiceError
 from sluice.profiler.table.fingerprint import Fingerprint, difference
+from sluice.profiler.table.measurement import Measurement
 from sluice.profiler.table.table_file import (
     add_blobs,
     check_content,
@@ -35,7 +36,6 @@ from sluice.profiler.table.table_file import (
     transaction,
     translated,
 )
-from sluice.profiler.timing.measure import Measurement
 
 __all__ = ["MEMORY", "Fit", "LatencyTable", "encode_widths", "scaled"]
 
@@ -182,7 +182,7 @@ class LatencyTable:
         self._write("DELETE FROM engines WHERE spread > ?", [(spread,)])
         return points, engines
 
-    def doubt(self, spread: float) -> None:
+    def mark_uncertain(self, spread: float) -> None:
         """Give all points and engines at least this spread."""
         for kind in ("points", "engines"):
             self._write(f"UPDATE {kind} SET spread = max(spread, ?)", [(spread,)])

@@ -1,8 +1,8 @@
 """Two latency tables side by side: the same device at two times, two settings, or two devices.
 
 A piece's *effect* is what its common points differ by in all, ``sum |ms_b - ms_a|``; pieces come in the order of it.
-Ratios are ``ms_b / ms_a``, of points that take more than nothing in both. Nothing is scaled: the ratio of the anchors,
-which the same engine took in both, says how far apart the machines were as such.
+Ratios are ``ms_b / ms_a``, of points that take more than nothing in both. Nothing is scaled: the ratio of the reference
+engines, which the same engine took in both, says how far apart the machines were as such.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import numpy as np
 
 from sluice.profiler.table.fingerprint import difference
 from sluice.profiler.table.latency_table import LatencyTable
-from sluice.profiler.timing.reference_engine import KEY as ANCHOR_KEY
+from sluice.profiler.timing.reference_engine import KEY as REFERENCE_KEY
 
 __all__ = ["diff_data", "diff_lines"]
 
 
 def diff_data(a: LatencyTable, b: LatencyTable) -> dict[str, Any]:
     """What differs between two tables, which may be of different devices; for JSON."""
-    anchors = [None if (found := table.get(ANCHOR_KEY, ())) is None else found.ms for table in (a, b)]
+    references = [None if (found := table.get(REFERENCE_KEY, ())) is None else found.ms for table in (a, b)]
     pieces = [_piece(a, b, key) for key in dict.fromkeys([*a.keys(), *b.keys()])]
     return {
         "fingerprints": [asdict(a.fingerprint), asdict(b.fingerprint)],
         "differences": list(difference(b.fingerprint, a.fingerprint)),
-        "anchor_ms": anchors,
+        "reference_ms": references,
         "pieces": sorted(pieces, key=lambda piece: (-piece["effect_ms"], piece["key"])),
     }
 
@@ -50,8 +50,8 @@ def diff_lines(data: dict[str, Any], names: tuple[str, str]) -> list[str]:
     """`diff_data` for reading; ``names`` of the two tables."""
     lines = [f"a: {names[0]}", f"b: {names[1]}"]
     lines += [f"in b the {sentence}" for sentence in data["differences"]] or ["measured under equal conditions"]
-    if None not in data["anchor_ms"]:
-        here, there = data["anchor_ms"]
+    if None not in data["reference_ms"]:
+        here, there = data["reference_ms"]
         lines.append(f"reference engine: {here:.4g} and {there:.4g} ms, ratio {there / here:.3f}")
     lines.append("ratio b/a: median (least..largest), points in both; only in a, only in b")
     for piece in data["pieces"]:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from sluice.profiler.table.latency_table import LatencyTable
-from sluice.profiler.timing.reference_engine import KEY as ANCHOR_KEY
+from sluice.profiler.timing.reference_engine import KEY as REFERENCE_KEY
 from sluice.profiler.timing.sm_clock import clock_range
 
 __all__ = ["extents_text", "to_csv", "to_data", "to_lines"]
@@ -41,11 +41,11 @@ def to_data(table: LatencyTable) -> dict[str, Any]:
                 "calibration": None if fit is None else {"slope": fit[0], "intercept": fit[1], "error": fit[2]},
             }
         )
-    anchor = table.get(ANCHOR_KEY, ())
+    reference = table.get(REFERENCE_KEY, ())
     return {
         "fingerprint": asdict(table.fingerprint),
         "clock_mhz": clock_range(table),
-        "anchor_ms": None if anchor is None else anchor.ms,
+        "reference_ms": None if reference is None else reference.ms,
         "points": len(table),
         "pieces": pieces,
         "networks": networks,
@@ -56,8 +56,8 @@ def to_data(table: LatencyTable) -> dict[str, Any]:
 def to_lines(data: dict[str, Any]) -> list[str]:
     """`to_data` for reading."""
     lines = [f"{name.replace('_', ' ')}: {value}" for name, value in data["fingerprint"].items()]
-    if data["anchor_ms"] is not None:
-        lines.append(f"reference engine: {data['anchor_ms']:.4g} ms")
+    if data["reference_ms"] is not None:
+        lines.append(f"reference engine: {data['reference_ms']:.4g} ms")
     if data["clock_mhz"] is not None:
         lines.append("clock while measuring: {} to {} MHz".format(*data["clock_mhz"]))
     lines.append(f"{data['points']} points of {len(data['pieces'])} pieces and joints")

@@ -1,17 +1,17 @@
 """One table of several, measured on devices or hosts of the same kind.
 
 1. The fingerprints are equal; the first difference is a reason to refuse.
-2. Times are made comparable through the anchor, the fixed engine that took part in every measurement
-   (`sluice.profiler.timing.reference_engine`): those of a table are multiplied by ``anchor of the first table / its own
-   anchor``. Hosts whose anchors differ by more than `MAX_RATIO` are not of the same kind.
+2. Times are made comparable through the reference engine, which took part in every measurement
+   (`sluice.profiler.timing.reference_engine`): those of a table are multiplied by ``reference of the first table / its
+   own``. Hosts whose reference engines differ by more than `MAX_RATIO` are not of the same kind.
 3. Of two times for one point, or one engine, the one with the smaller relative spread stays; of equal ones the first.
 4. Of two calibrations of a network that on more engines stays. It is fitted anew when the network is profiled on the
    merged table, which costs no measurement if the engines are there. Of two blobs of a name the first stays,
-   but what is left to be timed again (`sluice.profiler.timing.burst_log`, 5) stays of all, and the host (`anchor`) is
+   but what is left to be timed again (`sluice.profiler.timing.burst_log`, 5) stays of all, and the host is
    that of the table whose times the others are brought to.
 5. A table with a time that cannot be one is refused: not finite, or negative where no difference of times is recorded.
    Joints are such differences, and pieces have their sources' time taken out, which may leave less than nothing by the
-   noise of those; not more than `NOISE` of the anchor's or of the largest source's time.
+   noise of those; not more than `NOISE` of the reference's or of the largest source's time.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from sluice.core.errors import SluiceError
 from sluice.profiler.sweep.bench import SOURCE_KEY
 from sluice.profiler.table.fingerprint import Fingerprint, difference
 from sluice.profiler.table.latency_table import Fit, LatencyTable, scaled
+from sluice.profiler.table.measurement import Measurement
 from sluice.profiler.table.table_file import bursts_of, drop_bursts, exists
 from sluice.profiler.timing.burst_log import AGAIN, ONCE, Point, keep_points, points_kept
-from sluice.profiler.timing.measure import Measurement
 from sluice.profiler.timing.reference_engine import HOST, MAX_RATIO
-from sluice.profiler.timing.reference_engine import KEY as ANCHOR_KEY
+from sluice.profiler.timing.reference_engine import KEY as REFERENCE_KEY
 
 __all__ = ["Merged", "merge_tables"]
 
@@ -66,15 +66,15 @@ class _Content:
     unfinished: dict[str, set[Point]] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
 
-    def add(self, table: LatencyTable, ratio: float, *, reference: bool) -> None:
-        anchor = table.get(ANCHOR_KEY, ())
+    def add(self, table: LatencyTable, ratio: float, *, leads: bool) -> None:
+        reference = table.get(REFERENCE_KEY, ())
         largest_source = max((found.ms for found in table.points(SOURCE_KEY).values()), default=0.0)
         for key in table.keys():  # noqa: SIM118 (a table is no mapping)
             if text := table.description(key):
                 self.texts.setdefault(key, text)
             least = -math.inf if key.startswith("j") else 0.0
-            if anchor is not None and key not in (ANCHOR_KEY, SOURCE_KEY):
-                least = min(least, -NOISE * max(anchor.ms, largest_source))
+            if reference is not None and key not in (REFERENCE_KEY, SOURCE_KEY):
+                least = min(least, -NOISE * max(reference.ms, largest_source))
             for extents, found in table.points(key).items():
                 where = f"{self.texts.get(key) or repr(key)} at extents {extents}"
                 _keep(self.points, (key, extents), _checked(found, least, where, table.path, ratio))
@@ -89,7 +89,7 @@ class _Content:
                     self.calibrations[network] = scaled(fit, ratio)
         for name in (ONCE, AGAIN):
             self.unfinished.setdefault(name, set()).update(points_kept(table, name))
-        for name in table.blobs().keys() - {ONCE, AGAIN, *([] if reference else [HOST])}:
+        for name in table.blobs().keys() - {ONCE, AGAIN, *([] if leads else [HOST])}:
             self.blobs.setdefault(name, table.get_blob(name) or b"")
 
     def write(self, table: LatencyTable) -> None:
@@ -125,16 +125,16 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
                     f"{table.path} and {first[0]} do not belong together: in {table.path} the {differences[0]}; merge "
                     f"tables of one kind of device and one setting, or compare them with `sluice table diff`"
                 )
-            anchor = _anchor_ms(table)
-            leads = reference is None and anchor is not None
-            reference = reference or anchor
-            ratio = reference / anchor if reference and anchor else 1.0
+            own = _reference_ms(table)
+            leads = reference is None and own is not None
+            reference = reference or own
+            ratio = reference / own if reference and own else 1.0
             if not 1 / MAX_RATIO <= ratio <= MAX_RATIO:
                 raise SluiceError(
                     f"{table.path} is of a host whose reference engine takes {1 / ratio:.2f} times what it takes in "
                     f"{first[0]}, more than {MAX_RATIO}; measure again on a quiet host or one of that kind"
                 )
-            content.add(table, ratio, reference=leads)
+            content.add(table, ratio, leads=leads)
             ratios.append(ratio)
     if first is None:
         raise SluiceError("there is no table to merge; give one or more")
@@ -151,16 +151,18 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
     return Merged(len(content.points), len(content.engines), tuple(ratios), in_flight)
 
 
-def _anchor_ms(table: LatencyTable) -> float | None:
+def _reference_ms(table: LatencyTable) -> float | None:
     """None for a table without points, whose times need no comparing."""
-    anchor = table.get(ANCHOR_KEY, ())
-    if anchor is None:
+    reference = table.get(REFERENCE_KEY, ())
+    if reference is None:
         if len(table):
             raise SluiceError(f"{table.path} does not know its reference engine's time; profile on it once more")
         return None
-    if not (math.isfinite(anchor.ms) and anchor.ms > 0):
-        raise SluiceError(f"{table.path} holds {anchor.ms} ms for its reference engine, which is no time; measure anew")
-    return anchor.ms
+    if not (math.isfinite(reference.ms) and reference.ms > 0):
+        raise SluiceError(
+            f"{table.path} holds {reference.ms} ms for its reference engine, which is no time; measure anew"
+        )
+    return reference.ms
 
 
 def _checked(found: Measurement, least: float, where: str, path: str, ratio: float) -> Measurement:

@@ -7,9 +7,9 @@
    call that was killed once more, with the same seed and limits: its sessions repeat what they had reported, in the
    same order, and where that ends they are timed. If a call asks for another burst than the one that was kept (another
    release of this program, say), the rest is dropped.
-3. A call is known by the names of what it times, in their order, and by the table's fingerprint and anchor. So what is
-   timed together must follow from what the table holds, and from nothing else. Several calls in a row stay in the file,
-   such as the passes over the engines of a calibration.
+3. A call is known by the names of what it times, in their order, and by the table's fingerprint and reference. So what
+   is timed together must follow from what the table holds, and from nothing else. Several calls in a row stay in the
+   file, such as the passes over the engines of a calibration.
 4. The file goes when the table has what it led to, or when another run on this table gets so far; with a table made
    anew, and when points are to be forgotten. One process writes it, a second one on the same table keeps nothing, nor
    does a table in memory. Where it cannot be written nothing is said: a kill then costs the batch.
@@ -18,7 +18,7 @@
    done.
 
 Lines of JSON: ``{"names": ...}`` begins a call, ``[seed of the call, session, repeats, milliseconds]`` is a burst.
-Reading ends at a line that ends early, or that belongs to no call or to another one than the last.
+Scenario ends at a line that ends early, or that belongs to no call or to another one than the last.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import numpy as np
 
 from sluice.profiler.table.latency_table import MEMORY, LatencyTable
 from sluice.profiler.table.table_file import bursts_of, drop_bursts
-from sluice.runtime.runner import Clock, Session
+from sluice.runtime.base.runner import Clock, Session
 
 __all__ = ["AGAIN", "EVERY", "ONCE", "Call", "Point", "keep_points", "kept", "landed", "points_kept"]
 

@@ -4,7 +4,7 @@
    comes in episodes of 50 ms to seconds in which everything runs at one slower speed (factor 1.2 to 1.3 was seen).
    So the median is useless (it jumps between the two speeds) and the figure wanted is the fast speed:
 
-       ms = mean of the lowest `MIN_KEPT` turns, without an anchor (4) of the lowest 3% if these are more
+       ms = mean of the lowest `MIN_KEPT` turns, without a reference (4) of the lowest 3% if these are more
 
 2. Short bursts, many rounds. Sessions take turns in a fresh random order every round, so that an episode hits all of
    them and the samples of one session are spread over a long time. Many sessions in one call are better than few.
@@ -14,17 +14,17 @@
    floor: the clock rises for moments, too, so of the bursts of a turn the lowest alone counts.
 3. A session is measured again until its lowest turns agree with each other:
    ``spread = (largest - smallest of the lowest) / ms``.
-4. An *anchor*, an engine whose fast figure is known from before, is one session more and says whether there was as much
-   quiet as it takes: it is *calm* once the mean of its own lowest `WITNESSES` turns exceeds that figure by at most
-   `CALM`. Until then all go on, while there is patience, and what they take in that time is not counted against them.
-   Its bursts last as long as the longest inference, which needs quiet for that long (`LONGEST_MS` at the most), and a
-   turn of it has two, for after an engine that empties the caches the first takes some percent longer. Calm is as good
-   as the anchor's figure from before, so what the anchor took in this call is told as well.
-5. All turns count, whatever the anchor took beside them. What shares a core slows one kernel by a tenth and another by
-   two thirds, and where several threads compute, a burst waits for each of them; so one engine's burst says little of
-   the next one's. A busy host is quiet for a few milliseconds at a time, now and then, and that is gathered over the
-   whole call. Where even the lowest turns of the anchor are beyond `UNCALM` in the end, all is told as uncertain, and
-   by CPU time, which counts no waiting, it is scaled, too: ``ms * anchor.ms / (anchor's lowest)``.
+4. A *reference engine*, an engine whose fast figure is known from before, is one session more and says whether there
+   was as much quiet as it takes: it is *calm* once the mean of its own lowest `WITNESSES` turns exceeds that figure by
+   at most `QUIET`. Until then all go on, while there is patience, and what they take in that time is not counted
+   against them. Its bursts last as long as the longest inference, which needs quiet for that long (`LONGEST_MS` at the
+   most), and a turn of it has two, for after an engine that empties the caches the first takes some percent longer.
+   Calm is as good as the reference's figure from before, so what the reference took in this call is told as well.
+5. All turns count, whatever the reference took beside them. What shares a core slows one kernel by a tenth and another
+   by two thirds, and where several threads compute, a burst waits for each of them; so one engine's burst says little
+   of the next one's. A busy host is quiet for a few milliseconds at a time, now and then, and that is gathered over the
+   whole call. Where even the lowest turns of the reference are beyond `BUSY` in the end, all is told as uncertain, and
+   by CPU time, which counts no waiting, it is scaled, too: ``ms * reference.ms / (reference's lowest)``.
 6. An accelerator raises its clock under load only. So before a call the first session runs for `RAMP_MS`, whatever
    ``warmup_ms`` is; the others find the device awake. A session that runs on an accelerator says so with an attribute
    ``ramps``, which sessions by the wall clock need; without it a session does so if its clock is ``"cuda"``.
@@ -35,52 +35,30 @@ What each rule is worth was measured: docs/measuring.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from sluice.core.errors import SluiceError
-from sluice.runtime.runner import Clock, Session
+from sluice.profiler.table.measurement import UNCERTAIN, Measurement
+from sluice.runtime.base.runner import Session
 
-__all__ = ["Anchor", "Measurement", "best_of", "measure"]
+__all__ = ["ReferenceEngine", "measure"]
 
 FRACTION = 0.03
 MIN_KEPT = 3
 SETTLED = 4  # inferences of a turn
-CALM, UNCALM = 0.015, 0.05
-WITNESSES = 5  # turns of the anchor: with three of its own, a twentieth of the sessions would have none
+QUIET, BUSY = 0.015, 0.05
+WITNESSES = 5  # turns of the reference: with three of its own, a twentieth of the sessions would have none
 LONGEST_MS = 10.0
 PATIENCE_MS = 40_000.0
-UNCERTAIN = 0.12  # a spread beyond this tells of a figure that is not to be relied on
 MAX_REPEATS = 1 << 20
 RAMP_MS = 200.0
 
 
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """``ms`` per inference, its relative ``spread`` (rule 3), the number of bursts behind it, and the clock.
-
-    Where the anchor stayed far from calm (5), the spread is at least what it was slow by and `UNCERTAIN`.
-    """
-
-    ms: float
-    spread: float
-    samples: int
-    clock: Clock
-
-    @property
-    def uncertain(self) -> bool:
-        return self.spread > UNCERTAIN
-
-
-def best_of(found: Iterable[Measurement]) -> Measurement:
-    """The lowest of those that are certain, since noise only adds, or else of all."""
-    return min(found, key=lambda m: (m.uncertain, m.ms))
-
-
 @dataclass(slots=True)
-class Anchor:
+class ReferenceEngine:
     """An engine that is measured along with others, and the ``ms`` it takes when nothing disturbs it (rule 4).
 
     Whoever finds that it takes less sets ``ms``, for all who share it (`sluice.profiler.timing.reference_engine`).
@@ -127,39 +105,42 @@ def measure(
     target_spread: float = 0.03,
     burst_ms: float = 0.5,
     warmup_ms: float = 5.0,
-    anchor: Anchor | None = None,
+    reference: ReferenceEngine | None = None,
     patience_ms: float = PATIENCE_MS,
-    with_anchor: bool = False,
+    with_reference: bool = False,
     rng: np.random.Generator,
 ) -> tuple[Measurement, ...]:
-    """One measurement per session, in order, and ``with_anchor``, if there is one, one more: of it in this call.
+    """One measurement per session, in order, and ``with_reference``, if there is one, one more: of it in this call.
 
     Every session is warmed up for ``warmup_ms``, then takes its turns (rule 2) until it has ``min_bursts`` bursts of at
     least ``burst_ms`` each (or one inference) and its spread is at most ``target_spread``, or it has ``max_bursts``.
-    Where the anchor is not calm by the least of them (4), all go on until it is, for bursts of ``patience_ms`` by the
-    sessions' clock. A burst costs twice its time, since an inference precedes it.
-    Raises `SluiceError` where the sessions or the anchor do not share one clock, or a session's time is not positive.
+    Where the reference is not calm by the least of them (4), all go on until it is, for bursts of ``patience_ms`` by
+    the sessions' clock. A burst costs twice its time, since an inference precedes it.
+    Raises `SluiceError` where the sessions or the reference do not share one clock, or a session's time is not
+    positive.
     """
     if not 1 <= min_bursts <= max_bursts:
         raise SluiceError(f"cannot measure with min_bursts={min_bursts}, max_bursts={max_bursts}; need 1 <= min <= max")
     if not sessions:
         return ()
-    clocks = sorted({session.clock for session in sessions} | ({anchor.session.clock} if anchor is not None else set()))
+    clocks = sorted(
+        {session.clock for session in sessions} | ({reference.session.clock} if reference is not None else set())
+    )
     if len(clocks) > 1:
         raise SluiceError(f"cannot compare sessions timed by different clocks ({', '.join(clocks)}); use one runner")
-    if anchor is not None and not (math.isfinite(anchor.ms) and anchor.ms > 0):
-        raise SluiceError(f"the anchor's time is {anchor.ms} ms; measure it first")
+    if reference is not None and not (math.isfinite(reference.ms) and reference.ms > 0):
+        raise SluiceError(f"the reference's time is {reference.ms} ms; measure it first")
 
-    turns = _ready(sessions, anchor, burst_ms, warmup_ms)
+    turns = _ready(sessions, reference, burst_ms, warmup_ms)
     own, witness = turns[: len(sessions)], turns[len(sessions) :]
-    fraction = FRACTION if anchor is None else 0.0
+    fraction = FRACTION if reference is None else 0.0
     seen: list[float] = []
     excess, waited_ms = 0.0, 0.0
     while True:
         waits = False
         if few := [each for each in own if each.samples < min_bursts]:
             going = [*few, *witness]
-        elif excess > CALM:
+        elif excess > QUIET:
             waits = True
             going = turns if waited_ms <= patience_ms else []
         else:
@@ -170,30 +151,32 @@ def measure(
         for k in rng.permutation(len(going)):
             took_ms = going[k].take(max_bursts + going[k].waited, waits)
             waited_ms += took_ms if waits else 0.0
-        if anchor is not None:
+        if reference is not None:
             seen = sorted([*seen, witness[0].lowest[-1]])[:WITNESSES]
-            excess = float(np.mean(seen)) / anchor.ms - 1.0
+            excess = float(np.mean(seen)) / reference.ms - 1.0
 
-    far = excess > UNCALM
+    far = excess > BUSY
     doubt, scale = (UNCERTAIN + excess if far else 0.0), (1.0 + excess if far and clocks[0] == "thread_cpu" else 1.0)
     found = []
     for each in own:
         ms, spread = each.figure(fraction)
         found.append(Measurement(ms / scale, max(spread, doubt), each.samples, clocks[0]))
-    if anchor is not None and with_anchor:
+    if reference is not None and with_reference:
         spread = max(witness[0].figure(0.0)[1], doubt)
-        found.append(Measurement((1.0 + excess) * anchor.ms, spread, witness[0].samples, clocks[0]))
+        found.append(Measurement((1.0 + excess) * reference.ms, spread, witness[0].samples, clocks[0]))
     return tuple(found)
 
 
-def _ready(sessions: Sequence[Session], anchor: Anchor | None, burst_ms: float, warmup_ms: float) -> list[_Turns]:
+def _ready(
+    sessions: Sequence[Session], reference: ReferenceEngine | None, burst_ms: float, warmup_ms: float
+) -> list[_Turns]:
     """All of them warmed up (rule 6), with the lengths of their bursts and turns (2 and 4)."""
-    everyone = [*sessions, anchor.session] if anchor is not None else list(sessions)
+    everyone = [*sessions, reference.session] if reference is not None else list(sessions)
     ramp_ms = RAMP_MS if any(_ramps(session) for session in everyone) else 0.0
     repeats = [_warm_up(s, burst_ms, warmup_ms if k else max(warmup_ms, ramp_ms)) for k, s in enumerate(everyone)]
     turns = [_Turns(s, n, math.ceil(SETTLED / (n + 1))) for s, n in zip(everyone, repeats, strict=True)]
-    if anchor is not None:
-        turns[-1].repeats = max(turns[-1].repeats, math.ceil(_longest(sessions) / anchor.ms))
+    if reference is not None:
+        turns[-1].repeats = max(turns[-1].repeats, math.ceil(_longest(sessions) / reference.ms))
         turns[-1].length = 2
     return turns
 

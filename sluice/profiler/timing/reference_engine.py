@@ -5,9 +5,9 @@ and kept in the table. It is of the lowest 3% of a thousand bursts: the lowest t
 after.
 
 A host that is busy for the whole of that first time makes it too long, and then all seems calm: on two threads, with an
-anchor that was 13% slow, a ResNet-1D came out 8% too slow, without a word. So where the anchor takes less in some later
-call, by `CALM`, its quiet time is taken anew, and counts if it is lower by more than `NOISE`. Where it was off by
-`OFF`, all that the table holds by then is marked as uncertain, and that call is made again.
+reference that was 13% slow, a ResNet-1D came out 8% too slow, without a word. So where the reference takes less in some
+later call, by `QUIET`, its quiet time is taken anew, and counts if it is lower by more than `NOISE`. Where it was off
+by `OFF`, all that the table holds by then is marked as uncertain, and that call is made again.
 
 Where another host goes on with a table, of the same kind but some percent slower or quicker, its own quiet time is
 measured, all that the table holds is multiplied by ``own / known``, and the table is that host's from then on. If it
@@ -27,11 +27,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sluice.core.errors import SluiceError
 from sluice.profiler.table.latency_table import LatencyTable
-from sluice.profiler.timing.measure import CALM, UNCERTAIN, Anchor, Measurement, measure
-from sluice.runtime.host import host_identity
-from sluice.runtime.runner import Runner, Session
+from sluice.profiler.table.measurement import UNCERTAIN, Measurement
+from sluice.profiler.timing.measure import QUIET, ReferenceEngine, measure
+from sluice.runtime.base.host import host_identity
+from sluice.runtime.base.runner import Runner, Session
 
-__all__ = ["MAX_RATIO", "anchor_model", "make_anchor", "was_slow"]
+__all__ = ["MAX_RATIO", "make_reference_engine", "reference_model", "was_slow"]
 
 KEY = "anchor-v1"
 TRIES, ANEW = 8, 2
@@ -40,7 +41,7 @@ MAX_RATIO = 1.15
 HOST = "host"
 
 
-def anchor_model() -> onnx.ModelProto:
+def reference_model() -> onnx.ModelProto:
     """Two 3x3 convolutions with ReLU, 32 channels at 28x28, fixed random weights."""
     rng = np.random.default_rng(0)
     weights = [rng.standard_normal((32, 32, 3, 3)).astype(np.float32) * 0.06 for _ in range(2)]
@@ -50,7 +51,7 @@ def anchor_model() -> onnx.ModelProto:
         nodes.append(helper.make_node("Relu", [f"y{k}"], [f"x{k + 1}"]))
     graph = helper.make_graph(
         nodes,
-        "anchor",
+        "reference",
         [helper.make_tensor_value_info("x0", TensorProto.FLOAT, [1, 32, 28, 28])],
         [helper.make_tensor_value_info("x2", TensorProto.FLOAT, [1, 32, 28, 28])],
         [numpy_helper.from_array(w, f"w{k}") for k, w in enumerate(weights)],
@@ -58,17 +59,17 @@ def anchor_model() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def make_anchor(
+def make_reference_engine(
     table: LatencyTable, runner: Runner, rng: np.random.Generator, *, lacks: Callable[[], bool] = lambda: True
-) -> Anchor:
-    """The anchor engine with the quiet time that the table knows, or that is measured now and recorded.
+) -> ReferenceEngine:
+    """The reference engine with the quiet time that the table knows, or that is measured now and recorded.
 
     Args:
         lacks: whether something is missing in the table; only then that of another host becomes this host's.
     Raises:
         SluiceError: the table was begun on a host of another kind.
     """
-    session = runner.build(anchor_model())
+    session = runner.build(reference_model())
     known, here = table.get(KEY, ()), host_identity()
     if known is None:
         known = _quiet(session, TRIES, rng)
@@ -77,7 +78,7 @@ def make_anchor(
         table.put_blob(HOST, _encoded(here))
     elif _of_another_host(table, here) and lacks():
         return _moved(table, known, session, _quiet(session, TRIES, rng), here)
-    return Anchor(session, known.ms)
+    return ReferenceEngine(session, known.ms)
 
 
 def _of_another_host(table: LatencyTable, here: frozenset[str]) -> bool:
@@ -87,8 +88,10 @@ def _of_another_host(table: LatencyTable, here: frozenset[str]) -> bool:
     return bool(there and here) and not there & here and writable
 
 
-def _moved(table: LatencyTable, known: Measurement, session: Session, own: Measurement, here: frozenset[str]) -> Anchor:
-    """The anchor in a table whose times are now of this host."""
+def _moved(
+    table: LatencyTable, known: Measurement, session: Session, own: Measurement, here: frozenset[str]
+) -> ReferenceEngine:
+    """The reference in a table whose times are now of this host."""
     ratio = own.ms / known.ms
     if not 1 / MAX_RATIO <= ratio <= MAX_RATIO:
         raise SluiceError(
@@ -98,30 +101,30 @@ def _moved(table: LatencyTable, known: Measurement, session: Session, own: Measu
     if abs(ratio - 1.0) <= NOISE:
         own = known
     if table.move(KEY, known, own, {HOST: _encoded(here)}):
-        return Anchor(session, own.ms, own.ms / known.ms, unproven=True)
-    return Anchor(session, table.require(KEY, ()).ms)  # another process here was first
+        return ReferenceEngine(session, own.ms, own.ms / known.ms, unproven=True)
+    return ReferenceEngine(session, table.require(KEY, ()).ms)  # another process here was first
 
 
 def _encoded(identity: frozenset[str]) -> bytes:
     return json.dumps(sorted(identity)).encode()
 
 
-def was_slow(anchor: Anchor, ms: float, table: LatencyTable) -> bool:
-    """Whether the quiet time of the anchor, which now took ``ms``, was off by `OFF`; what it is off by is mended."""
-    if ms >= (1.0 - CALM) * anchor.ms:
+def was_slow(reference: ReferenceEngine, ms: float, table: LatencyTable) -> bool:
+    """Whether the quiet time of the reference, which now took ``ms``, was off by `OFF`; what it is off by is mended."""
+    if ms >= (1.0 - QUIET) * reference.ms:
         return False
-    before, found = anchor.ms, _quiet(anchor.session, ANEW, np.random.default_rng(0))
+    before, found = reference.ms, _quiet(reference.session, ANEW, np.random.default_rng(0))
     if found.ms > (1.0 - NOISE) * before:
         return False
     off = found.ms < (1.0 - OFF) * before
     known = table.get(KEY, ())
-    if anchor.unproven and known is not None and table.move(KEY, known, found, {}):
-        anchor.moved *= found.ms / known.ms
+    if reference.unproven and known is not None and table.move(KEY, known, found, {}):
+        reference.moved *= found.ms / known.ms
     else:
         if off:
-            table.doubt(UNCERTAIN + before / found.ms - 1.0)
+            table.mark_uncertain(UNCERTAIN + before / found.ms - 1.0)
         table.put(KEY, (), found)
-    anchor.ms = found.ms
+    reference.ms = found.ms
     return off
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 from sluice.profiler.table.latency_table import LatencyTable
-from sluice.runtime.runner import Runner
+from sluice.runtime.base.runner import Runner
 
 __all__ = ["clock_range", "keep"]
 

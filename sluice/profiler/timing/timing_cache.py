@@ -7,7 +7,7 @@ a cache offers it as the attribute ``cache`` (bytes), see `sluice.runtime.trt.ru
 from __future__ import annotations
 
 from sluice.profiler.table.latency_table import LatencyTable
-from sluice.runtime.runner import Runner
+from sluice.runtime.base.runner import Runner
 
 __all__ = ["keep", "restore"]
 

@@ -7,7 +7,8 @@
    networks took 11.2 and 3.90 ms in the same run.
 2. So the part is optimised and saved, the nodes at its borders are taken off, and the rest is loaded as it stands. An
    input that was laid out in blocks is one of whole blocks then. What is read plainly too stays as it is, and so does
-   whatever needs no change of layout, and inputs that are plain inside the network (`sluice.runtime.runner.PLAIN`).
+   whatever needs no change of layout, and inputs that are plain inside the network
+   (`sluice.runtime.base.runner.PLAIN`).
 3. The network's own inputs and outputs lose theirs as well: what they cost is the same for every plan, and is in what
    the calibration adds to every engine.
 4. An output of a model is memory of its own. Inside the network a convolution that adds to its sum writes over one
@@ -32,9 +33,9 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from sluice.runtime.inputs import Shapes
+from sluice.runtime.base.inputs import Shapes
+from sluice.runtime.base.runner import PLAIN
 from sluice.runtime.ort.session import load_session
-from sluice.runtime.runner import PLAIN
 
 __all__ = ["block_size", "kernels", "outputs_inside", "part_session", "without_reorders"]
 

@@ -10,7 +10,7 @@
    0.12 ms in turns, two threads on two cores, in one run: median 0.217 ms and 9.0 s in all with the default, 0.188 ms
    and 1.8 s so; alone it is 0.127 ms.
 4. A part of a network is timed as it is laid out inside of the network (`sluice.runtime.ort.blocked_part`).
-5. Inputs are made up (`sluice.runtime.inputs`), subnormal numbers are flushed while timing
+5. Inputs are made up (`sluice.runtime.base.inputs`), subnormal numbers are flushed while timing
    (`sluice.runtime.ort.denormals`).
 """
 
@@ -26,17 +26,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sluice.core.errors import SluiceError
-from sluice.runtime.host import host_device
-from sluice.runtime.inputs import Dims, Shapes, place, static_shapes
+from sluice.runtime.base.host import host_device
+from sluice.runtime.base.inputs import Dims, Shapes, place, static_shapes
+from sluice.runtime.base.runner import Clock
 from sluice.runtime.ort.blocked_part import part_session
 from sluice.runtime.ort.denormals import floating_point_mode
 from sluice.runtime.ort.session import compute, load_library, load_session, resident_inputs
-from sluice.runtime.runner import Clock
 
 if TYPE_CHECKING:
     import onnx
 
-    from sluice.runtime.inputs import Model
+    from sluice.runtime.base.inputs import Model
 
 __all__ = ["OrtRunner", "OrtSession", "missing"]
 

@@ -27,13 +27,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sluice.core.errors import SluiceError
-from sluice.runtime import nvidia
-from sluice.runtime.inputs import Dims, place, static_shapes
+from sluice.runtime.base import nvidia
+from sluice.runtime.base.inputs import Dims, place, static_shapes
+from sluice.runtime.base.runner import Clock
 from sluice.runtime.ort.session import compute, load_library, load_session, resident_inputs
-from sluice.runtime.runner import Clock
 
 if TYPE_CHECKING:
-    from sluice.runtime.inputs import Model
+    from sluice.runtime.base.inputs import Model
 
 __all__ = ["CUDA", "OrtCudaRunner", "OrtCudaSession", "Provider", "missing"]
 

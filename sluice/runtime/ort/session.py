@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sluice.core.errors import SluiceError, first_line
-from sluice.runtime.cuda import Cuda
-from sluice.runtime.inputs import Dims, Shapes, made_up, place, serialized, sized
+from sluice.runtime.base.cuda import Cuda
+from sluice.runtime.base.inputs import Dims, Shapes, made_up, place, serialized, sized
 from sluice.runtime.ort.denormals import floating_point_mode
 
 if TYPE_CHECKING:
-    from sluice.runtime.inputs import Model
+    from sluice.runtime.base.inputs import Model
 
 __all__ = ["compute", "load_library", "load_session", "resident_inputs"]
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Program", "Step", "build_program", "check_operators", "to_numpy", "to_tensor"]
+__all__ = ["Step", "TorchProgram", "build_program", "check_operators", "to_numpy", "to_tensor"]
 
 OLDEST = 13  # before, softmax flattened its operand and axes were attributes
 STANDARD = ("", "ai.onnx")
@@ -56,7 +56,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Program:
+class TorchProgram:
     """Steps in order; ``known`` are outputs that do not depend on the inputs."""
 
     inputs: tuple[str, ...]
@@ -93,7 +93,7 @@ def check_operators(model: onnx.ModelProto, where: str) -> None:
 
 def build_program(
     model: onnx.ModelProto, inputs: Mapping[str, Tensor], device: torch.device, where: str = "the model"
-) -> Program:
+) -> TorchProgram:
     """The program of ``model`` for inputs of these shapes and types, which are on ``device``.
 
     Raises:
@@ -131,7 +131,7 @@ def build_program(
                 del values[name]
         fixed = {name: laid_out(known[name].to(device)) for name in finals if name in known}
     outputs = tuple(output.name for output in model.graph.output)
-    return Program(tuple(inputs), outputs, tuple(steps), fixed)
+    return TorchProgram(tuple(inputs), outputs, tuple(steps), fixed)
 
 
 def laid_out(value: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
    its kernels, and is then captured. What is timed are replays, so neither Python nor the launch of single kernels
    counts; kernels are those of eager PyTorch, nothing is fused but batch norm.
 2. Timed by events on the stream (clock ``"cuda"``). Of a small network several inferences in a row are captured in one
-   graph, as many as `sluice.runtime.runner.inferences_per_launch` says.
+   graph, as many as `sluice.runtime.base.runner.inferences_per_launch` says.
 3. Inputs and outputs have fixed addresses. `run` writes a caller's arrays to them and replays; before the next burst
    the made-up data comes back.
 4. Where capture fails the program runs kernel by kernel, and a warning says that its time includes their launches.
@@ -23,19 +23,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sluice.core.errors import SluiceError, first_line
-from sluice.runtime import nvidia
-from sluice.runtime.inputs import Dims, made_up, parsed, place, static_shapes
-from sluice.runtime.runner import Clock, inferences_per_launch
+from sluice.runtime.base import nvidia
+from sluice.runtime.base.inputs import Dims, made_up, parsed, place, static_shapes
+from sluice.runtime.base.runner import Clock, inferences_per_launch
 from sluice.runtime.torch_cuda.driver import Driver, Graph, cuda_driver
 from sluice.runtime.torch_cuda.ops import dtype_of
-from sluice.runtime.torch_cuda.program import Program, build_program, check_operators, laid_out, to_numpy, to_tensor
+from sluice.runtime.torch_cuda.program import (
+    TorchProgram,
+    build_program,
+    check_operators,
+    laid_out,
+    to_numpy,
+    to_tensor,
+)
 
 if TYPE_CHECKING:
     import onnx
     import torch
     from torch import Tensor
 
-    from sluice.runtime.inputs import Model
+    from sluice.runtime.base.inputs import Model
 
 __all__ = ["TorchCudaRunner", "TorchCudaSession", "missing"]
 
@@ -163,7 +170,7 @@ class TorchCudaSession:
         self._model = None  # its weights are on the device now
         return engine
 
-    def _program(self, inputs: Mapping[str, Tensor]) -> Program:
+    def _program(self, inputs: Mapping[str, Tensor]) -> TorchProgram:
         assert self._model is not None
         return build_program(self._model, inputs, self._driver.device, self._where)
 
@@ -191,7 +198,12 @@ class _Engine:
     """A program with static buffers, captured; all methods are called while the driver is working."""
 
     def __init__(
-        self, program: Program, inputs: Mapping[str, Tensor], data: Mapping[str, Tensor], driver: Driver, where: str
+        self,
+        program: TorchProgram,
+        inputs: Mapping[str, Tensor],
+        data: Mapping[str, Tensor],
+        driver: Driver,
+        where: str,
     ) -> None:
         import torch
 
@@ -264,7 +276,7 @@ class _Engine:
             buffer.copy_(values[name])
 
 
-def _several(program: Program, buffers: Sequence[Tensor], copies: int) -> list[Tensor]:
+def _several(program: TorchProgram, buffers: Sequence[Tensor], copies: int) -> list[Tensor]:
     """The outputs of the last of ``copies`` inferences; those of the others go at once, so memory is that of one."""
     for _ in range(copies - 1):
         program(buffers)

@@ -27,13 +27,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from sluice.core.errors import SluiceError, first_line
-from sluice.runtime.inputs import parsed, place, serialized, static_shapes
+from sluice.runtime.base.inputs import parsed, place, serialized, static_shapes
 from sluice.runtime.trt.inspect import node_name
 
 if TYPE_CHECKING:
     import onnx
 
-    from sluice.runtime.inputs import Model
+    from sluice.runtime.base.inputs import Model
 
 __all__ = [
     "Built",

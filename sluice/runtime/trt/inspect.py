@@ -1,8 +1,8 @@
 """Which layers of a TensorRT engine hold which pieces of the network.
 
-1. Each layer of the engine inspector's JSON says what it was made of: ``Metadata`` holds ``[ONNX Layer: NAME]`` for
-   every ONNX node in it, whatever stands between them (a blank, or the control characters 0x1e and 0x1f). Layers that
-   TensorRT put in by itself, such as changes of format, have none.
+1. Each layer of the engine inspector's JSON says what it was made of: ``Metadata`` holds ``[ONNX Layer: NAME]``
+   for every ONNX node in it, whatever stands between them (a blank, or the control characters 0x1e and 0x1f). Layers
+   that TensorRT put in by itself, such as changes of format, have none.
 2. The JSON of 10.x calls the engine's own inputs and outputs ``Bindings``, a list of names, and gives a tensor's type
    as ``Format/Datatype``; 11 has a list of descriptions, ``I/O Tensors``, and two fields, ``Format`` and ``Datatype``.
 3. Pieces are cut from the network in fp32, the engine is built from what it became: batch norms are gone, casts and
@@ -25,7 +25,7 @@ from sluice.core.errors import SluiceError
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Layer", "Placement", "Tensor", "node_name", "owners", "place_pieces", "read_layers"]
+__all__ = ["EngineLayer", "EngineLayers", "Tensor", "node_name", "owners", "place_pieces", "read_layers"]
 
 ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]\x1e\x1f]*)\]")
 
@@ -41,7 +41,7 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class EngineLayer:
     """A layer of an engine; ``nodes`` are the names of the ONNX nodes that it was made of."""
 
     name: str
@@ -53,7 +53,7 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class EngineLayers:
     """Layers by piece, in execution order; ``shared``: pieces by layer where there are several; ``own``: in none."""
 
     pieces: Mapping[str, tuple[str, ...]]
@@ -61,7 +61,7 @@ class Placement:
     own: tuple[str, ...]
 
 
-def read_layers(information: str) -> tuple[Layer, ...]:
+def read_layers(information: str) -> tuple[EngineLayer, ...]:
     """The layers in the engine inspector's JSON (of TensorRT 10 or 11), in execution order.
 
     Raises:
@@ -76,7 +76,7 @@ def read_layers(information: str) -> tuple[Layer, ...]:
             "the engine tells only the names of its layers; build it with the profiling verbosity DETAILED"
         )
     return tuple(
-        Layer(
+        EngineLayer(
             str(layer["Name"]),
             str(layer.get("LayerType", "")),
             tuple(dict.fromkeys(ONNX_NODE.findall(str(layer.get("Metadata", ""))))),
@@ -88,7 +88,7 @@ def read_layers(information: str) -> tuple[Layer, ...]:
     )
 
 
-def place_pieces(layers: tuple[Layer, ...], owner: Mapping[str, str]) -> Placement:
+def place_pieces(layers: tuple[EngineLayer, ...], owner: Mapping[str, str]) -> EngineLayers:
     """The layers that hold each piece; ``owner`` is the piece of an ONNX node, by the node's name (`owners`)."""
     pieces: dict[str, list[str]] = {piece: [] for piece in owner.values()}
     shared: dict[str, tuple[str, ...]] = {}
@@ -101,7 +101,7 @@ def place_pieces(layers: tuple[Layer, ...], owner: Mapping[str, str]) -> Placeme
             shared[layer.name] = held
         elif not held:
             own.append(layer.name)
-    return Placement({piece: tuple(names) for piece, names in pieces.items()}, shared, tuple(own))
+    return EngineLayers({piece: tuple(names) for piece, names in pieces.items()}, shared, tuple(own))
 
 
 def owners(deployed: onnx.GraphProto, pieces: Mapping[str, onnx.GraphProto]) -> dict[str, str]:

@@ -13,15 +13,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sluice.core.errors import SluiceError
-from sluice.runtime import nvidia
-from sluice.runtime.cuda import Cuda
-from sluice.runtime.inputs import place
-from sluice.runtime.runner import Clock
+from sluice.runtime.base import nvidia
+from sluice.runtime.base.cuda import Cuda
+from sluice.runtime.base.inputs import place
+from sluice.runtime.base.runner import Clock
 from sluice.runtime.trt.build import Settings, build_engine, find_tensorrt, is_rtx, make_builder, product
 from sluice.runtime.trt.session import TensorRtSession
 
 if TYPE_CHECKING:
-    from sluice.runtime.inputs import Model
+    from sluice.runtime.base.inputs import Model
 
 __all__ = ["TensorRtRunner", "missing"]
 

@@ -9,7 +9,7 @@
 3. One launch goes before the first event, so that the device is busy while the burst is enqueued and the events enclose
    the device's work alone.
 4. Of a small network several inferences in a row are captured in one graph, as many as
-   `sluice.runtime.runner.inferences_per_launch` says, and a burst is a whole number of launches.
+   `sluice.runtime.base.runner.inferences_per_launch` says, and a burst is a whole number of launches.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 
 from sluice.core.errors import SluiceError
-from sluice.runtime.cuda import Cuda, Resources
-from sluice.runtime.inputs import made_up
-from sluice.runtime.runner import Clock, inferences_per_launch
+from sluice.runtime.base.cuda import Cuda, Resources
+from sluice.runtime.base.inputs import made_up
+from sluice.runtime.base.runner import Clock, inferences_per_launch
 from sluice.runtime.trt.build import is_rtx, listener, product
-from sluice.runtime.trt.inspect import Layer, read_layers
+from sluice.runtime.trt.inspect import EngineLayer, read_layers
 
 __all__ = ["TensorRtSession"]
 
@@ -102,7 +102,7 @@ class TensorRtSession:
         """Are inferences launched as a CUDA graph? None before the first `sample`."""
         return self._graph is not None if self._prepared else None
 
-    def layers(self) -> tuple[Layer, ...]:
+    def layers(self) -> tuple[EngineLayer, ...]:
         """The engine's layers, with the ONNX nodes that each was made of."""
         inspector = self._engine.create_engine_inspector()
         inspector.execution_context = self._context

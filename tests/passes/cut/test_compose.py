@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sluice.core.errors import SluiceError
 from sluice.passes.cut.compose import Conv, add_shortcut, compose, fold_norm, identity
-from sluice.runtime.compare import assert_close, relative_error
+from sluice.runtime.base.compare import assert_close, relative_error
 
 CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

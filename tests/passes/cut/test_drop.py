@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from sluice import models
 from sluice.core.errors import SluiceError
 from sluice.core.plan import Drop
-from sluice.passes.cut.drop_onnx import drop_onnx, view_onnx
-from sluice.passes.cut.drop_torch import close_block, drop_torch, view_torch
+from sluice.passes.cut.drop_onnx import drop_onnx
+from sluice.passes.cut.drop_torch import close_block, drop_torch
 from sluice.passes.cut.export import to_onnx
 from sluice.passes.cut.resolve import make_plan
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
@@ -26,7 +26,9 @@ from sluice.passes.graph.blocks import Block, find_blocks
 from sluice.passes.graph.capture import capture, clone
 from sluice.passes.graph.groups import Analysis
 from sluice.passes.graph.onnx_file import finalize
-from sluice.runtime.compare import assert_close, relative_error
+from sluice.passes.graph.view_onnx import view_onnx
+from sluice.passes.graph.view_torch import view_torch
+from sluice.runtime.base.compare import assert_close, relative_error
 from sluice.runtime.ort.cpu import OrtRunner
 from tests.networks import build, random_kept
 from tests.passes.graph.test_blocks import CASES, REFERENCE, case, reference

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sluice.core.errors import SluiceError
 from sluice.passes.cut.export import finalize, save_onnx, to_onnx
 from sluice.passes.graph.capture import capture
-from sluice.runtime.compare import assert_close
+from sluice.runtime.base.compare import assert_close
 from sluice.runtime.ort.cpu import OrtRunner
 from tests.networks import build
 

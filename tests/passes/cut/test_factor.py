@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from sluice.core.errors import SluiceError
 from sluice.core.plan import FORMS, Factorize
 from sluice.passes.cut import factor
-from sluice.runtime.compare import assert_close
+from sluice.runtime.base.compare import assert_close
 
 CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 SHAPES = [(5, 3), (7, 4, 1, 1), (5, 3, 3, 3), (4, 6, 5, 3), (6, 4, 1, 3), (5, 3, 4), (5, 4, 2, 3, 1), (3, 5, 2, 3, 4)]

@@ -28,8 +28,8 @@ from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.capture import MARK, capture
 from sluice.passes.graph.onnx_axes import analyze_onnx
 from sluice.profiler.pieces.static_shapes import static_graph
-from sluice.runtime.compare import assert_close
-from sluice.runtime.runner import make_runner
+from sluice.runtime.base.compare import assert_close
+from sluice.runtime.targets import make_runner
 
 TOL = 3e-5
 # Even kernels with padding="same" are part of what is tested.

@@ -28,7 +28,7 @@ from sluice.passes.gates.placement import Placement, place_gates
 from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.capture import capture, clone
 from sluice.passes.graph.groups import Analysis, keep_masks
-from sluice.runtime.compare import assert_close, relative_error
+from sluice.runtime.base.compare import assert_close, relative_error
 from tests.networks import build
 
 KEPT = {

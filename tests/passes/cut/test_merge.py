@@ -19,18 +19,20 @@ from sluice.models.mobilenet import InvertedResidual
 from sluice.models.resnet import BasicBlock
 from sluice.models.resnet1d import Block1d
 from sluice.passes.cut.export import to_onnx
-from sluice.passes.cut.merge_onnx import chains_onnx, merge_onnx
+from sluice.passes.cut.merge_onnx import merge_onnx
 from sluice.passes.cut.merge_region import Run, compose_run, find_region, merged_shape
-from sluice.passes.cut.merge_torch import chains_torch, linearize_torch, merge_torch
+from sluice.passes.cut.merge_torch import linearize_torch, merge_torch
 from sluice.passes.cut.resolve import make_plan
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.cut.rewrite_torch import rewrite_torch
 from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.capture import capture, clone
 from sluice.passes.graph.chains import NEUTRAL
+from sluice.passes.graph.chains_onnx import chains_onnx
+from sluice.passes.graph.chains_torch import chains_torch
 from sluice.passes.graph.segments import find_segments, folded_norms
 from sluice.profiler.pieces.static_shapes import static_graph
-from sluice.runtime.compare import assert_close, relative_error
+from sluice.runtime.base.compare import assert_close, relative_error
 from sluice.runtime.ort.cpu import OrtRunner
 
 

@@ -20,7 +20,7 @@ from sluice.passes.cut.rewrite_torch import rewrite_torch
 from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.capture import capture
 from sluice.passes.graph.groups import Analysis
-from sluice.runtime.compare import assert_close
+from sluice.runtime.base.compare import assert_close
 from sluice.runtime.ort.cpu import OrtRunner
 from tests.networks import build
 

@@ -20,7 +20,7 @@ from sluice.passes.gates.placement import Placement, place_gates
 from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.capture import capture
 from sluice.passes.graph.groups import Analysis, keep_masks
-from sluice.runtime.compare import assert_close
+from sluice.runtime.base.compare import assert_close
 from tests.networks import NETWORKS, build, random_kept
 
 REFERENCE = ("resnet20", "resnet56", "vgg16_bn", "mobilenet_v2", "densenet", "se_resnet", "resnet1d")

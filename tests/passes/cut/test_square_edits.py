@@ -14,27 +14,27 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from sluice.core.errors import SluiceError
-from sluice.core.plan import Drop, Factorize, Plan
+from sluice.core.plan import Drop, Edits, Factorize, Plan
 from sluice.models import enliven
 from sluice.models.mobilenet import InvertedResidual
 from sluice.models.resnet1d import Block1d
 from sluice.passes.cut import drop_torch as drop_module
-from sluice.passes.cut.drop_torch import view_torch
 from sluice.passes.cut.export import finalize, to_onnx
 from sluice.passes.cut.resolve import make_plan
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.cut.rewrite_torch import merge_runs, rewrite_torch
 from sluice.passes.gates.gating import Gated, insert_gates, strip_gates
 from sluice.passes.graph.blocks import Block, dropped_values, find_blocks, match_drops
-from sluice.passes.graph.view import View
+from sluice.passes.graph.view import GraphView
+from sluice.passes.graph.view_torch import view_torch
 from sluice.pipeline.close import close
-from sluice.pipeline.verify import Answer
+from sluice.pipeline.problem import Solution
 from sluice.profiler import profile as profile_module
 from sluice.profiler.profile import Profile, profile_onnx
-from sluice.runtime.compare import assert_close, relative_error
+from sluice.runtime.base.compare import assert_close, relative_error
 from sluice.runtime.ort.cpu import OrtRunner
 from sluice.solver.decide import Choice
-from sluice.solver.options import METHODS, Edits, chosen_edits
+from sluice.solver.options import METHODS, chosen_edits
 from sluice.solver.random_configurations import random_configuration
 from tests.device import FakeRunner, staircase
 from tests.networks import mixed
@@ -106,7 +106,7 @@ def corner(name: str) -> Corner:
     return Corner(model, inputs, insert_gates(model, inputs), exported, profile)
 
 
-def answers(c: Corner) -> list[Answer]:
+def answers(c: Corner) -> list[Solution]:
     """Random configurations with any width and any rank, and any channels kept."""
     rng, groups = np.random.default_rng(5), c.gated.meta["analysis"].groups
     latency = c.profile.latency
@@ -118,7 +118,7 @@ def answers(c: Corner) -> list[Answer]:
         widths = random_configuration(model, rng)
         kept = {g.name: tuple(sorted(rng.choice(g.size, widths[g.name], replace=False).tolist())) for g in groups}
         plan = make_plan(c.gated.meta["analysis"], kept, (), chosen_edits(c.profile.options, widths))
-        found.append(Answer(Choice(widths, 0.0, 0.0, 1.0, 0.0, 0.0), kept, plan))
+        found.append(Solution(Choice(widths, 0.0, 0.0, 1.0, 0.0, 0.0), kept, plan))
     return found
 
 
@@ -127,7 +127,7 @@ def run(model: onnx.ModelProto, inputs: tuple[Tensor, ...]) -> np.ndarray:
     return next(iter(OrtRunner().build(model).run(feeds).values()))
 
 
-def check(c: Corner, answer: Answer, second_export: bool) -> None:
+def check(c: Corner, answer: Solution, second_export: bool) -> None:
     plan = answer.plan
     apart = rewrite_torch(c.model, plan, c.inputs, merged=False).eval()
     merged = rewrite_torch(c.model, plan, c.inputs).eval()
@@ -161,7 +161,7 @@ def test_every_merged_run_with_cut_channels(name: str) -> None:
         kept = {g.name: tuple(sorted(rng.choice(g.size, g.size // 2, replace=False).tolist())) for g in analysis.groups}
         plan = make_plan(analysis, kept, (), Edits(merges=(merge,)))
         with torch.no_grad():
-            reference = close(c.gated, Answer(Choice({}, 0.0, 0.0, 1.0, 0.0, 0.0), kept, plan)).eval()(*c.inputs)
+            reference = close(c.gated, Solution(Choice({}, 0.0, 0.0, 1.0, 0.0, 0.0), kept, plan)).eval()(*c.inputs)
             apart = rewrite_torch(c.model, plan, c.inputs, merged=False).eval()
             assert_close(apart(*c.inputs), reference, TOL, merge.name)
 
@@ -200,12 +200,12 @@ def test_a_fault_on_one_side_is_noticed(kind: str, fault: Callable[[Plan], Plan]
         assert_close(run(rewrite_onnx(c.exported, fault(answer.plan)), c.inputs), reference, TOL)
 
 
-def wrong_side(view: View, drops: Sequence[Drop]) -> tuple[Block, ...]:
+def wrong_side(view: GraphView, drops: Sequence[Drop]) -> tuple[Block, ...]:
     """The branch stays and its shortcut goes."""
     return tuple(replace(b, shortcut_output=b.branch_output, own=()) for b in match_drops(view, drops))
 
 
-def too_far(view: View, blocks: Sequence[Block]) -> dict[str, str]:
+def too_far(view: GraphView, blocks: Sequence[Block]) -> dict[str, str]:
     """Every activation behind the addition goes as well."""
     taken = dropped_values(view, blocks)
     for node in view.nodes:
@@ -222,7 +222,7 @@ def test_a_fault_in_the_rewriter_of_drops_is_noticed(
     c = corner("mixed")
     (drop,) = [drop for drop in c.profile.options.drops.values() if drop.name == "block2"]
     plan = make_plan(c.gated.meta["analysis"], {}, (), Edits(drops=(drop,)))
-    answer = Answer(Choice({}, 0.0, 0.0, 1.0, 0.0, 0.0), {}, plan)
+    answer = Solution(Choice({}, 0.0, 0.0, 1.0, 0.0, 0.0), {}, plan)
     with torch.no_grad():
         reference = close(c.gated, answer).eval()(*c.inputs)
         assert_close(rewrite_torch(c.model, plan, c.inputs).eval()(*c.inputs), reference, TOL)
@@ -253,7 +253,7 @@ def test_a_branch_that_no_tensor_closes_is_closed_by_cutting() -> None:
     assert [block.closing is None for block in blocks] == [True, False]
     for chosen in (blocks[:1], blocks[1:], blocks):
         plan = make_plan(gated.meta["analysis"], {}, (), Edits(drops=tuple(block.drop() for block in chosen)))
-        closed = close(gated, Answer(Choice({}, 0.0, 0.0, 1.0, 0.0, 0.0), {}, plan)).eval()
+        closed = close(gated, Solution(Choice({}, 0.0, 0.0, 1.0, 0.0, 0.0), {}, plan)).eval()
         with torch.no_grad():
             assert_close(rewrite_torch(model, plan, inputs).eval()(*inputs), closed(*inputs), TOL)
         assert ("body.open.weight" in closed.state_dict()) == (blocks[0] not in chosen)
@@ -290,7 +290,7 @@ def test_a_network_of_fixed_widths(edits: Edits) -> None:
     gated = insert_gates(model, inputs, kinds=())
     plan = make_plan(gated.meta["analysis"], {}, (), edits)
     with torch.no_grad():
-        closed = close(gated, Answer(Choice({}, 0.0, 0.0, 1.0, 0.0, 0.0), {}, plan)).eval()(*inputs)
+        closed = close(gated, Solution(Choice({}, 0.0, 0.0, 1.0, 0.0, 0.0), {}, plan)).eval()(*inputs)
         assert_close(rewrite_torch(model, plan, inputs).eval()(*inputs), closed, TOL)
         assert relative_error(closed, model(*inputs)) > 1e-2
     assert_close(run(rewrite_onnx(to_onnx(model, inputs), plan), inputs), closed, TOL)

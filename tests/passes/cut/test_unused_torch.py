@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from sluice.core.plan import Factorize
 from sluice.passes.cut.factor_torch import factorize_torch, truncate_torch
-from sluice.passes.cut.unused_torch import read_tensors, remove_unread
+from sluice.passes.cut.unused_torch import read_tensors, remove_unused
 from sluice.passes.graph.capture import capture
-from sluice.runtime.compare import assert_close
+from sluice.runtime.base.compare import assert_close
 
 
 class Branches(nn.Module):
@@ -60,7 +60,7 @@ def names(gm: fx.GraphModule, starts: Sequence[str]) -> set[str]:
 def test_nothing_goes_while_it_is_read() -> None:
     gm = captured()
     before = dict(gm.state_dict(keep_vars=True))
-    remove_unread(gm, before)
+    remove_unused(gm, before)
     assert gm.state_dict(keep_vars=True).keys() == before.keys()
     assert read_tensors(gm) >= {"a.bias", "b.bias", "norm.weight", "norm.bias", "norm.running_mean"}
 
@@ -69,7 +69,7 @@ def test_a_norm_goes_with_its_count_and_a_weight_read_elsewhere_stays_under_both
     gm = captured()
     before, y = read_tensors(gm), torch.randn(4, 5)
     left_with(gm, 1)
-    remove_unread(gm, before)
+    remove_unused(gm, before)
     gm.recompile()
     assert gm.state_dict().keys() == {"a.weight", "b.weight", "b.bias"}
     assert dict(gm.named_modules()).keys() == {"", "a", "b"}
@@ -79,7 +79,7 @@ def test_a_norm_goes_with_its_count_and_a_weight_read_elsewhere_stays_under_both
 def test_only_what_is_named_goes() -> None:
     gm = captured()
     left_with(gm, 1)
-    remove_unread(gm, ["norm.running_mean", "a.weight"])
+    remove_unused(gm, ["norm.running_mean", "a.weight"])
     assert names(gm, ["norm."]) == {"norm.weight", "norm.bias", "norm.running_var"}
     assert names(gm, ["a."]) == {"a.weight", "a.bias"}
 
@@ -88,12 +88,12 @@ def test_a_weight_goes_under_every_name() -> None:
     gm = captured()
     before = read_tensors(gm)
     left_with(gm, 0)
-    remove_unread(gm, before)
+    remove_unused(gm, before)
     assert names(gm, ["b."]) == {"b.weight"}, "the first branch reads it"
     left = [n for n in gm.graph.nodes if n.op == "call_function" and "linear" in str(n.target)]
     left[0].replace_all_uses_with(left[0].args[0])
     gm.graph.erase_node(left[0])
-    remove_unread(gm, ["a.weight", "a.bias"])
+    remove_unused(gm, ["a.weight", "a.bias"])
     assert not names(gm, ["a.", "b."]) and names(gm, ["norm."])
     assert dict(gm.named_modules()).keys() == {"", "norm"}, "what is called stays"
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from sluice.core.errors import SluiceError
-from sluice.passes.cut.drop_torch import view_torch
 from sluice.passes.gates.filter_gates import (
     BETA_MAX,
     INITIAL_LOGIT,
@@ -23,7 +22,8 @@ from sluice.passes.gates.filter_gates import (
 from sluice.passes.gates.gating import absorb_masks, insert_gates, strip_gates
 from sluice.passes.graph.blocks import find_blocks
 from sluice.passes.graph.capture import capture
-from sluice.runtime.compare import assert_close
+from sluice.passes.graph.view_torch import view_torch
+from sluice.runtime.base.compare import assert_close
 from tests.networks import mixed
 
 

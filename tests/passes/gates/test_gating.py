@@ -12,7 +12,7 @@ from sluice import models
 from sluice.core.errors import SluiceError
 from sluice.passes.gates.gating import Gated, close_gates, insert_gates, masked_norm, strip_gates
 from sluice.passes.graph.capture import capture
-from sluice.runtime.compare import assert_close, relative_error
+from sluice.runtime.base.compare import assert_close, relative_error
 from tests.networks import NETWORKS, build, random_kept
 
 # Widths differ by up to two orders of magnitude between networks of the field, so does what rounding adds up to.

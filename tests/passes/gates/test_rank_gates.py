@@ -21,7 +21,7 @@ from sluice.passes.gates.gating import Gated, close_gates, insert_gates, strip_g
 from sluice.passes.gates.rank_gates import HIGHEST_THRESHOLD, MEMORY, RankGate
 from sluice.passes.gates.svt import matricize, svt, unmatricize
 from sluice.passes.graph.capture import capture
-from sluice.runtime.compare import assert_close, relative_error
+from sluice.runtime.base.compare import assert_close, relative_error
 from sluice.solver.decide import least_ms
 from sluice.training.budget import Budget
 from sluice.training.expected_latency import TEMPERATURE, ExpectedLatency, alternatives, configured
@@ -554,7 +554,7 @@ def test_what_is_read_again_counts_in_the_value_of_what_would_be_built() -> None
     plain = structured()
     terms = tuple(replace(t, reload=0.5 * t.ms) if t.weight > 0 else t for t in plain.terms)
     model = replace(plain, terms=terms)
-    model = replace(model, spared=0.6 * model.again_ms(model.dense))
+    model = replace(model, cached_ms=0.6 * model.reload_ms(model.dense))
     layers = alternatives(model, {"a", "b", f"p|{FORM}|rank", f"q|{FORM}|rank", "blk|drop", "p..q|merge"})
     expected, without = (ExpectedLatency(m, smooth=False, layers=layers) for m in (model, plain))
     rng = np.random.default_rng(5)
@@ -565,7 +565,7 @@ def test_what_is_read_again_counts_in_the_value_of_what_would_be_built() -> None
         full = configured(model, at, layers)
         value = expected(w)
         assert value.item() == pytest.approx(model.ms(full), rel=1e-9)
-        seen.add(beyond := model.again_ms(full) > 0)
+        seen.add(beyond := model.reload_ms(full) > 0)
         slopes, other = (torch.autograd.grad(f(w), list(w.values())) for f in (expected, without))
         for slope, less in zip(slopes, other, strict=True):
             assert slope.item() >= less.item() - 1e-12 if beyond else slope.item() == pytest.approx(less.item())

@@ -9,7 +9,7 @@ from torch import Tensor
 from sluice.core.errors import SluiceError
 from sluice.core.plan import FORMS
 from sluice.passes.gates.svt import apply_basis, basis_of, matricize, modified_stable_rank, svt, unmatricize
-from sluice.runtime.compare import assert_close, relative_error
+from sluice.runtime.base.compare import assert_close, relative_error
 
 SHAPES = {"square": (5, 5), "tall": (7, 3), "wide": (3, 8), "batch": (2, 4, 6), "batch of tall": (3, 5, 2)}
 

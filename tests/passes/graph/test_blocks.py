@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 from sluice import models
 from sluice.models.resnet import ResNet
-from sluice.passes.cut.drop_onnx import view_onnx
-from sluice.passes.cut.drop_torch import view_torch
 from sluice.passes.cut.export import to_onnx
 from sluice.passes.graph.blocks import find_blocks
 from sluice.passes.graph.capture import capture
-from sluice.passes.graph.view import Node, View
+from sluice.passes.graph.view import GraphView, Node
+from sluice.passes.graph.view_onnx import view_onnx
+from sluice.passes.graph.view_torch import view_torch
 from sluice.profiler.pieces.static_shapes import static_graph
 from tests.networks import NETWORKS, build
 
@@ -229,7 +229,7 @@ def test_onnx_says_the_same(name: str) -> None:
     dense = to_onnx(gm, inputs)
     found, refused = find_blocks(view_torch(gm))
 
-    def brief(view: View) -> list[tuple[object, ...]]:
+    def brief(view: GraphView) -> list[tuple[object, ...]]:
         blocks, _ = find_blocks(view)
         return [(b.name, b.params, b.layers, b.closing, b.identity, len(b.fork)) for b in blocks]
 
@@ -275,9 +275,9 @@ def test_a_condition_beside_the_fork() -> None:
     assert not refused
 
 
-def _view(*nodes: Node, shape: tuple[int, ...] | None = (3, 4), outputs: tuple[str, ...] = ("z",)) -> View:
+def _view(*nodes: Node, shape: tuple[int, ...] | None = (3, 4), outputs: tuple[str, ...] = ("z",)) -> GraphView:
     values = {v for node in nodes for v in (*node.inputs, *node.outputs)}
-    return View(nodes, frozenset(outputs), frozenset(), dict.fromkeys(values, shape) if shape else {})
+    return GraphView(nodes, frozenset(outputs), frozenset(), dict.fromkeys(values, shape) if shape else {})
 
 
 LAYER = Node("conv", "weighted", ("a",), ("x",), ("m.weight",), ("m.weight",))

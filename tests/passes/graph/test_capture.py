@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from sluice.core.errors import SluiceError
 from sluice.passes.gates.gating import insert_gates, strip_gates
 from sluice.passes.graph.capture import BatchNorm, capture, clone
-from sluice.runtime.compare import assert_close
+from sluice.runtime.base.compare import assert_close
 from tests.networks import NETWORKS, build
 
 

@@ -25,7 +25,7 @@ from sluice.passes.graph.aten import RULES, analyze
 from sluice.passes.graph.aten_walk import operator_name
 from sluice.passes.graph.capture import capture
 from sluice.passes.graph.coupling import Axis, Coupling
-from sluice.runtime.compare import assert_close, relative_error
+from sluice.runtime.base.compare import assert_close, relative_error
 
 aten = torch.ops.aten
 

@@ -20,7 +20,7 @@ from sluice.passes.cut.resolve import make_plan
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.graph.onnx_axes import RULES, analyze_onnx
 from sluice.passes.graph.onnx_graph import with_batch
-from sluice.runtime.compare import assert_close, relative_error
+from sluice.runtime.base.compare import assert_close, relative_error
 from sluice.runtime.ort.cpu import OrtRunner
 
 INT = np.int64

@@ -17,9 +17,9 @@ from sluice.models.densenet import DenseLayer
 from sluice.models.mobilenet import InvertedResidual
 from sluice.models.resnet import BasicBlock
 from sluice.models.vgg import VGG
-from sluice.passes.cut.merge_torch import chains_torch
 from sluice.passes.graph.capture import capture
 from sluice.passes.graph.chains import Chain, Layer, Span
+from sluice.passes.graph.chains_torch import chains_torch
 from sluice.passes.graph.segments import find_segments, folded_norms, is_valid
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from sluice.passes.precision.fold import fold_batch_norms
-from sluice.runtime.compare import assert_close
+from sluice.runtime.base.compare import assert_close
 from tests.exported import arrays, named, ops, random_feeds, run
 
 NORM = "BatchNormalization"

@@ -16,7 +16,7 @@ from sluice.core.errors import SluiceError
 from sluice.passes.precision.fold import fold_batch_norms
 from sluice.passes.precision.qdq_placement import Pairs, dialect_of
 from sluice.passes.precision.quantize import quantize, tensors_to_calibrate
-from sluice.runtime.compare import assert_close, relative_error
+from sluice.runtime.base.compare import assert_close, relative_error
 from tests.exported import arrays, deployed, named, ops, optimised, random_feeds, run
 
 Q, DQ = "QuantizeLinear", "DequantizeLinear"

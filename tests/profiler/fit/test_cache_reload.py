@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from sluice.passes.cut.rewrite_onnx import cut_graph
-from sluice.profiler.fit.cache_reload import SHARES, Reading, megabytes, readings
+from sluice.profiler.fit.cache_reload import SHARES, CachePenalty, fit_penalties, megabytes
 from sluice.profiler.fit.calibrate import HELD, READ, calibrate
 from sluice.profiler.fit.least_squares import fit_linear, left_out, mean_error
-from sluice.profiler.pieces.dissect import dissect
+from sluice.profiler.pieces.partition import partition_graph
 from sluice.profiler.pieces.variants import Alternatives
 from sluice.profiler.sweep.engine_times import model_key
 from sluice.profiler.table.latency_table import LatencyTable
-from sluice.profiler.timing.measure import Measurement
-from sluice.solver.options import Options
+from sluice.profiler.table.measurement import Measurement
+from sluice.solver.options import EditSpace
 from tests.device import FINGERPRINT, FakeRunner, chain, staircase
 from tests.profiler.fit.test_calibrate import bench_on, profiled
 
@@ -35,12 +35,12 @@ def test_what_engines_read_again_is_found(seed: int, share: float) -> None:
     held = share * float(weights.sum(1).max())
     again = np.maximum(0.0, np.minimum(0.06 * weights, ms).sum(1) - 0.06 * held)
     measured = 1.07 * (raw + again) + 0.02
-    found = readings(ms, weights, raw).best(measured)
+    found = fit_penalties(ms, weights, raw).best(measured)
     assert found is not None and np.count_nonzero(again) > 12
     assert found.ms_per_mb == pytest.approx(0.06, rel=0.06)
     if share > 0.2:  # where all engines read something again, what is held is the same for all, as the intercept is
-        assert found.held_mb == pytest.approx(held)
-    predicted = np.maximum(0.0, np.minimum(found.ms_per_mb * weights, ms).sum(1) - found.ms_per_mb * found.held_mb)
+        assert found.cache_mb == pytest.approx(held)
+    predicted = np.maximum(0.0, np.minimum(found.ms_per_mb * weights, ms).sum(1) - found.ms_per_mb * found.cache_mb)
     columns = [raw + predicted, np.ones(48)]
     promised = np.stack(columns, 1) @ fit_linear(columns, measured)
     off = np.abs(promised / measured - 1.0)
@@ -58,7 +58,7 @@ def test_an_engine_is_predicted_by_a_pair_that_has_not_seen_it() -> None:
         again = np.maximum(0.0, np.minimum(per_mb * weights, ms).sum(1) - per_mb * held)
         measured = 1.05 * (raw + again) * (1.0 + 0.02 * rng.standard_normal(48))
         plain = mean_error(left_out([raw, np.ones(48)], measured), measured)
-        return 1.0 - mean_error(readings(ms, weights, raw).left_out(measured), measured) / plain
+        return 1.0 - mean_error(fit_penalties(ms, weights, raw).left_out(measured), measured) / plain
 
     assert np.mean([gain(seed, 0.0) for seed in range(8)]) < 0.01
     assert np.mean([gain(seed, 0.06) for seed in range(8)]) > 0.4
@@ -67,32 +67,32 @@ def test_an_engine_is_predicted_by_a_pair_that_has_not_seen_it() -> None:
 def test_nothing_is_found_where_nothing_is_read_again() -> None:
     ms, weights = random_engines(0)
     raw = ms.sum(1)
-    assert readings(ms, np.zeros_like(weights), raw).best(1.1 * raw) is None
+    assert fit_penalties(ms, np.zeros_like(weights), raw).best(1.1 * raw) is None
 
 
 @pytest.mark.parametrize("held", [SHARES[3], None])
 def test_calibration_promises_what_is_read_again(held: float | None) -> None:
     """Also of engines that it has not seen, to 1%; without it they are 3% off and more."""
-    dissection = dissect(chain([40, 58, 34]), 2)
+    partition = partition_graph(chain([40, 58, 34]), 2)
     rng = np.random.default_rng(5)
     with LatencyTable.create(":memory:", FINGERPRINT) as table:
-        raw = profiled(dissection, bench_on(table, FakeRunner(staircase(8))))
-        weights = megabytes(dissection, raw, Alternatives(Options()))
+        raw = profiled(partition, bench_on(table, FakeRunner(staircase(8))))
+        weights = megabytes(partition, raw, Alternatives(EditSpace()))
         most = sum(float(mb.max()) for mb in weights.values())
         per_mb = 0.0 if held is None else 0.8 * raw.dense_ms() / most
-        truth = Reading(per_mb, (held or 0.0) * most).applied(raw, weights)
+        truth = CachePenalty(per_mb, (held or 0.0) * most).applied(raw, weights)
         draws = [{g: int(rng.integers(1, n + 1)) for g, n in raw.dense.items()} for _ in range(60)]
         plans = [dict(raw.dense), *draws]
         for plan in plans[:30]:
             ms = 1.04 * truth.raw_ms(plan) + 0.001
-            table.put_engine(model_key(dissection, raw), plan, Measurement(ms, 0.01, 48, "thread_cpu"))
+            table.put_engine(model_key(partition, raw), plan, Measurement(ms, 0.01, 48, "thread_cpu"))
         bench = bench_on(table, FakeRunner(staircase(8)))
-        model = calibrate(dissection, raw, bench, engines=30)
-        *_, stated = table.get_calibration(model_key(dissection, raw)) or ({},)
+        model = calibrate(partition, raw, bench, engines=30)
+        *_, stated = table.get_calibration(model_key(partition, raw)) or ({},)
         off = [model.ms(plan) / (1.04 * truth.raw_ms(plan) + 0.001) - 1.0 for plan in plans[30:]]
         assert max(map(abs, off)) < 0.01
         if held is None:
-            assert READ not in stated and all(term.reload is None for term in model.terms) and model.spared == 0.0
+            assert READ not in stated and all(term.reload is None for term in model.terms) and model.cached_ms == 0.0
         else:
             assert stated[READ] == pytest.approx(1.04 * per_mb, rel=0.03) and stated[HELD] == pytest.approx(held * most)
             plain = replace(model, terms=tuple(replace(term, reload=None) for term in model.terms))
@@ -100,13 +100,13 @@ def test_calibration_promises_what_is_read_again(held: float | None) -> None:
 
 
 def test_megabytes_are_those_of_the_cut_weights() -> None:
-    dissection = dissect(chain([26, 18]), 2)
+    partition = partition_graph(chain([26, 18]), 2)
     with LatencyTable.create(":memory:", FINGERPRINT) as table:
-        model = profiled(dissection, bench_on(table, FakeRunner(staircase(8))))
-    weights = megabytes(dissection, model, Alternatives(Options()))
+        model = profiled(partition, bench_on(table, FakeRunner(staircase(8))))
+    weights = megabytes(partition, model, Alternatives(EditSpace()))
     terms = {term.name: term for term in model.terms}
-    assert weights.keys() == {piece.name for piece in dissection.pieces}
+    assert weights.keys() == {piece.name for piece in partition.pieces}
     for plan in ({"conv0": 26, "conv1": 18}, {"conv0": 8, "conv1": 16}):
-        engine = cut_graph(dissection.model, dissection.analysis, dissection.masks(plan))
+        engine = cut_graph(partition.model, partition.analysis, partition.masks(plan))
         held = sum(4e-6 * np.prod(init.dims) for init in engine.graph.initializer if len(init.dims) >= 2)
         assert sum(replace(terms[n], ms=mb).at(plan) for n, mb in weights.items()) == pytest.approx(held)

@@ -9,13 +9,13 @@ import onnx
 import pytest
 
 from sluice.passes.cut.export import to_onnx
-from sluice.profiler.pieces.dissect import Dissection, build_piece, dissect
 from sluice.profiler.pieces.joints import SMALL, call_models, find_joints, joint_models, joint_widths
+from sluice.profiler.pieces.partition import Partition, build_piece, partition_graph
 from sluice.profiler.pieces.sources import add_sources
 from sluice.profiler.sweep.bench import Bench
 from sluice.profiler.table.latency_table import LatencyTable
-from sluice.profiler.timing.reference_engine import make_anchor
-from sluice.runtime.compare import assert_close
+from sluice.profiler.timing.reference_engine import make_reference_engine
+from sluice.runtime.base.compare import assert_close
 from sluice.runtime.ort.blocked_part import block_size
 from sluice.runtime.ort.cpu import OrtRunner
 from tests.device import FINGERPRINT, FakeRunner, FakeSession, chain
@@ -30,9 +30,9 @@ NAMES = [
 
 
 @cache
-def dissection_of(name: str) -> Dissection:
+def dissection_of(name: str) -> Partition:
     model, inputs = any_network(name)
-    return dissect(to_onnx(model, inputs), len(inputs[0]))
+    return partition_graph(to_onnx(model, inputs), len(inputs[0]))
 
 
 def feeds_of(model: onnx.ModelProto) -> dict[str, np.ndarray]:
@@ -43,10 +43,10 @@ def feeds_of(model: onnx.ModelProto) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_tensor_between_pieces_has_one_joint(name: str) -> None:
-    dissection = dissection_of(name)
-    read = Counter(n for p in dissection.pieces for n in p.inputs)
-    between = {n for p in dissection.pieces for n in p.outputs if n in read}
-    joints = find_joints(dissection)
+    partition = dissection_of(name)
+    read = Counter(n for p in partition.pieces for n in p.inputs)
+    between = {n for p in partition.pieces for n in p.outputs if n in read}
+    joints = find_joints(partition)
     assert Counter(j.tensor for j in joints) == Counter(between)
     for joint in joints:
         assert joint.tensor in joint.producer.outputs
@@ -56,13 +56,13 @@ def test_every_tensor_between_pieces_has_one_joint(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_joined_model_is_its_parts_in_sequence(name: str) -> None:
-    dissection = dissection_of(name)
-    for joint in find_joints(dissection):
-        own = {} if joint.extent is None else {g: max(1, dissection.dense[g] - 1) for g, _ in joint.extent.coefs}
-        widths = joint_widths(dissection, joint, own)
-        _, whole, sources = joint_models(dissection, joint, widths)
+    partition = dissection_of(name)
+    for joint in find_joints(partition):
+        own = {} if joint.extent is None else {g: max(1, partition.dense[g] - 1) for g, _ in joint.extent.coefs}
+        widths = joint_widths(partition, joint, own)
+        _, whole, sources = joint_models(partition, joint, widths)
         pieces = (joint.producer, *joint.consumers)
-        rank = len(dissection.analysis.shapes[joint.tensor])
+        rank = len(partition.analysis.shapes[joint.tensor])
         assert len(sources) == sum(joint.tensor in p.bare for p in joint.consumers) * (rank >= 3)
         onnx.checker.check_model(whole, full_check=True)
         feeds = feeds_of(whole)
@@ -70,7 +70,7 @@ def test_the_joined_model_is_its_parts_in_sequence(name: str) -> None:
         expected: dict[str, np.ndarray] = {}
         tensor: np.ndarray | None = None
         for index, piece in enumerate(pieces):
-            bare = build_piece(dissection, piece, widths)
+            bare = build_piece(partition, piece, widths)
             part = add_sources(bare, [n for n in piece.bare if n != joint.tensor])[0]
             given = {i.name: feeds.get(f"{index}/{i.name}", tensor) for i in part.graph.input}
             assert all(value is not None for value in given.values())
@@ -82,13 +82,13 @@ def test_the_joined_model_is_its_parts_in_sequence(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_parts_beside_each_other_share_nothing(name: str) -> None:
-    dissection = dissection_of(name)
-    for joint in find_joints(dissection):
-        widths = joint_widths(dissection, joint, {})
-        parts, _, _ = joint_models(dissection, joint, widths)
+    partition = dissection_of(name)
+    for joint in find_joints(partition):
+        widths = joint_widths(partition, joint, {})
+        parts, _, _ = joint_models(partition, joint, widths)
         if joint.pair:
             wanted = [
-                add_sources(build_piece(dissection, piece, widths), piece.bare)[0]
+                add_sources(build_piece(partition, piece, widths), piece.bare)[0]
                 for piece in (joint.producer, *joint.consumers)
             ]
             assert list(parts) == wanted
@@ -98,7 +98,7 @@ def test_the_parts_beside_each_other_share_nothing(name: str) -> None:
         feeds = feeds_of(apart)
         expected: dict[str, np.ndarray] = {}
         for index, piece in enumerate((joint.producer, *joint.consumers)):
-            part = add_sources(build_piece(dissection, piece, widths), piece.bare)[0]
+            part = add_sources(build_piece(partition, piece, widths), piece.bare)[0]
             given = {i.name: feeds.pop(f"{index}/{i.name}") for i in part.graph.input}
             expected.update({f"{index}/{n}": value for n, value in OrtRunner().build(part).run(given).items()})
         assert not feeds
@@ -112,16 +112,16 @@ def test_two_tiny_engines_in_one_are_one_call() -> None:
 
 
 def test_neighbours_that_run_the_same_kernels_save_their_calls_and_are_not_timed() -> None:
-    dissection = dissect(chain([32, 33, 24, 16]), 2)
+    partition = partition_graph(chain([32, 33, 24, 16]), 2)
     with LatencyTable.create(":memory:", FINGERPRINT) as table:
         runner, rng = OrtRunner(), np.random.default_rng(0)
-        bench = Bench(table, runner, make_anchor(table, runner, rng), rng)
+        bench = Bench(table, runner, make_reference_engine(table, runner, rng), rng)
         found = {}
-        for joint in find_joints(dissection)[:3]:
+        for joint in find_joints(partition)[:3]:
             assert joint.extent is not None and joint.calls == 1
             ((group, _),) = joint.extent.coefs
-            bench.joints([(dissection, joint, (dissection.dense[group],))])
-            found[group] = table.require(joint.key, (dissection.dense[group],))
+            bench.joints([(partition, joint, (partition.dense[group],))])
+            found[group] = table.require(joint.key, (partition.dense[group],))
         for group in ("conv0", "conv2"):
             assert found[group].ms == bench.call() > 0
             assert (found[group].samples, found[group].spread) == (0, 0.0)
@@ -147,28 +147,28 @@ class Apart(FakeRunner):
 def test_equal_kernels_on_several_threads_are_timed_and_count_beyond_doubt(
     threads: int, more: float, costs: bool
 ) -> None:
-    dissection = dissect(chain([32, 33, 24, 16]), 2)
+    partition = partition_graph(chain([32, 33, 24, 16]), 2)
     with LatencyTable.create(":memory:", replace(FINGERPRINT, threads=threads)) as table:
         runner, rng = Apart(more), np.random.default_rng(0)
-        bench = Bench(table, runner, make_anchor(table, runner, rng), rng)
-        for joint in find_joints(dissection)[:3]:
-            bench.joints([(dissection, joint, (8,))])
+        bench = Bench(table, runner, make_reference_engine(table, runner, rng), rng)
+        for joint in find_joints(partition)[:3]:
+            bench.joints([(partition, joint, (8,))])
             found = table.require(joint.key, (8,))
-            widths = joint_widths(dissection, joint, {f"conv{joint.tensor[1]}": 8})
-            _, whole, _ = joint_models(dissection, joint, widths, threads)
+            widths = joint_widths(partition, joint, {f"conv{joint.tensor[1]}": 8})
+            _, whole, _ = joint_models(partition, joint, widths, threads)
             assert (found.samples > 0) == (threads > 1) and bench.call() == 0.0
             assert found.ms == pytest.approx(-more * runner.ms(whole) if costs else 0.0, rel=1e-6, abs=1e-12)
 
 
 def test_widths_of_a_joint_are_small_but_its_own() -> None:
-    dissection = dissect(chain([40, 33, 9]), 2)
-    joint = next(j for j in find_joints(dissection) if j.extent is not None and j.extent.coefs == (("conv1", 1),))
-    assert joint_widths(dissection, joint, {"conv1": 21}) == {"conv0": SMALL, "conv1": 21, "conv2": 9}
+    partition = partition_graph(chain([40, 33, 9]), 2)
+    joint = next(j for j in find_joints(partition) if j.extent is not None and j.extent.coefs == (("conv1", 1),))
+    assert joint_widths(partition, joint, {"conv1": 21}) == {"conv0": SMALL, "conv1": 21, "conv2": 9}
 
 
 def test_equal_joints_share_a_key() -> None:
-    joints = find_joints(dissect(chain([10, 7, 9, 5, 6]), 2))
+    joints = find_joints(partition_graph(chain([10, 7, 9, 5, 6]), 2))
     keys = [j.key for j in joints]
     assert keys[1] == keys[2] and len(set(keys)) == len(keys) - 1  # between two inner convolutions
-    assert keys == [j.key for j in find_joints(dissect(chain([10, 7, 9, 5, 6], prefix="other."), 2))]
-    assert not set(keys) & {j.key for j in find_joints(dissect(chain([10, 7, 9, 5, 6], stride=2), 2))}
+    assert keys == [j.key for j in find_joints(partition_graph(chain([10, 7, 9, 5, 6], prefix="other."), 2))]
+    assert not set(keys) & {j.key for j in find_joints(partition_graph(chain([10, 7, 9, 5, 6], stride=2), 2))}

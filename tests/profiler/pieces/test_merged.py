@@ -24,10 +24,17 @@ from sluice.passes.cut.merge_onnx import merge_onnx
 from sluice.passes.graph.onnx_axes import analyze_onnx
 from sluice.profiler.pieces import merged
 from sluice.profiler.pieces import merged_groups as relabel
-from sluice.profiler.pieces.dissect import Dissection, Piece, anchor_weight, build_piece, dissect, weight_bytes
 from sluice.profiler.pieces.joints import find_joints, joint_models, joint_widths
 from sluice.profiler.pieces.merged import MergeSite, merge_segments, merge_variants, names_in
-from sluice.profiler.pieces.weightless import filled, hollow
+from sluice.profiler.pieces.partition import (
+    Partition,
+    Piece,
+    anchor_weight,
+    build_piece,
+    partition_graph,
+    weight_bytes,
+)
+from sluice.profiler.pieces.weightless import weightless, with_weights
 from tests.networks import Mixed
 
 BATCH = 2
@@ -238,13 +245,13 @@ def exported(name: str) -> onnx.ModelProto:
     return to_onnx(enliven(model, 0, (x,)), x)
 
 
-def whole(base: Dissection, sites: list[MergeSite]) -> Dissection:
+def whole(base: Partition, sites: list[MergeSite]) -> Partition:
     """The graph with these runs merged: made, checked, read and dissected."""
     done = merge_onnx(base.model, [site.merge for site in sites], values=False)
-    return dissect(done, BATCH, names=names_in(base, sites))
+    return partition_graph(done, BATCH, names=names_in(base, sites))
 
 
-def described(cut: Dissection, piece: Piece) -> dict[str, object]:
+def described(cut: Partition, piece: Piece) -> dict[str, object]:
     """All that anybody asks of a piece."""
     graph = piece.model.graph
     return {
@@ -262,17 +269,17 @@ def described(cut: Dissection, piece: Piece) -> dict[str, object]:
     }
 
 
-def narrowed(cut: Dissection, piece: Piece, seed: int) -> dict[str, int]:
+def narrowed(cut: Partition, piece: Piece, seed: int) -> dict[str, int]:
     rng = np.random.default_rng(seed)
     return {group: int(rng.integers(1, cut.dense[group] + 1)) for group in piece.groups}
 
 
-def check(base: Dissection, exclude: Collection[str] = (), *, widths_vary: bool = True, every: int = 1) -> int:
+def check(base: Partition, exclude: Collection[str] = (), *, widths_vary: bool = True, every: int = 1) -> int:
     """Every place of every graph, or of some; how many."""
     places = 0
     found = merge_variants(base, merge_segments(base, tuple(exclude), widths_vary=widths_vary))
     for variant, sites in itertools.islice(found, 0, None, every):
-        own, cut = variant.dissection, whole(base, sites)
+        own, cut = variant.partition, whole(base, sites)
         by_weight = {anchor_weight(piece): piece for piece in cut.pieces}
         assert {name: cut.dense[name] for name in own.dense} == own.dense
         for place, site in zip(variant.places, sites, strict=True):
@@ -290,7 +297,7 @@ def check(base: Dissection, exclude: Collection[str] = (), *, widths_vary: bool 
     return places
 
 
-def joints(cut: Dissection, inner: Collection[str], seed: int) -> list[object]:
+def joints(cut: Partition, inner: Collection[str], seed: int) -> list[object]:
     found: list[object] = []
     for joint in find_joints(cut):
         if joint.tensor in inner:
@@ -311,12 +318,12 @@ def _any_cost(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("widths_vary", [True, False])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_pieces_are_those_of_the_whole_graph(name: str, widths_vary: bool) -> None:
-    assert check(dissect(exported(name), BATCH), widths_vary=widths_vary) > 1
+    assert check(partition_graph(exported(name), BATCH), widths_vary=widths_vary) > 1
 
 
 @pytest.mark.parametrize("exclude", ["block1.conv1", "block2", "stem", "tail1"])
 def test_an_excluded_layer_is_no_matter_for_the_others(exclude: str) -> None:
-    assert check(dissect(exported("mixed"), BATCH, [exclude]), [exclude]) > 2
+    assert check(partition_graph(exported("mixed"), BATCH, [exclude]), [exclude]) > 2
 
 
 @pytest.mark.slow
@@ -325,13 +332,13 @@ def test_pieces_of_reference_networks(name: str, every: int, monkeypatch: pytest
     monkeypatch.undo()
     model = models.resnet20(widths=(4, 6, 9)) if name == "resnet20" else models.mobilenet_v2(width=0.1)
     x = torch.randn(BATCH, 1, 14, 12, generator=torch.Generator().manual_seed(0))
-    assert check(dissect(to_onnx(enliven(model, 0, (x,)), x), BATCH), every=every) > 20
+    assert check(partition_graph(to_onnx(enliven(model, 0, (x,)), x), BATCH), every=every) > 20
 
 
 def times_read(name: str, monkeypatch: pytest.MonkeyPatch) -> int:
     read = []
     monkeypatch.setattr(merged, "analyze_onnx", lambda model: read.append(model) or analyze_onnx(model))
-    base = dissect(exported(name), BATCH)
+    base = partition_graph(exported(name), BATCH)
     assert sum(1 for _ in merge_variants(base, merge_segments(base))) > 1
     return len(read)
 
@@ -362,7 +369,7 @@ LIES_ON = relabel._lies_on
     ],
 )
 def test_faults_are_noticed(name: str, broken: str, instead: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = dissect(exported(name), BATCH)
+    base = partition_graph(exported(name), BATCH)
     assert check(base) > 1
     monkeypatch.setattr(relabel, broken, instead)
     with pytest.raises((AssertionError, KeyError, IndexError, ValueError)):
@@ -370,26 +377,26 @@ def test_faults_are_noticed(name: str, broken: str, instead: object, monkeypatch
 
 
 def test_hollow_weights_are_filled_when_a_piece_is_built() -> None:
-    base = dissect(exported("mixed"), BATCH)
+    base = partition_graph(exported("mixed"), BATCH)
     variant, sites = next(merge_variants(base, merge_segments(base)))
     piece = next(p for place in variant.places for p in place.pieces)
     empty = [t.name for t in piece.model.graph.initializer if not t.HasField("raw_data")]
     before = piece.model.SerializeToString()
-    done = filled(piece.model)
+    done = with_weights(piece.model)
     assert set(empty) == {f"{piece.name}.weight", f"{piece.name}.bias"}
     assert piece.model.SerializeToString() == before
     whole_piece = next(p for p in whole(base, sites).pieces if p.name == piece.name)
     assert done.graph == whole_piece.model.graph
-    assert filled(done) is done
+    assert with_weights(done) is done
 
 
 def test_what_has_data_of_any_kind_is_not_hollow() -> None:
     given = helper.make_tensor("given", TensorProto.FLOAT, [3], [1.0, 2.0, 3.0])
     assert not given.HasField("raw_data")
-    nothing, half = numpy_helper.from_array(np.zeros((0, 3)), "no"), hollow("half", TensorProto.FLOAT16, (3, 2))
-    single = hollow("single", TensorProto.FLOAT, (1, 1, 1))
+    nothing, half = numpy_helper.from_array(np.zeros((0, 3)), "no"), weightless("half", TensorProto.FLOAT16, (3, 2))
+    single = weightless("single", TensorProto.FLOAT, (1, 1, 1))
     assert single.HasField("raw_data")
     model = helper.make_model(helper.make_graph([], "g", [], [], [given, nothing, half, single]))
-    *same, made, one = filled(model).graph.initializer
+    *same, made, one = with_weights(model).graph.initializer
     assert same == [given, nothing] and one == single
     assert made.data_type == TensorProto.FLOAT16 and numpy_helper.to_array(made).std() > 0

@@ -29,7 +29,7 @@ from sluice.profiler import profile as profile_module
 from sluice.profiler.pieces.engine import build_engine, with_ranks_in_reach
 from sluice.profiler.profile import Profile, profile_onnx
 from sluice.profiler.sweep.engine_times import RESTRUCTURED
-from sluice.runtime.compare import assert_close
+from sluice.runtime.base.compare import assert_close
 from sluice.solver.options import METHODS, chosen_edits
 from sluice.solver.random_configurations import random_configuration
 from tests.device import FakeRunner, line, staircase
@@ -74,13 +74,13 @@ def eight() -> Profile:
 
 
 def engine_ms(profile: Profile, configuration: Mapping[str, int], cost: object = EIGHT) -> float:
-    return FakeRunner(cost).ms(build_engine(profile.dissection, configuration, profile.options))  # type: ignore[arg-type]
+    return FakeRunner(cost).ms(build_engine(profile.partition, configuration, profile.options))  # type: ignore[arg-type]
 
 
 def drawn(profile: Profile, count: int) -> list[dict[str, int]]:
     rng = np.random.default_rng(3)
     plans = [random_configuration(profile.latency, rng) for _ in range(count)]
-    return [with_ranks_in_reach(profile.dissection, profile.latency, plan, profile.options) for plan in plans]
+    return [with_ranks_in_reach(profile.partition, profile.latency, plan, profile.options) for plan in plans]
 
 
 def switched(model: LatencyModel, *chosen: str) -> dict[str, int]:
@@ -152,7 +152,7 @@ def test_what_is_offered_does_not_depend_on_what_a_call_costs() -> None:
 
 
 def widths_of(profile: Profile, plan: Mapping[str, int]) -> dict[str, int]:
-    return {group: plan[group] for group in profile.dissection.dense}
+    return {group: plan[group] for group in profile.partition.dense}
 
 
 def test_calibration_finds_nothing_to_mend() -> None:
@@ -167,7 +167,7 @@ def test_a_narrowed_weight_has_no_more_ranks_than_its_smaller_side() -> None:
     changed = 0
     for _ in range(80):
         plan = random_configuration(profile.latency, rng)
-        near = with_ranks_in_reach(profile.dissection, profile.latency, plan, profile.options)
+        near = with_ranks_in_reach(profile.partition, profile.latency, plan, profile.options)
         assert all(near[site] in levels for site, levels in profile.latency.levels.items())
         assert {s: near[s] for s in near if near[s] != plan[s]}.keys() <= {o.rank for o in profile.options.ranks}
         built, promised = engine_ms(profile, plan), profile.latency.raw_ms(plan)
@@ -233,7 +233,7 @@ def test_a_rule_for_every_layer_that_can_change() -> None:
         (layer,) = (n.removesuffix("|dense") for n, _ in rule.coefs if n.endswith("|dense"))
         assert layer not in states and rule.total == 1 and {c for _, c in rule.coefs} == {1}
         states[layer] = {n for n, _ in rule.coefs} - {f"{layer}|dense"}
-    weights = {name for name, shape in profile.dissection.analysis.tensors.items() if len(shape) > 1}
+    weights = {name for name, shape in profile.partition.analysis.tensors.items() if len(shape) > 1}
     for layer in weights:
         named = {o.switch for o in options.ranks if o.param == layer}
         named |= {s for s, drop in options.drops.items() if layer in drop.params}
@@ -259,7 +259,7 @@ def test_a_method_offers_what_is_its_own(method: str) -> None:
         method == name for name in ("rank", "block", "merge")
     ]
     own = options.sites(model, [method])
-    widths = set(profile.dissection.dense)
+    widths = set(profile.partition.dense)
     assert own & widths == (widths if method == "filter" else set())
     assert own - widths == set(model.dense) - widths
     assert bool(model.switches) == (method != "filter")
@@ -329,7 +329,7 @@ def test_an_engine_has_the_structure_of_its_plan() -> None:
         kept = {g.name: range(plan[g.name]) for g in analysis.groups}
         edits = chosen_edits(profile.options, plan)
         rewritten = rewrite_onnx(dense(), make_plan(analysis, kept, edits=edits))
-        engine = build_engine(profile.dissection, plan, profile.options)
+        engine = build_engine(profile.partition, plan, profile.options)
         assert skeleton(engine) == skeleton(rewritten)
         assert shapes(engine) == shapes(rewritten)
 

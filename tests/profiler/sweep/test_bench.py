@@ -15,32 +15,34 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sluice.passes.cut.export import to_onnx
-from sluice.profiler.pieces.dissect import Dissection, Piece, dissect
+from sluice.profiler.pieces.partition import Partition, Piece, partition_graph
+from sluice.profiler.pieces.staircase import Staircase, step_of, sum_of
 from sluice.profiler.sweep.bench import BATCH_OF_SESSIONS, DOUBT, Bench
 from sluice.profiler.sweep.explore import MAX_WIDTHS, WORTH, explore
-from sluice.profiler.sweep.grids import MAX_GRID, SUMS, Staircase, knots_of, piece_points, step_of, sum_of, totals
+from sluice.profiler.sweep.grids import MAX_GRID, SUMS, knots_of, piece_points, totals
 from sluice.profiler.sweep.joint_sweep import explore_joints, joint_tolerance
 from sluice.profiler.table.latency_table import LatencyTable
+from sluice.profiler.table.measurement import UNCERTAIN
 from sluice.profiler.timing.burst_log import AGAIN, ONCE, keep_points, points_kept
-from sluice.profiler.timing.measure import PATIENCE_MS, UNCERTAIN, Anchor
-from sluice.profiler.timing.reference_engine import make_anchor
+from sluice.profiler.timing.measure import PATIENCE_MS, ReferenceEngine
+from sluice.profiler.timing.reference_engine import make_reference_engine
 from tests.device import FINGERPRINT, Cost, FakeRunner, FakeSession, chain, line, staircase
 
 
 def bench_on(table: LatencyTable, runner: FakeRunner) -> Bench:
     rng = np.random.default_rng(0)
-    return Bench(table, runner, make_anchor(table, runner, rng), rng)
+    return Bench(table, runner, make_reference_engine(table, runner, rng), rng)
 
 
 def stairs_of(widths: list[int], cost: Cost) -> dict[str, Staircase]:
     with LatencyTable.create(":memory:", FINGERPRINT) as table:
-        return explore(dissect(chain(widths), 2), bench_on(table, FakeRunner(cost)))
+        return explore(partition_graph(chain(widths), 2), bench_on(table, FakeRunner(cost)))
 
 
-def everything(dissection: Dissection, bench: Bench) -> dict[str, Staircase]:
-    stairs = explore(dissection, bench)
-    bench.pieces(dissection, piece_points(dissection, stairs))
-    explore_joints(dissection, stairs, bench, joint_tolerance(dissection, bench.table))
+def everything(partition: Partition, bench: Bench) -> dict[str, Staircase]:
+    stairs = explore(partition, bench)
+    bench.pieces(partition, piece_points(partition, stairs))
+    explore_joints(partition, stairs, bench, joint_tolerance(partition, bench.table))
     return stairs
 
 
@@ -95,41 +97,41 @@ def test_levels_of_any_staircase(size: int, step: int, penalty: float) -> None:
 
 
 def test_equal_groups_are_explored_once() -> None:
-    dissection = dissect(chain([20, 14, 14, 14, 9]), 2)
+    partition = partition_graph(chain([20, 14, 14, 14, 9]), 2)
     with LatencyTable.create(":memory:", FINGERPRINT) as table:
-        stairs = explore(dissection, bench_on(table, FakeRunner()))
+        stairs = explore(partition, bench_on(table, FakeRunner()))
     assert stairs["conv2"].levels == stairs["conv1"].levels  # 14 between inner convolutions, both of them
-    assert set(stairs) == set(dissection.dense)
+    assert set(stairs) == set(partition.dense)
 
 
 def test_what_the_table_knows_is_not_measured_again(tmp_path: Path) -> None:
-    dissection = dissect(chain([26, 18]), 2)
+    partition = partition_graph(chain([26, 18]), 2)
     with LatencyTable.create(tmp_path / "t.db", FINGERPRINT) as table:
         runner = FakeRunner(staircase(8))
-        stairs = everything(dissection, bench_on(table, runner))
+        stairs = everything(partition, bench_on(table, runner))
         points = len(table)
         assert runner.built > 0
     with LatencyTable.open(tmp_path / "t.db", FINGERPRINT) as table:
         again = FakeRunner(staircase(8))
-        found = everything(dissect(chain([26, 18], prefix="other."), 2), bench_on(table, again))
+        found = everything(partition_graph(chain([26, 18], prefix="other."), 2), bench_on(table, again))
         assert again.built == 0 and len(table) == points
         assert [s.levels for s in found.values()] == [s.levels for s in stairs.values()]
 
 
 @pytest.mark.parametrize("fail_at", [7, 30, 61])
 def test_a_kill_loses_what_was_in_flight_only(fail_at: int, tmp_path: Path) -> None:
-    dissection = dissect(chain([26, 18]), 2)
+    partition = partition_graph(chain([26, 18]), 2)
     with LatencyTable.create(":memory:", FINGERPRINT) as table:
         runner = FakeRunner(line)
-        everything(dissection, bench_on(table, runner))
+        everything(partition, bench_on(table, runner))
         whole = {key: table.points(key) for key in sorted(table.keys())}
     with LatencyTable.create(tmp_path / "t.db", FINGERPRINT) as table:
         killed = FakeRunner(line, fail_at=fail_at)
         with pytest.raises(KeyboardInterrupt):
-            everything(dissection, bench_on(table, killed))
+            everything(partition, bench_on(table, killed))
     with LatencyTable.open(tmp_path / "t.db", FINGERPRINT) as table:
         again = FakeRunner(line)
-        everything(dissection, bench_on(table, again))
+        everything(partition, bench_on(table, again))
         assert {key: table.points(key) for key in sorted(table.keys())} == whole
         assert again.built < runner.built
         assert killed.built + again.built <= runner.built + BATCH_OF_SESSIONS
@@ -147,21 +149,21 @@ def at_first(factor: float, disturbed: Callable[[float], bool]) -> Callable[[flo
     return slower
 
 
-def grid_of_60() -> tuple[Dissection, Piece, list[tuple[Piece, tuple[int, ...]]]]:
-    dissection = dissect(chain([40, 24]), 2)
-    piece = next(p for p in dissection.pieces if p.name == "conv1")
-    return dissection, piece, [(piece, (a, b)) for a in range(4, 41, 4) for b in range(4, 25, 4)]
+def grid_of_60() -> tuple[Partition, Piece, list[tuple[Piece, tuple[int, ...]]]]:
+    partition = partition_graph(chain([40, 24]), 2)
+    piece = next(p for p in partition.pieces if p.name == "conv1")
+    return partition, piece, [(piece, (a, b)) for a in range(4, 41, 4) for b in range(4, 25, 4)]
 
 
 def on_a_grid(
     slower: Callable[[float], float], fail_at: int | None = None, table: LatencyTable | None = None
 ) -> tuple[dict[tuple[int, ...], float], int]:
     """A piece's times at 60 points, of 12 channels longer than of 16, and how many engines were built for them."""
-    dissection, piece, grid = grid_of_60()
+    partition, piece, grid = grid_of_60()
     rule = lambda into, out, rest: 1e-3 * (into + 1e-3 * out) * (5 if into == 12 else 1)  # noqa: E731
     runner = FakeRunner(rule, slower, fail_at=fail_at)
     table = LatencyTable.create(":memory:", FINGERPRINT) if table is None else table
-    bench_on(table, runner).pieces(dissection, grid)
+    bench_on(table, runner).pieces(partition, grid)
     return {at: m.ms for at, m in table.points(piece.key).items()}, runner.built
 
 
@@ -195,8 +197,8 @@ def test_what_a_killed_call_had_not_looked_at_again_is_looked_at_by_the_next(fai
         kept = points_kept(table, ONCE) | points_kept(table, AGAIN)
         assert kept <= {(key, at) for key in keys for at in table.points(key)} and len(kept) == left
         if fail_at > 60:  # what is there can be read
-            runner, (dissection, _, grid) = FakeRunner(), grid_of_60()
-            replace(bench_on(table, runner), closed=True).pieces(dissection, grid)
+            runner, (partition, _, grid) = FakeRunner(), grid_of_60()
+            replace(bench_on(table, runner), closed=True).pieces(partition, grid)
             assert runner.built == 0
         found, built = on_a_grid(slower, None, table)
         assert found == exact and fail_at + built < 120 + BATCH_OF_SESSIONS
@@ -213,23 +215,23 @@ def test_other_points_stay_for_another_call() -> None:
 
 
 def test_grids_are_thinned_to_a_limit_and_keep_their_ends() -> None:
-    dissection = dissect(chain([50, 36]), 2)
-    stairs = {g: Staircase({}, tuple(range(2, n + 1, 2))) for g, n in dissection.dense.items()}
-    for piece in dissection.pieces:
-        knots = knots_of(piece, dissection, stairs)
+    partition = partition_graph(chain([50, 36]), 2)
+    stairs = {g: Staircase({}, tuple(range(2, n + 1, 2))) for g, n in partition.dense.items()}
+    for piece in partition.pieces:
+        knots = knots_of(piece, partition, stairs)
         assert math.prod(len(k) for k in knots) <= MAX_GRID
         for extent, values in zip(piece.extents, knots, strict=True):
-            assert (values[0], values[-1]) == (2, extent.at(dissection.dense)) and values == sorted(set(values))
+            assert (values[0], values[-1]) == (2, extent.at(partition.dense)) and values == sorted(set(values))
 
 
 def test_a_sum_of_groups_is_measured_at_sums_of_levels() -> None:
     """A total between two levels may be a width that no device likes, and that no plan has."""
-    dissection = dissect(chain([48, 36, 64]), 2)
-    stairs = {g: Staircase({}, tuple(range(4, n + 1, 4))) for g, n in dissection.dense.items()}
-    found = totals(["conv0", "conv1", "conv2"], dissection, stairs)
+    partition = partition_graph(chain([48, 36, 64]), 2)
+    stairs = {g: Staircase({}, tuple(range(4, n + 1, 4))) for g, n in partition.dense.items()}
+    found = totals(["conv0", "conv1", "conv2"], partition, stairs)
     assert (found[0], found[-1]) == (12, 148) and len(found) == SUMS
     assert all(size % 4 == 0 for size in found) and found == sorted(found)
-    assert totals(["conv1"], dissection, stairs) == list(stairs["conv1"].levels)
+    assert totals(["conv1"], partition, stairs) == list(stairs["conv1"].levels)
 
 
 class Joined(nn.Module):
@@ -243,19 +245,19 @@ class Joined(nn.Module):
 
 def test_both_sides_of_the_steps_of_a_sum_are_measured() -> None:
     """Whatever levels may add up to, a line between measured values is right."""
-    dissection = dissect(to_onnx(Joined(), torch.randn(2, 3, 9, 8)), 2)
+    partition = partition_graph(to_onnx(Joined(), torch.randn(2, 3, 9, 8)), 2)
     with LatencyTable.create(":memory:", FINGERPRINT) as table:
         bench = bench_on(table, FakeRunner(lambda into, out, rest: 1e-6 * 16 * math.ceil(into / 16) * out * rest))
-        stairs = explore(dissection, bench)
-        (joined,) = (name for name in stairs if name not in dissection.dense)
-        assert joined == sum_of(["a", "b"]) and joined not in explore(dissection, bench, only=["a"])
+        stairs = explore(partition, bench)
+        (joined,) = (name for name in stairs if name not in partition.dense)
+        assert joined == sum_of(["a", "b"]) and joined not in explore(partition, bench, only=["a"])
         assert {16, 20, 32, 36, 48, 52, 64} <= set(stairs[joined].levels)
-        assert totals(["a", "b"], dissection, stairs) == list(stairs[joined].levels)
-        piece = next(p for p in dissection.pieces if p.name == "c")
-        (values,) = knots_of(piece, dissection, stairs)
+        assert totals(["a", "b"], partition, stairs) == list(stairs[joined].levels)
+        piece = next(p for p in partition.pieces if p.name == "c")
+        (values,) = knots_of(piece, partition, stairs)
         sums = {a + b for a, b in itertools.product(stairs["a"].levels, stairs["b"].levels)}
         assert set(values) <= sums
-        bench.pieces(dissection, [(piece, (v,)) for v in sums])
+        bench.pieces(partition, [(piece, (v,)) for v in sums])
         known = [table.require(piece.key, (v,)).ms for v in values]
         for value in sums:
             assert np.interp(value, values, known) == pytest.approx(table.require(piece.key, (value,)).ms)
@@ -298,8 +300,8 @@ def test_a_machine_that_is_never_quiet_is_not_waited_for_again_and_again(slow: f
             return self.ms * Slow.slowness
 
     with LatencyTable.create(":memory:", FINGERPRINT) as table:
-        anchor = Anchor(Slow(0.4), 0.4)
-        bench = Bench(table, FakeRunner(), anchor, np.random.default_rng(0))
+        reference = ReferenceEngine(Slow(0.4), 0.4)
+        bench = Bench(table, FakeRunner(), reference, np.random.default_rng(0))
 
         def waited_ms() -> float:
             before = Slow.ms_in_all
@@ -316,7 +318,7 @@ def test_a_machine_that_is_never_quiet_is_not_waited_for_again_and_again(slow: f
 
 
 def test_what_is_certain_is_not_given_up_for_what_is_uncertain() -> None:
-    """A point is timed twice, the second time on a machine of which the anchor makes it too quick."""
+    """A point is timed twice, the second time on a machine of which the reference makes it too quick."""
 
     class Busy(FakeSession):
         slowness = 1.0
@@ -324,12 +326,12 @@ def test_what_is_certain_is_not_given_up_for_what_is_uncertain() -> None:
         def sample(self, repeats: int) -> float:
             return self.ms * Busy.slowness
 
-    dissection = dissect(chain([26, 18]), 2)
-    piece = dissection.pieces[0]
-    point = [((piece.key, (8,)), (dissection, piece))]
+    partition = partition_graph(chain([26, 18]), 2)
+    piece = partition.pieces[0]
+    point = [((piece.key, (8,)), (partition, piece))]
     with LatencyTable.create(":memory:", FINGERPRINT) as table:
-        bench = Bench(table, FakeRunner(line), Anchor(Busy(0.4), 0.4), np.random.default_rng(0))
-        bench.pieces(dissection, [(piece, (8,))])
+        bench = Bench(table, FakeRunner(line), ReferenceEngine(Busy(0.4), 0.4), np.random.default_rng(0))
+        bench.pieces(partition, [(piece, (8,))])
         known = table.require(piece.key, (8,))
         Busy.slowness = 1.3
         bench._time_pieces(point)
@@ -341,13 +343,13 @@ def test_what_is_certain_is_not_given_up_for_what_is_uncertain() -> None:
 
 def test_progress_counts_up_to_the_end() -> None:
     calls: list[tuple[int, int]] = []
-    dissection = dissect(chain([26, 18]), 2)
+    partition = partition_graph(chain([26, 18]), 2)
     with LatencyTable.create(":memory:", FINGERPRINT) as table:
         bench = bench_on(table, FakeRunner(line))
-        stairs = explore(dissection, bench)
-        points = piece_points(dissection, stairs)
+        stairs = explore(partition, bench)
+        points = piece_points(partition, stairs)
         missing = sum(table.get(p.key, e) is None for p, e in {(p.key, e): (p, e) for p, e in points}.values())
-        noisy = Bench(table, bench.runner, bench.anchor, bench.rng, lambda done, total: calls.append((done, total)))
-        noisy.pieces(dissection, points)
+        noisy = Bench(table, bench.runner, bench.reference, bench.rng, lambda done, total: calls.append((done, total)))
+        noisy.pieces(partition, points)
     assert {total for _, total in calls} == {missing} and calls[-1][0] == missing
     assert [done for done, _ in calls] == sorted({done for done, _ in calls})

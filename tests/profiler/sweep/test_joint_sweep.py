@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sluice.passes.cut.export import to_onnx
-from sluice.profiler.pieces.dissect import dissect
 from sluice.profiler.pieces.joints import find_joints
+from sluice.profiler.pieces.partition import partition_graph
 from sluice.profiler.sweep.bench import Bench
 from sluice.profiler.sweep.explore import explore
 from sluice.profiler.sweep.grids import dense_ms
@@ -26,7 +26,7 @@ from sluice.profiler.sweep.joint_sweep import (
     joint_tolerance,
 )
 from sluice.profiler.table.latency_table import LatencyTable
-from sluice.profiler.timing.reference_engine import make_anchor
+from sluice.profiler.timing.reference_engine import make_reference_engine
 from tests.device import FINGERPRINT, FakeRunner, chain, staircase
 from tests.tiny import inputs, residual
 
@@ -67,48 +67,48 @@ def test_a_slope_is_followed_to_the_tolerance() -> None:
 
 
 def test_the_sweep_leaves_nothing_to_ask_for(tmp_path: Path) -> None:
-    dissection = dissect(chain([26, 18, 30]), 2)
+    partition = partition_graph(chain([26, 18, 30]), 2)
     rng = np.random.default_rng(0)
     with LatencyTable.create(tmp_path / "t.db", FINGERPRINT) as table:
         runner = FakeRunner(staircase(8), slower=lambda ms: ms + 0.3)
-        bench = Bench(table, runner, make_anchor(table, runner, rng), rng)
-        stairs = explore(dissection, bench)
-        tolerance = joint_tolerance(dissection, table)
-        assert tolerance == pytest.approx(GAIN * sum(dense_ms(dissection, table, call_ms=0.0).values()))
-        explore_joints(dissection, stairs, bench, tolerance)
-        built, points = runner.built, joint_points(dissection, stairs, table, tolerance)
-        explore_joints(dissection, stairs, bench, tolerance)
+        bench = Bench(table, runner, make_reference_engine(table, runner, rng), rng)
+        stairs = explore(partition, bench)
+        tolerance = joint_tolerance(partition, table)
+        assert tolerance == pytest.approx(GAIN * sum(dense_ms(partition, table, call_ms=0.0).values()))
+        explore_joints(partition, stairs, bench, tolerance)
+        built, points = runner.built, joint_points(partition, stairs, table, tolerance)
+        explore_joints(partition, stairs, bench, tolerance)
         assert runner.built == built
-        assert {joint.tensor for joint, _ in points} == {joint.tensor for joint in find_joints(dissection)}
+        assert {joint.tensor for joint, _ in points} == {joint.tensor for joint in find_joints(partition)}
         for joint, at in points:
             # A joint is as many calls as there are consumers: that is all this device lets neighbours save.
             assert table.require(joint.key, at).ms == pytest.approx(0.3 * len(joint.consumers))
 
 
 def test_joints_that_are_not_wanted_are_left_to_others(tmp_path: Path) -> None:
-    dissection = dissect(chain([26, 18, 30]), 2)
+    partition = partition_graph(chain([26, 18, 30]), 2)
     rng = np.random.default_rng(0)
     with LatencyTable.create(tmp_path / "t.db", FINGERPRINT) as table:
         runner = FakeRunner(staircase(8))
-        bench = Bench(table, runner, make_anchor(table, runner, rng), rng)
-        stairs = explore(dissection, bench)
-        own, before = find_joints(dissection)[1], set(table.keys())
-        explore_joints(dissection, stairs, bench, 1.0, wanted=lambda joint: joint.key == own.key)
+        bench = Bench(table, runner, make_reference_engine(table, runner, rng), rng)
+        stairs = explore(partition, bench)
+        own, before = find_joints(partition)[1], set(table.keys())
+        explore_joints(partition, stairs, bench, 1.0, wanted=lambda joint: joint.key == own.key)
         assert set(table.keys()) - before == {own.key}
 
 
 def test_only_joints_of_several_consumers_are_measured_at_a_part_of_the_batch() -> None:
-    dissection = dissect(to_onnx(residual(), inputs()), 8, small=True)
-    assert dissection.small is not None and dissection.small.batch == 2
+    partition = partition_graph(to_onnx(residual(), inputs()), 8, small=True)
+    assert partition.small is not None and partition.small.batch == 2
     rng = np.random.default_rng(0)
     with LatencyTable.create(":memory:", FINGERPRINT) as table:
-        bench = Bench(table, FakeRunner(staircase(8)), make_anchor(table, FakeRunner(), rng), rng)
-        stairs = explore(dissection, bench)
-        explore_joints(dissection, stairs, bench, 1.0)
-        points = joint_points(dissection, stairs, table, 1.0)
-    full, small = ({joint.key for joint in find_joints(cut)} for cut in (dissection, dissection.small))
+        bench = Bench(table, FakeRunner(staircase(8)), make_reference_engine(table, FakeRunner(), rng), rng)
+        stairs = explore(partition, bench)
+        explore_joints(partition, stairs, bench, 1.0)
+        points = joint_points(partition, stairs, table, 1.0)
+    full, small = ({joint.key for joint in find_joints(cut)} for cut in (partition, partition.small))
     assert {joint.pair for joint, _ in points} == {True, False}
     for joint, _ in points:
         assert joint.key in (full if joint.pair else small)
-        assert joint_graph(joint, dissection) is (dissection if joint.pair else dissection.small)
-        assert joint_ms(joint, dissection, 0.25, 0.0) == pytest.approx(0.25 if joint.pair else 1.0)
+        assert joint_graph(joint, partition) is (partition if joint.pair else partition.small)
+        assert joint_ms(joint, partition, 0.25, 0.0) == pytest.approx(0.25 if joint.pair else 1.0)

@@ -9,7 +9,7 @@ import pytest
 
 from sluice.core.errors import SluiceError
 from sluice.profiler import profile as profile_module
-from sluice.profiler.pieces.dissect import dissect
+from sluice.profiler.pieces.partition import partition_graph
 from sluice.profiler.profile import Profile, ShardDone, profile_onnx, profile_shard
 from sluice.profiler.summary import profile_summary, shard_summary
 from sluice.profiler.sweep.engine_times import ENGINES
@@ -55,7 +55,7 @@ def test_the_work_is_divided_and_the_union_is_whole(tmp_path: Path, measure: Cal
     parts = [tmp_path / f"{k}.db" for k in range(COUNT)]
     for k, path in enumerate(parts):
         done, _ = measure(path, Shard(k + 1, COUNT))
-        assert done.points == points(path) - 1 and done.engines == 0 and not done.complete  # its anchor apart
+        assert done.points == points(path) - 1 and done.engines == 0 and not done.complete  # its reference apart
         assert done.points <= 0.42 * whole
     merged = merge_tables(parts, tmp_path / "all.db")
     assert merged.points == whole
@@ -124,7 +124,7 @@ def test_a_host_of_another_speed_finishes_in_its_own_time(
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 40, 9999])
 @pytest.mark.parametrize("methods", [("filter",), ("filter", "rank", "block", "merge")])
 def test_every_part_has_one_owner(count: int, methods: tuple[str, ...]) -> None:
-    cut = dissect(chain(WIDTHS, batch="N"), 2)
+    cut = partition_graph(chain(WIDTHS, batch="N"), 2)
     shares = [share_of(cut, Shard(k, count), methods) for k in range(1, min(count, 40) + 1)]
     for piece in cut.pieces:
         (owner,) = [share for share in shares if share.has(piece)]

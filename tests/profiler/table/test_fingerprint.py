@@ -8,7 +8,7 @@ import pytest
 
 from sluice.core.errors import SluiceError
 from sluice.profiler.table.fingerprint import Fingerprint, difference
-from sluice.runtime.host import host_device, host_identity
+from sluice.runtime.base.host import host_device, host_identity
 
 ORIGIN = Fingerprint("Some CPU", "onnxruntime", "1.2.3", 1, "fp32", 8, "thread_cpu")
 

@@ -20,8 +20,8 @@ from sluice.core.errors import SluiceError
 from sluice.profiler.table import latency_table as table_module
 from sluice.profiler.table.fingerprint import Fingerprint
 from sluice.profiler.table.latency_table import LatencyTable
+from sluice.profiler.table.measurement import Measurement
 from sluice.profiler.table.table_file import check_content
-from sluice.profiler.timing.measure import Measurement
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "table-v1.sqlite"
 ORIGIN = Fingerprint("Some CPU", "onnxruntime", "1.2.3", 1, "fp32", 8, "thread_cpu")
@@ -31,7 +31,7 @@ def found(ms: float) -> Measurement:
     return Measurement(ms, 0.01, 40, "thread_cpu")
 
 
-def filled(path: Path) -> Path:
+def with_weights(path: Path) -> Path:
     with LatencyTable.create(path, ORIGIN) as table:
         table.put_many((f"piece {i % 5}", (i, 3), found(1.0 + i)) for i in range(900))
     return path
@@ -110,7 +110,7 @@ def test_open_or_create(tmp_path: Path) -> None:
 
 
 def test_a_table_is_made_with_its_folder_and_a_mistake_names_the_path_that_was_given(tmp_path: Path) -> None:
-    filled(tmp_path / "new" / "folder" / "t.db")
+    with_weights(tmp_path / "new" / "folder" / "t.db")
     (tmp_path / "file").touch()
     with pytest.raises(SluiceError, match=re.escape(f"cannot create {tmp_path / 'file' / 't.db'}: ")):
         LatencyTable.create(tmp_path / "file" / "t.db", ORIGIN)
@@ -122,7 +122,7 @@ def _no_link(*_: object) -> None:
 
 def test_of_two_that_begin_a_table_the_first_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one is done between the look for a table and the move of the draft."""
-    path, theirs = tmp_path / "t.db", filled(tmp_path / "theirs.db")
+    path, theirs = tmp_path / "t.db", with_weights(tmp_path / "theirs.db")
     monkeypatch.setattr(table_module, "drop_bursts", lambda name: os.link(theirs, name))
     with LatencyTable.open_or_create(path, ORIGIN) as table:
         assert len(table) == 900
@@ -134,7 +134,7 @@ def test_of_two_that_begin_a_table_the_first_wins(tmp_path: Path, monkeypatch: p
 
 def test_where_there_are_no_hard_links_a_table_is_made_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "link", _no_link)
-    filled(tmp_path / "t.db")
+    with_weights(tmp_path / "t.db")
     assert [file.name for file in tmp_path.iterdir()] == ["t.db"]
 
 
@@ -143,7 +143,7 @@ def test_what_a_kill_left_where_nothing_can_be_written_is_not_called_damage(tmp_
         def execute(self, _: str) -> None:
             raise sqlite3.OperationalError("unable to open database file")
 
-    name, connection = str(filled(tmp_path / "t.db")), cast(sqlite3.Connection, Closed())
+    name, connection = str(with_weights(tmp_path / "t.db")), cast(sqlite3.Connection, Closed())
     with pytest.raises(SluiceError, match="is damaged"):
         check_content(connection, name)
     Path(f"{name}-journal").touch()
@@ -152,7 +152,7 @@ def test_what_a_kill_left_where_nothing_can_be_written_is_not_called_damage(tmp_
 
 
 def test_another_fingerprint_is_refused(tmp_path: Path) -> None:
-    path = filled(tmp_path / "table.db")
+    path = with_weights(tmp_path / "table.db")
     before = path.read_bytes()
     other = replace(ORIGIN, device="Other CPU", batch=1)
     message = "device is 'Some CPU', not 'Other CPU'; batch is 8, not 1; use those conditions, or choose another file"
@@ -172,7 +172,7 @@ def damaged(kind: str, path: Path) -> None:
         connection.execute("CREATE TABLE points (x)")
         connection.close()
     else:
-        filled(path)
+        with_weights(path)
         data = bytearray(path.read_bytes())
         if kind == "truncated":
             data = data[: len(data) // 2]
@@ -216,7 +216,7 @@ def test_a_damaged_file_is_refused_and_left_alone(tmp_path: Path, kind: str, mes
 
 
 def test_damage_found_while_reading_is_the_users_error(tmp_path: Path) -> None:
-    path = filled(tmp_path / "table.db")
+    path = with_weights(tmp_path / "table.db")
     with LatencyTable.open(path) as table:
         data = bytearray(path.read_bytes())
         data[4096:] = b"\xa5" * (len(data) - 4096)
@@ -228,7 +228,7 @@ def test_damage_found_while_reading_is_the_users_error(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_keeps_what_was_recorded(tmp_path: Path) -> None:
-    path = filled(tmp_path / "table.db")
+    path = with_weights(tmp_path / "table.db")
     with LatencyTable.open(path) as table:
         (pages,) = table._connection.execute("PRAGMA page_count").fetchone()
         table._connection.execute(f"PRAGMA max_page_count = {pages}")
@@ -242,7 +242,7 @@ def test_a_full_disk_keeps_what_was_recorded(tmp_path: Path) -> None:
 
 
 def test_a_read_only_table_can_be_read(tmp_path: Path) -> None:
-    with LatencyTable.open(filled(tmp_path / "table.db")) as table:
+    with LatencyTable.open(with_weights(tmp_path / "table.db")) as table:
         table._connection.execute("PRAGMA query_only = ON")
         with pytest.raises(SluiceError, match=r"readonly.*what was recorded before is kept; make the file"):
             table.put("a", (1,), found(1.0))
@@ -273,7 +273,7 @@ def test_a_missing_point_is_described(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from sluice.profiler.table.fingerprint import Fingerprint
-from sluice.profiler.timing.measure import Measurement
+from sluice.profiler.table.measurement import Measurement
 from sluice.profiler.table.latency_table import LatencyTable
 table = LatencyTable.open(sys.argv[1])
 def points(batch):
@@ -339,7 +339,7 @@ def test_a_killed_sweep_keeps_what_was_committed(tmp_path: Path) -> None:
 
 
 def test_a_transaction_killed_half_way_is_undone(tmp_path: Path) -> None:
-    path = filled(tmp_path / "table.db")
+    path = with_weights(tmp_path / "table.db")
     before = path.read_bytes()
     process = start(HALF_WRITER, path)
     assert process.stdout is not None
@@ -397,11 +397,11 @@ def test_a_table_of_version_1_becomes_version_2_with_its_first_blob(tmp_path: Pa
         assert table.get_blob("timing cache") == b"abc" and len(table) == 4
         table.put_blob("timing cache", b"abcd")
         assert table.blobs() == {"timing cache": 4} and table.networks() == ("net",)
-    assert version(filled(tmp_path / "new.db")) == 1
+    assert version(with_weights(tmp_path / "new.db")) == 1
 
 
 def test_a_version_2_without_its_blobs_is_damaged(tmp_path: Path) -> None:
-    path = filled(tmp_path / "table.db")
+    path = with_weights(tmp_path / "table.db")
     with LatencyTable.open(path) as table:
         table.put_blob("timing cache", b"abc")
     connection = sqlite3.connect(path)

@@ -12,11 +12,11 @@ import pytest
 from sluice.core.errors import SluiceError
 from sluice.profiler.table.fingerprint import Fingerprint
 from sluice.profiler.table.latency_table import LatencyTable
+from sluice.profiler.table.measurement import Measurement
 from sluice.profiler.table_tools.merge import merge_tables
 from sluice.profiler.timing.burst_log import AGAIN, ONCE, keep_points, points_kept
-from sluice.profiler.timing.measure import Measurement
 from sluice.profiler.timing.reference_engine import HOST, MAX_RATIO
-from sluice.profiler.timing.reference_engine import KEY as ANCHOR
+from sluice.profiler.timing.reference_engine import KEY as REFERENCE
 
 ORIGIN = Fingerprint("Some CPU", "ort-cpu", "1.2.3", 1, "fp32", 8, "thread_cpu")
 Points = Mapping[tuple[str, tuple[int, ...]], tuple[float, float]]
@@ -26,10 +26,10 @@ def found(ms: float, spread: float = 0.01) -> Measurement:
     return Measurement(ms, spread, 40, "thread_cpu")
 
 
-def made(path: Path, points: Points, anchor: float | None = 0.25, origin: Fingerprint = ORIGIN) -> Path:
+def made(path: Path, points: Points, reference: float | None = 0.25, origin: Fingerprint = ORIGIN) -> Path:
     with LatencyTable.create(path, origin) as table:
-        if anchor is not None:
-            table.put(ANCHOR, (), found(anchor))
+        if reference is not None:
+            table.put(REFERENCE, (), found(reference))
         table.put_many((key, at, found(*time)) for (key, at), time in points.items())
     return path
 
@@ -48,7 +48,7 @@ def test_the_quieter_time_stays_in_the_times_of_the_first_table(tmp_path: Path) 
     with LatencyTable.open(tmp_path / "all.db", ORIGIN) as table:
         assert table.points("p") == {(3, 5): found(1.5 * scale, 0.01), (7, 5): found(2.0, 0.01)}
         assert table.require("q", ()) == found(3.0, 0.03) and table.require("r", (2,)) == found(4.0 * scale, 0.0)
-        assert table.require(ANCHOR, ()).ms == 0.25
+        assert table.require(REFERENCE, ()).ms == 0.25
         assert (table.description("r"), table.description("p"), table.description("q")) == ("Conv 3x3", "Gemm", "")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.db", "all.db", "b.db"]
     # A table of its own, twice, is itself.
@@ -79,7 +79,7 @@ def test_engines_calibrations_and_blobs(tmp_path: Path) -> None:
         table.put_engine("net", {"h": 2, "g": 5}, found(2.4, 0.01))
         table.put_engine("other", {}, found(4.8))
         table.put_calibration(
-            "net", 0.8, 0.24, {"median_abs_err": 0.01, "reload_ms_per_mb": 0.48, "held_mb": 8.0, "n": 9.0}
+            "net", 0.8, 0.24, {"median_abs_err": 0.01, "reload_ms_per_mb": 0.48, "cache_mb": 8.0, "n": 9.0}
         )
         table.put_blob("cache", b"second")
         table.put_blob("more", b"\0\1")
@@ -91,7 +91,7 @@ def test_engines_calibrations_and_blobs(tmp_path: Path) -> None:
         assert engines[("g", 5), ("h", 2)].ms == pytest.approx(2.5) and engines[("g", 5), ("h", 2)].spread == 0.01
         slope, intercept, error = table.get_calibration("net") or (0.0, 0.0, {})
         assert (slope, intercept) == (0.8, pytest.approx(0.25))
-        assert error == {"median_abs_err": 0.01, "reload_ms_per_mb": pytest.approx(0.5), "held_mb": 8.0, "n": 9.0}
+        assert error == {"median_abs_err": 0.01, "reload_ms_per_mb": pytest.approx(0.5), "cache_mb": 8.0, "n": 9.0}
         assert table.get_blob("cache") == b"first" and table.get_blob("more") == b"\0\1"
 
 

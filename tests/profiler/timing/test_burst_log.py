@@ -24,7 +24,7 @@ from sluice.core.latency import LatencyModel
 from sluice.core.progress import silent
 from sluice.passes.cut.export import to_onnx
 from sluice.profiler.fit.calibrate import calibrate
-from sluice.profiler.pieces.dissect import Dissection, Piece, build_piece, dissect, spread_widths
+from sluice.profiler.pieces.partition import Partition, Piece, build_piece, partition_graph, spread_widths
 from sluice.profiler.survey import survey
 from sluice.profiler.sweep import engine_times
 from sluice.profiler.sweep.bench import BURSTS, Bench
@@ -32,10 +32,10 @@ from sluice.profiler.sweep.engine_times import measure_engines
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.table.table_file import bursts_of
 from sluice.profiler.timing.burst_log import EVERY, Call, kept, landed
-from sluice.profiler.timing.measure import Anchor
-from sluice.profiler.timing.reference_engine import anchor_model
+from sluice.profiler.timing.measure import ReferenceEngine
+from sluice.profiler.timing.reference_engine import reference_model
 from sluice.solver.options import METHODS
-from tests.device import ANCHOR_MS, FINGERPRINT, FakeRunner, FakeSession, chain, staircase
+from tests.device import FINGERPRINT, REFERENCE_MS, FakeRunner, FakeSession, chain, staircase
 
 
 class Killed(BaseException):
@@ -48,7 +48,7 @@ def jagged(ms: float) -> float:
 
 
 class Device(FakeRunner):
-    """Counts the bursts of its sessions, the anchor apart.
+    """Counts the bursts of its sessions, the reference apart.
 
     At burst ``dies_at`` what is in the folder ``of`` is copied as a kill would leave it, to ``to``.
     """
@@ -66,7 +66,7 @@ class Device(FakeRunner):
 
     def build(self, model: Any, *, batch: int | None = None, feeds_shapes: Any = None) -> FakeSession:
         built = super().build(model, batch=batch, feeds_shapes=feeds_shapes)
-        if model.graph.name == anchor_model().graph.name:
+        if model.graph.name == reference_model().graph.name:
             return built
         device = self
 
@@ -92,16 +92,16 @@ def begun(table: LatencyTable) -> tuple[str, ...]:
 
 
 def bench_on(table: LatencyTable, runner: FakeRunner, seed: int = 0) -> Bench:
-    anchor = Anchor(runner.build(anchor_model()), ANCHOR_MS)
-    return Bench(table, runner, anchor, np.random.default_rng(seed))
+    reference = ReferenceEngine(runner.build(reference_model()), REFERENCE_MS)
+    return Bench(table, runner, reference, np.random.default_rng(seed))
 
 
-def profiled(dissection: Dissection, bench: Bench) -> LatencyModel:
+def profiled(partition: Partition, bench: Bench) -> LatencyModel:
     """All that is measured of a network, engines in groups of a few."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_times, "AT_ONCE", 400_000)
-        found = survey(dissection, bench, silent, methods=METHODS, exclude=())
-        return calibrate(dissection, found.latency(bench), bench, found.alternatives, engines=12)
+        found = survey(partition, bench, silent, methods=METHODS, exclude=())
+        return calibrate(partition, found.latency(bench), bench, found.alternatives, engines=12)
 
 
 class Bottleneck(nn.Module):
@@ -117,8 +117,8 @@ class Bottleneck(nn.Module):
 
 
 @functools.cache
-def bottleneck() -> Dissection:
-    return dissect(to_onnx(Bottleneck(), (torch.zeros(2, 3, 9, 9),)), 2)
+def bottleneck() -> Partition:
+    return partition_graph(to_onnx(Bottleneck(), (torch.zeros(2, 3, 9, 9),)), 2)
 
 
 @functools.cache
@@ -157,43 +157,43 @@ def test_a_kill_costs_less_than_a_point(share: float) -> None:
 
 def test_bursts_from_before_the_kill_count(tmp_path: Path) -> None:
     """The machine is slower afterwards, the points in flight had been seen at their best."""
-    dissection = dissect(chain([14, 9]), 2)
-    piece = dissection.pieces[1]
+    partition = partition_graph(chain([14, 9]), 2)
+    piece = partition.pieces[1]
     wanted = [(piece, (3 * k, 2 * k)) for k in range(1, 5)]
     (tmp_path / "a").mkdir()
     with LatencyTable.create(tmp_path / "a" / "t.db", FINGERPRINT) as table:
         with pytest.raises(Killed):
-            bench_on(table, Device(90, tmp_path / "a", tmp_path / "b")).pieces(dissection, wanted)
+            bench_on(table, Device(90, tmp_path / "a", tmp_path / "b")).pieces(partition, wanted)
         assert len(begun(table)) == 4
     with LatencyTable.open(tmp_path / "b" / "t.db") as table:
-        bench_on(table, Device(factor=1.3), seed=3).pieces(dissection, wanted)
+        bench_on(table, Device(factor=1.3), seed=3).pieces(partition, wanted)
         found = [table.require(piece.key, at).ms for _, at in wanted]
-        truth = [FakeRunner(staircase(8)).ms(model) for model in _models(dissection, wanted)]
+        truth = [FakeRunner(staircase(8)).ms(model) for model in _models(partition, wanted)]
         assert found == pytest.approx(truth, rel=1e-9)
         other = (piece, (14, 9))
-        bench_on(table, Device(factor=1.3), seed=3).pieces(dissection, [other])
-        (ms,) = (FakeRunner(staircase(8)).ms(model) for model in _models(dissection, [other]))
+        bench_on(table, Device(factor=1.3), seed=3).pieces(partition, [other])
+        (ms,) = (FakeRunner(staircase(8)).ms(model) for model in _models(partition, [other]))
         assert table.require(*(piece.key, other[1])).ms == pytest.approx(1.3 * ms)
 
 
-def _models(dissection: Dissection, wanted: Sequence[tuple[Piece, tuple[int, ...]]]) -> list[onnx.ModelProto]:
-    return [build_piece(dissection, piece, spread_widths(piece, at, dissection.dense)) for piece, at in wanted]
+def _models(partition: Partition, wanted: Sequence[tuple[Piece, tuple[int, ...]]]) -> list[onnx.ModelProto]:
+    return [build_piece(partition, piece, spread_widths(piece, at, partition.dense)) for piece, at in wanted]
 
 
 def test_passes_over_engines_that_were_done_are_not_done_again(tmp_path: Path) -> None:
-    dissection = dissect(chain([14, 9]), 2)
+    partition = partition_graph(chain([14, 9]), 2)
     plans = [{"conv0": 9 + k, "conv1": 9 - k} for k in range(5)]
     (tmp_path / "a").mkdir()
     with LatencyTable.create(tmp_path / "whole.db", FINGERPRINT) as table:
         whole = Device()
-        measure_engines(dissection, bench_on(table, whole), plans)
+        measure_engines(partition, bench_on(table, whole), plans)
     with LatencyTable.create(tmp_path / "a" / "t.db", FINGERPRINT) as table, pytest.raises(Killed):
         killed = Device(whole.bursts - 3, tmp_path / "a", tmp_path / "b")
-        measure_engines(dissection, bench_on(table, killed), plans)
+        measure_engines(partition, bench_on(table, killed), plans)
     with LatencyTable.open(tmp_path / "b" / "t.db") as table:
         assert "pass 1" in begun(table)[0]
         after = Device()
-        found = measure_engines(dissection, bench_on(table, after, seed=5), plans, record="net")
+        found = measure_engines(partition, bench_on(table, after, seed=5), plans, record="net")
         assert after.bursts < EVERY and len(table.engines("net")) == 5
         assert sorted(found) == sorted(m.ms for _, m in table.engines("net"))
 
@@ -246,7 +246,7 @@ def test_calls_stay_behind_each_other(table: LatencyTable) -> None:
     "other", [Call(("b", "a"), "a table", 11, 24, 160, 100), Call(("a", "b"), "another", 11, 24, 160, 100)]
 )
 def test_another_call_begins_anew(table: LatencyTable, other: Call) -> None:
-    """The order tells sessions apart, and the anchor's time tables that had the same name."""
+    """The order tells sessions apart, and the reference's time tables that had the same name."""
     sampled(table, CALL, 1.0, [(0, 1)])
     assert sampled(table, other, 2.0, [(0, 1)]) == (other, [2.0])
 

@@ -7,16 +7,9 @@ import numpy as np
 import pytest
 
 from sluice.core.errors import SluiceError
-from sluice.profiler.timing.measure import (
-    LONGEST_MS,
-    RAMP_MS,
-    SETTLED,
-    UNCERTAIN,
-    Anchor,
-    Measurement,
-    measure,
-)
-from sluice.runtime.runner import Clock
+from sluice.profiler.table.measurement import UNCERTAIN, Measurement
+from sluice.profiler.timing.measure import LONGEST_MS, RAMP_MS, SETTLED, ReferenceEngine, measure
+from sluice.runtime.base.runner import Clock
 
 
 class Fake:
@@ -151,9 +144,9 @@ def test_an_accelerator_is_woken_by_the_first_session() -> None:
 
 def test_an_anchor_on_an_accelerator_wakes_it_as_well() -> None:
     """It is awake before the first session, whoever says that it sleeps."""
-    first, anchor = Fake("a", 0.25), Fake("anchor", 0.25)
-    anchor.ramps = True  # type: ignore[attr-defined]
-    measure([first], rng=rng(), min_bursts=3, max_bursts=3, anchor=Anchor(anchor, 0.25))
+    first, reference = Fake("a", 0.25), Fake("reference", 0.25)
+    reference.ramps = True  # type: ignore[attr-defined]
+    measure([first], rng=rng(), min_bursts=3, max_bursts=3, reference=ReferenceEngine(reference, 0.25))
     assert 0.25 * sum(first.repeats[:-3]) >= RAMP_MS
 
 
@@ -165,10 +158,10 @@ def test_bursts_are_long_enough_and_warm_up_is_by_time() -> None:
 
 
 def test_the_anchor_takes_out_what_is_common() -> None:
-    sessions, anchor = [Fake("a", 0.3), Fake("b", 2.0)], Fake("anchor", 0.8)
-    for fake in (*sessions, anchor):
+    sessions, reference = [Fake("a", 0.3), Fake("b", 2.0)], Fake("reference", 0.8)
+    for fake in (*sessions, reference):
         fake.slowdown = 1.22
-    found = measure(sessions, rng=rng(), anchor=Anchor(anchor, 0.8), patience_ms=500.0)
+    found = measure(sessions, rng=rng(), reference=ReferenceEngine(reference, 0.8), patience_ms=500.0)
     assert [m.ms for m in found] == [pytest.approx(0.3), pytest.approx(2.0)]
     assert [m.ms for m in measure(sessions, rng=rng())] == [pytest.approx(0.3 * 1.22), pytest.approx(2.0 * 1.22)]
 
@@ -193,10 +186,10 @@ class Shared:
 
 @pytest.mark.parametrize("period", [37, 400, 9000])
 def test_a_quiet_machine_is_waited_for(period: int) -> None:
-    """What shares the core slows the anchor by half and a session hardly, or the other way round."""
+    """What shares the core slows the reference by half and a session hardly, or the other way round."""
     shared = Shared(lambda burst: burst % period < 0.8 * period)
     sessions = [shared.session(0.4, 1.02), shared.session(0.7, 1.9), shared.session(3.0, 1.3)]
-    found = measure(sessions, rng=rng(), anchor=Anchor(shared.session(0.5, 1.5), 0.5))
+    found = measure(sessions, rng=rng(), reference=ReferenceEngine(shared.session(0.5, 1.5), 0.5))
     assert [m.ms for m in found] == [pytest.approx(ms, rel=0.01) for ms in (0.4, 0.7, 3.0)]
 
 
@@ -204,7 +197,7 @@ def test_where_the_machine_is_never_quiet_the_anchor_scales() -> None:
     shared = Shared(lambda burst: True)
     sessions = [shared.session(0.4, 1.3), shared.session(3.0, 1.4)]
     found = measure(
-        sessions, rng=rng(), anchor=Anchor(shared.session(0.5, 1.3), 0.5), patience_ms=4000.0, max_bursts=50
+        sessions, rng=rng(), reference=ReferenceEngine(shared.session(0.5, 1.3), 0.5), patience_ms=4000.0, max_bursts=50
     )
     assert [m.ms for m in found] == [pytest.approx(0.4, rel=0.01), pytest.approx(3.0 * 1.4 / 1.3, rel=0.01)]
     assert min(m.samples for m in found) > 50
@@ -212,11 +205,11 @@ def test_where_the_machine_is_never_quiet_the_anchor_scales() -> None:
 
 
 def test_an_engine_that_empties_the_caches_does_not_make_the_machine_seem_busy() -> None:
-    """The anchor's first inferences after it take longer."""
+    """The reference's first inferences after it take longer."""
     Cold.last = None
-    anchor = Anchor(Cold("*", 0.13), 0.13)
+    reference = ReferenceEngine(Cold("*", 0.13), 0.13)
     found, witness = measure(
-        [Cold("s", 2.0)], rng=rng(), anchor=anchor, min_bursts=24, patience_ms=0.0, with_anchor=True
+        [Cold("s", 2.0)], rng=rng(), reference=reference, min_bursts=24, patience_ms=0.0, with_reference=True
     )
     assert found.samples == 24 and witness.ms < 1.002 * 0.13
 
@@ -245,9 +238,9 @@ def test_sessions_go_on_until_the_anchor_was_calm() -> None:
     """All are quick when the call begins, slow soon after, and quick again in the end."""
     host = Stretches(1.0, 1.2, 1.3)
     sessions = [host.session(name, ms) for name, ms in (("a", 0.6), ("b", 7.0))]
-    anchor = Anchor(host.session("*", 0.5), 0.5)
+    reference = ReferenceEngine(host.session("*", 0.5), 0.5)
     host.bursts = 990
-    found = measure(sessions, rng=rng(), anchor=anchor, min_bursts=24)
+    found = measure(sessions, rng=rng(), reference=reference, min_bursts=24)
     assert [m.ms for m in found] == pytest.approx([0.6, 7.0]) and all(m.spread < 0.01 for m in found)
     assert 2000 < host.bursts < 4000
 
@@ -262,10 +255,10 @@ def test_quiet_that_comes_rarely_is_gathered(every: int) -> None:
             return super().sample(repeats)
 
     sessions = [Rarely("a", 0.6), Rarely("b", 0.2)]
-    anchor = Anchor(Rarely("*", 0.5), 0.5)
-    for session in (*sessions, anchor.session):
+    reference = ReferenceEngine(Rarely("*", 0.5), 0.5)
+    for session in (*sessions, reference.session):
         session.clock = "wall"  # type: ignore[misc]
-    a, b = measure(sessions, rng=rng(), anchor=anchor, min_bursts=24)
+    a, b = measure(sessions, rng=rng(), reference=reference, min_bursts=24)
     assert (a.ms, b.ms) == (pytest.approx(0.6), pytest.approx(0.2)) and max(a.spread, b.spread) < 0.01
     assert a.samples >= 2 * every
 
@@ -275,20 +268,27 @@ def test_a_session_that_disagrees_with_itself_goes_on_alone() -> None:
     steady, noisy, own = host.session("a", 0.6), host.session("b", 0.6), host.session("*", 0.5)
     noisy.noise = 0.5
     one, other, witness = measure(
-        [steady, noisy], rng=rng(), anchor=Anchor(own, 0.5), patience_ms=0.0, min_bursts=24, with_anchor=True
+        [steady, noisy],
+        rng=rng(),
+        reference=ReferenceEngine(own, 0.5),
+        patience_ms=0.0,
+        min_bursts=24,
+        with_reference=True,
     )
     assert one.samples == witness.samples == 24 < other.samples < 160 and other.spread <= 0.03
-    (hopeless,) = measure([Fake("s", 0.5, 9.0)], rng=rng(), anchor=Anchor(Fake("*", 0.5), 0.5), max_bursts=57)
+    (hopeless,) = measure(
+        [Fake("s", 0.5, 9.0)], rng=rng(), reference=ReferenceEngine(Fake("*", 0.5), 0.5), max_bursts=57
+    )
     assert hopeless.samples == 57 and hopeless.spread > 0.03
 
 
 def test_what_was_spent_on_waiting_is_not_counted_against_a_session() -> None:
-    """By the time the anchor is calm it has had more than its bursts, and disagrees with itself."""
+    """By the time the reference is calm it has had more than its bursts, and disagrees with itself."""
     host = Stretches(1.3, 1.3)
     noisy = host.session("a", 0.6)
     noisy.noise = 9.0
-    anchor = Anchor(host.session("*", 0.5), 0.5)
-    found, witness = measure([noisy], rng=rng(), anchor=anchor, target_spread=1e-9, with_anchor=True)
+    reference = ReferenceEngine(host.session("*", 0.5), 0.5)
+    found, witness = measure([noisy], rng=rng(), reference=reference, target_spread=1e-9, with_reference=True)
     assert 500 < witness.samples < found.samples - 100
 
 
@@ -297,17 +297,19 @@ def test_the_anchor_is_told_as_it_was_and_scales_cpu_time_alone(clock: Clock, ms
     host = Stretches(*[1.2] * 100)
     session, own = host.session("a", 0.6), host.session("*", 0.5)
     session.clock = own.clock = clock
-    found, witness = measure([session], rng=rng(), anchor=Anchor(own, 0.5), patience_ms=40.0, with_anchor=True)
+    found, witness = measure(
+        [session], rng=rng(), reference=ReferenceEngine(own, 0.5), patience_ms=40.0, with_reference=True
+    )
     assert (found.ms, witness.ms) == (pytest.approx(ms), pytest.approx(0.6))
     assert found.spread == witness.spread == pytest.approx(UNCERTAIN + 0.2)
-    (alone,) = measure([session], rng=rng(), with_anchor=True)
+    (alone,) = measure([session], rng=rng(), with_reference=True)
     assert alone.ms == pytest.approx(0.72)
 
 
 def test_the_anchors_bursts_last_as_long_as_the_longest_inference() -> None:
     host = Stretches()
     own = host.session("*", 0.5)
-    measure([host.session("a", 0.1), host.session("b", 7.0)], rng=rng(), anchor=Anchor(own, 0.5))
+    measure([host.session("a", 0.1), host.session("b", 7.0)], rng=rng(), reference=ReferenceEngine(own, 0.5))
     assert own.repeats[-1] == 14
 
 
@@ -316,10 +318,10 @@ def test_a_call_that_was_never_calm_says_so(patience_ms: float) -> None:
     """It goes on for as long as there is patience, and no longer. By the wall clock nothing is scaled."""
     host = Stretches(*[1.2] * 100)
     session, own = host.session("a", 0.6), host.session("*", 0.5)
-    anchor = Anchor(own, 0.5)
-    (found,) = measure([session], rng=rng(), anchor=anchor, patience_ms=patience_ms, min_bursts=40)
+    reference = ReferenceEngine(own, 0.5)
+    (found,) = measure([session], rng=rng(), reference=reference, patience_ms=patience_ms, min_bursts=40)
     assert found.ms == pytest.approx(0.72) and found.spread == pytest.approx(UNCERTAIN + 0.2)
-    round_ms = 2 * 0.72 + 2 * 2 * 0.6  # turns are of two bursts, the anchor's bursts of two inferences
+    round_ms = 2 * 0.72 + 2 * 2 * 0.6  # turns are of two bursts, the reference's bursts of two inferences
     steps = 2 * math.ceil(patience_ms / round_ms)
     assert found.samples == pytest.approx(40 + steps, abs=2)
 
@@ -329,8 +331,8 @@ def test_a_call_that_was_never_calm_says_so(patience_ms: float) -> None:
 )
 def test_what_is_nearly_calm_is_waited_for_but_believed(slow: float, goes_on: bool, uncertain: bool) -> None:
     host = Stretches(*[slow] * 100)
-    anchor = Anchor(host.session("*", 0.5), 0.5)
-    (found,) = measure([host.session("a", 0.6)], rng=rng(), anchor=anchor, patience_ms=200.0, min_bursts=24)
+    reference = ReferenceEngine(host.session("*", 0.5), 0.5)
+    (found,) = measure([host.session("a", 0.6)], rng=rng(), reference=reference, patience_ms=200.0, min_bursts=24)
     assert (found.samples > 24, found.spread > UNCERTAIN) == (goes_on, uncertain)
 
 
@@ -344,14 +346,14 @@ def test_one_hiccup_does_not_stretch_the_anchors_bursts() -> None:
     for at in range(4, 12):
         session = Hiccup("a", 0.6)
         session.repeats = [0] * (10 - at)
-        measure([session], rng=rng(), anchor=Anchor(own, 0.5), min_bursts=24)
+        measure([session], rng=rng(), reference=ReferenceEngine(own, 0.5), min_bursts=24)
         assert own.repeats[-1] == 2
 
 
 def test_the_anchors_bursts_are_no_longer_than_need_be() -> None:
     host = Stretches()
     own = host.session("*", 0.5)
-    measure([host.session("a", 300.0)], rng=rng(), anchor=Anchor(own, 0.5), min_bursts=1, max_bursts=1)
+    measure([host.session("a", 300.0)], rng=rng(), reference=ReferenceEngine(own, 0.5), min_bursts=1, max_bursts=1)
     assert own.repeats[-1] == LONGEST_MS / 0.5
 
 
@@ -365,9 +367,9 @@ def test_mistakes_are_refused() -> None:
     with pytest.raises(SluiceError, match="different clocks"):
         measure([Fake("a", 1.0), other], rng=rng())
     with pytest.raises(SluiceError, match="different clocks"):
-        measure([Fake("a", 1.0)], rng=rng(), anchor=Anchor(other, 1.0))
-    with pytest.raises(SluiceError, match="anchor's time"):
-        measure([Fake("a", 1.0)], rng=rng(), anchor=Anchor(Fake("b", 1.0), 0.0))
+        measure([Fake("a", 1.0)], rng=rng(), reference=ReferenceEngine(other, 1.0))
+    with pytest.raises(SluiceError, match="reference's time"):
+        measure([Fake("a", 1.0)], rng=rng(), reference=ReferenceEngine(Fake("b", 1.0), 0.0))
     with pytest.raises(SluiceError, match="min_bursts=5"):
         measure([Fake("a", 1.0)], rng=rng(), min_bursts=5, max_bursts=4)
     with pytest.raises(SluiceError, match="took no time"):

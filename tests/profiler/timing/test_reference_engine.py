@@ -11,10 +11,11 @@ import pytest
 from sluice.core.errors import SluiceError
 from sluice.profiler.sweep.bench import Bench
 from sluice.profiler.table.latency_table import LatencyTable
+from sluice.profiler.table.measurement import UNCERTAIN, Measurement
 from sluice.profiler.timing import reference_engine as anchor_module
-from sluice.profiler.timing.measure import UNCERTAIN, Anchor, Measurement
-from sluice.profiler.timing.reference_engine import HOST, KEY, MAX_RATIO, TRIES, make_anchor, was_slow
-from tests.device import ANCHOR_MS, FINGERPRINT, FakeRunner, FakeSession
+from sluice.profiler.timing.measure import ReferenceEngine
+from sluice.profiler.timing.reference_engine import HOST, KEY, MAX_RATIO, TRIES, make_reference_engine, was_slow
+from tests.device import FINGERPRINT, REFERENCE_MS, FakeRunner, FakeSession
 
 
 class BusyAtFirst(FakeRunner):
@@ -39,28 +40,28 @@ def test_the_quiet_time_is_the_lowest_of_several_and_is_kept() -> None:
     """All calls hang on it, so a busy machine is given some time to become quiet."""
     rng = np.random.default_rng(0)
     with LatencyTable.create(":memory:", FINGERPRINT) as table:
-        anchor = make_anchor(table, BusyAtFirst(1000 * (TRIES - 1)), rng)
-        assert anchor.ms == pytest.approx(ANCHOR_MS)
-        assert make_anchor(table, BusyAtFirst(10**6), rng).ms == anchor.ms == table.require(KEY, ()).ms
+        reference = make_reference_engine(table, BusyAtFirst(1000 * (TRIES - 1)), rng)
+        assert reference.ms == pytest.approx(REFERENCE_MS)
+        assert make_reference_engine(table, BusyAtFirst(10**6), rng).ms == reference.ms == table.require(KEY, ()).ms
     with LatencyTable.create(":memory:", FINGERPRINT) as table:
-        assert make_anchor(table, BusyAtFirst(1000 * TRIES + 100), rng).ms > 1.2 * ANCHOR_MS
+        assert make_reference_engine(table, BusyAtFirst(1000 * TRIES + 100), rng).ms > 1.2 * REFERENCE_MS
 
 
 def test_a_quiet_time_from_a_busy_machine_is_mended_and_what_was_measured_by_it_is_uncertain() -> None:
     rng, runner = np.random.default_rng(0), BusyAtFirst(10**6)
     with LatencyTable.create(":memory:", FINGERPRINT) as table:
-        anchor = make_anchor(table, runner, rng)
-        bench = Bench(table, runner, anchor, rng)
+        reference = make_reference_engine(table, runner, rng)
+        bench = Bench(table, runner, reference, rng)
         copy = replace(bench, progress=lambda done, total: None)
         before = bench.time([FakeSession(1.0)], ["before"])
         table.put("before", (), before[0])
         table.put_engine("network", {"group": 3}, before[0])
-        assert anchor.ms == pytest.approx(1.3 * ANCHOR_MS)
+        assert reference.ms == pytest.approx(1.3 * REFERENCE_MS)
         assert before[0].spread <= UNCERTAIN
         runner.bursts = 0  # the other tenant goes
         after = copy.time([FakeSession(1.0)], ["after"])
-        assert [a.ms for a in (anchor, bench.anchor, copy.anchor)] == [pytest.approx(ANCHOR_MS)] * 3
-        assert table.require(KEY, ()).ms == anchor.ms
+        assert [a.ms for a in (reference, bench.reference, copy.reference)] == [pytest.approx(REFERENCE_MS)] * 3
+        assert table.require(KEY, ()).ms == reference.ms
         assert after[0].spread <= UNCERTAIN
         assert table.require("before", ()).spread > UNCERTAIN
         assert table.engines("network")[0][1].spread > UNCERTAIN
@@ -75,17 +76,17 @@ def test_a_lucky_call_changes_nothing_and_a_quiet_time_that_was_a_little_off_is_
 ) -> None:
     with LatencyTable.create(":memory:", FINGERPRINT) as table:
         table.put("before", (), Measurement(1.0, 0.0, 9, FINGERPRINT.clock))
-        anchor = Anchor(FakeSession(quiet), 1.0)
-        assert not was_slow(anchor, took, table)
-        assert (anchor.ms, table.require("before", ()).spread) == (pytest.approx(kept), 0.0)
+        reference = ReferenceEngine(FakeSession(quiet), 1.0)
+        assert not was_slow(reference, took, table)
+        assert (reference.ms, table.require("before", ()).spread) == (pytest.approx(kept), 0.0)
 
 
 class Host(FakeRunner):
-    """All that it runs takes ``factor`` times as long, the anchor as well; ``name`` is what it is known by."""
+    """All that it runs takes ``factor`` times as long, the reference as well; ``name`` is what it is known by."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, factor: float) -> None:
         super().__init__(slower=lambda ms: factor * ms)
-        self.factor, self.anchors = factor, 0
+        self.factor, self.references = factor, 0
         monkeypatch.setattr(anchor_module, "host_identity", lambda: frozenset(name.split()))
 
     def build(self, model: Any, *, batch: int | None = None, feeds_shapes: Any = None) -> FakeSession:
@@ -93,15 +94,15 @@ class Host(FakeRunner):
 
         class Counted(FakeSession):
             def sample(self, repeats: int) -> float:
-                host.anchors += 1
+                host.references += 1
                 return self.ms
 
-        return Counted(self.factor * ANCHOR_MS) if model.graph.name == "anchor" else built
+        return Counted(self.factor * REFERENCE_MS) if model.graph.name == "reference" else built
 
 
 def begun(path: Path, runner: Host) -> None:
     with LatencyTable.create(path, FINGERPRINT) as table:
-        make_anchor(table, runner, np.random.default_rng(0))
+        make_reference_engine(table, runner, np.random.default_rng(0))
         table.put("p", (3,), Measurement(2.0, 0.01, 40, "thread_cpu"))
         table.put("j", (), Measurement(-0.5, 0.02, 40, "thread_cpu"))
         table.put_engine("net", {"g": 5}, Measurement(7.0, 0.01, 40, "thread_cpu"))
@@ -123,11 +124,13 @@ def test_a_table_that_another_host_goes_on_with_is_in_its_time(
     for _ in range(2):  # the second time it is that host's
         with LatencyTable.open(path) as table:
             runner = Host(monkeypatch, "machine-b boot-2", factor)
-            assert make_anchor(table, runner, np.random.default_rng(0)).ms == pytest.approx(factor * ANCHOR_MS)
+            assert make_reference_engine(table, runner, np.random.default_rng(0)).ms == pytest.approx(
+                factor * REFERENCE_MS
+            )
         times, fit, _ = content(path)
-        assert times == pytest.approx([factor * ms for ms in (ANCHOR_MS, 2.0, -0.5, 7.0)])
+        assert times == pytest.approx([factor * ms for ms in (REFERENCE_MS, 2.0, -0.5, 7.0)])
         assert fit == (0.9, pytest.approx(factor * 0.125), {"n": 2.0, "reload_ms_per_mb": pytest.approx(factor * 0.5)})
-    assert runner.anchors == 0
+    assert runner.references == 0
 
 
 @pytest.mark.parametrize("name", ["machine-a boot-2", "boot-1", ""])
@@ -139,8 +142,8 @@ def test_the_same_host_or_an_unknown_one_changes_nothing(
     before = path.read_bytes()
     runner = Host(monkeypatch, name, 1.1)
     with LatencyTable.open(path) as table:
-        assert make_anchor(table, runner, np.random.default_rng(0)).ms == pytest.approx(ANCHOR_MS)
-    assert path.read_bytes() == before and runner.anchors == 0
+        assert make_reference_engine(table, runner, np.random.default_rng(0)).ms == pytest.approx(REFERENCE_MS)
+    assert path.read_bytes() == before and runner.references == 0
 
 
 def test_another_host_of_equal_speed_takes_a_table_as_it_is_and_one_of_another_kind_leaves_it(
@@ -150,12 +153,12 @@ def test_another_host_of_equal_speed_takes_a_table_as_it_is_and_one_of_another_k
     begun(path, Host(monkeypatch, "a", 1.0))
     before = content(path)
     with LatencyTable.open(path) as table:
-        make_anchor(table, Host(monkeypatch, "b", 1.004), np.random.default_rng(0))
+        make_reference_engine(table, Host(monkeypatch, "b", 1.004), np.random.default_rng(0))
     assert content(path)[:2] == before[:2] and content(path)[2] != before[2]
     before_bytes = path.read_bytes()
     for factor in (1.01 * MAX_RATIO, 0.99 / MAX_RATIO):
         with LatencyTable.open(path) as table, pytest.raises(SluiceError, match="begin a new table here"):
-            make_anchor(table, Host(monkeypatch, "c", factor), np.random.default_rng(0))
+            make_reference_engine(table, Host(monkeypatch, "c", factor), np.random.default_rng(0))
     assert path.read_bytes() == before_bytes
 
 
@@ -166,7 +169,9 @@ def test_a_table_that_cannot_be_written_stays_in_the_time_of_its_host(
     begun(path, Host(monkeypatch, "a", 1.0))
     monkeypatch.setattr(os, "access", lambda *_: False)
     with LatencyTable.open(path) as table:
-        assert make_anchor(table, Host(monkeypatch, "b", 1.1), np.random.default_rng(0)).ms == pytest.approx(ANCHOR_MS)
+        assert make_reference_engine(table, Host(monkeypatch, "b", 1.1), np.random.default_rng(0)).ms == pytest.approx(
+            REFERENCE_MS
+        )
 
 
 def test_of_two_processes_that_take_a_table_over_one_multiplies(
@@ -180,14 +185,14 @@ def test_of_two_processes_that_take_a_table_over_one_multiplies(
     def other_first(*given: Any) -> Measurement:
         monkeypatch.setattr(anchor_module, "_quiet", quiet)
         with LatencyTable.open(path) as table:
-            assert make_anchor(table, runner, np.random.default_rng(0)).moved == pytest.approx(1.1)
+            assert make_reference_engine(table, runner, np.random.default_rng(0)).moved == pytest.approx(1.1)
         return quiet(*given)
 
     monkeypatch.setattr(anchor_module, "_quiet", other_first)
     with LatencyTable.open(path) as table:
-        anchor = make_anchor(table, runner, np.random.default_rng(0))
-    assert (anchor.ms, anchor.moved) == (pytest.approx(1.1 * ANCHOR_MS), 1.0)
-    assert content(path)[0] == pytest.approx([1.1 * ms for ms in (ANCHOR_MS, 2.0, -0.5, 7.0)])
+        reference = make_reference_engine(table, runner, np.random.default_rng(0))
+    assert (reference.ms, reference.moved) == (pytest.approx(1.1 * REFERENCE_MS), 1.0)
+    assert content(path)[0] == pytest.approx([1.1 * ms for ms in (REFERENCE_MS, 2.0, -0.5, 7.0)])
 
 
 @pytest.mark.parametrize("busy", [1.025, 1.1])
@@ -198,14 +203,14 @@ def test_a_takeover_on_a_busy_host_is_put_right_by_the_first_call(
     begun(path, Host(monkeypatch, "a", 1.0))
     with LatencyTable.open(path) as table:
         runner = Host(monkeypatch, "b", busy)
-        anchor = make_anchor(table, runner, np.random.default_rng(0))
-        assert anchor.moved == pytest.approx(busy)
-        anchor.session = FakeSession(ANCHOR_MS)  # the other tenant goes
-        bench = Bench(table, runner, anchor, np.random.default_rng(0))
+        reference = make_reference_engine(table, runner, np.random.default_rng(0))
+        assert reference.moved == pytest.approx(busy)
+        reference.session = FakeSession(REFERENCE_MS)  # the other tenant goes
+        bench = Bench(table, runner, reference, np.random.default_rng(0))
         (found,) = bench.time([FakeSession(1.0)], ["after"])
-        assert (found.uncertain, anchor.moved) == (False, pytest.approx(1.0))
+        assert (found.uncertain, reference.moved) == (False, pytest.approx(1.0))
         assert table.require("p", (3,)).spread == 0.01
-        anchor.session = FakeSession(0.9 * ANCHOR_MS)  # once something was measured, all is in doubt
+        reference.session = FakeSession(0.9 * REFERENCE_MS)  # once something was measured, all is in doubt
         bench.time([FakeSession(1.0)], ["later"])
         assert table.require("p", (3,)).uncertain and table.require("p", (3,)).ms == pytest.approx(2.0)
     assert content(path)[0][1:] == pytest.approx([2.0, -0.5, 7.0])

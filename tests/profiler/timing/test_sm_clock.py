@@ -3,13 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sluice.profiler.pieces.dissect import dissect
+from sluice.profiler.pieces.partition import partition_graph
 from sluice.profiler.sweep.bench import Bench
 from sluice.profiler.sweep.explore import explore
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.table_tools.listing import to_data, to_lines
 from sluice.profiler.timing import sm_clock as clocks
-from sluice.profiler.timing.reference_engine import make_anchor
+from sluice.profiler.timing.reference_engine import make_reference_engine
 from tests.device import FINGERPRINT, FakeRunner, chain
 
 
@@ -25,7 +25,9 @@ def test_the_clock_is_logged_where_there_is_one(runner: FakeRunner) -> None:
     rng = np.random.default_rng(0)
     with LatencyTable.create(":memory:", FINGERPRINT) as table:
         assert clocks.clock_range(table) is None
-        explore(dissect(chain([26, 18]), 2), Bench(table, runner, make_anchor(table, runner, rng), rng))
+        explore(
+            partition_graph(chain([26, 18]), 2), Bench(table, runner, make_reference_engine(table, runner, rng), rng)
+        )
         told = [line for line in to_lines(to_data(table)) if "MHz" in line]
         if not isinstance(runner, Clocked):
             assert clocks.clock_range(table) is None and not told

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from sluice.core.errors import SluiceError
-from sluice.runtime.compare import assert_close
-from sluice.runtime.inputs import Shapes
+from sluice.runtime.base.compare import assert_close
+from sluice.runtime.base.inputs import Shapes
+from sluice.runtime.base.runner import PLAIN
 from sluice.runtime.ort.blocked_part import ADDED, PROVIDER, block_size, kernels, outputs_inside, without_reorders
 from sluice.runtime.ort.cpu import OrtRunner
 from sluice.runtime.ort.session import compute, load_session
-from sluice.runtime.runner import PLAIN
 
 N, H, W = 2, 5, 7
 BLOCKS = pytest.mark.skipif(block_size() == 1, reason="this processor has no blocked layout")

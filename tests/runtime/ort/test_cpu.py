@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sluice.core.errors import SluiceError
-from sluice.runtime.compare import assert_close
+from sluice.runtime.base.compare import assert_close
 from sluice.runtime.ort import cpu as ort_module
 from sluice.runtime.ort.cpu import OrtRunner
 from sluice.runtime.ort.denormals import FLUSH_BITS
@@ -32,10 +32,10 @@ def linear(batch: int | str | None = "n", features: int | str = 5) -> onnx.Model
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def typed(kind: int) -> onnx.ModelProto:
+def to_precision(kind: int) -> onnx.ModelProto:
     graph = helper.make_graph(
         [helper.make_node("Identity", ["x"], ["y"])],
-        "typed",
+        "to_precision",
         [helper.make_tensor_value_info("x", kind, [3])],
         [helper.make_tensor_value_info("y", kind, [3])],
     )
@@ -74,12 +74,12 @@ def test_sample_needs_static_shapes() -> None:
 
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.INT64, TensorProto.BOOL])
 def test_sample_makes_up_inputs_of_every_kind(kind: int) -> None:
-    assert OrtRunner().build(typed(kind)).sample(3) > 0
+    assert OrtRunner().build(to_precision(kind)).sample(3) > 0
 
 
 def test_sample_refuses_what_it_cannot_make_up() -> None:
     with pytest.raises(SluiceError, match=r"input 'x' is tensor\(string\)"):
-        OrtRunner().build(typed(TensorProto.STRING)).sample(1)
+        OrtRunner().build(to_precision(TensorProto.STRING)).sample(1)
 
 
 @pytest.mark.parametrize(

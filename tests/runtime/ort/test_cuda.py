@@ -17,17 +17,17 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sluice.core.errors import SluiceError
 from sluice.passes.cut.export import to_onnx
-from sluice.passes.precision.typed import typed
-from sluice.runtime import nvidia
-from sluice.runtime.compare import assert_close
-from sluice.runtime.cuda import Cuda
+from sluice.passes.precision.to_precision import to_precision
+from sluice.runtime.base import nvidia
+from sluice.runtime.base.compare import assert_close
+from sluice.runtime.base.cuda import Cuda
 from sluice.runtime.ort import cpu as ort
 from sluice.runtime.ort import cuda as ort_cuda
 from sluice.runtime.ort import session as ort_session
 from sluice.runtime.ort.cpu import OrtRunner
 from sluice.runtime.ort.cuda import CUDA, OrtCudaRunner, Provider, missing
 from sluice.runtime.ort.session import load_library
-from sluice.runtime.runner import available_targets
+from sluice.runtime.targets import available_targets
 from tests.device import chain
 from tests.networks import build
 
@@ -303,7 +303,7 @@ def test_on_a_gpu(name: str) -> None:
     feeds = {info.name: value.numpy() for info, value in zip(dense.graph.input, inputs, strict=True)}
     want = OrtRunner().build(dense).run(feeds)
     for precision, tol in (("fp32", 5e-3), ("fp16", 2e-2)):
-        session = OrtCudaRunner().build(typed(dense, precision), batch=len(inputs[0]))
+        session = OrtCudaRunner().build(to_precision(dense, precision), batch=len(inputs[0]))
         assert_close(session.run(feeds), want, tol)
         assert session.sample(3) > 0
         assert_close(session.run(feeds), want, tol)

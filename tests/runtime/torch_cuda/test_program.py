@@ -17,22 +17,22 @@ from sluice.core.errors import SluiceError
 from sluice.models import enliven
 from sluice.passes.cut.export import finalize, to_onnx
 from sluice.passes.cut.rewrite_onnx import cut_graph
-from sluice.passes.precision.typed import typed
-from sluice.profiler.pieces.dissect import dissect
+from sluice.passes.precision.to_precision import to_precision
+from sluice.profiler.pieces.partition import partition_graph
 from sluice.profiler.pieces.sources import add_sources, source_model
-from sluice.runtime.compare import assert_close, relative_error
-from sluice.runtime.inputs import static_shapes
+from sluice.runtime.base.compare import assert_close, relative_error
+from sluice.runtime.base.inputs import static_shapes
 from sluice.runtime.ort.cpu import OrtRunner
 from sluice.runtime.torch_cuda import ops as torch_ops
 from sluice.runtime.torch_cuda.ops import OPS, Op
-from sluice.runtime.torch_cuda.program import Program, build_program, laid_out, to_numpy, to_tensor
+from sluice.runtime.torch_cuda.program import TorchProgram, build_program, laid_out, to_numpy, to_tensor
 from tests.networks import NETWORKS, build
 
 CPU = torch.device("cpu")
 Arrays = dict[str, np.ndarray]
 
 
-def program_of(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> Program:
+def program_of(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> TorchProgram:
     return build_program(model, {name: laid_out(to_tensor(value)) for name, value in feeds.items()}, CPU)
 
 
@@ -53,7 +53,7 @@ def random_feeds(model: onnx.ModelProto, batch: int = 3, seed: int = 0) -> Array
 
 def slim_of(dense: onnx.ModelProto, batch: int = 3, seed: int = 0) -> onnx.ModelProto:
     """The graph at one batch with a random width in every group."""
-    rng, cut = np.random.default_rng(seed), dissect(dense, batch)
+    rng, cut = np.random.default_rng(seed), partition_graph(dense, batch)
     widths = {group: int(rng.integers(1, size + 1)) for group, size in cut.dense.items()}
     return cut_graph(cut.model, cut.analysis, cut.masks(widths))
 
@@ -106,11 +106,11 @@ def test_crepe_computes_what_onnx_runtime_computes() -> None:
 
 @pytest.mark.parametrize("name", ["in_place", "sequence1d", "splits", "tokens", "squeeze_excite"])
 def test_pieces_of_a_network_run_as_they_are_timed(name: str, exported: dict[str, onnx.ModelProto]) -> None:
-    for piece in dissect(onnx_of(name, exported), 3).pieces:
+    for piece in partition_graph(onnx_of(name, exported), 3).pieces:
         model, _ = add_sources(piece.model, piece.bare)
         feeds = random_feeds(model)
         assert_close(computed(model, feeds), OrtRunner().build(model).run(feeds), 1e-5)
-        narrow = typed(model, "bf16", part=True)
+        narrow = to_precision(model, "bf16", part=True)
         there = {key: to_tensor(value).to("meta", torch.bfloat16) for key, value in feeds.items()}
         assert build_program(narrow, there, torch.device("meta")).steps
 
@@ -119,7 +119,7 @@ def test_pieces_of_a_network_run_as_they_are_timed(name: str, exported: dict[str
 @pytest.mark.parametrize("name", ["squeeze_excite", "tokens", "norms"])
 def test_sixteen_bits(name: str, precision: str, exported: dict[str, onnx.ModelProto]) -> None:
     dense = onnx_of(name, exported)
-    narrow = typed(dense, precision)
+    narrow = to_precision(dense, precision)
     feeds = random_feeds(dense)
     program = program_of(narrow, feeds)
     want = torch.float16 if precision == "fp16" else torch.bfloat16

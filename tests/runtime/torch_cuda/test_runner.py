@@ -16,12 +16,12 @@ import torch
 
 from sluice.core.errors import SluiceError
 from sluice.passes.cut.export import to_onnx
-from sluice.passes.precision.typed import typed
+from sluice.passes.precision.to_precision import to_precision
 from sluice.profiler.timing.measure import measure
-from sluice.runtime import nvidia
-from sluice.runtime.compare import assert_close
+from sluice.runtime.base import nvidia
+from sluice.runtime.base.compare import assert_close
+from sluice.runtime.base.runner import LEAST_LAUNCH_MS, TRIAL, TRIALS_MS
 from sluice.runtime.ort.cpu import OrtRunner
-from sluice.runtime.runner import LEAST_LAUNCH_MS, TRIAL, TRIALS_MS
 from sluice.runtime.torch_cuda import driver as torch_driver
 from sluice.runtime.torch_cuda import runner as torch_cuda
 from sluice.runtime.torch_cuda.driver import CudaDriver, cuda_driver, kernel_choice
@@ -207,7 +207,7 @@ def test_what_torch_cannot_run_is_refused_when_it_is_built(fake: Fake) -> None:
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_sixteen_bit_parts_take_and_give_their_type(fake: Fake, precision: str) -> None:
-    part = typed(chain([7]), precision, part=True)
+    part = to_precision(chain([7]), precision, part=True)
     feeds = image() if precision == "bf16" else {"x": image()["x"].astype(np.float16)}
     (found,) = runner(fake()).build(part).run(feeds).values()
     assert found.dtype == (np.float32 if precision == "bf16" else np.float16)
@@ -386,7 +386,7 @@ def test_on_a_gpu(name: str) -> None:
     feeds = {info.name: value.numpy() for info, value in zip(dense.graph.input, inputs, strict=True)}
     want = OrtRunner().build(dense).run(feeds)
     for precision, tol in (("fp32", 5e-3), ("fp16", 2e-2), ("bf16", 1e-1)):
-        session = TorchCudaRunner().build(typed(dense, precision), batch=len(inputs[0]))
+        session = TorchCudaRunner().build(to_precision(dense, precision), batch=len(inputs[0]))
         assert_close(session.run(feeds), want, tol)
         assert session.sample(3) > 0
         assert_close(session.run(feeds), want, tol)

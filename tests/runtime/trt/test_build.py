@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sluice.core.errors import SluiceError
-from sluice.runtime.compare import assert_close
+from sluice.runtime.base.compare import assert_close
 from sluice.runtime.ort.cpu import OrtRunner
 from sluice.runtime.trt import build as trt_build
 from sluice.runtime.trt.build import Settings, build_engine, find_tensorrt, listener, make_builder, static_model

@@ -12,9 +12,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sluice.core.errors import SluiceError
 from sluice.passes.graph.onnx_file import finalize
-from sluice.passes.precision.typed import typed
-from sluice.profiler.pieces.dissect import dissect
-from sluice.runtime.trt.inspect import Layer, Tensor, node_name, owners, place_pieces, read_layers
+from sluice.passes.precision.to_precision import to_precision
+from sluice.profiler.pieces.partition import partition_graph
+from sluice.runtime.trt.inspect import EngineLayer, Tensor, node_name, owners, place_pieces, read_layers
 from tests.device import chain
 
 BETWEEN = {"10": "\x1e", "11": "\x1f"}
@@ -49,7 +49,7 @@ def test_layers_of_both_layouts(layout: str) -> None:
     copy, conv, foreign, twice = read_layers(information(layout))
     place = "" if layout == "10" else "(NHWC) Channel major format"
     shape = (2, 3, 9, 9)
-    assert copy == Layer(
+    assert copy == EngineLayer(
         "Reformatting CopyNode for x",
         "Reformat",
         (),
@@ -96,8 +96,8 @@ def test_an_engine_without_descriptions_is_refused() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
 def test_nodes_of_the_deployed_model_find_their_piece(precision: str) -> None:
     """Casts and quantizers go with what they serve; the convolutions keep their weights' names."""
-    found = dissect(chain([5, 7, 11], prefix="n."), 2)
-    deployed = typed(finalize(found.model), precision, target="tensorrt")
+    found = partition_graph(chain([5, 7, 11], prefix="n."), 2)
+    deployed = to_precision(finalize(found.model), precision, target="tensorrt")
     owner = owners(deployed.graph, {piece.name: piece.model.graph for piece in found.pieces})
     assert list(owner) and set(owner) == {node_name(node) for node in deployed.graph.node}
     convolutions = [node for node in deployed.graph.node if node.op_type == "Conv"]

@@ -16,12 +16,13 @@ import pytest
 from onnx import TensorProto, helper
 
 from sluice.core.errors import SluiceError
-from sluice.runtime import nvidia
-from sluice.runtime import runner as runner_module
-from sluice.runtime.compare import assert_close
-from sluice.runtime.cuda import Cuda
+from sluice.runtime.base import nvidia
+from sluice.runtime.base import runner as runner_module
+from sluice.runtime.base.compare import assert_close
+from sluice.runtime.base.cuda import Cuda
+from sluice.runtime.base.runner import TRIAL, TRIALS_MS
 from sluice.runtime.ort.cpu import OrtRunner
-from sluice.runtime.runner import TRIAL, TRIALS_MS, make_runner
+from sluice.runtime.targets import make_runner
 from sluice.runtime.trt import runner as tensorrt
 from sluice.runtime.trt.build import listener
 from sluice.runtime.trt.runner import TensorRtRunner, missing

@@ -5,7 +5,7 @@
 3. A piece at given widths is the same sub-graph, cut by the rewriter that will cut the whole graph.
 4. Inputs that meet an operator other than an anchor are made by a source (`sluice.profiler.pieces.sources`). Not so
    what was concatenated: it is plain in the network too, but where all widths are whole blocks, which its joint tells.
-   So it is marked as plain (`sluice.runtime.runner`, 6).
+   So it is marked as plain (`sluice.runtime.base.runner`, 6).
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from sluice.passes.graph.onnx_axes import analyze_onnx
 from sluice.profiler.pieces.identity import identify
 from sluice.profiler.pieces.split import ANCHORS, Part, anchored_pads, split
 from sluice.profiler.pieces.static_shapes import static_graph
-from sluice.profiler.pieces.weightless import filled
-from sluice.runtime.runner import PLAIN
+from sluice.profiler.pieces.weightless import with_weights
+from sluice.runtime.base.runner import PLAIN
 
 FEWER = 4
 
 __all__ = [
-    "Dissection",
+    "Partition",
     "Piece",
     "anchor_weight",
     "build_piece",
     "cut_out",
-    "dissect",
+    "partition_graph",
     "spread_widths",
     "weight_bytes",
 ]
@@ -62,7 +62,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Dissection:
+class Partition:
     """A graph at one batch, its analysis and its pieces in execution order.
 
     ``small`` is the same graph at a smaller batch, for its joints; where there is none, they are measured at this one.
@@ -72,7 +72,7 @@ class Dissection:
     analysis: Analysis
     pieces: tuple[Piece, ...]
     batch: int
-    small: Dissection | None = None
+    small: Partition | None = None
 
     @property
     def dense(self) -> dict[str, int]:
@@ -83,19 +83,19 @@ class Dissection:
         return [np.arange(g.size) < widths.get(g.name, g.size) for g in self.analysis.groups]
 
 
-def dissect(
+def partition_graph(
     model: onnx.ModelProto,
     batch: int,
     exclude: Sequence[str] = (),
     names: Mapping[tuple[str, int], str] | None = None,
     *,
     small: bool = False,
-) -> Dissection:
+) -> Partition:
     """All pieces of a dense model with named initialisers.
 
     Args:
         names: other names for groups, by a (tensor, axis) that they lie on.
-        small: dissect it at a smaller batch too, if its batch is free.
+        small: partition_graph it at a smaller batch too, if its batch is free.
     """
     for info in model.graph.input:
         first = next(iter(info.type.tensor_type.shape.dim), None)
@@ -111,8 +111,8 @@ def dissect(
     parts = split(graph.node, {i.name for i in graph.input}, {out.name for out in graph.output})
     pieces = cut_out(parts, range(len(parts)), static, analysis, {init.name: init for init in graph.initializer}, infos)
     other = max(1, batch // FEWER)
-    less = dissect(model, other, exclude, names) if small and other < batch and not _is_static(model) else None
-    return Dissection(static, analysis, pieces, batch, less)
+    less = partition_graph(model, other, exclude, names) if small and other < batch and not _is_static(model) else None
+    return Partition(static, analysis, pieces, batch, less)
 
 
 def cut_out(
@@ -172,18 +172,18 @@ def _is_static(model: onnx.ModelProto) -> bool:
     return all(dim.HasField("dim_value") for dim in dims)
 
 
-def build_piece(dissection: Dissection, piece: Piece, widths: Mapping[str, int]) -> onnx.ModelProto:
+def build_piece(partition: Partition, piece: Piece, widths: Mapping[str, int]) -> onnx.ModelProto:
     """The piece with the first ``widths[g]`` channels of its groups, without sources; hollow weights are filled."""
-    model = cut_graph(filled(piece.model), dissection.analysis, dissection.masks(widths))
+    model = cut_graph(with_weights(piece.model), partition.analysis, partition.masks(widths))
     marks = {info.name: info.doc_string for info in piece.model.graph.input}
     for info in model.graph.input:
         info.doc_string = marks[info.name]
     return model
 
 
-def weight_bytes(dissection: Dissection, piece: Piece, widths: Mapping[str, int]) -> int:
+def weight_bytes(partition: Partition, piece: Piece, widths: Mapping[str, int]) -> int:
     """Bytes of the piece's weights (tensors of two and more axes) at the given widths, four per element."""
-    masks = tensor_masks(dissection.analysis, dissection.masks(widths))
+    masks = tensor_masks(partition.analysis, partition.masks(widths))
     total = 0
     for init in piece.model.graph.initializer:
         if len(init.dims) >= 2:

@@ -18,11 +18,19 @@ from torch.nn import functional as F
 from sluice.core.latency import Extent
 from sluice.passes.cut.export import to_onnx
 from sluice.passes.cut.rewrite_onnx import cut_graph
-from sluice.profiler.pieces.dissect import ANCHORS, Dissection, Piece, build_piece, dissect, spread_widths, weight_bytes
+from sluice.profiler.pieces.partition import (
+    ANCHORS,
+    Partition,
+    Piece,
+    build_piece,
+    partition_graph,
+    spread_widths,
+    weight_bytes,
+)
 from sluice.profiler.pieces.sources import add_sources, source_model
-from sluice.runtime.compare import assert_close
+from sluice.runtime.base.compare import assert_close
+from sluice.runtime.base.runner import PLAIN
 from sluice.runtime.ort.cpu import OrtRunner
-from sluice.runtime.runner import PLAIN
 from tests.device import chain
 from tests.networks import NETWORKS, any_network
 
@@ -33,7 +41,7 @@ ALL = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 @dataclass(frozen=True)
 class Case:
-    dissection: Dissection
+    partition: Partition
     feeds: dict[str, np.ndarray]
 
 
@@ -44,7 +52,7 @@ def case() -> Callable[[str], Case]:
         model, inputs = any_network(name)
         exported = to_onnx(model, inputs)
         feeds = {info.name: x.numpy() for info, x in zip(exported.graph.input, inputs, strict=True)}
-        return Case(dissect(exported, len(inputs[0])), feeds)
+        return Case(partition_graph(exported, len(inputs[0])), feeds)
 
     return make
 
@@ -62,25 +70,25 @@ def shapes_of(infos: object) -> dict[str, tuple[int, ...]]:
     return {i.name: tuple(d.dim_value for d in i.type.tensor_type.shape.dim) for i in infos}  # type: ignore[attr-defined]
 
 
-def random_widths(dissection: Dissection, seed: int) -> dict[str, int]:
+def random_widths(partition: Partition, seed: int) -> dict[str, int]:
     rng = np.random.default_rng(seed)
-    return {g: int(rng.integers(1, size + 1)) for g, size in dissection.dense.items()}
+    return {g: int(rng.integers(1, size + 1)) for g, size in partition.dense.items()}
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_operator_is_in_one_piece_and_pieces_are_ordered(name: str, case: Callable[[str], Case]) -> None:
-    dissection = case(name).dissection
-    graph = dissection.model.graph
+    partition = case(name).partition
+    graph = partition.model.graph
     live = {info.name for info in graph.input}
     active = []
     for node in graph.node:
         if live.intersection(node.input):
             live.update(node.output)
             active.append(node.output[0])
-    placed = [n.output[0] for p in dissection.pieces for n in p.model.graph.node if n.output[0] in live]
+    placed = [n.output[0] for p in partition.pieces for n in p.model.graph.node if n.output[0] in live]
     assert sorted(placed) == sorted(active)
     ready = {info.name for info in graph.input}
-    for piece in dissection.pieces:
+    for piece in partition.pieces:
         assert set(piece.inputs) <= ready
         assert not set(piece.outputs) & ready
         assert set(piece.bare) <= set(piece.inputs)
@@ -92,31 +100,31 @@ def test_every_operator_is_in_one_piece_and_pieces_are_ordered(name: str, case: 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("seed", [None, 1])
 def test_pieces_run_in_order_compute_the_network(name: str, seed: int | None, case: Callable[[str], Case]) -> None:
-    dissection, known = case(name).dissection, dict(case(name).feeds)
-    widths = dissection.dense if seed is None else random_widths(dissection, seed)
-    whole = cut_graph(dissection.model, dissection.analysis, dissection.masks(widths))
+    partition, known = case(name).partition, dict(case(name).feeds)
+    widths = partition.dense if seed is None else random_widths(partition, seed)
+    whole = cut_graph(partition.model, partition.analysis, partition.masks(widths))
     reference = run(whole, known)
-    for piece in dissection.pieces:
-        known.update(run(build_piece(dissection, piece, widths), known))
+    for piece in partition.pieces:
+        known.update(run(build_piece(partition, piece, widths), known))
     assert_close({out: known[out] for out in reference}, reference)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_piece_has_the_extents_it_is_asked_for(name: str, case: Callable[[str], Case]) -> None:
-    dissection = case(name).dissection
-    for index, piece in enumerate(dissection.pieces):
+    partition = case(name).partition
+    for index, piece in enumerate(partition.pieces):
         rng = np.random.default_rng(index)
-        sizes = [sum(dissection.dense[g] for g, _ in e.coefs) for e in piece.extents]
+        sizes = [sum(partition.dense[g] for g, _ in e.coefs) for e in piece.extents]
         asked = [int(rng.integers(len(e.coefs), n + 1)) for e, n in zip(piece.extents, sizes, strict=True)]
-        widths = spread_widths(piece, asked, dissection.dense)
+        widths = spread_widths(piece, asked, partition.dense)
         assert set(widths) == set(piece.groups)
         assert [int(e.at(widths)) for e in piece.extents] == asked
-        model = build_piece(dissection, piece, widths)
-        masks = dissection.masks(widths)
+        model = build_piece(partition, piece, widths)
+        masks = partition.masks(widths)
         expected = {}
         for value in (*piece.inputs, *piece.outputs):
-            shape = list(dissection.analysis.shapes[value])
-            if (axis := dissection.analysis.values.get(value)) is not None:
+            shape = list(partition.analysis.shapes[value])
+            if (axis := partition.analysis.values.get(value)) is not None:
                 shape[axis.dim] = int(axis.mask(masks).sum())
             expected[value] = tuple(shape)
         assert shapes_of([*model.graph.input, *model.graph.output]) == expected
@@ -140,7 +148,7 @@ class Padded(nn.Module):
 
 
 def test_padding_belongs_to_the_convolution_behind_it() -> None:
-    found = dissect(to_onnx(Padded(), torch.randn(2, 3, 9, 8)), 2)
+    found = partition_graph(to_onnx(Padded(), torch.randn(2, 3, 9, 8)), 2)
     pieces = {piece.name: piece for piece in found.pieces}
     operators = {name: [node.op_type for node in piece.model.graph.node] for name, piece in pieces.items()}
     assert operators["a"][:2] == ["Pad", "Conv"] and operators["b"][:2] == ["Pad", "Conv"]
@@ -150,18 +158,18 @@ def test_padding_belongs_to_the_convolution_behind_it() -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_weight_bytes_are_those_of_the_cut_piece(name: str, case: Callable[[str], Case]) -> None:
-    dissection = case(name).dissection
-    widths = random_widths(dissection, 2)
-    for piece in dissection.pieces:
-        weights = build_piece(dissection, piece, widths).graph.initializer
+    partition = case(name).partition
+    widths = random_widths(partition, 2)
+    for piece in partition.pieces:
+        weights = build_piece(partition, piece, widths).graph.initializer
         floats = [w for w in weights if w.data_type == onnx.TensorProto.FLOAT and len(w.dims) >= 2]
-        assert weight_bytes(dissection, piece, widths) == sum(numpy_helper.to_array(w).nbytes for w in floats)
+        assert weight_bytes(partition, piece, widths) == sum(numpy_helper.to_array(w).nbytes for w in floats)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_sources_make_the_inputs_that_meet_no_anchor(name: str, case: Callable[[str], Case]) -> None:
-    dissection = case(name).dissection
-    makers = {out: node for node in dissection.model.graph.node for out in node.output}
+    partition = case(name).partition
+    makers = {out: node for node in partition.model.graph.node for out in node.output}
 
     def concatenated(tensor: str) -> bool:
         maker = makers.get(tensor)
@@ -169,12 +177,12 @@ def test_sources_make_the_inputs_that_meet_no_anchor(name: str, case: Callable[[
             return False
         return maker.op_type == "Concat" or any(map(concatenated, maker.input))
 
-    for piece in dissection.pieces:
+    for piece in partition.pieces:
         anchored = {node.input[0] for node in piece.model.graph.node if node.op_type in ANCHORS}
         loose = [n for n in piece.model.graph.node if n.op_type not in ANCHORS and n.output[0] not in anchored]
         meets = {name for node in loose for name in node.input}
         assert set(piece.bare) == {n for n in meets & set(piece.inputs) if not concatenated(n)}
-        plain = build_piece(dissection, piece, dissection.dense)
+        plain = build_piece(partition, piece, partition.dense)
         sourced, shapes = add_sources(plain, piece.bare)
         before, after = shapes_of(plain.graph.input), shapes_of(sourced.graph.input)
         made = [n for n in piece.bare if len(before[n]) >= 3]
@@ -208,7 +216,7 @@ class Grown(nn.Module):
 
 
 def test_what_was_concatenated_has_no_source_and_another_key() -> None:
-    found = dissect(to_onnx(Grown().eval(), torch.randn(2, 3, 9, 8)), 2)
+    found = partition_graph(to_onnx(Grown().eval(), torch.randn(2, 3, 9, 8)), 2)
     pieces = {p.name: p for p in found.pieces}
     made, joined, again = (pieces[f"more.{k}"] for k in range(3))
     assert [len(p.inputs) for p in (made, joined)] == [2, 2]
@@ -224,7 +232,7 @@ def test_what_was_concatenated_has_no_source_and_another_key() -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_pieces_have_names_of_their_own(name: str, case: Callable[[str], Case]) -> None:
     """Also where one weight is used twice."""
-    names = [p.name for p in case(name).dissection.pieces]
+    names = [p.name for p in case(name).partition.pieces]
     assert len(set(names)) == len(names)
 
 
@@ -238,7 +246,7 @@ def test_a_source_alone(threads: int, taps: tuple[int, ...]) -> None:
 
 
 def keys(model: onnx.ModelProto, batch: int = 2) -> list[str]:
-    return [p.key for p in dissect(model, batch).pieces]
+    return [p.key for p in partition_graph(model, batch).pieces]
 
 
 def test_names_and_widths_are_not_in_the_key() -> None:
@@ -299,16 +307,16 @@ def test_attributes_and_bounds_are_in_the_key() -> None:
 
 
 def test_a_concatenation_is_one_extent(case: Callable[[str], Case]) -> None:
-    dissection = case("concat").dissection
-    several = [e for p in dissection.pieces for e in p.extents if len(e.coefs) > 1]
+    partition = case("concat").partition
+    several = [e for p in partition.pieces for e in p.extents if len(e.coefs) > 1]
     assert several
     assert all(coef == 1 for e in several for _, coef in e.coefs)
 
 
 def test_excluded_layers_stay_whole() -> None:
-    dissection = dissect(chain([10, 7]), 2, exclude=["conv0"])
-    assert dissection.dense == {"conv1": 7}
-    assert dissection.pieces[0].extents == ()
+    partition = partition_graph(chain([10, 7]), 2, exclude=["conv0"])
+    assert partition.dense == {"conv1": 7}
+    assert partition.pieces[0].extents == ()
 
 
 @given(

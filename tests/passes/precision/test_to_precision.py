@@ -10,8 +10,8 @@ from onnx import TensorProto, helper, numpy_helper, parser
 
 from sluice.artifacts.deploy import as_module
 from sluice.core.errors import SluiceError
-from sluice.passes.precision.typed import PRECISIONS, check_precision, typed
-from sluice.runtime.compare import assert_close
+from sluice.passes.precision.to_precision import PRECISIONS, check_precision, to_precision
+from sluice.runtime.base.compare import assert_close
 from tests.exported import arrays, deployed, named, ops, random_feeds, run
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -45,7 +45,7 @@ def parsed(text: str, opset: int = 20, **constants: np.ndarray) -> onnx.ModelPro
 @pytest.mark.parametrize("name", ["plain", "norms", "spatial", "tokens", "parameters", "transposed", "tied"])
 def test_networks(name: str, precision: str) -> None:
     dense = deployed(name)
-    done = typed(dense, precision)
+    done = to_precision(dense, precision)
     borders = {info.name for info in [*done.graph.input, *done.graph.output]}
     kinds = {n: kind for n, kind in types(done).items() if kind in FLOATS and n not in borders}
     wide = {n for n, kind in kinds.items() if kind == TensorProto.FLOAT}
@@ -63,7 +63,7 @@ def test_networks(name: str, precision: str) -> None:
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_parts_have_narrow_borders(precision: str) -> None:
     dense = named("plain")
-    done = typed(dense, precision, part=True)
+    done = to_precision(dense, precision, part=True)
     assert [i.type.tensor_type.elem_type for i in [*done.graph.input, *done.graph.output]] == [CODES[precision]] * 2
     assert [i.name for i in done.graph.input] == [i.name for i in dense.graph.input]
     assert not ops(done)["Cast"]
@@ -77,13 +77,13 @@ def test_rounding_shows() -> None:
     exact = list(run(dense, feeds).values())
     for precision, coarse in (("fp16", 2e-5), ("bf16", 2e-4)):
         with pytest.raises(AssertionError):
-            assert_close(emulated(typed(dense, precision), feeds), exact, coarse)
+            assert_close(emulated(to_precision(dense, precision), feeds), exact, coarse)
 
 
 def test_weights_are_rounded_to_the_nearest() -> None:
     dense = deployed("plain")
     for precision, dtype in DTYPES.items():
-        done = arrays(typed(dense, precision))
+        done = arrays(to_precision(dense, precision))
         for name, value in arrays(dense).items():
             if value.dtype == np.float32:
                 np.testing.assert_array_equal(done[name].astype(np.float32), value.astype(dtype).astype(np.float32))
@@ -92,7 +92,7 @@ def test_weights_are_rounded_to_the_nearest() -> None:
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_stale_type_is_refused(precision: str) -> None:
     """One initialiser left as it was: this is what the checker behind every rewrite is there for."""
-    done = typed(deployed("plain"), precision)
+    done = to_precision(deployed("plain"), precision)
     stale = next(init for init in done.graph.initializer if init.name == "conv2.weight")
     stale.CopyFrom(next(i for i in deployed("plain").graph.initializer if i.name == "conv2.weight"))
     with pytest.raises((onnx.checker.ValidationError, onnx.shape_inference.InferenceError)):
@@ -104,7 +104,7 @@ def test_bfloat16_needs_opset_22() -> None:
     dense.metadata_props.add(key="who", value="test")
     before = {init.name for init in dense.graph.initializer}
     for precision, opset in (("fp16", 20), ("bf16", 22)):
-        done = typed(dense, precision)
+        done = to_precision(dense, precision)
         assert done.opset_import[0].version == opset
         assert [(p.key, p.value) for p in done.metadata_props] == [("who", "test")]
         assert {init.name for init in done.graph.initializer} == before
@@ -121,7 +121,7 @@ def test_operands_that_stay_float32() -> None:
         none=np.zeros(0, np.float32),
     )
     for precision, code in CODES.items():
-        done = typed(model, precision)
+        done = to_precision(model, precision)
         kinds = types(done)
         node = {n.op_type: n for n in done.graph.node}
         assert kinds[node["Resize"].input[2]] == TensorProto.FLOAT
@@ -140,7 +140,7 @@ def test_constants_and_casts() -> None:
           c = ConstantOfShape <value = float[1] {3}> (n)  d = Add(a, b)  y = Mul(d, c) }"""
     )
     for precision, code in CODES.items():
-        done = typed(model, precision)
+        done = to_precision(model, precision)
         kinds = types(done)
         assert {kinds[name] for name in ("a", "b", "c", "d")} == {code}
         feeds = {"i": np.array([1, 2, 3], np.int8)}
@@ -161,7 +161,7 @@ def test_arithmetic_on_integers_is_exact(precision: str, kind: type[np.signedint
         tiny=np.float32(2.0**-15),
     )
     i = np.array([3, 2049, 32767, 30001 if kind == np.int16 else 2**24 - 1], kind)
-    done = typed(model, precision)
+    done = to_precision(model, precision)
     kinds = types(done)
     j, odd, f, y = emulated(done, {"i": i, "x": np.ones(4, np.float32)})
     assert j.tolist() == (i // 2).tolist()
@@ -183,7 +183,7 @@ def test_large_integers_saturate(precision: str) -> None:
     )
     largest = float(ml_dtypes.finfo(DTYPES[precision]).max)
     x = np.array([largest, largest, 0], np.float32)
-    y, m = emulated(typed(model, precision), {"i": np.array([1, 100_000, 0]), "x": x})
+    y, m = emulated(to_precision(model, precision), {"i": np.array([1, 100_000, 0]), "x": x})
     assert_close(y, np.array([1, min(100_000, largest), 0]), TOLERANCE[precision])
     assert m[2] == -largest, "a mask made of integers stays finite"
 
@@ -196,7 +196,7 @@ def test_integers_end_at_a_layer(precision: str) -> None:
         scale=np.float32(1 / 1000),
         w=np.random.default_rng(0).standard_normal((3, 4), dtype=np.float32),
     )
-    done = typed(model, precision)
+    done = to_precision(model, precision)
     assert {name: value.dtype for name, value in arrays(done).items() if name.startswith("w")} == {
         "w": DTYPES[precision]
     }
@@ -205,14 +205,14 @@ def test_integers_end_at_a_layer(precision: str) -> None:
     i = np.array([[3000, -1001, 17], [2049, 0, -2]], np.int32)
     want = (i / 1000) @ arrays(model)["w"]
     assert_close(emulated(done, {"i": i})[0], want, TOLERANCE[precision])
-    part = typed(model, precision, part=True)
+    part = to_precision(model, precision, part=True)
     assert part.graph.output[0].type.tensor_type.elem_type == CODES[precision]
 
 
 @pytest.mark.parametrize("precision", CODES)
 def test_a_part_that_ends_in_integer_arithmetic(precision: str) -> None:
     model = parsed("(int64[3] i) => (float[3] y) { c = Cast <to = 1> (i)  y = Sqrt(c) }")
-    done = typed(model, precision, part=True)
+    done = to_precision(model, precision, part=True)
     assert types(done)["y"] == CODES[precision]
     assert_close(emulated(done, {"i": np.array([4, 9, 90_000])})[0], np.array([2, 3, 300]), TOLERANCE[precision])
 
@@ -227,7 +227,7 @@ def test_constants_that_are_outputs(precision: str) -> None:
         unread=np.array([0.3, 70_000, 1.1], np.float32),
         shift=np.float32(0.25),
     )
-    done = typed(model, precision)
+    done = to_precision(model, precision)
     x = np.random.default_rng(1).standard_normal((2, 3), dtype=np.float32)
     y, anchor, made, unread = emulated(done, {"x": x})
     assert_close(y, x * arrays(model)["anchor"] + 0.25, TOLERANCE.get(precision, 0.05))
@@ -250,7 +250,7 @@ def test_errors_of_onnx_are_said_in_a_sentence(precision: str) -> None:
         with pytest.raises(
             SluiceError, match=rf"^the network cannot be written in {precision}: .+; check the fp32 file"
         ):
-            typed(broken, precision)
+            to_precision(broken, precision)
 
 
 def test_an_opset_that_cannot_be_converted() -> None:
@@ -261,7 +261,7 @@ def test_an_opset_that_cannot_be_converted() -> None:
         with pytest.raises(
             SluiceError, match=rf"^the network cannot be written in {precision}: .*Scatter.*; check the"
         ):
-            typed(model, precision)
+            to_precision(model, precision)
 
 
 @pytest.mark.parametrize("value", [-np.inf, np.finfo(np.float32).min, -1e9])
@@ -270,7 +270,7 @@ def test_masks_stay_finite(value: float) -> None:
     mask = np.where(np.arange(12).reshape(3, 4) < 6, value, 0).astype(np.float32)
     model = parsed("(float[3, 4] x) => (float[3, 4] y) { a = Add(x, mask)  y = Softmax(a) }", mask=mask)
     for precision, dtype in DTYPES.items():
-        done = typed(model, precision)
+        done = to_precision(model, precision)
         stored = arrays(done)["mask"].astype(np.float32)
         assert np.isfinite(stored).all()
         assert stored.min() <= 0.99 * max(value, float(ml_dtypes.finfo(dtype).min))
@@ -281,9 +281,9 @@ def test_masks_stay_finite(value: float) -> None:
 
 def test_an_epsilon_does_not_vanish() -> None:
     model = parsed("(float[3] x) => (float[3] y) { a = Add(x, eps)  y = Div(x, a) }", eps=np.float32(-1e-12))
-    stored = arrays(typed(model, "fp16"))["eps"]
+    stored = arrays(to_precision(model, "fp16"))["eps"]
     assert stored < 0
-    assert arrays(typed(model, "bf16"))["eps"].astype(np.float32) == pytest.approx(-1e-12, rel=0.01)
+    assert arrays(to_precision(model, "bf16"))["eps"].astype(np.float32) == pytest.approx(-1e-12, rel=0.01)
 
 
 SCALED = {
@@ -310,7 +310,7 @@ def test_factors_that_do_not_fit(name: str, precision: str) -> None:
     )
     feeds = random_feeds(model)
     feeds["x"] *= 0.02 if "some" in SCALED[name] else 2
-    done = typed(model, precision)
+    done = to_precision(model, precision)
     assert_close(emulated(done, feeds), list(run(model, feeds).values()), TOLERANCE[precision])
     last = next(node for node in done.graph.node if node.op_type == "Tanh")
     assert types(done)[last.input[0]] == CODES[precision], "the rest is in 16 bits"
@@ -325,7 +325,7 @@ def test_masks_that_are_made_by_a_product(precision: str) -> None:
         least=np.finfo(np.float32).min,
     )
     keep = np.array([[0] * 4, [1, 1, 0, 0], [1] * 4], np.float32)
-    (y,) = emulated(typed(model, precision), {"x": np.zeros((3, 4), np.float32), "keep": keep})
+    (y,) = emulated(to_precision(model, precision), {"x": np.zeros((3, 4), np.float32), "keep": keep})
     assert_close(y, np.array([[0.25] * 4, [0.5, 0.5, 0, 0], [0.25] * 4]), TOLERANCE[precision])
 
 
@@ -349,7 +349,7 @@ def test_sums_of_squares(name: str) -> None:
     )
     feeds = {key: 400 * value for key, value in random_feeds(model).items()}
     for precision, code in CODES.items():
-        done = typed(model, precision)
+        done = to_precision(model, precision)
         assert_close(emulated(done, feeds), list(run(model, feeds).values()), TOLERANCE[precision])
         kinds = types(done)
         wide = {node.op_type for node in done.graph.node if kinds[node.output[0]] == TensorProto.FLOAT} - {"Cast"}
@@ -369,15 +369,15 @@ def test_a_row_of_zeros_is_divided_by_its_guarded_norm(guard: str) -> None:
     )
     feeds = {key: value * np.array([[400], [0], [1]], np.float32) for key, value in random_feeds(model).items()}
     for precision in CODES:
-        found = emulated(typed(model, precision), feeds)
+        found = emulated(to_precision(model, precision), feeds)
         assert_close(found, list(run(model, feeds).values()), TOLERANCE[precision])
 
 
 def test_a_weight_that_does_not_fit() -> None:
     model = parsed("(float[2, 3] x) => (float[2, 1] y) { y = MatMul(x, w) }", w=np.array([[1], [7e4], [2]], np.float32))
     with pytest.raises(SluiceError, match=r"weight 'w' holds values of up to 7e\+04, more than fp16 can; choose bf16"):
-        typed(model, "fp16")
-    assert typed(model, "bf16")
+        to_precision(model, "fp16")
+    assert to_precision(model, "bf16")
 
 
 def test_what_cannot_be_written() -> None:
@@ -387,7 +387,7 @@ def test_what_cannot_be_written() -> None:
                       else_branch = h () => (float[2] b) { b = Neg(x) }> }"""
     )
     with pytest.raises(SluiceError, match=r"If \(y\) holds a graph of its own"):
-        typed(model, "fp16")
+        to_precision(model, "fp16")
     node = helper.make_node("Strange", ["x"], ["y"], domain="com.example")
     infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy"]
     model = helper.make_model(
@@ -395,12 +395,12 @@ def test_what_cannot_be_written() -> None:
         opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("com.example", 1)],
     )
     with pytest.raises(SluiceError, match=r"types of operator com\.example\.Strange \(y\) are not known"):
-        typed(model, "fp16")
+        to_precision(model, "fp16")
 
 
 def test_names_of_precisions() -> None:
     model = deployed("plain")
-    assert typed(model, "fp32") is model
+    assert to_precision(model, "fp32") is model
     assert [check_precision(name) for name in PRECISIONS] == ["fp32", "fp16", "bf16", "int8"]
     with pytest.raises(SluiceError, match="there is no precision 'fp8'; choose one of fp32, fp16, bf16, int8"):
-        typed(model, "fp8")
+        to_precision(model, "fp8")

@@ -14,10 +14,10 @@ from onnx import checker, shape_inference, version_converter
 
 from sluice.core.errors import SluiceError, first_line
 from sluice.passes.graph.onnx_file import without_defaults
-from sluice.passes.precision.half import LEAST_OPSET, at_opset, halve
+from sluice.passes.precision.half import LEAST_OPSET, at_opset, to_half
 from sluice.passes.precision.quantize import quantize
 
-__all__ = ["PRECISIONS", "check_precision", "typed"]
+__all__ = ["PRECISIONS", "check_precision", "to_precision"]
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
@@ -33,7 +33,7 @@ def check_precision(precision: str) -> str:
     return precision
 
 
-def typed(
+def to_precision(
     model: onnx.ModelProto,
     precision: str,
     *,
@@ -60,7 +60,7 @@ def typed(
     try:
         if precision == "int8":
             return quantize(at_opset(model, LEAST_OPSET), ranges=ranges, part=part, target=target, exclude=exclude)
-        return halve(model, precision, part=part)
+        return to_half(model, precision, part=part)
     except (checker.ValidationError, shape_inference.InferenceError, version_converter.ConvertError) as error:
         reason = first_line(error).rstrip(": ")
         raise SluiceError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sluice.core.errors import SluiceError
 from sluice.profiler.profile import Profile
-from sluice.runtime.trt.inspect import Placement, owners, place_pieces
+from sluice.runtime.trt.inspect import EngineLayers, owners, place_pieces
 from sluice.runtime.trt.runner import TensorRtRunner
 
 __all__ = ["check_inspector", "place_profile", "placement_lines"]
@@ -20,7 +20,7 @@ def check_inspector(target: str) -> None:
         raise SluiceError(f"{target} does not tell the layers of its engines; leave out --layers, or use tensorrt")
 
 
-def place_profile(profile: Profile) -> Placement:
+def place_profile(profile: Profile) -> EngineLayers:
     """The layers of the dense engine that hold each piece, by TensorRT's inspector.
 
     Raises:
@@ -29,13 +29,13 @@ def place_profile(profile: Profile) -> Placement:
     check_inspector(profile.target)
     runner = profile.runner()
     assert isinstance(runner, TensorRtRunner)
-    dissection = profile.dissection
-    deployed = profile.engine(dissection.model)
-    layers = runner.build(deployed, batch=dissection.batch).layers()
-    return place_pieces(layers, owners(deployed.graph, {p.name: p.model.graph for p in dissection.pieces}))
+    partition = profile.partition
+    deployed = profile.engine(partition.model)
+    layers = runner.build(deployed, batch=partition.batch).layers()
+    return place_pieces(layers, owners(deployed.graph, {p.name: p.model.graph for p in partition.pieces}))
 
 
-def placement_lines(placed: Placement) -> list[str]:
+def placement_lines(placed: EngineLayers) -> list[str]:
     """For reading: every piece with its layers, and of each layer that it shares, with how many others."""
     lines = [f"layers of the dense engine, by piece; {len(placed.shared)} are shared by several pieces"]
     for piece, layers in placed.pieces.items():

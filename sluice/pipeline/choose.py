@@ -1,0 +1,110 @@
+"""Which reading of the losses to trust.
+
+Prices are of single changes, before training. So the plans that follow from several readings of them (all methods; each
+method alone; structure at half and at twice its price) are cut and trained for a few steps, unless they are far too
+dear, and the reading whose plan trains best is the one that is verified (`sluice.training.rehearse`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import fx, nn
+
+from sluice.core.errors import Unreachable
+from sluice.pipeline.layermerge import BONUSES, DepthProblem
+from sluice.pipeline.problem import Problem, Solution
+from sluice.solver.decide import restricted
+from sluice.solver.options import EditSpace
+from sluice.training.rehearse import rehearse
+from sluice.training.train import Data, Loss
+
+__all__ = ["Scenario", "choose"]
+
+PRICES = (0.5, 2.0)
+
+
+HOPELESS = 3.0  # times the least price: not worth a rehearsal
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scenario:
+    """One reading of the losses, the plan that follows from it, and its held-out loss in rehearsal."""
+
+    name: str
+    problem: Problem
+    solution: Solution
+    rehearsed: tuple[float, ...] = ()
+
+
+def choose(
+    problem: Problem,
+    methods: Sequence[str],
+    target_ms: float,
+    build: Callable[[Solution], fx.GraphModule],
+    *,
+    data: Data,
+    teacher: nn.Module,
+    loss: Loss,
+    lr: float,
+    steps: int,
+    progress: bool = True,
+) -> list[Scenario]:
+    """All readings whose plans differ, the one to trust first (rule 3).
+
+    Args:
+        target_ms: promised milliseconds of every plan.
+        build: makes the trainable slim network of a plan.
+        steps: of the first round of the rehearsal; 0 trusts the losses as they are.
+    """
+    readings = _readings(problem, methods, target_ms)
+    if len(readings) == 1 or not steps:
+        return readings
+    found = rehearse(
+        [build(r.solution) for r in readings], data, teacher=teacher, loss=loss, lr=lr, steps=steps, progress=progress
+    )
+    heard = [replace(r, rehearsed=tuple(losses)) for r, losses in zip(readings, found, strict=True)]
+    return sorted(heard, key=lambda r: (-len(r.rehearsed), r.rehearsed[-1]))
+
+
+def _readings(problem: Problem, methods: Sequence[str], target_ms: float) -> list[Scenario]:
+    options, latency = problem.profile.options, problem.profile.latency
+    asked = {"together": problem}
+    if isinstance(problem, DepthProblem):
+        others = {f"bonus {bonus:g}": replace(problem, bonus=bonus) for bonus in BONUSES if bonus != problem.bonus}
+        asked = {f"bonus {problem.bonus:g}": problem, **others}
+    if len(methods) > 1:
+        for price in PRICES:
+            asked[f"structure at {price:g}"] = replace(problem, losses=_priced(problem.losses, options, price))
+        for method in methods:
+            alone = restricted(latency, options.sites(latency, [method]))
+            asked[f"{method} alone"] = replace(problem, model=alone)
+    readings: list[Scenario] = []
+    for name, one in asked.items():
+        try:
+            solution = one.solve(target_ms)
+        except Unreachable:
+            if one.model is problem.model:
+                raise
+            continue  # this method alone does not get there
+        if all(solution.plan != reading.solution.plan for reading in readings):
+            readings.append(Scenario(name, one, solution))
+    prices = [_price(problem, reading.solution) for reading in readings]
+    return [r for r, price in zip(readings, prices, strict=True) if price <= HOPELESS * min(prices)]
+
+
+def _price(problem: Problem, solution: Solution) -> float:
+    """The sum of the losses as measured."""
+    levels, widths = problem.model.levels, solution.choice.widths
+    return sum(
+        float(values[levels[site].index(widths[site])])
+        for site, values in problem.losses.items()
+        if widths[site] in levels[site]
+    )
+
+
+def _priced(losses: Mapping[str, np.ndarray], options: EditSpace, price: float) -> dict[str, np.ndarray]:
+    structural = {name for o in options.ranks for name in (o.switch, o.rank)} | {*options.drops, *options.merges}
+    return {site: values * price if site in structural else values for site, values in losses.items()}

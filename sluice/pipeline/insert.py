@@ -1,0 +1,57 @@
+"""Gates for what the methods may do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from sluice.passes.cut.factor import singular_values
+from sluice.passes.gates.gating import Gated, insert_gates
+from sluice.passes.graph.blocks import find_blocks
+from sluice.passes.graph.capture import Inputs, capture
+from sluice.passes.graph.view_torch import view_torch
+from sluice.profiler.profile import Profile
+
+__all__ = ["insert_all"]
+
+ENERGY = 0.9
+
+
+def insert_all(
+    model: nn.Module, example_inputs: Inputs, measured: Profile, methods: Sequence[str], *, steps: int,
+    exclude: Sequence[str] = (),
+) -> Gated | None:  # fmt: skip
+    """Gates for what the methods may do: filters, ranks and blocks together, as DF has them; merges have none.
+
+    A weight is thresholded in the form that is fastest among ranks that keep `ENERGY` of it. A block whose output no
+    tensor can close has no gate; None where nothing has one.
+    """
+    options = measured.options
+    gm = capture(model, example_inputs)
+    ranks = _best_forms(measured, dict(gm.named_parameters())) if "rank" in methods else {}
+    blocks: dict[str, tuple[str, ...]] = {}
+    if "block" in methods:
+        found, _ = find_blocks(view_torch(gm))
+        known = measured.latency.switches.intersection(options.drops)
+        blocks = {b.name: b.closing for b in found if b.closing and f"{b.name}|drop" in known}
+    filters = "filter" in methods and measured.partition.analysis.groups
+    kinds = [k for k, on in (("filter", filters), ("rank", ranks), ("block", blocks)) if on]
+    if not kinds:
+        return None
+    return insert_gates(model, example_inputs, steps=steps, exclude=exclude, kinds=kinds, ranks=ranks, blocks=blocks)
+
+
+def _best_forms(measured: Profile, weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    model = measured.latency
+    best: dict[str, tuple[float, str]] = {}
+    for option in measured.options.ranks:
+        values = singular_values(weights[option.param].detach().cpu().numpy(), option.form)
+        kept = np.cumsum(values**2) / max(float((values**2).sum()), 1e-30)
+        for rank in model.levels[option.rank]:
+            if kept[min(rank, len(kept)) - 1] >= ENERGY:
+                ms = model.ms({**model.dense, **option.at(rank)})
+                best[option.param] = min(best.get(option.param, (np.inf, "")), (ms, option.form))
+    return {param: form for param, (_, form) in best.items()}
