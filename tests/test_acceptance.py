@@ -32,7 +32,7 @@ from sluice.passes.graph.view_onnx import view_onnx
 from sluice.passes.precision.to_precision import PRECISIONS, to_precision
 from sluice.profiler.pieces.partition import build_piece, partition_graph
 from sluice.profiler.pieces.sources import add_sources
-from sluice.runtime.trt.inspect import Placement, owners, place_pieces, read_layers
+from sluice.runtime.trt.inspect import EngineLayers, owners, place_pieces, read_layers
 from tests import networks
 from tests.device import chain
 from tests.rtx import INSTALLED, Rtx
@@ -199,7 +199,7 @@ def test_layers_are_traced_to_pieces(rtx: Rtx, precision: str) -> None:
     assert all(len(held) > 1 for held in placed.shared.values())
 
 
-def placement(rtx: Rtx, precision: str) -> tuple[Placement, list[str]]:
+def placement(rtx: Rtx, precision: str) -> tuple[EngineLayers, list[str]]:
     found = partition_graph(named("mixed"), BATCH)
     deployed = to_precision(found.model, precision, target=TARGET)
     layers = read_layers(rtx.build(deployed, BATCH, described=True).information)

@@ -183,7 +183,7 @@ def unreachable(
         means = f"{', '.join(first)} and {last} together reach" if first else f"{last} alone reach"
     return Unreachable(
         f"budget {_ms(target_ms)} cannot be met: {means} {_ms(least, up=True)} "
-        f"({100 * least / dense:.1f}% of dense {_ms(dense)}); solve for at least that"
+        f"({100 * least / dense:.1f}% of dense {_ms(dense)}); ask for at least that"
     )
 
 
@@ -322,7 +322,7 @@ def _order(scores: np.ndarray) -> np.ndarray:
 
 
 def _ms(value: float, *, up: bool = False) -> str:
-    """At least three significant digits; rounded up where the figure is one to solve for."""
+    """At least three significant digits; rounded up where the figure is one to ask for."""
     decimals = 2 if abs(value) >= 1 or value == 0 else 2 - math.floor(math.log10(abs(value)))
     if up:
         value = math.ceil(value * 10**decimals - 1e-9) / 10**decimals

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sluice.runtime.torch_cuda.program import Program
+from sluice.runtime.torch_cuda.program import TorchProgram
 
 __all__ = ["LAUNCH_MS", "FakeDriver", "FakeGraph"]
 
 LAUNCH_MS = 0.006
-RUN = Program.__call__
+RUN = TorchProgram.__call__
 
 
 class FakeGraph:
@@ -57,14 +57,14 @@ class FakeDriver:
         self.graphs: weakref.WeakSet[FakeGraph] = weakref.WeakSet()
         self._capturing = False
 
-        def counted(program: Program, inputs: list[Tensor]) -> list[Tensor]:
+        def counted(program: TorchProgram, inputs: list[Tensor]) -> list[Tensor]:
             assert self.at_work
             self.log.append("inference")
             if not self._capturing:
                 self.clock_ms += self.inference_ms + 10 * LAUNCH_MS
             return RUN(program, inputs)
 
-        patch.setattr(Program, "__call__", counted)
+        patch.setattr(TorchProgram, "__call__", counted)
 
     @contextmanager
     def working(self) -> Iterator[None]:
