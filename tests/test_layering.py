@@ -1,132 +1,68 @@
-"""Who may import whom, held against the imports themselves."""
+"""Who may import whom: floors of folders, and the folders that do without torch."""
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import sluice
+from tests.house import MODULES, ROOT, circles, figures, imports, room_of, rooms
 
-ROOT = Path(next(iter(sluice.__path__)))
-MODULES = {
-    ".".join(("sluice", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
-    for path in sorted(ROOT.rglob("*.py"))
-}
-
-# These serve on targets that have no torch; a trailing dot means everything below.
-NUMPY_ONLY = (
-    "sluice.core.errors",
-    "sluice.core.files",
-    "sluice.core.plan",
-    "sluice.core.algebra",
-    "sluice.core.latency",
-    "sluice.passes.graph.view",
-    "sluice.passes.graph.blocks",
-    "sluice.passes.graph.chains",
-    "sluice.passes.graph.segments",
-    "sluice.passes.cut.merge_region",
-    "sluice.passes.cut.compose",
-    "sluice.solver.dynamic_program",
-    "sluice.solver.beam_search",
-    "sluice.passes.cut.factor",
-    "sluice.solver.options",
+# From the roof down. A folder imports from floors below its own, never from its neighbours.
+FLOORS = (
+    ("cli",),
+    ("commands", "pipeline"),
+    ("artifacts", "importance", "models"),
+    ("training",),
+    ("profiler",),
+    ("solver", "passes", "runtime"),
+    ("core",),
 )
-WITHOUT_TORCH = (
-    *NUMPY_ONLY,
-    "sluice.passes.graph.coupling",
-    "sluice.solver.milp",
-    "sluice.solver.decide",
-    "sluice.solver.random_configurations",
-    "sluice.passes.graph.groups",
-    "sluice.passes.cut.resolve",
-    "sluice.passes.graph.onnx_axes",
-    "sluice.passes.graph.onnx_graph",
-    "sluice.passes.cut.drop_onnx",
-    "sluice.passes.cut.merge_onnx",
-    "sluice.passes.cut.factor_onnx",
-    "sluice.passes.cut.rewrite_onnx",
-    "sluice.passes.precision.fold",
-    "sluice.passes.precision.keep_float32",
-    "sluice.passes.precision.half",
-    "sluice.passes.precision.qdq_placement",
-    "sluice.passes.precision.quantize",
-    "sluice.passes.precision.to_precision",
-    "sluice.profiler.",
-    "sluice.runtime.",
-    "sluice.passes.graph.onnx_file",
-    "sluice.passes.precision.emulation",
-    "sluice.artifacts.rounding_check",
-    "sluice.artifacts.check",
-    "sluice.cli",
-    "sluice.commands.options",
-    "sluice.commands.table",
-    "sluice.artifacts.macs",
-    "sluice.artifacts.report",
-)
-# (from, to): no module of the first may import one of the second.
-FORBIDDEN = (
-    ("sluice.passes.", "sluice.runtime."),
-    ("sluice.runtime.", "sluice.passes."),
-    ("sluice.", "sluice.cli"),
-)
-# Imported inside the function that needs them, never at import.
+# These serve on devices that have no torch. In `passes` torch is for the files that say so by their name.
+TORCH_FREE = ("cli", "commands", "core", "solver", "profiler", "runtime", "passes")
+TORCH_FILES = ("_torch", "aten", "capture", "export")
+TORCH_ROOMS = ("passes/gates",)
+NUMPY_ONLY = ("core",)
 LAZY = ("tensorrt", "tensorrt_rtx", "onnxruntime", "timm", "matplotlib", "optuna", "onnx_graphsurgeon", "mlxtend")
 
 
-def matches(module: str, pattern: str) -> bool:
-    return (
-        module.startswith(pattern) or module == pattern.removesuffix(".")
-        if pattern.endswith(".")
-        else module == pattern
-    )
+def is_torch_free(module: str) -> bool:
+    room, name = room_of(module), module.rpartition(".")[2]
+    if module in ("sluice", "sluice.__main__") or room in TORCH_ROOMS:
+        return module == "sluice"
+    by_name = room.startswith("passes") and any(name.endswith(t) or name.startswith(t) for t in TORCH_FILES)
+    return room.split("/")[0] in TORCH_FREE and not by_name
 
 
-def imports(path: Path, top_level: bool = False) -> set[str]:
-    """Absolute names of imported modules, also those under a function unless ``top_level``."""
-    tree = ast.parse(path.read_text())
-    found: set[str] = set()
-    lazy = {
-        id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)
-    }
-    typing = {
-        id(n)
-        for i in ast.walk(tree)
-        if isinstance(i, ast.If) and "TYPE_CHECKING" in ast.dump(i.test)
-        for n in ast.walk(i)
-    }
-    for node in ast.walk(tree):
-        if top_level and (id(node) in lazy or id(node) in typing):
-            continue
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            assert not node.level, f"{path.name} has a relative import"
-            found.add(node.module)
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
-
-
-@pytest.mark.parametrize(("source", "target"), FORBIDDEN)
-def test_forbidden_imports(source: str, target: str) -> None:
-    users = [m for m in MODULES if matches(m, source) and m not in ("sluice.cli", "sluice.__main__")]
-    assert users
-    assert not [(m, name) for m in users for name in imports(MODULES[m]) if matches(name, target)]
-
-
-@pytest.mark.parametrize("module", sorted(m for m in MODULES if any(matches(m, p) for p in WITHOUT_TORCH)))
-def test_no_torch_in_the_source(module: str) -> None:
-    assert not [
-        name for name in imports(MODULES[module], top_level=True) if name.split(".")[0] in ("torch", "torchvision")
+def test_folders_import_from_floors_below() -> None:
+    level = {folder: number for number, floor in enumerate(FLOORS) for folder in floor}
+    assert level.keys() == {room.split("/")[0] for room in rooms()}
+    wrong = [
+        (room, other)
+        for room, others in rooms().items()
+        for other in others
+        if (mine := room.split("/")[0]) != (theirs := other.split("/")[0]) and level[mine] >= level[theirs]
     ]
+    assert not wrong
 
 
-def test_the_table_names_modules_that_exist() -> None:
-    for pattern in WITHOUT_TORCH:
-        assert any(matches(m, pattern) for m in MODULES), pattern
+def test_no_circle_and_a_house_that_fits_a_page() -> None:
+    found = figures()
+    assert found["module circles"] == [] and found["room circles"] == []
+    assert len(found["names"]) <= 14, found["names"]  # type: ignore[arg-type]
+    assert found["longest"][1] <= 320, found["longest"]  # type: ignore[index]
+
+
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if is_torch_free(m)))
+def test_no_torch_in_the_source(module: str) -> None:
+    packages = {name.split(".")[0] for name in imports(MODULES[module], top_level=True)}
+    assert not packages & {"torch", "torchvision"}
 
 
 def test_heavy_packages_are_lazy() -> None:
@@ -135,10 +71,10 @@ def test_heavy_packages_are_lazy() -> None:
 
 
 def test_importing_leaves_torch_out() -> None:
-    wanted = sorted(m for m in MODULES if any(matches(m, p) for p in WITHOUT_TORCH))
+    wanted = sorted(m for m in MODULES if is_torch_free(m))
     code = f"""
 import importlib, sys
-for name in {[m for m in wanted if m in NUMPY_ONLY]!r}:
+for name in {[m for m in wanted if room_of(m) in NUMPY_ONLY]!r}:
     importlib.import_module(name)
 early = {{"torch", "onnx", "onnxruntime", "scipy"}} & set(sys.modules)
 for name in {wanted!r}:
