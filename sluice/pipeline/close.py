@@ -31,14 +31,13 @@ __all__ = ["close"]
 
 def close(gated: Gated, solution: Solution) -> fx.GraphModule:
     """The closed network: the choice baked into the dense architecture, merged runs linear with padding in front."""
-    plan, keeps = solution.plan, keep_masks(gated.meta["analysis"], solution.kept)
-    masks = tie_removed(gated.meta["analysis"], plan.merges, keeps)
-    kept = {
-        g.name: tuple(np.flatnonzero(m).tolist()) for g, m in zip(gated.meta["analysis"].groups, masks, strict=True)
-    }
+    plan, analysis = solution.plan, gated.meta["space"].analysis
+    keeps = keep_masks(analysis, solution.kept)
+    masks = tie_removed(analysis, plan.merges, keeps)
+    kept = {g.name: tuple(np.flatnonzero(m).tolist()) for g, m in zip(analysis.groups, masks, strict=True)}
     closed = close_gates(gated, kept, ranks={f.param: (f.form, f.rank) for f in plan.factorizations})
     if plan.merges:
-        _close_readers(closed, tensor_masks(gated.meta["analysis"], masks))
+        _close_readers(closed, tensor_masks(analysis, masks))
     if plan.drops:
         _close_branches(closed, plan.drops)
     if plan.merges:

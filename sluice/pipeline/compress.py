@@ -193,7 +193,7 @@ def finish(
         raise SluiceError("this budget has no profile, so no engine can be measured; make it from sluice.profile(...)")
     methods = check_methods(methods)
     given = importance if importance is not None else {}
-    learned = importance is None and "filter" in methods and gated.meta["analysis"].groups
+    learned = importance is None and "filter" in methods and gated.meta["space"].analysis.groups
     scores = learned_scores(gated.gates) if learned else given
     with stage("price every choice", progress) as advance:
         problem = price_problem(gated, budget.profile, methods, scores, data=data, loss=loss, advance=advance)
@@ -256,7 +256,7 @@ def _finish(
         params=(count_parameters(stripped), count_parameters(slim)),
         macs=(count_macs(dense_engine), count_macs(slim_onnx)),
         metrics=(metric_dense, None if evaluate is None else evaluate(slim), metric_deployed),
-        frozen={**gated.meta["analysis"].frozen, **measured.options.refused},
+        frozen={**measured.space.left_alone, **gated.meta["space"].left_alone},
         seconds=time.perf_counter() - started, losses=ready.problem.losses,
         readings=[(r.name, r.solution.choice.promised_ms, r.rehearsed) for r in readings],
     )  # fmt: skip

@@ -52,7 +52,7 @@ def price_problem(
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Problem:
     """The problem for these methods (rules 1 and 2)."""
-    options, analysis = measured.options, gated.meta["analysis"]
+    options, analysis = measured.options, gated.meta["space"].analysis
     model = restricted(measured.latency, options.sites(measured.latency, methods))
     stripped = strip_gates(gated, thresholded=True).eval()
     groups = {g.name: model.levels[g.name] for g in analysis.groups if g.name in model.levels}

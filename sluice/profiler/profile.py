@@ -19,8 +19,9 @@ from sluice.core.errors import SluiceError
 from sluice.core.latency import LatencyModel
 from sluice.core.progress import Progress, progress_of, silent
 from sluice.passes.precision.to_precision import check_precision, to_precision
+from sluice.passes.search_space import SearchSpace, agreed, find_search_space, read_onnx
 from sluice.profiler.fit.calibrate import calibrate
-from sluice.profiler.pieces.partition import Partition, partition_graph
+from sluice.profiler.pieces.partition import Partition, partition_static, static_at, with_small
 from sluice.profiler.survey import Unknown, closed_bench, measure_engine_share, survey, survey_of_known
 from sluice.profiler.sweep.bench import Bench
 from sluice.profiler.sweep.shards import Shard
@@ -57,6 +58,7 @@ class Profile:
 
     latency: LatencyModel
     partition: Partition
+    space: SearchSpace
     fingerprint: Fingerprint
     target: str
     reference_ms: float
@@ -131,6 +133,7 @@ def profile_onnx(
     precision: str = "fp32",
     exclude: Sequence[str] = (),
     methods: Sequence[str] = ("filter",),
+    like: SearchSpace | None = None,
     seed: int = 0,
     progress: bool | Progress = True,
 ) -> Profile:
@@ -142,24 +145,25 @@ def profile_onnx(
         batch: batch size of the deployment.
         precision: of the deployment; ``model`` itself is fp32.
         methods: what may be chosen, of ``filter``, ``rank``, ``block``, ``merge``.
+        like: another reading of the same network, to whose sites the choice is limited.
         progress: True for bars with the time left, on standard error; or a way of one's own.
     Raises:
         SluiceError: nothing can be cut; the table is foreign, damaged or cannot be written.
     """
     methods, show = check_methods(methods), progress_of(progress)
     fingerprint = fingerprint_here(target, threads, batch, precision)
-    partition = _dissect(model, fingerprint, exclude, methods)
+    partition, space = _partition(model, fingerprint, exclude, methods, like)
 
     def lacks() -> bool:
         try:
-            profile_known(model, table, exclude=exclude, methods=methods)
+            profile_known(model, table, exclude=exclude, methods=methods, like=like)
         except SluiceError:
             return True
         return False
 
     with _bench(table, fingerprint, seed, lacks) as bench:
-        found = survey(partition, bench, show, methods=methods, exclude=exclude)
-        _check_choice(partition, found.alternatives.options)
+        found = survey(partition, bench, show, methods=methods, space=space)
+        _check_choice(space, found.alternatives.options)
         with show("engines") as advance:
             own = replace(bench, progress=advance)
             latency = calibrate(partition, found.latency(bench), own, found.alternatives, seed=seed)
@@ -167,6 +171,7 @@ def profile_onnx(
     return Profile(
         latency,
         partition,
+        space,
         fingerprint,
         target,
         bench.reference.ms,
@@ -183,6 +188,7 @@ def profile_known(
     *,
     exclude: Sequence[str] = (),
     methods: Sequence[str] = ("filter",),
+    like: SearchSpace | None = None,
 ) -> Profile:
     """The profile of a network that ``table`` knows all of, whatever device that was measured on; arguments as above.
 
@@ -192,10 +198,10 @@ def profile_known(
     methods = check_methods(methods)
     with LatencyTable.open(table) as opened:
         there, bench = opened.fingerprint, closed_bench(opened)
-        partition = _dissect(model, there, exclude, methods)
+        partition, space = _partition(model, there, exclude, methods, like)
         try:
-            found = survey(partition, bench, silent, methods=methods, exclude=exclude)
-            _check_choice(partition, found.alternatives.options)
+            found = survey(partition, bench, silent, methods=methods, space=space)
+            _check_choice(space, found.alternatives.options)
             latency = calibrate(partition, found.latency(bench), bench, found.alternatives)
         except Unknown:
             raise SluiceError(
@@ -205,7 +211,7 @@ def profile_known(
         cache, options = opened.get_blob(timing_cache.NAME), found.alternatives.options
         reference, counts = opened.get(REFERENCE_KEY, ()), found.coverage(opened)
     reference_ms = reference.ms if reference is not None else math.nan
-    return Profile(latency, partition, there, there.runtime, reference_ms, options, cache, *counts)
+    return Profile(latency, partition, space, there, there.runtime, reference_ms, options, cache, *counts)
 
 
 def profile_shard(
@@ -229,13 +235,13 @@ def profile_shard(
     """
     methods, show = check_methods(methods), progress_of(progress)
     fingerprint = fingerprint_here(target, threads, batch, precision)
-    partition = _dissect(model, fingerprint, exclude, methods)
+    partition, space = _partition(model, fingerprint, exclude, methods, None)
     with _bench(table, fingerprint, seed) as bench:
         before = len(bench.table)
-        survey(partition, bench, show, methods=methods, exclude=exclude, shard=shard)
+        survey(partition, bench, show, methods=methods, space=space, shard=shard)
         points, engines = len(bench.table) - before, 0
         disturbed, _ = bench.table.beyond(UNCERTAIN, REFERENCE_KEY)
-        known = survey_of_known(partition, bench.table, methods=methods, exclude=exclude)
+        known = survey_of_known(partition, bench.table, methods=methods, space=space)
         if known is not None:
             with show("engines") as advance:
                 engines = measure_engine_share(known, replace(bench, progress=advance), shard, seed)
@@ -256,18 +262,28 @@ def _bench(
         yield Bench(opened, runner, make_reference_engine(opened, runner, rng, lacks=lacks), rng)
 
 
-def _dissect(
-    model: onnx.ModelProto, fingerprint: Fingerprint, exclude: Sequence[str], methods: Sequence[str]
-) -> Partition:
+def _partition(
+    model: onnx.ModelProto,
+    fingerprint: Fingerprint,
+    exclude: Sequence[str],
+    methods: Sequence[str],
+    like: SearchSpace | None,
+) -> tuple[Partition, SearchSpace]:
+    """The network at the batch of the deployment, its pieces, and what it can become."""
+    static = static_at(model, fingerprint.batch)
+    space = find_search_space(read_onnx(static), exclude)
+    if like is not None:
+        space = agreed(space, like)
+    partition = partition_static(static, space.analysis, fingerprint.batch)
     # Less work takes no less time where a small batch leaves an accelerator idle, or threads wait for each other.
-    proportional = fingerprint.runtime == "ort-cpu" and fingerprint.threads == 1
-    partition = partition_graph(model, fingerprint.batch, exclude, small=proportional)
+    if fingerprint.runtime == "ort-cpu" and fingerprint.threads == 1:
+        partition = with_small(partition, model)
     if tuple(methods) == ("filter",):
-        _check_choice(partition, EditSpace())
-    return partition
+        _check_choice(space, EditSpace())
+    return partition, space
 
 
-def _check_choice(partition: Partition, options: EditSpace) -> None:
+def _check_choice(space: SearchSpace, options: EditSpace) -> None:
     """Something must be left to choose."""
-    if not (partition.analysis.groups or options.ranks or options.drops or options.merges):
-        raise SluiceError(f"nothing in this model can be cut: {dict(list(partition.analysis.frozen.items())[:3])}")
+    if not (space.analysis.groups or options.ranks or options.drops or options.merges):
+        raise SluiceError(f"nothing in this model can be cut: {dict(list(space.left_alone.items())[:3])}")

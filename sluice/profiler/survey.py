@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ import onnx
 
 from sluice.core.latency import LatencyModel
 from sluice.core.progress import Progress, silent
+from sluice.passes.search_space import SearchSpace
 from sluice.profiler.fit.assemble import assemble
 from sluice.profiler.pieces.partition import Partition
 from sluice.profiler.pieces.staircase import Staircase
@@ -61,7 +61,7 @@ def survey(
     progress: Progress,
     *,
     methods: Sequence[str],
-    exclude: Sequence[str],
+    space: SearchSpace,
     shard: Shard = WHOLE,
 ) -> Survey:
     """Measure what is missing of the shard's share; groups of which it has none stay at their size."""
@@ -83,20 +83,19 @@ def survey(
     with progress("alternatives") as advance:
         alternatives = Alternatives(EditSpace())
         if set(methods) - {"filter"}:
-            left_out = (*exclude, *map(glob.escape, share.foreign))
             own = replace(bench, progress=advance)
             # What takes a layer's place is compared with the dense layers, whoever has those.
             own.pieces(partition, dense_points(partition))
-            alternatives = find_alternatives(partition, stairs, own, methods, left_out)
+            alternatives = find_alternatives(partition, stairs, own, methods, space.without(share.foreign))
     return Survey(partition, stairs, alternatives)
 
 
 def survey_of_known(
-    partition: Partition, table: LatencyTable, *, methods: Sequence[str], exclude: Sequence[str]
+    partition: Partition, table: LatencyTable, *, methods: Sequence[str], space: SearchSpace
 ) -> Survey | None:
     """The survey of the whole if the table holds all of it, else None; nothing is measured."""
     try:
-        return survey(partition, closed_bench(table), silent, methods=methods, exclude=exclude)
+        return survey(partition, closed_bench(table), silent, methods=methods, space=space)
     except Unknown:
         return None
 

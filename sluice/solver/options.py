@@ -49,15 +49,11 @@ class RankOption:
 
 @dataclass(frozen=True, slots=True)
 class EditSpace:
-    """All options of a network; drops and merges by the name of their switch.
-
-    ``refused`` says of weights, by name, why they are offered no rank, where they are of a kind that could have one.
-    """
+    """All options of a network; drops and merges by the name of their switch."""
 
     ranks: tuple[RankOption, ...] = ()
     drops: Mapping[str, Drop] = field(default_factory=dict)
     merges: Mapping[str, Merge] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)
 
     def sites(self, model: LatencyModel, methods: Sequence[str]) -> frozenset[str]:
         """The sites of ``model`` that these methods may move."""

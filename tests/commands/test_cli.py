@@ -130,10 +130,13 @@ def test_inspect_shows_what_can_be_restructured(capsys: pytest.CaptureFixture[st
         "forms": {"kxk-1x1": 9, "1x1-kxk": 9, "kx1-1xk": 27},
     }
     assert found["weights"]["mid.weight"]["forms"] == {"kxk-1x1": 12}
-    assert found["dense"] == {"grouped.weight": "is the weight of 3 groups"}
+    assert found["dense"] == {
+        "grouped.weight": "is the weight of 3 groups",
+        "fc.weight": "is a matrix of 5 x 13, which has no rank to choose",
+    }
     runs = {(r["layers"][0], r["layers"][-1]): r["kernels"] for r in found["runs"]}
     assert runs["b.conv1.weight", "b.conv2.weight"] == ["3x3", "5x5"]
-    assert runs["stem.weight", "b.conv2.weight"][-1] == "11x11"
+    assert runs["stem.weight", "b.conv2.weight"][-1] == "9x9"  # what would be larger is never offered
     assert found["alone"]["right.weight"].startswith("between ")
 
     save_onnx(to_onnx(branched(), tiny.inputs()), tmp_path / "dense.onnx")
@@ -151,6 +154,17 @@ def test_inspect_shows_what_can_be_restructured(capsys: pytest.CaptureFixture[st
     rest = json.loads(run(capsys, "inspect", BRANCHED, "--shape 3,9,9 --json --exclude b.*"))
     assert rest["dense"]["b.conv1.weight"] == rest["alone"]["b.conv1.weight"] == "excluded by 'b.*'"
     assert not [r for r in rest["runs"] if any(name.startswith("b.") for name in r["layers"])]
+
+
+def test_inspect_leaves_out_what_lies_under_an_excluded_module(capsys: pytest.CaptureFixture[str]) -> None:
+    """A pattern means modules around a layer as well, for weights, blocks and runs as for widths."""
+    found = json.loads(run(capsys, "inspect", "sluice:resnet20 --json --exclude stages.0"))
+    shown = [*found["weights"], *(b["name"] for b in found["blocks"]), *(n for r in found["runs"] for n in r["layers"])]
+    shown += [name for group in found["groups"].values() for name, _ in group["axes"]]
+    assert [name for name in shown if name.startswith("stages.1")]
+    assert not [name for name in shown if name.startswith("stages.0")]
+    for key in ("frozen", "dense", "additions", "alone"):
+        assert "excluded by 'stages.0'" in found[key].values(), key
 
 
 def test_methods_are_those_of_the_library() -> None:

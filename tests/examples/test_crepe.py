@@ -214,7 +214,7 @@ def test_a_channel_is_columns_far_apart() -> None:
 
 
 def test_every_convolution_is_a_group_with_its_norm() -> None:
-    analysis = gated().meta["analysis"]
+    analysis = gated().meta["space"].analysis
     assert {g.name: g.size for g in analysis.groups} == {f"conv{i + 1}": w for i, w in enumerate(WIDTHS)}
     assert set(analysis.frozen) == {"classifier"}
     norm = {f"conv2_BN.{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var")}
@@ -224,7 +224,7 @@ def test_every_convolution_is_a_group_with_its_norm() -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_cutting_is_exact(seed: int) -> None:
-    model, analysis = small(), gated().meta["analysis"]
+    model, analysis = small(), gated().meta["space"].analysis
     kept = random_kept(analysis, seed)
     plan = make_plan(analysis, kept)
     slim = rewrite_torch(model, plan, frames()).eval()
@@ -240,7 +240,7 @@ def test_cutting_is_exact(seed: int) -> None:
 
 
 def test_columns_side_by_side_would_be_wrong_and_are_refused() -> None:
-    plan = make_plan(gated().meta["analysis"], {"conv6": [0, 2]})
+    plan = make_plan(gated().meta["space"].analysis, {"conv6": [0, 2]})
     (good,) = (s for s in plan.slices if s.param == "classifier.weight")
     assert good.keep == (0, 2, 3, 5, 6, 8)
     bad = dataclasses.replace(good, keep=(0, 1, 2, 6, 7, 8))

@@ -54,7 +54,7 @@ class Case:
 
 def case_of(model: nn.Module, inputs: tuple[Tensor, ...], *, structure: bool) -> Case:
     gated = insert_gates(model, inputs)
-    gm, analysis = strip_gates(gated).eval(), gated.meta["analysis"]
+    gm, analysis = strip_gates(gated).eval(), gated.meta["space"].analysis
     drops = {f"{b.name}|drop": b.drop() for b in find_blocks(view_torch(gm))[0]} if structure else {}
     options = EditSpace(RANKS, drops, {"tail|merge": MERGE}) if structure else EditSpace()
     dense = {g.name: g.size for g in analysis.groups}

@@ -202,7 +202,7 @@ def test_sweeps_say_what_cannot_be_reached_before_pricing(table: Path, monkeypat
 def test_int8_without_data_is_refused_before_anything_is_trained() -> None:
     measured = sluice.profile(tiny.model(), tiny.inputs(), batch=tiny.BATCH, precision="int8", progress=False)
     gated = insert_gates(tiny.model(), tiny.inputs())
-    scores = {group.name: np.ones(group.size) for group in gated.meta["analysis"].groups}
+    scores = {group.name: np.ones(group.size) for group in gated.meta["space"].analysis.groups}
     with pytest.raises(SluiceError, match="int8 is calibrated on data; give data="):
         finish(gated, Budget(gated, measured, BUDGET), importance=scores, progress=False)
 
@@ -399,7 +399,7 @@ def test_every_question_is_settled_once_and_the_last_says_what_is_wrong(
 
 
 def test_without_gates_nothing_is_decided_before_the_end(residual_table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BeamProblem, "solution", lambda self, target_ms: pytest.fail("decided"))
+    monkeypatch.setattr(BeamProblem, "solve", lambda self, target_ms: pytest.fail("decided"))
     monkeypatch.setattr(prepare, "_length", lambda data: pytest.fail("read to the end"))
     ready = prepare.prepare(
         tiny.residual(), tiny.inputs(), budget=BUDGET, data=tiny.data(), table=residual_table, batch=tiny.BATCH,

@@ -29,9 +29,9 @@ from sluice.passes.gates.filter_gates import REFRESH, BlockGate, Gate, Gates
 from sluice.passes.gates.insertion import TAG, Inserter, along, mask_norm, masked_norm
 from sluice.passes.gates.placement import Placement, place_gates
 from sluice.passes.gates.rank_gates import RankGate
-from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.capture import MARK, Inputs, capture, clone
-from sluice.passes.graph.groups import Analysis, keep_masks
+from sluice.passes.graph.groups import Analysis, check_cuttable, keep_masks
+from sluice.passes.search_space import SearchSpace, find_search_space, read_torch
 
 __all__ = ["Gated", "absorb_masks", "bake", "close_gates", "insert_gates", "masked_norm", "strip_gates"]
 
@@ -59,6 +59,7 @@ def insert_gates(
     ranks: Mapping[str, str] | None = None,
     blocks: Mapping[str, Sequence[str]] | None = None,
     refresh: int = REFRESH,
+    space: SearchSpace | None = None,
 ) -> Gated:
     """Insert a filter gate at every axis group, and gates of ranks and of blocks where asked for.
 
@@ -72,6 +73,7 @@ def insert_gates(
         blocks: by name of a residual branch the tensors that make it zero: weight and bias of its last norm, or of its
             last convolution.
         refresh: steps between two computations of singular directions; 1 is exact.
+        space: the network's search space where it is known already, exclusions applied.
     Raises:
         SluiceError: the model cannot be captured, has no width to cut where filters are to be gated, or ``ranks`` and
             ``blocks`` do not fit it.
@@ -83,7 +85,10 @@ def insert_gates(
         told = f"{wrong[0]!r} is no kind of gate" if wrong else f"kind {empty[0]!r} has no place to go"
         raise SluiceError(f"{told}; kinds are {list(KINDS)}, and ranks= and blocks= say where the last two go")
     gm = capture(model, example_inputs)
-    analysis = analyze(gm, exclude, needed="filter" in kinds)
+    space = space if space is not None else find_search_space(read_torch(gm), exclude)
+    analysis = space.analysis
+    if "filter" in kinds:
+        check_cuttable(analysis)
     placement = place_gates(gm, analysis)
     if hasattr(gm, "gates"):
         raise SluiceError("the model already has a submodule or tensor named 'gates'; rename it")
@@ -103,7 +108,7 @@ def insert_gates(
     gm.graph.lint()
     gated = Gated(gm, gm.graph)
     _adopt(gated, gm)
-    gated.meta.update({"analysis": analysis, "placement": placement, "blocks": blocks, **gm.meta})
+    gated.meta.update({"space": space, "placement": placement, "blocks": blocks, **gm.meta})
     return gated.train(model.training)
 
 
@@ -149,7 +154,7 @@ def absorb_masks(gated: Gated) -> None:
 
     Groups whose channels a layer or group norm takes its statistics over keep their masks, which no weight can hold.
     """
-    analysis, placement = gated.meta["analysis"], gated.meta["placement"]
+    analysis, placement = gated.meta["space"].analysis, gated.meta["placement"]
     state = gated.state_dict(keep_vars=True)
     normed = {int(g) for name in placement.norms for g in analysis.values[name].groups if g >= 0}
     with torch.no_grad():
@@ -196,7 +201,7 @@ def close_gates(
     unknown = [name for name in blocks if name not in known]
     if unknown:
         raise SluiceError(f"block {unknown[0]!r} has no gate; gated blocks are {sorted(known)}")
-    analysis: Analysis = gated.meta["analysis"]
+    analysis: Analysis = gated.meta["space"].analysis
     zeroed = {tensor for name in blocks for tensor in known[name]}
     return bake(gm, analysis, gated.meta["placement"], keep_masks(analysis, kept), ranks=ranks, zeroed=zeroed)
 

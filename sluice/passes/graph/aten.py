@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from sluice.core.errors import SluiceError
 from sluice.passes.graph import aten_layout as layout
 from sluice.passes.graph.aten_walk import Args, Rule, Walk, arguments, operator_name, static_shape, unknown, where
 from sluice.passes.graph.capture import BatchNorm
 from sluice.passes.graph.coupling import Axis
-from sluice.passes.graph.groups import Analysis, find_groups
+from sluice.passes.graph.exclusion import leave_out
+from sluice.passes.graph.groups import Analysis, check_cuttable, find_groups
 
 __all__ = ["RULES", "analyze"]
 
@@ -216,11 +216,7 @@ def analyze(gm: fx.GraphModule, exclude: Sequence[str] = (), *, needed: bool = T
                 w.axis[node.name] = w.coupling.per_channel(w.of(x), 1, names, str(node.target))
         elif node.op == "output":
             w.coupling.unknown([w.of(v) for v in node.all_input_nodes], "is an output of the model")
-    analysis = find_groups(w.coupling, w.axis, w.shape, exclude)
-    if needed and not analysis.groups:
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(analysis.frozen.items())[:4])
-        raise SluiceError(
-            f"nothing in this model can be cut ({reasons or 'it has no layer with a weight'}); "
-            "give a model with an inner width that nothing outside depends on"
-        )
+    analysis = leave_out(find_groups(w.coupling, w.axis, w.shape), exclude)
+    if needed:
+        check_cuttable(analysis)
     return analysis

@@ -8,8 +8,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +16,19 @@ import numpy as np
 from sluice.core.errors import SluiceError
 from sluice.passes.graph.coupling import Axis, Coupling, Shape
 
-__all__ = ["Analysis", "AxisGroup", "AxisRef", "ValueAxis", "find_groups", "keep_masks", "module_of", "rename_groups"]
+__all__ = [
+    "Analysis",
+    "AxisGroup",
+    "AxisRef",
+    "ValueAxis",
+    "agreeing",
+    "check_cuttable",
+    "find_groups",
+    "keep_masks",
+    "module_of",
+    "rename_groups",
+    "without_groups",
+]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,13 +68,17 @@ class ValueAxis:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Analysis:
-    """All groups of a graph, what was refused and why, and the labelled axis and dense shape of every value."""
+    """All groups of a graph, what was refused and why, and the labelled axis and dense shape of every value.
+
+    ``producers`` are the (weight, axis) pairs that make a labelled axis, in graph order, with a group or without.
+    """
 
     groups: tuple[AxisGroup, ...]
     frozen: Mapping[str, str]
     values: Mapping[str, ValueAxis]
     shapes: Mapping[str, Shape]
     tensors: Mapping[str, Shape]
+    producers: tuple[tuple[str, int], ...] = ()
 
     def group(self, name: str) -> AxisGroup:
         for group in self.groups:
@@ -72,19 +87,23 @@ class Analysis:
         raise SluiceError(f"no group {name!r} in this model; its groups are {[g.name for g in self.groups]}")
 
 
+def check_cuttable(analysis: Analysis) -> None:
+    """Raises `SluiceError` where no width can be chosen, with the first reasons."""
+    if not analysis.groups:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(analysis.frozen.items())[:4])
+        raise SluiceError(
+            f"nothing in this model can be cut ({reasons or 'it has no layer with a weight'}); "
+            "give a model with an inner width that nothing outside depends on"
+        )
+
+
 def module_of(param: str) -> str:
     """``layer1.0.conv1.weight -> layer1.0.conv1``."""
     return param.rpartition(".")[0] or param
 
 
-def find_groups(
-    coupling: Coupling, values: Mapping[str, Axis | None], shapes: Mapping[str, Shape], exclude: Sequence[str] = ()
-) -> Analysis:
-    """Close the books on a coupling that has read the whole graph.
-
-    ``exclude``: module or parameter names, or shell patterns of them, that must keep their width.
-    """
-    _exclude(coupling, exclude)
+def find_groups(coupling: Coupling, values: Mapping[str, Axis | None], shapes: Mapping[str, Shape]) -> Analysis:
+    """Close the books on a coupling that has read the whole graph."""
     lies = {key: coupling.roots(atoms) for key, atoms in coupling.axes.items()}
     on: dict[int, list[tuple[str, int]]] = {}
     for key, along in lies.items():
@@ -131,23 +150,54 @@ def find_groups(
         return ValueAxis(axis.dim, group_of[roots], channel_of[roots])
 
     placed = {name: place(axis) for name, axis in values.items() if axis is not None}
-    return Analysis(tuple(groups), frozen, placed, dict(shapes), dict(coupling.tensors))
+    return Analysis(tuple(groups), frozen, placed, dict(shapes), dict(coupling.tensors), tuple(coupling.producers))
 
 
-def _exclude(coupling: Coupling, exclude: Sequence[str]) -> None:
-    for pattern in exclude:
-        hits = [
-            key
-            for key in coupling.producers
-            if any(fnmatch.fnmatchcase(n, pattern) for n in (key[0], module_of(key[0])))
-            or module_of(key[0]).startswith(pattern + ".")
-        ]
-        if not hits:
-            raise SluiceError(
-                f"exclude pattern {pattern!r} matches no layer; layers are {[p for p, _ in coupling.producers]}"
-            )
-        for key in hits:
-            coupling.freeze(coupling.axes[key], f"excluded by {pattern!r}")
+def without_groups(analysis: Analysis, reasons: Mapping[str, str]) -> Analysis:
+    """The same analysis without the groups that ``reasons`` names: they keep their size, for the reason given."""
+    if not reasons:
+        return analysis
+    stay = [index for index, group in enumerate(analysis.groups) if group.name not in reasons]
+    renumbered = np.full(len(analysis.groups) + 1, -1)  # the last entry is that of a fixed index, -1
+    renumbered[stay] = np.arange(len(stay))
+    values = {
+        name: ValueAxis(axis.dim, renumbered[axis.groups], np.where(renumbered[axis.groups] < 0, 0, axis.channels))
+        for name, axis in analysis.values.items()
+    }
+    makers = {key: module_of(key[0]) for key in analysis.producers}
+    frozen = {
+        makers[ref.param, ref.axis]: reasons[group.name]
+        for group in analysis.groups
+        if group.name in reasons
+        for ref in group.refs
+        if (ref.param, ref.axis) in makers
+    }
+    groups = tuple(analysis.groups[index] for index in stay)
+    return replace(analysis, groups=groups, values=values, frozen={**analysis.frozen, **frozen})
+
+
+def agreeing(analysis: Analysis, like: Analysis, reason: str) -> Analysis:
+    """The analysis with the groups that ``like`` has as well, called as they are there; the others keep their size.
+
+    Two groups are the same if they lie on the same channels of the same axes, of tensors that both graphs have. What
+    they are called is no proof: where one reading lacks ``x``, its ``x`` may be the other's ``x#2``.
+
+    Args:
+        reason: what is said of the groups that ``like`` lacks.
+    """
+    shared = analysis.tensors.keys() & like.tensors.keys()
+    theirs = {_lies(group, shared): group.name for group in like.groups}
+    names = {group.name: theirs.get(_lies(group, shared)) for group in analysis.groups}
+    renamed = [replace(group, name=names[group.name] or group.name) for group in analysis.groups]
+    lacking = {name: reason for name, other in names.items() if other is None}
+    left = without_groups(analysis, lacking)
+    return replace(left, groups=tuple(group for group, old in zip(renamed, names, strict=True) if old not in lacking))
+
+
+def _lies(group: AxisGroup, tensors: Collection[str]) -> frozenset[tuple[str, int, bytes]]:
+    """Where a group lies: tensor, axis, and the channel at every index."""
+    refs = (ref for ref in group.refs if ref.param in tensors)
+    return frozenset((ref.param, ref.axis, ref.channels.astype(np.int64).tobytes()) for ref in refs)
 
 
 def rename_groups(analysis: Analysis, names: Mapping[tuple[str, int], str]) -> Analysis:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 
 from sluice.passes.graph.coupling import Axis, Coupling, Shape
+from sluice.passes.graph.exclusion import leave_out
 from sluice.passes.graph.groups import Analysis, find_groups
 from sluice.passes.graph.onnx_graph import BATCH, attributes, constants, with_batch
 
@@ -255,4 +256,4 @@ def analyze_onnx(model: onnx.ModelProto, exclude: Sequence[str] = ()) -> Analysi
                 w.axis[node.output[0]] = axis
     for out in model.graph.output:
         w.coupling.freeze(w.of(out.name), "is an output of the model")
-    return find_groups(w.coupling, w.axis, w.shape, exclude)
+    return leave_out(find_groups(w.coupling, w.axis, w.shape), exclude)

@@ -13,12 +13,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
-from sluice.core.plan import Merge
 from sluice.passes.cut.merge_onnx import MergedNodes, replaced, replacement
 from sluice.passes.cut.merge_region import MergeRegion, bias_name, find_region, merged_shape
 from sluice.passes.cut.merge_ties import groups_on, inside
@@ -26,72 +25,14 @@ from sluice.passes.graph.chains_onnx import chains_onnx
 from sluice.passes.graph.groups import rename_groups
 from sluice.passes.graph.onnx_axes import analyze_onnx
 from sluice.passes.graph.onnx_graph import LITERAL, attributes
-from sluice.passes.graph.segments import Segment, find_segments, folded_norms, swallowed
+from sluice.passes.merge_sites import MergeSite
 from sluice.profiler.pieces.merged_groups import Change, relabel
 from sluice.profiler.pieces.partition import Partition, anchor_weight, cut_out
 from sluice.profiler.pieces.split import split
-from sluice.profiler.pieces.variants import LayerReplacement, RestructuredGraph, is_excluded
+from sluice.profiler.pieces.variants import LayerReplacement, RestructuredGraph
 from sluice.profiler.pieces.weightless import weightless
 
-__all__ = ["MergeSite", "merge_segments", "merge_variants", "names_in"]
-
-MORE = 1.5
-LARGEST = 9  # kernels beyond this have no fast algorithm anywhere
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class MergeSite:
-    """A run that may be merged, and every weight that goes (projections of swallowed blocks included).
-
-    ``apart``: what the run keeps stays as several convolutions, linear between them, since those may be faster.
-    """
-
-    segment: Segment
-    gone: tuple[str, ...]
-    apart: bool = False
-
-    @property
-    def merge(self) -> Merge:
-        return self.segment.merge(tuple((name,) for name in self.segment.kept) if self.apart else None)
-
-    @property
-    def switch(self) -> str:
-        """The same for both ways to carry out the segment, as only the faster one is offered."""
-        return f"{self.merge.name}|merge {'x'.join(map(str, self.segment.kernel))}"
-
-
-def merge_segments(base: Partition, exclude: Sequence[str] = (), *, widths_vary: bool = True) -> list[MergeSite]:
-    """The merged runs worth timing, and where layers are removed from a run also what is left of it unmerged.
-
-    A run is left out if its convolution alone multiplies more than `MORE` times what the layers do that it replaces,
-    or if it removes a layer between two widths that are chosen apart (``widths_vary``).
-    """
-    tensors = {init.name: numpy_helper.to_array(init) for init in base.model.graph.initializer}
-    on = groups_on(base.analysis)
-    found = []
-    for chain in chains_onnx(base.model):
-        banned = {layer.weight for layer in chain.layers if is_excluded(layer.weight, exclude)}
-        for segment in find_segments(chain, folded_norms(chain, tensors), banned):
-            if len(segment.layers) < 2:
-                continue
-            within = inside(base.analysis, segment.layers, segment.kept, on)
-            if widths_vary and any(len(within.outer(together)) > 1 for together in within.tied):
-                continue
-            spans = swallowed(chain, segment.start, segment.end)
-            gone = (*segment.layers, *(s.shortcut.weight for s in spans if s.shortcut is not None))
-            first, last = (base.analysis.tensors[segment.layers[k]] for k in (0, -1))
-            out = base.analysis.shapes[chain.layers[segment.end - 1].value]
-            channels = last[0] * (1 if segment.depthwise else first[1])
-            macs = math.prod(out[2:]) * channels * math.prod(segment.kernel)
-            replaced = sum(
-                math.prod(base.analysis.shapes[layer.value][2:]) * math.prod(base.analysis.tensors[layer.weight])
-                for layer in chain.layers[segment.start : segment.end]
-            )
-            if macs <= MORE * replaced and max(segment.kernel) <= LARGEST:
-                found.append(MergeSite(segment, gone))
-            if 1 < len(segment.kept) < len(segment.layers) and len(gone) == len(segment.layers):
-                found.append(MergeSite(segment, gone, apart=True))
-    return found
+__all__ = ["merge_variants", "names_in"]
 
 
 def merge_variants(base: Partition, sites: Sequence[MergeSite]) -> Iterator[tuple[RestructuredGraph, list[MergeSite]]]:

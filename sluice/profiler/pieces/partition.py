@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -21,7 +21,7 @@ from sluice.core.errors import SluiceError
 from sluice.core.latency import Extent
 from sluice.passes.cut.resolve import tensor_masks
 from sluice.passes.cut.rewrite_onnx import cut_graph
-from sluice.passes.graph.groups import Analysis, rename_groups
+from sluice.passes.graph.groups import Analysis, agreeing, rename_groups
 from sluice.passes.graph.onnx_axes import analyze_onnx
 from sluice.profiler.pieces.identity import identify
 from sluice.profiler.pieces.split import ANCHORS, Part, anchored_pads, split
@@ -38,8 +38,11 @@ __all__ = [
     "build_piece",
     "cut_out",
     "partition_graph",
+    "partition_static",
     "spread_widths",
+    "static_at",
     "weight_bytes",
+    "with_small",
 ]
 
 
@@ -86,16 +89,47 @@ class Partition:
 def partition_graph(
     model: onnx.ModelProto,
     batch: int,
-    exclude: Sequence[str] = (),
-    names: Mapping[tuple[str, int], str] | None = None,
     *,
-    small: bool = False,
+    like: Analysis | None = None,
+    names: Mapping[tuple[str, int], str] | None = None,
 ) -> Partition:
     """All pieces of a dense model with named initialisers.
 
     Args:
+        like: the groups whose widths may be chosen, and their names; all groups of the graph by default.
         names: other names for groups, by a (tensor, axis) that they lie on.
-        small: partition_graph it at a smaller batch too, if its batch is free.
+    Raises:
+        SluiceError: the model fixes another batch.
+    """
+    static = static_at(model, batch)
+    analysis = rename_groups(analyze_onnx(static), names or {})
+    if like is not None:
+        analysis = replace(agreeing(analysis, like, "is left alone"), frozen=like.frozen)
+    return partition_static(static, analysis, batch)
+
+
+def partition_static(static: onnx.ModelProto, analysis: Analysis, batch: int) -> Partition:
+    """All pieces of what `static_at` returned; ``analysis`` is of that graph."""
+    graph = static.graph
+    infos = {i.name: i for i in [*graph.input, *graph.value_info, *graph.output]}
+    parts = split(graph.node, {i.name for i in graph.input}, {out.name for out in graph.output})
+    pieces = cut_out(parts, range(len(parts)), static, analysis, {init.name: init for init in graph.initializer}, infos)
+    return Partition(static, analysis, pieces, batch)
+
+
+def with_small(partition: Partition, model: onnx.ModelProto) -> Partition:
+    """The partition of ``model`` with that at a smaller batch (`Partition.small`), if its batch is free."""
+    other = max(1, partition.batch // FEWER)
+    if other == partition.batch or _is_static(model):
+        return partition
+    return replace(partition, small=partition_graph(model, other, like=partition.analysis))
+
+
+def static_at(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
+    """The graph at one batch, all sizes known.
+
+    Raises:
+        SluiceError: the model fixes another batch.
     """
     for info in model.graph.input:
         first = next(iter(info.type.tensor_type.shape.dim), None)
@@ -104,15 +138,7 @@ def partition_graph(
                 f"the model fixes its batch: input {info.name!r} has {first.dim_value} rows, not {batch}; profile it "
                 f"at batch={first.dim_value}, or change its forward() so that the batch stays free"
             )
-    static = static_graph(model, batch)
-    analysis = rename_groups(analyze_onnx(static, exclude), names or {})
-    graph = static.graph
-    infos = {i.name: i for i in [*graph.input, *graph.value_info, *graph.output]}
-    parts = split(graph.node, {i.name for i in graph.input}, {out.name for out in graph.output})
-    pieces = cut_out(parts, range(len(parts)), static, analysis, {init.name: init for init in graph.initializer}, infos)
-    other = max(1, batch // FEWER)
-    less = partition_graph(model, other, exclude, names) if small and other < batch and not _is_static(model) else None
-    return Partition(static, analysis, pieces, batch, less)
+    return static_graph(model, batch)
 
 
 def cut_out(

@@ -12,7 +12,6 @@ width of one more axis group, and a factorised layer is two pieces of that graph
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,8 +20,8 @@ from sluice.core.plan import FORMS, Factorize
 from sluice.passes.cut.factor import first_name, forms_of, random_factors, second_name, useful_rank
 from sluice.passes.cut.factor_onnx import factorize_onnx
 from sluice.passes.cut.merge_ties import groups_on
-from sluice.passes.graph.groups import module_of
 from sluice.passes.graph.onnx_graph import attributes
+from sluice.passes.search_space import SearchSpace
 from sluice.profiler.pieces.partition import Partition, Piece, anchor_weight, partition_graph
 from sluice.profiler.pieces.split import ANCHORS
 from sluice.profiler.pieces.staircase import Staircase, step_of
@@ -33,13 +32,11 @@ __all__ = [
     "LayerReplacement",
     "MeasuredReplacement",
     "RestructuredGraph",
-    "is_excluded",
     "rank_layers",
     "rank_variants",
 ]
 
 SHARE = 0.004
-LEAST = 8  # a weight with fewer rows or columns has no rank to choose
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,30 +77,13 @@ class Alternatives:
     without_weight: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by drop, pieces that go with it
 
 
-def is_excluded(param: str, exclude: Sequence[str]) -> bool:
-    """Whether a pattern means this tensor, its module or one around it, as for widths."""
-    module = module_of(param)
-    return any(fnmatch.fnmatchcase(n, p) for n in (param, module) for p in exclude) or any(
-        module.startswith(p + ".") for p in exclude
-    )
-
-
-def rank_layers(base: Partition, dense_ms: Mapping[str, float], exclude: Sequence[str] = ()) -> dict[str, Piece]:
-    """Weights that may be factorised, and the dense piece of each (``dense_ms``: milliseconds by piece name)."""
-    readers: dict[str, int] = {}
-    for node in base.model.graph.node:
-        for name in node.input:
-            readers[name] = readers.get(name, 0) + 1
+def rank_layers(base: Partition, dense_ms: Mapping[str, float], space: SearchSpace) -> dict[str, Piece]:
+    """Weights whose forms are worth timing, and the dense piece of each (``dense_ms``: milliseconds by piece name)."""
     total = sum(dense_ms.values())
     found: dict[str, Piece] = {}
     for piece in base.pieces:
         weight = anchor_weight(piece)
-        if weight is None or readers[weight] != 1 or dense_ms[piece.name] < SHARE * total:
-            continue
-        shape = base.analysis.tensors[weight]
-        anchor = next(n for n in piece.model.graph.node if n.op_type in ANCHORS)
-        grouped = attributes(anchor).get("group", 1) != 1 or anchor.op_type == "ConvTranspose"
-        if not grouped and not is_excluded(weight, exclude) and min(shape[0], math.prod(shape[1:])) >= LEAST:
+        if weight is not None and weight in space.ranks and dense_ms[piece.name] >= SHARE * total:
             found[weight] = piece
     return found
 

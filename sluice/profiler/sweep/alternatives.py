@@ -15,17 +15,16 @@ import math
 from collections.abc import Mapping, Sequence
 
 from sluice.core.plan import Drop, Merge
-from sluice.passes.graph.blocks import Block, find_blocks
-from sluice.passes.graph.onnx_file import buffers_of
-from sluice.passes.graph.view_onnx import view_onnx
-from sluice.profiler.pieces.merged import MergeSite, merge_segments, merge_variants
+from sluice.passes.graph.blocks import Block
+from sluice.passes.merge_sites import MergeSite
+from sluice.passes.search_space import SearchSpace
+from sluice.profiler.pieces.merged import merge_variants
 from sluice.profiler.pieces.partition import Partition, Piece, anchor_weight
 from sluice.profiler.pieces.staircase import Staircase
 from sluice.profiler.pieces.variants import (
     Alternatives,
     MeasuredReplacement,
     RestructuredGraph,
-    is_excluded,
     rank_layers,
     rank_variants,
 )
@@ -47,34 +46,28 @@ def find_alternatives(
     stairs: Mapping[str, Staircase],
     bench: Bench,
     methods: Sequence[str],
-    exclude: Sequence[str] = (),
+    space: SearchSpace,
 ) -> Alternatives:
     """Measure what ``methods`` could put in the place of the dense layers."""
     dense = dense_ms(partition, bench.table, bench.call())
     shown: list[MeasuredReplacement] = []
     drops: dict[str, Drop] = {}
     hidden: dict[str, tuple[str, ...]] = {}
-    refused: dict[str, str] = {}
     if "rank" in methods or BSR in methods:
-        layers = rank_layers(partition, dense, exclude)
-        # Nothing would train the factors of a weight that nothing trained.
-        refused = dict.fromkeys(layers.keys() & buffers_of(partition.model), "is a buffer, not a parameter: no rank")
-        layers = {weight: piece for weight, piece in layers.items() if weight not in refused}
+        layers = rank_layers(partition, dense, space)
         for variant in rank_variants(partition, layers, bench.table.fingerprint.precision):
             shown += _ranks(variant, layers, dense, stairs, bench, joint_tolerance(partition, bench.table))
     if "block" in methods:
-        found, _ = find_blocks(view_onnx(partition.model))
-        blocks = [b for b in found if not any(is_excluded(param, exclude) for param in b.params)]
-        drops = {f"{block.name}|drop": Drop(block.name, block.params) for block in blocks}
-        hidden = {f"{block.name}|drop": _without_weight(partition, block) for block in blocks}
+        drops = {f"{block.name}|drop": block.drop() for block in space.blocks}
+        hidden = {f"{block.name}|drop": _without_weight(partition, block) for block in space.blocks}
     merges: dict[str, Merge] = {}
     if "merge" in methods:
-        sites = merge_segments(partition, exclude, widths_vary="filter" in methods)
+        sites = [site for site in space.merges if not (site.ties and "filter" in methods)]
         paying = _merges(partition, sites, dense, stairs, bench)
         merges = {s.place.switch: site.merge for s, site in paying}
         shown += [s for s, _ in paying]
     ranks = tuple(RankOption(*s.place.switch.rsplit("|", 1)) for s in shown if s.place.rank)
-    options = EditSpace(ranks, drops, merges, refused)
+    options = EditSpace(ranks, drops, merges)
     return Alternatives(options, tuple(shown), hidden)
 
 

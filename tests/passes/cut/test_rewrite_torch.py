@@ -83,7 +83,7 @@ def test_cut_twice() -> None:
     network = insert_gates(half, inputs)
     kept = {"conv1": [1, 3]}
     closed = close_gates(network, kept)
-    slim = rewrite_torch(strip_gates(network), make_plan(network.meta["analysis"], kept), inputs)
+    slim = rewrite_torch(strip_gates(network), make_plan(network.meta["space"].analysis, kept), inputs)
     with torch.no_grad():
         assert_close(slim(*inputs), closed(*inputs))
     assert slim.state_dict()["twice.weight"].shape == (2, 2, 3, 3)

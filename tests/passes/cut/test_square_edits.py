@@ -108,7 +108,7 @@ def corner(name: str) -> Corner:
 
 def answers(c: Corner) -> list[Solution]:
     """Random configurations with any width and any rank, and any channels kept."""
-    rng, groups = np.random.default_rng(5), c.gated.meta["analysis"].groups
+    rng, groups = np.random.default_rng(5), c.gated.meta["space"].analysis.groups
     latency = c.profile.latency
     free = {g.name: tuple(range(1, g.size + 1)) for g in groups}
     free |= {o.rank: tuple(range(1, 1 + latency.levels[o.rank][-1])) for o in c.profile.options.ranks}
@@ -117,7 +117,7 @@ def answers(c: Corner) -> list[Solution]:
     for _ in range(PLANS):
         widths = random_configuration(model, rng)
         kept = {g.name: tuple(sorted(rng.choice(g.size, widths[g.name], replace=False).tolist())) for g in groups}
-        plan = make_plan(c.gated.meta["analysis"], kept, (), chosen_edits(c.profile.options, widths))
+        plan = make_plan(c.gated.meta["space"].analysis, kept, (), chosen_edits(c.profile.options, widths))
         found.append(Solution(Choice(widths, 0.0, 0.0, 1.0, 0.0, 0.0), kept, plan))
     return found
 
@@ -156,7 +156,7 @@ def test_the_square(name: str) -> None:
 def test_every_merged_run_with_cut_channels(name: str) -> None:
     """Layers that go may have carried masks."""
     c = corner(name)
-    rng, analysis = np.random.default_rng(8), c.gated.meta["analysis"]
+    rng, analysis = np.random.default_rng(8), c.gated.meta["space"].analysis
     for merge in c.profile.options.merges.values():
         kept = {g.name: tuple(sorted(rng.choice(g.size, g.size // 2, replace=False).tolist())) for g in analysis.groups}
         plan = make_plan(analysis, kept, (), Edits(merges=(merge,)))
@@ -221,7 +221,7 @@ def test_a_fault_in_the_rewriter_of_drops_is_noticed(
     """The closed network must not come from the code that it is there to check."""
     c = corner("mixed")
     (drop,) = [drop for drop in c.profile.options.drops.values() if drop.name == "block2"]
-    plan = make_plan(c.gated.meta["analysis"], {}, (), Edits(drops=(drop,)))
+    plan = make_plan(c.gated.meta["space"].analysis, {}, (), Edits(drops=(drop,)))
     answer = Solution(Choice({}, 0.0, 0.0, 1.0, 0.0, 0.0), {}, plan)
     with torch.no_grad():
         reference = close(c.gated, answer).eval()(*c.inputs)
@@ -252,7 +252,7 @@ def test_a_branch_that_no_tensor_closes_is_closed_by_cutting() -> None:
     blocks, _ = find_blocks(view_torch(strip_gates(gated)))
     assert [block.closing is None for block in blocks] == [True, False]
     for chosen in (blocks[:1], blocks[1:], blocks):
-        plan = make_plan(gated.meta["analysis"], {}, (), Edits(drops=tuple(block.drop() for block in chosen)))
+        plan = make_plan(gated.meta["space"].analysis, {}, (), Edits(drops=tuple(block.drop() for block in chosen)))
         closed = close(gated, Solution(Choice({}, 0.0, 0.0, 1.0, 0.0, 0.0), {}, plan)).eval()
         with torch.no_grad():
             assert_close(rewrite_torch(model, plan, inputs).eval()(*inputs), closed(*inputs), TOL)
@@ -288,7 +288,7 @@ def test_a_network_of_fixed_widths(edits: Edits) -> None:
     with pytest.raises(SluiceError, match="nothing in this model can be cut"):
         insert_gates(model, inputs)
     gated = insert_gates(model, inputs, kinds=())
-    plan = make_plan(gated.meta["analysis"], {}, (), edits)
+    plan = make_plan(gated.meta["space"].analysis, {}, (), edits)
     with torch.no_grad():
         closed = close(gated, Solution(Choice({}, 0.0, 0.0, 1.0, 0.0, 0.0), {}, plan)).eval()(*inputs)
         assert_close(rewrite_torch(model, plan, inputs).eval()(*inputs), closed, TOL)

@@ -38,7 +38,7 @@ def test_closing_is_exact(name: str) -> None:
         gate.hard.fill_(False)  # type: ignore[union-attr,operator]
         gate.logit.fill_(2.0)  # type: ignore[union-attr,operator]
     assert_close(network(*inputs), model(*inputs), what="gates at their start")
-    analysis = network.meta["analysis"]
+    analysis = network.meta["space"].analysis
     changes = []
     for seed in range(4):
         kept = random_kept(analysis, seed)
@@ -103,7 +103,7 @@ def test_trained_weights_are_closed() -> None:
         for parameter in network.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(1.3)
-        kept = random_kept(network.meta["analysis"], 0)
+        kept = random_kept(network.meta["space"].analysis, 0)
         harden(network, kept)
         assert_close(close_gates(network, kept)(*inputs), network(*inputs))
 
@@ -145,7 +145,7 @@ def test_other_precisions(dtype: torch.dtype) -> None:
     tolerance = 1e-12 if dtype == torch.float64 else 0.05
     assert network(*inputs).dtype == dtype
     assert_close(network(*inputs), model(*inputs), tolerance)
-    kept = random_kept(network.meta["analysis"], 0)
+    kept = random_kept(network.meta["space"].analysis, 0)
     harden(network, kept)
     closed = close_gates(network, kept)
     assert closed(*inputs).dtype == dtype
@@ -182,6 +182,6 @@ def check_reference(name: str, plans: int) -> None:
     network = insert_gates(model, inputs)
     assert_close(network(*inputs), model(*inputs), 1e-6)
     for seed in range(plans):
-        kept = random_kept(network.meta["analysis"], seed)
+        kept = random_kept(network.meta["space"].analysis, seed)
         harden(network, kept)
         assert_close(close_gates(network, kept)(*inputs), network(*inputs))

@@ -286,7 +286,7 @@ def test_closing_is_exact(seed: int) -> None:
     for gate in rank_gates(gated):  # between two singular values
         above, below = gate.values[gate.size - 3 : gate.size - 1] / gate.values[0]
         nn.init.constant_(gate.theta, 0.5 * math.log(above * below))
-    kept = random_kept(gated.meta["analysis"], seed)
+    kept = random_kept(gated.meta["space"].analysis, seed)
     ranks, dropped = {}, [name for k, name in enumerate(BLOCKS) if seed & (1 << k)]
     for site, gate in gated.gates.items():
         if isinstance(gate, RankGate):

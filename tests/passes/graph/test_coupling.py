@@ -336,7 +336,7 @@ def test_operator(case: Case) -> None:
         assert case.frozen in str(error.value)
         return
     gated = insert_gates(model, inputs)
-    analysis = gated.meta["analysis"]
+    analysis = gated.meta["space"].analysis
     assert analysis.groups[0].name == case.group
     assert_close(gated(*inputs), model(*inputs), 2e-6)
     dense = strip_gates(gated)

@@ -19,13 +19,17 @@ from sluice import models
 from sluice.models import enliven
 from sluice.models.mobilenet import InvertedResidual
 from sluice.models.resnet import BasicBlock
+from sluice.passes import merge_sites
 from sluice.passes.cut.export import to_onnx
 from sluice.passes.cut.merge_onnx import merge_onnx
+from sluice.passes.graph.exclusion import leave_out
 from sluice.passes.graph.onnx_axes import analyze_onnx
+from sluice.passes.merge_sites import MergeSite
+from sluice.passes.search_space import find_search_space, read_onnx
 from sluice.profiler.pieces import merged
 from sluice.profiler.pieces import merged_groups as relabel
 from sluice.profiler.pieces.joints import find_joints, joint_models, joint_widths
-from sluice.profiler.pieces.merged import MergeSite, merge_segments, merge_variants, names_in
+from sluice.profiler.pieces.merged import merge_variants, names_in
 from sluice.profiler.pieces.partition import (
     Partition,
     Piece,
@@ -274,10 +278,15 @@ def narrowed(cut: Partition, piece: Piece, seed: int) -> dict[str, int]:
     return {group: int(rng.integers(1, cut.dense[group] + 1)) for group in piece.groups}
 
 
+def sites_of(base: Partition, exclude: Collection[str] = (), *, widths_vary: bool = True) -> list[MergeSite]:
+    space = find_search_space(read_onnx(base.model), tuple(exclude))
+    return [site for site in space.merges if not (site.ties and widths_vary)]
+
+
 def check(base: Partition, exclude: Collection[str] = (), *, widths_vary: bool = True, every: int = 1) -> int:
     """Every place of every graph, or of some; how many."""
     places = 0
-    found = merge_variants(base, merge_segments(base, tuple(exclude), widths_vary=widths_vary))
+    found = merge_variants(base, sites_of(base, exclude, widths_vary=widths_vary))
     for variant, sites in itertools.islice(found, 0, None, every):
         own, cut = variant.partition, whole(base, sites)
         by_weight = {anchor_weight(piece): piece for piece in cut.pieces}
@@ -312,7 +321,7 @@ def joints(cut: Partition, inner: Collection[str], seed: int) -> list[object]:
 @pytest.fixture(autouse=True)
 def _any_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs are shown that nobody would time."""
-    monkeypatch.setattr(merged, "MORE", 1e9)
+    monkeypatch.setattr(merge_sites, "MORE", 1e9)
 
 
 @pytest.mark.parametrize("widths_vary", [True, False])
@@ -323,7 +332,9 @@ def test_pieces_are_those_of_the_whole_graph(name: str, widths_vary: bool) -> No
 
 @pytest.mark.parametrize("exclude", ["block1.conv1", "block2", "stem", "tail1"])
 def test_an_excluded_layer_is_no_matter_for_the_others(exclude: str) -> None:
-    assert check(partition_graph(exported("mixed"), BATCH, [exclude]), [exclude]) > 2
+    model = exported("mixed")
+    left = leave_out(analyze_onnx(model), [exclude])
+    assert check(partition_graph(model, BATCH, like=left), [exclude]) > 2
 
 
 @pytest.mark.slow
@@ -339,7 +350,7 @@ def times_read(name: str, monkeypatch: pytest.MonkeyPatch) -> int:
     read = []
     monkeypatch.setattr(merged, "analyze_onnx", lambda model: read.append(model) or analyze_onnx(model))
     base = partition_graph(exported(name), BATCH)
-    assert sum(1 for _ in merge_variants(base, merge_segments(base))) > 1
+    assert sum(1 for _ in merge_variants(base, sites_of(base))) > 1
     return len(read)
 
 
@@ -378,7 +389,7 @@ def test_faults_are_noticed(name: str, broken: str, instead: object, monkeypatch
 
 def test_hollow_weights_are_filled_when_a_piece_is_built() -> None:
     base = partition_graph(exported("mixed"), BATCH)
-    variant, sites = next(merge_variants(base, merge_segments(base)))
+    variant, sites = next(merge_variants(base, sites_of(base)))
     piece = next(p for place in variant.places for p in place.pieces)
     empty = [t.name for t in piece.model.graph.initializer if not t.HasField("raw_data")]
     before = piece.model.SerializeToString()

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from sluice.core.latency import Extent
 from sluice.passes.cut.export import to_onnx
 from sluice.passes.cut.rewrite_onnx import cut_graph
+from sluice.passes.graph.exclusion import leave_out
+from sluice.passes.graph.onnx_axes import analyze_onnx
 from sluice.profiler.pieces.partition import (
     ANCHORS,
     Partition,
@@ -314,7 +316,8 @@ def test_a_concatenation_is_one_extent(case: Callable[[str], Case]) -> None:
 
 
 def test_excluded_layers_stay_whole() -> None:
-    partition = partition_graph(chain([10, 7]), 2, exclude=["conv0"])
+    model = chain([10, 7])
+    partition = partition_graph(model, 2, like=leave_out(analyze_onnx(model), ["conv0"]))
     assert partition.dense == {"conv1": 7}
     assert partition.pieces[0].extents == ()
 

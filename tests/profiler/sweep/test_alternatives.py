@@ -413,7 +413,8 @@ def test_a_buffer_is_offered_no_rank() -> None:
     noted.CopyFrom(dense())
     note_buffers(noted, ["tail2.weight", "absent"])
     assert buffers_of(noted) == {"tail2.weight", "absent"} and not buffers_of(dense())
-    free, options = (profiled(FakeRunner(EIGHT), ("rank",), model).options for model in (dense(), noted))
-    assert "tail2.weight" in {o.param for o in free.ranks} and not free.refused
-    assert {o.param for o in options.ranks} == {o.param for o in free.ranks} - {"tail2.weight"}
-    assert dict(options.refused) == {"tail2.weight": "is a buffer, not a parameter: no rank"}
+    free, untrained = (profiled(FakeRunner(EIGHT), ("rank",), model) for model in (dense(), noted))
+    named = {o.param for o in free.options.ranks}
+    assert "tail2.weight" in named and "tail2.weight" not in free.space.left_alone
+    assert {o.param for o in untrained.options.ranks} == named - {"tail2.weight"}
+    assert untrained.space.left_alone["tail2.weight"] == "is a buffer, not a parameter: no rank"

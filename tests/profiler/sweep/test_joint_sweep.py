@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sluice.passes.cut.export import to_onnx
 from sluice.profiler.pieces.joints import find_joints
-from sluice.profiler.pieces.partition import partition_graph
+from sluice.profiler.pieces.partition import partition_graph, with_small
 from sluice.profiler.sweep.bench import Bench
 from sluice.profiler.sweep.explore import explore
 from sluice.profiler.sweep.grids import dense_ms
@@ -98,7 +98,8 @@ def test_joints_that_are_not_wanted_are_left_to_others(tmp_path: Path) -> None:
 
 
 def test_only_joints_of_several_consumers_are_measured_at_a_part_of_the_batch() -> None:
-    partition = partition_graph(to_onnx(residual(), inputs()), 8, small=True)
+    model = to_onnx(residual(), inputs())
+    partition = with_small(partition_graph(model, 8), model)
     assert partition.small is not None and partition.small.batch == 2
     rng = np.random.default_rng(0)
     with LatencyTable.create(":memory:", FINGERPRINT) as table:

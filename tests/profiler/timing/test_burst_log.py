@@ -23,6 +23,7 @@ from sluice.core.errors import SluiceError
 from sluice.core.latency import LatencyModel
 from sluice.core.progress import silent
 from sluice.passes.cut.export import to_onnx
+from sluice.passes.search_space import find_search_space, read_onnx
 from sluice.profiler.fit.calibrate import calibrate
 from sluice.profiler.pieces.partition import Partition, Piece, build_piece, partition_graph, spread_widths
 from sluice.profiler.survey import survey
@@ -100,7 +101,7 @@ def profiled(partition: Partition, bench: Bench) -> LatencyModel:
     """All that is measured of a network, engines in groups of a few."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_times, "AT_ONCE", 400_000)
-        found = survey(partition, bench, silent, methods=METHODS, exclude=())
+        found = survey(partition, bench, silent, methods=METHODS, space=find_search_space(read_onnx(partition.model)))
         return calibrate(partition, found.latency(bench), bench, found.alternatives, engines=12)
 
 

@@ -1,0 +1,222 @@
+"""What a network can become: the one value that `inspect` prints and that profiler, gates, closing and report take.
+
+1. A `Reading` is what one front end says of a graph: axis groups, operators, chains of convolutions, tensors. The
+   search space follows from a reading alone, so the torch graph and the ONNX graph of one network give the same.
+2. It holds every site: the groups whose widths can be chosen, the weights that can be factorised and in which forms,
+   the residual blocks that can be dropped, the segments of convolutions that can be merged. What is worth timing, or
+   worth its loss, is decided later.
+3. All that is left alone has a reason. Patterns of the user are applied here (`sluice.passes.graph.exclusion`).
+4. Where two readings of one network differ, only what both have is a site, and the difference is the reason
+   (`agreed`): a site that one of them lacks would be promised in one graph and not be cut in the other.
+
+Numpy and onnx; a torch graph is read only where one is given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sluice.passes.cut.factor import forms_of, max_rank
+from sluice.passes.graph.blocks import Block, find_blocks
+from sluice.passes.graph.chains import Chain
+from sluice.passes.graph.exclusion import excluded_by, leave_out
+from sluice.passes.graph.groups import Analysis, agreeing, module_of
+from sluice.passes.graph.view import GraphView
+from sluice.passes.merge_sites import MergeSite, find_merge_sites
+
+if TYPE_CHECKING:
+    import onnx
+    from torch import fx
+
+__all__ = ["RankSite", "Reading", "SearchSpace", "agreed", "find_search_space", "read_onnx", "read_torch"]
+
+LEAST = 8  # a weight with fewer rows or columns has no rank to choose
+READINGS = {"torch": "torch graph", "onnx": "ONNX graph"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """What one front end says of a network, before anything is left out.
+
+    ``kind`` is ``"torch"`` or ``"onnx"``. ``tensors`` are those that carry names, ``buffers`` those of them that
+    nothing trains.
+    """
+
+    kind: str
+    analysis: Analysis
+    view: GraphView
+    chains: tuple[Chain, ...]
+    tensors: Mapping[str, np.ndarray]
+    buffers: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class RankSite:
+    """A weight that can be factorised: its shape, and by form the rank at which nothing is lost."""
+
+    shape: tuple[int, ...]
+    forms: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SearchSpace:
+    """All sites of a network, and by name why everything else is left alone.
+
+    Attributes:
+        analysis: the axis groups, and what they lie on.
+        ranks: by weight.
+        blocks: in execution order, inner before outer ones.
+        merges: every segment with every kernel that it could have.
+        left_alone: by module why its widths stay, by weight why it is no layer whose width can be chosen.
+        unfactorised: by weight, of the weights of layers.
+        undropped: additions of two activations that are no residual block, and excluded blocks.
+        unmerged: by weight, of convolutions; ``<weight>..`` of a residual block that cannot be folded.
+        kind: which graph was read, as in `Reading`.
+    """
+
+    analysis: Analysis
+    ranks: Mapping[str, RankSite]
+    blocks: tuple[Block, ...]
+    merges: tuple[MergeSite, ...]
+    left_alone: Mapping[str, str]
+    unfactorised: Mapping[str, str]
+    undropped: Mapping[str, str]
+    unmerged: Mapping[str, str]
+    kind: str
+
+    def without(self, weights: Collection[str]) -> SearchSpace:
+        """The space without the ranks, blocks and merges of these weights; widths stay."""
+        gone = frozenset(weights)
+        return replace(
+            self,
+            ranks={name: site for name, site in self.ranks.items() if name not in gone},
+            blocks=tuple(block for block in self.blocks if gone.isdisjoint(block.params)),
+            merges=tuple(site for site in self.merges if gone.isdisjoint(site.segment.layers)),
+        )
+
+
+def read_onnx(model: onnx.ModelProto) -> Reading:
+    """The reading of an ONNX graph whose initialisers carry parameter names."""
+    from onnx import numpy_helper
+
+    from sluice.passes.graph.chains_onnx import chains_onnx
+    from sluice.passes.graph.onnx_axes import analyze_onnx
+    from sluice.passes.graph.onnx_file import buffers_of
+    from sluice.passes.graph.view_onnx import view_onnx
+
+    tensors = {init.name: numpy_helper.to_array(init) for init in model.graph.initializer}
+    buffers = frozenset(buffers_of(model))
+    return Reading("onnx", analyze_onnx(model), view_onnx(model), chains_onnx(model), tensors, buffers)
+
+
+def read_torch(gm: fx.GraphModule) -> Reading:
+    """The reading of a captured torch graph."""
+    from sluice.passes.graph.aten import analyze
+    from sluice.passes.graph.chains_torch import chains_torch
+    from sluice.passes.graph.view_torch import view_torch
+
+    state = {name: tensor.detach().cpu() for name, tensor in gm.state_dict().items()}
+    # numpy has no bfloat16, and the norms of weights are added up in float anyway
+    tensors = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in state.items()}
+    buffers = frozenset(name for name, _ in gm.named_buffers())
+    return Reading("torch", analyze(gm, needed=False), view_torch(gm), chains_torch(gm), tensors, buffers)
+
+
+def find_search_space(reading: Reading, exclude: Sequence[str] = ()) -> SearchSpace:
+    """All sites of a network (rules 2 and 3).
+
+    Args:
+        exclude: names or shell patterns of tensors, modules, or modules around them.
+    Raises:
+        SluiceError: a pattern means no layer.
+    """
+    analysis = leave_out(reading.analysis, exclude)
+    ranks, unfactorised = _ranks(reading, exclude)
+    blocks, undropped = _blocks(reading, exclude)
+    merges, unmerged = find_merge_sites(reading.chains, reading.tensors, analysis, exclude)
+    untrained = {name: why for name, why in unfactorised.items() if name in reading.buffers}
+    left_alone = {**analysis.frozen, **_silent(reading, analysis), **untrained}
+    return SearchSpace(analysis, ranks, blocks, merges, left_alone, unfactorised, undropped, unmerged, reading.kind)
+
+
+def agreed(space: SearchSpace, other: SearchSpace) -> SearchSpace:
+    """The sites of ``space`` that ``other``, another reading of the same network, has as well (rule 4).
+
+    Groups are called as they are in ``other``.
+    """
+    mine, theirs = READINGS[space.kind], READINGS[other.kind]
+    analysis = agreeing(space.analysis, other.analysis, f"its width is no group of the {theirs}, so it stays")
+    missed = agreeing(other.analysis, space.analysis, f"its width is no group of the {mine}, so it stays")
+    told = {name: why for name, why in missed.frozen.items() if other.analysis.frozen.get(name) != why}
+    lacks = f"is no such site in the {theirs}, so it stays as it is"
+    params = {frozenset(block.params) for block in other.blocks}
+    segments = {(site.segment.layers, site.segment.kernel) for site in other.merges}
+    return replace(
+        space,
+        analysis=analysis,
+        ranks={name: site for name, site in space.ranks.items() if name in other.ranks},
+        blocks=tuple(block for block in space.blocks if frozenset(block.params) in params),
+        merges=tuple(s for s in space.merges if (s.segment.layers, s.segment.kernel) in segments),
+        left_alone={**told, **space.left_alone, **analysis.frozen},
+        unfactorised={**space.unfactorised, **dict.fromkeys(space.ranks.keys() - other.ranks.keys(), lacks)},
+    )
+
+
+def _ranks(reading: Reading, exclude: Sequence[str]) -> tuple[dict[str, RankSite], dict[str, str]]:
+    """Weights with the forms that they can have, and why other weights of layers have none."""
+    view, found, left = reading.view, dict[str, RankSite](), dict[str, str]()
+    reads = [name for node in view.nodes if not view.derived.issuperset(node.outputs) for name in node.tensors]
+    for node in view.nodes:
+        weight = next((t for t in node.tensors if reading.tensors[t].ndim > 1), None)
+        if node.kind != "weighted" or weight is None:
+            continue
+        shape = reading.tensors[weight].shape
+        into = next((view.shapes[v] for v in node.inputs if v in view.shapes and v not in view.derived), None)
+        forms = {form: max_rank(shape, form) for form in forms_of(shape)}
+        rows, columns = shape[0], math.prod(shape[1:])
+        if (pattern := excluded_by(weight, exclude)) is not None:
+            left[weight] = f"excluded by {pattern!r}"
+        elif weight in reading.buffers:
+            left[weight] = "is a buffer, not a parameter: no rank"  # nothing would train its factors
+        elif reads.count(weight) > 1:
+            left[weight] = f"is read {reads.count(weight)} times"
+        elif "transpose" in node.op.lower():
+            left[weight] = f"is the weight of {node.op}"
+        elif len(shape) > 2 and into is not None and into[1] != shape[1]:
+            left[weight] = f"is the weight of {into[1] // shape[1]} groups"
+        elif min(rows, columns) < LEAST:
+            left[weight] = f"is a matrix of {rows} x {columns}, which has no rank to choose"
+        else:
+            found[weight] = RankSite(tuple(shape), forms)
+    return found, left
+
+
+def _blocks(reading: Reading, exclude: Sequence[str]) -> tuple[tuple[Block, ...], dict[str, str]]:
+    """Residual blocks that can be dropped, and why other additions are none."""
+    found, refused = find_blocks(reading.view)
+    patterns = {block.name: [p for param in block.params if (p := excluded_by(param, exclude))] for block in found}
+    excluded = {name: f"excluded by {hits[0]!r}" for name, hits in patterns.items() if hits}
+    return tuple(block for block in found if block.name not in excluded), {**refused, **excluded}
+
+
+def _silent(reading: Reading, analysis: Analysis) -> dict[str, str]:
+    """Why a parameter with rows and columns lies on no group, where no reason names its module."""
+    view = reading.view
+    told = {ref.param for group in analysis.groups for ref in group.refs} | reading.buffers
+    readers: dict[str, list[str]] = {}
+    for node in view.nodes:
+        computes = view.derived.issuperset(node.outputs)
+        for name in node.tensors:
+            readers.setdefault(name, []).append(
+                f"{node.op} computes with it before a layer reads it" if computes else f"{node.op} has no widths to cut"
+            )
+    return {
+        name: readers[name][-1]
+        for name in sorted(view.tensors() - told)
+        if reading.tensors[name].ndim > 1 and module_of(name) not in analysis.frozen
+    }
