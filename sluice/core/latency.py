@@ -48,9 +48,13 @@ class Extent:
 class Term:
     """One measured table over the extents it depends on.
 
-    ``knots[k]`` are the increasing values of ``extents[k]`` at which the time is known; ``ms`` has shape
-    ``tuple(len(k) for k in knots)`` (a 0-d array for a piece that depends on no width). ``reload`` (rule 5) has that
-    shape as well, None where it is zero.
+    Attributes:
+        knots: ``knots[k]`` are the increasing values of ``extents[k]`` (channels) at which the time is known.
+        ms: milliseconds of one occurrence at the knots, as measured and before calibration, shape
+            ``tuple(len(k) for k in knots)``; a 0-d array for a piece that depends on no width. A joint holds the
+            milliseconds that it saves, and its ``weight`` is negative.
+        reload: milliseconds at the same points, and of the same shape, that reading the weights of the piece takes
+            (rule 5); None where it is zero.
     """
 
     name: str

@@ -14,7 +14,7 @@ from torch import nn
 from sluice.core.errors import SluiceError, first_line
 from sluice.models.resnet import ResNet, resnet20
 
-__all__ = ["CHECKPOINT", "checkpoint_metadata", "resnet20_mnist", "save_checkpoint"]
+__all__ = ["CHECKPOINT", "resnet20_mnist", "save_checkpoint"]
 
 CHECKPOINT = Path(__file__).parent / "weights" / "resnet20_mnist.safetensors"
 
@@ -35,22 +35,6 @@ def resnet20_mnist(path: str | Path = CHECKPOINT) -> ResNet:
     except (SafetensorError, RuntimeError) as error:
         raise SluiceError(f"cannot read the checkpoint {str(path)!r}: {first_line(error)}; {_REMEDY}") from error
     return model.eval()
-
-
-def checkpoint_metadata(path: str | Path = CHECKPOINT) -> dict[str, str]:
-    """What the checkpoint says of itself.
-
-    Raises:
-        SluiceError: the checkpoint is missing or damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    _require(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise SluiceError(f"cannot read the checkpoint {str(path)!r}: {error}; {_REMEDY}") from error
 
 
 def save_checkpoint(model: nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:

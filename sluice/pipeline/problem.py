@@ -1,4 +1,4 @@
-"""What the solver is asked, whatever the budget, and what it solutions: a choice and the plan that carries it out."""
+"""The problem that the solver is given, whatever the budget, and its solution: a choice and its plan."""
 
 from __future__ import annotations
 
@@ -20,10 +20,16 @@ __all__ = ["Problem", "Solution"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Problem:
-    """What the solver is asked, whatever the budget.
+    """The problem of one network: which configuration of least loss promises no more than a target.
 
-    ``model`` is the profile's latency model with the sites that may move, ``losses`` what every value of a site costs,
-    ``scores`` which channels go first; ``analysis`` is that of the captured module, whose tensors plans name.
+    Attributes:
+        analysis: of the captured module, whose tensors plans name.
+        model: the profile's latency model, in which sites that may not move have one level.
+        losses: by site, the increase of the loss at each of its levels, shape ``(len(model.levels[site]),)``. The unit
+            is the same for all sites: that of the training loss where the losses were measured; for filters alone, the
+            share of the loss that removing all channels costs.
+        scores: by axis group, the squared change of the loss for each channel, shape ``(size of the group,)``; the
+            channels with the lowest scores go first.
     """
 
     profile: Profile

@@ -5,7 +5,7 @@ A state gives every layer one of its options (dense, or a form with a rank), and
 1. *Equal cost.* A step takes at least ``step_ms`` off one layer: to the nearest option that saves so much more, to the
    last one where none does, and never past what the target still needs. Without this the search peels off the layers
    whose steps are the smallest first, since they hurt the least.
-2. *Levels.* EditSpace are not evenly spaced, so a step may save more. States are ranked only against those of their own
+2. *Levels.* Options are not evenly spaced, so a step may save more. States are ranked only against those of their own
    level ``floor(saved_ms / step_ms)``, and of each level the best ``width`` go on. ``width = 1`` is greedy.
 3. *Every state once*, however many ways lead to it: a state is a tuple of positions, its loss is kept.
 4. Levels are worked off in order until all that is left meets the target; of that the lowest loss wins. Every
@@ -52,13 +52,12 @@ class Option:
 class Found:
     """The best state within the target: a position among its options for every layer.
 
-    ``evaluations`` counts calls of the score, ``levels`` those levels that had states.
+    ``levels`` counts those levels (rule 2) that had states.
     """
 
     choice: Mapping[str, int]
     saved_ms: float
     score: float
-    evaluations: int
     levels: int
 
 
@@ -118,7 +117,7 @@ def beam_search(
 
     dense = (0,) * len(layers)
     if enough <= 0:
-        return Found(dict(zip(layers, dense, strict=True)), 0.0, rank(dense)[0], len(scores), 0)
+        return Found(dict(zip(layers, dense, strict=True)), 0.0, rank(dense)[0], 0)
     waiting: dict[int, set[State]] = defaultdict(set)
     waiting[0].add(dense)
     done: set[State] = set()
@@ -143,7 +142,7 @@ def beam_search(
                         waiting[place].add(child)
             states = again
     best = min(done, key=rank)
-    return Found(dict(zip(layers, best, strict=True)), saves(best), scores[best], len(scores), seen)
+    return Found(dict(zip(layers, best, strict=True)), saves(best), scores[best], seen)
 
 
 def _best(states: set[State], rank: Callable[[State], tuple[float, float, State]], width: int) -> list[State]:

@@ -89,11 +89,6 @@ class Front:
         feasible = np.flatnonzero(self.value > -np.inf)
         return float(feasible[0] * self.unit_ms) if len(feasible) else float("inf")
 
-    def tilings(self) -> tuple[Tiling, ...]:
-        """The different best tilings of all budgets, in order of budget."""
-        better = self.value > np.append(-np.inf, self.value[:-1]) + TIE
-        return tuple(self._trace(int(t)) for t in np.flatnonzero(better))
-
     def _trace(self, t: int) -> Tiling:
         path: list[Entry] = []
         position = len(self.chosen) - 1

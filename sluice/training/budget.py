@@ -180,10 +180,6 @@ class Budget:
         soft = {g: gate.soft_width() for g, gate in self.gates.items()}
         return self._latency({g: v if g in switches else _at_most(v, self.model.dense[g]) for g, v in soft.items()})
 
-    def hard_ms(self) -> float:
-        """Promised milliseconds of the gates' decisions."""
-        return self.model.ms(self.configuration())
-
     def configuration(self) -> dict[str, float]:
         """The gates' decisions as a value for every site of the model, switches included."""
         most = {g: 1 if g in self.model.switches else self.model.dense[g] for g in self.gates}

@@ -1,15 +1,14 @@
-"""Distillation losses from the logits of the dense network.
+"""Distillation from the logits of the dense network.
 
-With student logits s and teacher logits t, shape (..., classes), temperature T and batch mean:
+With student logits s and teacher logits t, shape (..., classes), temperature T and batch mean, the loss is
 
-1. Logit distillation (Hinton et al. 2015, in the form of AFD's base term and LayerMerge's fine-tuning):
-   ``alpha * T^2 * KL(softmax(t/T) || softmax(s/T)) + (1 - alpha) * CE(softmax(s), labels)``.
-   T^2 keeps the gradient's scale independent of T.
-2. DIST (Huang et al., NeurIPS 2022): with y = softmax(./T) and Pearson's correlation rho,
-   ``beta * T^2 * (1 - mean_b rho(y_s[b], y_t[b])) + gamma * T^2 * (1 - mean_c rho(y_s[:, c], y_t[:, c]))``.
-   It asks for the teacher's ranking of classes and of samples, not for its probabilities.
+    alpha * T^2 * KL(softmax(t/T) || softmax(s/T)) + (1 - alpha) * CE(softmax(s), labels)
 
-The teacher receives no gradient. Dimensions before the last (samples, positions of a dense prediction) are one batch.
+1. T^2 keeps the gradient's scale independent of T.
+2. The teacher receives no gradient.
+3. Dimensions before the last (samples, positions of a dense prediction) are one batch.
+
+Sources: Hinton et al. 2015, in the form of AFD's base term and of LayerMerge's fine-tuning.
 """
 
 from __future__ import annotations
@@ -19,9 +18,7 @@ from torch import Tensor
 
 from sluice.core.errors import SluiceError
 
-__all__ = ["dist_loss", "logit_distillation"]
-
-EPSILON = 1e-8
+__all__ = ["logit_distillation"]
 
 
 def logit_distillation(
@@ -53,28 +50,6 @@ def logit_distillation(
     return alpha * soft + (1.0 - alpha) * F.cross_entropy(student, labels.reshape(-1))
 
 
-def dist_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    beta: float = 1.0,
-    gamma: float = 1.0,
-    temperature: float = 1.0,
-) -> Tensor:
-    """Scalar DIST loss between logits of shape ``(..., classes)``; zero, with zero gradient, against itself.
-
-    A batch of one has no correlation over samples: its second term is constant, ``gamma * T^2``.
-
-    Raises:
-        SluiceError: shapes that differ, or a temperature that is not positive.
-    """
-    student, teacher = _rows(student_logits, teacher_logits, temperature)
-    student, teacher = F.softmax(student / temperature, dim=1), F.softmax(teacher / temperature, dim=1)
-    between = 1.0 - _pearson(student, teacher, dim=1).mean()
-    within = 1.0 - _pearson(student, teacher, dim=0).mean()
-    return temperature**2 * (beta * between + gamma * within)
-
-
 def _rows(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Both as ``(batch, classes)`` in at least single precision: half loses the tails that distillation is about."""
     if student.shape != teacher.shape or student.ndim < 2:
@@ -87,8 +62,3 @@ def _rows(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor,
     if student.element_size() < 4:
         student = student.float()
     return student.reshape(-1, student.shape[-1]), teacher.detach().to(student.dtype).reshape(-1, student.shape[-1])
-
-
-def _pearson(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    a, b = a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True)
-    return F.cosine_similarity(a, b, dim=dim, eps=EPSILON)

@@ -281,11 +281,11 @@ def test_faults_of_the_loop_are_said() -> None:
         budget.step()
 
 
-def test_hard_ms_counts_hard_widths_and_evaluation_needs_no_graph() -> None:
+def test_decisions_are_hard_widths_and_evaluation_needs_no_graph() -> None:
     gates = ring()
     budget = Budget(gates, staircase(), "50%", steps=5)
-    assert budget.hard_ms() == pytest.approx(budget.dense_ms)
+    assert budget.model.ms(budget.configuration()) == pytest.approx(budget.dense_ms)
     nn.init.constant_(gates["a"].logits[:20], -1.0)
-    assert budget.hard_ms() == pytest.approx(staircase().ms({"a": 12, "b": 40, "c": 24}))
+    assert budget.model.ms(budget.configuration()) == pytest.approx(staircase().ms({"a": 12, "b": 40, "c": 24}))
     with torch.no_grad():
         assert not budget.penalty().requires_grad

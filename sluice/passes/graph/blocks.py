@@ -46,7 +46,6 @@ class Block:
     name: str
     params: tuple[str, ...]
     add: str
-    branch_output: str
     shortcut_output: str
     fork: tuple[str, ...]
     own: tuple[str, ...]
@@ -172,7 +171,6 @@ def _block(view: GraphView, index: int, strict: bool) -> Block | tuple[str, str]
         name,
         params,
         z,
-        branch,
         shortcut,
         tuple(fork),
         tuple(view.nodes[i].outputs[0] for i in own),

@@ -202,7 +202,11 @@ def test_a_fault_on_one_side_is_noticed(kind: str, fault: Callable[[Plan], Plan]
 
 def wrong_side(view: GraphView, drops: Sequence[Drop]) -> tuple[Block, ...]:
     """The branch stays and its shortcut goes."""
-    return tuple(replace(b, shortcut_output=b.branch_output, own=()) for b in match_drops(view, drops))
+    blocks = []
+    for block in match_drops(view, drops):
+        (branch,) = set(view.nodes[view.producer[block.add]].inputs) - {block.shortcut_output}
+        blocks.append(replace(block, shortcut_output=branch, own=()))
+    return tuple(blocks)
 
 
 def too_far(view: GraphView, blocks: Sequence[Block]) -> dict[str, str]:
