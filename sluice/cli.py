@@ -115,7 +115,7 @@ def _dense_onnx(args: argparse.Namespace) -> Any:
         dense = dense_in(args.model, args.shape)
         check_batch(dense, args.batch, args.model)
         return dense
-    from sluice.core.stages import stage
+    from sluice.core.progress import stage
     from sluice.passes.cut.export import to_onnx
     from sluice.pipeline.prepare import check_float32
 

@@ -1,22 +1,58 @@
-"""How far a stage is: bars where tqdm is installed, else lines on standard error, at most one every few seconds.
+"""How far a stage is, on standard error.
 
-Points come in batches, and how many there will be is only known batch by batch. So the total is that of the batches
-begun so far, and the time left speaks of those.
+1. A stage of a compression is one line: its name and the time so far, and a bar once it can say how far it is
+   (`stage`). It needs tqdm.
+2. A stage of a profile counts points (`Progress`): in a bar where tqdm is installed, else in lines, at most one every
+   few seconds. Points come in batches, and how many there will be is only known batch by batch. So the total is that
+   of the batches begun so far, and the time left speaks of those.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-__all__ = ["Advance", "Progress", "bars", "lines", "progress_of", "silent"]
+__all__ = ["Advance", "Progress", "bars", "lines", "progress_of", "silent", "stage"]
 
 Advance = Callable[[int, int], None]  # (points done, points known to be needed) of one batch after the other
 Progress = Callable[[str], AbstractContextManager[Advance]]  # by the name of the stage
 
 EVERY_S = 5.0
+
+
+@contextmanager
+def stage(name: str, show: bool) -> Iterator[Callable[[int, int], None]]:
+    """Show ``name`` and the elapsed time while the body runs.
+
+    Yields:
+        ``advance(done, total)``, for a body that can say how far it is; from then on the line is a bar.
+    """
+    from tqdm import tqdm
+
+    over = threading.Event()
+    with tqdm(desc=name, bar_format="{desc} {elapsed}", leave=False, disable=not show) as bar:
+
+        def tick() -> None:
+            while not over.wait(1.0):
+                bar.refresh()
+
+        def advance(done: int, total: int) -> None:
+            if show:
+                bar.bar_format, bar.n, bar.total = "{l_bar}{bar}| {n}/{total} [{elapsed}<{remaining}]", done, total
+                bar.refresh()
+
+        clock = threading.Thread(target=tick, daemon=True)
+        if show:
+            clock.start()
+        try:
+            yield advance
+        finally:
+            over.set()
+            if show:
+                clock.join()
 
 
 def progress_of(wanted: bool | Progress) -> Progress:

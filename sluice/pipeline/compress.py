@@ -25,7 +25,7 @@ from sluice.artifacts.macs import count_macs
 from sluice.artifacts.result import Compressed, check_writable
 from sluice.core.budget_spec import parse_budget
 from sluice.core.errors import SluiceError
-from sluice.core.stages import stage
+from sluice.core.progress import stage
 from sluice.importance.taylor import learned_scores
 from sluice.passes.cut.export import to_onnx
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx

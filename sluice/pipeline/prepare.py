@@ -16,7 +16,7 @@ from torch import nn
 
 from sluice.core.budget_spec import parse_budget
 from sluice.core.errors import SluiceError, Unreachable
-from sluice.core.stages import stage
+from sluice.core.progress import stage
 from sluice.importance.taylor import learned_scores
 from sluice.passes.cut.export import to_onnx
 from sluice.passes.gates.gating import Gated, absorb_masks, insert_gates, strip_gates

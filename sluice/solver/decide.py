@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,6 +28,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from sluice.core.errors import SluiceError, Unreachable
 from sluice.core.latency import LatencyModel
+from sluice.solver.descent import downhill, is_valid, loss_of
 from sluice.solver.milp import MixedIntegerProgram
 
 __all__ = ["Choice", "amplitude_losses", "decide", "least_ms", "restricted", "tightened", "unreachable"]
@@ -92,13 +93,13 @@ def decide(
         raise SluiceError(f"budget is {target_ms} ms; give a finite number of milliseconds")
 
     def chosen(widths: Mapping[str, int], gap: float) -> Choice:
-        lost = _loss(model, checked, widths)
+        lost = loss_of(model, checked, widths)
         total = sum(float(loss.max()) for loss in checked.values())
         retained = min(max(1.0 - lost / total, 0.0), 1.0) if total > 0 else 1.0
         return Choice(dict(widths), model.ms(widths), lost, retained, gap, time.perf_counter() - started)
 
     dense_ms = model.dense_ms()
-    if dense_ms <= target_ms and _valid(model, model.dense) and _loss(model, checked, model.dense) <= 0:
+    if dense_ms <= target_ms and is_valid(model, model.dense) and loss_of(model, checked, model.dense) <= 0:
         return chosen(model.dense, 0.0)
     program = MixedIntegerProgram(model)
     unit = (sum(float(loss.max()) for loss in checked.values()) or 1.0) / SCALE
@@ -117,7 +118,7 @@ def decide(
             widths, proved = solved
         promised = model.ms(widths)
         if promised <= target_ms + TOLERANCE * abs(target_ms):
-            return chosen(_downhill(model, checked, widths, max(target_ms, promised)), proved)
+            return chosen(downhill(model, checked, widths, max(target_ms, promised)), proved)
         bound -= 2 * (promised - target_ms)
     raise RuntimeError(f"the solver's latency row and the model disagree at {widths}")
 
@@ -141,7 +142,7 @@ def least_ms(model: LatencyModel, *, time_limit_s: float = 20.0) -> Choice:
     try:
         fuller = _solve(program, program.over_levels(keep | altered), fastest, 1e-6, time_limit_s)
     except _OutOfTime:  # no reason to fail: as fast it is already
-        fuller, widths = None, _downhill(model, {}, widths, fastest)
+        fuller, widths = None, downhill(model, {}, widths, fastest)
     if fuller is not None and model.ms(fuller[0]) <= fastest + 1e-9 * abs(fastest):
         widths = fuller[0]
     share = sum(widths[g] for g in sizes) / channels if sizes else 1.0
@@ -255,43 +256,6 @@ def _solve(
     return program.widths(result.x), float(result.mip_gap or 0.0)
 
 
-def _downhill(
-    model: LatencyModel, losses: Mapping[str, np.ndarray], widths: Mapping[str, int], target_ms: float
-) -> dict[str, int]:
-    """Rule 2: the configuration after all moves that lower (loss, structural edits, what widths and ranks lack)."""
-
-    def height(at: Mapping[str, int]) -> tuple[float, int, int]:
-        edits = sum(at[s] != model.dense[s] for s in model.switches)
-        return _loss(model, losses, at), edits, -sum(w for g, w in at.items() if g not in model.switches)
-
-    current = dict(widths)
-    lowest = height(current)
-    moved = True
-    while moved:
-        moved = False
-        for change in _moves(model, current):
-            after = {**current, **change}
-            reached = height(after)
-            if reached < lowest and _valid(model, after) and model.ms(after) <= target_ms:
-                current, lowest, moved = after, reached, True
-    return current
-
-
-def _moves(model: LatencyModel, widths: Mapping[str, int]) -> Iterator[dict[str, int]]:
-    for group in model.dense:
-        if group not in model.switches:
-            yield from ({group: level} for level in model.levels[group])
-    for switch in model.switches:
-        if widths[switch] != model.dense[switch]:
-            rules = [rule for rule in model.rules if switch in dict(rule.coefs)]
-            yield {s: model.dense[s] for rule in rules for s, _ in rule.coefs}
-
-
-def _valid(model: LatencyModel, widths: Mapping[str, int]) -> bool:
-    offered = all(widths[g] in levels for g, levels in model.levels.items())
-    return offered and all(rule.holds(widths) for rule in model.rules)
-
-
 def _checked(model: LatencyModel, losses: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Losses of every site, zeros where none are given."""
     for site in losses:
@@ -306,10 +270,6 @@ def _checked(model: LatencyModel, losses: Mapping[str, np.ndarray]) -> dict[str,
             raise SluiceError(f"losses of site {site!r} are negative or not finite; give increases of the loss")
         found[site] = own
     return found
-
-
-def _loss(model: LatencyModel, losses: Mapping[str, np.ndarray], widths: Mapping[str, int]) -> float:
-    return float(sum(loss[model.levels[g].index(widths[g])] for g, loss in losses.items()))
 
 
 def _edits(model: LatencyModel, switch: str) -> np.ndarray:

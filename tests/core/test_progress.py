@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from sluice.core.stages import stage
+from sluice.core.progress import stage
 
 
 def test_a_stage_names_itself_and_leaves_nothing_behind(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from sluice.core.errors import SluiceError, Unreachable
 from sluice.core.latency import Extent, LatencyModel, Term
 from sluice.solver import decide as decide_module
-from sluice.solver import milp as program_module
+from sluice.solver import milp_axes
 from sluice.solver.decide import Choice, amplitude_losses, decide, least_ms, restricted, tightened, unreachable
 
 
@@ -81,7 +81,7 @@ def importance_of(model: LatencyModel, seed: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("grid_limit", [400, 40, 3])
 @pytest.mark.parametrize("seed", range(8))
 def test_equals_brute_force(seed: int, grid_limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program_module, "GRID_LIMIT", grid_limit)  # 3 sends every joint term through interpolation
+    monkeypatch.setattr(milp_axes, "GRID_LIMIT", grid_limit)  # 3 sends every joint term through interpolation
     model = random_model(seed)
     importance = importance_of(model, seed)
     combos = brute(model, importance)
@@ -101,7 +101,7 @@ def test_equals_brute_force(seed: int, grid_limit: int, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("grid_limit", [400, 3])
 @pytest.mark.parametrize("seed", range(4))
 def test_least_equals_brute_force(seed: int, grid_limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program_module, "GRID_LIMIT", grid_limit)
+    monkeypatch.setattr(milp_axes, "GRID_LIMIT", grid_limit)
     model = random_model(seed)
     combos = brute(model, {g: np.ones(n) for g, n in model.dense.items()})
     least = least_ms(model)
@@ -118,7 +118,7 @@ def test_staircase_is_not_undercut_by_a_secant() -> None:
     model = LatencyModel((bulge,), dense, levels)
     importance = {g: np.ones(8) for g in dense}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program_module, "GRID_LIMIT", 3)
+        patch.setattr(milp_axes, "GRID_LIMIT", 3)
         choice = decided(model, importance, 3.0)
     assert sum(choice.widths.values()) == 20
     with pytest.raises(SluiceError, match="cannot be met"):

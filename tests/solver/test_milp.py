@@ -11,7 +11,7 @@ import pytest
 
 from sluice.core.errors import SluiceError
 from sluice.core.latency import Extent, LatencyModel, Rule, Term
-from sluice.solver import milp as program_module
+from sluice.solver import milp_axes
 from sluice.solver.decide import decide, least_ms, restricted
 from sluice.solver.milp import MixedIntegerProgram
 
@@ -118,7 +118,7 @@ def loss_of(model: LatencyModel, losses: dict[str, np.ndarray], widths: dict[str
 @pytest.mark.parametrize("grid_limit", [400, 3])
 @pytest.mark.parametrize("seed", range(6))
 def test_equals_brute_force(seed: int, grid_limit: int, again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program_module, "GRID_LIMIT", grid_limit)  # 3 sends every product through interpolation
+    monkeypatch.setattr(milp_axes, "GRID_LIMIT", grid_limit)  # 3 sends every product through interpolation
     model = reading_again(random_model(seed), seed, 0.3 + 0.1 * seed) if again else random_model(seed)
     losses = random_losses(model, seed)
     every = [(model.ms(w), loss_of(model, losses, w)) for w in configurations(model)]

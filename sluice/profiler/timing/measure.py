@@ -129,7 +129,7 @@ def measure(
     if len(clocks) > 1:
         raise SluiceError(f"cannot compare sessions timed by different clocks ({', '.join(clocks)}); use one runner")
     if reference is not None and not (math.isfinite(reference.ms) and reference.ms > 0):
-        raise SluiceError(f"the reference's time is {reference.ms} ms; measure it first")
+        raise SluiceError(f"the reference engine's time is {reference.ms} ms; measure it first")
 
     turns = _ready(sessions, reference, burst_ms, warmup_ms)
     own, witness = turns[: len(sessions)], turns[len(sessions) :]
