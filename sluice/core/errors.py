@@ -18,5 +18,5 @@ class Unreachable(SluiceError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's exception says, short enough for one sentence; its type where it says nothing."""
+    """The message of another library's exception, short enough for one sentence; its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,6 +1,6 @@
 """Files are written whole or not at all: aside in the same folder, flushed to the disk, then moved over the old one.
 
-What cannot be read or written is the user's to mend, and told in one sentence.
+A file that cannot be read or written is a `SluiceError`: one sentence that says how to mend it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["read_bytes", "write_atomically"]
 
 
 def read_bytes(path: str | os.PathLike[str], what: str) -> bytes:
-    """All that the file holds; ``what`` it should be is for the error: "an engine"."""
+    """The whole content of the file; ``what`` names it in the error, as in "an engine"."""
     try:
         return Path(path).read_bytes()
     except OSError as error:

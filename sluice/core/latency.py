@@ -7,15 +7,16 @@ promise is
     T(w) = intercept + slope * (sum_t c_t(w) * ms_t + max(0, sum_t c_t(w) * reload_t - cached_ms))         [ms]
     c_t(w) = weight_t * on_t(w),     ms_t, reload_t at (extent_t1(w), extent_t2(w), ...)
 
-1. A *term* t is a piece of the graph (``weight = number of times it occurs``) or a joint, what neighbours save
-   when they run together (negative weight). ``on_t`` is the sum of the switches under which it exists, 1 where it
-   names none; of those at most one is set.
+1. A *term* t is a piece of the graph (``weight = number of times it occurs``) or a joint, the time that neighbours save
+   when they run together (negative weight). ``on_t`` is the sum of the switches under which the term exists, 1 where it
+   names none; at most one of these switches is set.
 2. An *extent* is the size of one tensor dimension, affine in the widths: ``const + sum_g coef_g * w_g``
    (several groups where tensors are concatenated, coefficient > 1 after a flatten).
 3. ``ms_t`` is known at the points of a rectangular grid (``knots``) and multilinear in between, constant beyond.
 4. A *rule* is a linear equation between switches, above all "exactly one of these".
-5. ``reload_t`` is what reading the weights of a piece takes once the rest of the network has pushed them out of the
-   caches, and ``cached_ms`` what the caches hold of that (`sluice.profiler.fit.cache_reload`). Of a joint it is zero.
+5. The ``max(0, ...)`` is the *cache penalty* (`sluice.profiler.fit.cache_reload`). ``reload_t`` is the time to read the
+   weights of a piece once the rest of the network has pushed them out of the caches, zero for a joint; ``cached_ms`` is
+   the part of these times that the caches save.
 
 Everything here is frozen and needs numpy only: the same value drives the budget of the training loss, the
 solver and the report.
@@ -66,7 +67,7 @@ class Term:
     reload: np.ndarray | None = None
 
     def on(self, widths: Mapping[str, float]) -> float:
-        """Whether the term exists: the sum of its switches, 1 without any."""
+        """Whether the term exists: the sum of its switches, 1 for a term without switches."""
         return sum(widths[s] for s in self.when) if self.when else 1.0
 
     def at(self, widths: Mapping[str, float]) -> float:
@@ -74,7 +75,7 @@ class Term:
         return self._between_knots(self.ms, widths)
 
     def reload_at(self, widths: Mapping[str, float]) -> float:
-        """The same of ``reload``."""
+        """Milliseconds of ``reload`` at the given widths, before ``weight`` and switches."""
         return 0.0 if self.reload is None else self._between_knots(self.reload, widths)
 
     def _between_knots(self, value: np.ndarray, widths: Mapping[str, float]) -> float:
@@ -100,10 +101,10 @@ class Rule:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LatencyModel:
-    """All terms of one network, its dense configuration, and the values worth offering for every site.
+    """All terms of one network, its dense configuration, and the levels of every site.
 
-    ``levels[g]`` is increasing; of an axis group or a rank it ends with the largest value ``dense[g]``, of a switch it
-    is ``(0, 1)``, or the only value that it may have.
+    ``levels[g]`` is increasing. For an axis group or a rank it ends with the largest value ``dense[g]``; for a switch
+    it is ``(0, 1)``, or the only value that the switch may have.
     """
 
     terms: tuple[Term, ...]
@@ -117,7 +118,7 @@ class LatencyModel:
     cached_ms: float = 0.0
 
     def raw_ms(self, widths: Mapping[str, float]) -> float:
-        """Sum of pieces minus joints, and what is read again, not calibrated."""
+        """Sum of pieces, minus joints, plus the cache penalty, before calibration."""
         missing = [g for g in self.dense if g not in widths]
         if missing:
             raise SluiceError(f"no width given for group {missing[0]!r}; give one for each of {sorted(self.dense)}")
@@ -125,7 +126,7 @@ class LatencyModel:
         return sum(on * term.weight * term.at(widths) for term, on in found if on) + self.reload_ms(widths)
 
     def reload_ms(self, widths: Mapping[str, float]) -> float:
-        """What is read again (rule 5), not calibrated."""
+        """The cache penalty (rule 5) in milliseconds, before calibration."""
         found = ((term, term.on(widths)) for term in self.terms if term.reload is not None)
         return max(0.0, sum(on * term.weight * term.reload_at(widths) for term, on in found if on) - self.cached_ms)
 

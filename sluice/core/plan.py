@@ -1,10 +1,10 @@
-"""A plan: what is removed from a network, by parameter name. It carries no tensors.
+"""A plan: the edits of one network, by parameter name. It carries no tensors.
 
 1. A `Slice` keeps some indices of one axis of one named tensor (parameter or buffer).
 2. A `Drop` removes a residual branch, a `Merge` turns a run of convolutions into fewer, a `Factorize` one weight into
    two. They name tensors of the dense model as well; a weight takes part in at most one of them.
-3. The plan is order-free: at most one slice per (tensor, axis), slices of different axes commute, and what the other
-   edits name is disjoint. Rewriters carry out slices first, then drops, merges and factorizations.
+3. The plan is order-free: there is at most one slice per (tensor, axis), slices of different axes commute, and no
+   tensor is named by two of the other edits. Rewriters carry out slices first, then drops, merges and factorizations.
 4. The plan remembers name and shape of every tensor of the model it was made for, so a wrong model is refused
    with the first difference instead of being cut.
 5. On disk: JSON, versioned, kept indices as half-open ranges. Old versions load for ever.
@@ -65,7 +65,7 @@ class Factorize:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Drop:
-    """The residual branch whose own tensors are ``params`` (sorted) goes; ``name`` is what reports call it."""
+    """The residual branch whose own tensors are ``params`` (sorted) goes; ``name`` is its name in reports."""
 
     name: str
     params: tuple[str, ...]
@@ -75,7 +75,7 @@ class Drop:
 class Merge:
     """The convolutions ``layers`` (their weights, in order) lose the activations between them.
 
-    Every run of ``runs`` becomes one convolution; what no run names is removed, as if it were the identity.
+    Every run of ``runs`` becomes one convolution; a convolution in no run is removed, as if it were the identity.
     """
 
     layers: tuple[str, ...]

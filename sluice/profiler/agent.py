@@ -1,11 +1,11 @@
-"""Run a job (`sluice.profiler.job`) on this device, which needs Python, numpy, onnx and the runtime, nothing else.
+"""Run a job (`sluice.profiler.job`) on this device, which needs only Python, numpy, onnx and the runtime.
 
     python job.zip -o table.db                               all code from the job
     python -m sluice.profiler.agent job.zip -o table.db      where sluice is installed, with its dependencies or without
 
-1. The table is made, from what the job knows already, or continued. Running the same command again after a kill goes
-   on where it was (`sluice.profiler.timing.burst_log`); engines in flight are built again.
-2. ``--shard 2/8`` measures one share of it (`sluice.profiler.sweep.shards`).
+1. The table is made, from the table in the job if there is one, or continued. The same command after a kill goes on
+   where it was (`sluice.profiler.timing.burst_log`); the engines of the unfinished batch are built again.
+2. ``--shard 2/8`` measures one share of the job (`sluice.profiler.sweep.shards`).
 3. The summary goes to standard output, progress and errors to standard error. Exit status 0: done; 1: a mistake of the
    user's, told in one sentence; 2: wrong usage.
 """
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_job(
     path: str | Path, table: str | Path, shard: Shard | None = None, *, quiet: bool = False
 ) -> tuple[dict[str, Any], list[str]]:
-    """Measure what ``table`` lacks of the job, or one shard's share of it; the summary as data and as lines.
+    """Measure the points of the job, or of one shard, that ``table`` lacks; the summary as data and as lines.
 
     Raises:
         SluiceError: the job or the table is damaged, foreign or newer, or the runtime is not here.

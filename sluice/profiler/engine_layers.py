@@ -1,7 +1,7 @@
-"""Where the pieces of a network lie in the engine that the runtime makes of the whole: what its compiler fused.
+"""The layers of a whole engine that hold the pieces of a network: what the runtime's compiler fused.
 
-A piece that shares a layer with others is timed apart and runs together; the joints and the calibration stand for the
-difference. So this is for reading, when a promise is worse than it should be.
+A piece that shares a layer with other pieces is timed apart and runs together; the joints and the calibration stand for
+the difference. So this is for reading, when a promise is worse than it should be.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["check_inspector", "place_profile", "placement_lines"]
 
 
 def check_inspector(target: str) -> None:
-    """Raises `SluiceError` for a target whose runtime does not tell what its engines are made of."""
+    """Raises `SluiceError` for a target whose runtime does not describe its engines."""
     if target != "tensorrt":
         raise SluiceError(f"{target} does not tell the layers of its engines; leave out --layers, or use tensorrt")
 
@@ -36,7 +36,7 @@ def place_profile(profile: Profile) -> EngineLayers:
 
 
 def placement_lines(placed: EngineLayers) -> list[str]:
-    """For reading: every piece with its layers, and of each layer that it shares, with how many others."""
+    """Lines for people: every piece with its layers, and for each shared layer the number of other pieces in it."""
     lines = [f"layers of the dense engine, by piece; {len(placed.shared)} are shared by several pieces"]
     for piece, layers in placed.pieces.items():
         told = [f"{n} (with {len(placed.shared[n]) - 1} more)" if n in placed.shared else n for n in layers]

@@ -4,13 +4,13 @@ A zip file, which Python itself can run (``python job.zip -o table.db``):
 
     job.json        settings (`Job`), and the version of the format
     model.onnx      the dense network with its parameter names, fp32
-    table.db        what is known already, if anything is
+    table.db        the points that are known already, if there are any
     __main__.py     puts ``site`` first on the path and starts `sluice.profiler.agent`
-    site/           sluice's own sources that do without torch, onnx-graphsurgeon, and the licences of both
+    site/           sluice's own torch-free sources, onnx-graphsurgeon, and the licences of both
 
 1. The device needs Python, numpy, onnx and a runtime. Both packages under ``site`` are pure Python and are imported
-   from inside the zip file; nothing is unpacked, and no code is run from anywhere but this file and what the device
-   has installed. A job runs with the rights of whoever starts it, so run jobs of your own.
+   from inside the zip file; nothing is unpacked, and code comes only from this file and from the packages that the
+   device has installed. A job runs with the rights of the user who starts it, so run jobs of your own.
 2. The same network and settings give the same bytes.
 3. A file that is damaged, foreign, or of a newer format is refused in one sentence, before anything is measured.
 """
@@ -63,7 +63,7 @@ sys.exit(main([sys.path[1], *sys.argv[1:]]))
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The arguments of `sluice.profiler.profile.profile_onnx` that do not depend on the device, but the model."""
+    """The arguments of `sluice.profiler.profile.profile_onnx` that do not depend on the device, without the model."""
 
     batch: int = 1
     target: str = "ort-cpu"
@@ -134,7 +134,7 @@ def known_table(path: str | Path, job: Job) -> bytes:
     """The latency table at ``path``, for a job with the same settings.
 
     Raises:
-        SluiceError: it cannot be read, or was measured with other settings; which device that was is not asked here.
+        SluiceError: it cannot be read, or was measured with other settings. The device may be any.
     """
     with LatencyTable.open(path) as table:
         there = table.fingerprint
@@ -147,7 +147,7 @@ def known_table(path: str | Path, job: Job) -> bytes:
 
 
 def _checked_names(file: zipfile.ZipFile, name: str) -> set[str]:
-    """What the file holds, if that is what a job holds: plain relative paths, each once."""
+    """The names in the file, checked to be those of a job: plain relative paths, each once."""
     found: set[str] = set()
     for entry in file.infolist():
         path = PurePosixPath(entry.filename)
@@ -188,7 +188,7 @@ def _settings(text: bytes, name: str) -> Job:
 
 
 def _code() -> Iterator[tuple[str, bytes]]:
-    """Paths under ``site`` and what they hold."""
+    """Paths under ``site`` and their contents."""
     import onnx_graphsurgeon
 
     root = Path(__file__).parents[1]

@@ -1,7 +1,7 @@
-"""Profile one network on this device: partition_graph, explore, measure, join, calibrate.
+"""Profile one network on this device: partition, explore, measure, join, calibrate.
 
-Everything that the table knows already is not measured again, so a second call, another network with equal pieces or
-a run after a kill costs only what is missing. Needs numpy, onnx, onnx-graphsurgeon and a runtime, nothing else.
+A point that the table holds is not measured again, so a second call, another network with equal pieces or a run after a
+kill costs only the points that are missing. This needs only numpy, onnx, onnx-graphsurgeon and a runtime.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Profile:
-    """A calibrated latency model, what it was measured on, and the graph it speaks of.
+    """A calibrated latency model, the fingerprint of its times, and the partition of its graph.
 
     ``points`` of its pieces are in the table, of ``grid`` that there are at all widths and ranks; ``disturbed`` of them
-    were measured on a machine that was never quiet. ``moved`` is what the table's times were multiplied by when it was
-    opened, as another host had begun it (`sluice.profiler.timing.reference_engine`).
+    were measured on a machine that was never quiet. ``moved`` is the factor by which the table's times were multiplied
+    when it was opened, as another host had begun it (`sluice.profiler.timing.reference_engine`).
     """
 
     latency: LatencyModel
@@ -84,7 +84,7 @@ class Profile:
 
 
 def fingerprint_here(target: str, threads: int, batch: int, precision: str = "fp32") -> Fingerprint:
-    """What a table measured now, on this machine, must carry.
+    """The fingerprint of a table that is measured now, on this machine.
 
     Raises:
         SluiceError: the target is not here, or cannot run this precision.
@@ -110,7 +110,7 @@ def measured_elsewhere(table: str | os.PathLike[str], *, target: str, threads: i
 
 @dataclass(frozen=True, slots=True)
 class ShardDone:
-    """What a shard added to its table, and whether the table now holds all points of the network.
+    """The points and engines that a shard added to its table, and whether the table now holds all of the network.
 
     Of the table's points ``disturbed`` were measured on a machine that was never quiet; ``moved`` as in `Profile`.
     """
@@ -137,7 +137,7 @@ def profile_onnx(
     seed: int = 0,
     progress: bool | Progress = True,
 ) -> Profile:
-    """Measure what is missing in ``table`` for ``model`` and return its calibrated latency model.
+    """Measure the points of ``model`` that ``table`` lacks, and return the calibrated latency model.
 
     Args:
         model: dense ONNX whose initialisers carry parameter names.
@@ -190,7 +190,7 @@ def profile_known(
     methods: Sequence[str] = ("filter",),
     like: SearchSpace | None = None,
 ) -> Profile:
-    """The profile of a network that ``table`` knows all of, whatever device that was measured on; arguments as above.
+    """The profile of a network whose points are all in ``table``, of whatever device; arguments as above.
 
     Raises:
         SluiceError: the table cannot be read, or lacks a point of this network.
@@ -228,10 +228,10 @@ def profile_shard(
     seed: int = 0,
     progress: bool | Progress = True,
 ) -> ShardDone:
-    """Measure one shard's share of what ``table`` lacks (`sluice.profiler.sweep.shards`); arguments as of
-    `profile_onnx`.
+    """Measure one shard's share of the points that ``table`` lacks (`sluice.profiler.sweep.shards`).
 
-    Engines are measured only where the table holds all points, as that of merged shards does.
+    Arguments are those of `profile_onnx`. Engines are measured only where the table holds all points, as the merged
+    table of all shards does.
     """
     methods, show = check_methods(methods), progress_of(progress)
     fingerprint = fingerprint_here(target, threads, batch, precision)
@@ -252,7 +252,7 @@ def profile_shard(
 def _bench(
     table: str | os.PathLike[str], fingerprint: Fingerprint, seed: int, lacks: Callable[[], bool] = lambda: True
 ) -> Iterator[Bench]:
-    """The table, opened or made, and the runner that it is for, with its timing cache and the reference.
+    """The table, opened or made, and its runner, with its timing cache and the reference engine.
 
     A table that lacks nothing stays in the time of the host that filled it.
     """

@@ -1,4 +1,4 @@
-"""What a run of the profiler has to tell, as data and as lines."""
+"""The summary of a run of the profiler, as data and as lines."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["profile_summary", "shard_summary"]
 
 
 def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Dense and least milliseconds, the calibration's error, and what may be chosen.
+    """Dense and least milliseconds, the error of the calibration, and the edits on offer.
 
-    The least that can be reached is found by scipy's solver; without scipy it is None and said to be unknown.
+    scipy's solver finds the least reachable time; without scipy that time is None and said to be unknown.
     """
     model, offered = measured.latency, measured.options
     ranks = {option.rank for option in offered.ranks}
@@ -58,7 +58,7 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
 
 
 def shard_summary(done: ShardDone) -> tuple[dict[str, Any], list[str]]:
-    """How much a shard measured, and what to do next."""
+    """The points that a shard measured, and what to do next."""
     lines = [f"shard {done.shard}: {done.points} points and {done.engines} engines measured, its share is done"]
     lines += _remarks(done)
     if done.complete:
@@ -84,7 +84,7 @@ def _remarks(done: Profile | ShardDone) -> list[str]:
 
 
 def _least(measured: Profile, methods: Sequence[str]) -> tuple[float, dict[str, float]] | None:
-    """With all methods together, and with each of several alone."""
+    """The least milliseconds with all methods together, and with each of several alone."""
     try:
         from sluice.solver.decide import least_ms, restricted
     except ImportError:

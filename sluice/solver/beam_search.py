@@ -3,12 +3,12 @@
 A state gives every layer one of its options (dense, or a form with a rank), and saves the sum of their milliseconds.
 
 1. *Equal cost.* A step takes at least ``step_ms`` off one layer: to the nearest option that saves so much more, to the
-   last one where none does, and never past what the target still needs. Without this the search peels off the layers
-   whose steps are the smallest first, since they hurt the least.
+   last option where none does, and never past the milliseconds that the target still needs. Without this rule the
+   search would first take the layers with the smallest steps, since these hurt the least.
 2. *Levels.* Options are not evenly spaced, so a step may save more. States are ranked only against those of their own
    level ``floor(saved_ms / step_ms)``, and of each level the best ``width`` go on. ``width = 1`` is greedy.
 3. *Every state once*, however many ways lead to it: a state is a tuple of positions, its loss is kept.
-4. Levels are worked off in order until all that is left meets the target; of that the lowest loss wins. Every
+4. Levels are worked off in order until all waiting states meet the target; of these the lowest loss wins. Every
    path can be followed to the last option of every layer, so whether the target can be met is known beforehand.
 
 Source: BSR (arXiv 2111.15179), modified beam search. A reconstruction: confirmed are a beam search over the ranks of
@@ -42,7 +42,7 @@ State = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """What a layer may become: ``label`` is the caller's, ``saved_ms`` is relative to the dense layer."""
+    """One option of a layer: ``label`` is the caller's, ``saved_ms`` is relative to the dense layer."""
 
     label: object
     saved_ms: float
@@ -73,8 +73,8 @@ def beam_search(
 
     Args:
         steps: for every layer its options, the first of which saves nothing (dense), the others more and more.
-        score: held-out loss at a position for every layer, lower is better; what is not finite is worst. Called once
-            for every state, starting with what one step leads to.
+        score: held-out loss at a position for every layer, lower is better; a value that is not finite is worst. Called
+            once for every state, starting with the states one step away.
         target_ms: milliseconds to be saved in all, dense latency minus budget.
         width: states kept of each level, ``K``.
         step_ms: least milliseconds that a step saves. The default divides the target, or one up to 19% larger, into as

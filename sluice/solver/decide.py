@@ -8,12 +8,10 @@
 1. The latency row (`sluice.solver.milp`) is the model itself up to the solver's tolerance. ``promised_ms`` is
    nevertheless recomputed from ``LatencyModel.ms``; a solution that exceeds the target by more than a millionth is
    solved again, tightened.
-2. A gap lets the solver stop at what is needlessly altered. What it returns is therefore walked downhill, in loss,
-   then in structural edits (switches that leave their dense value), then towards full widths and ranks: single sites
-   to another level, and whole edits back to the dense state of the layers that they cover, as long as rules and target
-   hold.
-3. Losses of widths come from scores of channels, squared changes of the loss one channel at a time. What leaves a
-   group together adds up in amplitude: ``D = (sum of sqrt(score) over the removed channels)^2``.
+2. A gap lets the solver stop at a configuration with needless changes. The solution is therefore walked downhill
+   (`sluice.solver.descent`): in loss, then in structural edits, then towards full widths and ranks.
+3. Losses of widths come from scores of channels, squared changes of the loss one channel at a time. The loss of
+   removing channels of a group together is ``D = (sum of sqrt(score) over the removed channels)^2``.
 """
 
 from __future__ import annotations
@@ -35,14 +33,14 @@ __all__ = ["Choice", "amplitude_losses", "decide", "least_ms", "restricted", "ti
 
 TOLERANCE = 1e-6  # relative excess of the recomputed promise that still counts as met
 SCALE = 1e3  # of the objective: the solver stops at an absolute gap of 1e-6 as well, and good losses are small
-TIE = 1e-5  # what a structural edit costs in that objective
-# What a method chooses.
+TIE = 1e-5  # cost of a structural edit in that objective
+# The word for the sites of a method, in messages.
 MEANS = {"filter": "widths", "rank": "ranks", "block": "dropped blocks", "merge": "merged runs", "bsr": "ranks"}
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One value per site, switches included, and what it promises.
+    """One value per site, switches included, and the promised milliseconds.
 
     ``retained`` is ``1 - loss / (sum over the sites of their largest loss)``, in [0, 1]; for ``least_ms``, which knows
     no losses, the kept share of all widths and ranks, and ``loss`` the rest. ``gap`` is the relative distance to the
@@ -76,7 +74,7 @@ def decide(
     """The configuration of least loss within ``target_ms``; of equal ones that with fewer structural edits.
 
     Args:
-        model: what a configuration costs.
+        model: the milliseconds of a configuration.
         losses: by site, the increase of the loss at every one of its levels, shape ``(len(levels[g]),)``, in any one
             unit; sites left out cost nothing at any level. For widths see `amplitude_losses`.
         target_ms: milliseconds that ``model.ms(widths)`` must not exceed.
@@ -141,7 +139,7 @@ def least_ms(model: LatencyModel, *, time_limit_s: float = 20.0) -> Choice:
     altered = {s: _edits(model, s) for s in model.switches}
     try:
         fuller = _solve(program, program.over_levels(keep | altered), fastest, 1e-6, time_limit_s)
-    except _OutOfTime:  # no reason to fail: as fast it is already
+    except _OutOfTime:  # no reason to fail: the configuration is the fastest already
         fuller, widths = None, downhill(model, {}, widths, fastest)
     if fuller is not None and model.ms(fuller[0]) <= fastest + 1e-9 * abs(fastest):
         widths = fuller[0]
@@ -152,8 +150,9 @@ def least_ms(model: LatencyModel, *, time_limit_s: float = 20.0) -> Choice:
 def tightened(target_ms: float, solve: Callable[[float], Choice]) -> Choice:
     """A choice that promises ``target_ms``, of an algorithm that adds up milliseconds site by site.
 
-    What a site saves is seen from the dense network, where more may be read again (`LatencyModel`, rule 5) than is left
-    to be saved in the end. So the algorithm is asked for what it has missed as well, until it meets the target.
+    The savings of a site are those of the dense network, and part of them may be a cache penalty (`LatencyModel`, rule
+    5) that the choice as a whole does not have. So the algorithm is asked for the missed milliseconds as well, until
+    its choice meets the target.
 
     Raises:
         Unreachable: the first answer of ``solve``, if it is that; of later ones the choice before it counts.
@@ -211,7 +210,7 @@ def amplitude_losses(levels: Mapping[str, tuple[int, ...]], scores: Mapping[str,
             raise SluiceError(f"importance of group {group!r} has shape {own.shape}; it must be ({size},)")
         if not np.isfinite(own).all() or (own < 0).any():
             raise SluiceError(f"importance of group {group!r} is negative or not finite; give non-negative scores")
-        # Summed from the least important up, so that what is small is not lost in what is large.
+        # Summed from the least important up, so that small scores are not lost in large sums.
         removed = np.concatenate([[0.0], np.cumsum(np.sqrt(own[_order(own)[::-1]]))])
         sums[group] = removed[::-1] ** 2
     total = sum(float(s[0]) for s in sums.values())

@@ -5,9 +5,9 @@ levels``, with ``g = ceil(ms / u)``,
 
     M[0, t] = 0        M[j, t] = max over entries (i, j, key) with g <= t of  M[i, t - g] + importance + bonus
 
-1. Latencies are rounded up, so what is chosen never exceeds its budget (the authors round down, which overshoots). The
+1. Latencies are rounded up, so no tiling exceeds its budget (the authors round down, which overshoots). The
    price is at most one unit per segment, hence the fine grid.
-2. ``bonus`` per segment is the explicit form of what ``exp(importance)`` does in the authors' objective: more segments
+2. ``bonus`` per segment does explicitly what ``exp(importance)`` does in the authors' objective: more segments
    keep more activations (reconstruction). Without it importances, being losses, favour few segments.
 3. Of solutions equally important, to `TIE`, the one that takes less time wins.
 4. One pass answers every budget up to the one given; a row of the table over all budgets is one array operation.

@@ -12,14 +12,14 @@
    weights. With ``on = 0`` all of ``z`` is zero. With ``on = 1`` every marginal has the same sum as the weights that
    bound it, so it equals them and rules 2 and 3 hold; this goes for a single axis as well. Over no axis the term is a
    cost on its switches.
-5. Terms under the same switches and over the same axes are added up before there are columns. What depends on one
-   axis is added, for each of its switches, to a product over that axis and another under that switch: the joint on a
-   tensor to the pieces that may make it.
+5. Terms under the same switches and over the same axes are added up before there are columns. A term over one axis is
+   added, for each of its switches, to a product over that axis and another under that switch: the joint on a tensor to
+   the pieces that may make it.
 6. Products of which at most one exists, because their switches are distinct members of one exactly-one rule, share the
    rows of an axis: the sum of their marginals is at most its weights. These rows are fewer and the relaxation is
    tighter, since states of a layer cannot each claim the same level.
-7. What is read again beyond what the caches spare is one column more. It is at least their difference, and exactly that
-   in every optimum, since more only costs time. So what a column costs is known twice, as time and as ``reload``.
+7. The cache penalty is one column more. It is at least the sum of the terms' ``reload`` less ``cached_ms``, and exactly
+   that in every optimum, since more only costs time. So every column has two costs, as time and as ``reload``.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ class _Bundle:
 class MixedIntegerProgram:
     """Columns and rows of one model: ``cost`` (raw ms per column), ``constant``, ``integrality``, rows and widths.
 
-    First one binary ``x`` per level of every site, then what the terms' costs need (``lambda`` with segment binaries,
-    selections among sums, products ``z``). All columns lie between 0 and ``most``, which is 1 but for that of rule 7.
+    First one binary ``x`` per level of every site, then the columns of the terms' costs (``lambda`` with segment
+    binaries, selections among sums, products ``z``). All columns lie between 0 and ``most``, which is 1, and infinite
+    for the column of rule 7.
     """
 
     def __init__(self, model: LatencyModel) -> None:
@@ -76,7 +77,7 @@ class MixedIntegerProgram:
         self._marginals()
         self.most = np.ones(len(self._rows.cost))
         if any(reload for _, reload in self._rows.cost):
-            self._read_again()
+            self._add_penalty()
             self.most = np.append(self.most, np.inf)
         else:
             self._constant[0] += max(0.0, float(self._constant[1]) - model.cached_ms)
@@ -108,7 +109,7 @@ class MixedIntegerProgram:
         return frozenset() if always else live
 
     def _gather(self, term: Term) -> None:
-        """Add the term to what has the same switches and axes, so that columns are made once (rule 5)."""
+        """Add the term to the terms with the same switches and axes, so that columns are made once (rule 5)."""
         when = self._live(term)
         if when is None:
             return
@@ -124,7 +125,7 @@ class MixedIntegerProgram:
         self._parts[key] = (axes, costs if known is None else known[1] + costs)
 
     def _fold(self) -> None:
-        """What depends on one axis joins, switch by switch, a product over that axis and another (rule 5)."""
+        """A term over one axis joins, switch by switch, a product over that axis and another (rule 5)."""
         homes = {
             (when, k): (when, keys) for when, keys in self._parts if len(when) == 1 and len(keys) > 1 for k in keys
         }
@@ -144,7 +145,7 @@ class MixedIntegerProgram:
                 self._collect(frozenset(homeless), own, costs)
 
     def _place(self, when: frozenset[str], axes: Sequence[Axis], costs: np.ndarray) -> None:
-        """Columns and rows of what exists under the same switches and depends on the same axes."""
+        """Columns and rows of the terms with these switches and axes."""
         if len(axes) == 0 and not when:
             self._constant += costs
         elif len(axes) == 0:
@@ -164,13 +165,13 @@ class MixedIntegerProgram:
             for k, axis in enumerate(axes):
                 self._bundle(axis, when).append(np.moveaxis(grid, k, 0).reshape(len(axis.weights), -1))
 
-    def _read_again(self) -> None:
+    def _add_penalty(self) -> None:
         """Rule 7; the column is in units of the largest reload, as the solver's tolerances are absolute."""
         unit = max(abs(float(reload)) for _, reload in self._rows.cost)
         row = {column: float(reload) / unit for column, (_, reload) in enumerate(self._rows.cost) if reload}
-        (again,) = self._rows.columns(1)
-        self._rows.cost[again] = np.asarray([unit, 0.0])
-        self._rows.row({**row, again: -1.0}, -np.inf, (self.model.cached_ms - float(self._constant[1])) / unit)
+        (penalty,) = self._rows.columns(1)
+        self._rows.cost[penalty] = np.asarray([unit, 0.0])
+        self._rows.row({**row, penalty: -1.0}, -np.inf, (self.model.cached_ms - float(self._constant[1])) / unit)
 
     def _on(self, when: frozenset[str]) -> list[int]:
         """Columns whose sum is 1 where one of the switches is set."""

@@ -51,7 +51,7 @@ class Axes:
         self._sums: dict[tuple[Extent, bytes], Axis] = {}
 
     def of(self, term: Term) -> list[Axis]:
-        """The axes whose grid the term is known on; what they need of columns and rows is added."""
+        """The axes on whose grid the term is known; their columns and rows are added to the program."""
         groups = list(dict.fromkeys(g for e in term.extents for g, _ in e.coefs))
         if len(groups) <= 1 or math.prod(len(self._rows.levels[g]) for g in groups) <= GRID_LIMIT:
             return [self._levels(g) for g in groups]

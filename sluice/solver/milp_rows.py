@@ -2,7 +2,7 @@
 
 1. Every site has one binary column per level, of which exactly one is set.
 2. A rule of the model is a row over the columns of its switches.
-3. A column costs twice: as time, and as ``reload``, time to read weights again (`LatencyModel`, rule 5).
+3. A column has two costs: as time, and as ``reload``, its part of the cache penalty (`LatencyModel`, rule 5).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What may be chosen besides widths: ranks of weights, dropped blocks, merged runs; and how a configuration says so.
+"""The edits on offer besides widths: ranks of weights, dropped blocks, merged runs; and their names in a configuration.
 
-Every option is a switch of the latency model; the names say what it is:
+Every option is a switch of the latency model, with one of these names:
 
     <weight>|dense            the layer is as it was
     <weight>|<form>           its weight is two of inner size <weight>|<form>|rank
@@ -94,7 +94,7 @@ def check_methods(methods: Sequence[str]) -> tuple[str, ...]:
 
 
 def chosen_edits(options: EditSpace, configuration: Mapping[str, int]) -> Edits:
-    """What the switches of a configuration ask for."""
+    """The structural edits whose switches a configuration sets."""
     return Edits(
         tuple(
             Factorize(o.param, o.form, int(configuration[o.rank])) for o in options.ranks if configuration.get(o.switch)

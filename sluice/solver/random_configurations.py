@@ -1,4 +1,4 @@
-"""Random configurations that obey the rules: what calibration builds engines of.
+"""Random configurations that obey the rules; the calibration builds engines of them.
 
 1. *Widths and ranks* share a tendency per plan, so that slim and wide networks occur, and each site draws around it.
 2. *Switches* are set one after another. A tendency per plan says how many layers are to leave their dense state, so
@@ -6,9 +6,9 @@
    settled prefers the switch that is set in the dense network, or else, if its layer is to leave, the others in random
    order. A switch of k rules has so k chances to come first, and one that covers several layers is not outbid by those
    that cover one.
-3. What a choice implies under the rules is settled at once (bounds propagation), and a choice that leaves some rule
-   without a solution is taken back. So the search is complete: every state that obeys the rules is the first choice
-   under some order and some tendency, and where none is found there is none.
+3. The values that a choice implies under the rules are settled at once (bounds propagation), and a choice that leaves
+   some rule without a solution is taken back. So the search is complete: every state that obeys the rules is the first
+   choice under some order and some tendency, and where none is found there is none.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _search(model: LatencyModel, wanted: Sequence[tuple[str, int]]) -> dict[str,
     settled: list[str] = []  # in the order in which the search settled them
 
     def consistent(todo: Sequence[Rule]) -> bool:
-        """Settle what follows from ``todo``; whether no rule is broken."""
+        """Settle the values that follow from ``todo``; whether no rule is broken."""
         queue = list(todo)
         while queue:
             rule = queue.pop()

@@ -15,8 +15,8 @@ With ``T(w)`` the latency model at the gates' soft widths, ranks and switches (`
    target and 2% below it, so there is no pull once the budget is safely met, and the integral decays meanwhile.
 4. ``unit = |d loss / d gates| / |d v / d gates|`` (running root mean squares over the gates' own parameters) is the
    multiplier at which the task and the budget pull equally hard. It makes the penalty follow the loss through any
-   scale, loss scaling of mixed precision included. The task's share is what arrives at the gates minus what the
-   penalty itself sent, so the loss need not be handed over. By Cauchy-Schwarz any ``lambda > unit`` lowers the latency
+   scale, loss scaling of mixed precision included. The task's share is the gradient that arrives at the gates minus
+   the penalty's own, so the loss need not be handed over. By Cauchy-Schwarz any ``lambda > unit`` lowers the latency
    under gradient descent, whatever the task wants; ``lambda`` is therefore held below a few units.
 """
 
@@ -47,12 +47,12 @@ DECAY = 0.95  # of the running mean squares, per step
 LOG_RANGE = (-6.0, 1.0)  # of the integral: keeps it from winding up where the gates cannot answer
 LOG_MOST = 1.5  # of lambda / unit: more would only fill the optimizer's second moments with the penalty
 PATIENCE = 4096  # backward passes without step() after which the training loop must be wrong
-RANK = "|rank"  # ends the name of a rank; what is before names the switch of its form
+RANK = "|rank"  # ends the name of a rank, behind the name of the switch of its form
 SKIPS = 25  # non-finite gradients in a row that loss scaling may cause while it looks for its scale
 
 
 class GateLike(Protocol):
-    """What the budget needs of a gate: the value of its site in the latency model."""
+    """A gate as the budget sees it: the value of its site in the latency model."""
 
     def soft_width(self) -> Tensor:
         """Expected number of kept channels, rank, or value of the switch; a differentiable scalar."""
@@ -84,7 +84,7 @@ class Budget:
     """Holds a gated network to ``target`` while it trains; add ``penalty()`` to the loss, call ``step()`` after it.
 
     Args:
-        gated: what `sluice.insert_gates` returned (its ``step()`` then steps the budget too), or a mapping from
+        gated: the result of `sluice.insert_gates` (its ``step()`` then steps the budget too), or a mapping from
             site to gate: axis group, rank ``<weight>|<form>|rank``, or switch ``<block>|drop``. Sites of the model
             without a gate stay dense; whether a layer with a rank is factorised follows from its cost.
         latency: milliseconds as a function of the sites: a profile, or its latency model.
@@ -154,7 +154,7 @@ class Budget:
         self._state = {"step": 0.0, "integral": -3.0, "task": 0.0, "ratio": 0.0, "weight": 0.0, "skipped": 0.0}
         self._violation: Tensor | None = None
         self._ratio: list[Tensor] = []
-        # Per backward pass: scale of the loss, what the penalty sent, what arrived at every parameter.
+        # Per backward pass: scale of the loss, gradient of the penalty, gradient that arrived at every parameter.
         self._arrived: list[tuple[Tensor, Tensor, list[Tensor | None]]] = []
         self._passes = 0
 
@@ -283,7 +283,7 @@ class Budget:
 
 
 def _movable(model: LatencyModel, gated: frozenset[str]) -> frozenset[str]:
-    """The gated sites and what moves with them: the switches of their forms, and the dense switches of their layers."""
+    """The gated sites, the switches of their forms, and the dense switches of their layers."""
     moving = gated | {site.removesuffix(RANK) for site in gated if site.endswith(RANK)}
     touched = [rule for rule in model.rules if any(s in moving for s, _ in rule.coefs)]
     return frozenset(moving | {s for rule in touched for s, _ in rule.coefs if model.dense[s]})

@@ -1,22 +1,21 @@
 """The latency model as a differentiable function of soft widths, ranks and switches.
 
 1. Latency is a staircase, flat between its jumps, and a flat step has no gradient. Training therefore uses the
-   interpolation through the widths worth having (``LatencyModel.levels``) alone: it has the staircase's values at
+   interpolation through the widths on offer (``LatencyModel.levels``) alone: it has the staircase's values at
    every width that the solver may choose, and the average slope of the steps in between.
 2. A term counts times the sum of its switches. Switches of blocks are values like widths (their gates).
-3. Whether a layer is dense or factorised is no parameter: it follows from what its alternatives cost at the present
+3. Whether a layer is dense or factorised is no parameter: it follows from the costs of its alternatives at the present
    widths and ranks (`LayerStates`). With costs ``c_k``, those of the terms that exist under alternative k, and ``d``
    the drops that contain the layer, it contributes
 
        prod (1 - d) * min_k c_k,       with the derivatives of       prod (1 - d) * sum_k p_k c_k
 
    at constant ``p_k ~ exp(-c_k / T)``, which are those of the softmin ``-T log sum_k exp(-c_k / T)``; T is a share of
-   the dense cost. The value is that of the decision, so a budget on it is a budget on what will be built. The
-   derivative reaches the rank of a layer that is still dense, where the minimum's would be zero, and as all ``p_k`` are
-   positive a smaller rank or width never looks slower. (Were the ``p_k`` variable it would, wherever the factorised
+   the dense cost. The value is that of the decision, so a budget on it is a budget on the engine that will be built.
+   The derivative reaches the rank of a layer that is still dense, where the minimum's would be zero, and as all ``p_k``
+   are positive a smaller rank or width never looks slower. (Were the ``p_k`` variable it would, wherever the factorised
    layer costs much more than the dense one: there a lower rank would first of all draw weight to the dearer form.)
-   Costs are times alone: what the network reads again (`sluice.core.latency`, 5) decides no layer, but counts in the
-   value.
+   Costs are times alone: the cache penalty (`sluice.core.latency`, 5) decides no layer, but counts in the value.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class LayerStates:
 
 
 def alternatives(model: LatencyModel, given: Collection[str]) -> tuple[LayerStates, ...]:
-    """What is left to choose in every rule of ``model`` once the sites ``given`` have values of their own."""
+    """For every rule of ``model``, the switches left to choose once the sites ``given`` have values of their own."""
     found = []
     for rule in model.rules:
         names = [name for name, _ in rule.coefs]
@@ -75,7 +74,7 @@ def configured(
 
 
 def through_levels(model: LatencyModel) -> LatencyModel:
-    """The model whose tables are known at the levels worth having and interpolated in between.
+    """The model whose tables are known at the levels and interpolated in between.
 
     Where an extent concatenates groups its knots are those at which all groups stand at the same share of their
     levels, the least and the dense width included.
@@ -108,7 +107,7 @@ class ExpectedLatency:
 
     Terms are stacked by their number of extents (none to two together) and padded, so that a call costs a fixed
     number of tensor operations. Computed in double precision, returned in the dtype of the values, in milliseconds.
-    The switches in ``layers`` follow from the others (rule 3), whatever is given for them.
+    The switches in ``layers`` follow from the other sites (rule 3); values given for them are ignored.
     """
 
     def __init__(self, model: LatencyModel, *, smooth: bool = True, layers: Sequence[LayerStates] = ()) -> None:

@@ -1,14 +1,15 @@
 """Which of several plans trains best: a short training of each, on the same batches, by successive halving.
 
-Losses of single changes (`sluice.importance.sensitivity`) add up only roughly, and how well a network recovers differs
-between kinds of change: what looks dear before training may mend in a hundred steps. So the solver's best plans under
-several readings of the losses are cut and trained for `steps` steps; the better half goes on for twice as many, until
-one is left. (LayerMerge chooses between solutions by a short real fine-tuning in the same way; the halving is Jamieson
-and Talwalkar's, AISTATS 2016.)
+Losses of single changes (`sluice.importance.sensitivity`) add up only roughly, and a network recovers better from some
+kinds of change than from others: a change with a high loss before training may mend in a hundred steps. So the solver's
+plans of several scenarios are cut and trained for `steps` steps; the better half goes on for twice as many, until one
+is left. (LayerMerge chooses between solutions by a short real fine-tuning in the same way; the halving is Jamieson and
+Talwalkar's, AISTATS 2016.)
 
-1. All candidates take every step together, so that a batch is read once, by whatever loader, and kept by nobody.
-2. What counts is the loss, in eval mode, on the first batches of the data, which are passed over when the data comes
-   round again. A loader that shuffles deals anew each time round, so there some of their examples are trained on.
+1. All candidates take every step together, so that any loader may give a batch once, and nobody keeps it.
+2. The loss that counts is that on the first batches of the data, in eval mode; training passes over these batches when
+   the data comes round again. A loader that shuffles deals anew each time round, so there some of their examples are
+   trained on.
 3. A candidate whose loss is not finite is out.
 """
 

@@ -1,9 +1,9 @@
-"""The built-in training loop, for both stages: learn the gates, then fine-tune what is left.
+"""The built-in training loop, for both stages: learn the gates, then fine-tune the slim network.
 
 ``loss = task + budget.penalty()`` in the first stage, ``task`` in the second. The task is logit distillation from the
 dense network (`sluice.training.distill`) mixed with the labels where there are some. AdamW, learning rate on half a
 cosine; gate logits have a learning rate of their own and no weight decay. Any other loop serves as well: the only calls
-a loop owes are ``budget.penalty()`` in the loss and ``gated.step()`` after the optimizer's step.
+that a loop must make are ``budget.penalty()`` in the loss and ``gated.step()`` after the optimizer's step.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def on_device(values: Any, model: nn.Module) -> Any:
 
 
 def check_data(model: nn.Module, data: Data, *, loss: Loss | None = None) -> None:
-    """Run the first batch through a copy of ``model``, so that what does not fit is said before hours of work.
+    """Run the first batch through a copy of ``model``, so that a misfit is said before hours of work.
 
     Args:
         loss: evaluated once, the model as its own teacher; None if nothing is trained.

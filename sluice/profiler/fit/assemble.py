@@ -1,13 +1,12 @@
 """Table -> `LatencyModel`: every piece of the graph is a term, every joint a term of weight -1.
 
-1. A piece of a layer that can leave its dense state exists under the layer's dense switch; what takes its place, under
-   its own switch.
-2. A joint exists while its tensor is made by whatever state of the producing layer: dense, factorised, or a merged run
-   that ends there.
-3. Exactly one of the states of a layer is chosen: one rule per layer.
-4. An engine makes one call, whatever is in it. Joints save calls between neighbours, and those of a residual block
-   close a ring: of n pieces in it they would save n. So terms are less their calls: a piece those of
-   `sluice.profiler.sweep.grids` (3), a joint those that it saves. The one call is the intercept.
+1. A piece of a layer that can leave its dense state exists under the layer's dense switch; a piece that replaces it
+   exists under the switch of its own state.
+2. A joint exists in every state of the layer that makes its tensor: dense, factorised, or a merged run that ends there.
+3. Exactly one state of a layer is chosen: one rule per layer.
+4. An engine makes one call, whatever is in it. Joints save calls between neighbours. The joints of a residual block
+   close a ring: of n pieces in it they would save n calls. So terms are net of calls: a piece of those in its time
+   (`sluice.profiler.sweep.grids`, 3), a joint of those that it saves. The one call is the intercept.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ def assemble(
     """The uncalibrated model.
 
     Args:
-        stairs: of the groups of the dense graph.
-        alternatives: what else may be chosen.
+        stairs: staircases of the groups of the dense graph.
+        alternatives: the edits on offer, with their measured pieces.
     Raises:
         SluiceError: the table lacks a point.
     """
@@ -133,7 +132,7 @@ def _term(
 def _curves(
     piece: Piece, partition: Partition, stairs: Mapping[str, Staircase], table: LatencyTable
 ) -> list[dict[int, float]]:
-    """What is known of every extent of a piece at all values it may have (`sluice.profiler.fit.steps`)."""
+    """The known cost of every extent of a piece at all its possible values (`sluice.profiler.fit.steps`)."""
     points, dense = table.points(piece.key), [int(e.at(partition.dense)) for e in piece.extents]
     curves = []
     for k, extent in enumerate(piece.extents):

@@ -1,18 +1,19 @@
-"""What a network reads again: weights that its pieces, timed one by one, find in the caches.
+"""The cache penalty: the time to read weights that no longer fit the caches.
 
 A piece that is timed alone finds its weights where its last run left them. In the whole engine the weights of all other
-layers have been through the caches since, and what these cannot hold comes from memory once more:
+layers have been through the caches since, and those that the caches cannot hold come from memory again:
 
-    again = max(0, sum_k r_k - p C),        r_k = min(p MB_k, ms_k)                                  [milliseconds]
+    penalty = max(0, sum_k r_k - p C),        r_k = min(p MB_k, ms_k)                                  [milliseconds]
 
-1. ``p`` is what reading a MB takes beyond what a piece takes by itself. That is at most as long again: a piece that
-   does little but read weights reads them from afar when it is alone, too. Weights count as fp32 in all precisions.
-2. ``C`` is how many MB the caches hold of one run until the next. Up to there nothing is read again.
-3. Both follow from whole engines: of a grid, C in shares of the most weights in any of them and p in what a MB of them
-   takes in all, that pair counts with which ``T = intercept + slope * (raw + again)`` fits them best, of equal ones the
-   one of the least C. For the error that is stated, each engine is predicted by a pair that has not seen it either.
+1. ``p`` is the time to read a MB, beyond the time of the piece by itself. A piece at most doubles its time: one that
+   does little but read weights reads them from memory when it is alone, too. Weights count as fp32 in all precisions.
+2. ``C`` is the number of MB that the caches hold from one run to the next. Up to C the penalty is zero, beyond it is
+   linear.
+3. Both are fitted to whole engines. C is tried in shares of the largest weights of any engine, p in multiples of the
+   engines' time per MB. The pair counts with which ``T = intercept + slope * (raw + penalty)`` fits the engines best;
+   of equal pairs the one of the least C. For the stated error, each engine is predicted by a pair that has not seen it.
 
-Engines of VGG16-BN on two threads take what their pieces add up to where they have 5 MB of weights, and 12 to 25% more
+Engines of VGG16-BN on two threads take the sum of their pieces where they have 5 MB of weights, and 12 to 25% more
 where they have 32 to 60: docs/measuring.md. Reconstruction; no paper.
 """
 
@@ -33,18 +34,18 @@ __all__ = ["CachePenalty", "PenaltyFit", "fit_penalties", "megabytes"]
 
 SHARES = (0.0, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 PRICES = tuple(2.0 ** (k / 12) for k in range(-60, 13))
-FEWEST = 4  # engines that read something again, and that do not
+FEWEST = 4  # engines with a penalty, and engines without
 
 
 @dataclass(frozen=True, slots=True)
 class CachePenalty:
-    """``ms_per_mb`` before the calibration's slope (p), and ``cache_mb`` (C)."""
+    """``ms_per_mb`` is p, before the slope of the calibration; ``cache_mb`` is C."""
 
     ms_per_mb: float
     cache_mb: float
 
     def applied(self, model: LatencyModel, weights: Mapping[str, np.ndarray]) -> LatencyModel:
-        """The model with what is read again; ``weights`` as of `megabytes`."""
+        """The model with this penalty; ``weights`` as of `megabytes`."""
 
         def cold(term: Term) -> Term:
             if term.name not in weights:
@@ -56,9 +57,10 @@ class CachePenalty:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PenaltyFit:
-    """The pairs that count (rule 3) by increasing C, and what the engines add up to with each.
+    """The penalties that can be fitted (rule 3), by increasing C, and the sums of the engines with each.
 
-    ``raw``, shape ``(engines,)``, is what pieces and joints alone add up to; ``sums`` has shape ``(pairs, engines)``.
+    ``raw``, shape ``(engines,)``, are the sums of pieces and joints alone, in milliseconds; ``sums``, shape
+    ``(pairs, engines)``, are the same with the penalty of each pair.
     """
 
     pairs: tuple[CachePenalty, ...]
@@ -66,14 +68,14 @@ class PenaltyFit:
     sums: np.ndarray
 
     def best(self, measured: np.ndarray) -> CachePenalty | None:
-        """The pair of rule 3, None where too few engines read anything again."""
+        """The pair of rule 3, None where too few engines have a penalty."""
         best = _best(self.sums, measured)
         return None if best is None else self.pairs[best]
 
     def left_out(
         self, measured: np.ndarray, more: Sequence[np.ndarray] = (), stiffness: Sequence[float] = ()
     ) -> np.ndarray:
-        """Every engine as predicted by a pair and a fit, with ``more`` columns, to all the others."""
+        """Every engine as predicted by the pair and the fit, with ``more`` columns, of all other engines."""
         found = np.empty(len(measured))
         for i in range(len(measured)):
             rest = np.arange(len(measured)) != i
@@ -86,7 +88,10 @@ class PenaltyFit:
 
 
 def fit_penalties(ms: np.ndarray, weights: np.ndarray, raw: np.ndarray) -> PenaltyFit:
-    """Those of engines whose pieces take ``ms`` and hold ``weights`` MB, both ``(engines, pieces)``, 0 if not there."""
+    """The penalties to choose from, for engines whose pieces take ``ms`` and have ``weights`` MB.
+
+    Both have shape ``(engines, pieces)``, and 0 where an engine lacks the piece; ``raw`` has shape ``(engines,)``.
+    """
     pairs: list[CachePenalty] = []
     sums: list[np.ndarray] = []
     most, unit = float(weights.sum(1).max(initial=0.0)), float(raw.sum() / max(weights.sum(), 1e-12))
@@ -109,7 +114,7 @@ def megabytes(partition: Partition, model: LatencyModel, alternatives: Alternati
 
 
 def _best(sums: np.ndarray, measured: np.ndarray) -> int | None:
-    """Which of the pairs has the least squares of the relative residual, all of them fitted at once."""
+    """The index of the pair with the least squares of the relative residual; all pairs are fitted at once."""
     a, b = sums / measured, 1.0 / measured
     aa, ab, bb, at, bt = (a * a).sum(1), a @ b, b @ b, a.sum(1), b.sum()
     scale = np.maximum(aa * bb - ab * ab, 1e-300)

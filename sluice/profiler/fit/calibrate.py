@@ -1,18 +1,19 @@
-"""From the sum of pieces to the whole engine: a linear fit, with its error stated.
+"""The calibration, from the sum of pieces to the whole engine: a linear fit, with its error stated.
 
-    T(engine) = intercept + slope * (sum of pieces - sum of joints + what is read again) + sum_k gain_k * S_k
+    T(engine) = intercept + slope * (sum of pieces - sum of joints + cache penalty) + sum_k gain_k * S_k
 
-with pieces and joints less the calls in them (`sluice.profiler.fit.assemble`, 4).
+with pieces and joints net of calls (`sluice.profiler.fit.assemble`, 4).
 
-1. Fitted (`sluice.profiler.fit.least_squares`) to whole engines in random configurations
-   (`sluice.profiler.sweep.engine_times`). The stated error is left-out: every engine is predicted by a fit that has not
+1. The fit (`sluice.profiler.fit.least_squares`) is to whole engines in random configurations
+   (`sluice.profiler.sweep.engine_times`). The stated error is left out: every engine is predicted by a fit that has not
    seen it.
-2. What is read again is weights that the caches do not hold from run to run (`sluice.profiler.fit.cache_reload`).
-3. ``S_k`` is what the terms of one kind add up to: joints, pieces of factorised layers, merged runs. Dense pieces are
-   measured as they stand in the user's graph, these are made for being measured or measured on coarser grids, and
-   what is wrong with one of a kind is wrong with all.
-4. A correction (2, 3) is kept only if there is an error to speak of (`EXACT`), it lowers it by a twentieth, and no kind
-   is turned upside down. It is then part of the model's terms, so that solver and training loss know of it.
+2. The cache penalty is the time to read weights that no longer fit the caches (`sluice.profiler.fit.cache_reload`).
+3. ``S_k`` is the sum of the terms of one kind: joints, pieces of factorised layers, merged runs. Dense pieces are
+   measured as they stand in the user's graph. Pieces of the other kinds are made for being measured, or measured on
+   coarser grids, and their error is common to the kind.
+4. A correction (2, 3) is kept only if the error without it is large enough to matter (`EXACT`), the correction lowers
+   it by a twentieth, and no kind changes its sign. It is then part of the model's terms, so solver and training loss
+   know of it.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def calibrate(
     whole = _Engines([widths for widths, _ in known], np.array([m.ms for _, m in known]))
     raw, measured = whole.sums(model), whole.measured
     if len(raw) < FEWEST:
-        # Nothing can be left out; the plain sum has seen no engine either.
+        # Too few engines to leave one out. The plain sum has seen no engine, so its own error may be stated.
         call_ms = min(model.intercept, 0.5 * float(measured.min()))
         (slope,) = (float(c) for c in fit_linear([raw], measured - call_ms))
         error = errors(call_ms + raw, measured)
@@ -91,7 +92,7 @@ class _Engines:
     measured: np.ndarray
 
     def sums(self, model: LatencyModel) -> np.ndarray:
-        """What the model's terms add up to, shape ``(engines,)``."""
+        """The sum of the model's terms for every engine, milliseconds, shape ``(engines,)``."""
         return np.array([model.raw_ms(widths) for widths in self.plans])
 
 
@@ -114,7 +115,7 @@ class _Fit:
 
 
 def _fitted(columns: Mapping[str, np.ndarray], measured: np.ndarray, predicted: np.ndarray | None = None) -> _Fit:
-    """The fit to all engines; ``predicted`` where something beside the coefficients was chosen without the engine."""
+    """The fit to all engines; ``predicted``, if a penalty was fitted too, are the left-out predictions of both."""
     design, stiffness = list(columns.values()), [STIFFNESS if name in KINDS else 0.0 for name in columns]
     values = [float(c) for c in fit_linear(design, measured, stiffness)]
     unseen = left_out(design, measured, stiffness) if predicted is None else predicted
@@ -128,7 +129,7 @@ def _with_corrections(
     kinds: Mapping[str, np.ndarray],
     engines: _Engines,
 ) -> tuple[_Fit, CachePenalty | None]:
-    """The fit with what rule 4 keeps of the corrections, and what is read again where that is among them."""
+    """The fit with the corrections that rule 4 keeps, and the cache penalty if it is one of them."""
     raw, measured = engines.sums(model), engines.measured
     again = fit_penalties(*_by_piece(model, weights, engines.plans), raw)
     found = again.best(measured)
@@ -158,7 +159,7 @@ def _kind(term: Term, options: EditSpace) -> str:
 
 
 def _by_kind(model: LatencyModel, options: EditSpace) -> dict[str, LatencyModel]:
-    """The terms of every kind of which there are any."""
+    """For every kind that has terms, the model with these terms alone."""
     found = {kind: tuple(term for term in model.terms if _kind(term, options) == kind) for kind in KINDS}
     return {kind: replace(model, terms=terms) for kind, terms in found.items() if terms}
 

@@ -1,9 +1,10 @@
-"""Least squares of the relative residual, and how far off a prediction is.
+"""Least squares of the relative residual, and the error of a prediction.
 
     c = argmin  sum_i (sum_k c_k * column_k[i] / measured[i] - 1)^2  +  sum_k (stiffness_k * c_k)^2
 
-The relative residual, so that small engines count as much as large ones. A column with a stiffness is a correction that
-the data must pay for: with a residual of 2% and a coefficient that is rarely above 0.2, ``stiffness = 0.02 / 0.2``.
+1. The residual is relative, so small engines count as much as large ones.
+2. A column with a stiffness is a correction that the data must pay for: with a residual of 2% and a coefficient that is
+   rarely above 0.2, ``stiffness = 0.02 / 0.2``.
 """
 
 from __future__ import annotations

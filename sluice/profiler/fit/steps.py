@@ -1,15 +1,17 @@
 """Steps between the knots of a thinned grid.
 
-A piece is measured on fewer values of an axis than are known of the group or sum that lies on it, where its grid would
-be large. Between two knots a line is wrong by up to half a step. Where the steps are is known from the curve ``c`` of
-the piece itself, its other extents dense, or else of the cost of all that lies on the axis. So with ``line_f(v)`` the
+Where its grid would be large, a piece is measured on fewer values of an axis than are known of the group or sum on that
+axis. A straight line between two knots is wrong by up to half a step. A curve ``c`` says where the steps are: that of
+the piece itself, with its other extents dense, or else the cost of all pieces on the axis. So with ``line_f(v)`` the
 line through ``f`` at the two knots around ``v``,
 
     T(v) = line_T(v) + s * (c(v) - line_c(v)),    s = max(0, T(last) - T(first)) / (c(last) - c(first))
 
-at every position of the other axes. Exact at the knots, and everywhere where the others are dense and the curve is the
-piece's own. Values become knots of their own as long as the curve misses its line by more than `STEP` of its height,
-the worst first.
+at every position of the other axes.
+
+1. This is exact at the knots, and everywhere where the other axes are dense and the curve is the piece's own.
+2. Values become knots of their own as long as the curve misses its line by more than `STEP` of its height, the worst
+   first.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ STEP = 0.02
 def with_steps(
     knots: Sequence[np.ndarray], ms: np.ndarray, curves: Sequence[Mapping[int, float]]
 ) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """Knots and times with those in between.
+    """Knots and times, with the values in between that became knots.
 
     Args:
         knots: of every axis, increasing.
@@ -48,7 +50,7 @@ def with_steps(
 
 
 def _chosen(knots: np.ndarray, curve: Mapping[int, float]) -> np.ndarray:
-    """The knots, and what the curve needs to be followed."""
+    """The knots, and the values that the curve needs as knots (rule 2)."""
     chosen = {int(k) for k in knots}
     values = [v for v in curve if knots[0] < v < knots[-1]]
     height = max(curve.values()) - min(curve.values())

@@ -1,7 +1,7 @@
-"""A whole engine in one configuration, for timing: the first channels of every group, factors of any value.
+"""A whole engine in one configuration, for timing: every group keeps its first channels, factors have any values.
 
-A narrowed weight has no more ranks than its smaller side, so an engine whose layers are promised more takes less than
-promised. `with_ranks_in_reach` gives the nearest configuration of which promise and engine speak alike.
+A narrowed weight has no more ranks than its smaller side. So an engine whose configuration promises a larger rank takes
+less time than promised. `with_ranks_in_reach` gives the nearest configuration whose engine has the promised ranks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["build_engine", "with_ranks_in_reach"]
 def build_engine(
     partition: Partition, configuration: Mapping[str, int], options: EditSpace | None = None
 ) -> onnx.ModelProto:
-    """The engine that takes what ``configuration`` (a value per site of the latency model) promises."""
+    """The engine of ``configuration``, a value per site of the latency model."""
     edits = chosen_edits(options or EditSpace(), configuration)
     keeps = tie_removed(partition.analysis, edits.merges, partition.masks(configuration))
     return restructure(cut_graph(partition.model, partition.analysis, keeps), edits, values=False)

@@ -1,9 +1,9 @@
 """What makes two pieces the same: their extents, and a key without names and widths.
 
-1. A piece depends on the widths of the groups that lie on its values. Groups that occur only in sums, always
-   together (concatenation), count as one *extent*: their total.
+1. A piece depends on the widths of the groups that lie on its values. Groups that occur only in sums, always together
+   (concatenation), count as one *extent*: their total.
 2. The *key* is a hash of the structure with extents as symbols: operators, attributes, fixed sizes, batch. Equal
-   pieces, in one network or in several, have the same.
+   pieces, in one network or in several, have equal keys.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sluice.runtime.base.runner import PLAIN
 
 __all__ = ["Identity", "identify"]
 
-SCHEME = 4  # of how a piece is timed; those of another one never meet
+SCHEME = 4  # version of how a piece is timed; keys of two schemes never meet
 Size = Callable[[str], list[object]]
 
 
@@ -54,7 +54,7 @@ def identify(
     outputs: Sequence[str],
     joined: Collection[str],
 ) -> Identity:
-    """The identity of a piece's graph with these activations; ``joined`` are those that a concatenation made."""
+    """The identity of a piece's graph with these activations; a concatenation made the ``joined`` ones."""
     joined_only = {n for n in inputs if all(node.op_type == "Concat" for node in graph.node if n in node.input)}
     values = [*inputs, *(name for node in graph.node for name in node.output if name)]
     compositions = {v: c for v in values if (c := _composition(analysis, v)) is not None}
@@ -110,7 +110,7 @@ def _structure(
     compositions: Collection[str],
     size: Size,
 ) -> list[object]:
-    """What the key is a hash of: a line per operator, between those of the inputs and the outputs."""
+    """The text behind the key: a line per operator, between the lines of the inputs and of the outputs."""
     rename = {name: f"i{k}" for k, name in enumerate(inputs)}
     initial = {init.name: init for init in graph.initializer}
     lines: list[object] = [SCHEME, [size(name) for name in inputs]]
@@ -130,7 +130,7 @@ def _structure(
 
 
 def _words(graph: onnx.GraphProto, inputs: Sequence[str], outputs: Sequence[str], size: Size) -> str:
-    """The anchor, its kernel, the sizes of what comes and goes, and what follows the anchor."""
+    """The anchor operator, its kernel, the sizes of its input and output, and the operators behind it."""
     initial = {init.name: init for init in graph.initializer}
     anchor = next((n for n in graph.node if n.op_type in ANCHORS), graph.node[0])
     weightless = _weightless(graph, inputs)

@@ -1,41 +1,42 @@
-"""Joints: what neighbours save when they run together.
+"""Joints: what neighbouring pieces save when they run together.
 
-A piece alone pays for a call, and for its borders: where the runtime cannot time it without changes of layout there
-(`sluice.runtime.base.runner`, 6), its output is laid out for the caller, its input for its kernels. And where
-neighbours want different layouts, it is between them that it changes. For a tensor t between its producer p and its
-consumers c_1 ... c_k
+A piece alone pays for a call and for its borders. Where the runtime cannot time it without changes of layout there
+(`sluice.runtime.base.runner`, 6), its output is laid out for the caller and its input for its kernels. And where
+neighbours want different layouts, the layout changes between them. For a tensor t between its producer p and its
+consumers c_1 ... c_k the joint is
 
     J(t) = T(p) + sum_i T(c_i) - T(p and all c_i joined at t)
 
-with all widths other than t's small, so that the difference is not lost in large numbers. Only t is connected; other
-tensors that the pieces share stay borders, they have joints of their own. Inputs that need a source have one, in the
-parts and in the whole (`sluice.profiler.pieces.sources`), so that all that differs is t. Sum over pieces minus sum over
-joints is the cluster expansion of the latency up to its second term. Calls are not in it: neighbours in a ring, as
-those of a residual block, would save one too many, so they are taken out of pieces and joints before
+with all widths other than t's small, so that the difference is not lost in large numbers. Only t is connected. Other
+tensors that the pieces share stay borders; they have joints of their own. Inputs that need a source have one, in the
+parts and in the whole (`sluice.profiler.pieces.sources`), so the two sides differ in t alone. The sum over pieces minus
+the sum over joints is the cluster expansion of the latency up to its second term. Calls are not in it: neighbours in a
+ring, as those of a residual block, would save one call too many, so calls are taken out of pieces and joints before
 (`sluice.profiler.fit.assemble`, 4).
 
-1. A tensor with one consumer makes a *pair*: both parts are timed alone, each as the piece is that the sum counts, and
-   joined, so
+1. A tensor with one consumer makes a *pair*. Both pieces are timed alone, as the sum counts them, and joined, so
 
        J(t) = T(p) + T(c) - T(p and c joined at t) - T(sources of t)
 
-2. With several consumers the joined engine has more inputs and outputs than any layer of the network, and outgrows the
-   cache that one layer after the other lives in; all that it does then takes longer. Its parts are therefore timed
-   beside each other in one engine, which outgrows it as well and is one call instead of 1 + k,
+2. With several consumers the joined engine has more inputs and outputs than any layer of the network. It outgrows the
+   cache in which layers run one after the other, and all of it takes longer. Its parts are therefore timed beside each
+   other in one engine, which outgrows the cache as well and is one call instead of 1 + k,
 
        J(t) = T(p | c_1 | ... | c_k) - T(p and all c_i joined at t) - T(sources of t) + k * T(call)
 
-   and where the batch is free and one thread computes, at a quarter of it: what neighbours save beside the calls is
-   work on t, hence in proportion to the batch. What several threads take to share an operator is not.
+Where the batch is free and one thread computes, they are timed at a quarter of the batch: the saving beside the calls
+is work on t, hence in proportion to the batch. The time that several threads take to share an operator is not.
 
-3. Where the runtime tells that the pieces joined run the very kernels that they run apart (less the sources of t), they
-   save their calls, and nothing is timed. That is the rule where borders are free; what is left to be timed is where
-   layouts change, or an addition is fused into another convolution. Where several threads compute, these joints are
-   timed, too: joined, a piece reads what the neighbour's threads made, half of it in the cache of another core. Within
-   what timing can tell (`sluice.profiler.sweep.bench.DOUBT` of what the joined take), they still save their calls.
+3. Where the runtime tells that the joined pieces run the very kernels that they run apart (less the sources of t), they
+   save their calls, and nothing is timed. That is the usual case where borders are free. The rest is timed: pieces
+   between which the layout changes, or an addition that is fused into another convolution. Where several threads
+   compute, joints of equal kernels are timed, too, because a joined piece reads from the cache of another core half of
+   the tensor that its neighbour's threads made. Within the accuracy of timing (`sluice.profiler.sweep.bench.DOUBT` of
+   the time of the joined pieces) they still save their calls.
 
-Chains of three convolutions at batch 8, with changes of layout at all borders (one core with 2 MB of its own; what the
-joints of both tensors leave of the difference between the three alone and the chain, in percent of the chain):
+Chains of three convolutions at batch 8, with changes of layout at all borders (one core with 2 MB of its own). The
+figures are the part of the difference between the three alone and the chain that the joints of both tensors leave over,
+in percent of the chain:
 
                                     1x1, depthwise 3x3, 1x1    1x1, ..., 1x1    3x3, 3x3, 3x3
                                     96 channels, 28x28         192, 14x14       16, 28x28    64, 28x28
@@ -66,7 +67,7 @@ SMALL = 16
 class Joint:
     """One tensor between pieces; ``extent`` is its labelled size (None if nothing in it can be cut).
 
-    ``calls`` is how many calls of engines it saves: one per consumer, less those of the sources of its own.
+    ``calls`` is the number of engine calls that it saves: one per consumer, less the calls of its own sources.
     """
 
     tensor: str
@@ -125,7 +126,7 @@ def joint_widths(partition: Partition, joint: Joint, own: Mapping[str, int]) -> 
 def joint_models(
     partition: Partition, joint: Joint, widths: Mapping[str, int], threads: int = 1
 ) -> tuple[tuple[onnx.ModelProto, ...], onnx.ModelProto, list[tuple[int, ...]]]:
-    """The parts (rule 1), or they beside each other (2); the pieces joined; shapes of the tensor's sources."""
+    """The parts (rule 1), or one model of them side by side (2); the pieces joined; shapes of the tensor's sources."""
     pieces = (joint.producer, *joint.consumers)
     bare = [build_piece(partition, p, widths) for p in pieces]
     others = [[n for n in p.bare if n != joint.tensor] for p in pieces]
@@ -137,7 +138,7 @@ def joint_models(
 
 
 def call_models() -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    """A tiny engine, and two of them in one: what they save is a call."""
+    """A tiny engine, and two of them in one: the two in one save a call."""
     one = source_model((1, 1, 1, 1))
     return one, _join([one, one])
 

@@ -1,17 +1,16 @@
-"""The labels of a graph with merged runs, from those of the dense graph, without reading the graph again.
+"""The labels of a graph with merged runs follow from those of the dense graph; the graph is not analysed again.
 
 In a merge, a region between the values ``source`` and ``value`` is replaced; everything else stays.
 
-1. Within a region, residual additions and depthwise convolutions tie what they read to what they make, and nothing
-   else does. What lies outside keeps its labels unless that changes whether ``source`` is tied to ``value``. If both
-   are whole groups, a tie that goes is not missed, as two groups of one name are cut alike; a new tie is none where
-   both are one group already.
+1. Within a region only residual additions and depthwise convolutions tie their inputs to their outputs. Values outside
+   keep their labels unless the merge changes whether ``source`` is tied to ``value``. If both are whole groups, a lost
+   tie does no harm, as two groups of one name are cut alike; and a new tie is none where both are one group already.
 2. Inside, axes and values that operators tie have one label: that of ``source`` or ``value`` if it is one of them, else
    a new group, unless it is a single channel.
 
-Where that does not suffice (other labels than whole groups at the ends, which splits and concatenations make; a tie of
-something whose size is fixed; a group that was excluded before), `relabel` says None, and the graph must be read. So it
-must where a tensor of the region has another reader, since that is a tie as well.
+Where these rules do not suffice, `relabel` returns None, and the graph must be analysed: labels at the ends that are no
+whole groups, as splits and concatenations make; a tie of a value whose size is fixed; a group that was excluded before;
+a tensor of the region with another reader, since that is a tie as well.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from sluice.passes.graph.onnx_graph import attributes
 
 __all__ = ["Change", "relabel"]
 
-FIXED, MIXED = -1, -2  # in the place of a group's index
+FIXED, MIXED = -1, -2  # stand for a group's index
 Key = tuple[str, int]  # (tensor, axis)
 
 
@@ -105,7 +104,7 @@ def relabel(
 def _label(dense: Analysis, value: str, known: Collection[str], whole: bool = True) -> int:
     """The group that is the value's channel axis, `FIXED`, or `MIXED`: also for a group that was excluded.
 
-    Unless it must be a ``whole`` group, what mixes groups that are known has the first one's index.
+    Unless it must be a ``whole`` group, an axis that mixes known groups has the index of the first.
     """
     axis = dense.values.get(value)
     if axis is None or (axis.groups == FIXED).all():
@@ -120,7 +119,7 @@ def _label(dense: Analysis, value: str, known: Collection[str], whole: bool = Tr
 
 
 def _holds(dense: Analysis, change: Change, labels: Mapping[str, int], before: bool, after: bool) -> bool:
-    """Whether what lies outside keeps its labels (rule 1)."""
+    """Whether the values outside keep their labels (rule 1)."""
     first, last = (labels[name] for name in change.ends)
     if after:
         same = [dense.values[name].channels for name in change.ends if labels[name] != FIXED]
@@ -138,7 +137,7 @@ def _tied_before(change: Change) -> bool:
 
 
 def _classes(change: Change) -> list[set[str]]:
-    """The values that the new nodes read and make, by which are tied."""
+    """Classes of tied values, of all that the new nodes read and make."""
     pairs = []
     for node in change.nodes:
         tied = node.op_type == "Add" or attributes(node)["group"] > 1
@@ -149,7 +148,7 @@ def _classes(change: Change) -> list[set[str]]:
 
 
 def _joined(pairs: Sequence[tuple[Any, Any]]) -> list[set[Any]]:
-    """Classes of what the pairs tie."""
+    """Classes of the members that the pairs tie."""
     classes: list[set[Any]] = []
     for pair in pairs:
         touched = [members for members in classes if not members.isdisjoint(pair)]

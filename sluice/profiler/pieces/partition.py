@@ -1,11 +1,11 @@
-"""Cut the user's own exported graph into the pieces that are timed.
+"""The partition of the user's own exported graph into the pieces that are timed.
 
-1. What belongs to a piece is `sluice.profiler.pieces.split`'s: an anchor, and what a runtime fuses with it.
+1. A piece is an anchor operator and what a runtime fuses with it (`sluice.profiler.pieces.split`).
 2. Pieces of one identity (`sluice.profiler.pieces.identity`), in one network or in several, are timed once.
 3. A piece at given widths is the same sub-graph, cut by the rewriter that will cut the whole graph.
-4. Inputs that meet an operator other than an anchor are made by a source (`sluice.profiler.pieces.sources`). Not so
-   what was concatenated: it is plain in the network too, but where all widths are whole blocks, which its joint tells.
-   So it is marked as plain (`sluice.runtime.base.runner`, 6).
+4. A source (`sluice.profiler.pieces.sources`) makes each input that meets another operator than an anchor. A
+   concatenated input has no source. It is plain in the network too, unless all widths are whole blocks, and then its
+   joint tells the difference. So it is marked as plain (`sluice.runtime.base.runner`, 6).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Piece:
 class Partition:
     """A graph at one batch, its analysis and its pieces in execution order.
 
-    ``small`` is the same graph at a smaller batch, for its joints; where there is none, they are measured at this one.
+    ``small`` is the same graph at a smaller batch, for its joints; without it joints are measured at this batch.
     """
 
     model: onnx.ModelProto
@@ -182,7 +182,7 @@ def cut_out(
 
 
 def anchor_weight(piece: Piece) -> str | None:
-    """The named tensor of the piece's anchor, read directly or through a transpose; None where there is none."""
+    """The named tensor that the piece's anchor reads, directly or through a transpose; None where there is none."""
     graph = piece.model.graph
     initial = {init.name for init in graph.initializer}
     through = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Transpose"}
@@ -199,7 +199,7 @@ def _is_static(model: onnx.ModelProto) -> bool:
 
 
 def build_piece(partition: Partition, piece: Piece, widths: Mapping[str, int]) -> onnx.ModelProto:
-    """The piece with the first ``widths[g]`` channels of its groups, without sources; hollow weights are filled."""
+    """The piece with the first ``widths[g]`` channels of its groups, without sources; no tensor is weightless."""
     model = cut_graph(with_weights(piece.model), partition.analysis, partition.masks(widths))
     marks = {info.name: info.doc_string for info in piece.model.graph.input}
     for info in model.graph.input:
@@ -246,7 +246,7 @@ def _bare(part: Part, joined: Collection[str]) -> tuple[str, ...]:
 
 
 def _concatenated(nodes: Iterable[onnx.NodeProto]) -> set[str]:
-    """Activations that a concatenation made, or what is no anchor of such."""
+    """Activations that a concatenation made, directly or through operators that are no anchors."""
     found: set[str] = set()
     for node in nodes:
         if node.op_type == "Concat" or (node.op_type not in ANCHORS and found.intersection(node.input)):

@@ -1,14 +1,14 @@
-"""Sources: how a piece gets an input in the layout it has inside the whole graph.
+"""Sources give a piece an input in the layout that the input has inside the whole graph.
 
-Runtimes lay activations out in blocks, and fuse a residual add only if both operands are laid out so. An input that
-meets such an operator directly would arrive plain, as it never does in the whole graph; it is therefore made inside
-the piece by a *source*, a convolution of one channel, whose own time is subtracted:
-``T(piece) = T(piece with sources) - sum T(source)``.
-
-Its kernel is 1x1 where one thread computes. Several threads leave what a layer made in the caches of several cores, and
-the next layer fetches what another core made. A source as light as that, it seems, is through before the second thread
-has noticed, if only now and then: what it made then lies in one core's cache, and as the lowest times count, the piece
-seems to take as long as that. So where there are several threads it has `TAPS` taps, enough to be shared.
+1. Runtimes lay activations out in blocks, and fuse a residual addition only if both operands are laid out so. An input
+   that meets such an operator directly would arrive plain, as it never does in the whole graph. So a *source*, a
+   convolution of one channel, makes it inside the piece, and the source's own time is subtracted:
+   ``T(piece) = T(piece with sources) - sum T(source)``.
+2. The kernel of a source is 1x1 where one thread computes. Several threads leave the output of a layer in the caches of
+   several cores, and the next layer fetches from another core. A source as light as 1x1 seems to finish, now and then,
+   before the second thread has noticed. Then its output lies in one core's cache, and as the lowest times count, the
+   piece seems to take as little as that. So where there are several threads a source has `TAPS` taps, enough to be
+   shared.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TAPS = 25
 def add_sources(
     model: onnx.ModelProto, names: Sequence[str], threads: int = 1
 ) -> tuple[onnx.ModelProto, list[tuple[int, ...]]]:
-    """The model with the named inputs made by sources, and the shapes of those."""
+    """The model with the named inputs made by sources, and the shapes of these sources."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
     shapes: list[tuple[int, ...]] = []

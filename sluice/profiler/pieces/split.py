@@ -1,11 +1,11 @@
 """Which operators of a graph are timed together: lists of nodes, nothing is copied.
 
-1. An *anchor* (convolution or matrix product) opens a part; every other operator joins the latest part that feeds it.
-   What a runtime fuses (batch norm, activation, residual add, pooling behind a layer) so stays together, and parts
-   depend only on earlier parts.
-2. A padding in front of an anchor belongs to the anchor: runtimes fold it into the convolution, which then runs other
+1. An *anchor operator* (convolution or matrix product) opens a part; every other operator joins the latest part that
+   feeds it. So operators that a runtime fuses (batch norm, activation, residual addition, pooling behind a layer) stay
+   together, and parts depend only on earlier parts.
+2. A padding in front of an anchor belongs to the anchor. Runtimes fold it into the convolution, which then runs other
    code, several times slower for some shapes, than on an input that was padded before.
-3. Operators that depend on weights only go along with whatever needs them.
+3. Operators that depend on weights only go along with the operators that need them.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def split(nodes: Sequence[onnx.NodeProto], entering: Collection[str], leaving: C
 
 
 def anchored_pads(nodes: Sequence[onnx.NodeProto], leaving: Collection[str]) -> dict[str, onnx.NodeProto]:
-    """Paddings that a single anchor reads as its input, and nothing else, by what they make."""
+    """Paddings, by their output, whose one reader is an anchor that reads them as its input."""
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in nodes:
         for name in node.input:

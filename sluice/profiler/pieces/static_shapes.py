@@ -1,7 +1,7 @@
-"""Fold the shape arithmetic of a graph at one static batch, so that every literal is a constant.
+"""The shape arithmetic of a graph is folded at one static batch, so that every literal is a constant.
 
-``Shape`` of a value of known size is a constant; so is any small operator all of whose inputs are constants and whose
-result is integer. Nothing that touches a weight is folded: names must survive.
+``Shape`` of a value of known size is a constant; so is any small operator whose inputs are all constants and whose
+result is an integer. An operator that touches a weight is never folded: names must survive.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Weights that nobody has asked for yet: a type and a shape without data.
+"""Weightless tensors: a type and a shape without data.
 
-What a merged run's time depends on is the shape of its weight, and most runs are in the table already. So their
-pieces carry *hollow* tensors, which are filled when one is built. A single element is never hollow, since it may be
-part of a piece's key.
+The time of a merged run depends on the shape of its weight, and most runs are in the table already. So their pieces
+carry *weightless* tensors, which get numbers when an engine is built. A single element is never weightless, since it
+may be part of a piece's key.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def weightless(name: str, data_type: int, shape: Sequence[int]) -> onnx.TensorPr
 
 
 def with_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with random numbers in hollow weights and zeros in hollow vectors; itself if it has none."""
-    empty = [k for k, tensor in enumerate(model.graph.initializer) if _is_hollow(tensor)]
+    """The model with random numbers in weightless weights and zeros in weightless vectors; itself if it has none."""
+    empty = [k for k, tensor in enumerate(model.graph.initializer) if _is_weightless(tensor)]
     if not empty:
         return model
     copy = onnx.ModelProto()
@@ -39,8 +39,8 @@ def with_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def _is_hollow(tensor: onnx.TensorProto) -> bool:
-    """Whether all that is set are name, type and shape."""
+def _is_weightless(tensor: onnx.TensorProto) -> bool:
+    """Whether only name, type and shape are set."""
     return not tensor.HasField("raw_data") and {f.name for f, _ in tensor.ListFields()} == {"name", "data_type", "dims"}
 
 

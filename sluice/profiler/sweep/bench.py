@@ -1,16 +1,17 @@
-"""Points are measured, many at once, and kept.
+"""The bench: points are measured, many at once, and kept in the table.
 
-1. Pieces on the product of the levels of their extents (`sluice.profiler.sweep.explore`), thinned where the product
-   would be large (`sluice.profiler.sweep.grids`); joints as `sluice.profiler.sweep.joint_sweep` says.
-2. Every finished batch of points is committed; what the table already knows is not measured again. What a kill left of
-   the batch in flight is timed first by the next run, and from where it was (`sluice.profiler.timing.burst_log`). So
-   what a batch is made of follows from what the table holds. Engines of it are built again, with the runtime's timing
-   cache if it has one: that is kept after each.
-3. What fills the caches that cores share slows large activations, and not the reference: points of DenseNet were up to
-   20% off in one call and not in the next. So some of the new pieces are timed once more, and unless nine in ten of
-   these are within `DOUBT` of what they took, all are; and so is a piece that seems to take longer than at larger
-   widths by more than that. The lower figure counts, since noise only adds. A call that is killed before leaves word in
-   the table of what it had not looked at again, and the next call that wants these points does.
+1. Pieces are measured on the product of the levels of their extents (`sluice.profiler.sweep.explore`), thinned where
+   the product would be large (`sluice.profiler.sweep.grids`); joints as `sluice.profiler.sweep.joint_sweep` says.
+2. Every finished batch of points is committed, and a point in the table is not measured again. After a kill the next
+   run times the unfinished batch first, and goes on where it was (`sluice.profiler.timing.burst_log`). So the choice of
+   a batch follows from the table alone. The engines of the batch are built again, with the runtime's timing cache, if
+   it has one, which is kept after each engine.
+3. A tenant that fills the caches that cores share slows large activations, and not the reference engine: points of
+   DenseNet were up to 20% off in one call and not in the next. So some of the new pieces are timed once more. Unless
+   nine in ten of these are within `DOUBT` of their first time, all new pieces are timed again; and so is a piece that
+   seems to take longer than at larger widths by more than that. The lower figure counts, since noise only adds. A call
+   that is killed before this notes in the table the points that are still to be looked at, and the next call that wants
+   these points times them.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ BATCH_OF_SESSIONS = 24
 DOUBT = 0.03
 BURSTS, MAX_BURSTS = 24, 160
 SOURCE_KEY = "source-v4"
-CALL_KEY = "call-v3"  # what an engine with nothing to do takes
+CALL_KEY = "call-v3"  # the time of an engine with nothing to do
 Advance = Callable[[int, int], None]  # (points done, points known to be needed)
 PieceAt = tuple[Point, tuple[Partition, Piece]]
 
 
 @dataclass(slots=True)
 class Waits:
-    """What a call may spend on waiting for a quiet machine: little as long as the last one waited in vain."""
+    """The time that a call may wait for a quiet machine: little as long as the last call waited in vain."""
 
     in_vain: bool = False
 
@@ -74,13 +75,13 @@ class Bench:
         return self.table.fingerprint.threads
 
     def pieces(self, partition: Partition, wanted: Sequence[tuple[Piece, tuple[int, ...]]]) -> None:
-        """Measure what is missing of (piece, extents)."""
+        """Measure those of (piece, extents) that the table lacks."""
         self.pieces_of([(partition, *point) for point in wanted])
 
     def pieces_of(self, wanted: Sequence[tuple[Partition, Piece, tuple[int, ...]]]) -> None:
         """The same for pieces of several graphs: the fuller a call, the less it waits for a quiet machine per point.
 
-        In mixed order, so that what one call has in common with itself does not fall on one piece.
+        In mixed order, so that the error that all points of one call share does not fall on one piece.
         """
         once, again = (set() if self.closed else points_kept(self.table, name) for name in (ONCE, AGAIN))
         missing = {(p.key, e) for _, p, e in wanted if self.table.get(p.key, e) is None}
@@ -102,7 +103,7 @@ class Bench:
         self._time_pieces([p for p in points if p[0] in again])
 
     def _time_pieces(self, points: Sequence[PieceAt], progress: Advance = lambda done, total: None) -> None:
-        """Time these points; of what the table has already, the lower figure is kept."""
+        """Time these points; where the table has a figure already, the lower one is kept."""
         for start in range(0, len(points), BATCH_OF_SESSIONS):
             chunk = points[start : start + BATCH_OF_SESSIONS]
             parts = [(p, build_piece(cut, p, spread_widths(p, extents, cut.dense))) for (_, extents), (cut, p) in chunk]
@@ -134,9 +135,9 @@ class Bench:
         return {shape: self.table.require(SOURCE_KEY, shape).ms for shape in shapes}
 
     def joints(self, wanted: Sequence[tuple[Partition, Joint, tuple[int, ...]]]) -> None:
-        """Find what is missing of (joint, extents), all at once: the parts and the pieces joined, or their difference.
+        """Find those of (joint, extents) that the table lacks, all at once, from the parts and the joined pieces.
 
-        Where equal kernels tell (`sluice.profiler.pieces.joints`, 3), it is kept as a point of no samples.
+        A joint that is known from equal kernels (`sluice.profiler.pieces.joints`, 3) is kept as a point of no samples.
         """
         todo = {(j.key, e): (cut, j) for cut, j, e in wanted if self.table.get(j.key, e) is None}
         if not todo:
@@ -168,7 +169,7 @@ class Bench:
         self._put(saved)
 
     def _as_apart(self, engines: Sequence[Session], shapes: Sequence[tuple[int, ...]]) -> bool:
-        """Does the last engine run the kernels of the others, less those of sources of these ``shapes``?"""
+        """Whether the last engine runs the kernels of the others, less those of sources of these ``shapes``."""
         *parts, whole = [_kernels(engine) for engine in engines]
         if not whole:  # an engine takes some runtimes seconds to build
             return False
@@ -176,7 +177,7 @@ class Bench:
         return sum(parts, Counter()) == sum(sources, whole)
 
     def call(self) -> float:
-        """Milliseconds that an inference costs beside what its operators do, measured once and kept."""
+        """Milliseconds that an inference takes beside its operators, measured once and kept."""
         if self.table.get(CALL_KEY, ()) is None:
             one, both = self.time(
                 [self.session(model) for model in call_models()], [f"{CALL_KEY} one", f"{CALL_KEY} two"]
@@ -199,7 +200,7 @@ class Bench:
     ) -> tuple[Measurement, ...]:
         """All of them in turns, `BURSTS` to ``most`` bursts each; by their names the next run knows them after a kill.
 
-        Once the table has what it is for, `landed` is to be called.
+        Once the table has the points, `landed` is to be called.
         """
         seed = int(self.rng.integers(2**31))
         within = f"{self.table.fingerprint.to_json()} {self.reference.ms!r}"
@@ -228,12 +229,12 @@ def _name(point: Point, label: str = "") -> str:
 
 
 def _mixed(points: Iterable[PieceAt], label: str = "") -> list[PieceAt]:
-    """In an order that has nothing to do with what they are, and that stays when some of them are done."""
+    """In an order that is random but for the points themselves, and that stays when some of them are done."""
     return sorted(points, key=lambda p: hashlib.sha256(_name(p[0], label).encode()).digest())
 
 
 def _doubtful(point: Point, table: LatencyTable) -> bool:
-    """Does the piece take longer than at larger widths?"""
+    """Whether the piece takes longer than at larger widths (rule 3)."""
     key, extents = point
     least = table.require(key, extents).ms / (1.0 + DOUBT)
     larger = (m for at, m in table.points(key).items() if all(b >= a for a, b in zip(extents, at, strict=True)))
@@ -241,7 +242,7 @@ def _doubtful(point: Point, table: LatencyTable) -> bool:
 
 
 def _kernels(session: Session) -> Counter[Hashable]:
-    """What the engine of a part runs, nothing where the runtime does not tell."""
+    """The kernels of the engine of a part, none where the runtime does not tell."""
     return getattr(session, "kernels", None) or Counter()
 
 

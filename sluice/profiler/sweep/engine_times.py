@@ -1,14 +1,15 @@
-"""Whole engines in configurations of a network: which are measured, and how.
+"""Whole engines in configurations of a network: which of them are measured, and how.
 
-1. They are timed in turns, as many at once as memory allows: what other tenants do to the caches makes one ten seconds
-   differ from the next by up to 5%, which must not tell engines apart. They are timed in passes, until nine in ten
-   engines were seen twice near their lowest (`AGREE`) in passes in which the machine was quiet, or there were `PASSES`;
-   the figure is each engine's lowest of quiet passes, since noise only ever adds, or else of all. From one pass to the
+1. Engines are timed in turns, as many at once as memory allows. Other tenants' use of the caches makes one ten seconds
+   differ from the next by up to 5%, which must not tell engines apart. Engines are timed in passes, until nine in ten
+   of them were seen twice near their lowest (`AGREE`) in passes in which the machine was quiet, or there were `PASSES`.
+   The figure is each engine's lowest of quiet passes, or else of all, since noise only ever adds. From one pass to the
    next an engine differs by 0.3% on a quiet host (ResNet-20), by 1 to 2.5% on a busy one (MobileNetV2).
 2. Where engines of the network are known already, up to `REFERENCES` of them take their turns with the new ones, as
-   memory allows, and the new figures are given in the time of the known ones: times the median of ``known / now``. As
-   the reference, but of the network's own kind, which what shares a core slows in a measure of its own. Each of them is
-   known to a percent or two, hence many: with six, 40 plans of ResNet-20 took 1.5% longer than promised in the median.
+   memory allows. The new figures are given in the time of the known engines: times the median of ``known / now``. Known
+   engines serve like the reference engine, but a tenant slows them by the same factor as the new ones, since they are
+   of the same network. Each of them is known to a percent or two, hence many: with six, 40 plans of ResNet-20 took 1.5%
+   longer than promised in the median.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from sluice.solver.random_configurations import random_configuration
 __all__ = ["measure_engines", "missing_plans", "model_key"]
 
 ENGINES = 14
-RESTRUCTURED = 48  # where not only widths vary
+RESTRUCTURED = 48  # engines, where not only widths vary
 FEWEST = 4  # engines that say how much slower the machine is by now
 AGREE, PASSES = 0.015, 3
 REFERENCES = 16
@@ -45,7 +46,7 @@ AT_ONCE = 2**30  # bytes of ONNX and of `_working_bytes`; a runtime takes two to
 
 
 def model_key(partition: Partition, model: LatencyModel) -> str:
-    """Identity of a network in the table: its pieces in order, and everything that may be chosen."""
+    """Identity of a network in the table: its pieces in order, and all its sites and levels."""
     sites = [f"{n}={s}" for n, s in model.dense.items()]
     text = ";".join([*(p.key for p in partition.pieces), *sites])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
@@ -144,7 +145,7 @@ def _passes(bench: Bench, sessions: Sequence[Session], names: Sequence[str]) -> 
 
 
 def _working_bytes(partition: Partition) -> int:
-    """What an engine holds beside its weights at the least: inputs and outputs of one node, where they are largest."""
+    """The least bytes of an engine beside its weights: inputs and outputs of one node, where they are largest."""
     shapes = partition.analysis.shapes
     moving = shapes.keys() - partition.analysis.tensors.keys()
     tensors = [{*node.input, *node.output} & moving for node in partition.model.graph.node]

@@ -1,18 +1,18 @@
 """Which widths are measured: the staircase is found, not assumed.
 
-1. Every kind of group is explored by bisection on its cost, the sum of all distinct pieces that lie on it, the other
-   widths dense. The interval with the largest difference between its ends is split, at the roundest number near its
-   middle, until no interval spans more than `GAIN` of the dense cost, or a sixteenth of the width, or
-   `MAX_WIDTHS` are known. Only multiples of what kernels load at once are tried, 16 bytes (four floats, eight halves),
-   less in narrow groups, and the full width. A layer of 19 channels takes another kernel, which wants the plain layout,
-   while all that is around it is laid out in blocks: plans of MobileNetV2 with such widths took up to a quarter longer
+1. Every kind of group is explored by bisection on its cost, the sum of all distinct pieces that lie on it, with the
+   other widths dense. The interval with the largest difference between its ends is split, at the roundest number near
+   its middle, until no interval spans more than `GAIN` of the dense cost, or a sixteenth of the width, or `MAX_WIDTHS`
+   are known. Only multiples of the 16 bytes that kernels load at once are tried (four floats, eight halves), less in
+   narrow groups, and the full width. A layer of 19 channels takes another kernel, which wants the plain layout, while
+   all activations around it are laid out in blocks: plans of MobileNetV2 with such widths took up to a quarter longer
    than their pieces and joints told.
-2. *Levels*: a width is worth having if no larger width costs as little. These are what the solver may choose.
-3. Sums of groups (concatenations) are explored like groups, but closer (`SUM_GAIN`, `SUM_WIDTHS`). Of what levels add
-   up to any value may come up, so all that were tried are kept: a line between two far ones crosses steps. Between 28
-   and 52 channels, where there is a step behind 32 and behind 48, it gave a layer of DenseNet a third more than it
-   took. All up to `VECTOR` are tried: kernels take fewer channels than that in other ways, and more may cost less (1x1
-   convolutions to 32: of 12 channels 112 us, of 16 49, of 20 to 32 90, of 36 to 48 135).
+2. *Levels*: a width is worth offering if no larger width costs as little. The solver chooses among the levels.
+3. Sums of groups (concatenations) are explored like groups, but closer (`SUM_GAIN`, `SUM_WIDTHS`). Any sum of levels
+   may come up, so all values that were tried are kept: a straight line between two distant ones crosses steps. Between
+   28 and 52 channels, where there is a step behind 32 and behind 48, such a line gave a layer of DenseNet a third more
+   than it took. All values up to `VECTOR` are tried: kernels take fewer channels than that in other ways, and more
+   channels may cost less (1x1 convolutions to 32: of 12 channels 112 us, of 16 49, of 20 to 32 90, of 36 to 48 135).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def explore(
 ) -> dict[str, Staircase]:
     """Every group (or those of ``only``) with at most ``most`` widths each, and every sum of these.
 
-    Sums are called what `sluice.profiler.pieces.staircase.sum_of` calls them.
+    The name of a sum is that of `sluice.profiler.pieces.staircase.sum_of`.
     """
     dense = partition.dense
     groups = [g for g in dense if only is None or g in only]
@@ -67,7 +67,7 @@ def _costs(
     most: int,
     gain: float,
 ) -> dict[GroupSum, dict[int, float]]:
-    """Cost of axes by value, those asked for first, and what bisection needs of the values that may be ``tried``."""
+    """Cost of axes by value: at the ``first`` values, then at those of the ``tried`` values that bisection needs."""
     dense = partition.dense
     pieces_of = {axis: _distinct([p for p in partition.pieces if _lies_on(p, axis)], axis) for axis in tried}
     kinds = {axis: (tuple((p.key, _index(p, axis)) for p in pieces_of[axis]), tried[axis]) for axis in tried}
@@ -97,7 +97,7 @@ def _axis(extent: Extent) -> GroupSum:
 
 
 def _lies_on(piece: Piece, axis: GroupSum) -> bool:
-    """Is the group part of an extent of the piece, or the sum one?"""
+    """Whether the group is part of an extent of the piece, or the sum is one."""
     return axis[0] in piece.groups if len(axis) == 1 else any(_axis(e) == axis for e in piece.extents)
 
 
@@ -133,14 +133,14 @@ def _next_widths(cost: Mapping[int, float], tried: Sequence[int], most: int, gai
 
 
 def _roundest(low: int, high: int, values: Sequence[int]) -> int:
-    """Of the values those inside the middle half (or, failing that, all), the one with the largest power of two."""
+    """The value with the largest power of two, of those inside the middle half if there are any."""
     quarter, middle = (high - low) / 4, (low + high) / 2
     inside = [v for v in values if low + quarter <= v <= high - quarter] or values
     return max(inside, key=lambda v: (v & -v, -abs(v - middle)))
 
 
 def _levels(cost: Mapping[int, float]) -> tuple[int, ...]:
-    """Widths for which no larger one costs as little, within `WORTH` of the dense cost."""
+    """Rule 2: widths that no larger width undercuts, within `WORTH` of the dense cost."""
     widths = sorted(cost, reverse=True)
     margin = WORTH * cost[widths[0]]
     levels, cheapest = [widths[0]], cost[widths[0]]

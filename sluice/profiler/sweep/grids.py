@@ -1,11 +1,12 @@
 """The points of a graph's pieces: grids over the levels of their groups, thinned where there would be too many.
 
-1. Levels crowd where a group's cost is steep, which is mostly near its full width. So the values that stay are not
-   every other one, but those that leave the others nearest to the lines between them: the one that is furthest off the
-   group's known cost, in turn. `EVEN` times its distance to the next value counts as much, so that a wide gap is split.
-2. Sums of groups are measured where they were explored; one that was not, since it is a restructured graph's alone, at
-   sums of the levels nearest to equal shares of the groups.
-3. What a piece was found to take has one call in it, less one per source, whose time was subtracted with its call.
+1. Levels crowd where the cost of a group is steep, which is mostly near its full width. So thinning does not keep every
+   other level, but the levels that leave the others nearest to the straight lines between them: in turn, the level that
+   is furthest off the known cost of the group. `EVEN` times its distance to the next kept level counts as much, so that
+   a wide gap is split.
+2. A sum of groups is measured at the values where it was explored. A sum that occurs in a restructured graph alone was
+   not explored; it is measured at sums of the levels nearest to equal shares of the groups.
+3. The measured time of a piece has one call in it, less one per source, whose time was subtracted with its call.
 """
 
 from __future__ import annotations
@@ -45,13 +46,13 @@ def dense_points(partition: Partition, pieces: Sequence[Piece] | None = None) ->
 
 
 def dense_ms(partition: Partition, table: LatencyTable, call_ms: float) -> dict[str, float]:
-    """Milliseconds of every piece at its dense size without calls, by name; `SluiceError` where the table lacks one."""
+    """Milliseconds of every piece at its dense size, net of calls, by name; `SluiceError` where the table lacks one."""
     points = dense_points(partition)
     return {p.name: net_ms(p, partition, table.require(p.key, extents).ms, call_ms) for p, extents in points}
 
 
 def net_ms(piece: Piece, partition: Partition, ms: float, call_ms: float) -> float:
-    """``ms`` of the piece without calls, of which the engine of a network makes one in all."""
+    """``ms`` of the piece net of calls; the engine of a network makes one call in all."""
     return max(0.0, ms - calls_in(piece, partition) * call_ms)
 
 

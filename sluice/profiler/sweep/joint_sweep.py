@@ -1,8 +1,8 @@
 """At which sizes of its tensor a joint is measured.
 
-1. `FEW` sizes, ends included, of those that the tensor can have (the levels of its group).
-2. What a joint saves jumps where the layout of its tensor changes, and may be flat otherwise. So where two neighbouring
-   sizes differ by more than the tolerance, the size in the middle between them is measured too, and so on.
+1. The first `FEW` sizes, ends included, are spread over the sizes that the tensor can have (the levels of its group).
+2. A joint jumps where the layout of its tensor changes, and may be flat otherwise. So where two neighbouring sizes
+   differ by more than the tolerance, the size in the middle between them is measured too, and so on.
 3. The tolerance is a share of the dense network's time (`GAIN`): a finer one would follow the noise.
 """
 
@@ -26,7 +26,7 @@ GAIN = 0.003
 
 
 def joint_tolerance(partition: Partition, table: LatencyTable) -> float:
-    """Milliseconds (rule 3); what a shard does not know of the dense graph's pieces is taken to be like the rest."""
+    """Milliseconds (rule 3); a shard takes the dense pieces that it does not know to be like the others."""
     points = dense_points(partition)
     known = [found.ms for piece, at in points if (found := table.get(piece.key, at)) is not None]
     return GAIN * sum(known) * len(points) / max(1, len(known))
@@ -35,7 +35,7 @@ def joint_tolerance(partition: Partition, table: LatencyTable) -> float:
 def joint_sizes(
     values: Sequence[int], saved: Callable[[int], float | None], tolerance: float
 ) -> tuple[tuple[int, ...], bool]:
-    """The sizes to be measured, given what is ``saved`` at those that were, and whether these are all."""
+    """The sizes of a joint, given the milliseconds ``saved`` at known sizes; and whether all of them are known."""
     chosen = thin(values, FEW)
     place = {value: k for k, value in enumerate(values)}
     while all(saved(value) is not None for value in chosen):
@@ -57,7 +57,7 @@ def joint_points(
     tolerance: float,
     tensors: Collection[str] | None = None,
 ) -> list[tuple[Joint, tuple[int, ...]]]:
-    """What is wanted of all joints, or those at ``tensors``, by what the table knows so far."""
+    """The points wanted of all joints, or of those at ``tensors``, given the points in the table so far."""
     points: list[tuple[Joint, tuple[int, ...]]] = []
     for joint in _joints(partition):
         if tensors is not None and joint.tensor not in tensors:
@@ -87,7 +87,7 @@ def _joints(partition: Partition) -> list[Joint]:
 
 
 def joint_ms(joint: Joint, partition: Partition, ms: float, call_ms: float) -> float:
-    """What the joint saves beside its calls at the batch of the partition, given ``ms`` in `joint_graph`."""
+    """Milliseconds that the joint saves, net of calls, at the batch of the partition, given ``ms`` in `joint_graph`."""
     return (ms - joint.calls * call_ms) * partition.batch / joint_graph(joint, partition).batch
 
 
@@ -99,10 +99,10 @@ def explore_joints(
     tensors: Collection[str] | None = None,
     wanted: Callable[[Joint], bool] = lambda joint: True,
 ) -> None:
-    """Measure all joints that are ``wanted``, until the table holds what they need.
+    """Measure all joints that are ``wanted``, until the table has their points.
 
-    What is wanted follows from what is known, so it is asked for anew after every batch (`sluice.profiler.sweep.bench`,
-    2).
+    The wanted points follow from the known ones, so ``wanted`` is called anew after every batch
+    (`sluice.profiler.sweep.bench`, 2).
     """
     done = 0
     while True:

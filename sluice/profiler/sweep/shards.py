@@ -1,23 +1,23 @@
 """One job divided over devices or hosts of the same kind, which do not talk to each other.
 
-Which widths are worth measuring is found while measuring, from the sum of all pieces on a group. So a shard must see
-whole groups, and what it decides about them should not depend on what others decide.
+The widths worth measuring are found while measuring, from the sum of all pieces on a group. So a shard must see whole
+groups, and its decisions about them should not depend on those of other shards.
 
 1. The distinct pieces of the dense graph, by key and dense sizes, are dealt out in execution order, in runs of about
-   equal expected work. The deal follows from the graph, the methods and the number of shards alone, never from what
-   was measured. Neighbours stay together, because they share groups.
-2. A shard explores every group that lies on one of its pieces, with all pieces on it. This is the part that is done
-   more than once: by the shards on both sides of a group.
+   equal expected work. The deal follows from the graph, the methods and the number of shards alone, never from
+   measurements. Neighbours stay together, because they share groups.
+2. A shard explores every group that lies on one of its pieces, with all pieces on it. Only this work is done more than
+   once: by the shards on both sides of a group.
 3. It then measures the grids of its own pieces, the joints behind them, and the forms and merged runs of their layers.
    A run that reaches over into another shard's layers is left to the end.
 4. Engines are drawn from the finished model, which no shard has before the tables are merged. Shards that start from
    the merged table divide them: engine k of the list that all of them draw goes to shard k mod n.
-5. A run without shards on the merged table measures what is missing, whoever left it: points at which two shards saw
-   other levels of a group they share, runs over borders, engines.
+5. A run without shards on the merged table measures the points that are missing: points at which two shards saw other
+   levels of a group they share, runs over borders, engines.
 
-How much of a whole run's points each of n shards measures, their sum, and what the last run adds, for ResNet-20 on a
-simulated device whose staircase has steps of 8 channels, every host's engines slower by their own noise (a half-normal
-of that relative size, per engine, never averaged out):
+The points of each of n shards, their sum, and the points that the last run adds, as shares of a whole run. They are for
+ResNet-20 on a simulated device whose staircase has steps of 8 channels, where every host's engines are slower by their
+own noise (a half-normal of that relative size, per engine, never averaged out):
 
     methods   points   n   noise   shares        sum     added at the end
     filter       613   4   none    36 to 46 %    163 %   0
@@ -66,7 +66,7 @@ class Shard:
         return cls(int(index), int(count))
 
     def takes(self, position: int) -> bool:
-        """Whether a thing that is dealt out one by one is for this shard."""
+        """Whether this shard gets the item at ``position``, where items are dealt out one by one."""
         return position % self.count == self.index - 1
 
 
@@ -81,7 +81,7 @@ def shard_argument(text: str) -> Shard:
 WHOLE = Shard(1, 1)
 MOST_DIGITS = 4
 
-# What is expected to be measured behind a piece, of one form of its layer with the ranks, and of runs that may merge.
+# Expected points behind a piece, for one form of its layer with the ranks, and for runs that may merge.
 JOINT_POINTS, FORM_POINTS, MERGE_POINTS = 4, 50, 16
 
 
@@ -90,11 +90,11 @@ Part = tuple[str, tuple[int, ...]]  # a kind of piece at its dense sizes
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one shard measures of a partition (rules 1 to 3)."""
+    """The part of a partition that one shard measures (rules 1 to 3)."""
 
     parts: frozenset[Part]
     groups: frozenset[str]
-    foreign: tuple[str, ...]  # weights whose forms and merged runs are for others
+    foreign: tuple[str, ...]  # weights whose forms and merged runs other shards measure
     sizes: Mapping[str, int]
 
     def has(self, piece: Piece) -> bool:

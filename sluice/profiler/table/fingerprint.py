@@ -1,4 +1,4 @@
-"""What a latency table was measured on and with: times are comparable only where all of this is equal."""
+"""The fingerprint of a latency table: times are comparable only where all of its fields are equal."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Fingerprint:
 
 
 def difference(a: Fingerprint, b: Fingerprint) -> tuple[str, ...]:
-    """One sentence per field in which ``a`` (what there is) differs from ``b`` (what is wanted)."""
+    """One sentence per field in which ``a`` (the one at hand) differs from ``b`` (the one wanted)."""
     return tuple(
         f"{field.name.replace('_', ' ')} is {getattr(a, field.name)!r}, not {getattr(b, field.name)!r}"
         for field in fields(Fingerprint)

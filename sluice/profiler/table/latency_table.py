@@ -1,12 +1,12 @@
-"""The latency table: what was measured on one device, in one SQLite file.
+"""The latency table: the measured times of one device, in one SQLite file.
 
 1. A *point* is the time of one piece at one tuple of extents. ``key`` is the hash of the piece's structure, so equal
    pieces of different networks share their points.
-2. Everything written together is one transaction of SQLite's rollback journal, so a killed sweep loses what was in
-   flight and nothing else; it goes on by asking which points are missing. What was in flight stands beside the table
-   (`sluice.profiler.timing.burst_log`).
-3. The `Fingerprint` says what the times are valid for. A table is never opened for another one.
-4. A *blob* is what a runtime wants to find again next time, as bytes by name: its timing cache.
+2. Everything written together is one transaction of SQLite's rollback journal. So a killed sweep loses its unfinished
+   batch and nothing else, and goes on by asking which points are missing. The bursts of the unfinished batch stand
+   beside the table (`sluice.profiler.timing.burst_log`).
+3. The `Fingerprint` says where the times are valid. A table is never opened for another fingerprint.
+4. A *blob* is bytes by name that a runtime wants to find again next time: its timing cache.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class LatencyTable:
         return points, engines
 
     def forget(self, spread: float, but: str) -> tuple[int, int]:
-        """Remove what is `beyond`, and tell how much that was."""
+        """Remove the points and engines that are `beyond`; how many of each."""
         points, engines = self.beyond(spread, but)
         self._write("DELETE FROM points WHERE spread > ? AND key != ?", [(spread, but)])
         self._write("DELETE FROM engines WHERE spread > ?", [(spread,)])
@@ -213,7 +213,7 @@ class LatencyTable:
         self._write("INSERT OR REPLACE INTO pieces VALUES (?, ?)", list(texts.items()))
 
     def description(self, key: str) -> str:
-        """What `describe` said, or an empty string."""
+        """The words that `describe` recorded, or an empty string."""
         rows = self._rows("SELECT text FROM pieces WHERE key = ?", (key,))
         return str(rows[0][0]) if rows else ""
 
@@ -249,7 +249,7 @@ class LatencyTable:
         return tuple(row[0] for row in self._rows(sql))
 
     def put_blob(self, name: str, content: bytes) -> None:
-        """Keep ``content`` under ``name``, replacing what was there."""
+        """Keep ``content`` under ``name``, replacing an older blob."""
         with translated(self.path), transaction(self._connection):
             add_blobs(self._connection)
             self._connection.execute(PUT_BLOB, (name, content))
@@ -303,7 +303,7 @@ def scaled(fit: Fit, ratio: float) -> Fit:
 
 
 def encode_widths(widths: Mapping[str, int]) -> str:
-    """A configuration as text, the same for the same one."""
+    """A configuration as text; equal configurations have equal texts."""
     return json.dumps({group: int(width) for group, width in widths.items()}, sort_keys=True)
 
 

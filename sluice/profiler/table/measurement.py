@@ -9,14 +9,15 @@ from sluice.runtime.base.runner import Clock
 
 __all__ = ["Measurement", "best_of"]
 
-UNCERTAIN = 0.12  # a spread beyond this tells of a figure that is not to be relied on
+UNCERTAIN = 0.12  # a larger spread tells of a figure that is not to be relied on
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """``ms`` per inference, its relative ``spread`` (rule 3), the number of bursts behind it, and the clock.
+    """``ms`` per inference, its relative ``spread``, the number of bursts behind it, and the clock.
 
-    Where the reference stayed far from calm (5), the spread is at least what it was slow by and `UNCERTAIN`.
+    Spread is rule 3 of `sluice.profiler.timing.measure`. Where the reference engine was slow to the end (rule 5), the
+    spread is at least the excess of the reference engine, and at least `UNCERTAIN`.
     """
 
     ms: float
@@ -30,5 +31,5 @@ class Measurement:
 
 
 def best_of(found: Iterable[Measurement]) -> Measurement:
-    """The lowest of those that are certain, since noise only adds, or else of all."""
+    """The lowest of the certain measurements, since noise only adds; if none is certain, the lowest of all."""
     return min(found, key=lambda m: (m.uncertain, m.ms))

@@ -2,9 +2,10 @@
 
 1. ``user_version`` of the file is the version of the format; ``application_id`` tells it from other SQLite files.
 2. A file is of version 1 until it holds a *blob*, which makes it version 2 (`add_blobs`). So a table is never newer
-   than what it holds asks for, and one that is only read stays as it is.
+   than its contents require, and a table that is only read stays as it is.
 3. A file that is not a table of these formats is refused before SQLite may write to it.
-4. Beside a table there may be a file of what was in flight; whoever makes a table anew drops what is there.
+4. Beside a table there may be a file with the bursts of unfinished points. A process that makes the table anew drops
+   it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ BLOBS = "CREATE TABLE blobs (name TEXT PRIMARY KEY, content BLOB NOT NULL)"
 
 
 def connect(name: str, draft: Path | None = None) -> sqlite3.Connection:
-    """To the table, or to the draft of it that is to become it."""
+    """A connection to the table, or to the draft that is to become the table."""
     with translated(name):
         return sqlite3.connect(draft or name, timeout=30.0, isolation_level=None)
 
@@ -96,13 +97,13 @@ def bursts_of(name: str) -> str:
 
 
 def drop_bursts(name: str) -> None:
-    """What was in flight is in the table now, or was of another one of that name."""
+    """Remove the bursts: their points are in the table now, or they were of another table of that name."""
     with suppress(OSError):
         os.remove(bursts_of(name))
 
 
 def check_header(name: str) -> None:
-    """Refuse what is not ours from its first bytes (SQLite's documented file header), without opening it as a table."""
+    """Refuse a foreign file by its first bytes (SQLite's documented file header), without opening it as a table."""
     try:
         with open(name, "rb") as file:
             header = file.read(100)

@@ -1,8 +1,10 @@
 """Two latency tables side by side: the same device at two times, two settings, or two devices.
 
-A piece's *effect* is what its common points differ by in all, ``sum |ms_b - ms_a|``; pieces come in the order of it.
-Ratios are ``ms_b / ms_a``, of points that take more than nothing in both. Nothing is scaled: the ratio of the reference
-engines, which the same engine took in both, says how far apart the machines were as such.
+1. A piece's *effect* is the total difference of its common points, ``sum |ms_b - ms_a|``; pieces come in the order of
+   it.
+2. Ratios are ``ms_b / ms_a``, over points whose time is positive in both.
+3. Nothing is scaled. The ratio of the reference engines, one engine in both tables, says how far apart the machines
+   were.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ __all__ = ["diff_data", "diff_lines"]
 
 
 def diff_data(a: LatencyTable, b: LatencyTable) -> dict[str, Any]:
-    """What differs between two tables, which may be of different devices; for JSON."""
+    """The differences of two tables, which may be of different devices; for JSON."""
     references = [None if (found := table.get(REFERENCE_KEY, ())) is None else found.ms for table in (a, b)]
     pieces = [_piece(a, b, key) for key in dict.fromkeys([*a.keys(), *b.keys()])]
     return {
@@ -47,7 +49,7 @@ def _piece(a: LatencyTable, b: LatencyTable, key: str) -> dict[str, Any]:
 
 
 def diff_lines(data: dict[str, Any], names: tuple[str, str]) -> list[str]:
-    """`diff_data` for reading; ``names`` of the two tables."""
+    """`diff_data` as lines for people; ``names`` are those of the two tables."""
     lines = [f"a: {names[0]}", f"b: {names[1]}"]
     lines += [f"in b the {sentence}" for sentence in data["differences"]] or ["measured under equal conditions"]
     if None not in data["reference_ms"]:

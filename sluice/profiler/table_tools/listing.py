@@ -1,4 +1,4 @@
-"""What a latency table holds, as data and as lines for people, and as rows of a CSV file."""
+"""The contents of a latency table: as data, as lines for people, and as rows of a CSV file."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def to_data(table: LatencyTable) -> dict[str, Any]:
 
 
 def to_lines(data: dict[str, Any]) -> list[str]:
-    """`to_data` for reading."""
+    """`to_data` as lines for people."""
     lines = [f"{name.replace('_', ' ')}: {value}" for name, value in data["fingerprint"].items()]
     if data["reference_ms"] is not None:
         lines.append(f"reference engine: {data['reference_ms']:.4g} ms")

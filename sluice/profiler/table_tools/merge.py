@@ -1,17 +1,17 @@
 """One table of several, measured on devices or hosts of the same kind.
 
 1. The fingerprints are equal; the first difference is a reason to refuse.
-2. Times are made comparable through the reference engine, which took part in every measurement
-   (`sluice.profiler.timing.reference_engine`): those of a table are multiplied by ``reference of the first table / its
-   own``. Hosts whose reference engines differ by more than `MAX_RATIO` are not of the same kind.
+2. The reference engine, which took part in every measurement (`sluice.profiler.timing.reference_engine`), makes times
+   comparable: the times of a table are multiplied by ``reference of the first table / its own``. Hosts whose reference
+   engines differ by more than `MAX_RATIO` are not of the same kind.
 3. Of two times for one point, or one engine, the one with the smaller relative spread stays; of equal ones the first.
-4. Of two calibrations of a network that on more engines stays. It is fitted anew when the network is profiled on the
-   merged table, which costs no measurement if the engines are there. Of two blobs of a name the first stays,
-   but what is left to be timed again (`sluice.profiler.timing.burst_log`, 5) stays of all, and the host is
-   that of the table whose times the others are brought to.
-5. A table with a time that cannot be one is refused: not finite, or negative where no difference of times is recorded.
-   Joints are such differences, and pieces have their sources' time taken out, which may leave less than nothing by the
-   noise of those; not more than `NOISE` of the reference's or of the largest source's time.
+4. Of two calibrations of a network the one on more engines stays. It is fitted anew when the network is profiled on the
+   merged table, which costs no measurement if the engines are there. Of two blobs of a name the first stays. Points
+   that are to be timed again (`sluice.profiler.timing.burst_log`, 5) stay of all tables. The host is that of the first
+   table, whose times the others are brought to.
+5. A table with an impossible time is refused: not finite, or negative where no difference of times is recorded. Joints
+   are such differences. Pieces are, too, with their sources' time taken out, which may leave less than nothing by the
+   noise of the sources; not more than `NOISE` of the time of the reference engine or of the largest source.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What the merged table holds, by what the times of every table were multiplied, and what was left out.
+    """The contents of the merged table, the factor of every table's times, and what was left out.
 
-    ``in_flight`` are the tables beside which bursts of unfinished points lie, which only the command that was killed
-    goes on with.
+    ``in_flight`` are the tables with bursts of unfinished points beside them; only the command that was killed goes on
+    with these.
     """
 
     points: int
@@ -57,7 +57,7 @@ class Merged:
 
 @dataclass(slots=True)
 class _Content:
-    """All that tables hold, being put together; a table's times are checked and scaled as they come in."""
+    """The contents of tables while they are put together; times are checked and scaled as they come in."""
 
     points: dict[tuple[str, tuple[int, ...]], Measurement] = field(default_factory=dict)
     engines: dict[tuple[str, Engine], Measurement] = field(default_factory=dict)
@@ -152,7 +152,7 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
 
 
 def _reference_ms(table: LatencyTable) -> float | None:
-    """None for a table without points, whose times need no comparing."""
+    """The time of the reference engine; None for a table without points, which has no times to compare."""
     reference = table.get(REFERENCE_KEY, ())
     if reference is None:
         if len(table):

@@ -1,24 +1,25 @@
-"""What a kill leaves of the points in flight: their bursts, kept beside the table while they are timed.
+"""A killed run loses no finished bursts: the bursts of unfinished points are kept beside the table.
 
-1. The points of a batch take their turns with each other, so a kill finds all of them half done. What every burst took
-   is appended to a file beside the table, `EVERY` bursts at a time: fewer than any point takes (``min_bursts`` of
-   `sluice.profiler.timing.measure`). That is the timing a kill costs; the batch's engines are built again.
-2. What `measure` finds follows from what its sessions report and from its random numbers. So the next run makes the
-   call that was killed once more, with the same seed and limits: its sessions repeat what they had reported, in the
-   same order, and where that ends they are timed. If a call asks for another burst than the one that was kept (another
-   release of this program, say), the rest is dropped.
-3. A call is known by the names of what it times, in their order, and by the table's fingerprint and reference. So what
-   is timed together must follow from what the table holds, and from nothing else. Several calls in a row stay in the
+1. The points of a batch take their turns with each other, so a kill finds all of them half done. Every burst is
+   appended to a file beside the table, `EVERY` bursts at a time. That is fewer bursts than any point takes
+   (``min_bursts`` of `sluice.profiler.timing.measure`), and it is all the timing that a kill costs. The engines of the
+   batch are built again.
+2. The result of `measure` follows from the reports of its sessions and from its random numbers. So the next run makes
+   the killed call once more, with the same seed and limits. Its sessions repeat their reports in the same order, and
+   are timed once the reports end. If a call asks for another burst than the one that was kept (another release of this
+   program, say), the rest is dropped.
+3. A call is known by the names of its sessions, in their order, and by the table's fingerprint and reference engine. So
+   the choice of the points that are timed together must follow from the table alone. Several calls in a row stay in the
    file, such as the passes over the engines of a calibration.
-4. The file goes when the table has what it led to, or when another run on this table gets so far; with a table made
-   anew, and when points are to be forgotten. One process writes it, a second one on the same table keeps nothing, nor
-   does a table in memory. Where it cannot be written nothing is said: a kill then costs the batch.
-5. Of points whose first time is in doubt until a sample of them has been timed again (`sluice.profiler.sweep.bench`,
-   3), and of those that are to be timed again for what that sample showed, word is left in the table until that is
-   done.
+4. The file goes when the table has the points, or when another run on this table has them; also when a table is made
+   anew, and when points are to be forgotten. One process writes the file. A second process on the same table keeps
+   nothing, and neither does a table in memory. Where the file cannot be written nothing is said: a kill then costs the
+   batch.
+5. Two kinds of points are noted in the table until they are timed again: points whose first time is in doubt until a
+   sample of them has been timed again (`sluice.profiler.sweep.bench`, 3), and points that this sample sends back.
 
 Lines of JSON: ``{"names": ...}`` begins a call, ``[seed of the call, session, repeats, milliseconds]`` is a burst.
-Scenario ends at a line that ends early, or that belongs to no call or to another one than the last.
+Reading ends at a line that ends early, or that belongs to no call or to another one than the last.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ Raw = io.FileIO | io.BytesIO
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call of `measure` on what has these ``names``, ``within`` a table; the rest is the call's own (rule 2)."""
+    """A call of `measure` on sessions of these ``names``, ``within`` a table; the rest is the call's own (rule 2)."""
 
     names: tuple[str, ...]
     within: str
@@ -63,7 +64,7 @@ class Call:
 
 
 def landed(table: LatencyTable) -> None:
-    """The table has it (rule 4)."""
+    """The table has the points, so their bursts are not needed any more (rule 4)."""
     if os.path.isfile(bursts_of(table.path)):
         with _file(table) as file:
             if isinstance(file, io.FileIO):
@@ -83,7 +84,7 @@ def kept(table: LatencyTable, call: Call, sessions: Sequence[Session]) -> Iterat
             log = _Log(file, known)
         try:
             yield known.call, tuple(_Kept(session, k, log) for k, session in enumerate(sessions))
-        except Exception:  # what was reported may be the reason
+        except Exception:  # the kept reports may be the reason
             log.drop()
             raise
         finally:
@@ -91,12 +92,12 @@ def kept(table: LatencyTable, call: Call, sessions: Sequence[Session]) -> Iterat
 
 
 def points_kept(table: LatencyTable, name: str) -> set[Point]:
-    """The points that a call was killed before it had timed again, of `ONCE` or `AGAIN` (rule 5)."""
+    """The points that a killed call has not timed again, of `ONCE` or `AGAIN` (rule 5)."""
     return {(key, tuple(extents)) for key, extents in json.loads(table.get_blob(name) or b"[]")}
 
 
 def keep_points(table: LatencyTable, name: str, points: Collection[Point]) -> None:
-    """Leave word of ``points`` for `points_kept`."""
+    """Note ``points`` in the table, for `points_kept`."""
     if points:
         table.put_blob(name, json.dumps(sorted(points)).encode())
     else:
@@ -121,7 +122,7 @@ def _file(table: LatencyTable) -> Raw:
 
 @dataclass(slots=True)
 class _Found:
-    """A call in the file, the offset of what follows its first line, its bursts, and that of what follows each."""
+    """A call in the file: the offset behind its first line, its bursts, and the offset behind each of them."""
 
     call: Call
     begin: int
@@ -153,7 +154,7 @@ def _read(file: Raw) -> list[_Found]:
 
 
 class _Log:
-    """Where the bursts of a call come from, those that were kept first, and where they go."""
+    """The bursts of a call: first those that were kept, then those of its sessions, which it keeps."""
 
     def __init__(self, file: Raw, known: _Found, lines: Sequence[str] = ()) -> None:
         self._file: Raw | None = file
@@ -174,7 +175,7 @@ class _Log:
         return ms
 
     def save(self) -> None:
-        """Write what is new behind what is valid, as long as that can be done."""
+        """Write the new bursts behind the valid ones, as long as the file can be written."""
         lines, self._lines = self._lines, []
         if self._file is not None and lines:
             content = "".join(f"{line}\n" for line in lines).encode()
@@ -188,7 +189,7 @@ class _Log:
             self._file = self._file if whole else None
 
     def drop(self) -> None:
-        """Forget this call's bursts, and what came after it."""
+        """Forget the bursts of this call and of all calls after it."""
         self._lines.clear()
         if self._file is not None:
             with contextlib.suppress(OSError):
@@ -196,7 +197,7 @@ class _Log:
 
 
 class _Kept:
-    """A session that reports what the log has of it before it is timed."""
+    """A session that repeats its bursts in the log before it is timed."""
 
     def __init__(self, session: Session, index: int, log: _Log) -> None:
         self._session, self._index, self._log = session, index, log

@@ -1,35 +1,37 @@
-"""Milliseconds per inference on a shared host: interleaved bursts, the lowest of them, until there was quiet enough.
+"""Milliseconds per inference on a shared host: sessions take turns until the machine was quiet, the lowest turns count.
 
-1. Noise is one-sided: other processes, a busy sibling hyperthread or a lower clock only ever make a burst slower. It
-   comes in episodes of 50 ms to seconds in which everything runs at one slower speed (factor 1.2 to 1.3 was seen).
-   So the median is useless (it jumps between the two speeds) and the figure wanted is the fast speed:
+1. Noise is one-sided: other processes, a busy sibling hyperthread or a lower clock only ever make a burst slower. Noise
+   comes in episodes of 50 ms to seconds, in which everything runs at one slower speed (a factor of 1.2 to 1.3 was
+   seen). So the median is useless, because it jumps between the two speeds, and the figure wanted is the fast speed:
 
-       ms = mean of the lowest `MIN_KEPT` turns, without a reference (4) of the lowest 3% if these are more
+       ms = mean of the lowest `MIN_KEPT` turns, without a reference engine (4) of the lowest 3% if these are more
 
-2. Short bursts, many rounds. Sessions take turns in a fresh random order every round, so that an episode hits all of
-   them and the samples of one session are spread over a long time. Many sessions in one call are better than few.
-   A turn is as many bursts in a row as hold `SETTLED` inferences, for caches take some to settle after others, and a
-   deployed engine runs by itself: of MobileNetV2 the first burst takes 4 to 8% longer, the second 2 to 4%. Longer turns
-   are fewer: with turns of six bursts, eight in all, too few met a quiet machine. A fast speed that was seen once is no
-   floor: the clock rises for moments, too, so of the bursts of a turn the lowest alone counts.
+2. Bursts are short and rounds are many. Sessions take turns in a fresh random order every round, so an episode hits all
+   of them, and the samples of one session are spread over a long time. Many sessions in one call are better than few.
+   A turn has as many bursts in a row as hold `SETTLED` inferences: caches take a while to settle after another engine,
+   and a deployed engine runs by itself. Of MobileNetV2 the first burst takes 4 to 8% longer, the second 2 to 4%. Longer
+   turns are fewer: with turns of six bursts, eight in all, too few met a quiet machine. A fast speed that was seen once
+   is no floor, because the clock rises for moments, too. So of the bursts of a turn the lowest alone counts.
 3. A session is measured again until its lowest turns agree with each other:
    ``spread = (largest - smallest of the lowest) / ms``.
-4. A *reference engine*, an engine whose fast figure is known from before, is one session more and says whether there
-   was as much quiet as it takes: it is *calm* once the mean of its own lowest `WITNESSES` turns exceeds that figure by
-   at most `QUIET`. Until then all go on, while there is patience, and what they take in that time is not counted
-   against them. Its bursts last as long as the longest inference, which needs quiet for that long (`LONGEST_MS` at the
-   most), and a turn of it has two, for after an engine that empties the caches the first takes some percent longer.
-   Calm is as good as the reference's figure from before, so what the reference took in this call is told as well.
-5. All turns count, whatever the reference took beside them. What shares a core slows one kernel by a tenth and another
-   by two thirds, and where several threads compute, a burst waits for each of them; so one engine's burst says little
-   of the next one's. A busy host is quiet for a few milliseconds at a time, now and then, and that is gathered over the
-   whole call. Where even the lowest turns of the reference are beyond `BUSY` in the end, all is told as uncertain, and
-   by CPU time, which counts no waiting, it is scaled, too: ``ms * reference.ms / (reference's lowest)``.
+4. A *reference engine* is one session more. Its quiet time is known from before, and it says whether the machine was
+   *quiet*: the mean of its own lowest `WITNESSES` turns exceeds its quiet time by at most `QUIET`. Until then all
+   sessions go on, while there is patience, and the bursts of that time do not count towards ``max_bursts``. A burst of
+   the reference engine lasts as long as the longest inference (`LONGEST_MS` at the most), which needs quiet for that
+   long. A turn of it has two bursts, because after an engine that empties the caches the first takes some percent
+   longer. This test is as good as the known quiet time, so the time of the reference engine in this call is returned as
+   well.
+5. All turns count, whatever the reference engine took beside them. A process that shares a core slows one kernel by a
+   tenth and another by two thirds, and where several threads compute, a burst waits for each of them. So a burst of one
+   engine says little about the next burst of another. A busy host is quiet for a few milliseconds now and then, and
+   these moments are gathered over the whole call. If even the lowest turns of the reference engine are beyond `BUSY` in
+   the end, all figures are told as uncertain. By CPU time, which counts no waiting, they are scaled as well:
+   ``ms * reference.ms / (lowest of the reference engine)``.
 6. An accelerator raises its clock under load only. So before a call the first session runs for `RAMP_MS`, whatever
-   ``warmup_ms`` is; the others find the device awake. A session that runs on an accelerator says so with an attribute
-   ``ramps``, which sessions by the wall clock need; without it a session does so if its clock is ``"cuda"``.
+   ``warmup_ms`` is; the other sessions find the device awake. A session on an accelerator says so with an attribute
+   ``ramps``, which sessions by the wall clock need; without that attribute, a session with the clock ``"cuda"`` ramps.
 
-What each rule is worth was measured: docs/measuring.md.
+The figures behind each rule are in docs/measuring.md.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ FRACTION = 0.03
 MIN_KEPT = 3
 SETTLED = 4  # inferences of a turn
 QUIET, BUSY = 0.015, 0.05
-WITNESSES = 5  # turns of the reference: with three of its own, a twentieth of the sessions would have none
+WITNESSES = 5  # quiet turns of the reference engine: with three, a twentieth of the sessions would have no quiet turn
 LONGEST_MS = 10.0
 PATIENCE_MS = 40_000.0
 MAX_REPEATS = 1 << 20
@@ -59,10 +61,11 @@ RAMP_MS = 200.0
 
 @dataclass(slots=True)
 class ReferenceEngine:
-    """An engine that is measured along with others, and the ``ms`` it takes when nothing disturbs it (rule 4).
+    """An engine that is measured along with others, and its quiet time ``ms`` (rule 4).
 
-    Whoever finds that it takes less sets ``ms``, for all who share it (`sluice.profiler.timing.reference_engine`).
-    ``moved`` is what the times of a table were multiplied by for it, ``unproven`` that nothing has been measured since.
+    A call that finds a shorter quiet time sets ``ms``, for all users (`sluice.profiler.timing.reference_engine`).
+    ``moved`` is the factor by which the times of a table were multiplied for this engine, ``unproven`` that no call has
+    been made since.
     """
 
     session: Session
@@ -73,7 +76,7 @@ class ReferenceEngine:
 
 @dataclass(slots=True)
 class _Turns:
-    """One session's: the lowest burst of each in milliseconds, and the number of bursts, in all and while waiting."""
+    """Turns of one session: the lowest burst of each in milliseconds; how many bursts, in all and while waiting."""
 
     session: Session
     repeats: int
@@ -110,13 +113,13 @@ def measure(
     with_reference: bool = False,
     rng: np.random.Generator,
 ) -> tuple[Measurement, ...]:
-    """One measurement per session, in order, and ``with_reference``, if there is one, one more: of it in this call.
+    """One measurement per session, in order; ``with_reference``, one more of the reference engine, if there is one.
 
     Every session is warmed up for ``warmup_ms``, then takes its turns (rule 2) until it has ``min_bursts`` bursts of at
     least ``burst_ms`` each (or one inference) and its spread is at most ``target_spread``, or it has ``max_bursts``.
-    Where the reference is not calm by the least of them (4), all go on until it is, for bursts of ``patience_ms`` by
-    the sessions' clock. A burst costs twice its time, since an inference precedes it.
-    Raises `SluiceError` where the sessions or the reference do not share one clock, or a session's time is not
+    Where the reference engine says by then that the machine was not quiet (rule 4), all go on until it was, for bursts
+    of ``patience_ms`` by the sessions' clock. A burst costs twice its time, since an inference precedes it.
+    Raises `SluiceError` where the sessions or the reference engine do not share one clock, or a session's time is not
     positive.
     """
     if not 1 <= min_bursts <= max_bursts:

@@ -1,18 +1,17 @@
-"""A fixed small engine that takes part in every measurement, so that points measured at different times compare.
+"""A small fixed engine takes part in every measurement, so that points measured at different times compare.
 
-It says when there was quiet enough (`sluice.profiler.timing.measure`, rule 4). The quiet time is measured once, long,
-and kept in the table. It is of the lowest 3% of a thousand bursts: the lowest three were once 4% quicker than ever
-after.
-
-A host that is busy for the whole of that first time makes it too long, and then all seems calm: on two threads, with an
-reference that was 13% slow, a ResNet-1D came out 8% too slow, without a word. So where the reference takes less in some
-later call, by `QUIET`, its quiet time is taken anew, and counts if it is lower by more than `NOISE`. Where it was off
-by `OFF`, all that the table holds by then is marked as uncertain, and that call is made again.
-
-Where another host goes on with a table, of the same kind but some percent slower or quicker, its own quiet time is
-measured, all that the table holds is multiplied by ``own / known``, and the table is that host's from then on. If it
-turns out to be less in the first call after that, all is multiplied once more. Beyond `MAX_RATIO` it is of another
-kind.
+1. The reference engine says when the machine was quiet (`sluice.profiler.timing.measure`, rule 4). Its quiet time is
+   measured once, long, and kept in the table. It is the lowest 3% of a thousand bursts: the lowest three were once 4%
+   quicker than any burst after them.
+2. A host that is busy for the whole of that first measurement makes the quiet time too long, and then the machine
+   always seems quiet. On two threads, with a quiet time 13% too long, a ResNet-1D came out 8% too slow, without a word.
+   So where the reference engine takes less in a later call, by `QUIET`, its quiet time is taken anew, and counts if it
+   is lower by more than `NOISE`. Where it was off by `OFF`, everything in the table by then is marked as uncertain, and
+   that call is made again.
+3. A host may go on with a table that another host of its kind began, some percent slower or quicker. Then its own quiet
+   time is measured, all times in the table are multiplied by ``own / known``, and the table is that host's from then
+   on. If the first call after that finds a shorter quiet time, all times are multiplied once more. Beyond `MAX_RATIO`
+   the host is of another kind.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def make_reference_engine(
     """The reference engine with the quiet time that the table knows, or that is measured now and recorded.
 
     Args:
-        lacks: whether something is missing in the table; only then that of another host becomes this host's.
+        lacks: whether the table lacks a point; only then a table of another host becomes this host's.
     Raises:
         SluiceError: the table was begun on a host of another kind.
     """
@@ -82,7 +81,7 @@ def make_reference_engine(
 
 
 def _of_another_host(table: LatencyTable, here: frozenset[str]) -> bool:
-    """Only of tables that can be written, and where both hosts have something to be known by."""
+    """Whether another host filled the table; False where the table cannot be written or a host cannot be told."""
     there = frozenset(json.loads(table.get_blob(HOST) or b"[]"))
     writable = all(os.access(place, os.W_OK) for place in (table.path, os.path.dirname(table.path) or "."))
     return bool(there and here) and not there & here and writable
@@ -91,7 +90,7 @@ def _of_another_host(table: LatencyTable, here: frozenset[str]) -> bool:
 def _moved(
     table: LatencyTable, known: Measurement, session: Session, own: Measurement, here: frozenset[str]
 ) -> ReferenceEngine:
-    """The reference in a table whose times are now of this host."""
+    """The reference engine of a table whose times are now those of this host (rule 3)."""
     ratio = own.ms / known.ms
     if not 1 / MAX_RATIO <= ratio <= MAX_RATIO:
         raise SluiceError(
@@ -110,7 +109,7 @@ def _encoded(identity: frozenset[str]) -> bytes:
 
 
 def was_slow(reference: ReferenceEngine, ms: float, table: LatencyTable) -> bool:
-    """Whether the quiet time of the reference, which now took ``ms``, was off by `OFF`; what it is off by is mended."""
+    """Whether the quiet time was off by `OFF`, given the ``ms`` of this call; a shorter one is kept (rule 2)."""
     if ms >= (1.0 - QUIET) * reference.ms:
         return False
     before, found = reference.ms, _quiet(reference.session, ANEW, np.random.default_rng(0))

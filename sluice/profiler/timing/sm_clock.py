@@ -1,6 +1,6 @@
-"""The clock of an accelerator while a table was filled: its least and most, so that throttling is seen afterwards.
+"""A table holds the range of the accelerator's clock while it was filled, so that throttling shows afterwards.
 
-A runner on an accelerator whose driver tells its clock offers that as a method ``sm_clock_mhz``.
+A runner on an accelerator whose driver tells its clock offers the clock as a method ``sm_clock_mhz``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A runtime's timing cache is kept in the latency table: with it a rebuild is quick, and takes the same kernels again.
+"""A latency table keeps the runtime's timing cache: with it a rebuild is quick and takes the same kernels again.
 
 Without it two builds of one network may choose different kernels and differ by several percent. A runner that has such
 a cache offers it as the attribute ``cache`` (bytes), see `sluice.runtime.trt.runner`.
@@ -15,13 +15,13 @@ NAME = "timing cache"
 
 
 def restore(runner: Runner, cache: bytes | None) -> None:
-    """Give the runner what was kept, if it has a cache and there is one."""
+    """Give the runner the kept timing cache, if the runner takes one and there is one."""
     if cache and getattr(runner, "cache", None) is not None:
         runner.cache = cache  # type: ignore[attr-defined]
 
 
 def keep(runner: Runner, table: LatencyTable) -> None:
-    """Put what the runner has now into the table, if that is something new."""
+    """Put the timing cache of the runner into the table, if it has changed."""
     cache = getattr(runner, "cache", None)
     if cache and cache != table.get_blob(NAME):
         table.put_blob(NAME, cache)

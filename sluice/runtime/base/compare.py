@@ -2,8 +2,8 @@
 
     relative_error = max|a - r| / max(max|r|, tiny),    tiny = 1e-30
 
-1. Relative to the scale of the *whole* reference tensor, because a sum of many terms has an error in proportion to its
-   terms, not to what is left of them in one element.
+1. The error is relative to the scale of the *whole* reference tensor, because a sum of many terms has an error in
+   proportion to its terms, not to their sum in one element.
 2. A NaN or an infinity on either side is an infinite error, even on both sides: nothing was shown to agree.
 3. Several tensors (dict, tuple, list, nested) give the largest of their errors. Other keys, lengths or shapes are not
    a number but an error, because broadcasting would hide a wrong axis.

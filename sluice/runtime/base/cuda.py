@@ -1,9 +1,9 @@
 """The calls of the CUDA runtime that timing an engine needs, over ctypes: a device needs no package for them.
 
 1. The library is found by its name, else inside a wheel (NVIDIA's own, or the folder of torch, which is not imported).
-2. Handles (memory, streams, events, graphs) are addresses, plain integers. Who asks for one gives it back.
-3. Every call is checked. A failure is a `SluiceError` with CUDA's own words; the error is cleared, so that it is not
-   reported a second time by whoever calls next.
+2. Handles (memory, streams, events, graphs) are addresses, plain integers. The caller that asks for one gives it back.
+3. Every call is checked. A failure is a `SluiceError` with CUDA's own words; the error is cleared, so that the next
+   call does not report it a second time.
 4. A graph is captured in the thread-local mode: other threads may go on allocating memory meanwhile.
 """
 
@@ -39,7 +39,7 @@ ADVICE = {OUT_OF_MEMORY: "free memory of the device or take a smaller batch"} | 
 
 
 class Cuda:
-    """The current device of this process. ``library`` is libcudart, or what takes its place."""
+    """The current device of this process. ``library`` is libcudart, or a stand-in."""
 
     def __init__(self, library: Any) -> None:
         self._library = library
@@ -114,7 +114,7 @@ class Cuda:
         self._call("cudaStreamBeginCapture", ctypes.c_void_p(stream), ctypes.c_int(THREAD_LOCAL_CAPTURE))
 
     def end_capture(self, stream: int) -> int:
-        """The graph of what was recorded, ready to launch; `SluiceError` where something in it cannot be recorded."""
+        """The graph of the recorded work, ready to launch; `SluiceError` where some of it cannot be recorded."""
         graph, ready = ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cudaStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
         try:
@@ -151,7 +151,7 @@ class Cuda:
 
 
 class Resources:
-    """What was taken from the device, given back in reverse order."""
+    """Handles taken from the device, given back in reverse order."""
 
     def __init__(self) -> None:
         self._kept: list[tuple[int, Callable[[int], None]]] = []

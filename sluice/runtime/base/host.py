@@ -1,4 +1,4 @@
-"""What the machine is called that the runtimes of its CPU run on, and what tells it from others of its kind.
+"""The name of the machine whose CPU runs the runtimes, and the identity that tells it from others of its kind.
 
 1. A hypervisor may give CPUs of several generations one model name ("AMD EPYC"), of which one takes half the time of
    the other, and an Arm system may give none. So the numbers by which the maker tells its CPUs apart are part of it.
@@ -39,7 +39,7 @@ def host_device(cpuinfo: Path = CPUINFO, board: Path = BOARD) -> str:
         name, _, value = line.partition(":")
         values.setdefault(name.strip(), []).append(" ".join(value.split()))
     named = [*values.get("model name", ()), " ".join(_text(board).strip("\0").split())]
-    # The last two may start a process, so they are asked last.
+    # The last two may start a process, so they come last.
     device = next(filter(None, named), "") or platform.processor() or platform.machine() or "unknown CPU"
     numbers = [f"{short} {'/'.join(sorted(set(values[name])))}" for name, short in NUMBERS.items() if name in values]
     return f"{device} ({' '.join(numbers)})" if numbers else device

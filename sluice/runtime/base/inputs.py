@@ -1,11 +1,11 @@
-"""What a runtime must know of an ONNX model before it builds an engine: its source, its static shapes, its data.
+"""The inputs of an ONNX model for an engine: where the model is, its static shapes, and made-up data.
 
 1. Shapes are made static: the batch takes the place of every dynamic first dimension, and whole shapes that are given
    win over it. A named dimension has one size wherever it occurs.
 2. Engines are timed on random normal numbers (integers and booleans are ones), never on zeros: zeros are faster than
    data.
-3. They begin with a line of the cache, as the activations inside a network do. numpy's own begin 16 bytes later, which
-   made a depthwise convolution with a stride take up to a quarter longer.
+3. Inputs begin with a line of the cache, as the activations inside a network do. numpy's own begin 16 bytes later,
+   which made a depthwise convolution with a stride take up to a quarter longer.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Shapes:
 
 
 def place(model: Model) -> str:
-    """What messages call the model."""
+    """The name of the model in messages."""
     return str(Path(model)) if isinstance(model, (str, os.PathLike)) else "the model in memory"
 
 
@@ -73,7 +73,7 @@ def serialized(model: onnx.ModelProto | bytes) -> bytes:
 
 
 def static_shapes(model: Model, batch: int | None, feeds_shapes: Mapping[str, Sequence[int]]) -> Shapes:
-    """What the model, ``batch`` and ``feeds_shapes`` say about the sizes of its inputs (rule 1).
+    """The sizes of the inputs, from the model, ``batch`` and ``feeds_shapes`` (rule 1).
 
     Raises:
         SluiceError: a size is no size, an input does not exist, or the model has another shape.
@@ -147,7 +147,7 @@ def made_up(name: str, shape: Dims, dtype: type[np.generic] | np.dtype, where: s
 
 
 def _aligned(sizes: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """An empty array that begins with a line of the cache, as what a runtime allocates does (rule 3)."""
+    """An empty array that begins with a line of the cache, as arrays of a runtime do (rule 3)."""
     size = math.prod(sizes) * dtype.itemsize
     room = np.empty(size + ALIGNMENT, np.uint8)
     start = -room.ctypes.data % ALIGNMENT

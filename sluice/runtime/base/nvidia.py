@@ -1,4 +1,4 @@
-"""The GPU as its driver describes it, asked through ctypes: neither torch nor a toolkit has to be installed.
+"""The GPU as its driver describes it, through ctypes: neither torch nor a toolkit has to be installed.
 
 Two libraries come with every driver. ``libcuda`` knows the devices in the order and selection that programs see
 (``CUDA_VISIBLE_DEVICES``); NVML knows the version of the driver and the clocks. Device 0 is the one that is used.
@@ -52,7 +52,7 @@ def compute_capability() -> tuple[int, int] | None:
 
 
 def missing() -> str:
-    """Why there is no GPU to run on, and what to do; empty where there is one."""
+    """The reason why there is no GPU to run on, and what to do; empty where there is one."""
     if gpu_names():
         return ""
     return "there is no NVIDIA GPU that its driver lets this process use; run on a machine with one"

@@ -1,4 +1,4 @@
-"""What every deployment runtime must offer: build an engine, run it for parity, time it.
+"""The protocol of deployment runtimes: build an engine, run it for parity, time it.
 
 1. A *runner* is one runtime with its settings (provider, threads); it turns an ONNX model into a session.
 2. A *session* is one engine with static shapes. `run` computes, for comparing outputs. `sample` times one
@@ -9,13 +9,14 @@
    not count), ``"wall"``, or ``"cuda"`` (events on the device's stream). Figures of different clocks never compare.
 4. A runner knows the device it runs on and the version of everything that its times depend on; both go into the
    fingerprint of a table.
-5. What is launched as a whole must take far longer on the device than its launch, or launches are what is timed: of a
-   small network several inferences go in one launch. How many is found on the device as fast as it gets. At the clock
-   of an idle one everything takes longer, and fewer would seem to do.
+5. A launch must hold work that takes far longer on the device than the launch itself, or launches are timed. So one
+   launch of a small network holds several inferences. Their number is found on the device at its full clock. At the
+   clock of an idle device everything takes longer, and fewer inferences would seem to do.
 6. A runtime lays activations out in its own way, and plainly at the borders of a model. A runner that can build the
    engine of a part of a network without these changes of layout has a method ``build_part(model)`` for it (static
-   shapes, for timing only); for parts of the others `build` is used. Where it knows what such an engine runs, that has
-   an attribute ``kernels``, a `Counter` of them. Inputs whose ``doc_string`` is `PLAIN` are plain inside as well.
+   shapes, for timing only); for parts of the others `build` is used. Where it knows the kernels of such an engine, the
+   engine has an attribute ``kernels``, a `Counter` of them. Inputs whose ``doc_string`` is `PLAIN` are plain inside as
+   well.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Runner(Protocol):
 
     @property
     def version(self) -> str:
-        """The version of the runtime, and of what else its times depend on (driver, libraries)."""
+        """The version of the runtime, and of the driver and libraries that its times depend on."""
         ...
 
     def build(

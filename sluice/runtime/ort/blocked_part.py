@@ -1,24 +1,23 @@
-"""Parts of a network as ONNX Runtime holds them inside of it: no changes of layout at their borders.
+"""Parts of a network as ONNX Runtime holds them inside the network: no changes of layout at their borders.
 
-1. On the CPU it computes convolutions and what lies between them in blocks of channels. The borders of a model are
-   plain, so a part on its own begins with nodes that lay its inputs out in blocks and ends with nodes that lay its
-   outputs out plainly, which in the network are where the layout does change and nowhere else. Dense, at batch 8, the
+1. On the CPU ONNX Runtime computes convolutions, and the operators between them, in blocks of channels. The borders of
+   a model are plain. So a part on its own begins with nodes that lay its inputs out in blocks, and ends with nodes that
+   lay its outputs out plainly; in the network these nodes are only where the layout does change. Dense, at batch 8, the
    parts of MobileNetV2 add up to 19.5 ms with these nodes and to 11.1 without, those of ResNet-20 to 4.29 and 3.91; the
    networks took 11.2 and 3.90 ms in the same run.
 2. So the part is optimised and saved, the nodes at its borders are taken off, and the rest is loaded as it stands. An
-   input that was laid out in blocks is one of whole blocks then. What is read plainly too stays as it is, and so does
-   whatever needs no change of layout, and inputs that are plain inside the network
-   (`sluice.runtime.base.runner.PLAIN`).
-3. The network's own inputs and outputs lose theirs as well: what they cost is the same for every plan, and is in what
-   the calibration adds to every engine.
-4. An output of a model is memory of its own. Inside the network a convolution that adds to its sum writes over one
-   operand; in a part that ends with it, that operand was copied first, by one thread: 14 of 303 us, on two threads 27
-   of 178. So all that a part gives out is the shapes of its outputs, which then lie where the network has them, too.
-   It also writes over an operand only if that is not needed any more. Inside the network all others that read it come
-   before, since the addition waits for them; neighbours joined know of no such order, and ONNX Runtime runs first what
-   leads to the last output. So additions lead to the first ones.
-5. The *kernels* of a part are the nodes that are left, with what each computes and of which sizes its weights are.
-   Neighbours that run together in the kernels that they run alone save a call and nothing else.
+   input that was laid out in blocks then is one of whole blocks. An input that is read plainly too stays as it is, and
+   so does one that needs no change of layout, or that is plain inside the network (`sluice.runtime.base.runner.PLAIN`).
+3. The network's own inputs and outputs lose these nodes as well. Their time is the same for every plan, and is part of
+   the time that the calibration adds to every engine.
+4. An output of a model has memory of its own. Inside the network a convolution that adds to its sum writes over one
+   operand. In a part that ends with such a convolution, one thread copied that operand first: 14 of 303 us, on two
+   threads 27 of 178. So a part gives out only the shapes of its outputs, and the outputs then lie where the network has
+   them. A convolution also writes over an operand only if nobody needs it any more. Inside the network all other
+   readers come before, since the addition waits for them. Joined neighbours know of no such order, and ONNX Runtime
+   first runs the nodes that lead to the last output. So additions lead to the first ones.
+5. The *kernels* of a part are the remaining nodes, with their operation and the sizes of their weights. Neighbours that
+   run together in the kernels that they run alone save a call and nothing else.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ __all__ = ["block_size", "kernels", "outputs_inside", "part_session", "without_r
 
 PROVIDER = "CPUExecutionProvider"
 BLOCKED = "com.microsoft.nchwc"
-ADDED = 3  # the place among its inputs of what a convolution in blocks adds to its sum
+ADDED = 3  # the index of the input that a convolution in blocks adds to its sum
 
 
 def part_session(model: onnx.ModelProto, threads: int, entries: Mapping[str, str]) -> tuple[Any, Counter[Hashable]]:
@@ -52,7 +51,7 @@ def part_session(model: onnx.ModelProto, threads: int, entries: Mapping[str, str
 
 
 def kernels(optimized: onnx.ModelProto) -> Counter[Hashable]:
-    """What the nodes of an optimised model compute, without the names (rule 5)."""
+    """The operations of the nodes of an optimised model, without the names (rule 5)."""
     sizes = {init.name: tuple(init.dims) for init in optimized.graph.initializer}
     return Counter(
         (

@@ -9,7 +9,7 @@
    between kernels, and a burst begins when those of the session before have stopped. Twelve copies of one engine of
    0.12 ms in turns, two threads on two cores, in one run: median 0.217 ms and 9.0 s in all with the default, 0.188 ms
    and 1.8 s so; alone it is 0.127 ms.
-4. A part of a network is timed as it is laid out inside of the network (`sluice.runtime.ort.blocked_part`).
+4. A part of a network is timed as it is laid out inside the network (`sluice.runtime.ort.blocked_part`).
 5. Inputs are made up (`sluice.runtime.base.inputs`), subnormal numbers are flushed while timing
    (`sluice.runtime.ort.denormals`).
 """
@@ -98,7 +98,7 @@ class OrtRunner:
         return OrtSession(session, self.clock, shapes.inputs, place(model), self.threads)
 
     def build_part(self, model: onnx.ModelProto) -> OrtSession:
-        """A session for a part of a network with static shapes, laid out as inside of it
+        """A session for a part of a network with static shapes, laid out as inside the network
         (`sluice.runtime.ort.blocked_part`).
 
         It is for timing: its inputs may be blocks of channels, its outputs are shapes. Raises `SluiceError` as `build`
@@ -147,7 +147,7 @@ class OrtSession:
     def sample(self, repeats: int) -> float:
         """Milliseconds per inference of one burst on resident inputs.
 
-        One inference goes before the clock starts: what other sessions left in the caches is theirs, while a deployed
+        One inference goes before the clock starts: other sessions have left their data in the caches, while a deployed
         engine finds its own weights there as far as they fit. More of them go where other workers may spin (rule 3).
         """
         if self._binding is None:
@@ -172,7 +172,7 @@ class OrtSession:
         names = [output.name for output in self._session.get_outputs()]
         for name in names:
             binding.bind_output(name)
-        # Every run would make outputs anew beside those of the run before, and have twice their room in the caches.
+        # Else every run would make new outputs beside those of the run before, and take twice the room in the caches.
         self._session.run_with_iobinding(binding)
         for name, value in zip(names, binding.get_outputs(), strict=True):
             binding.bind_ortvalue_output(name, value)

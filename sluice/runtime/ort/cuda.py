@@ -6,8 +6,8 @@
    runs with channels first, ONNX Runtime's default. Convolution algorithms are chosen when the engine is built:
    "EXHAUSTIVE" tries them all in old versions, and from 1.20 on takes the ranking of cuDNN's heuristics (mode B).
 3. The clock is the wall. ONNX Runtime waits for the GPU at the end of a run, so each inference is timed from the call
-   until its outputs are there: the launch and the wait belong to what a caller gets. A piece that is timed alone pays
-   for them too; joints take that out again, since they measure what neighbours save when they run together. Where a
+   until its outputs are there: the caller gets the launch and the wait as well. A piece that is timed alone pays
+   for them too; joints take that out again, since they are what neighbours save when they run together. Where a
    provider does not wait, the outputs are waited for before the clock starts and before it stops.
 4. Nothing may run on the CPU unnoticed. A session that has no CUDA provider fell back as a whole, which its list of
    providers shows. A single operator without a CUDA kernel would be placed on the CPU; an entry of the session's
@@ -42,7 +42,7 @@ NO_GRAPH = "-1"  # the graph number under which ONNX Runtime neither captures no
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """An execution provider: where its memory lies, its options, and what a session with static shapes adds."""
+    """An execution provider: the place of its memory, its options, and further options for static shapes."""
 
     name: str
     memory: str

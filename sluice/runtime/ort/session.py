@@ -1,8 +1,8 @@
-"""What sessions of ONNX Runtime have in common, whatever they run on: loading, computing, made-up inputs.
+"""The common part of sessions of ONNX Runtime on any device: loading, computing, made-up inputs.
 
 1. A build for NVIDIA's GPUs is linked against the libraries of CUDA, so these are loaded before it is imported: by
    torch where that is installed, since two copies in one process would be trouble, else by name or from NVIDIA's
-   packages. What torch does not bring (cuDNN, other versions) ONNX Runtime finds itself once it is imported.
+   packages. Libraries that torch does not bring (cuDNN, other versions) ONNX Runtime finds itself once it is imported.
 2. Shapes are made static before the graph is optimised. A named dimension is overridden by its name, a dimension
    without one is written into the model.
 """
@@ -56,7 +56,7 @@ def load_library(*, cuda: bool) -> str:
     except ImportError as error:
         return f"the installed ONNX Runtime cannot be imported ({first_line(error)}); install what it needs"
     if cuda and hasattr(onnxruntime, "preload_dlls"):
-        with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find, and others read our output
+        with contextlib.redirect_stdout(sys.stderr):  # it prints missing libraries, and programs read our output
             onnxruntime.preload_dlls()
     return ""
 
@@ -141,5 +141,5 @@ def _load_cuda() -> None:
         with contextlib.suppress(ImportError, OSError):  # ONNX Runtime can do without a torch that is broken
             import torch  # noqa: F401
     else:
-        with contextlib.suppress(SluiceError):  # what is lacking is said by whoever needs it
+        with contextlib.suppress(SluiceError):  # the session that needs a missing library says so
             Cuda.load()

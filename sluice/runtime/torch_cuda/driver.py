@@ -38,7 +38,7 @@ class Graph(Protocol):
 
 
 class Driver(Protocol):
-    """What `sluice.runtime.torch_cuda.runner.TorchCudaSession` asks of the device."""
+    """The device as `sluice.runtime.torch_cuda.runner.TorchCudaSession` uses it."""
 
     @property
     def device(self) -> torch.device: ...

@@ -2,7 +2,7 @@
 
 Every function takes its operands (None for one that is left out) and the node's attributes. Padding that is not the
 same on both sides is done before the layer, because torch's layers know symmetric padding only. A convolution's image
-of one channel counts as one with channels last: what other operators give has the strides of the other layout.
+of one channel counts as one with channels last: the outputs of other operators have the strides of the other layout.
 """
 
 from __future__ import annotations

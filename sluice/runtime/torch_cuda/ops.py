@@ -2,8 +2,8 @@
 
 A function takes the node's operands (None for one that is left out) and its attributes, and gives a tensor, or a tuple
 where the node has several outputs. An operand that says *how* to compute (a shape, axes, sizes) is a *number*: it must
-be known when the network is built, and arrives as a tensor on the host. All else is on the device, but for single
-values of arithmetic: those torch takes from the host, as arguments of the kernel.
+be known when the network is built, and arrives as a tensor on the host. All other operands are on the device, but for
+single values of arithmetic: those torch takes from the host, as arguments of the kernel.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """What computes a node, which of its operands are numbers, and whether it takes single values from the host."""
+    """The function of an operator, its operands that are numbers, and whether it takes single values from the host."""
 
     run: Callable[[Args, Attributes], Any]
     numbers: frozenset[int] = frozenset()

@@ -1,14 +1,14 @@
-"""An ONNX graph as a torch program: what depends on sizes alone is done once, when it is built.
+"""An ONNX graph as a torch program: work that depends on sizes alone is done once, when the program is built.
 
 1. The graph is walked once with data of the static shapes. A value is *known* if it follows from constants and sizes
-   (initialisers, ``Shape`` of anything, whatever is computed of those): it is computed on the host, once. All other
-   nodes become *steps*, with what they need of the known values bound to them, on the device. So a program that is
-   captured holds tensor work only.
+   (initialisers, ``Shape`` of anything, and values computed from those): it is computed on the host, once. All other
+   nodes become *steps*, with the known values that they need bound to them, on the device. So a captured program holds
+   tensor work only.
 2. A batch norm that alone reads a convolution is folded into its weights, as deployment runtimes do:
    ``w * s / sqrt(v + eps)`` and ``(b - m) * s / sqrt(v + eps) + shift``.
 3. Images and convolution weights are laid out with channels last: tensor cores compute in that layout, so a
    deployment in torch would choose it. It is a property of the deployment that is timed, as the precision is. torch
-   reads a layout from the strides, so those are what is set, also where one channel leaves the data as they are.
+   reads a layout from the strides, so the strides are set, also where one channel leaves the data as they are.
 4. A value lives until its last reader has run, so the memory of a program is that of its widest moment.
 5. Quantised graphs are refused: torch has no int8 convolution for a GPU, and the time of an emulation in floating point
    is the time of another network.

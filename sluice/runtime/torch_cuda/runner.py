@@ -1,7 +1,7 @@
 """PyTorch on an NVIDIA GPU, an ONNX graph captured as a CUDA graph.
 
 1. The graph becomes a torch program (`sluice.runtime.torch_cuda.program`), which runs a few times to let cuDNN choose
-   its kernels, and is then captured. What is timed are replays, so neither Python nor the launch of single kernels
+   its kernels, and is then captured. Replays are timed, so neither Python nor the launch of single kernels
    counts; kernels are those of eager PyTorch, nothing is fused but batch norm.
 2. Timed by events on the stream (clock ``"cuda"``). Of a small network several inferences in a row are captured in one
    graph, as many as `sluice.runtime.base.runner.inferences_per_launch` says.
@@ -66,7 +66,7 @@ def missing() -> str:
 
 @dataclass(frozen=True, slots=True)
 class TorchCudaRunner:
-    """CUDA graphs of PyTorch on device 0; ``driver`` is what makes them."""
+    """CUDA graphs of PyTorch on device 0; ``driver`` makes them."""
 
     driver: Callable[[], Driver] = cuda_driver
 
@@ -258,7 +258,7 @@ class _Engine:
         return self._burst_ms(replays) / (replays * self._copies)
 
     def _burst_ms(self, replays: int) -> float:
-        """One replay goes before the clock starts: what other engines left in the cache is theirs."""
+        """One replay goes before the clock starts, since other engines have left their data in the cache."""
         once = self._graph.replay if self._graph is not None else self._eager
 
         def burst() -> None:

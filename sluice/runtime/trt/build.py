@@ -1,17 +1,17 @@
 """ONNX -> TensorRT engine, by the Python API of TensorRT 11, which 10.x and TensorRT-RTX share.
 
 1. Networks are strongly typed: the types are those of the ONNX file, no flag of the builder changes them. TensorRT 11
-   and RTX know nothing else; 10.x is asked for it. An fp32 engine may use TF32 products, TensorRT's default.
+   and RTX know no other networks; 10.x needs a flag for it. An fp32 engine may use TF32 products, TensorRT's default.
 2. Sizes are written into the model's inputs before it is parsed. Shape arithmetic then folds in the parser, no kernel
-   is chosen for sizes that never come, and the context needs no profile of shapes; an engine of one shape is what a
-   budget speaks of.
+   is chosen for sizes that never come, and the context needs no profile of shapes; a budget speaks of an
+   engine of one shape.
 3. The timing cache goes in and comes out as bytes. With it a rebuild is fast and picks the same tactics, without it two
    builds of one file may differ by several percent. RTX has none: it chooses without measuring.
 4. Layers are described in detail in the engine, so that they can be traced to the ONNX nodes they are made of.
 5. TensorRT knows one logger in a process: the first that any builder or runtime was given is used by all of them, and
-   must outlive them. So there is one, never freed, and whoever asks it for a reason emptied it before.
-6. With its last builder TensorRT unloads its kernels, and loads them again, in seconds, with the next. Who builds many
-   engines keeps a builder.
+   must outlive them. So there is one, never freed, and a caller that wants a reason empties it before.
+6. With its last builder TensorRT unloads its kernels, and loads them again, in seconds, with the next. A caller that
+   builds many engines keeps a builder.
 7. An engine of RTX can be captured as a CUDA graph only if it allocates no memory while it runs. So it is built to be
    given its scratch memory, where the version knows that flag, and a session gives it.
 """
@@ -54,7 +54,7 @@ INSTALL = (
 OLDEST = 10
 LEVELS = range(6)
 
-# "In f at /_src/x.cpp:12", the place in TensorRT's own source, says nothing to whoever wrote the network.
+# "In f at /_src/x.cpp:12", the place in TensorRT's own source, says nothing to the author of a network.
 SOURCE = re.compile(r"\.?\s+In \w+ at /?[\w/.]+:\d+\)?$")
 ERROR_CODE = re.compile(r"^.*?Error Code \d+: [\w ]+\((.*?)\)?$")
 QUOTED = re.compile(r'^.*&& "(.*)"$')
@@ -144,7 +144,7 @@ def build_engine(
     """Parse ``model`` and build its engine at fixed shapes.
 
     Args:
-        trt: what `find_tensorrt` found.
+        trt: the module that `find_tensorrt` returned.
         batch: the size of every dynamic first dimension.
         feeds_shapes: whole shapes by input; they win over ``batch``.
         cache: timing cache of earlier builds on the same device.
@@ -173,7 +173,7 @@ def build_engine(
     if is_rtx(trt) and hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if not is_rtx(trt) and not _take_cache(config, cache):
-        log.errors.clear()  # what was wrong with the cache is no reason why a build fails
+        log.errors.clear()  # a fault of the cache is no reason why a build fails
         config.set_timing_cache(config.create_timing_cache(b""), False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -215,7 +215,7 @@ def static_model(
         for dim in info.type.tensor_type.shape.dim:
             if dim.dim_param in shapes.sizes:
                 dim.dim_value = shapes.sizes[dim.dim_param]
-    # What the file says of inner tensors speaks of dimensions that have a size now.
+    # Shapes of inner tensors in the file speak of dimensions that have a size now.
     del static.graph.value_info[:]
     return static
 
@@ -252,7 +252,7 @@ def _network_flags(trt: Any) -> int:
 
 
 def _parser_error(parser: Any, graph: onnx.GraphProto) -> str:
-    """What the parser says of the first node that it refuses."""
+    """The parser's words about the first node that it refuses."""
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     for error in errors:
         if error.node_operator():

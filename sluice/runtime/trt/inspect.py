@@ -1,14 +1,14 @@
 """Which layers of a TensorRT engine hold which pieces of the network.
 
-1. Each layer of the engine inspector's JSON says what it was made of: ``Metadata`` holds ``[ONNX Layer: NAME]``
+1. Each layer of the engine inspector's JSON names its origin: ``Metadata`` holds ``[ONNX Layer: NAME]``
    for every ONNX node in it, whatever stands between them (a blank, or the control characters 0x1e and 0x1f). Layers
    that TensorRT put in by itself, such as changes of format, have none.
 2. The JSON of 10.x calls the engine's own inputs and outputs ``Bindings``, a list of names, and gives a tensor's type
    as ``Format/Datatype``; 11 has a list of descriptions, ``I/O Tensors``, and two fields, ``Format`` and ``Datatype``.
-3. Pieces are cut from the network in fp32, the engine is built from what it became: batch norms are gone, casts and
-   quantizers have come. A node of the deployed model belongs to the piece that has a node of its name, else one that
-   makes its output, else the only one that reads its weight; else, as the operators that fusion and typing put in,
-   to the piece of what it reads, else of who reads it.
+3. Pieces are cut from the network in fp32, the engine is built from the deployed network: batch norms are gone, casts
+   and quantizers have come. A node of the deployed model belongs to the piece that has a node of its name, else one
+   that makes its output, else the only one that reads its weight; else, as the operators that fusion and typing put in,
+   to the piece of their input, else of their reader.
 4. A compiler fuses across pieces. Such a layer is in several of them, and its time is not divided here.
 """
 
@@ -132,7 +132,7 @@ def owners(deployed: onnx.GraphProto, pieces: Mapping[str, onnx.GraphProto]) -> 
 
 
 def node_name(node: onnx.NodeProto) -> str:
-    """What TensorRT's parser calls a node: its name, and for one without a name, of its first output."""
+    """The name of a node in TensorRT's parser: its own, or that of its first output."""
     return str(node.name) or f"node_of_{node.output[0]}"
 
 

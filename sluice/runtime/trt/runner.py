@@ -1,7 +1,7 @@
 """TensorRT on an NVIDIA GPU, without torch: ONNX -> engine -> session.
 
 1. The timing cache belongs to the device and the version, as a latency table does. The runner takes one, adds to it in
-   every build, and `TensorRtRunner.cache` is what there is now, to be stored with the table.
+   every build, and `TensorRtRunner.cache` is the present one, to be stored with the table.
 2. Warming up to the clock that a device settles at is a matter of time, not of counts, and of all engines together:
    `sluice.profiler.timing.measure` does it. `TensorRtRunner.sm_clock_mhz` is for the record.
 3. RTX serves the GPUs of desktops and refuses others only when it builds; of `NOT_RTX` that is said beforehand.
@@ -51,7 +51,7 @@ class TensorRtRunner:
 
     Args:
         cache: a timing cache to begin with.
-        settings: what the builder may use.
+        settings: the limits of the builder.
     Raises:
         SluiceError: TensorRT, the CUDA runtime or the device is not here.
     """

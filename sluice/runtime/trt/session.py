@@ -4,8 +4,8 @@
    never zeros, and stay: neither copies nor addresses change between inferences, and small networks find their data
    in the L2 cache, as they do behind another network on the device.
 2. The first inferences of a context initialise it. `FIRST` of them run before the CUDA graph is captured; after that
-   one launch is one inference, without the CPU's work per kernel. What cannot be captured is enqueued each time: then
-   the figure may hold the CPU's time too, and a line in the log says so.
+   one launch is one inference, without the CPU's work per kernel. An engine that cannot be captured is enqueued each
+   time: then the figure may hold the CPU's time too, and a line in the log says so.
 3. One launch goes before the first event, so that the device is busy while the burst is enqueued and the events enclose
    the device's work alone.
 4. Of a small network several inferences in a row are captured in one graph, as many as
