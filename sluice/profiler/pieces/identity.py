@@ -133,8 +133,8 @@ def _words(graph: onnx.GraphProto, inputs: Sequence[str], outputs: Sequence[str]
     """The anchor operator, its kernel, the sizes of its input and output, and the operators behind it."""
     initial = {init.name: init for init in graph.initializer}
     anchor = next((n for n in graph.node if n.op_type in ANCHORS), graph.node[0])
-    weightless = _weightless(graph, inputs)
-    epilogue = " + ".join(n.op_type for n in graph.node if n is not anchor and n.output[0] not in weightless)
+    weights_only = _weights_only(graph, inputs)
+    epilogue = " + ".join(n.op_type for n in graph.node if n is not anchor and n.output[0] not in weights_only)
     weight = initial.get(anchor.input[1]) if anchor.input[1:] else None
     kernel = "x".join(map(str, weight.dims[2:])) if weight is not None else ""
     into = "x".join(map(str, size(inputs[0]))) if inputs else ""
@@ -143,7 +143,7 @@ def _words(graph: onnx.GraphProto, inputs: Sequence[str], outputs: Sequence[str]
     return " ".join(text.split())
 
 
-def _weightless(graph: onnx.GraphProto, inputs: Sequence[str]) -> set[str]:
+def _weights_only(graph: onnx.GraphProto, inputs: Sequence[str]) -> set[str]:
     """Outputs of operators that depend on weights only."""
     active = set(inputs)
     prepared: set[str] = set()
