@@ -84,7 +84,7 @@ class Profile:
 
 
 def fingerprint_here(target: str, threads: int, batch: int, precision: str = "fp32") -> Fingerprint:
-    """The fingerprint of a table that is measured now, on this machine.
+    """What a table measured now, on this machine, must carry.
 
     Raises:
         SluiceError: the target is not here, or cannot run this precision.

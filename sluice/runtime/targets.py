@@ -1,4 +1,4 @@
-"""The deployment runtimes by name: their precisions, and the reason why one of them cannot run here."""
+"""The deployment runtimes by name: which there are, which precisions they take, and what is missing here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["TARGETS", "UNFIT", "available_targets", "check_fit", "check_target",
 TARGETS = ("ort-cpu", "ort-cuda", "torch-cuda", "tensorrt")
 
 
-# Precisions that a runtime would refuse piece by piece, or run as another network.
+# What a runtime would refuse piece by piece, or run as another network than the one that is asked for.
 UNFIT = {
     ("ort-cuda", "int8"): "its CUDA provider computes int8 pairs in floating point",
     ("torch-cuda", "int8"): "it has no int8 convolutions",
@@ -25,7 +25,7 @@ UNFIT = {
 
 
 def check_target(target: str) -> str:
-    """The name, checked. The target need not be here.
+    """The name, checked; whether the target is here is not asked.
 
     Raises:
         SluiceError: there is no such target.
