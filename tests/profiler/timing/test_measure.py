@@ -368,7 +368,7 @@ def test_mistakes_are_refused() -> None:
         measure([Fake("a", 1.0), other], rng=rng())
     with pytest.raises(SluiceError, match="different clocks"):
         measure([Fake("a", 1.0)], rng=rng(), reference=ReferenceEngine(other, 1.0))
-    with pytest.raises(SluiceError, match="reference's time"):
+    with pytest.raises(SluiceError, match="reference engine's time"):
         measure([Fake("a", 1.0)], rng=rng(), reference=ReferenceEngine(Fake("b", 1.0), 0.0))
     with pytest.raises(SluiceError, match="min_bursts=5"):
         measure([Fake("a", 1.0)], rng=rng(), min_bursts=5, max_bursts=4)
