@@ -18,7 +18,7 @@ from torch import nn
 import sluice
 from benchmarks.methods_jobs import Job
 from benchmarks.methods_results import Record, Run
-from sluice.core.budget_spec import parse_budget
+from sluice.core.budget_spec import BudgetSpec
 from sluice.core.errors import SluiceError
 from sluice.passes.cut.export import finalize, to_onnx
 from sluice.pipeline.figures import count_parameters
@@ -88,7 +88,7 @@ def compressed(job: Job, run: Run, table: Path) -> Record:
 
 def thin(job: Job, run: Run) -> Record:
     """The uniformly thinner network, from random weights: the dense recipe, then the fine-tuning of the others."""
-    started = time.perf_counter()
+    started, budget = time.perf_counter(), BudgetSpec.parse(run.budget)
     dense = _engine(job, job.model)
 
     def ms(model: nn.Module) -> tuple[float, float]:
@@ -96,7 +96,7 @@ def thin(job: Job, run: Run) -> Record:
 
     def fits(share: float) -> bool:
         dense_ms, slim_ms = ms(job.thin(share).eval())
-        return slim_ms <= ACCEPTED * parse_budget(run.budget, dense_ms)
+        return slim_ms <= ACCEPTED * budget.ms(dense_ms)
 
     share = widest(job.shares, fits)
     if share is None:
@@ -111,7 +111,7 @@ def thin(job: Job, run: Run) -> Record:
         round(time.perf_counter() - started, 1),
         job.evaluate(model),
         dense_ms,
-        parse_budget(run.budget, dense_ms),
+        budget.ms(dense_ms),
         slim_ms,
         count_parameters(model),
         detail=f"width {share:g}, {job.dense_epochs} + {run.epochs} epochs",

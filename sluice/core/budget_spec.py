@@ -1,41 +1,79 @@
-"""A latency budget as the user writes it."""
+"""A budget is parsed once, where the user hands it in; everything behind takes the parsed value.
+
+A budget is a set of upper bounds, one for each kind of cost that it limits. The one kind so far is ``latency_ms``; a
+further kind is a row of `UNITS` and a method that says what its amount comes to.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from sluice.core.errors import SluiceError
 
-if TYPE_CHECKING:
-    pass
+__all__ = ["Bound", "BudgetSpec"]
 
-__all__ = ["parse_budget"]
+SHARE = "%"
+# By kind, the units that a bound may have; a number without one has the unit that ends the name of the kind.
+UNITS: Mapping[str, Mapping[str, float]] = {"latency_ms": {"us": 1e-3, "ms": 1.0, "s": 1e3}}
+HOW = "say '50%', '2.4ms' or {'latency_ms': 2.4}"
 
 
-def parse_budget(spec: str | Mapping[str, str | float], dense_ms: float) -> float:
-    """Milliseconds of ``"50%"`` (of dense), ``"2.4ms"``, ``"800us"`` or ``{"latency_ms": 2.4 or "50%"}``."""
-    how = "say '50%', '2.4ms' or {'latency_ms': 2.4}"
-    value: object = spec
-    if isinstance(spec, Mapping):
-        unknown = sorted(set(spec) - {"latency_ms"})
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """At most ``number`` of ``unit``, which is one of the kind's `UNITS`, or ``%`` of what the dense network has."""
+
+    number: float
+    unit: str
+
+    def __str__(self) -> str:
+        return f"{self.number:.4g}%" if self.unit == SHARE else f"{self.number:.4g} {self.unit}"
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetSpec:
+    """What a network may cost: ``(kind, bound)`` for every kind that is limited."""
+
+    bounds: tuple[tuple[str, Bound], ...]
+
+    @classmethod
+    def parse(cls, spec: str | Mapping[str, str | float]) -> BudgetSpec:
+        """From ``"50%"`` (of dense), ``"2.4ms"``, ``"800us"`` or ``{"latency_ms": 2.4 or "50%"}``.
+
+        Raises:
+            SluiceError: a kind or a unit that there is not, or an amount out of range.
+        """
+        if not isinstance(spec, Mapping):
+            return cls((("latency_ms", _bound("latency_ms", spec)),))
+        unknown = sorted(set(spec) - UNITS.keys())
         if unknown or not spec:
-            raise SluiceError(f"budget {dict(spec)!r} names {unknown or 'nothing'}; only 'latency_ms' is known, {how}")
-        value = spec["latency_ms"]
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            value = f"{value}ms"
+            raise SluiceError(f"budget {dict(spec)!r} names {unknown or 'nothing'}; only 'latency_ms' is known, {HOW}")
+        return cls(tuple((kind, _bound(kind, value, bare=kind.rpartition("_")[2])) for kind, value in spec.items()))
+
+    def ms(self, dense_ms: float) -> float:
+        """Milliseconds that the network may take, where the dense one takes ``dense_ms``."""
+        bound = dict(self.bounds)["latency_ms"]
+        return bound.number * (dense_ms / 100 if bound.unit == SHARE else UNITS["latency_ms"][bound.unit])
+
+    def __str__(self) -> str:
+        return ", ".join(f"{kind.partition('_')[0]} {bound}" for kind, bound in self.bounds)
+
+
+def _bound(kind: str, value: object, bare: str = "") -> Bound:
+    """``value`` as the user wrote it; ``bare`` is the unit of a number, where one may stand for itself."""
+    if bare and isinstance(value, int | float) and not isinstance(value, bool):
+        value = f"{value}{bare}"
     if not isinstance(value, str):
-        raise SluiceError(f"budget {value!r} has no unit; {how}")
+        raise SluiceError(f"budget {value!r} has no unit; {HOW}")
     text = value.strip().lower()
-    units = {"%": dense_ms / 100, "us": 1e-3, "ms": 1.0, "s": 1e3}
-    unit = next((u for u in units if text.endswith(u)), None)
+    unit = next((u for u in (SHARE, *UNITS[kind]) if text.endswith(u)), None)
     try:
         number = float(text.removesuffix(unit or ""))
     except ValueError:
         number = math.nan
     if unit is None or not math.isfinite(number):
-        raise SluiceError(f"budget {value!r} is not understood; {how}")
-    if number <= 0 or (unit == "%" and number > 100):
-        raise SluiceError(f"budget {value!r} is out of range; {how}, a share between 0% and 100%")
-    return number * units[unit]
+        raise SluiceError(f"budget {value!r} is not understood; {HOW}")
+    if number <= 0 or (unit == SHARE and number > 100):
+        raise SluiceError(f"budget {value!r} is out of range; {HOW}, a share between 0% and 100%")
+    return Bound(number, unit)

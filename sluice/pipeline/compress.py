@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from sluice.artifacts.deploy import as_module, deploy_onnx
 from sluice.artifacts.macs import count_macs
 from sluice.artifacts.result import Compressed, check_writable
-from sluice.core.budget_spec import parse_budget
+from sluice.core.budget_spec import BudgetSpec
 from sluice.core.errors import SluiceError
 from sluice.core.progress import stage
 from sluice.importance.taylor import learned_scores
@@ -94,7 +94,7 @@ def compress(
     """
     started = time.perf_counter()
     methods = check_methods(methods)
-    parse_budget(budget, 1.0)  # a typing error is said before anything is measured, and so is the rest of these
+    asked = BudgetSpec.parse(budget)  # a typing error is said before anything is measured, as are the next ones
     _check_rehearsal(rehearsal)
     check_precision(precision)
     check_float32(model)
@@ -102,12 +102,12 @@ def compress(
     if out is not None:
         check_writable(out)
     ready = prepare(
-        model, example_inputs, budget=budget, data=data, table=table, batch=batch, target=target, threads=threads,
+        model, example_inputs, budgets=[asked], data=data, table=table, batch=batch, target=target, threads=threads,
         precision=precision, exclude=exclude, methods=methods, gate_epochs=gate_epochs, lr=lr, loss=loss,
         progress=progress,
     )  # fmt: skip
     return _finish(
-        ready, budget, data=data, epochs=epochs, rehearsal=rehearsal, lr=lr, loss=loss, evaluate=evaluate, out=out,
+        ready, asked, data=data, epochs=epochs, rehearsal=rehearsal, lr=lr, loss=loss, evaluate=evaluate, out=out,
         progress=progress, started=started,
     )  # fmt: skip
 
@@ -142,8 +142,7 @@ def sweep(
     methods = check_methods(methods)
     if not budgets:
         raise SluiceError("there are no budgets; give at least one, budgets=['50%']")
-    for budget in budgets:
-        parse_budget(budget, 1.0)
+    asked = {budget: BudgetSpec.parse(budget) for budget in budgets}
     _check_rehearsal(rehearsal)
     check_precision(precision)
     check_float32(model)
@@ -153,13 +152,13 @@ def sweep(
         if folder is not None:
             check_writable(folder)
     ready = prepare(
-        model, example_inputs, budget=budgets, data=data, table=table, batch=batch, target=target, threads=threads,
-        precision=precision, exclude=exclude, methods=methods, loss=loss, progress=progress,
+        model, example_inputs, budgets=list(asked.values()), data=data, table=table, batch=batch, target=target,
+        threads=threads, precision=precision, exclude=exclude, methods=methods, loss=loss, progress=progress,
     )  # fmt: skip
     for budget, folder in folders.items():
         started = time.perf_counter()
         yield budget, _finish(
-            ready, budget, data=data, epochs=epochs, rehearsal=rehearsal, lr=lr, loss=loss, evaluate=evaluate,
+            ready, asked[budget], data=data, epochs=epochs, rehearsal=rehearsal, lr=lr, loss=loss, evaluate=evaluate,
             out=folder, progress=progress, started=started,
         )  # fmt: skip
 
@@ -206,7 +205,7 @@ def finish(
 
 
 def _finish(
-    ready: Prepared, budget: str | Mapping[str, str | float], *, data: Data | None, epochs: int, rehearsal: int,
+    ready: Prepared, budget: BudgetSpec, *, data: Data | None, epochs: int, rehearsal: int,
     lr: float, loss: Loss, evaluate: Evaluate | None, out: str | os.PathLike[str] | None, progress: bool,
     started: float,
 ) -> Compressed:  # fmt: skip
@@ -219,7 +218,7 @@ def _finish(
     readings: list[Scenario] = []
     if data is not None and epochs:
         least = least_ms(problem.model).promised_ms
-        target_ms = max(AIM * parse_budget(budget, measured.latency.dense_ms()), least)
+        target_ms = max(AIM * budget.ms(measured.latency.dense_ms()), least)
         readings = choose(
             problem, methods, target_ms, lambda solution: rewrite_torch(stripped, solution.plan, inputs, merged=False),
             data=data, teacher=reference, loss=loss, lr=lr, steps=rehearsal, progress=progress,
@@ -252,7 +251,7 @@ def _finish(
         dense_ms, slim_ms = final_pair(measured, measured.engine(dense_engine), deployed, budget)
     report = make_report(
         measured, verified, dense_ms=dense_ms, slim_ms=slim_ms, worst=max(closed, exported),
-        budget_ms=parse_budget(budget, dense_ms),
+        budget_ms=budget.ms(dense_ms),
         params=(count_parameters(stripped), count_parameters(slim)),
         macs=(count_macs(dense_engine), count_macs(slim_onnx)),
         metrics=(metric_dense, None if evaluate is None else evaluate(slim), metric_deployed),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sluice.core.budget_spec import parse_budget
+from sluice.core.budget_spec import BudgetSpec
 from sluice.core.plan import Plan
 from sluice.passes.graph.capture import Inputs
 from sluice.pipeline.prepare import prepare
@@ -50,13 +50,13 @@ def plan_one_shot(
     will do, if it knows all of the model.
     """
     methods = check_methods(methods)
-    parse_budget(budget, 1.0)
+    asked = BudgetSpec.parse(budget)
     check_data(model, data)
     ready = prepare(
-        model, example_inputs, budget=budget, data=data, table=table, batch=batch, target=target, threads=threads,
+        model, example_inputs, budgets=[asked], data=data, table=table, batch=batch, target=target, threads=threads,
         precision=precision, exclude=exclude, methods=methods, elsewhere=True, progress=progress,
     )  # fmt: skip
     dense_ms = ready.measured.latency.dense_ms()
-    target_ms = parse_budget(budget, dense_ms)
+    target_ms = asked.ms(dense_ms)
     solution = ready.problem.solve(target_ms)
     return OneShotPlan(solution.plan, target_ms, dense_ms, solution.choice.promised_ms, solution.choice.retained)

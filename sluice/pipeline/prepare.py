@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sluice.core.budget_spec import parse_budget
+from sluice.core.budget_spec import BudgetSpec
 from sluice.core.errors import SluiceError, Unreachable
 from sluice.core.progress import stage
 from sluice.importance.taylor import learned_scores
@@ -76,7 +76,7 @@ class Prepared:
 
 
 def prepare(
-    model: nn.Module, example_inputs: Inputs, *, budget: str | Mapping[str, str | float] | Sequence[str], data: Data,
+    model: nn.Module, example_inputs: Inputs, *, budgets: Sequence[BudgetSpec], data: Data,
     table: str | os.PathLike[str], batch: int, target: str, threads: int, precision: str, exclude: Sequence[str],
     methods: tuple[str, ...], gate_epochs: int = 0, lr: float = 1e-3, loss: Loss = default_loss,
     elsewhere: bool = False, progress: bool,
@@ -85,7 +85,6 @@ def prepare(
 
     Several budgets may be given where no gates are trained. ``elsewhere`` as for `profile`.
     """
-    budgets = [budget] if isinstance(budget, (str, Mapping)) else list(budget)
     measured = profile(
         model, example_inputs, table, batch=batch, target=target, threads=threads, precision=precision,
         exclude=exclude, methods=methods, elsewhere=elsewhere, progress=progress,
@@ -99,7 +98,7 @@ def prepare(
     if methods == (BSR,):
         problem = price_problem(gated, measured, methods, scores, data=data, loss=loss)
         if gate_epochs:
-            target_ms = AIM * parse_budget(budgets[0], measured.latency.dense_ms())
+            target_ms = AIM * budgets[0].ms(measured.latency.dense_ms())
             ranks = problem.solve(target_ms).plan.factorizations
             if ranks:
                 fit(
@@ -125,7 +124,7 @@ def prepare(
     return Prepared(gated, measured, methods, teacher, problem)
 
 
-def _budget(gated: Gated, measured: Profile, budget: str | Mapping[str, str | float]) -> Budget | None:
+def _budget(gated: Gated, measured: Profile, budget: BudgetSpec) -> Budget | None:
     """None where the gates alone do not get there: the methods that have none are needed, and nothing is to be learned
     from emptying what has."""
     try:
@@ -134,10 +133,10 @@ def _budget(gated: Gated, measured: Profile, budget: str | Mapping[str, str | fl
         return None
 
 
-def check_reachable(measured: Profile, methods: Sequence[str], budget: str | Mapping[str, str | float]) -> None:
+def check_reachable(measured: Profile, methods: Sequence[str], budget: BudgetSpec) -> None:
     latency = measured.latency
     model = restricted(latency, measured.options.sites(latency, methods))
-    target_ms, least = parse_budget(budget, latency.dense_ms()), least_ms(model).promised_ms
+    target_ms, least = budget.ms(latency.dense_ms()), least_ms(model).promised_ms
     if least > target_ms * (1 + 1e-6):
         raise unreachable(target_ms, least, latency.dense_ms(), methods=methods)
 

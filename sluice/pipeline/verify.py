@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from sluice.core.budget_spec import parse_budget
+from sluice.core.budget_spec import BudgetSpec
 from sluice.core.errors import SluiceError, Unreachable
 from sluice.core.plan import Plan
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
@@ -93,9 +93,7 @@ def measure_configurations(profile: Profile, configurations: Sequence[Mapping[st
     return [m.ms for m in found]
 
 
-def solve_verified(
-    problem: Problem, budget: str | Mapping[str, str | float], dense: onnx.ModelProto
-) -> VerifiedSolution:
+def solve_verified(problem: Problem, budget: BudgetSpec, dense: onnx.ModelProto) -> VerifiedSolution:
     """Find a plan whose engine meets the budget.
 
     Args:
@@ -105,7 +103,7 @@ def solve_verified(
     """
     profile = problem.profile
     dense_engine = profile.engine(finalize(dense))
-    target_ms = AIM * parse_budget(budget, profile.latency.dense_ms())
+    target_ms = AIM * budget.ms(profile.latency.dense_ms())
     least = least_ms(problem.model).promised_ms
     best: VerifiedSolution | None = None
     fastest: VerifiedSolution | None = None
@@ -118,10 +116,10 @@ def solve_verified(
             break
         slim = profile.engine(finalize(rewrite_onnx(dense, solution.plan)))
         dense_ms, slim_ms = measure_pair(profile, dense_engine, slim, seed=attempt)
-        if slim_ms <= ACCEPTED * parse_budget(budget, dense_ms):  # not only by luck
+        if slim_ms <= ACCEPTED * budget.ms(dense_ms):  # not only by luck
             pairs = [(dense_ms, slim_ms), measure_pair(profile, dense_engine, slim, seed=ROUNDS + attempt)]
-            dense_ms, slim_ms = max(pairs, key=lambda pair: pair[1] / parse_budget(budget, pair[0]))
-        budget_ms = parse_budget(budget, dense_ms)
+            dense_ms, slim_ms = max(pairs, key=lambda pair: pair[1] / budget.ms(pair[0]))
+        budget_ms = budget.ms(dense_ms)
         found = VerifiedSolution(solution, budget_ms, dense_ms, slim_ms, attempt)
         if fastest is None or slim_ms / budget_ms < fastest.measured_ms / fastest.budget_ms:
             fastest = found
@@ -145,9 +143,7 @@ def solve_verified(
     return chosen
 
 
-def first_verified(
-    problems: Sequence[Problem], budget: str | Mapping[str, str | float], dense: onnx.ModelProto
-) -> VerifiedSolution:
+def first_verified(problems: Sequence[Problem], budget: BudgetSpec, dense: onnx.ModelProto) -> VerifiedSolution:
     """The first problem that has an engine within the budget: what trained best may just not be fast enough.
 
     The last one, which may move the most, says what is wrong where none has.
@@ -162,10 +158,10 @@ def first_verified(
 
 
 def final_pair(
-    profile: Profile, dense: onnx.ModelProto, slim: onnx.ModelProto, budget: str | Mapping[str, str | float]
+    profile: Profile, dense: onnx.ModelProto, slim: onnx.ModelProto, budget: BudgetSpec
 ) -> tuple[float, float]:
     """Milliseconds of both engines; where a first measurement says that the budget is missed, the median of three."""
     pairs = [measure_pair(profile, dense, slim, seed=99)]
-    if pairs[0][1] > parse_budget(budget, pairs[0][0]):
+    if pairs[0][1] > budget.ms(pairs[0][0]):
         pairs += [measure_pair(profile, dense, slim, seed=seed) for seed in (100, 101)]
     return sorted(pairs, key=lambda pair: pair[1] / pair[0])[len(pairs) // 2]

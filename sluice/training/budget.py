@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sluice.core.budget_spec import parse_budget
+from sluice.core.budget_spec import BudgetSpec
 from sluice.core.errors import SluiceError
 from sluice.core.latency import LatencyModel
 from sluice.passes.gates.filter_gates import Gates
@@ -88,7 +88,7 @@ class Budget:
             site to gate: axis group, rank ``<weight>|<form>|rank``, or switch ``<block>|drop``. Sites of the model
             without a gate stay dense; whether a layer with a rank is factorised follows from its cost.
         latency: milliseconds as a function of the sites: a profile, or its latency model.
-        target: ``"50%"``, ``"2.4ms"`` or ``{"latency_ms": 2.4}``.
+        target: ``"50%"``, ``"2.4ms"`` or ``{"latency_ms": 2.4}``, or one of these parsed.
         steps: number of optimizer steps the gates will be trained for (of a gated network: its own).
         warmup_fraction: share of the steps over which the target falls from dense to the budget.
         rate: speed of the dual ascent; the integral gains ``rate / steps`` (at most 2) times the violation per step.
@@ -101,7 +101,7 @@ class Budget:
         self,
         gated: nn.Module | Mapping[str, GateLike],
         latency: LatencyModel | Profile,
-        target: str | Mapping[str, str | float],
+        target: str | Mapping[str, str | float] | BudgetSpec,
         *,
         steps: int | None = None,
         warmup_fraction: float = 0.4,
@@ -114,7 +114,7 @@ class Budget:
             )
         model = latency if isinstance(latency, LatencyModel) else latency.latency
         self.profile = None if isinstance(latency, LatencyModel) else latency
-        self.target = target
+        self.target = target if isinstance(target, BudgetSpec) else BudgetSpec.parse(target)
         inner = gated.gates if isinstance(gated, nn.Module) else None
         gates: Mapping[str, GateLike] = dict(inner.items()) if isinstance(inner, Gates) else gated  # type: ignore[assignment]
         if isinstance(inner, Gates):
@@ -137,7 +137,7 @@ class Budget:
         self.steps, self.warmup_fraction = steps, warmup_fraction
         self.gain = min(rate / steps, 2.0)
         self.dense_ms = model.dense_ms()
-        self.target_ms = parse_budget(target, self.dense_ms)
+        self.target_ms = self.target.ms(self.dense_ms)
         self.least_ms = least_ms(self.model).promised_ms
         if not self.feasible():
             structure = bool(self.model.switches & gates.keys()) or any(g.endswith(RANK) for g in gates)

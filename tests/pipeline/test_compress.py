@@ -16,6 +16,7 @@ import sluice
 from sluice.artifacts.check import check, check_deployed
 from sluice.artifacts.deploy import as_module
 from sluice.artifacts.report import Report
+from sluice.core.budget_spec import BudgetSpec
 from sluice.core.errors import SluiceError
 from sluice.core.plan import Plan
 from sluice.passes.cut.export import to_onnx
@@ -384,6 +385,7 @@ def test_every_question_is_settled_once_and_the_last_says_what_is_wrong(
     """Readings may hold the problem itself, and two of them may be the same."""
     part, whole = (Problem(measured, measured.partition.analysis, measured.latency, {}, {}) for _ in range(2))
     asked: list[Problem] = []
+    asked_for = BudgetSpec.parse(BUDGET)
 
     def refuse(problem: Problem, budget: object, dense: object) -> None:
         asked.append(problem)
@@ -391,10 +393,10 @@ def test_every_question_is_settled_once_and_the_last_says_what_is_wrong(
 
     monkeypatch.setattr(verify, "solve_verified", refuse)
     with pytest.raises(SluiceError, match="the whole"):
-        verify.first_verified([whole, part, part, whole], BUDGET, onnx.ModelProto())
+        verify.first_verified([whole, part, part, whole], asked_for, onnx.ModelProto())
     assert [problem is whole for problem in asked] == [True, False]
     with pytest.raises(SluiceError, match="the whole"):
-        verify.first_verified([whole], BUDGET, onnx.ModelProto())
+        verify.first_verified([whole], asked_for, onnx.ModelProto())
     assert len(asked) == 3
 
 
@@ -402,8 +404,9 @@ def test_without_gates_nothing_is_decided_before_the_end(residual_table: Path, m
     monkeypatch.setattr(BeamProblem, "solve", lambda self, target_ms: pytest.fail("decided"))
     monkeypatch.setattr(prepare, "_length", lambda data: pytest.fail("read to the end"))
     ready = prepare.prepare(
-        tiny.residual(), tiny.inputs(), budget=BUDGET, data=tiny.data(), table=residual_table, batch=tiny.BATCH,
-        target="ort-cpu", threads=1, precision="fp32", exclude=(), methods=("bsr",), loss=default_loss, progress=False,
+        tiny.residual(), tiny.inputs(), budgets=[BudgetSpec.parse(BUDGET)], data=tiny.data(), table=residual_table,
+        batch=tiny.BATCH, target="ort-cpu", threads=1, precision="fp32", exclude=(), methods=("bsr",),
+        loss=default_loss, progress=False,
     )  # fmt: skip
     assert isinstance(ready.problem, BeamProblem) and ready.problem.steps
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from sluice.core.budget_spec import BudgetSpec
 from sluice.core.errors import SluiceError
 from sluice.passes.graph.onnx_axes import analyze_onnx
 from sluice.pipeline.problem import Problem
@@ -43,7 +44,9 @@ class Device:
         latency = self.profile.latency
         scores = {g: rng.uniform(0.1, 1.0, n) for g, n in latency.dense.items()}
         losses = amplitude_losses(latency.levels, scores)
-        return solve_verified(Problem(self.profile, analyze_onnx(DENSE), latency, losses, scores), budget, DENSE)
+        return solve_verified(
+            Problem(self.profile, analyze_onnx(DENSE), latency, losses, scores), BudgetSpec.parse(budget), DENSE
+        )
 
 
 def device_of(cost: Cost, monkeypatch: pytest.MonkeyPatch) -> Device:

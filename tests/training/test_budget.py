@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sluice.core.budget_spec import parse_budget
 from sluice.core.errors import SluiceError
 from sluice.core.latency import Extent, LatencyModel, Term
 from sluice.solver.decide import least_ms
@@ -171,29 +170,6 @@ def test_groups_without_a_gate_are_dense_and_other_shapes_refused() -> None:
     assert value == pytest.approx(model.ms({"a": 32, "b": 16, "c": 24}), rel=1e-6)
     with pytest.raises(SluiceError, match=r"widths have shape \(2,\)"):
         expected(torch.zeros(2))
-
-
-@pytest.mark.parametrize(
-    ("spec", "ms"),
-    [
-        ("50%", 2.0),
-        ("2.4ms", 2.4),
-        (" 2.4 MS ", 2.4),
-        ("800us", 0.8),
-        ({"latency_ms": 2}, 2.0),
-        ({"latency_ms": "25%"}, 1.0),
-    ],
-)
-def test_parse_budget(spec: str | dict[str, str | float], ms: float) -> None:
-    assert parse_budget(spec, 4.0) == pytest.approx(ms)
-
-
-@pytest.mark.parametrize(
-    "spec", [0.5, "fast", "2.4", "-1ms", "120%", "0%", "nanms", {"params": "5%"}, {}, {"latency_ms": True}]
-)
-def test_parse_budget_refuses(spec: object) -> None:
-    with pytest.raises(SluiceError, match=r"say '50%', '2\.4ms'"):
-        parse_budget(spec, 4.0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
