@@ -22,6 +22,7 @@ from torch import nn
 from benchmarks.fidelity_results import Outcome, Record, Run
 from examples.crepe.model import FRAME, Crepe
 from sluice import models
+from sluice.core.deployment import Deployment
 from sluice.passes.cut.export import to_onnx
 from sluice.profiler.pieces.engine import with_ranks_in_reach
 from sluice.profiler.profile import profile_onnx
@@ -68,7 +69,8 @@ def perform(run: Run, folder: Path) -> Record:
     dense, table = NETWORKS[run.network].export(), folder / run.table
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    profile = profile_onnx(dense, table, batch=run.batch, threads=run.threads, methods=run.methods)
+    deployment = Deployment(batch=run.batch, threads=run.threads)
+    profile = profile_onnx(dense, table, deployment=deployment, methods=run.methods)
     seconds = time.perf_counter() - started
     rng = np.random.default_rng(run.seed)
     latency, options = profile.latency, profile.options

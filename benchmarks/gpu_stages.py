@@ -12,6 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from sluice.core.deployment import Deployment
 from sluice.models import mobilenet_v2_224, resnet50
 from sluice.models.imagenet import ImageNetResNet
 from sluice.passes.precision.to_precision import to_precision
@@ -104,7 +105,7 @@ def dense(runner: Runner, model: onnx.ModelProto, batch: int, precision: str) ->
 
 def profiled(model: onnx.ModelProto, table: Path, *, batch: int, target: str, precision: str) -> dict[str, Any]:
     """What profiling measured and what error it states; ``profile`` is the profile itself."""
-    profile = profile_onnx(model, table, batch=batch, target=target, precision=precision, progress=False)
+    profile = profile_onnx(model, table, deployment=Deployment(target, batch, 1, precision), progress=False)
     with LatencyTable.open(table) as opened:
         points = len(opened)
     return {

@@ -101,8 +101,7 @@ def _pack(args: argparse.Namespace) -> int:
     if args.layers:
         args.wrong("--layers asks the runtime of this machine, --pack is for another; leave out one of the two")
     settings = _settings(args)
-    names = ("batch", "target", "threads", "precision", "methods")
-    job = Job(**{n: settings[n] for n in names}, exclude=tuple(args.exclude))
+    job = Job(settings["deployment"], settings["methods"], tuple(args.exclude))
     known = known_table(args.table, job) if args.table else None
     size = write_job(args.out, _dense_onnx(args), job, known)
     lines = [f"{args.out}: {size:,} bytes; on the device: python {Path(args.out).name} -o TABLE.db"]
@@ -132,11 +131,12 @@ def compress(args: argparse.Namespace) -> int:
     from sluice import compress as run
 
     settings = _settings(args)
+    deployment = asdict(settings.pop("deployment"))
     done = run(
         model_of(args.model), inputs_of(args.model, args.shape, args.batch), budget=args.budget,
         data=data_of(args.data), out=args.out, gate_epochs=args.gate_epochs, epochs=args.epochs,
         rehearsal=args.rehearsal, lr=args.lr, evaluate=evaluate_of(args.evaluate) if args.evaluate else None,
-        **settings,
+        **deployment, **settings,
     )  # fmt: skip
     if args.json:
         print(done.report.to_json(), end="")
@@ -186,9 +186,8 @@ def export(args: argparse.Namespace) -> int:
     from sluice import load
     from sluice.artifacts.deploy import deploy_onnx, rounding_error
     from sluice.commands.export import Asked, check_files, known_cache, outcome
+    from sluice.core.deployment import check_fit, check_precision
     from sluice.passes.cut.export import finalize, save_onnx, to_onnx
-    from sluice.passes.precision.to_precision import check_precision
-    from sluice.runtime.targets import check_fit
 
     check_precision(args.precision)
     if args.calibration and args.precision != "int8":
@@ -293,11 +292,16 @@ def _loaded(runner: Any, path: str) -> Any:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    from sluice.core.deployment import Deployment
     from sluice.solver.options import check_methods
 
-    names = ("table", "batch", "target", "threads", "precision", "exclude")
-    settings = {name: getattr(args, name) for name in names}
-    return {**settings, "methods": check_methods(args.methods.split(",")), "progress": not args.quiet}
+    return {
+        "table": args.table,
+        "deployment": Deployment(args.target, args.batch, args.threads, args.precision),
+        "exclude": args.exclude,
+        "methods": check_methods(args.methods.split(",")),
+        "progress": not args.quiet,
+    }
 
 
 def _print(args: argparse.Namespace, data: Any, lines: Iterable[str]) -> int:

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from sluice import models
+from sluice.core.deployment import PRECISIONS
 from sluice.core.plan import Drop, Edits, Factorize, Merge, Plan
 from sluice.models import EXAMPLE_SHAPES, example_inputs
 from sluice.passes.cut.export import to_onnx
@@ -29,7 +30,7 @@ from sluice.passes.graph.onnx_axes import analyze_onnx
 from sluice.passes.graph.onnx_file import finalize
 from sluice.passes.graph.segments import find_segments, folded_norms
 from sluice.passes.graph.view_onnx import view_onnx
-from sluice.passes.precision.to_precision import PRECISIONS, to_precision
+from sluice.passes.precision.to_precision import to_precision
 from sluice.profiler.pieces.partition import build_piece, partition_graph
 from sluice.profiler.pieces.sources import add_sources
 from sluice.runtime.trt.inspect import EngineLayers, owners, place_pieces, read_layers

@@ -15,6 +15,7 @@ from torch import nn
 
 import sluice
 from sluice.cli import main
+from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError
 from sluice.core.plan import Plan
 from sluice.importance.taylor import fisher_scores
@@ -190,7 +191,7 @@ def test_nothing_to_cut(refused: Refused, tmp_path: Path) -> None:
 
 
 def test_foreign_table(refused: Refused, tmp_path: Path) -> None:
-    here = fingerprint_here("ort-cpu", 1, tiny.BATCH)
+    here = fingerprint_here(Deployment(batch=tiny.BATCH))
     other = replace(here, device="Some Other CPU", runtime_version="0.9")
     LatencyTable.create(tmp_path / "t.db", other).close()
     dense = dense_onnx_in(tmp_path)
@@ -329,7 +330,7 @@ def test_disk_full_while_profiling(refused: Refused, tmp_path: Path, monkeypatch
         said = refused(*profile, new=("new.db", "new.db-bursts"))
     assert "full" in said
     assert "what was recorded before is kept" in said
-    expected = fingerprint_here("ort-cpu", 1, tiny.BATCH)
+    expected = fingerprint_here(Deployment(batch=tiny.BATCH))
     with LatencyTable.open(table, expected) as opened:
         kept = len(opened)
     assert main(words(*profile)) == 0
@@ -348,7 +349,7 @@ def test_read_only_table(refused: Refused, tmp_path: Path, monkeypatch: pytest.M
         return connection
 
     table = tmp_path / "t.db"
-    LatencyTable.create(table, fingerprint_here("ort-cpu", 1, tiny.BATCH)).close()
+    LatencyTable.create(table, fingerprint_here(Deployment(batch=tiny.BATCH))).close()
     monkeypatch.setattr(table_module, "connect", read_only)
     said = refused("profile", dense_onnx_in(tmp_path), DEVICE, "--table", table)
     assert "readonly" in said

@@ -14,10 +14,10 @@ import torch
 import sluice
 from sluice.artifacts.report import Report
 from sluice.cli import main, parser
+from sluice.core.deployment import TARGETS, UNFIT
 from sluice.profiler import agent
 from sluice.profiler.sweep.shards import Shard
 from sluice.profiler.table.latency_table import LatencyTable
-from sluice.runtime.targets import TARGETS, UNFIT
 from sluice.solver.options import METHODS
 from tests import tiny
 

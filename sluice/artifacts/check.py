@@ -27,13 +27,13 @@ import onnx
 from onnx import numpy_helper
 
 from sluice.artifacts.rounding_check import RoundingCheck, compare_precisions, drawn, outputs_of
+from sluice.core.deployment import PRECISIONS
 from sluice.core.errors import SluiceError
 from sluice.core.plan import InputSpec, Plan
 from sluice.passes.cut.factor import first_name, second_name
 from sluice.passes.cut.merge_region import bias_name
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.graph.onnx_file import finalize, load_onnx
-from sluice.passes.precision.to_precision import PRECISIONS
 from sluice.runtime.base.compare import relative_error
 
 if TYPE_CHECKING:

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sluice.artifacts.calibration_ranges import PERCENTILE, activation_ranges, slices
+from sluice.core.deployment import check_precision, check_target
 from sluice.core.errors import SluiceError
 from sluice.passes.cut.export import OPSET, to_onnx
 from sluice.passes.graph.capture import Inputs
 from sluice.passes.graph.onnx_file import finalize, save_onnx
 from sluice.passes.precision.emulation import emulated
-from sluice.passes.precision.to_precision import check_precision, to_precision
+from sluice.passes.precision.to_precision import to_precision
 from sluice.runtime.base.compare import relative_error
-from sluice.runtime.targets import check_target
 
 if TYPE_CHECKING:
     from sluice.runtime.base.runner import Session
@@ -49,7 +49,7 @@ def export(
     """Write the network as deployment-ready ONNX and return it.
 
     Args:
-        precision: one of `sluice.passes.precision.to_precision.PRECISIONS`.
+        precision: one of `sluice.core.deployment.PRECISIONS`.
         calibration, target, exclude: as for `deploy_onnx`.
     Raises:
         SluiceError: the model cannot be exported, or not in this precision, or the file cannot be written.

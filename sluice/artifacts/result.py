@@ -12,11 +12,11 @@ from torch import fx
 
 from sluice.artifacts.report import Report
 from sluice.artifacts.store import save_weights
+from sluice.core.deployment import PRECISIONS
 from sluice.core.errors import SluiceError
 from sluice.core.files import write_atomically
 from sluice.core.plan import Plan
 from sluice.passes.graph.onnx_file import save_onnx
-from sluice.passes.precision.to_precision import PRECISIONS
 
 __all__ = ["Compressed", "check_writable"]
 

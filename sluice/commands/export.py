@@ -184,6 +184,7 @@ def known_cache(table: str | os.PathLike[str]) -> bytes:
     Raises:
         SluiceError: the table cannot be read, is of another runtime, version or device, or holds no cache.
     """
+    from sluice.core.deployment import Deployment
     from sluice.profiler.profile import fingerprint_here
     from sluice.profiler.table.fingerprint import difference
     from sluice.profiler.table.latency_table import LatencyTable
@@ -196,7 +197,7 @@ def known_cache(table: str | os.PathLike[str]) -> bytes:
             f"{os.fspath(table)!r} holds no timing cache (its runtime is {there.runtime}); give a table that "
             f"`sluice profile --target tensorrt` filled, or leave out --table"
         )
-    here = fingerprint_here("tensorrt", there.threads, there.batch, there.precision)
+    here = fingerprint_here(Deployment("tensorrt", there.batch, there.threads, there.precision))
     if differences := difference(there, here):
         raise SluiceError(
             f"the timing cache in {os.fspath(table)!r} is of no use here: {'; '.join(differences)}; leave out --table"

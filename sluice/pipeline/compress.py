@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from sluice.artifacts.deploy import as_module, deploy_onnx
 from sluice.artifacts.macs import count_macs
 from sluice.artifacts.result import Compressed, check_writable
 from sluice.core.budget_spec import BudgetSpec
+from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError
 from sluice.core.progress import stage
 from sluice.importance.taylor import learned_scores
@@ -33,12 +34,12 @@ from sluice.passes.cut.rewrite_torch import merge_runs, rewrite_torch
 from sluice.passes.gates.gating import Gated, strip_gates
 from sluice.passes.graph.capture import Inputs
 from sluice.passes.graph.onnx_file import finalize
-from sluice.passes.precision.to_precision import check_precision
 from sluice.pipeline.choose import Scenario, choose
 from sluice.pipeline.close import close
 from sluice.pipeline.figures import captured_inputs, count_parameters, example_outputs, make_report, parity
 from sluice.pipeline.prepare import Prepared, check_float32, prepare
 from sluice.pipeline.price import price_problem
+from sluice.pipeline.recipe import Evaluate, Recipe
 from sluice.pipeline.verify import AIM, final_pair, first_verified
 from sluice.solver.decide import least_ms
 from sluice.solver.options import METHODS, check_methods
@@ -47,7 +48,6 @@ from sluice.training.train import Data, Loss, check_data, default_loss, fit, spl
 
 __all__ = ["Compressed", "compress", "finish", "sweep"]
 
-Evaluate = Callable[[nn.Module], float]
 CALIBRATION = 512
 PARITY = 1e-4  # relative; beyond this a rewrite has changed the function, and that is our fault
 
@@ -95,21 +95,14 @@ def compress(
     started = time.perf_counter()
     methods = check_methods(methods)
     asked = BudgetSpec.parse(budget)  # a typing error is said before anything is measured, as are the next ones
-    _check_rehearsal(rehearsal)
-    check_precision(precision)
+    deployment = Deployment(target, batch, threads, precision)
+    recipe = Recipe(data, loss, lr, gate_epochs, epochs, rehearsal, evaluate, progress)
     check_float32(model)
     check_data(model, data, loss=loss)
     if out is not None:
         check_writable(out)
-    ready = prepare(
-        model, example_inputs, budgets=[asked], data=data, table=table, batch=batch, target=target, threads=threads,
-        precision=precision, exclude=exclude, methods=methods, gate_epochs=gate_epochs, lr=lr, loss=loss,
-        progress=progress,
-    )  # fmt: skip
-    return _finish(
-        ready, asked, data=data, epochs=epochs, rehearsal=rehearsal, lr=lr, loss=loss, evaluate=evaluate, out=out,
-        progress=progress, started=started,
-    )  # fmt: skip
+    ready = prepare(model, example_inputs, [asked], deployment, recipe, table=table, exclude=exclude, methods=methods)
+    return _finish(ready, asked, recipe, out=out, started=started)
 
 
 def sweep(
@@ -143,8 +136,8 @@ def sweep(
     if not budgets:
         raise SluiceError("there are no budgets; give at least one, budgets=['50%']")
     asked = {budget: BudgetSpec.parse(budget) for budget in budgets}
-    _check_rehearsal(rehearsal)
-    check_precision(precision)
+    deployment = Deployment(target, batch, threads, precision)
+    recipe = Recipe(data, loss, lr, 0, epochs, rehearsal, evaluate, progress)
     check_float32(model)
     check_data(model, data, loss=loss)
     folders = {budget: None if out is None else Path(out) / budget.strip().removesuffix("%") for budget in budgets}
@@ -152,15 +145,11 @@ def sweep(
         if folder is not None:
             check_writable(folder)
     ready = prepare(
-        model, example_inputs, budgets=list(asked.values()), data=data, table=table, batch=batch, target=target,
-        threads=threads, precision=precision, exclude=exclude, methods=methods, loss=loss, progress=progress,
-    )  # fmt: skip
+        model, example_inputs, list(asked.values()), deployment, recipe, table=table, exclude=exclude, methods=methods
+    )
     for budget, folder in folders.items():
         started = time.perf_counter()
-        yield budget, _finish(
-            ready, asked[budget], data=data, epochs=epochs, rehearsal=rehearsal, lr=lr, loss=loss, evaluate=evaluate,
-            out=folder, progress=progress, started=started,
-        )  # fmt: skip
+        yield budget, _finish(ready, asked[budget], recipe, out=folder, started=started)
 
 
 def finish(
@@ -191,37 +180,34 @@ def finish(
     if budget.profile is None:
         raise SluiceError("this budget has no profile, so no engine can be measured; make it from sluice.profile(...)")
     methods = check_methods(methods)
+    recipe = Recipe(data, loss, lr, 0, epochs, rehearsal, evaluate, progress)
     given = importance if importance is not None else {}
     learned = importance is None and "filter" in methods and gated.meta["space"].analysis.groups
     scores = learned_scores(gated.gates) if learned else given
     with stage("price every choice", progress) as advance:
         problem = price_problem(gated, budget.profile, methods, scores, data=data, loss=loss, advance=advance)
     reference = teacher if teacher is not None else strip_gates(gated, thresholded=True).eval()
-    return _finish(
-        Prepared(gated, budget.profile, methods, reference, problem), budget.target, data=data, epochs=epochs,
-        rehearsal=rehearsal, lr=lr, loss=loss, evaluate=evaluate, out=out, progress=progress,
-        started=time.perf_counter(),
-    )  # fmt: skip
+    ready = Prepared(gated, budget.profile, methods, reference, problem)
+    return _finish(ready, budget.target, recipe, out=out, started=time.perf_counter())
 
 
 def _finish(
-    ready: Prepared, budget: BudgetSpec, *, data: Data | None, epochs: int, rehearsal: int,
-    lr: float, loss: Loss, evaluate: Evaluate | None, out: str | os.PathLike[str] | None, progress: bool,
-    started: float,
-) -> Compressed:  # fmt: skip
+    ready: Prepared, budget: BudgetSpec, recipe: Recipe, *, out: str | os.PathLike[str] | None, started: float
+) -> Compressed:
     gated, measured, methods, reference = ready.gated, ready.measured, ready.methods, ready.teacher
     problem, precision = ready.problem, measured.fingerprint.precision
+    data, evaluate, progress = recipe.data, recipe.evaluate, recipe.progress
     if precision == "int8" and data is None:
         raise SluiceError("int8 is calibrated on data; give data= some batches of inputs")
     stripped = strip_gates(gated, thresholded=True).eval()
     inputs = captured_inputs(stripped)
     readings: list[Scenario] = []
-    if data is not None and epochs:
+    if data is not None and recipe.epochs:
         least = least_ms(problem.model).promised_ms
         target_ms = max(AIM * budget.ms(measured.latency.dense_ms()), least)
         readings = choose(
             problem, methods, target_ms, lambda solution: rewrite_torch(stripped, solution.plan, inputs, merged=False),
-            data=data, teacher=reference, loss=loss, lr=lr, steps=rehearsal, progress=progress,
+            data=data, teacher=reference, loss=recipe.loss, lr=recipe.lr, steps=recipe.rehearsal, progress=progress,
         )  # fmt: skip
     with stage("decide and verify on engines", progress):
         dense_onnx = to_onnx(stripped, inputs)
@@ -240,8 +226,11 @@ def _finish(
 
     deploy(cut)  # rule 4
     metric_dense = None if evaluate is None else evaluate(reference)  # if it cannot be called, nothing is lost yet
-    if epochs and data is not None:
-        fit(slim, data, epochs=epochs, teacher=reference, loss=loss, lr=lr, progress=progress, name="fine-tune")
+    if recipe.epochs and data is not None:
+        fit(
+            slim, data, epochs=recipe.epochs, teacher=reference, loss=recipe.loss, lr=recipe.lr, progress=progress,
+            name="fine-tune",
+        )  # fmt: skip
     slim = merge_runs(slim, verified.plan).eval()
     with stage("export and measure", progress):
         slim_onnx = finalize(to_onnx(slim, inputs))
@@ -273,11 +262,6 @@ def _first(data: Data, count: int) -> Iterator[object]:
         count -= len(pytree.tree_leaves(split_batch(batch)[0])[0])
         if count <= 0:
             return
-
-
-def _check_rehearsal(steps: int) -> None:
-    if steps < 0:
-        raise SluiceError(f"rehearsal={steps}: give the number of training steps, or 0 for no rehearsal")
 
 
 def _same(worst: float) -> None:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from sluice.core.budget_spec import BudgetSpec
+from sluice.core.deployment import Deployment
 from sluice.core.plan import Plan
 from sluice.passes.graph.capture import Inputs
 from sluice.pipeline.prepare import prepare
+from sluice.pipeline.recipe import Recipe
 from sluice.solver.options import METHODS, check_methods
 from sluice.training.train import Data, check_data
 
@@ -35,11 +37,8 @@ def plan_one_shot(
     *,
     budget: str | Mapping[str, str | float],
     data: Data,
+    deployment: Deployment,
     table: str | os.PathLike[str] = ":memory:",
-    batch: int = 1,
-    target: str = "ort-cpu",
-    threads: int = 1,
-    precision: str = "fp32",
     exclude: Sequence[str] = (),
     methods: Sequence[str] = METHODS,
     progress: bool = True,
@@ -53,8 +52,8 @@ def plan_one_shot(
     asked = BudgetSpec.parse(budget)
     check_data(model, data)
     ready = prepare(
-        model, example_inputs, budgets=[asked], data=data, table=table, batch=batch, target=target, threads=threads,
-        precision=precision, exclude=exclude, methods=methods, elsewhere=True, progress=progress,
+        model, example_inputs, [asked], deployment, Recipe(data, progress=progress), table=table, exclude=exclude,
+        methods=methods, elsewhere=True,
     )  # fmt: skip
     dense_ms = ready.measured.latency.dense_ms()
     target_ms = asked.ms(dense_ms)

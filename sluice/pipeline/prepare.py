@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sluice.core.budget_spec import BudgetSpec
+from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError, Unreachable
 from sluice.core.progress import stage
 from sluice.importance.taylor import learned_scores
@@ -25,12 +26,13 @@ from sluice.pipeline.bsr import stable_rank_loss
 from sluice.pipeline.insert import insert_all
 from sluice.pipeline.price import one_shot_scores, price_problem
 from sluice.pipeline.problem import Problem
+from sluice.pipeline.recipe import Recipe
 from sluice.pipeline.verify import AIM
 from sluice.profiler.profile import Profile, measured_elsewhere, profile_known, profile_onnx
 from sluice.solver.decide import least_ms, restricted, unreachable
 from sluice.solver.options import BSR, METHODS
 from sluice.training.budget import Budget
-from sluice.training.train import Data, Loss, default_loss, fit
+from sluice.training.train import Data, fit
 
 __all__ = ["Prepared", "check_float32", "check_reachable", "prepare", "profile"]
 
@@ -53,15 +55,23 @@ def profile(
 
     ``elsewhere``: a table that another device filled will do, if it lacks nothing.
     """
+    deployment = Deployment(target, batch, threads, precision)
+    return _profile(
+        model, example_inputs, deployment, table=table, exclude=exclude, methods=methods, elsewhere=elsewhere,
+        progress=progress,
+    )  # fmt: skip
+
+
+def _profile(
+    model: nn.Module, example_inputs: Inputs, deployment: Deployment, *, table: str | os.PathLike[str],
+    exclude: Sequence[str], methods: Sequence[str], elsewhere: bool, progress: bool,
+) -> Profile:  # fmt: skip
     check_float32(model)
     with stage("export", progress):
         dense = to_onnx(model, example_inputs)
-    if elsewhere and measured_elsewhere(table, target=target, threads=threads, batch=batch, precision=precision):
+    if elsewhere and measured_elsewhere(table, deployment):
         return profile_known(dense, table, exclude=exclude, methods=methods)
-    return profile_onnx(
-        dense, table, batch=batch, target=target, threads=threads, precision=precision, exclude=exclude,
-        methods=methods, progress=progress,
-    )  # fmt: skip
+    return profile_onnx(dense, table, deployment=deployment, exclude=exclude, methods=methods, progress=progress)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,18 +86,18 @@ class Prepared:
 
 
 def prepare(
-    model: nn.Module, example_inputs: Inputs, *, budgets: Sequence[BudgetSpec], data: Data,
-    table: str | os.PathLike[str], batch: int, target: str, threads: int, precision: str, exclude: Sequence[str],
-    methods: tuple[str, ...], gate_epochs: int = 0, lr: float = 1e-3, loss: Loss = default_loss,
-    elsewhere: bool = False, progress: bool,
+    model: nn.Module, example_inputs: Inputs, budgets: Sequence[BudgetSpec], deployment: Deployment, recipe: Recipe, *,
+    table: str | os.PathLike[str], exclude: Sequence[str], methods: tuple[str, ...], elsewhere: bool = False,
 ) -> Prepared:  # fmt: skip
-    """Profile, train gates (at ``lr``, if there are ``gate_epochs``) or score channels, price every choice.
+    """Profile, train gates (if there are ``gate_epochs``) or score channels, price every choice.
 
-    Several budgets may be given where no gates are trained. ``elsewhere`` as for `profile`.
+    Several budgets may be given where no gates are trained. The recipe has data. ``elsewhere`` as for `profile`.
     """
-    measured = profile(
-        model, example_inputs, table, batch=batch, target=target, threads=threads, precision=precision,
-        exclude=exclude, methods=methods, elsewhere=elsewhere, progress=progress,
+    data, loss, progress = recipe.data, recipe.loss, recipe.progress
+    assert data is not None
+    measured = _profile(
+        model, example_inputs, deployment, table=table, exclude=exclude, methods=methods, elsewhere=elsewhere,
+        progress=progress,
     )  # fmt: skip
     for each in budgets:
         check_reachable(measured, methods, each)  # says at once if a budget cannot be met
@@ -97,24 +107,26 @@ def prepare(
     scores: Mapping[str, np.ndarray] = {}
     if methods == (BSR,):
         problem = price_problem(gated, measured, methods, scores, data=data, loss=loss)
-        if gate_epochs:
+        if recipe.gate_epochs:
             target_ms = AIM * budgets[0].ms(measured.latency.dense_ms())
             ranks = problem.solve(target_ms).plan.factorizations
             if ranks:
                 fit(
-                    gated, data, epochs=gate_epochs, teacher=teacher, loss=stable_rank_loss(loss, gated, ranks), lr=lr,
-                    progress=progress, name="stable ranks",
+                    gated, data, epochs=recipe.gate_epochs, teacher=teacher, lr=recipe.lr,
+                    loss=stable_rank_loss(loss, gated, ranks), progress=progress, name="stable ranks",
                 )  # fmt: skip
         return Prepared(gated, measured, methods, teacher, problem)
     trained: Gated | None = None
-    if gate_epochs:
-        steps = max(1, gate_epochs * _length(data))
+    if recipe.gate_epochs:
+        steps = max(1, recipe.gate_epochs * _length(data))
         trained = insert_all(model, example_inputs, measured, methods, steps=steps, exclude=exclude)
     held = None if trained is None else _budget(trained, measured, budgets[0])
     if trained is not None and held is not None:
         gated = trained
-        fit(gated, data, epochs=gate_epochs, teacher=teacher, budget=held, loss=loss, lr=lr, progress=progress,
-            name="gates")  # fmt: skip
+        fit(
+            gated, data, epochs=recipe.gate_epochs, teacher=teacher, budget=held, loss=loss, lr=recipe.lr,
+            progress=progress, name="gates",
+        )  # fmt: skip
         scores = learned_scores(gated.gates) if "filter" in methods and widths_vary else {}
         absorb_masks(gated)  # what is priced next is the network that was trained
     elif "filter" in methods and widths_vary:

@@ -18,7 +18,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +61,16 @@ def run_job(
     job, model, known = read_job(path)
     if importlib.util.find_spec("onnx_graphsurgeon") is None:
         sys.path.append(f"{path}/{SITE}")
-    fingerprint = fingerprint_here(job.target, job.threads, job.batch, job.precision)
+    fingerprint = fingerprint_here(job.deployment)
     if known is not None and not exists(str(table)):
         _check_known(known, str(path), fingerprint)
         write_atomically(table, known)
         drop_bursts(str(table))
-    progress = silent if quiet else lines
+    settings: dict[str, Any] = {"deployment": job.deployment, "methods": job.methods, "exclude": job.exclude}
+    settings["progress"] = silent if quiet else lines
     if shard is not None:
-        return shard_summary(profile_shard(model, table, shard, **asdict(job), progress=progress))
-    return profile_summary(profile_onnx(model, table, **asdict(job), progress=progress), job.methods)
+        return shard_summary(profile_shard(model, table, shard, **settings))
+    return profile_summary(profile_onnx(model, table, **settings), job.methods)
 
 
 def _check_known(table: bytes, job: str, here: Fingerprint) -> None:

@@ -22,19 +22,18 @@ import io
 import json
 import zipfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import onnx
 
+from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError
 from sluice.core.files import read_bytes, write_atomically
-from sluice.passes.precision.to_precision import check_precision
 from sluice.profiler.table.fingerprint import difference
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.table.table_file import exists
-from sluice.runtime.targets import check_fit
 from sluice.solver.options import check_methods
 
 __all__ = ["SITE", "Job", "known_table", "read_job", "write_job"]
@@ -65,18 +64,16 @@ sys.exit(main([sys.path[1], *sys.argv[1:]]))
 class Job:
     """The arguments of `sluice.profiler.profile.profile_onnx` that do not depend on the device, without the model."""
 
-    batch: int = 1
-    target: str = "ort-cpu"
-    threads: int = 1
-    precision: str = "fp32"
+    deployment: Deployment = field(default_factory=Deployment)
     methods: tuple[str, ...] = ("filter",)
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_methods(self.methods)
-        check_fit(self.target, check_precision(self.precision))
-        if min(self.batch, self.threads) < 1:
-            raise SluiceError(f"a job with batch={self.batch}, threads={self.threads} cannot run; give 1 or more")
+
+    def settings(self) -> dict[str, Any]:
+        """What ``job.json`` holds but the version of the format, all on one level."""
+        return {**asdict(self.deployment), "methods": self.methods, "exclude": self.exclude}
 
 
 def write_job(path: str | Path, model: onnx.ModelProto, job: Job, table: bytes | None = None) -> int:
@@ -89,7 +86,7 @@ def write_job(path: str | Path, model: onnx.ModelProto, job: Job, table: bytes |
         raise SluiceError(f"{str(path)!r} exists and is no job; give another file for the job, it was left as it is")
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as file:
-        settings = {"format": VERSION, **asdict(job)}
+        settings = {"format": VERSION, **job.settings()}
         entries: list[tuple[str, bytes]] = [
             (MAIN, MAIN_SOURCE.encode()),
             (SETTINGS, json.dumps(settings, indent=2, sort_keys=True).encode()),
@@ -138,7 +135,8 @@ def known_table(path: str | Path, job: Job) -> bytes:
     """
     with LatencyTable.open(path) as table:
         there = table.fingerprint
-    wanted = replace(there, runtime=job.target, threads=job.threads, precision=job.precision, batch=job.batch)
+    d = job.deployment
+    wanted = replace(there, runtime=d.target, threads=d.threads, precision=d.precision, batch=d.batch)
     if differences := difference(there, wanted):
         raise SluiceError(
             f"the table {str(path)!r} does not fit the job: {'; '.join(differences)}; pack under those conditions"
@@ -174,7 +172,7 @@ def _settings(text: bytes, name: str) -> Job:
         raise SluiceError(
             f"{name!r} is a job of version {version}, this program knows up to {VERSION}; use a newer release of sluice"
         )
-    kinds: dict[str, type] = {"format": int, **{field.name: type(field.default) for field in fields(Job)}}
+    kinds: dict[str, type] = {"format": int, **{key: type(value) for key, value in Job().settings().items()}}
     lists = [key for key, kind in kinds.items() if kind is tuple]
     kinds.update(dict.fromkeys(lists, list))
     sound = isinstance(values, dict) and values.keys() == kinds.keys()
@@ -182,9 +180,8 @@ def _settings(text: bytes, name: str) -> Job:
     sound = sound and all(type(values[key]) is kind for key, kind in kinds.items())
     if not sound or any(type(item) is not str for key in lists for item in values[key]):
         raise SluiceError(f"the settings of the job {name!r} do not hold {', '.join(kinds)}; pack it again")
-    del values["format"]
-    arguments: dict[str, Any] = {key: tuple(value) if key in lists else value for key, value in values.items()}
-    return Job(**arguments)
+    deployment = Deployment(**{part.name: values[part.name] for part in fields(Deployment)})
+    return Job(deployment, **{key: tuple(values[key]) for key in lists})
 
 
 def _code() -> Iterator[tuple[str, bytes]]:

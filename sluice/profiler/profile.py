@@ -10,15 +10,16 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 
 import numpy as np
 import onnx
 
+from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError
 from sluice.core.latency import LatencyModel
 from sluice.core.progress import Progress, progress_of, silent
-from sluice.passes.precision.to_precision import check_precision, to_precision
+from sluice.passes.precision.to_precision import to_precision
 from sluice.passes.search_space import SearchSpace, agreed, find_search_space, read_onnx
 from sluice.profiler.fit.calibrate import calibrate
 from sluice.profiler.pieces.partition import Partition, partition_static, static_at, with_small
@@ -33,7 +34,7 @@ from sluice.profiler.timing.measure import ReferenceEngine
 from sluice.profiler.timing.reference_engine import KEY as REFERENCE_KEY
 from sluice.profiler.timing.reference_engine import make_reference_engine, reference_model
 from sluice.runtime.base.runner import Runner
-from sluice.runtime.targets import check_fit, make_runner
+from sluice.runtime.targets import make_runner
 from sluice.solver.options import EditSpace, check_methods
 
 __all__ = [
@@ -83,27 +84,27 @@ class Profile:
         return to_precision(model, self.fingerprint.precision, target=self.target)
 
 
-def fingerprint_here(target: str, threads: int, batch: int, precision: str = "fp32") -> Fingerprint:
+def fingerprint_here(deployment: Deployment) -> Fingerprint:
     """What a table measured now, on this machine, must carry.
 
     Raises:
-        SluiceError: the target is not here, or cannot run this precision.
+        SluiceError: the target is not here.
     """
-    check_fit(target, check_precision(precision))
-    runner = make_runner(target, threads)
-    return Fingerprint(runner.device, target, runner.version, threads, precision, batch, runner.clock)
+    d = deployment
+    runner = make_runner(d.target, d.threads)
+    return Fingerprint(runner.device, d.target, runner.version, d.threads, d.precision, d.batch, runner.clock)
 
 
-def measured_elsewhere(table: str | os.PathLike[str], *, target: str, threads: int, batch: int, precision: str) -> bool:
-    """Whether there is a table for these settings that another device, or another version of its runtime, filled."""
+def measured_elsewhere(table: str | os.PathLike[str], deployment: Deployment) -> bool:
+    """Whether there is a table for this deployment that another device, or another version of its runtime, filled."""
     if not os.path.exists(table):
         return False
     with LatencyTable.open(table) as opened:
         there = opened.fingerprint
-    if (there.runtime, there.threads, there.batch, there.precision) != (target, threads, batch, precision):
+    if (there.runtime, there.batch, there.threads, there.precision) != astuple(deployment):
         return False
     try:
-        return there != fingerprint_here(target, threads, batch, precision)
+        return there != fingerprint_here(deployment)
     except SluiceError:
         return True
 
@@ -127,10 +128,7 @@ def profile_onnx(
     model: onnx.ModelProto,
     table: str | os.PathLike[str] = ":memory:",
     *,
-    batch: int,
-    target: str = "ort-cpu",
-    threads: int = 1,
-    precision: str = "fp32",
+    deployment: Deployment,
     exclude: Sequence[str] = (),
     methods: Sequence[str] = ("filter",),
     like: SearchSpace | None = None,
@@ -142,8 +140,7 @@ def profile_onnx(
     Args:
         model: dense ONNX whose initialisers carry parameter names.
         table: SQLite file, made if it does not exist; refused if it belongs to another device or setting.
-        batch: batch size of the deployment.
-        precision: of the deployment; ``model`` itself is fp32.
+        deployment: what is measured; ``model`` itself is fp32 in any case.
         methods: what may be chosen, of ``filter``, ``rank``, ``block``, ``merge``.
         like: another reading of the same network, to whose sites the choice is limited.
         progress: True for bars with the time left, on standard error; or a way of one's own.
@@ -151,7 +148,7 @@ def profile_onnx(
         SluiceError: nothing can be cut; the table is foreign, damaged or cannot be written.
     """
     methods, show = check_methods(methods), progress_of(progress)
-    fingerprint = fingerprint_here(target, threads, batch, precision)
+    fingerprint = fingerprint_here(deployment)
     partition, space = _partition(model, fingerprint, exclude, methods, like)
 
     def lacks() -> bool:
@@ -173,7 +170,7 @@ def profile_onnx(
         partition,
         space,
         fingerprint,
-        target,
+        deployment.target,
         bench.reference.ms,
         found.alternatives.options,
         cache,
@@ -219,10 +216,7 @@ def profile_shard(
     table: str | os.PathLike[str],
     shard: Shard,
     *,
-    batch: int,
-    target: str = "ort-cpu",
-    threads: int = 1,
-    precision: str = "fp32",
+    deployment: Deployment,
     exclude: Sequence[str] = (),
     methods: Sequence[str] = ("filter",),
     seed: int = 0,
@@ -234,7 +228,7 @@ def profile_shard(
     table of all shards does.
     """
     methods, show = check_methods(methods), progress_of(progress)
-    fingerprint = fingerprint_here(target, threads, batch, precision)
+    fingerprint = fingerprint_here(deployment)
     partition, space = _partition(model, fingerprint, exclude, methods, None)
     with _bench(table, fingerprint, seed) as bench:
         before = len(bench.table)

@@ -1,52 +1,16 @@
-"""The deployment runtimes by name: which there are, which precisions they take, and what is missing here."""
+"""The deployment runtimes by name (`sluice.core.deployment`): how each is made, and what is missing here."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from sluice.core.deployment import TARGETS, check_target
 from sluice.core.errors import SluiceError
 from sluice.runtime.base.runner import Runner
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["TARGETS", "UNFIT", "available_targets", "check_fit", "check_target", "make_runner"]
-
-TARGETS = ("ort-cpu", "ort-cuda", "torch-cuda", "tensorrt")
-
-
-# What a runtime would refuse piece by piece, or run as another network than the one that is asked for.
-UNFIT = {
-    ("ort-cuda", "int8"): "its CUDA provider computes int8 pairs in floating point",
-    ("torch-cuda", "int8"): "it has no int8 convolutions",
-    ("ort-cuda", "bf16"): "numpy cannot hand it bfloat16",
-    ("ort-cpu", "bf16"): "it has no bfloat16 convolutions on a CPU",
-}
-
-
-def check_target(target: str) -> str:
-    """The name, checked; whether the target is here is not asked.
-
-    Raises:
-        SluiceError: there is no such target.
-    """
-    if target not in TARGETS:
-        raise SluiceError(f"there is no target {target!r}; choose one of {', '.join(TARGETS)}")
-    return target
-
-
-def check_fit(target: str, precision: str) -> None:
-    """Can engines of this precision be timed on this target, wherever it is?
-
-    Raises:
-        SluiceError: there is no such target, or it cannot (`UNFIT`).
-    """
-    if reason := UNFIT.get((check_target(target), precision)):
-        raise SluiceError(f"{target} cannot be timed in {precision}: {reason}; choose fp16, or another target")
+__all__ = ["available_targets", "make_runner"]
 
 
 def make_runner(target: str, threads: int = 1) -> Runner:
-    """The runner called ``target`` (one of `TARGETS`) with ``threads`` threads inside an operator.
+    """The runner called ``target`` (of `sluice.core.deployment.TARGETS`) with ``threads`` threads inside an operator.
 
     A GPU has no such threads, and two tables must not differ by a number that means nothing: its targets take 1 alone.
 

@@ -22,8 +22,8 @@ from sluice.cli import main
 from sluice.commands import export as cli_export
 from sluice.commands.export import commands
 from sluice.commands.specs import inputs_of
+from sluice.core.deployment import PRECISIONS
 from sluice.core.errors import SluiceError
-from sluice.passes.precision.to_precision import PRECISIONS
 from sluice.runtime.base.compare import relative_error
 from sluice.runtime.trt import build as trt_build
 from sluice.runtime.trt.build import static_model

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from sluice.cli import main
+from sluice.core.deployment import Deployment
 from sluice.profiler.job import Job, read_job
 from sluice.profiler.table.fingerprint import Fingerprint
 from sluice.profiler.table.latency_table import LatencyTable
@@ -165,7 +166,7 @@ def test_pack(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     text = run(capsys, "profile --pack", dense, "-o", job, asked)
     assert text.endswith("on the device: python job.zip -o TABLE.db\n")
     settings, model, table = read_job(job)
-    assert settings == Job(tiny.BATCH, "ort-cpu", 1, "fp16", ("filter", "rank"), ("fc",)) and table is None
+    assert settings == Job(Deployment("ort-cpu", tiny.BATCH, 1, "fp16"), ("filter", "rank"), ("fc",)) and table is None
     assert {init.name for init in model.graph.initializer} >= {"conv1.weight", "fc.bias"}
     # From the factory, with a table of the same conditions.
     known = made(tmp_path / "known.db", {}, replace(ORIGIN, batch=tiny.BATCH))

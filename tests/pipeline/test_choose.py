@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError, Unreachable
 from sluice.importance.taylor import fisher_scores
 from sluice.passes.cut.export import to_onnx
@@ -61,7 +62,7 @@ def case() -> Case:
     model, inputs = mixed()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(profile_module, "make_runner", lambda target, threads=1: FakeRunner(staircase(8)))
-        profile = profile_onnx(to_onnx(model, inputs), batch=2, methods=METHODS, progress=False)
+        profile = profile_onnx(to_onnx(model, inputs), deployment=Deployment(batch=2), methods=METHODS, progress=False)
     gated = insert_gates(model, inputs)
     scores = fisher_scores(gated, data())
     problem = price_problem(gated, profile, METHODS, scores, data=data(), loss=squared)

@@ -17,6 +17,7 @@ from sluice.artifacts.check import check, check_deployed
 from sluice.artifacts.deploy import as_module
 from sluice.artifacts.report import Report
 from sluice.core.budget_spec import BudgetSpec
+from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError
 from sluice.core.plan import Plan
 from sluice.passes.cut.export import to_onnx
@@ -29,13 +30,14 @@ from sluice.pipeline.bsr import BeamProblem
 from sluice.pipeline.compress import Compressed, compress, finish, sweep
 from sluice.pipeline.one_shot import plan_one_shot
 from sluice.pipeline.problem import Problem
+from sluice.pipeline.recipe import Recipe
 from sluice.profiler.profile import Profile
 from sluice.runtime.base.compare import assert_close
 from sluice.runtime.base.runner import Runner
 from sluice.runtime.ort.cpu import OrtRunner
 from sluice.solver.options import METHODS
 from sluice.training.budget import Budget
-from sluice.training.train import Data, default_loss
+from sluice.training.train import Data
 from tests import tiny
 
 BUDGET = "70%"
@@ -262,8 +264,8 @@ def test_excluded_layers_keep_their_width(tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", [tiny.data, tiny.data_without_labels])
 def test_a_proposal_is_the_one_shot_plan(methods: tuple[str, ...], data: Callable[[], Data], table: Path) -> None:
     found = plan_one_shot(
-        tiny.model(), tiny.inputs(), budget=BUDGET, data=data(), table=table, batch=tiny.BATCH, methods=methods,
-        progress=False,
+        tiny.model(), tiny.inputs(), budget=BUDGET, data=data(), table=table, deployment=Deployment(batch=tiny.BATCH),
+        methods=methods, progress=False,
     )  # fmt: skip
     assert found.budget_ms == pytest.approx(0.7 * found.dense_ms)
     assert found.promised_ms <= found.budget_ms * (1 + 1e-6)
@@ -273,16 +275,17 @@ def test_a_proposal_is_the_one_shot_plan(methods: tuple[str, ...], data: Callabl
 
 
 def test_a_proposal_needs_no_device(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = {"budget": BUDGET, "data": tiny.data(), "table": table, "batch": tiny.BATCH, "methods": ("filter",)}
-    expected = plan_one_shot(tiny.model(), tiny.inputs(), **asked, progress=False)
+    asked = {"budget": BUDGET, "data": tiny.data(), "table": table, "methods": ("filter",)}
+    here = Deployment(batch=tiny.BATCH)
+    expected = plan_one_shot(tiny.model(), tiny.inputs(), **asked, deployment=here, progress=False)
 
     def absent(target: str, *rest: object) -> Runner:
         raise SluiceError(f"the target {target!r} cannot run here")
 
     monkeypatch.setattr("sluice.profiler.profile.make_runner", absent)
-    assert plan_one_shot(tiny.model(), tiny.inputs(), **asked, progress=False) == expected
+    assert plan_one_shot(tiny.model(), tiny.inputs(), **asked, deployment=here, progress=False) == expected
     with pytest.raises(SluiceError, match="cannot run here"):  # whose engines must be measured
-        compress(tiny.model(), tiny.inputs(), **asked, progress=False)
+        compress(tiny.model(), tiny.inputs(), **asked, batch=tiny.BATCH, progress=False)
 
 
 def test_the_users_model_is_not_changed(table: Path) -> None:
@@ -404,9 +407,8 @@ def test_without_gates_nothing_is_decided_before_the_end(residual_table: Path, m
     monkeypatch.setattr(BeamProblem, "solve", lambda self, target_ms: pytest.fail("decided"))
     monkeypatch.setattr(prepare, "_length", lambda data: pytest.fail("read to the end"))
     ready = prepare.prepare(
-        tiny.residual(), tiny.inputs(), budgets=[BudgetSpec.parse(BUDGET)], data=tiny.data(), table=residual_table,
-        batch=tiny.BATCH, target="ort-cpu", threads=1, precision="fp32", exclude=(), methods=("bsr",),
-        loss=default_loss, progress=False,
+        tiny.residual(), tiny.inputs(), [BudgetSpec.parse(BUDGET)], Deployment(batch=tiny.BATCH),
+        Recipe(tiny.data(), progress=False), table=residual_table, exclude=(), methods=("bsr",),
     )  # fmt: skip
     assert isinstance(ready.problem, BeamProblem) and ready.problem.steps
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sluice.core.budget_spec import BudgetSpec
+from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError
 from sluice.passes.graph.onnx_axes import analyze_onnx
 from sluice.pipeline.problem import Problem
@@ -53,7 +54,7 @@ def device_of(cost: Cost, monkeypatch: pytest.MonkeyPatch) -> Device:
     runner = FakeRunner(cost)
     monkeypatch.setattr(profile_module, "make_runner", lambda target, threads=1: runner)
     if cost not in PROFILES:
-        PROFILES[cost] = profile_onnx(DENSE, batch=2, progress=False)
+        PROFILES[cost] = profile_onnx(DENSE, deployment=Deployment(batch=2), progress=False)
     return Device(PROFILES[cost], runner)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx
 import pytest
 
+from sluice.core.deployment import Deployment
 from sluice.profiler.agent import main
 from sluice.profiler.job import Job, write_job
 from sluice.profiler.profile import fingerprint_here, profile_onnx
@@ -65,7 +66,7 @@ def residual() -> onnx.ModelProto:
 
 def test_all_methods_without_any_other_package(tmp_path: Path, residual: onnx.ModelProto) -> None:
     """The tables are those of a run with all packages, and so is what is said, but for what needs a solver."""
-    write_job(tmp_path / "job.zip", residual, Job(batch=2, methods=METHODS))
+    write_job(tmp_path / "job.zip", residual, Job(Deployment(batch=2), methods=METHODS))
     done = on_device(tmp_path / "job.zip", "-o", "t.db", "--json")
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
@@ -84,18 +85,20 @@ def test_all_methods_without_any_other_package(tmp_path: Path, residual: onnx.Mo
 
         runner = FakeRunner(staircase(8))
         patch.setattr(profile_module, "make_runner", lambda target, threads=1: runner)
-        here = profile_onnx(residual, tmp_path / "t.db", batch=2, methods=METHODS, progress=False)
+        here = profile_onnx(
+            residual, tmp_path / "t.db", deployment=Deployment(batch=2), methods=METHODS, progress=False
+        )
     assert runner.built == 0 and here.latency.dense_ms() == data["dense_ms"]
 
 
 def test_in_the_real_runtime(tmp_path: Path) -> None:
     """As the user types it; the table is that of the command line here."""
-    write_job(tmp_path / "job.zip", chain([4, 3], batch="N", size=5), Job(batch=2))
+    write_job(tmp_path / "job.zip", chain([4, 3], batch="N", size=5), Job(Deployment(batch=2)))
     command = [sys.executable, "job.zip", "-o", "t.db", "--shard", "1/1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "shard 1/1: " in done.stdout and "all points are there" in done.stdout
-    with LatencyTable.open(tmp_path / "t.db", fingerprint_here("ort-cpu", 1, 2)) as table:
+    with LatencyTable.open(tmp_path / "t.db", fingerprint_here(Deployment(batch=2))) as table:
         (network,) = table.networks()
         assert len(table) > 5 and table.engines(network)
 
@@ -108,7 +111,7 @@ def test_in_the_real_runtime(tmp_path: Path) -> None:
     ],
 )
 def test_a_device_that_lacks_something_is_told_what(before: str, message: str, tmp_path: Path) -> None:
-    write_job(tmp_path / "job.zip", chain([4, 3], batch="N"), Job(batch=2))
+    write_job(tmp_path / "job.zip", chain([4, 3], batch="N"), Job(Deployment(batch=2)))
     code = f"import runpy, sys; sys.argv = ['job.zip', '-o', 't.db']; {before}; runpy.run_path('job.zip')"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
@@ -116,13 +119,13 @@ def test_a_device_that_lacks_something_is_told_what(before: str, message: str, t
 
 def test_shards_of_a_job(tmp_path: Path) -> None:
     model = chain([9, 7, 11], batch="N")
-    write_job(tmp_path / "job.zip", model, Job(batch=2))
+    write_job(tmp_path / "job.zip", model, Job(Deployment(batch=2)))
     done = on_device(tmp_path / "job.zip", "-o", "1.db", "--quiet", "--shard", "1/2")
     assert done.returncode == 0 and "then profile on the result to finish" in done.stdout
     with LatencyTable.open(tmp_path / "1.db") as table:
         known = len(table)
     # What is known already may travel with the job.
-    write_job(tmp_path / "rest.zip", model, Job(batch=2), (tmp_path / "1.db").read_bytes())
+    write_job(tmp_path / "rest.zip", model, Job(Deployment(batch=2)), (tmp_path / "1.db").read_bytes())
     (tmp_path / "all.db").touch()  # an empty file is no table
     done = on_device(tmp_path / "rest.zip", "-o", "all.db", "--quiet", "--json")
     assert done.returncode == 0, done.stderr
@@ -140,7 +143,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def test_what_the_user_can_mend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job, table = tmp_path / "job.zip", tmp_path / "t.db"
-    write_job(job, chain([4, 3], batch="N"), Job(batch=2))
+    write_job(job, chain([4, 3], batch="N"), Job(Deployment(batch=2)))
     for shard, message in (("3/2", "there is no shard 3/2; give 1/2 to 2/2"), ("", "is no shard; give its number")):
         with pytest.raises(SystemExit) as usage:
             main([str(job), "-o", str(table), "--shard", shard])
@@ -149,7 +152,7 @@ def test_what_the_user_can_mend(tmp_path: Path, capsys: pytest.CaptureFixture[st
     LatencyTable.create(table, replace(FINGERPRINT, device="another device")).close()
     before = table.read_bytes()
     assert "was measured under other conditions: device is 'another device'" in failure(capsys, job, "-o", table)
-    write_job(job, chain([4, 3], batch="N"), Job(batch=2), before)
+    write_job(job, chain([4, 3], batch="N"), Job(Deployment(batch=2)), before)
     assert "the table in the job" in failure(capsys, job, "-o", tmp_path / "new.db")
     assert table.read_bytes() == before and not (tmp_path / "new.db").exists()
     job.write_bytes(job.read_bytes()[:3000])

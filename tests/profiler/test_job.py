@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from sluice.core.deployment import UNFIT, Deployment
 from sluice.core.errors import SluiceError
 from sluice.profiler import job as job_module
 from sluice.profiler.job import Job, known_table, read_job, write_job
 from sluice.profiler.table.fingerprint import Fingerprint
 from sluice.profiler.table.latency_table import LatencyTable
-from sluice.runtime.targets import UNFIT
 from tests.device import chain
 
-SETTINGS = Job(3, "tensorrt", 1, "fp16", ("filter", "rank"), ("conv1", "fc*"))
+SETTINGS = Job(Deployment("tensorrt", 3, 1, "fp16"), ("filter", "rank"), ("conv1", "fc*"))
 ABSENT = {"torch", "scipy", "tqdm", "rich", "safetensors", "onnxscript"}
 
 
@@ -63,7 +63,7 @@ def test_it_carries_all_code_and_its_licences(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("target", "precision"), UNFIT)
 def test_what_no_runtime_takes_is_not_packed(target: str, precision: str) -> None:
     with pytest.raises(SluiceError, match=f"^{target} cannot be timed in {precision}: .*; choose fp16, or another"):
-        Job(target=target, precision=precision)
+        Job(Deployment(target, precision=precision))
 
 
 def test_a_truncated_or_garbled_job_is_refused(tmp_path: Path) -> None:
@@ -150,6 +150,6 @@ def test_nothing_is_written_where_packing_fails(tmp_path: Path, monkeypatch: pyt
 def test_a_known_table_must_fit(tmp_path: Path) -> None:
     path = tmp_path / "t.db"
     LatencyTable.create(path, Fingerprint("any CPU", "ort-cpu", "1.2", 1, "fp32", 3, "thread_cpu")).close()
-    assert known_table(path, Job(batch=3)) == path.read_bytes()
+    assert known_table(path, Job(Deployment(batch=3))) == path.read_bytes()
     with pytest.raises(SluiceError, match="does not fit the job: precision is 'fp32', not 'fp16'; batch is 3, not 1"):
-        known_table(path, Job(precision="fp16"))
+        known_table(path, Job(Deployment(precision="fp16")))

@@ -11,6 +11,7 @@ import onnx
 import pytest
 
 from sluice.cli import main
+from sluice.core.deployment import UNFIT, Deployment
 from sluice.core.errors import SluiceError
 from sluice.passes.cut.rewrite_onnx import cut_graph
 from sluice.profiler import profile as profile_module
@@ -18,9 +19,10 @@ from sluice.profiler.profile import Profile, fingerprint_here, measured_elsewher
 from sluice.profiler.summary import profile_summary
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.runtime.base.compare import assert_close
-from sluice.runtime.targets import UNFIT
 from sluice.solver.random_configurations import random_configuration
 from tests.device import REFERENCE_MS, Cost, FakeRunner, FakeSession, chain, line, staircase
+
+TWO = Deployment(batch=2)
 
 
 @pytest.fixture
@@ -44,13 +46,13 @@ def promises(profile: Profile, runner: FakeRunner) -> tuple[list[float], list[fl
 @pytest.mark.parametrize(("target", "precision"), UNFIT)
 def test_what_a_target_cannot_run_is_said_before_it_is_asked_for(target: str, precision: str) -> None:
     with pytest.raises(SluiceError, match=f"^{target} cannot be timed in {precision}: .*; choose fp16, or another"):
-        profile_onnx(chain([20, 13], batch="N"), batch=2, target=target, precision=precision, progress=False)
+        profile_onnx(chain([20, 13], batch="N"), deployment=Deployment(target, 2, precision=precision), progress=False)
 
 
 @pytest.mark.parametrize("cost", [staircase(16), staircase(8, 1.3)], ids=["16", "8"])
 def test_where_times_add_up_the_promise_is_exact(cost: Cost, on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
     runner = on_fake(FakeRunner(cost))
-    profile = profile_onnx(chain([50, 36, 20], batch="N"), batch=2, progress=False)
+    profile = profile_onnx(chain([50, 36, 20], batch="N"), deployment=TWO, progress=False)
     promised, engines = promises(profile, runner)
     assert_close(promised, engines, tol=1e-9)
     assert profile.latency.dense_ms() == pytest.approx(runner.ms(profile.partition.model))
@@ -63,7 +65,7 @@ def test_where_times_add_up_the_promise_is_exact(cost: Cost, on_fake: Callable[[
 def test_what_every_engine_costs_once_is_counted_once(on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
     """A call of 0.2 ms is in every piece, in what neighbours save, and once in the engine."""
     runner = on_fake(FakeRunner(staircase(8), slower=lambda ms: ms + 0.2))
-    profile = profile_onnx(chain([26, 18], batch="N"), batch=2, progress=False)
+    profile = profile_onnx(chain([26, 18], batch="N"), deployment=TWO, progress=False)
     engine = runner.ms(profile.partition.model)
     assert profile.latency.raw_ms(profile.latency.dense) == pytest.approx(engine - 0.2)
     assert profile.latency.ms(profile.latency.dense) == pytest.approx(engine)
@@ -86,7 +88,7 @@ def test_joints_at_a_smaller_batch_save_what_they_save_at_the_whole(
     batch: int, on_fake: Callable[[FakeRunner], FakeRunner]
 ) -> None:
     runner = on_fake(Copying(staircase(8)))
-    profile = profile_onnx(chain([26, 18, 30], batch="N"), batch=batch, progress=False)
+    profile = profile_onnx(chain([26, 18, 30], batch="N"), deployment=Deployment(batch=batch), progress=False)
     cut = profile.partition
     assert (cut.batch, (cut.small or cut).batch) == (batch, max(1, batch // 4))
     for widths in ({}, {"conv0": 8, "conv1": 16, "conv2": 24}):
@@ -97,12 +99,13 @@ def test_joints_at_a_smaller_batch_save_what_they_save_at_the_whole(
 
 def test_joints_of_a_fixed_batch_are_measured_at_it(on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
     on_fake(FakeRunner(staircase(8)))
-    assert profile_onnx(chain([26, 18], batch=8), batch=8, progress=False).partition.small is None
+    profile = profile_onnx(chain([26, 18], batch=8), deployment=Deployment(batch=8), progress=False)
+    assert profile.partition.small is None
 
 
 def test_a_line_is_met_closely_even_where_grids_are_thinned(on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
     runner = on_fake(FakeRunner(line))
-    profile = profile_onnx(chain([50, 36], batch="N"), batch=2, progress=False)
+    profile = profile_onnx(chain([50, 36], batch="N"), deployment=TWO, progress=False)
     promised, engines = promises(profile, runner)
     assert_close(promised, engines, tol=1e-6)
 
@@ -110,26 +113,26 @@ def test_a_line_is_met_closely_even_where_grids_are_thinned(on_fake: Callable[[F
 def test_a_profile_continues_a_table(tmp_path: Path, on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
     first = on_fake(FakeRunner(staircase(8)))
     model = chain([26, 18], batch="N")
-    before = profile_onnx(model, tmp_path / "t.db", batch=2, progress=False)
+    before = profile_onnx(model, tmp_path / "t.db", deployment=TWO, progress=False)
     again = on_fake(FakeRunner(staircase(8)))
-    after = profile_onnx(model, tmp_path / "t.db", batch=2, progress=False)
+    after = profile_onnx(model, tmp_path / "t.db", deployment=TWO, progress=False)
     assert first.built > 0 and again.built == 0
     plan = {"conv0": 16, "conv1": 8}
     assert after.latency.ms(plan) == before.latency.ms(plan)
     assert after.reference_ms == before.reference_ms == pytest.approx(REFERENCE_MS)
     # Another network with pieces of the same kind costs only what is missing.
-    profile_onnx(chain([26, 18, 18], batch="N"), tmp_path / "t.db", batch=2, progress=False)
+    profile_onnx(chain([26, 18, 18], batch="N"), tmp_path / "t.db", deployment=TWO, progress=False)
     alone = on_fake(FakeRunner(staircase(8)))
-    profile_onnx(chain([26, 18, 18], batch="N"), batch=2, progress=False)
+    profile_onnx(chain([26, 18, 18], batch="N"), deployment=TWO, progress=False)
     assert 0 < again.built < alone.built
 
 
 def test_a_table_of_other_conditions_is_refused(tmp_path: Path, on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
     on_fake(FakeRunner())
     model = chain([6, 5], batch="N")
-    profile_onnx(model, tmp_path / "t.db", batch=2, progress=False)
+    profile_onnx(model, tmp_path / "t.db", deployment=TWO, progress=False)
     with pytest.raises(SluiceError, match="batch"):
-        profile_onnx(model, tmp_path / "t.db", batch=3, progress=False)
+        profile_onnx(model, tmp_path / "t.db", deployment=Deployment(batch=3), progress=False)
 
 
 def test_points_of_a_busy_machine_are_told_and_measured_anew_once_forgotten(
@@ -152,36 +155,35 @@ def test_points_of_a_busy_machine_are_told_and_measured_anew_once_forgotten(
 
     on_fake(OnBusy(staircase(8)))
     model, path = chain([9, 5], batch="N"), tmp_path / "t.db"
-    profile = profile_onnx(model, path, batch=2, progress=False)
+    profile = profile_onnx(model, path, deployment=TWO, progress=False)
     assert profile.disturbed == profile.points > 0
     told = profile_summary(profile, ["filter"])[1]
     assert any(line.startswith(f"{profile.points} points are uncertain, the machine was busy") for line in told)
 
     calm = on_fake(FakeRunner(staircase(8)))
-    assert profile_onnx(model, path, batch=2, progress=False).disturbed == profile.points and calm.built == 0
+    assert profile_onnx(model, path, deployment=TWO, progress=False).disturbed == profile.points and calm.built == 0
     assert main(["table", "forget", str(path)]) == 0
-    again = profile_onnx(model, path, batch=2, progress=False)
+    again = profile_onnx(model, path, deployment=TWO, progress=False)
     assert again.disturbed == 0 and again.points == profile.points <= calm.built
 
 
 def test_a_table_of_another_device_is_read(tmp_path: Path, on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
     """Filled where the network will run, asked where that runtime may not even be installed."""
     path, methods = tmp_path / "t.db", ("filter", "rank")
-    settings = {"target": "ort-cpu", "threads": 1, "batch": 2, "precision": "fp32"}
     model = chain([26, 18], batch="N")
-    assert not measured_elsewhere(path, **settings)
+    assert not measured_elsewhere(path, TWO)
     on_fake(FakeRunner(staircase(8)))
-    profile_onnx(model, path, batch=2, methods=("filter",), progress=False)
-    assert not measured_elsewhere(path, **settings)
+    profile_onnx(model, path, deployment=TWO, methods=("filter",), progress=False)
+    assert not measured_elsewhere(path, TWO)
     here = FakeRunner()
     here.device = "another device"
     on_fake(here)
-    assert measured_elsewhere(path, **settings)
-    assert not measured_elsewhere(path, **{**settings, "batch": 3})  # not the table that is asked for at all
+    assert measured_elsewhere(path, TWO)
+    assert not measured_elsewhere(path, Deployment(batch=3))  # not the table that is asked for at all
     with pytest.raises(SluiceError, match=r"was measured on 'a fake device' and lacks points .* profile it there"):
         profile_known(model, path, methods=methods)
     there = on_fake(FakeRunner(staircase(8)))
-    expected = profile_onnx(model, path, batch=2, methods=methods, progress=False)
+    expected = profile_onnx(model, path, deployment=TWO, methods=methods, progress=False)
     before, there.built = path.read_bytes(), 0
     on_fake(here)
     found = profile_known(model, path, methods=methods)
@@ -191,13 +193,13 @@ def test_a_table_of_another_device_is_read(tmp_path: Path, on_fake: Callable[[Fa
         plan = random_configuration(found.latency, np.random.default_rng(k))
         assert found.latency.ms(plan) == expected.latency.ms(plan)
     with pytest.raises(SluiceError, match="device is 'a fake device', not 'another device'"):
-        profile_onnx(model, path, batch=2, methods=methods, progress=False)
+        profile_onnx(model, path, deployment=TWO, methods=methods, progress=False)
 
 
 def test_nothing_to_cut_is_said(on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
     on_fake(FakeRunner())
     with pytest.raises(SluiceError, match=r"nothing .*can be cut"):
-        profile_onnx(chain([6, 5], batch="N"), batch=2, exclude=["conv0", "conv1"], progress=False)
+        profile_onnx(chain([6, 5], batch="N"), deployment=TWO, exclude=["conv0", "conv1"], progress=False)
 
 
 def test_the_bars_tell_all_points(on_fake: Callable[[FakeRunner], FakeRunner], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,14 +219,14 @@ def test_the_bars_tell_all_points(on_fake: Callable[[FakeRunner], FakeRunner], m
 
     on_fake(FakeRunner(staircase(8)))
     monkeypatch.setattr("tqdm.tqdm", Bar)
-    profile_onnx(chain([26, 18], batch="N"), batch=2, progress=True)
+    profile_onnx(chain([26, 18], batch="N"), deployment=TWO, progress=True)
     assert len(bars) == 5 and [bar.n for bar in bars] == [bar.total for bar in bars] and bars[0].n > 0
 
 
 def test_a_small_network_in_the_real_runtime(tmp_path: Path) -> None:
     model = chain([6, 4], batch="N", size=7)
-    profile = profile_onnx(model, tmp_path / "t.db", batch=2, progress=False)
-    assert profile.fingerprint == fingerprint_here("ort-cpu", 1, 2)
+    profile = profile_onnx(model, tmp_path / "t.db", deployment=TWO, progress=False)
+    assert profile.fingerprint == fingerprint_here(Deployment(batch=2))
     assert profile.latency.dense == {"conv0": 6, "conv1": 4}
     with LatencyTable.open(tmp_path / "t.db", profile.fingerprint) as table:
         assert len(table) > len(profile.partition.pieces)

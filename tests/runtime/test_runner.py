@@ -6,8 +6,8 @@ from types import ModuleType
 
 import pytest
 
+from sluice.core.deployment import PRECISIONS, TARGETS, UNFIT, check_fit, check_target
 from sluice.core.errors import SluiceError
-from sluice.passes.precision.to_precision import PRECISIONS
 from sluice.runtime.base.runner import (
     LEAST_LAUNCH_MS,
     MOST_INFERENCES,
@@ -20,7 +20,7 @@ from sluice.runtime.ort import cpu as ort
 from sluice.runtime.ort import cuda as ort_cuda
 from sluice.runtime.ort.cpu import OrtRunner
 from sluice.runtime.ort.cuda import OrtCudaRunner
-from sluice.runtime.targets import TARGETS, UNFIT, available_targets, check_fit, check_target, make_runner
+from sluice.runtime.targets import available_targets, make_runner
 from sluice.runtime.torch_cuda import runner as torch_cuda
 from sluice.runtime.torch_cuda.runner import TorchCudaRunner
 from sluice.runtime.trt import runner as tensorrt

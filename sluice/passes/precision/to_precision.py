@@ -12,25 +12,13 @@ from collections.abc import Collection, Mapping
 import onnx
 from onnx import checker, shape_inference, version_converter
 
+from sluice.core.deployment import check_precision
 from sluice.core.errors import SluiceError, first_line
 from sluice.passes.graph.onnx_file import without_defaults
 from sluice.passes.precision.half import LEAST_OPSET, at_opset, to_half
 from sluice.passes.precision.quantize import quantize
 
-__all__ = ["PRECISIONS", "check_precision", "to_precision"]
-
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-
-
-def check_precision(precision: str) -> str:
-    """The name, checked.
-
-    Raises:
-        SluiceError: there is no such precision.
-    """
-    if precision not in PRECISIONS:
-        raise SluiceError(f"there is no precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
-    return precision
+__all__ = ["to_precision"]
 
 
 def to_precision(

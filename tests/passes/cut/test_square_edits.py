@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError
 from sluice.core.plan import Drop, Edits, Factorize, Plan
 from sluice.models import enliven
@@ -102,7 +103,7 @@ def corner(name: str) -> Corner:
     exported = to_onnx(model, inputs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(profile_module, "make_runner", lambda target, threads=1: FakeRunner(staircase(8)))
-        profile = profile_onnx(exported, batch=2, methods=METHODS, progress=False)
+        profile = profile_onnx(exported, deployment=Deployment(batch=2), methods=METHODS, progress=False)
     return Corner(model, inputs, insert_gates(model, inputs), exported, profile)
 
 

@@ -9,8 +9,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
 from sluice.artifacts.deploy import as_module
+from sluice.core.deployment import PRECISIONS, check_precision
 from sluice.core.errors import SluiceError
-from sluice.passes.precision.to_precision import PRECISIONS, check_precision, to_precision
+from sluice.passes.precision.to_precision import to_precision
 from sluice.runtime.base.compare import assert_close
 from tests.exported import arrays, deployed, named, ops, random_feeds, run
 

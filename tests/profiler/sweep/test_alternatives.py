@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sluice.core.deployment import Deployment
 from sluice.core.latency import LatencyModel
 from sluice.models import enliven
 from sluice.models.mobilenet import InvertedResidual
@@ -65,7 +66,8 @@ def profiled(
 ) -> Profile:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(profile_module, "make_runner", lambda target, threads=1: runner)
-        return profile_onnx(model or dense(), batch=2, methods=methods, progress=False, **options)  # type: ignore[arg-type]
+        options = {"deployment": Deployment(batch=2), "progress": False, **options}
+        return profile_onnx(model or dense(), methods=methods, **options)  # type: ignore[arg-type]
 
 
 @functools.cache

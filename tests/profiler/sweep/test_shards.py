@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError
 from sluice.profiler import profile as profile_module
 from sluice.profiler.pieces.partition import partition_graph
@@ -32,9 +33,9 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[ShardDone | 
         monkeypatch.setattr(profile_module, "make_runner", lambda target, threads=1: runner)
         model = chain(WIDTHS, batch="N", size=7)
         if shard is None:
-            profile_onnx(model, path, batch=2, progress=False)
+            profile_onnx(model, path, deployment=Deployment(batch=2), progress=False)
             return None, runner.built
-        return profile_shard(model, path, shard, batch=2, progress=False), runner.built
+        return profile_shard(model, path, shard, deployment=Deployment(batch=2), progress=False), runner.built
 
     return run
 
@@ -102,7 +103,7 @@ def test_a_host_of_another_speed_finishes_in_its_own_time(
     def run(name: str, speed: float, path: Path, shard: Shard | None) -> Profile | ShardDone:
         runner = Host(monkeypatch, name, speed)
         monkeypatch.setattr(profile_module, "make_runner", lambda target, threads=1: runner)
-        model, settings = chain(WIDTHS[:4], batch="N", size=7), {"batch": 2, "progress": False}
+        model, settings = chain(WIDTHS[:4], batch="N", size=7), {"deployment": Deployment(batch=2), "progress": False}
         return profile_shard(model, path, shard, **settings) if shard else profile_onnx(model, path, **settings)
 
     run("a", 1.0, tmp_path / "1.db", Shard(1, 2))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from sluice.core.deployment import Deployment
 from sluice.profiler import profile as profile_module
 from sluice.profiler.profile import profile_onnx
 from sluice.profiler.table.latency_table import LatencyTable
@@ -32,7 +33,9 @@ def test_a_timing_cache_lives_in_the_table(tmp_path: Path, monkeypatch: pytest.M
         return runners[-1]
 
     monkeypatch.setattr(profile_module, "make_runner", make)
-    profile = profile_onnx(chain([20, 13], batch="N"), tmp_path / "t.db", batch=2, progress=False)
+    profile = profile_onnx(
+        chain([20, 13], batch="N"), tmp_path / "t.db", deployment=Deployment(batch=2), progress=False
+    )
     grown = max((runner.cache for runner in runners), key=len)
     assert len(grown) > 10
     assert profile.timing_cache == grown
@@ -40,7 +43,7 @@ def test_a_timing_cache_lives_in_the_table(tmp_path: Path, monkeypatch: pytest.M
     with LatencyTable.open(tmp_path / "t.db") as table:
         assert table.get_blob(timing_cache.NAME) == grown
     runners.clear()
-    again = profile_onnx(chain([20, 13], batch="N"), tmp_path / "t.db", batch=2, progress=False)
+    again = profile_onnx(chain([20, 13], batch="N"), tmp_path / "t.db", deployment=Deployment(batch=2), progress=False)
     assert again.timing_cache is not None and again.timing_cache.startswith(grown)
     assert any(runner.cache.startswith(grown) for runner in runners)
 
@@ -52,7 +55,7 @@ def test_a_kill_costs_the_timing_cache_of_one_engine(
     killed = Caching(fail_at)
     monkeypatch.setattr(profile_module, "make_runner", lambda target, threads=1: killed)
     with pytest.raises(KeyboardInterrupt):
-        profile_onnx(chain([20, 13], batch="N"), tmp_path / "t.db", batch=2, progress=False)
+        profile_onnx(chain([20, 13], batch="N"), tmp_path / "t.db", deployment=Deployment(batch=2), progress=False)
     with LatencyTable.open(tmp_path / "t.db") as table:
         assert table.get_blob(timing_cache.NAME) == killed.cache
     assert len(killed.cache) > fail_at
