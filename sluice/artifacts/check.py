@@ -62,8 +62,10 @@ def check(dense: nn.Module | onnx.ModelProto, folder: str | os.PathLike[str]) ->
 
         from sluice.artifacts.store import load
         from sluice.passes.cut.export import to_onnx
+        from sluice.passes.graph.capture import capture
 
         inputs = tuple(torch.from_numpy(a) for a in arrays)
+        exported = capture(exported, inputs)
         slim = load(exported, plan, folder / "slim.safetensors", inputs)
         with torch.no_grad():
             outputs["torch"] = [t.numpy() for t in pytree.tree_leaves(slim(*inputs)) if isinstance(t, torch.Tensor)]

@@ -16,7 +16,7 @@ from sluice.core.errors import SluiceError
 from sluice.core.files import write_atomically
 from sluice.core.plan import Plan
 from sluice.passes.cut.rewrite_torch import rewrite_torch
-from sluice.passes.graph.capture import capture, example_inputs_of
+from sluice.passes.graph.capture import example_inputs_of
 
 __all__ = ["load", "read_tensors", "save_weights"]
 
@@ -64,7 +64,7 @@ def load(
         plan = Plan.load(path)
     dense = model if isinstance(model, nn.Module) else model()
     inputs = example_inputs if example_inputs is not None else example_inputs_of(plan)
-    slim = rewrite_torch(capture(dense, inputs), plan, inputs)  # type: ignore[arg-type]
+    slim = rewrite_torch(dense, plan, inputs)  # type: ignore[arg-type]
     if weights is not None:
         tensors = read_tensors(weights)
         own = {name: tuple(t.shape) for name, t in slim.state_dict().items()}

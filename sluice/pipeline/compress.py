@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from sluice.artifacts.deploy import as_module, deploy_onnx
@@ -26,13 +26,14 @@ from sluice.artifacts.result import Compressed, check_writable
 from sluice.core.budget_spec import BudgetSpec
 from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError
+from sluice.core.plan import Plan
 from sluice.core.progress import stage
 from sluice.importance.taylor import learned_scores
-from sluice.passes.cut.export import to_onnx
+from sluice.passes.cut.export import to_onnx, with_values
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
-from sluice.passes.cut.rewrite_torch import merge_runs, rewrite_torch
+from sluice.passes.cut.rewrite_torch import merge_runs, rewrite_captured
 from sluice.passes.gates.gating import Gated, strip_gates
-from sluice.passes.graph.capture import Inputs
+from sluice.passes.graph.capture import Inputs, clone
 from sluice.passes.graph.onnx_file import finalize
 from sluice.pipeline.choose import Scenario, choose
 from sluice.pipeline.close import close
@@ -206,13 +207,13 @@ def _finish(
         least = least_ms(problem.model).promised_ms
         target_ms = max(AIM * budget.ms(measured.latency.dense_ms()), least)
         readings = choose(
-            problem, methods, target_ms, lambda solution: rewrite_torch(stripped, solution.plan, inputs, merged=False),
+            problem, methods, target_ms, lambda solution: _cut(stripped, solution.plan),
             data=data, teacher=reference, loss=recipe.loss, lr=recipe.lr, steps=recipe.rehearsal, progress=progress,
         )  # fmt: skip
     with stage("decide and verify on engines", progress):
-        dense_onnx = to_onnx(stripped, inputs)
+        dense_onnx = to_onnx(stripped, inputs) if ready.exported is None else with_values(ready.exported, stripped)
         verified = first_verified([*(r.problem for r in readings), problem], budget, dense_onnx)
-    slim = rewrite_torch(stripped, verified.plan, inputs, merged=False).eval()
+    slim = _cut(stripped, verified.plan).eval()
     cut = finalize(rewrite_onnx(dense_onnx, verified.plan))
     closed = parity(close(gated, verified.solution).eval(), slim, cut, stripped)
     _same(closed)
@@ -253,6 +254,13 @@ def _finish(
         done.save(out)
     _same(exported)  # last: what was trained is saved even then
     return done
+
+
+def _cut(captured: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    """A slim copy, its runs unmerged, as it is trained."""
+    slim = clone(captured)
+    rewrite_captured(slim, plan, merged=False)
+    return slim
 
 
 def _first(data: Data, count: int) -> Iterator[object]:

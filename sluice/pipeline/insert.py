@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx
 
 from sluice.passes.cut.factor import singular_values
 from sluice.passes.gates.gating import Gated, insert_gates
 from sluice.passes.graph.blocks import find_blocks
-from sluice.passes.graph.capture import Inputs, capture
+from sluice.passes.graph.capture import Inputs
 from sluice.passes.graph.view_torch import view_torch
 from sluice.profiler.profile import Profile
 
@@ -21,16 +21,16 @@ ENERGY = 0.9
 
 
 def insert_all(
-    model: nn.Module, example_inputs: Inputs, measured: Profile, methods: Sequence[str], *, steps: int,
+    gm: fx.GraphModule, example_inputs: Inputs, measured: Profile, methods: Sequence[str], *, steps: int,
     exclude: Sequence[str] = (),
 ) -> Gated | None:  # fmt: skip
-    """Gates for what the methods may do: filters, ranks and blocks together, as DF has them; merges have none.
+    """Gates for what the methods may do, in a copy of a captured network.
 
-    A weight is thresholded in the form that is fastest among ranks that keep `ENERGY` of it. A block whose output no
-    tensor can close has no gate; None where nothing has one.
+    Filters, ranks and blocks are gated together, as DF has them; merges have no gates. A weight is thresholded in the
+    form that is fastest among ranks that keep `ENERGY` of it. A block whose output no tensor can close has no gate.
+    None where nothing has one.
     """
     options = measured.options
-    gm = capture(model, example_inputs)
     ranks = _best_forms(measured, dict(gm.named_parameters())) if "rank" in methods else {}
     blocks: dict[str, tuple[str, ...]] = {}
     if "block" in methods:
@@ -41,7 +41,7 @@ def insert_all(
     kinds = [k for k, on in (("filter", filters), ("rank", ranks), ("block", blocks)) if on]
     if not kinds:
         return None
-    return insert_gates(model, example_inputs, steps=steps, exclude=exclude, kinds=kinds, ranks=ranks, blocks=blocks)
+    return insert_gates(gm, example_inputs, steps=steps, exclude=exclude, kinds=kinds, ranks=ranks, blocks=blocks)
 
 
 def _best_forms(measured: Profile, weights: Mapping[str, torch.Tensor]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 import torch
 from torch import nn
 
@@ -21,7 +22,7 @@ from sluice.core.progress import stage
 from sluice.importance.taylor import learned_scores
 from sluice.passes.cut.export import to_onnx
 from sluice.passes.gates.gating import Gated, absorb_masks, insert_gates, strip_gates
-from sluice.passes.graph.capture import Inputs
+from sluice.passes.graph.capture import Inputs, capture
 from sluice.pipeline.bsr import stable_rank_loss
 from sluice.pipeline.insert import insert_all
 from sluice.pipeline.price import one_shot_scores, price_problem
@@ -56,19 +57,18 @@ def profile(
     ``elsewhere``: a table that another device filled will do, if it lacks nothing.
     """
     deployment = Deployment(target, batch, threads, precision)
-    return _profile(
-        model, example_inputs, deployment, table=table, exclude=exclude, methods=methods, elsewhere=elsewhere,
-        progress=progress,
-    )  # fmt: skip
-
-
-def _profile(
-    model: nn.Module, example_inputs: Inputs, deployment: Deployment, *, table: str | os.PathLike[str],
-    exclude: Sequence[str], methods: Sequence[str], elsewhere: bool, progress: bool,
-) -> Profile:  # fmt: skip
     check_float32(model)
     with stage("export", progress):
         dense = to_onnx(model, example_inputs)
+    return _profile(
+        dense, deployment, table=table, exclude=exclude, methods=methods, elsewhere=elsewhere, progress=progress
+    )
+
+
+def _profile(
+    dense: onnx.ModelProto, deployment: Deployment, *, table: str | os.PathLike[str], exclude: Sequence[str],
+    methods: Sequence[str], elsewhere: bool, progress: bool,
+) -> Profile:  # fmt: skip
     if elsewhere and measured_elsewhere(table, deployment):
         return profile_known(dense, table, exclude=exclude, methods=methods)
     return profile_onnx(dense, table, deployment=deployment, exclude=exclude, methods=methods, progress=progress)
@@ -76,13 +76,18 @@ def _profile(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """What deciding needs, whatever the budget; ``problem`` holds the prices."""
+    """What deciding needs, whatever the budget.
+
+    ``problem`` holds the prices, ``exported`` the dense network as it was before any training, None if that is not
+    known.
+    """
 
     gated: Gated
     measured: Profile
     methods: tuple[str, ...]
     teacher: nn.Module
     problem: Problem
+    exported: onnx.ModelProto | None = None
 
 
 def prepare(
@@ -95,14 +100,17 @@ def prepare(
     """
     data, loss, progress = recipe.data, recipe.loss, recipe.progress
     assert data is not None
+    check_float32(model)
+    with stage("export", progress):
+        captured = capture(model, example_inputs)
+        exported = to_onnx(captured, example_inputs)
     measured = _profile(
-        model, example_inputs, deployment, table=table, exclude=exclude, methods=methods, elsewhere=elsewhere,
-        progress=progress,
-    )  # fmt: skip
+        exported, deployment, table=table, exclude=exclude, methods=methods, elsewhere=elsewhere, progress=progress
+    )
     for each in budgets:
         check_reachable(measured, methods, each)  # says at once if a budget cannot be met
     widths_vary = bool(measured.partition.analysis.groups)
-    gated = insert_gates(model, example_inputs, exclude=exclude, kinds=("filter",) if widths_vary else ())
+    gated = insert_gates(captured, example_inputs, exclude=exclude, kinds=("filter",) if widths_vary else ())
     teacher = strip_gates(gated).eval()
     scores: Mapping[str, np.ndarray] = {}
     if methods == (BSR,):
@@ -115,11 +123,11 @@ def prepare(
                     gated, data, epochs=recipe.gate_epochs, teacher=teacher, lr=recipe.lr,
                     loss=stable_rank_loss(loss, gated, ranks), progress=progress, name="stable ranks",
                 )  # fmt: skip
-        return Prepared(gated, measured, methods, teacher, problem)
+        return Prepared(gated, measured, methods, teacher, problem, exported)
     trained: Gated | None = None
     if recipe.gate_epochs:
         steps = max(1, recipe.gate_epochs * _length(data))
-        trained = insert_all(model, example_inputs, measured, methods, steps=steps, exclude=exclude)
+        trained = insert_all(captured, example_inputs, measured, methods, steps=steps, exclude=exclude)
     held = None if trained is None else _budget(trained, measured, budgets[0])
     if trained is not None and held is not None:
         gated = trained
@@ -133,7 +141,7 @@ def prepare(
         scores = one_shot_scores(gated, data, loss)
     with stage("price every choice", progress) as advance:
         problem = price_problem(gated, measured, methods, scores, data=data, loss=loss, advance=advance)
-    return Prepared(gated, measured, methods, teacher, problem)
+    return Prepared(gated, measured, methods, teacher, problem, exported)
 
 
 def _budget(gated: Gated, measured: Profile, budget: BudgetSpec) -> Budget | None:

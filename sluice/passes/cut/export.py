@@ -2,14 +2,12 @@
 
 1. `to_onnx`: ``torch.onnx.export(dynamo=True, optimize=False)``, the one route on which every initialiser keeps its
    ``state_dict`` name; then constants are folded except where a named tensor would disappear. This file is what plans
-   are applied to and what pieces are cut from.
+   are applied to and what pieces are cut from. A network in captured form is not captured again.
 2. `sluice.passes.graph.onnx_file.finalize`: fold and clean for deployment (batch norm into convolutions, shape
    arithmetic).
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import onnx
@@ -18,10 +16,10 @@ from onnx import numpy_helper
 from torch import nn
 
 from sluice.core.errors import SluiceError
-from sluice.passes.graph.capture import MARK, Inputs, capture, free_batch
+from sluice.passes.graph.capture import Inputs, capture, clone, export_again, has_captured_form
 from sluice.passes.graph.onnx_file import finalize, note_buffers, quiet, save_onnx
 
-__all__ = ["OPSET", "finalize", "save_onnx", "to_onnx"]
+__all__ = ["OPSET", "finalize", "save_onnx", "to_onnx", "with_values"]
 
 OPSET = 20
 
@@ -32,15 +30,11 @@ def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> 
     from onnx_ir.passes import common
     from onnxscript.optimizer import fold_constants_ir
 
-    gm = capture(model, example_inputs).eval()
-    mark = gm.meta[MARK]
-    args, kwargs = mark["args"], mark["kwargs"]
-    shapes: Any = None
-    if mark["dynamic"]:
-        args, kwargs, shapes = free_batch(args, kwargs)
+    gm = clone(model, sharing=True) if has_captured_form(model) else capture(model, example_inputs)
+    gm.eval()
     names = set(gm.state_dict())
     with quiet():
-        program = torch.export.export(gm, args, kwargs, dynamic_shapes=shapes, strict=False)
+        program = export_again(gm, example_inputs)
         try:
             exported = torch.onnx.export(
                 program, dynamo=True, optimize=False, external_data=False, verbose=False, opset_version=opset
@@ -71,6 +65,28 @@ def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> 
         )(ir_model)
         done = _without_bias(to_proto(ir_model), names)
     note_buffers(done, (name for name, tensor in gm.named_buffers() if tensor.ndim > 1))
+    return done
+
+
+def with_values(model: onnx.ModelProto, module: nn.Module) -> onnx.ModelProto:
+    """``model``, which `to_onnx` made of ``module``, with the tensors that ``module`` has now.
+
+    It equals another export, since no named tensor is folded into a constant. ``model`` itself if nothing has changed.
+    """
+    tensors = {**dict(module.named_buffers()), **module.state_dict()}
+    changed = {}
+    for index, init in enumerate(model.graph.initializer):
+        if init.name in tensors:
+            now = tensors[init.name].detach().cpu().numpy()
+            if not np.array_equal(numpy_helper.to_array(init), now):
+                changed[index] = now
+    if not changed:
+        return model
+    done = onnx.ModelProto()
+    done.CopyFrom(model)
+    for index, now in changed.items():
+        init = done.graph.initializer[index]
+        init.CopyFrom(numpy_helper.from_array(now, init.name))
     return done
 
 

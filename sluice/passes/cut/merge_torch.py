@@ -30,7 +30,7 @@ from sluice.passes.cut.merge_region import (
 )
 from sluice.passes.cut.unused_torch import remove_unused
 from sluice.passes.graph.aten_walk import arguments
-from sluice.passes.graph.capture import MARK, set_tensor
+from sluice.passes.graph.capture import mark_as_cut, set_tensor
 from sluice.passes.graph.chains import Span
 from sluice.passes.graph.chains_torch import _each, chains_torch
 
@@ -148,8 +148,6 @@ def _clean(gm: fx.GraphModule, gone: Sequence[fx.Node], region: MergeRegion) -> 
             dead.update(node.all_input_nodes)
             gm.graph.erase_node(node)
     remove_unused(gm, region.tensors)
-    gm.meta.pop(MARK, None)  # as in `rewrite_torch`: shapes in node.meta are those of the dense model
-    for node in gm.graph.nodes:
-        node.meta.pop("val", None)
+    mark_as_cut(gm)
     gm.graph.lint()
     gm.recompile()

@@ -26,10 +26,10 @@ from sluice.passes.cut.merge_torch import linearize_torch, merge_torch
 from sluice.passes.cut.resolve import masks_of_slices
 from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.aten_walk import arguments, operator_name
-from sluice.passes.graph.capture import MARK, Inputs, capture, clone, set_tensor
+from sluice.passes.graph.capture import Inputs, capture, clone, mark_as_cut, set_tensor
 from sluice.passes.graph.groups import Analysis
 
-__all__ = ["merge_runs", "rewrite_torch", "slice_tensors"]
+__all__ = ["merge_runs", "rewrite_captured", "rewrite_torch", "slice_tensors"]
 
 _RESHAPES = {
     "view": "size",
@@ -51,6 +51,12 @@ def rewrite_torch(model: nn.Module, plan: Plan, example_inputs: Inputs, *, merge
         SluiceError: the plan was made for another model or contradicts the graph.
     """
     slim = capture(model, example_inputs)
+    rewrite_captured(slim, plan, merged=merged)
+    return slim
+
+
+def rewrite_captured(slim: fx.GraphModule, plan: Plan, *, merged: bool = True) -> None:
+    """`rewrite_torch` of a captured network, in place."""
     plan.check_model({name: tuple(t.shape) for name, t in slim.state_dict().items()})
     analysis = analyze(slim, needed=False)
     keeps = masks_of_slices(analysis, plan.slices)
@@ -64,12 +70,9 @@ def rewrite_torch(model: nn.Module, plan: Plan, example_inputs: Inputs, *, merge
         merge_torch(slim, plan.merges)
     if plan.factorizations:
         factorize_torch(slim, plan.factorizations)
-    slim.meta.pop(MARK, None)  # shapes in node.meta are those of the dense model: capture it again to analyse it
-    for node in slim.graph.nodes:
-        node.meta.pop("val", None)
+    mark_as_cut(slim)
     slim.graph.lint()
     slim.recompile()
-    return slim
 
 
 def merge_runs(slim: fx.GraphModule, plan: Plan) -> fx.GraphModule:

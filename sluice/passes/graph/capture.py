@@ -15,7 +15,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,14 +30,18 @@ __all__ = [
     "capture",
     "clone",
     "example_inputs_of",
+    "export_again",
     "free_batch",
+    "has_captured_form",
     "input_specs",
+    "mark_as_cut",
     "normalize_inputs",
     "set_tensor",
 ]
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 MARK = "sluice_capture"
+CUT = "sluice_cut"
 _DROPOUTS = {
     "dropout": nn.Dropout,
     "feature_dropout": nn.Dropout2d,
@@ -85,14 +89,6 @@ def capture(model: nn.Module, example_inputs: Inputs, *, dynamic_batch: bool = T
     args, kwargs = normalize_inputs(example_inputs)
     kwargs = _in_order(model, kwargs)
     source = copy.deepcopy(model).eval()
-    try:
-        with torch.no_grad():
-            source(*args, **kwargs)
-    except Exception as error:
-        raise SluiceError(
-            f"the model does not run on the example inputs {_shapes(args, kwargs)}: {first_line(error)}; "
-            "give inputs as its forward() takes them"
-        ) from error
     exported, dynamic = _export(source, args, kwargs, dynamic_batch)
     gm = exported.module(check_guards=False)
     gm.__dict__.pop("train", None)  # the exporter forbids both; raised modules make them right again
@@ -108,6 +104,36 @@ def capture(model: nn.Module, example_inputs: Inputs, *, dynamic_batch: bool = T
     _same_names(gm, model)
     gm.meta[MARK] = {"args": args, "kwargs": kwargs, "dynamic": dynamic}
     return gm.train(model.training)
+
+
+def export_again(gm: fx.GraphModule, example_inputs: Inputs) -> torch.export.ExportedProgram:
+    """The program of a network in captured form, which is in eval mode: as it was captured, or as it was cut since.
+
+    A cut network is exported with ``example_inputs``, a captured one with those that it was captured with.
+
+    Raises:
+        SluiceError: the example inputs do not fit a cut network.
+    """
+    if MARK not in gm.meta:
+        args, kwargs = normalize_inputs(example_inputs)
+        return _export(gm, args, _in_order(gm, kwargs), dynamic=True)[0]
+    args, kwargs, shapes = gm.meta[MARK]["args"], gm.meta[MARK]["kwargs"], None
+    if gm.meta[MARK]["dynamic"]:
+        args, kwargs, shapes = free_batch(args, kwargs)
+    return torch.export.export(gm, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def has_captured_form(model: nn.Module) -> TypeGuard[fx.GraphModule]:
+    """Is this a module of `capture`, or what rewrites have made of one (`mark_as_cut`)?"""
+    return isinstance(model, fx.GraphModule) and bool({MARK, CUT} & model.meta.keys())
+
+
+def mark_as_cut(gm: fx.GraphModule) -> None:
+    """The network keeps its form, but what its nodes knew of shapes is outdated: to analyse it, capture it again."""
+    gm.meta.pop(MARK, None)
+    gm.meta[CUT] = True
+    for node in gm.graph.nodes:
+        node.meta.pop("val", None)
 
 
 def clone(gm: fx.GraphModule, *, sharing: bool = False) -> fx.GraphModule:
@@ -179,6 +205,14 @@ def free_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any
 
 
 def _export(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> tuple[Any, bool]:
+    try:
+        with torch.no_grad():
+            source(*args, **kwargs)
+    except Exception as error:
+        raise SluiceError(
+            f"the model does not run on the example inputs {_shapes(args, kwargs)}: {first_line(error)}; "
+            "give inputs as its forward() takes them"
+        ) from error
     if dynamic and any(isinstance(leaf, Tensor) and leaf.ndim for leaf in pytree.tree_leaves((args, kwargs))):
         try:
             wide_args, wide_kwargs, shapes = free_batch(args, kwargs)

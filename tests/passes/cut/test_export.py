@@ -11,11 +11,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from sluice.core.errors import SluiceError
-from sluice.passes.cut.export import finalize, save_onnx, to_onnx
-from sluice.passes.graph.capture import capture
+from sluice.passes.cut.export import finalize, save_onnx, to_onnx, with_values
+from sluice.passes.cut.resolve import make_plan
+from sluice.passes.cut.rewrite_torch import rewrite_torch
+from sluice.passes.graph.aten import analyze
+from sluice.passes.graph.capture import capture, clone
 from sluice.runtime.base.compare import assert_close
 from sluice.runtime.ort.cpu import OrtRunner
-from tests.networks import build
+from tests.networks import build, random_kept
 
 
 @pytest.mark.parametrize("name", ["plain", "norms"])
@@ -35,6 +38,38 @@ def test_training_mode_does_not_matter() -> None:
     with torch.no_grad():
         assert_close(list(out.values()), list(model.eval()(*inputs).values()))
     assert not any(node.op_type == "Dropout" for node in to_onnx(model.train(), inputs).graph.node)
+
+
+@pytest.mark.parametrize("name", ["norms", "tied"])
+def test_a_captured_form_is_not_captured_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it was captured, and as a plan has cut it: the file is the one that another capture leads to."""
+    model, inputs = build(name)
+    captured = capture(model.train(), inputs)
+    analysis = analyze(captured)
+    slim = rewrite_torch(captured, make_plan(analysis, random_kept(analysis, 3)), inputs)
+    uncut = clone(slim)
+    uncut.meta.clear()  # as a module of the user's would come
+    expected = [to_onnx(model, inputs), to_onnx(uncut, inputs)]
+    monkeypatch.setattr("sluice.passes.cut.export.capture", lambda *args: pytest.fail("captured again"))
+    assert [to_onnx(captured, inputs), to_onnx(slim, inputs)] == expected
+    assert captured.training and slim.training
+    with pytest.raises(SluiceError, match="does not run on the example inputs"):
+        to_onnx(slim, torch.zeros(2, 1))
+
+
+@pytest.mark.parametrize("name", ["plain", "tied"])
+def test_new_values_are_another_export(name: str) -> None:
+    model, inputs = build(name)
+    before = to_onnx(model, inputs)
+    content = before.SerializeToString()
+    assert with_values(before, model) is before
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point():
+                tensor.mul_(1.25)
+    after = with_values(before, model)
+    assert after == to_onnx(model, inputs) != before
+    assert before.SerializeToString() == content
 
 
 def test_static_batch() -> None:
