@@ -22,8 +22,10 @@ _WHERE = {
     "compress": "sluice.pipeline.compress",
     "export": "sluice.artifacts.deploy",
     "finish": "sluice.pipeline.compress",
+    "gate_parameters": "sluice.passes.gates.filter_gates",
     "insert_gates": "sluice.passes.gates.gating",
     "load": "sluice.artifacts.store",
+    "other_parameters": "sluice.passes.gates.filter_gates",
     "profile": "sluice.pipeline.prepare",
     "rewrite_onnx": "sluice.passes.cut.rewrite_onnx",
     "rewrite_torch": "sluice.passes.cut.rewrite_torch",
@@ -43,8 +45,10 @@ __all__ = [
     "compress",
     "export",
     "finish",
+    "gate_parameters",
     "insert_gates",
     "load",
+    "other_parameters",
     "profile",
     "rewrite_onnx",
     "rewrite_torch",
@@ -59,6 +63,7 @@ if TYPE_CHECKING:
     from sluice.core.plan import Plan
     from sluice.passes.cut.rewrite_onnx import rewrite_onnx
     from sluice.passes.cut.rewrite_torch import rewrite_torch
+    from sluice.passes.gates.filter_gates import gate_parameters, other_parameters
     from sluice.passes.gates.gating import close_gates, insert_gates
     from sluice.passes.graph.aten import analyze
     from sluice.passes.graph.capture import capture

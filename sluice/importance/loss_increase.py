@@ -24,7 +24,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sluice.core.errors import SluiceError
-from sluice.passes.graph.capture import BatchNorm, clone
+from sluice.passes.graph.capture import clone
+from sluice.passes.graph.capture_modes import BatchNorm
 from sluice.training.train import Data, Loss, on_device, split_batch
 
 __all__ = ["SAMPLES", "LossIncrease"]

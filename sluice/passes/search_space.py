@@ -77,6 +77,7 @@ class SearchSpace:
         undropped: additions of two activations that are no residual block, and excluded blocks.
         unmerged: by weight, of convolutions; ``<weight>..`` of a residual block that cannot be folded.
         kind: which graph was read, as in `Reading`.
+        unmatched: groups that another reading of the network has and this one lacks, by name (rule 4).
     """
 
     analysis: Analysis
@@ -88,6 +89,7 @@ class SearchSpace:
     undropped: Mapping[str, str]
     unmerged: Mapping[str, str]
     kind: str
+    unmatched: frozenset[str] = frozenset()
 
     def without(self, weights: Collection[str]) -> SearchSpace:
         """The space without the ranks, blocks and merges of these weights; widths stay."""
@@ -147,23 +149,27 @@ def find_search_space(reading: Reading, exclude: Sequence[str] = ()) -> SearchSp
 def agreed(space: SearchSpace, other: SearchSpace) -> SearchSpace:
     """The sites of ``space`` that ``other``, another reading of the same network, has as well (rule 4).
 
-    Groups are called as they are in ``other``.
+    Groups and blocks are called as they are in ``other``.
     """
     mine, theirs = READINGS[space.kind], READINGS[other.kind]
     analysis = agreeing(space.analysis, other.analysis, f"its width is no group of the {theirs}, so it stays")
     missed = agreeing(other.analysis, space.analysis, f"its width is no group of the {mine}, so it stays")
     told = {name: why for name, why in missed.frozen.items() if other.analysis.frozen.get(name) != why}
+    unmatched = {group.name for group in other.analysis.groups} - {group.name for group in analysis.groups}
     lacks = f"is no such site in the {theirs}, so it stays as it is"
-    params = {frozenset(block.params) for block in other.blocks}
+    named = {frozenset(block.params): block.name for block in other.blocks}
     segments = {(site.segment.layers, site.segment.kernel) for site in other.merges}
     return replace(
         space,
         analysis=analysis,
         ranks={name: site for name, site in space.ranks.items() if name in other.ranks},
-        blocks=tuple(block for block in space.blocks if frozenset(block.params) in params),
+        blocks=tuple(
+            replace(block, name=named[key]) for block in space.blocks if (key := frozenset(block.params)) in named
+        ),
         merges=tuple(s for s in space.merges if (s.segment.layers, s.segment.kernel) in segments),
         left_alone={**told, **space.left_alone, **analysis.frozen},
         unfactorised={**space.unfactorised, **dict.fromkeys(space.ranks.keys() - other.ranks.keys(), lacks)},
+        unmatched=frozenset(unmatched),
     )
 
 

@@ -10,9 +10,8 @@ from torch import fx
 
 from sluice.passes.cut.factor import singular_values
 from sluice.passes.gates.gating import Gated, insert_gates
-from sluice.passes.graph.blocks import find_blocks
 from sluice.passes.graph.capture import Inputs
-from sluice.passes.graph.view_torch import view_torch
+from sluice.passes.search_space import SearchSpace
 from sluice.profiler.profile import Profile
 
 __all__ = ["insert_all"]
@@ -22,7 +21,7 @@ ENERGY = 0.9
 
 def insert_all(
     gm: fx.GraphModule, example_inputs: Inputs, measured: Profile, methods: Sequence[str], *, steps: int,
-    exclude: Sequence[str] = (),
+    space: SearchSpace,
 ) -> Gated | None:  # fmt: skip
     """Gates for what the methods may do, in a copy of a captured network.
 
@@ -34,14 +33,13 @@ def insert_all(
     ranks = _best_forms(measured, dict(gm.named_parameters())) if "rank" in methods else {}
     blocks: dict[str, tuple[str, ...]] = {}
     if "block" in methods:
-        found, _ = find_blocks(view_torch(gm))
         known = measured.latency.switches.intersection(options.drops)
-        blocks = {b.name: b.closing for b in found if b.closing and f"{b.name}|drop" in known}
-    filters = "filter" in methods and measured.partition.analysis.groups
+        blocks = {b.name: b.closing for b in space.blocks if b.closing and f"{b.name}|drop" in known}
+    filters = "filter" in methods and space.analysis.groups
     kinds = [k for k, on in (("filter", filters), ("rank", ranks), ("block", blocks)) if on]
     if not kinds:
         return None
-    return insert_gates(gm, example_inputs, steps=steps, exclude=exclude, kinds=kinds, ranks=ranks, blocks=blocks)
+    return insert_gates(gm, example_inputs, steps=steps, space=space, kinds=kinds, ranks=ranks, blocks=blocks)
 
 
 def _best_forms(measured: Profile, weights: Mapping[str, torch.Tensor]) -> dict[str, str]:

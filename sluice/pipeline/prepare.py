@@ -23,6 +23,7 @@ from sluice.importance.taylor import learned_scores
 from sluice.passes.cut.export import to_onnx
 from sluice.passes.gates.gating import Gated, absorb_masks, insert_gates, strip_gates
 from sluice.passes.graph.capture import Inputs, capture
+from sluice.passes.search_space import SearchSpace, agreed, find_search_space, read_torch
 from sluice.pipeline.bsr import stable_rank_loss
 from sluice.pipeline.insert import insert_all
 from sluice.pipeline.price import one_shot_scores, price_problem
@@ -59,19 +60,21 @@ def profile(
     deployment = Deployment(target, batch, threads, precision)
     check_float32(model)
     with stage("export", progress):
-        dense = to_onnx(model, example_inputs)
-    return _profile(
-        dense, deployment, table=table, exclude=exclude, methods=methods, elsewhere=elsewhere, progress=progress
-    )
+        captured = capture(model, example_inputs)
+        dense, space = to_onnx(captured, example_inputs), find_search_space(read_torch(captured), exclude)
+    return _profile(dense, deployment, space, table=table, exclude=exclude, methods=methods, elsewhere=elsewhere,
+                    progress=progress)  # fmt: skip
 
 
 def _profile(
-    dense: onnx.ModelProto, deployment: Deployment, *, table: str | os.PathLike[str], exclude: Sequence[str],
-    methods: Sequence[str], elsewhere: bool, progress: bool,
+    dense: onnx.ModelProto, deployment: Deployment, space: SearchSpace, *, table: str | os.PathLike[str],
+    exclude: Sequence[str], methods: Sequence[str], elsewhere: bool, progress: bool,
 ) -> Profile:  # fmt: skip
     if elsewhere and measured_elsewhere(table, deployment):
-        return profile_known(dense, table, exclude=exclude, methods=methods)
-    return profile_onnx(dense, table, deployment=deployment, exclude=exclude, methods=methods, progress=progress)
+        return profile_known(dense, table, exclude=exclude, methods=methods, like=space)
+    return profile_onnx(
+        dense, table, deployment=deployment, exclude=exclude, methods=methods, like=space, progress=progress
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,14 +106,14 @@ def prepare(
     check_float32(model)
     with stage("export", progress):
         captured = capture(model, example_inputs)
-        exported = to_onnx(captured, example_inputs)
-    measured = _profile(
-        exported, deployment, table=table, exclude=exclude, methods=methods, elsewhere=elsewhere, progress=progress
-    )
+        exported, space = to_onnx(captured, example_inputs), find_search_space(read_torch(captured), exclude)
+    measured = _profile(exported, deployment, space, table=table, exclude=exclude, methods=methods,
+                        elsewhere=elsewhere, progress=progress)  # fmt: skip
+    space = agreed(space, measured.space)  # what the file cannot show is neither promised nor cut
     for each in budgets:
         check_reachable(measured, methods, each)  # says at once if a budget cannot be met
     widths_vary = bool(measured.partition.analysis.groups)
-    gated = insert_gates(captured, example_inputs, exclude=exclude, kinds=("filter",) if widths_vary else ())
+    gated = insert_gates(captured, example_inputs, space=space, kinds=("filter",) if widths_vary else ())
     teacher = strip_gates(gated).eval()
     scores: Mapping[str, np.ndarray] = {}
     if methods == (BSR,):
@@ -127,7 +130,7 @@ def prepare(
     trained: Gated | None = None
     if recipe.gate_epochs:
         steps = max(1, recipe.gate_epochs * _length(data))
-        trained = insert_all(captured, example_inputs, measured, methods, steps=steps, exclude=exclude)
+        trained = insert_all(captured, example_inputs, measured, methods, steps=steps, space=space)
     held = None if trained is None else _budget(trained, measured, budgets[0])
     if trained is not None and held is not None:
         gated = trained

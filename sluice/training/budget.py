@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from sluice.core.budget_spec import BudgetSpec
 from sluice.core.errors import SluiceError
 from sluice.core.latency import LatencyModel
-from sluice.passes.gates.filter_gates import Gates
+from sluice.passes.gates.filter_gates import Gate, Gates
 from sluice.solver.decide import least_ms, restricted, unreachable
 from sluice.training.expected_latency import ExpectedLatency, alternatives, configured
 
@@ -116,9 +116,10 @@ class Budget:
         self.profile = None if isinstance(latency, LatencyModel) else latency
         self.target = target if isinstance(target, BudgetSpec) else BudgetSpec.parse(target)
         inner = gated.gates if isinstance(gated, nn.Module) else None
-        gates: Mapping[str, GateLike] = dict(inner.items()) if isinstance(inner, Gates) else gated  # type: ignore[assignment]
+        gates: Mapping[str, GateLike] = gated  # type: ignore[assignment]
         if isinstance(inner, Gates):
             steps = steps or inner.steps
+            gates = _with_a_place(inner, self.profile)
         if steps is None:
             raise SluiceError("give steps=, the number of optimizer steps the gates will be trained for")
         unknown = [g for g in gates if g not in model.dense]
@@ -280,6 +281,19 @@ class Budget:
                 self._arrived[-1][2][index] = gradient.detach()
 
         return arrived
+
+
+def _with_a_place(gates: Gates, profile: Profile | None) -> dict[str, GateLike]:
+    """All gates but those of groups that the measured graph does not have: these are held open, as the report says."""
+    unmatched = frozenset[str]() if profile is None else profile.space.unmatched
+    placed: dict[str, GateLike] = {}
+    for site, gate in gates.items():
+        if site in unmatched and isinstance(gate, Gate):
+            gate.open_all()
+            gate.requires_grad_(False)
+        else:
+            placed[site] = gate
+    return placed
 
 
 def _movable(model: LatencyModel, gated: frozenset[str]) -> frozenset[str]:

@@ -28,7 +28,8 @@ from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.cut.rewrite_torch import rewrite_torch
 from sluice.passes.gates.gating import Gated, close_gates, insert_gates
 from sluice.passes.graph.aten import analyze
-from sluice.passes.graph.capture import BatchNorm, capture
+from sluice.passes.graph.capture import capture
+from sluice.passes.graph.capture_modes import BatchNorm
 from sluice.passes.graph.groups import AxisRef
 from sluice.runtime.base.compare import assert_close, relative_error
 from sluice.runtime.ort.cpu import OrtRunner

@@ -22,7 +22,7 @@ from typing import Any
 from torch import fx
 
 from sluice.passes.graph.aten_walk import arguments, operator_name
-from sluice.passes.graph.capture import BatchNorm
+from sluice.passes.graph.capture_modes import BatchNorm
 from sluice.passes.graph.groups import Analysis
 
 __all__ = ["Placement", "place_gates"]

@@ -15,7 +15,7 @@ from torch import fx
 
 from sluice.passes.graph import aten_layout as layout
 from sluice.passes.graph.aten_walk import Args, Rule, Walk, arguments, operator_name, static_shape, unknown, where
-from sluice.passes.graph.capture import BatchNorm
+from sluice.passes.graph.capture_modes import BatchNorm
 from sluice.passes.graph.coupling import Axis
 from sluice.passes.graph.exclusion import leave_out
 from sluice.passes.graph.groups import Analysis, check_cuttable, find_groups

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from sluice.passes.graph.aten_walk import arguments, operator_name
-from sluice.passes.graph.capture import _DROPOUTS, BatchNorm
+from sluice.passes.graph.capture_modes import DROPOUTS, BatchNorm
 from sluice.passes.graph.chains import Chain, ChainOp, Layer, Norm, find_chains
 
 __all__ = ["chains_torch"]
@@ -47,7 +47,7 @@ def _read(node: fx.Node, state: dict[str, torch.Tensor], shared: set[str], modul
         return other
     if node.op == "call_module":
         module = modules[str(node.target)]
-        if isinstance(module, tuple(_DROPOUTS.values())):
+        if isinstance(module, tuple(DROPOUTS.values())):
             return replace(other, kind="act")
         path, affine = str(node.target), (*node.args[1:], None, None)[:2]
         names = [str(a.target) if isinstance(a, fx.Node) else None for a in affine]

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from sluice.passes.graph.aten_walk import arguments, operator_name, static_shape
-from sluice.passes.graph.capture import BatchNorm
+from sluice.passes.graph.capture_modes import BatchNorm
 from sluice.passes.graph.view import GraphView, Node
 
 __all__ = ["view_torch"]
@@ -37,7 +37,7 @@ _LAYOUT = frozenset(_LAYOUTS.split())
 _ZERO = _LAYOUT | frozenset(_ZEROS.split())
 
 
-_DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity)
+_INERT = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity)
 
 
 # Which arguments are weight and bias.
@@ -117,7 +117,7 @@ class _Reader:
             module = self.modules[str(n.target)]
             if isinstance(module, BatchNorm):
                 return "norm", self._affine(n.args[1:3])
-            return ("zero" if isinstance(module, _DROPOUTS) else "other"), None
+            return ("zero" if isinstance(module, _INERT) else "other"), None
         if not isinstance(n.target, torch._ops.OpOverload):
             return "other", None
         a = arguments(n)

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from sluice.core.errors import SluiceError
 from sluice.passes.gates.gating import insert_gates, strip_gates
-from sluice.passes.graph.capture import BatchNorm, capture, clone
+from sluice.passes.graph.capture import capture, clone
+from sluice.passes.graph.capture_modes import BatchNorm
 from sluice.runtime.base.compare import assert_close
 from tests.networks import NETWORKS, build
 
