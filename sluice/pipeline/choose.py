@@ -1,8 +1,9 @@
-"""Which reading of the losses to trust.
+"""Which scenario of the prices to trust.
 
-Prices are of single changes, before training. So the plans that follow from several readings of them (all methods; each
-method alone; structure at half and at twice its price) are cut and trained for a few steps, unless they are far too
-dear, and the reading whose plan trains best is the one that is verified (`sluice.training.rehearse`).
+Prices are of single changes, before training, and they interact. So the solver is asked under several scenarios: all
+methods at the measured prices, each method alone, structure at half and at twice its price. The plans that differ are
+cut and trained for a few steps (`sluice.training.rehearse`), unless one is far too dear; the scenario whose plan trains
+best comes first.
 """
 
 from __future__ import annotations
@@ -24,14 +25,12 @@ from sluice.training.train import Data, Loss
 __all__ = ["Scenario", "choose"]
 
 PRICES = (0.5, 2.0)
-
-
 HOPELESS = 3.0  # times the least price: not worth a rehearsal
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scenario:
-    """One reading of the losses, the plan that follows from it, and its held-out loss in rehearsal."""
+    """One scenario of the prices, the plan that follows from it, its held-out loss after every round of rehearsal."""
 
     name: str
     problem: Problem
@@ -52,24 +51,24 @@ def choose(
     steps: int,
     progress: bool = True,
 ) -> list[Scenario]:
-    """All readings whose plans differ, the one to trust first (rule 3).
+    """All scenarios whose plans differ, the one to trust first.
 
     Args:
         target_ms: promised milliseconds of every plan.
         build: makes the trainable slim network of a plan.
         steps: of the first round of the rehearsal; 0 trusts the losses as they are.
     """
-    readings = _readings(problem, methods, target_ms)
-    if len(readings) == 1 or not steps:
-        return readings
+    scenarios = _scenarios(problem, methods, target_ms)
+    if len(scenarios) == 1 or not steps:
+        return scenarios
     found = rehearse(
-        [build(r.solution) for r in readings], data, teacher=teacher, loss=loss, lr=lr, steps=steps, progress=progress
+        [build(r.solution) for r in scenarios], data, teacher=teacher, loss=loss, lr=lr, steps=steps, progress=progress
     )
-    heard = [replace(r, rehearsed=tuple(losses)) for r, losses in zip(readings, found, strict=True)]
+    heard = [replace(r, rehearsed=tuple(losses)) for r, losses in zip(scenarios, found, strict=True)]
     return sorted(heard, key=lambda r: (-len(r.rehearsed), r.rehearsed[-1]))
 
 
-def _readings(problem: Problem, methods: Sequence[str], target_ms: float) -> list[Scenario]:
+def _scenarios(problem: Problem, methods: Sequence[str], target_ms: float) -> list[Scenario]:
     options, latency = problem.profile.options, problem.profile.latency
     asked = {"together": problem}
     if isinstance(problem, DepthProblem):
@@ -81,7 +80,7 @@ def _readings(problem: Problem, methods: Sequence[str], target_ms: float) -> lis
         for method in methods:
             alone = restricted(latency, options.sites(latency, [method]))
             asked[f"{method} alone"] = replace(problem, model=alone)
-    readings: list[Scenario] = []
+    scenarios: list[Scenario] = []
     for name, one in asked.items():
         try:
             solution = one.solve(target_ms)
@@ -89,10 +88,10 @@ def _readings(problem: Problem, methods: Sequence[str], target_ms: float) -> lis
             if one.model is problem.model:
                 raise
             continue  # this method alone does not get there
-        if all(solution.plan != reading.solution.plan for reading in readings):
-            readings.append(Scenario(name, one, solution))
-    prices = [_price(problem, reading.solution) for reading in readings]
-    return [r for r, price in zip(readings, prices, strict=True) if price <= HOPELESS * min(prices)]
+        if all(solution.plan != other.solution.plan for other in scenarios):
+            scenarios.append(Scenario(name, one, solution))
+    prices = [_price(problem, other.solution) for other in scenarios]
+    return [r for r, price in zip(scenarios, prices, strict=True) if price <= HOPELESS * min(prices)]
 
 
 def _price(problem: Problem, solution: Solution) -> float:

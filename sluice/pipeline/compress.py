@@ -202,17 +202,17 @@ def _finish(
         raise SluiceError("int8 is calibrated on data; give data= some batches of inputs")
     stripped = strip_gates(gated, thresholded=True).eval()
     inputs = captured_inputs(stripped)
-    readings: list[Scenario] = []
+    scenarios: list[Scenario] = []
     if data is not None and recipe.epochs:
         least = least_ms(problem.model).promised_ms
         target_ms = max(AIM * budget.ms(measured.latency.dense_ms()), least)
-        readings = choose(
+        scenarios = choose(
             problem, methods, target_ms, lambda solution: _cut(stripped, solution.plan),
             data=data, teacher=reference, loss=recipe.loss, lr=recipe.lr, steps=recipe.rehearsal, progress=progress,
         )  # fmt: skip
     with stage("decide and verify on engines", progress):
         dense_onnx = to_onnx(stripped, inputs) if ready.exported is None else with_values(ready.exported, stripped)
-        verified = first_verified([*(r.problem for r in readings), problem], budget, dense_onnx)
+        verified = first_verified([*(s.problem for s in scenarios), problem], budget, dense_onnx)
     slim = _cut(stripped, verified.plan).eval()
     cut = finalize(rewrite_onnx(dense_onnx, verified.plan))
     closed = parity(close(gated, verified.solution).eval(), slim, cut, stripped)
@@ -247,7 +247,7 @@ def _finish(
         metrics=(metric_dense, None if evaluate is None else evaluate(slim), metric_deployed),
         frozen={**measured.space.left_alone, **gated.meta["space"].left_alone},
         seconds=time.perf_counter() - started, losses=ready.problem.losses,
-        readings=[(r.name, r.solution.choice.promised_ms, r.rehearsed) for r in readings],
+        readings=[(s.name, s.solution.choice.promised_ms, s.rehearsed) for s in scenarios],
     )  # fmt: skip
     done = Compressed(slim, verified.plan, slim_onnx, deployed, report)
     if out is not None:

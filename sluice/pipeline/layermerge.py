@@ -1,11 +1,11 @@
 """LayerMerge on its own: the dynamic programme over the segments of every chain (Kim et al. 2024).
 
-With dense widths the milliseconds of the latency model are a sum over the states of the layers, but for weights that
-are read again, so every segment has milliseconds of its own, and the choice of a tiling is the programme of
-`sluice.solver.dynamic_program`, exact for the sum and answering every budget in one pass; where more is read again than
-the sum knows of, it is asked again. Without that it chooses what the joint solver would choose among the same segments,
-and it can do one thing more: a *bonus* per segment, the explicit form of the authors' objective, which favours keeping
-activations. The rehearsal decides between several.
+With dense widths the milliseconds of the latency model are a sum over the states of the layers, but for the cache
+penalty. So every segment has milliseconds of its own, and the choice of a tiling is the programme of
+`sluice.solver.dynamic_program`, exact for the sum and answering every budget in one pass. Where the cache penalty makes
+a plan miss its target, the programme is asked again for what it missed. Without that it chooses what the joint solver
+would choose among the same segments. It can do one thing more: a *bonus* per segment, the explicit form of the authors'
+objective, favours keeping activations. The rehearsal decides between several.
 """
 
 from __future__ import annotations

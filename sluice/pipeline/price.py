@@ -1,11 +1,8 @@
-"""From methods and data to the problem that the solver solutions, and which reading of the losses to trust.
+"""From methods and data to the problem that the solver is given.
 
 1. Filters alone are priced by the scores of their channels (`amplitude_losses`): nothing has to be measured.
-2. As soon as ranks or depth compete, everything is priced in one currency, the measured increase of the loss
+2. As soon as ranks or depth compete, every site is priced in one currency, the measured increase of the loss
    (`sluice.importance.sensitivity`).
-3. Prices are of single changes, before training. So the plans that follow from several readings of them (all methods;
-   each method alone; structure at half and at twice its price) are cut and trained for a few steps, unless they are
-   far too dear, and the reading whose plan trains best is the one that is verified (`sluice.training.rehearse`).
 """
 
 from __future__ import annotations
@@ -33,8 +30,11 @@ __all__ = ["one_shot_scores", "price_problem"]
 
 
 def one_shot_scores(gated: Gated, data: Data, loss: Loss = default_loss) -> dict[str, np.ndarray]:
-    """Scores of channels without training: of labels where there are some and the loss is the common one, else of the
-    network's own outputs, since a network that is its own teacher has no gradient."""
+    """Scores of channels without training, by group.
+
+    They come from labels where there are some and the loss is the common one. Else they come from the network's own
+    outputs, since a network that is its own teacher has no gradient.
+    """
     _, labels = split_batch(next(iter(data)))
     if labels is not None and loss is default_loss:
         return fisher_scores(gated, data)

@@ -47,7 +47,7 @@ ENOUGH = 0.95  # of the budget: no need to look for more
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VerifiedSolution:
-    """An solution whose engine was measured; ``dense_ms`` and ``measured_ms`` come from one interleaved run."""
+    """A solution whose engine was measured; ``dense_ms`` and ``measured_ms`` come from one interleaved run."""
 
     solution: Solution
     budget_ms: float

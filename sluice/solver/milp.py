@@ -32,7 +32,7 @@ import numpy as np
 from scipy.optimize import LinearConstraint
 
 from sluice.core.latency import LatencyModel, Term
-from sluice.solver.milp_axes import Axes, Axis, Key, on_grid
+from sluice.solver.milp_axes import Axes, GridAxis, Key, on_grid
 from sluice.solver.milp_rows import Rows
 
 __all__ = ["MixedIntegerProgram"]
@@ -42,7 +42,7 @@ __all__ = ["MixedIntegerProgram"]
 class _Bundle:
     """Products over one axis of which at most one exists: their columns by point, shape ``(points, rest)``."""
 
-    axis: Axis
+    axis: GridAxis
     rules: set[int]
     switches: set[str]
     grids: list[np.ndarray] = field(default_factory=list)
@@ -67,7 +67,7 @@ class MixedIntegerProgram:
             for rule in model.rules
             if rule.total == 1 and all(coef == 1 for _, coef in rule.coefs)
         ]
-        self._parts: dict[tuple[frozenset[str], tuple[Key, ...]], tuple[Sequence[Axis], np.ndarray]] = {}
+        self._parts: dict[tuple[frozenset[str], tuple[Key, ...]], tuple[Sequence[GridAxis], np.ndarray]] = {}
         self._bundles: dict[Key, list[_Bundle]] = {}
         for term in model.terms:
             self._gather(term)
@@ -119,7 +119,7 @@ class MixedIntegerProgram:
         costs = term.weight * np.stack([ms, reload])
         self._collect(when, axes, costs.reshape([2, *(len(a.weights) for a in axes)]))
 
-    def _collect(self, when: frozenset[str], axes: Sequence[Axis], costs: np.ndarray) -> None:
+    def _collect(self, when: frozenset[str], axes: Sequence[GridAxis], costs: np.ndarray) -> None:
         key = (when, tuple(axis.key for axis in axes))
         known = self._parts.get(key)
         self._parts[key] = (axes, costs if known is None else known[1] + costs)
@@ -144,7 +144,7 @@ class MixedIntegerProgram:
             if homeless:
                 self._collect(frozenset(homeless), own, costs)
 
-    def _place(self, when: frozenset[str], axes: Sequence[Axis], costs: np.ndarray) -> None:
+    def _place(self, when: frozenset[str], axes: Sequence[GridAxis], costs: np.ndarray) -> None:
         """Columns and rows of the terms with these switches and axes."""
         if len(axes) == 0 and not when:
             self._constant += costs
@@ -177,7 +177,7 @@ class MixedIntegerProgram:
         """Columns whose sum is 1 where one of the switches is set."""
         return [self._rows.levels[s][-1] for s in sorted(when)]
 
-    def _bundle(self, axis: Axis, when: frozenset[str]) -> list[np.ndarray]:
+    def _bundle(self, axis: GridAxis, when: frozenset[str]) -> list[np.ndarray]:
         """Where the marginals of a product go: with those of which at most one exists (rule 6)."""
         rules = {k for k, names in enumerate(self._exclusive) if when and when <= names}
         for bundle in self._bundles.setdefault(axis.key, []):

@@ -21,14 +21,14 @@ import numpy as np
 from sluice.core.latency import Extent, Term
 from sluice.solver.milp_rows import Rows
 
-__all__ = ["Axes", "Axis", "Key", "on_grid"]
+__all__ = ["Axes", "GridAxis", "Key", "on_grid"]
 
 Key = tuple[tuple[tuple[int, float], ...], ...]
 GRID_LIMIT = 400  # points of a product of levels beyond which an interpolating axis is cheaper
 
 
 @dataclass(frozen=True, slots=True)
-class Axis:
+class GridAxis:
     """Linear expressions in columns that are non-negative and add up to one.
 
     ``weights[k]`` maps columns to their coefficient in the weight of point k; ``coords`` gives the level of a group
@@ -48,9 +48,9 @@ class Axes:
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
-        self._sums: dict[tuple[Extent, bytes], Axis] = {}
+        self._sums: dict[tuple[Extent, bytes], GridAxis] = {}
 
-    def of(self, term: Term) -> list[Axis]:
+    def of(self, term: Term) -> list[GridAxis]:
         """The axes on whose grid the term is known; their columns and rows are added to the program."""
         groups = list(dict.fromkeys(g for e in term.extents for g, _ in e.coefs))
         if len(groups) <= 1 or math.prod(len(self._rows.levels[g]) for g in groups) <= GRID_LIMIT:
@@ -71,18 +71,18 @@ class Axes:
             single.remove(longest)
         return axes + [self._levels(g) for g in single]
 
-    def _levels(self, group: str) -> Axis:
+    def _levels(self, group: str) -> GridAxis:
         weights = tuple({column: 1.0} for column in self._rows.levels[group])
-        return Axis(weights, {group: np.asarray(self._rows.model.levels[group], float)})
+        return GridAxis(weights, {group: np.asarray(self._rows.model.levels[group], float)})
 
-    def _knots(self, index: int, extent: Extent, knots: np.ndarray, group: str) -> Axis:
+    def _knots(self, index: int, extent: Extent, knots: np.ndarray, group: str) -> GridAxis:
         values = np.asarray([extent.at({group: level}) for level in self._rows.model.levels[group]], float)
         hats = _hats(np.asarray(knots, float), values)
         columns = self._rows.levels[group]
         weights = tuple({c: float(h) for c, h in zip(columns, hat, strict=True) if h} for hat in hats.T)
-        return Axis(weights, {index: np.asarray(knots, float)})
+        return GridAxis(weights, {index: np.asarray(knots, float)})
 
-    def _interpolated(self, index: int, extent: Extent, knots: np.ndarray) -> Axis:
+    def _interpolated(self, index: int, extent: Extent, knots: np.ndarray) -> GridAxis:
         values = self._sum_values(extent)
         points = np.unique(np.concatenate([np.asarray(knots, float), values[[0, -1]]]))
         points = points[(points >= values[0]) & (points <= values[-1])]
@@ -100,18 +100,18 @@ class Axes:
                 self._rows.row(low, -np.inf, 0.0)
                 self._rows.row(high, -np.inf, 0.0)
             self._equal(dict(zip(weights, points.tolist(), strict=True)), extent, values[-1])
-            self._sums[key] = Axis(tuple({c: 1.0} for c in weights), {"": points})
-        return Axis(self._sums[key].weights, {index: points})
+            self._sums[key] = GridAxis(tuple({c: 1.0} for c in weights), {"": points})
+        return GridAxis(self._sums[key].weights, {index: points})
 
-    def _selected(self, index: int, extent: Extent) -> Axis:
+    def _selected(self, index: int, extent: Extent) -> GridAxis:
         values = self._sum_values(extent)
         key = (extent, b"selected")
         if key not in self._sums:
             columns = self._rows.columns(len(values), integral=True)
             self._rows.row(dict.fromkeys(columns, 1.0), 1.0, 1.0)
             self._equal(dict(zip(columns, values.tolist(), strict=True)), extent, values[-1])
-            self._sums[key] = Axis(tuple({c: 1.0} for c in columns), {"": values})
-        return Axis(self._sums[key].weights, {index: values})
+            self._sums[key] = GridAxis(tuple({c: 1.0} for c in columns), {"": values})
+        return GridAxis(self._sums[key].weights, {index: values})
 
     def _equal(self, row: dict[int, float], extent: Extent, scale: float) -> None:
         """The weighted points equal the extent of the chosen widths; divided by the largest value for the solver."""
@@ -133,7 +133,7 @@ class Axes:
         return values
 
 
-def on_grid(term: Term, known: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
+def on_grid(term: Term, known: np.ndarray, axes: Sequence[GridAxis]) -> np.ndarray:
     """The term's values, ``known`` at its knots, at every point of the axes' grid, flattened."""
     shape = [len(a.weights) for a in axes]
     at: dict[str | int, np.ndarray] = {}
