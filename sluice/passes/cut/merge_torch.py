@@ -32,7 +32,7 @@ from sluice.passes.cut.unused_torch import remove_unused
 from sluice.passes.graph.aten_walk import arguments
 from sluice.passes.graph.capture import mark_as_cut, set_tensor
 from sluice.passes.graph.chains import Span
-from sluice.passes.graph.chains_torch import _each, chains_torch
+from sluice.passes.graph.chains_torch import _each, activation_source, chains_torch
 
 __all__ = ["linearize_torch", "merge_torch"]
 
@@ -60,7 +60,10 @@ def linearize_torch(gm: fx.GraphModule, merges: Sequence[Merge]) -> None:
         for span in region.emptied:
             nodes[span.add].replace_all_uses_with(nodes[span.source])
         removed = [layer for layer in region.layers if layer.weight not in region.kept]
-        values = [*region.acts, *(v.value for v in removed), *(v.norm.value for v in removed if v.norm)]
+        for node in (nodes[value] for value in region.acts):
+            node.replace_all_uses_with(activation_source(node))
+            gone.append(node)
+        values = [*(v.value for v in removed), *(v.norm.value for v in removed if v.norm)]
         for node in (nodes[value] for value in values):
             node.replace_all_uses_with(node.all_input_nodes[0])
             gone.append(node)

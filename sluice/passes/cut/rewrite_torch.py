@@ -142,6 +142,12 @@ def mend_literals(gm: fx.GraphModule, analysis: Analysis, keeps: list[np.ndarray
                 start = a["start"] % len(mask)
                 stop = start + a["length"]
                 node.args = (source, dim, int(mask[:start].sum()), int(mask[start:stop].sum()))
+        elif name == "roll" and (cut := lost(source)):
+            dim, mask = cut
+            rank = len(analysis.shapes[source.name])
+            along = sum(s for s, d in zip(a["shifts"], a["dims"], strict=True) if d % rank == dim) % len(mask)
+            shifts = [0 if d % rank == dim else s for s, d in zip(a["shifts"], a["dims"], strict=True)]
+            node.args = (source, [*shifts, int(mask[len(mask) - along :].sum())], [*a["dims"], dim])
         elif name == "squeeze" and lost(source):  # an axis cut to one channel must not be squeezed away
             ones = [d for d, size in enumerate(analysis.shapes[source.name]) if size == 1]
             rank, dims = len(analysis.shapes[source.name]), a.get("dim", ones)

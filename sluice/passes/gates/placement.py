@@ -21,98 +21,13 @@ from typing import Any
 
 from torch import fx
 
-from sluice.passes.graph.aten_walk import arguments, operator_name
+from sluice.passes.graph.aten_walk import arguments, keeps_zero, operator_name
 from sluice.passes.graph.capture_modes import BatchNorm
 from sluice.passes.graph.groups import Analysis
+from sluice.passes.graph.operators import Operator, aten_operator
 
 __all__ = ["Placement", "place_gates"]
 
-_ZERO_PRESERVING = frozenset(
-    [
-        "relu",
-        "relu6",
-        "silu",
-        "hardswish",
-        "gelu",
-        "tanh",
-        "leaky_relu",
-        "elu",
-        "selu",
-        "celu",
-        "mish",
-        "hardshrink",
-        "softshrink",
-        "neg",
-        "abs",
-        "sqrt",
-        "square",
-        "sign",
-        "erf",
-        "sin",
-        "clone",
-        "contiguous",
-        "detach",
-        "alias",
-        "to",
-        "_to_copy",
-        "dropout",
-        "feature_dropout",
-        "alpha_dropout",
-        "prelu",
-        "rrelu",
-        "view",
-        "reshape",
-        "flatten",
-        "unflatten",
-        "squeeze",
-        "unsqueeze",
-        "_unsafe_view",
-        "permute",
-        "transpose",
-        "t",
-        "swapaxes",
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d",
-        "adaptive_max_pool1d",
-        "adaptive_max_pool2d",
-        "adaptive_max_pool3d",
-        "max_pool1d_with_indices",
-        "max_pool2d_with_indices",
-        "upsample_nearest1d",
-        "upsample_nearest2d",
-        "upsample_nearest3d",
-        "upsample_bilinear2d",
-        "upsample_linear1d",
-        "upsample_bicubic2d",
-        "upsample_trilinear3d",
-        "mean",
-        "sum",
-        "amax",
-        "amin",
-        "chunk",
-        "split",
-        "split_with_sizes",
-        "slice",
-        "glu",
-        "narrow",
-        "select",
-        "expand",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "channel_shuffle",
-        "reflection_pad1d",
-        "reflection_pad2d",
-        "replication_pad2d",
-    ]
-)
-_CONTRACTIONS = frozenset(["linear", "addmm", "matmul", "mm"])
 Ref = tuple[str, int]  # (tensor, axis)
 
 
@@ -168,18 +83,28 @@ class _Walk:
         """(input, weight, input axis of the weight) if the node contracts an axis with a named weight."""
         if node.op != "call_function":
             return []
-        name = operator_name(node)
-        if name.startswith("conv") and (weight := self.tensor(node.args[1])):
-            a = arguments(node)
-            transposed = "transpose" in name
-            if a["groups"] > 1 and self.analysis.tensors[weight][1] == 1:
-                return []  # depthwise: channels stay apart
-            return [(node.args[0], weight, 0 if transposed else 1)]
-        if name == "addmm" and (weight := self.tensor(node.args[2])):
-            return [(node.args[1], weight, 0)]
-        if name in _CONTRACTIONS and (weight := self.tensor(node.args[1])):
-            return [(node.args[0], weight, 1 if name == "linear" else 0)]
-        return []
+        row = aten_operator(operator_name(node))
+        weight = self.weight(node, row)
+        if weight is None or self.depthwise(node, row):
+            return []
+        return [
+            (arguments(node)["mat1"] if row.kind == "addmm" else node.args[0], weight, 1 - self.out_axis(node, row))
+        ]
+
+    def weight(self, node: fx.Node, row: Operator) -> str | None:
+        return self.tensor(arguments(node)[row.weights[0]]) if row.weights else None
+
+    def depthwise(self, node: fx.Node, row: Operator) -> bool:
+        """Do channels stay apart."""
+        weight = self.weight(node, row)
+        grouped = row.kind == "conv" and arguments(node)["groups"] > 1
+        return weight is not None and grouped and self.analysis.tensors[weight][1] == 1
+
+    def out_axis(self, node: fx.Node, row: Operator) -> int:
+        """The axis of the weight that makes channels."""
+        if row.kind == "conv":
+            return 1 if "transpose" in operator_name(node) and not self.depthwise(node, row) else 0
+        return 0 if row.kind == "linear" else 1
 
     def demand(self, node: Any) -> frozenset[Ref] | None:
         """Tensors to multiply so that closed channels of this value are zero; None if that cannot be had."""
@@ -201,39 +126,31 @@ class _Walk:
             return None
         if node.target.__name__ == "getitem":  # type: ignore[union-attr]
             return self.demand(node.args[0])
-        name, a = operator_name(node), arguments(node)
-        if name in ("add", "sub"):
-            return self._all([v for v in (a["self"], a["other"])])
-        if name in ("mul", "div"):
-            operands = [a["self"], a["other"]] if name == "mul" else [a["self"]]
-            found = [r for r in (self.demand(v) for v in operands if self.labelled(v)) if r is not None]
-            return min(found, key=len) if found else None
-        if name == "cat":
+        row, a = aten_operator(operator_name(node)), arguments(node)
+        if row.kind == "cat":
             return self._all([t for t in a["tensors"] if self.labelled(t)])
-        if name in ("group_norm", "layer_norm", "instance_norm"):
+        if row.zero == "sum":
+            return self._all([a["self"], a["other"]])
+        if row.zero == "mul":
+            found = [r for v in (a["self"], a["other"]) if self.labelled(v) and (r := self.demand(v)) is not None]
+            return min(found, key=len) if found else None
+        if row.is_a("norm"):
             return self._norm(node, a)
-        if name.startswith("conv") and (weight := self.tensor(node.args[1])):
-            depthwise = a["groups"] > 1 and self.analysis.tensors[weight][1] == 1
-            return self._produced(weight, 1 if "transpose" in name and not depthwise else 0, a["bias"])
-        if name in _CONTRACTIONS or name == "addmm":
-            operand = node.args[2] if name == "addmm" else node.args[1]
-            weight = self.tensor(operand)
-            bias = a.get("bias") if name == "linear" else a["self"] if name == "addmm" else None
-            return None if weight is None else self._produced(weight, 0 if name == "linear" else 1, bias)
-        if name in ("pad", "constant_pad_nd"):
-            return self.demand(a["self"]) if not a.get("value") else None
-        if name == "hardtanh":
-            return self.demand(a["self"]) if a["min_val"] <= 0 <= a["max_val"] else None
-        if name in ("clamp", "clamp_min", "clamp_max"):
-            low, high = a.get("min"), a.get("max")
-            return self.demand(a["self"]) if (low is None or low <= 0) and (high is None or high >= 0) else None
-        return self.demand(node.args[0]) if name in _ZERO_PRESERVING else None
+        if row.weights:
+            weight = self.weight(node, row)
+            bias = a[row.weights[1]] if len(row.weights) > 1 else None
+            return None if weight is None else self._produced(weight, self.out_axis(node, row), bias)
+        if row.kind == "combine" and not self.labelled(node.args[0]):
+            return None
+        return self.demand(node.args[0]) if keeps_zero(row, node) else None
 
     def _all(self, operands: list[Any]) -> frozenset[Ref] | None:
         """Every operand must vanish; a number or a value without the labelled axis does not."""
         found: set[Ref] = set()
         for operand in operands:
             tensor = self.tensor(operand)
+            if tensor is None and not self.labelled(operand):
+                return None
             refs = self._tensor_refs(tensor) if tensor is not None else self.demand(operand)
             if refs is None:
                 return None
@@ -256,6 +173,8 @@ class _Walk:
         return frozenset((name, axis) for name in names if name is not None)
 
     def _norm(self, node: fx.Node, a: dict[str, Any]) -> frozenset[Ref] | None:
+        if not self.labelled(node):
+            return None
         axis = self.analysis.values[node.name].dim
         first = len(self.analysis.shapes[node.name]) - len(a["normalized_shape"]) if "normalized_shape" in a else 1
         return self._affine((a["weight"], a["bias"]), axis - first) if axis >= first else None

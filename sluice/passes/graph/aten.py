@@ -1,7 +1,8 @@
 """The ATen front end of the coupling rules: captured ``torch.fx`` graph -> `Analysis`.
 
-One literal table, operator name -> rule. An in-place variant has the rule of its base. What the table lacks freezes
-its inputs with the operator's name as the reason.
+The table of operators (`sluice.passes.graph.operators`) says of which kind an operator is, `KINDS` what is done with
+it. An in-place variant has the rule of its base. What has none freezes its inputs, with the operator's name as the
+reason.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from sluice.passes.graph.capture_modes import BatchNorm
 from sluice.passes.graph.coupling import Axis
 from sluice.passes.graph.exclusion import leave_out
 from sluice.passes.graph.groups import Analysis, check_cuttable, find_groups
+from sluice.passes.graph.operators import ATEN
 
 __all__ = ["RULES", "analyze"]
 
@@ -125,7 +127,7 @@ def _pad(w: Walk, n: fx.Node, a: Args) -> Axis | None:
     return w.coupling.spatial(w.of(a["self"]), rank - len(pads) // 2, where(n))
 
 
-def _softmax(w: Walk, n: fx.Node, a: Args) -> Axis | None:
+def _along(w: Walk, n: fx.Node, a: Args) -> Axis | None:
     return w.coupling.along(w.of(a["self"]), a["dim"] % len(w.size(a["self"])), where(n))
 
 
@@ -133,54 +135,40 @@ def _fixed(w: Walk, n: fx.Node, a: Args) -> Axis | None:
     return None
 
 
-_UNARY = """relu relu6 hardtanh silu hardswish hardsigmoid gelu sigmoid tanh leaky_relu elu selu celu softplus mish
-    log_sigmoid hardshrink softshrink threshold clamp clamp_min clamp_max neg abs exp log sqrt rsqrt pow square sign
-    reciprocal erf sin cos clone contiguous detach alias to _to_copy type_as dropout feature_dropout alpha_dropout
-    lift_fresh_copy floor ceil round positive rrelu"""
-_BINARY = "add sub mul div rsub true_divide maximum minimum where pow fmod remainder lerp addcmul"
-_RESHAPES = "view reshape flatten unflatten squeeze unsqueeze _unsafe_view"
-_POOLS = """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d_with_indices
-    max_pool2d_with_indices max_pool3d_with_indices upsample_nearest1d upsample_nearest2d
-    upsample_nearest3d upsample_bilinear2d upsample_linear1d upsample_bicubic2d upsample_trilinear3d
-    _upsample_nearest_exact1d _upsample_nearest_exact2d"""
-_CONVS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
-
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(_UNARY.split(), _unary),
-    **dict.fromkeys(_BINARY.split(), _combine),
-    **dict.fromkeys(_RESHAPES.split(), layout.reshape),
-    **dict.fromkeys(_POOLS.split(), _spatial),
-    **dict.fromkeys(_CONVS.split(), _conv),
-    **dict.fromkeys(
-        ["mean", "sum", "amax", "amin", "max", "min", "prod", "std", "var", "logsumexp", "norm", "linalg_vector_norm"],
-        _reduce,
-    ),
-    **dict.fromkeys(["permute", "transpose", "t", "swapaxes"], layout.permute),
-    **dict.fromkeys(["softmax", "log_softmax", "cumsum", "_softmax"], _softmax),
-    "pixel_shuffle": layout.pixel_shuffle,
-    "pixel_unshuffle": layout.pixel_unshuffle,
-    "channel_shuffle": layout.channel_shuffle,
-    **dict.fromkeys(["pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad2d"], _pad),
-    **dict.fromkeys(["chunk", "split", "split_with_sizes"], layout.split),
-    **dict.fromkeys(["cat", "concat", "concatenate"], layout.cat),
-    **dict.fromkeys(["expand", "broadcast_to"], layout.expand),
-    **dict.fromkeys(["expand_as", "view_as", "reshape_as"], layout.like),
-    **dict.fromkeys(["ones_like", "zeros_like", "full_like"], _unary),
-    **dict.fromkeys(["sym_size", "ones", "zeros", "full", "arange", "empty", "scalar_tensor"], _fixed),
+# What the kinds of `sluice.passes.graph.operators` do with labelled axes.
+KINDS: dict[str, Rule] = {
+    "unary": _unary,
+    "combine": _combine,
+    "prelu": _prelu,
+    "conv": _conv,
     "linear": _linear,
     "addmm": _addmm,
     "matmul": _matmul,
-    "mm": _matmul,
     "instance_norm": _instance_norm,
     "group_norm": _group_norm,
     "layer_norm": _layer_norm,
-    "prelu": _prelu,
+    "spatial": _spatial,
+    "pad": _pad,
+    "reduce": _reduce,
+    "along": _along,
+    "fixed": _fixed,
+    "reshape": layout.reshape,
+    "permute": layout.permute,
+    "expand": layout.expand,
+    "like": layout.like,
+    "cat": layout.cat,
+    "split": layout.split,
     "slice": layout.slice_,
     "narrow": layout.narrow,
-    "glu": layout.glu,
     "select": layout.select,
+    "glu": layout.glu,
+    "roll": layout.roll,
+    "flip": layout.flip,
+    "pixel_shuffle": layout.pixel_shuffle,
+    "pixel_unshuffle": layout.pixel_unshuffle,
+    "channel_shuffle": layout.channel_shuffle,
 }
+RULES: dict[str, Rule] = {name: KINDS[row.kind] for name, row in ATEN.items() if row.kind in KINDS}
 
 
 def analyze(gm: fx.GraphModule, exclude: Sequence[str] = (), *, needed: bool = True) -> Analysis:

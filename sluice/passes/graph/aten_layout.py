@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from torch import fx
 
 from sluice.passes.graph.aten_walk import Args, Walk, operator_name, static_shape, unknown, where
@@ -11,6 +12,7 @@ __all__ = [
     "cat",
     "channel_shuffle",
     "expand",
+    "flip",
     "getitem",
     "glu",
     "like",
@@ -19,6 +21,7 @@ __all__ = [
     "pixel_shuffle",
     "pixel_unshuffle",
     "reshape",
+    "roll",
     "select",
     "slice_",
     "split",
@@ -85,6 +88,24 @@ def glu(w: Walk, n: fx.Node, a: Args) -> Axis | None:
 def select(w: Walk, n: fx.Node, a: Args) -> Axis | None:
     size = w.size(a["self"])
     return w.coupling.reduce(w.of(a["self"]), [a["dim"]], len(size), False, where(n))
+
+
+def roll(w: Walk, n: fx.Node, a: Args) -> Axis | None:
+    """What leaves the labelled axis at one end comes in at the other."""
+    x = w.of(a["self"])
+    if x is None or not a["dims"]:  # without dims all axes are one
+        return unknown(w, n, a) if x is not None else None
+    rank = len(w.size(a["self"]))
+    shift = sum(s for s, d in zip(a["shifts"], a["dims"], strict=True) if d % rank == x.dim)
+    return Axis(x.dim, np.roll(x.atoms, shift))
+
+
+def flip(w: Walk, n: fx.Node, a: Args) -> Axis | None:
+    x, rank = w.of(a["self"]), len(w.size(a["self"]))
+    if x is not None and x.dim in [d % rank for d in a["dims"]]:
+        w.coupling.freeze(x, f"{where(n)} reverses the channels")
+        return None
+    return x
 
 
 def reshape(w: Walk, n: fx.Node, a: Args) -> Axis | None:

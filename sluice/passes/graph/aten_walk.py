@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,20 @@ import torch
 from torch import fx
 
 from sluice.passes.graph.coupling import Axis, Coupling, Shape
+from sluice.passes.graph.operators import Operator
 
-__all__ = ["Args", "Rule", "Walk", "arguments", "operator_name", "static_shape", "unknown", "where"]
+__all__ = [
+    "Args",
+    "Rule",
+    "Walk",
+    "arguments",
+    "keeps_zero",
+    "limits",
+    "operator_name",
+    "static_shape",
+    "unknown",
+    "where",
+]
 
 BATCH = 10_007  # stands for a dynamic size: prime, so that products stay recognisable
 
@@ -76,6 +89,30 @@ def arguments(node: fx.Node) -> Args:
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     given = {**{arg.name: value for arg, value in zip(schema, node.args, strict=False)}, **node.kwargs}
     return {arg.name: given.get(arg.name, arg.default_value) for arg in schema}
+
+
+def limits(row: Operator, node: fx.Node) -> tuple[float, float] | None:
+    """The range that the operator limits every entry to; None if it does not, or computes it."""
+    if row.limits is None or node.op != "call_function":
+        return None
+    low, high = (arguments(node).get(v) if isinstance(v, str) else v for v in row.limits)
+    if isinstance(low, fx.Node) or isinstance(high, fx.Node):
+        return None
+    return -math.inf if low is None else float(low), math.inf if high is None else float(high)
+
+
+def keeps_zero(row: Operator, node: fx.Node) -> bool:
+    """Is the output zero where the first input is."""
+    if row.limits is not None:
+        bounds = limits(row, node)
+        return bounds is not None and bounds[0] <= 0.0 <= bounds[1]
+    if row.zero == "number":
+        a = arguments(node)
+        if "exponent" in a:
+            return isinstance(a["exponent"], (int, float)) and a["exponent"] > 0
+        return not a.get("value")  # what is padded with, what takes the place of small entries
+    two = row.kind == "reduce" and "other" in arguments(node)  # the larger of two values, no maximum over an axis
+    return row.zero == "zero" and not two
 
 
 def where(node: fx.Node, weight: Any = None) -> str:

@@ -196,7 +196,10 @@ def _closing(view: GraphView, value: str, own: set[int]) -> set[str] | str:
     if node.closes is None:
         return f"{node.op} before the addition does not become zero with the tensors of the branch"
     closes = set(node.closes)
-    for operand in inputs if node.kind == "sum" else ():
+    added = (
+        inputs if node.kind == "sum" else [v for v in inputs if v != node.inputs[0]] if node.kind == "choice" else []
+    )
+    for operand in added:
         more = _closing(view, operand, own)
         if isinstance(more, str):
             return more

@@ -1,19 +1,24 @@
-"""The chains of convolutions of an ONNX graph; numpy and onnx only."""
+"""The chains of convolutions of an ONNX graph; numpy and onnx only.
+
+Exporters write activations as several operators (`sluice.passes.graph.composed`), and products with the number one,
+which are none.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container
 from dataclasses import replace
 
 import onnx
+from onnx import numpy_helper
 
 from sluice.passes.graph.chains import Chain, ChainOp, Layer, Norm, find_chains
+from sluice.passes.graph.composed import Composed, composed
 from sluice.passes.graph.onnx_graph import attributes
+from sluice.passes.graph.operators import ELEMENTWISE, onnx_operator
 
 __all__ = ["chains_onnx"]
-
-_ACTIVATIONS = """Relu Clip LeakyRelu Elu Selu Celu Gelu Mish HardSwish HardSigmoid Sigmoid Tanh Softplus Softsign Swish
-    Dropout Identity"""
 
 
 def chains_onnx(model: onnx.ModelProto) -> tuple[Chain, ...]:
@@ -23,30 +28,58 @@ def chains_onnx(model: onnx.ModelProto) -> tuple[Chain, ...]:
     constant = {node.output[0] for node in graph.node if node.op_type == "Constant"}
     inputs = [info.name for info in graph.input if info.name not in shapes]
     uses = Counter(name for node in graph.node for name in node.input)
-    made = {node.output[0]: node for node in graph.node}
+    numbers = _numbers(graph)
+    pieces = _composed(graph, numbers)
+    inner = {member for value, piece in pieces.items() for member in piece.members - {value}}
     ops: list[ChainOp] = []
-    gates: set[str] = set()
-    for node in reversed(graph.node):  # from behind, so that a product takes the sigmoid before it along
-        gate = _gate(node, made, uses)
-        if gate is not None:
-            gates.add(gate)
-            ops.append(ChainOp("act", f"Swish ({node.output[0]})", (made[gate].input[0],), (node.output[0],)))
-        elif node.op_type == "Constant" or node.output[0] in gates:
+    for node in graph.node:
+        value = node.output[0]
+        label = f"{node.op_type} ({value})"
+        factors = [name for name in node.input if numbers.get(name) != 1]
+        if node.op_type == "Constant" or value in inner:
             continue
+        if value in pieces:
+            ops.append(ChainOp("act", label, (pieces[value].source,), (value,)))
+        elif node.op_type == "Mul" and len(factors) == 1:
+            ops.append(ChainOp("act", label, (factors[0],), (value,)))
         elif node.op_type != "Shape" or node.input[0] not in inputs:  # sizes that enter do not change
             ops.append(_read(node, shapes, constant, uses))
-    ops.reverse()
     ops += [ChainOp("output", "output", (info.name,), ()) for info in graph.output]
     return find_chains(ops, inputs)
 
 
-def _gate(node: onnx.NodeProto, made: dict[str, onnx.NodeProto], uses: Counter[str]) -> str | None:
-    """The sigmoid's value where the node is x * sigmoid(x) and its only reader."""
-    if node.op_type == "Mul":
-        for x, gate in (tuple(node.input), tuple(node.input)[::-1]):
-            if gate in made and made[gate].op_type == "Sigmoid" and made[gate].input[0] == x and uses[gate] == 1:
-                return gate
-    return None
+def _numbers(graph: onnx.GraphProto) -> dict[str, float]:
+    """Constants of one number, which are no tensors of the model."""
+    tensors = {init.name: init for init in graph.initializer if not init.dims}
+    for node in graph.node:
+        if node.op_type == "Constant" and isinstance(value := attributes(node).get("value"), onnx.TensorProto):
+            tensors[node.output[0]] = value
+    arrays = {name: numpy_helper.to_array(tensor) for name, tensor in tensors.items()}
+    return {name: float(a.reshape(-1)[0]) for name, a in arrays.items() if a.size == 1 and a.dtype.kind in "biuf"}
+
+
+def _composed(graph: onnx.GraphProto, numbers: Container[str]) -> dict[str, Composed[str]]:
+    """The activations of several operators, by the value that they make."""
+    made = {name: node for node in graph.node for name in node.output}
+    given = {init.name for init in graph.initializer}
+    readers: dict[str, set[str]] = {info.name: {""} for info in graph.output}  # what leaves the graph is read there
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, set()).update(node.output)
+
+    def operands(value: str) -> list[str] | None:
+        node = made.get(value)
+        if node is None or onnx_operator(node.op_type).kind not in ELEMENTWISE:
+            return None
+        read = [name for name in node.input if name and name not in numbers]
+        return read if read and given.isdisjoint(read) else None
+
+    found = {}
+    for value in made:
+        piece = composed(value, operands, lambda v: readers.get(v, ()))
+        if piece and any(onnx_operator(made[member].op_type).is_a("activation") for member in piece.members):
+            found[value] = piece
+    return found
 
 
 def _read(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]], constant: set[str], uses: Counter[str]) -> ChainOp:
@@ -57,7 +90,7 @@ def _read(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]], constant: se
     if inputs != tuple(node.input)[:1] or len(outputs) > 1:
         plain = node.op_type == "Add" and len(inputs) == 2
         return replace(other, kind="add") if plain else other
-    if node.op_type in _ACTIVATIONS.split():
+    if onnx_operator(node.op_type).is_a("activation"):
         return replace(other, kind="act")
     if not all(name in shapes for name in node.input[1:] if name):
         return other

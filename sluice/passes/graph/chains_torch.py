@@ -1,4 +1,8 @@
-"""The chains of convolutions of a captured graph."""
+"""The chains of convolutions of a captured graph.
+
+An activation may be written as several operators (`sluice.passes.graph.composed`). A product with the number one, and a
+cast to the type that all weights have, do nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,10 @@ from torch import fx, nn
 from sluice.passes.graph.aten_walk import arguments, operator_name
 from sluice.passes.graph.capture_modes import DROPOUTS, BatchNorm
 from sluice.passes.graph.chains import Chain, ChainOp, Layer, Norm, find_chains
+from sluice.passes.graph.composed import Composed, composed
+from sluice.passes.graph.operators import ELEMENTWISE, aten_operator
 
-__all__ = ["chains_torch"]
-
-_ACTIVATIONS = """relu relu6 hardtanh clamp clamp_min clamp_max leaky_relu elu selu celu gelu silu mish hardswish
-    hardsigmoid sigmoid tanh softplus"""
+__all__ = ["activation_source", "chains_torch"]
 
 
 def chains_torch(gm: fx.GraphModule) -> tuple[Chain, ...]:
@@ -33,7 +36,40 @@ def chains_torch(gm: fx.GraphModule) -> tuple[Chain, ...]:
     modules = dict(gm.named_modules())
     nodes = [n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr")]
     sizes = {n for n in nodes if operator_name(n) == "sym_size" and n.args[0].op == "placeholder"}
-    return find_chains([_read(n, state, shared, modules) for n in nodes if n not in sizes], inputs)
+    found = {n: piece for n in nodes if (piece := _composed(n)) is not None}
+    inner = {member for n, piece in found.items() for member in piece.members - {n}}
+    ops = [
+        ChainOp("act", f"{operator_name(n)} ({n.name})", (found[n].source.name,), (n.name,))
+        if n in found
+        else _read(n, state, shared, modules)
+        for n in nodes
+        if n not in sizes and n not in inner
+    ]
+    return find_chains(ops, inputs)
+
+
+def activation_source(node: fx.Node) -> fx.Node:
+    """The value that an activation, of one operator or of several, is computed of."""
+    piece = _composed(node)
+    return node.all_input_nodes[0] if piece is None else piece.source
+
+
+def _composed(node: fx.Node) -> Composed[fx.Node] | None:
+    """The activation of several operators that ends here."""
+    piece = composed(node, _operands, lambda value: value.users)
+    if piece is None or not any(aten_operator(operator_name(n)).is_a("activation") for n in piece.members):
+        return None
+    changed = [n.args[0] for n in piece.members if n.target._schema.is_mutable]  # type: ignore[union-attr]
+    return piece if all(piece.members.issuperset(x.users) for x in changed if isinstance(x, fx.Node)) else None
+
+
+def _operands(node: fx.Node) -> list[fx.Node] | None:
+    """The values that an operator works on entry by entry; None if it is none of that kind, or reads a tensor."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    inputs = node.all_input_nodes
+    plain = aten_operator(operator_name(node)).kind in ELEMENTWISE and all(n.op != "get_attr" for n in inputs)
+    return inputs if plain and inputs else None
 
 
 def _read(node: fx.Node, state: dict[str, torch.Tensor], shared: set[str], modules: dict[str, nn.Module]) -> ChainOp:
@@ -64,8 +100,12 @@ def _read(node: fx.Node, state: dict[str, torch.Tensor], shared: set[str], modul
         return _read_conv(node, a, state, shared, other)
     if name == "add" and len(inputs) == 2 and a["alpha"] == 1:
         return replace(other, kind="add")
-    if name in _ACTIVATIONS.split() and len(inputs) == 1:
+    if aten_operator(name).is_a("activation") and len(inputs) == 1:
         return replace(other, kind="act")
+    if name == "mul" and 1 in (a["self"], a["other"]):
+        return replace(other, kind="act")
+    if name in ("to", "_to_copy") and {a.get("dtype")} == {t.dtype for t in state.values() if t.is_floating_point()}:
+        return replace(other, kind="act")  # what a convolution makes has the type of the weights
     if name == "constant_pad_nd" and a["value"] == 0 and a["pad"][::2] == a["pad"][1::2]:
         return replace(other, kind="pad", pad=tuple(a["pad"][::-2]))
     return other

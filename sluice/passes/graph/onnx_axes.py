@@ -1,7 +1,8 @@
 """The ONNX front end of the coupling rules: model -> `Analysis`; needs numpy and onnx, not torch.
 
-The same rules as for ``torch.fx`` (`sluice.passes.graph.coupling`), one literal table of operator types. Every
-initialiser is a named tensor. Values are analysed at one static batch, so that all sizes are numbers.
+The same rules as for ``torch.fx`` (`sluice.passes.graph.coupling`), and the same table of operators
+(`sluice.passes.graph.operators`). Every initialiser is a named tensor. Values are analysed at one static batch, so that
+all sizes are numbers.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from sluice.passes.graph.coupling import Axis, Coupling, Shape
 from sluice.passes.graph.exclusion import leave_out
 from sluice.passes.graph.groups import Analysis, find_groups
 from sluice.passes.graph.onnx_graph import BATCH, attributes, constants, with_batch
+from sluice.passes.graph.operators import ONNX
 
 __all__ = ["analyze_onnx"]
 
@@ -142,6 +144,9 @@ def _slice(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
         return _unknown(w, n, a)
     for start, end, dim, step in zip(starts or [], ends or [], axes, steps or [], strict=False):
         if dim % len(shape) == x.dim:
+            if step == -1:
+                w.coupling.freeze(x, f"{n.name} reverses the channels")
+                return None
             if step != 1:
                 return _unknown(w, n, a)
             i, j, _ = slice(start, end).indices(shape[x.dim])
@@ -187,7 +192,7 @@ def _pad(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
     return _unknown(w, n, a)
 
 
-def _softmax(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
+def _along(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
     return w.coupling.along(w.of(n.input[0]), a.get("axis", -1) % len(w.shape[n.input[0]]), n.name)
 
 
@@ -210,29 +215,31 @@ def _unknown(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
     return None
 
 
-_UNARY = """Relu Clip Sigmoid HardSigmoid HardSwish Tanh LeakyRelu Elu Selu Celu Softplus Mish Gelu Swish Neg Abs Exp Log Sqrt
-    Reciprocal Erf Sin Cos Sign Floor Ceil Round Identity Dropout Cast CastLike Softsign ThresholdedRelu Shrink Not"""  # noqa: E501
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(_UNARY.split(), _unary),
-    **dict.fromkeys(["Add", "Sub", "Mul", "Div", "Max", "Min", "Pow", "Where", "PRelu", "Mod", "Equal", "Greater", "Less"], _combine),  # noqa: E501
-    **dict.fromkeys(["Conv", "ConvTranspose"], _conv),
-    **dict.fromkeys(["BatchNormalization", "InstanceNormalization"], _per_channel),
-    **dict.fromkeys(["Reshape", "Flatten", "Squeeze", "Unsqueeze"], _reshape),
-    **dict.fromkeys(["AveragePool", "MaxPool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "Resize", "Upsample"], _spatial),  # noqa: E501
-    **dict.fromkeys(["ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceL1", "ReduceProd", "ReduceSumSquare"], _reduce),  # noqa: E501
-    **dict.fromkeys(["Softmax", "LogSoftmax", "CumSum"], _softmax),
-    **dict.fromkeys(["Shape", "Constant", "ConstantOfShape", "Range"], _fixed),
-    "Gemm": _gemm,
-    "MatMul": _matmul,
-    "LayerNormalization": _layer_norm,
-    "Concat": _concat,
-    "Split": _split,
-    "Slice": _slice,
-    "Transpose": _transpose,
-    "Expand": _expand,
-    "Pad": _pad,
-    "DepthToSpace": _depth_to_space,
-}  # fmt: skip
+# What the kinds of `sluice.passes.graph.operators` do with labelled axes.
+KINDS: dict[str, Rule] = {
+    "unary": _unary,
+    "combine": _combine,
+    "prelu": _combine,
+    "conv": _conv,
+    "linear": _gemm,
+    "matmul": _matmul,
+    "batch_norm": _per_channel,
+    "instance_norm": _per_channel,
+    "layer_norm": _layer_norm,
+    "spatial": _spatial,
+    "pad": _pad,
+    "reduce": _reduce,
+    "along": _along,
+    "fixed": _fixed,
+    "reshape": _reshape,
+    "permute": _transpose,
+    "expand": _expand,
+    "cat": _concat,
+    "split": _split,
+    "slice": _slice,
+    "pixel_shuffle": _depth_to_space,
+}
+RULES: dict[str, Rule] = {name: KINDS[row.kind] for name, row in ONNX.items() if row.kind in KINDS}
 
 
 def analyze_onnx(model: onnx.ModelProto, exclude: Sequence[str] = ()) -> Analysis:

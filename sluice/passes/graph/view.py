@@ -8,6 +8,7 @@
        zero            f(0) = 0: its first input vanishes
        mul             one of its inputs vanishes, or the tensor in ``closes`` is zero
        sum             all its inputs vanish and all tensors in ``closes`` are zero (an addition, a concatenation)
+       choice          as a sum, but for its first input, which chooses between the others
        weighted norm   the tensors in ``closes`` are zero (weight and bias; ``weighted``: convolution or linear)
        other           nothing that is known here
 
@@ -26,7 +27,7 @@ from sluice.passes.graph.coupling import Shape
 
 __all__ = ["KINDS", "GraphView", "Node"]
 
-KINDS = ("zero", "mul", "sum", "weighted", "norm", "other")
+KINDS = ("zero", "mul", "sum", "choice", "weighted", "norm", "other")
 Bounds = tuple[float, float]
 
 

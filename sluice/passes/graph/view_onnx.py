@@ -16,33 +16,10 @@ from onnx import numpy_helper
 
 from sluice.passes.graph.coupling import Shape
 from sluice.passes.graph.onnx_graph import BATCH, attributes, with_batch
+from sluice.passes.graph.operators import Operator, onnx_operator
 from sluice.passes.graph.view import GraphView, Node
 
 __all__ = ["view_onnx"]
-
-_LAYOUTS = "Identity Transpose Reshape Flatten Squeeze Unsqueeze Cast CastLike Expand Tile"
-
-
-_ZEROS = """Relu LeakyRelu PRelu Elu Selu Celu Gelu Swish HardSwish Mish Tanh Softsign Neg Abs Sqrt Sign Erf Sin Floor
-    Ceil Round Dropout Slice Split Gather DepthToSpace SpaceToDepth MaxPool AveragePool LpPool GlobalAveragePool
-    GlobalMaxPool ReduceMean ReduceSum ReduceMax ReduceMin ReduceL1 ReduceL2 ReduceSumSquare Resize Upsample Div"""
-
-
-_NORM_TYPES = """BatchNormalization InstanceNormalization LayerNormalization GroupNormalization RMSNormalization
-    SimplifiedLayerNormalization"""
-
-
-_LAYOUT = frozenset(_LAYOUTS.split())
-
-
-_ZERO = _LAYOUT | frozenset(_ZEROS.split())
-
-
-_NORMS = frozenset(_NORM_TYPES.split())
-
-
-_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-
 
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
@@ -82,6 +59,7 @@ class _Reader:
 
     def node(self, n: onnx.NodeProto) -> Node:
         op, reads = n.op_type, [name for name in _reads(n) if name]
+        row = onnx_operator(op)
         if op == "Constant":
             value = next(iter(attributes(n).values()))
             array = numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else np.asarray(value)
@@ -89,13 +67,13 @@ class _Reader:
                 self.scalars[n.output[0]] = array
         if op == "Shape" or all(name in self.derived for name in reads):
             self.derived.update(n.output)
-        if op in _LAYOUT and n.input[0] in self.alias:
+        if row.is_a("layout") and n.input[0] in self.alias:
             self.alias[n.output[0]] = self.alias[n.input[0]]
         if op in ("Cast", "CastLike", "Identity") and n.input[0] in self.scalars:
             self.scalars[n.output[0]] = self.scalars[n.input[0]]
         active = [name for name in reads if name not in self.derived]
         residual = op == "Add" and len(active) == 2 and active[0] != active[1]
-        kind, closes = self._kind(n, active)
+        kind, closes = self._kind(n, row, active)
         return Node(
             op,
             kind,
@@ -103,30 +81,32 @@ class _Reader:
             tuple(name for name in reads if name not in self.tensors),
             tuple(dict.fromkeys(self.alias[name] for name in reads if name in self.alias)),
             closes,
-            self._bounds(n),
+            self._bounds(n, row),
             residual,
         )
 
-    def _kind(self, n: onnx.NodeProto, active: Sequence[str]) -> tuple[str, tuple[str, ...] | None]:
-        op, first = n.op_type, n.input[0] if n.input else ""
-        if op in ("Add", "Sub", "Concat", "Sum"):
-            return "sum", self._aliases([v for v in n.input if v not in active])
-        if op == "Mul":
-            return "mul", self._aliases([v for v in n.input if v not in active])
-        if op in _WEIGHTED and len(active) == 1 and (op != "MatMul" or self._is_weight(n)):
+    def _kind(self, n: onnx.NodeProto, row: Operator, active: Sequence[str]) -> tuple[str, tuple[str, ...] | None]:
+        first = n.input[0] if n.input else ""
+        if row.zero in ("sum", "mul", "choice"):
+            operands = n.input[1:] if row.zero == "choice" else n.input
+            return row.zero, self._aliases([v for v in operands if v not in active])
+        if row.weights and len(active) == 1 and (row.kind != "matmul" or self._is_weight(n)):
             return "weighted", self._aliases([v for v in n.input if v not in active])
-        if op in _NORMS:
+        if row.is_a("norm"):
             return "norm", self._aliases([v for v in n.input[1:3] if v]) if len(n.input) > 1 else None
-        if first not in active:
-            return "other", None
-        bounds = self._bounds(n)
-        if bounds is not None:
-            return ("zero" if bounds[0] <= 0.0 <= bounds[1] else "other"), None
-        if op == "Pad":
+        return ("zero" if first in active and self._keeps_zero(n, row) else "other"), None
+
+    def _keeps_zero(self, n: onnx.NodeProto, row: Operator) -> bool:
+        if row.limits is not None:
+            bounds = self._bounds(n, row)
+            return bounds is not None and bounds[0] <= 0.0 <= bounds[1]
+        if row.kind == "pad":
             mode = attributes(n).get("mode", b"constant")
-            filled = len(n.input) > 2 and n.input[2] and self._number(n.input[2]) != 0.0
-            return ("other" if mode == b"constant" and filled else "zero"), None
-        return ("zero" if op in _ZERO else "other"), None
+            return mode != b"constant" or len(n.input) < 3 or not n.input[2] or self._number(n.input[2]) == 0.0
+        if row.zero == "number":  # an exponent
+            exponent = self._number(n.input[1])
+            return exponent is not None and exponent > 0.0
+        return row.zero == "zero"
 
     def _is_weight(self, n: onnx.NodeProto) -> bool:
         return any(v in self.alias for v in n.input)
@@ -140,20 +120,20 @@ class _Reader:
         value = self.scalars.get(name)
         return None if value is None else float(value.reshape(-1)[0])
 
-    def _bounds(self, n: onnx.NodeProto) -> tuple[float, float] | None:
-        if n.op_type == "Relu":
-            return 0.0, math.inf
-        if n.op_type != "Clip":
+    def _bounds(self, n: onnx.NodeProto, row: Operator) -> tuple[float, float] | None:
+        if row.limits is None:
             return None
-        a = attributes(n)
-        limits: list[float] = []
-        for index, key, default in ((1, "min", -math.inf), (2, "max", math.inf)):
-            given = n.input[index] if len(n.input) > index else ""
-            number = self._number(given) if given else float(a.get(key, default))
+        found: list[float] = []
+        for index, (limit, default) in enumerate(zip(row.limits, (-math.inf, math.inf), strict=True), 1):
+            if isinstance(limit, str):  # an input, an attribute in old opsets
+                given = n.input[index] if len(n.input) > index else ""
+                number = self._number(given) if given else float(attributes(n).get(limit, default))
+            else:
+                number = limit
             if number is None:
                 return None
-            limits.append(number)
-        return limits[0], limits[1]
+            found.append(number)
+        return found[0], found[1]
 
 
 def _is_named(init: onnx.TensorProto) -> bool:

@@ -33,6 +33,7 @@ from onnx import TensorProto, helper, numpy_helper, version_converter
 
 from sluice.core.errors import SluiceError
 from sluice.passes.graph.onnx_graph import attributes
+from sluice.passes.graph.operators import onnx_with
 from sluice.passes.precision.fold import fold_batch_norms
 from sluice.passes.precision.keep_float32 import stays_float32
 from sluice.passes.precision.qdq_placement import WEIGHTED
@@ -62,7 +63,7 @@ _HALVES = {
         "tensor(bfloat16)",
         np.dtype(ml_dtypes.bfloat16),
         22,
-        frozenset(["ConvTranspose", "HardSwish", "Mish"]),
+        onnx_with("no_bf16"),
     ),
 }
 

@@ -25,6 +25,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
+from sluice.passes.graph.operators import onnx_with
 from sluice.passes.precision.qdq_placement import WEIGHTED
 
 __all__ = ["ARITHMETIC", "stays_float32"]
@@ -36,17 +37,8 @@ WIDE_INTEGERS = frozenset(
     ]
 )
 # What computes element by element, sums, compares or only arranges.
-ARITHMETIC = frozenset(
-    [
-        *("Abs", "Add", "Cast", "Ceil", "Clip", "Cos", "CumSum", "Div", "Exp", "Floor", "Log", "Max", "Min", "Mod"),
-        *("Mul", "Neg", "Pow", "Range", "Reciprocal", "Round", "Sign", "Sin", "Sqrt", "Sub", "Sum", "Where"),
-        *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"),
-        *("ReduceMax", "ReduceMin", "ReduceProd", "ReduceSum"),
-        *("Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Tile"),
-        *("Transpose", "Unsqueeze"),
-    ]
-)
-ROUNDED = frozenset(["Add", "Clip", "Max", "Min", "Pad", "Sub", "Where"])
+ARITHMETIC = onnx_with("arithmetic")
+ROUNDED = onnx_with("limit")
 SUMS = frozenset(["ReduceMean", "ReduceSum"])
 SUMS_OF_SQUARES = frozenset(["ReduceL2", "ReduceSumSquare"])
 

@@ -39,17 +39,16 @@ from onnx import TensorProto, numpy_helper
 
 from sluice.core.errors import SluiceError
 from sluice.passes.graph.onnx_graph import attributes
+from sluice.passes.graph.operators import ONNX, onnx_with
 
 __all__ = ["WEIGHTED", "Dialect", "Pairs", "dialect_of"]
 
-WEIGHTED = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul"])
-POOLS = frozenset(["AveragePool", "GlobalAveragePool"])
-CARRIERS = POOLS | {"Add", "Mul", "Concat", "Sigmoid", "LeakyRelu"}
+WEIGHTED = frozenset(name for name, row in ONNX.items() if row.weights)
+POOLS = onnx_with("average")
+CARRIERS = onnx_with("integer")
 # The result has the numbers of the first operand, so it has its scale as well.
-MOVERS = frozenset(
-    ["DepthToSpace", "Flatten", "Identity", "MaxPool", "Reshape", "Resize", "Slice", "SpaceToDepth", "Split", "Squeeze"]
-) | {"Transpose", "Unsqueeze"}
-NONNEGATIVE = frozenset(["Relu", "Sigmoid", "HardSigmoid", "Softmax", "Abs", "Exp"])
+MOVERS = onnx_with("moves")
+NONNEGATIVE = onnx_with("nonnegative")
 
 
 @dataclass(frozen=True, slots=True)

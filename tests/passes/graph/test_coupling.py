@@ -151,6 +151,7 @@ CASES = [
     Case("dropout", lambda y: aten.dropout(y, 0.4, False)),
     Case("feature_dropout", lambda y: F.dropout2d(y, 0.4, False)),
     Case("alpha_dropout", lambda y: F.alpha_dropout(y, 0.4, False)),
+    Case("feature_alpha_dropout", lambda y: F.feature_alpha_dropout(y, 0.4, False)),
     # element-wise with scalars, values and parameters
     Case("add scalar", lambda y: y + 0.7),
     Case("add in place", lambda y: y.add_(y.sigmoid())),
@@ -170,6 +171,15 @@ CASES = [
     Case("minimum", lambda y: torch.minimum(y, y.sigmoid())),
     Case("where", lambda y: torch.where(torch.ones(1, dtype=torch.bool), y, y * 2.0)),
     Case("pow", lambda y: y**2),
+    Case("pow, negative", lambda y: (y.abs() + 0.5) ** -1.5),
+    Case("ne", lambda y: torch.where(y.round().ne(0.0), y, 0.3)),
+    Case("eq", lambda y: torch.where(y.round().eq(0.0), y, y.neg())),
+    Case("gt", lambda y: torch.where(y.gt(0.2), y, 0.4)),
+    Case("ge", lambda y: torch.where(y.ge(0.2), y, y * 0.4)),
+    Case("lt", lambda y: torch.where(y.lt(0.2), y, y.exp())),
+    Case("le", lambda y: torch.where(y.le(0.2), y, y.neg())),
+    Case("logical_not", lambda y: torch.where((y > 0.2).logical_not(), y, y.exp())),
+    Case("add a (B, 1, H, W) layer", lambda y, m: y + m.layer(y), extra={"layer": nn.Conv2d(6, 1, 1)}),
     Case("fmod", lambda y: torch.fmod(y, 0.5)),
     Case("remainder", lambda y: torch.remainder(y, 0.5)),
     Case("lerp", lambda y: torch.lerp(y, y.relu(), 0.3)),
@@ -222,6 +232,11 @@ CASES = [
     Case("channel_shuffle", lambda y: F.channel_shuffle(y, 3)),
     Case("pixel_shuffle", lambda y: F.pixel_shuffle(y, 2), before=lambda: nn.Conv2d(3, 12, 1), after=wide(3)),
     Case("pixel_unshuffle", lambda y: F.pixel_unshuffle(y[:, :, :, :4], 2), after=wide(24)),
+    Case("roll", lambda y: y.roll(2, 1)),
+    Case("roll twice, and beside", lambda y: y.roll((1, 2, -3), (1, 2, -3))),
+    Case("roll all axes as one", lambda y: y.roll(2), frozen="unknown operator roll"),
+    Case("flip", lambda y: y.flip(1), frozen="reverses the channels"),
+    Case("flip beside", lambda y: y.flip(2, -1)),
     # beside the channels
     *(Case(n, lambda y, n=n: getattr(aten, n)(y, [2, 2])) for n in ("max_pool2d", "avg_pool2d")),
     *(Case(n, lambda y, n=n: getattr(aten, n)(y, [2, 3])) for n in ("adaptive_avg_pool2d",)),
@@ -305,8 +320,6 @@ CASES = [
     rows("mm", lambda y, m: torch.mm(y, m.extra["w"]).relu(), extra={"w": torch.rand(6, 6)}),
     rows("matmul of values", lambda y: y @ y.t() @ y, frozen="unknown operator matmul"),
     # no rule
-    Case("flip", lambda y: y.flip(1), frozen="unknown operator flip"),
-    Case("roll", lambda y: y.roll(1, 1), frozen="unknown operator roll"),
     Case("index", lambda y: y[:, [5, 3, 1, 0]], after=wide(4), frozen="unknown operator index"),
 ]  # fmt: skip
 IDS = [case.name for case in CASES]
@@ -323,7 +336,7 @@ def test_every_rule_is_covered() -> None:
         for node in capture(model, inputs).graph.nodes:
             if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
                 met.add(operator_name(node))
-    raised = {"dropout", "feature_dropout", "alpha_dropout"} & set(IDS)
+    raised = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"} & set(IDS)
     assert not set(RULES) - met - raised
 
 

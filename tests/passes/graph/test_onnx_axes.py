@@ -82,7 +82,17 @@ UNARY = [
     "ThresholdedRelu",
     "Shrink",
 ]
-REDUCE = ["ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceL1", "ReduceProd", "ReduceSumSquare"]
+REDUCE = [
+    "ReduceMean",
+    "ReduceSum",
+    "ReduceMax",
+    "ReduceMin",
+    "ReduceL2",
+    "ReduceL1",
+    "ReduceProd",
+    "ReduceSumSquare",
+    "ReduceLogSumExp",
+]
 CASES = [
     *(case(op, f"z = {op}(y)") for op in UNARY),
     *(case(op, f"a = Abs(y)  z = {op}(a)") for op in ("Log", "Sqrt", "Reciprocal")),
@@ -90,10 +100,10 @@ CASES = [
     case("Clip", "z = Clip(y, low, high)", low=np.float32(0.1), high=np.float32(0.9)),
     case("Cast", "a = Cast<to=11>(y)  z = CastLike(a, y)"),
     case("Not", "a = Greater(y, k)  b = Not(a)  z = Cast<to=1>(b)", k=np.float32(0.4)),
-    *(case(op, f"z = {op}(y, c)", c=weight(6, 1, 1)) for op in ("Add", "Sub", "Mul", "Div", "Max", "Min", "PRelu")),
+    *(case(op, f"z = {op}(y, c)", c=weight(6, 1, 1)) for op in ("Add", "Sub", "Mul", "Div", "Max", "Min", "PRelu", "Sum")),  # noqa: E501
     case("Pow", "z = Pow(y, c)", c=np.float32(2.0)),
     case("Mod", "a = Abs(y)  z = Mod<fmod=1>(a, c)", c=np.float32(0.4)),
-    *(case(op, f"a = {op}(y, c)  z = Where(a, y, d)", c=np.float32(0.3), d=weight(6, 1, 1)) for op in ("Greater", "Less")),  # noqa: E501
+    *(case(op, f"a = {op}(y, c)  z = Where(a, y, d)", c=np.float32(0.3), d=weight(6, 1, 1)) for op in ("Greater", "GreaterOrEqual", "Less", "LessOrEqual")),  # noqa: E501
     case("Equal", "a = Round(y)  b = Equal(a, c)  z = Where(b, y, d)", c=np.float32(0.0), d=weight(1, 6, 1, 1)),
     case("Add along another axis", "z = Add(y, c)", c=weight(4, 1)),
     case("Conv", "z = Conv(y, w, b)", columns=5, w=weight(5, 6, 1, 1), b=weight(5)),
@@ -135,6 +145,9 @@ CASES = [
     case("Slice to the end", "z = Slice(y, s, e, a)", columns=3, s=ints(3), e=ints(2**63 - 1), a=ints(1)),
     case("Slice with steps", "z = Slice(y, s, e, a, t)", columns=3, s=ints(0), e=ints(6), a=ints(1), t=ints(2),
          frozen="unknown operator Slice"),
+    case("Slice from behind", "z = Slice(y, s, e, a, t)", s=ints(-1), e=ints(-(2**63)), a=ints(2), t=ints(-1)),
+    case("Slice the channels from behind", "z = Slice(y, s, e, a, t)", s=ints(-1), e=ints(-(2**63)), a=ints(1),
+         t=ints(-1), frozen="reverses the channels"),
     case("Transpose", "a = Transpose<perm=[0, 2, 3, 1]>(y)  b = Relu(a)  z = Transpose<perm=[0, 3, 1, 2]>(b)"),
     case("Expand", "a = ReduceMax(y, t)  z = Expand(a, s)", t=ints(2, 3), s=ints(1, 6, 4, 3)),
     case("Pad", "z = Pad(y, p)", p=ints(0, 0, 1, 0, 0, 0, 0, 2)),
