@@ -58,6 +58,39 @@ class Plain(nn.Module):
         return self.fc(torch.tanh(self.f(x)).mean((2, 3)))
 
 
+class Written(nn.Module):
+    """Activations of several operators, as people write them and as exporters do, and what does nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.e, self.f = (nn.Conv2d(3, 3, 3, padding=1) for _ in ABCDEF)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x = self.b(x * torch.sigmoid(x))
+        x = self.c(torch.sigmoid(x) * x)
+        x = self.d(x * torch.tanh(F.softplus(x)))
+        x = F.elu(x).contiguous().to(torch.float32) * 1.0
+        x = x + self.e(x)
+        return self.f(F.softplus(x.mul_(x.sigmoid()))).mean((2, 3))
+
+
+class Scaled(nn.Module):
+    """What looks like an activation of several operators, and is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(3, 3, 3, padding=1) for _ in "abcd")
+        self.scale = nn.Parameter(torch.rand(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x = self.b(x * torch.sigmoid(x * self.scale))
+        x = self.c(x * (1.0 - x))
+        gate = torch.sigmoid(x)
+        return (self.d(gate * x) + gate).mean((2, 3))
+
+
 class Blocks(nn.Module):
     """A stem, then blocks, then a mean: ``make`` gives the blocks."""
 
@@ -136,6 +169,10 @@ def series() -> nn.Module:
 CASES: dict[str, tuple[Build, list[tuple[Sequence[str], Runs]]]] = {
     "row": (Plain, [(ABCDEF, [ABCDEF])]),
     "row, layers removed": (Plain, [(ABCDEF, [["a.weight", "c.weight", "e.weight", "f.weight"]])]),
+    "written activations": (Written, [(ABCDEF, [ABCDEF])]),
+    "written activations, layers removed": (Written, [(ABCDEF[:4], [ABCDEF[1:4:2]])]),
+    "written activations, a block removed": (Written, [(ABCDEF, [[ABCDEF[0], ABCDEF[5]]])]),
+    "written activations in runs": (Written, [(ABCDEF, [ABCDEF[:2], ABCDEF[2:3], ABCDEF[3:]])]),
     "row in runs": (Plain, [(ABCDEF, [ABCDEF[:1], ABCDEF[2:4], ABCDEF[4:]])]),
     "depthwise stays": (Plain, [(["d.weight"], [["d.weight"]])]),
     "two merges": (Plain, [(ABCDEF[:2], [ABCDEF[:2]]), (ABCDEF[2:5], [ABCDEF[2:5]])]),
@@ -320,7 +357,7 @@ def test_what_cannot_be_merged_is_refused(make: Build, layers: list[str], runs: 
 
 
 def test_both_front_ends_read_the_same_chains() -> None:
-    for make in (Plain, vgg, identity2, projection, mobile, series, nested):
+    for make in (Plain, Written, Scaled, vgg, identity2, projection, mobile, series, nested):
         _, _, gm, data = exported(make)
 
         def outline(chains: tuple) -> list:
@@ -333,6 +370,22 @@ def test_both_front_ends_read_the_same_chains() -> None:
             ]
 
         assert outline(chains_torch(gm)) == outline(chains_onnx(onnx.load_from_string(data)))
+
+
+def test_torch_can_do_what_the_onnx_reader_offers() -> None:
+    """Merges are offered by what the file shows, and carried out on the captured graph first."""
+    for make in (Plain, Written, projection):
+        _, _, gm, data = exported(make)
+        file = onnx.load_from_string(data)
+        tensors = {init.name: onnx.numpy_helper.to_array(init) for init in file.graph.initializer}
+        for chain in chains_onnx(file):
+            for segment in find_segments(chain, folded_norms(chain, tensors)):
+                assert find_region(chains_torch(gm), segment.merge()).layers
+
+
+def test_what_is_no_activation_ends_a_chain() -> None:
+    chains = chains_torch(exported(Scaled)[2])
+    assert [[layer.weight for layer in chain.layers] for chain in chains] == [[f"{c}.weight"] for c in "abcd"]
 
 
 @torch.no_grad()
