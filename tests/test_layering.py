@@ -45,6 +45,7 @@ WITHOUT_TORCH = (
     "sluice.passes.cut.resolve",
     "sluice.passes.graph.onnx_axes",
     "sluice.passes.graph.onnx_graph",
+    "sluice.passes.graph.static_shapes",
     "sluice.passes.cut.drop_onnx",
     "sluice.passes.cut.merge_onnx",
     "sluice.passes.cut.factor_onnx",

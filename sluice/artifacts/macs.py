@@ -12,7 +12,7 @@ import math
 import onnx
 
 from sluice.passes.graph.onnx_graph import attributes
-from sluice.profiler.pieces.static_shapes import static_graph
+from sluice.passes.graph.static_shapes import static_graph
 
 __all__ = ["count_macs"]
 

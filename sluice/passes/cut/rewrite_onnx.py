@@ -26,7 +26,6 @@ from sluice.passes.cut.merge_onnx import merge_onnx
 from sluice.passes.cut.resolve import masks_of_slices, tensor_masks
 from sluice.passes.graph.groups import Analysis
 from sluice.passes.graph.onnx_axes import analyze_onnx
-from sluice.passes.graph.onnx_graph import BATCH
 
 __all__ = ["cut_graph", "restructure", "rewrite_onnx"]
 
@@ -146,7 +145,7 @@ class _Mender:
         for d, size in enumerate(after):
             if d == dim:
                 sizes.append(int(mask.sum()))
-            elif size % BATCH:
+            elif not self._is_dynamic(size):
                 sizes.append(size)
             elif node.op == "Expand":
                 sizes.append(1)
@@ -154,6 +153,9 @@ class _Mender:
                 sizes.append(0 if d < len(before) and before[d] == size else -1)
         node.attrs.pop("allowzero", None)
         node.inputs[1] = _constant(f"{node.outputs[0].name}_shape", np.array(sizes, dtype=np.int64))
+
+    def _is_dynamic(self, size: int) -> bool:
+        return self.analysis.batch is not None and size % self.analysis.batch == 0
 
     def _split(self, node: Any, dim: int, mask: np.ndarray) -> None:
         rank = len(self.analysis.shapes[node.inputs[0].name])

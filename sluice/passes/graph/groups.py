@@ -57,13 +57,18 @@ class ValueAxis:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Analysis:
-    """All groups of a graph, what was refused and why, and the labelled axis and dense shape of every value."""
+    """All groups of a graph, what was refused and why, and the labelled axis and dense shape of every value.
+
+    ``batch`` stands for the free batch in the ``shapes`` of an ONNX graph: it divides the sizes that hold the batch and
+    no others. It is None where the batch is fixed.
+    """
 
     groups: tuple[AxisGroup, ...]
     frozen: Mapping[str, str]
     values: Mapping[str, ValueAxis]
     shapes: Mapping[str, Shape]
     tensors: Mapping[str, Shape]
+    batch: int | None = None
 
     def group(self, name: str) -> AxisGroup:
         for group in self.groups:

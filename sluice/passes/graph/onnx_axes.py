@@ -1,12 +1,14 @@
 """The ONNX front end of the coupling rules: model -> `Analysis`; needs numpy and onnx, not torch.
 
 The same rules as for ``torch.fx`` (`sluice.passes.graph.coupling`), one literal table of operator types. Every
-initialiser is a named tensor. Values are analysed at one static batch, so that all sizes are numbers.
+initialiser is a named tensor. Values are analysed at one static batch with the shape arithmetic folded, so that sizes
+are numbers. A size that stays open freezes what it touches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,8 @@ import onnx
 
 from sluice.passes.graph.coupling import Axis, Coupling, Shape
 from sluice.passes.graph.groups import Analysis, find_groups
-from sluice.passes.graph.onnx_graph import BATCH, attributes, constants, with_batch
+from sluice.passes.graph.onnx_graph import attributes, constants, sizes_of
+from sluice.passes.graph.static_shapes import stand_in_batch, static_graph
 
 __all__ = ["analyze_onnx"]
 
@@ -22,15 +25,14 @@ Node = onnx.NodeProto
 
 
 class _Walk:
-    def __init__(self, model: onnx.ModelProto, frozen: Sequence[str]):
-        graph = model.graph
-        self.constants = constants(model)
-        self.coupling = Coupling({init.name: tuple(init.dims) for init in graph.initializer})
+    def __init__(self, model: onnx.ModelProto, static: onnx.ModelProto):
+        graph = static.graph
+        self.constants = constants(static)
+        self.coupling = Coupling({init.name: tuple(init.dims) for init in model.graph.initializer})
         self.axis: dict[str, Axis | None] = {}
         self.alias: dict[str, tuple[str, tuple[int, ...]]] = {}  # transposed weights: value -> (tensor, order)
-        self.shape: dict[str, Shape] = dict(self.coupling.tensors)
-        for info in [*graph.input, *graph.value_info, *graph.output]:
-            self.shape[info.name] = tuple(d.dim_value or BATCH for d in info.type.tensor_type.shape.dim)
+        self.shape: dict[str, Shape] = {init.name: tuple(init.dims) for init in graph.initializer}
+        self.shape |= sizes_of([*graph.input, *graph.value_info, *graph.output])
 
     def of(self, name: str) -> Axis | None:
         if name in self.coupling.tensors and name not in self.axis:
@@ -209,6 +211,18 @@ def _unknown(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
     return None
 
 
+def _open(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
+    """A size is not known even at a known batch: the values that the operator reads stay whole, and its weights."""
+    reason = f"{n.name or n.output[0]} works on a size that is not known"
+    w.coupling.unknown([w.of(i) for i in n.input if i], reason)
+    for name in filter(w.tensor, n.input):
+        for axis in range(len(w.coupling.tensors[name])):
+            w.coupling.freeze(w.coupling.param(name, axis), reason)
+        if len(w.coupling.tensors[name]) > 1 and (name, 0) not in w.coupling.producers:
+            w.coupling.producers.append((name, 0))
+    return None
+
+
 _UNARY = """Relu Clip Sigmoid HardSigmoid HardSwish Tanh LeakyRelu Elu Selu Celu Softplus Mish Gelu Swish Neg Abs Exp Log Sqrt
     Reciprocal Erf Sin Cos Sign Floor Ceil Round Identity Dropout Cast CastLike Softsign ThresholdedRelu Shrink Not"""  # noqa: E501
 RULES: dict[str, Rule] = {
@@ -240,19 +254,16 @@ def analyze_onnx(model: onnx.ModelProto, exclude: Sequence[str] = ()) -> Analysi
     Raises:
         SluiceError: a size cannot be inferred.
     """
-    model = with_batch(model, BATCH)
-    w = _Walk(model, exclude)
-    for node in model.graph.node:
+    batch = stand_in_batch(model)
+    static = static_graph(model, batch or 1)
+    w = _Walk(model, static)
+    for node in static.graph.node:
         rule = RULES.get(node.op_type, _unknown)
-        missing = [name for name in (*node.input, *node.output) if name and name not in w.shape]
-        if missing and any(w.of(i) is not None for i in node.input if i):
-            if rule is not _fixed:
-                _unknown(w, node, {})
-            continue
-        if not missing or rule in (_unary, _fixed):
-            axis = rule(w, node, attributes(node))
-            if rule is not _split:
-                w.axis[node.output[0]] = axis
-    for out in model.graph.output:
+        if rule is not _fixed and any(name not in w.shape for name in (*node.input, *node.output) if name):
+            rule = _open if rule is not _unknown else _unknown
+        axis = rule(w, node, attributes(node))
+        if rule is not _split:
+            w.axis[node.output[0]] = axis
+    for out in static.graph.output:
         w.coupling.freeze(w.of(out.name), "is an output of the model")
-    return find_groups(w.coupling, w.axis, w.shape, exclude)
+    return replace(find_groups(w.coupling, w.axis, w.shape, exclude), batch=batch)

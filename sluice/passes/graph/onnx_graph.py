@@ -7,6 +7,7 @@ batch tells all its sizes.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from onnx import helper, numpy_helper
 
 from sluice.core.errors import SluiceError
 
-__all__ = ["BATCH", "LITERAL", "attributes", "constants", "with_batch"]
+__all__ = ["BATCH", "LITERAL", "attributes", "constants", "sizes_of", "with_batch"]
 
 LITERAL = 1024  # elements; a shape, a scale or a list of axes has no more
 BATCH = 10_007  # stands for a dynamic size: prime, so that products stay recognisable
@@ -77,6 +78,16 @@ def _infer(model: onnx.ModelProto) -> None:
     model.graph.value_info.extend(inferred.value_info)
     del model.graph.output[:]
     model.graph.output.extend(inferred.output)
+
+
+def sizes_of(infos: Iterable[onnx.ValueInfoProto]) -> dict[str, tuple[int, ...]]:
+    """The shapes that are known; a value with an open size has none."""
+    found: dict[str, tuple[int, ...]] = {}
+    for info in infos:
+        dims = info.type.tensor_type.shape.dim
+        if info.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
+            found[info.name] = tuple(dim.dim_value for dim in dims)
+    return found
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:

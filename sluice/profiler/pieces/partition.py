@@ -23,9 +23,9 @@ from sluice.passes.cut.resolve import tensor_masks
 from sluice.passes.cut.rewrite_onnx import cut_graph
 from sluice.passes.graph.groups import Analysis, rename_groups
 from sluice.passes.graph.onnx_axes import analyze_onnx
+from sluice.passes.graph.static_shapes import static_graph
 from sluice.profiler.pieces.identity import identify
 from sluice.profiler.pieces.split import ANCHORS, Part, anchored_pads, split
-from sluice.profiler.pieces.static_shapes import static_graph
 from sluice.profiler.pieces.weightless import with_weights
 from sluice.runtime.base.runner import PLAIN
 
