@@ -2,7 +2,7 @@
 
 ``Shape`` of a value of known size is a constant; so is any small operator all of whose inputs are constants and whose
 results are integers. What is folded may make further sizes known, so both are repeated until nothing folds. Nothing
-that touches a weight is folded: names must survive.
+that touches a weight is folded: names must survive. What cannot be evaluated stays in the graph.
 """
 
 from __future__ import annotations
@@ -89,8 +89,14 @@ def _fold(model: onnx.ModelProto) -> bool:
 
 
 def _evaluate(node: onnx.NodeProto, inputs: Sequence[np.ndarray], opset: int) -> list[np.ndarray] | None:
-    """All outputs of a node, if they are integers."""
-    values = [np.asarray(value) for value in _reference(node, inputs, opset)]
+    """All outputs of a node, if they are integers and can be had."""
+    try:
+        if node.op_type == "GatherElements":
+            values = [_gather_elements(inputs[0], inputs[1], attributes(node).get("axis", 0))]
+        else:
+            values = [np.asarray(value) for value in _reference(node, inputs, opset)]
+    except Exception:  # whatever an operator raises that the evaluator lacks or has wrong: the runtime will compute it
+        return None
     return values if all(helper.np_dtype_to_tensor_dtype(v.dtype) in _INTEGERS for v in values) else None
 
 
@@ -107,3 +113,13 @@ def _reference(node: onnx.NodeProto, inputs: Sequence[np.ndarray], opset: int) -
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
     return list(ReferenceEvaluator(model).run(None, dict(zip(names, inputs, strict=True))))
+
+
+def _gather_elements(data: np.ndarray, indices: np.ndarray, axis: int) -> np.ndarray:
+    """``out[i][j] = data[indices[i][j]][j]``; beside ``axis`` the indices may be fewer than the data.
+
+    The reference evaluator takes at most 64 positions along the axis, and no fewer indices than data beside it.
+    """
+    axis %= data.ndim
+    beside = data[tuple(slice(None if d == axis else n) for d, n in enumerate(indices.shape))]
+    return np.take_along_axis(beside, np.where(indices < 0, indices + data.shape[axis], indices), axis)
