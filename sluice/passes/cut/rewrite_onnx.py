@@ -24,6 +24,7 @@ from sluice.passes.cut.factor import factors, random_factors
 from sluice.passes.cut.factor_onnx import factorize_onnx
 from sluice.passes.cut.merge_onnx import merge_onnx
 from sluice.passes.cut.resolve import masks_of_slices, tensor_masks
+from sluice.passes.cut.target_shape_onnx import constant, with_size
 from sluice.passes.graph.groups import Analysis
 from sluice.passes.graph.onnx_axes import analyze_onnx
 
@@ -90,6 +91,7 @@ def cut_graph(model: onnx.ModelProto, analysis: Analysis, keeps: Sequence[np.nda
     mender = _Mender(analysis, keeps)
     for node in graph.nodes:
         mender.mend(node)
+    graph.nodes.extend(mender.added)
     borders = {id(t) for t in (*graph.inputs, *graph.outputs)}
     for tensor in tensors.values():
         lost = mender.lost(tensor.name)
@@ -111,6 +113,7 @@ class _Mender:
 
     def __init__(self, analysis: Analysis, keeps: Sequence[np.ndarray]):
         self.analysis, self.keeps = analysis, keeps
+        self.added: list[Any] = []  # nodes that compute sizes
 
     def lost(self, name: str) -> tuple[int, np.ndarray] | None:
         axis = self.analysis.values.get(name)
@@ -129,30 +132,46 @@ class _Mender:
         elif node.op == "Resize" and cut_out and len(node.inputs) > 3 and not _empty(node.inputs[3]):
             sizes = node.inputs[3].values.copy()
             sizes[cut_out[0]] = int(cut_out[1].sum())
-            node.inputs[3] = _constant(f"{node.outputs[0].name}_sizes", sizes)
+            node.inputs[3] = constant(f"{node.outputs[0].name}_sizes", sizes)
         elif node.op in ("Conv", "ConvTranspose") and node.attrs.get("group", 1) > 1 and cut_in:
             depthwise = self.analysis.tensors[node.inputs[1].name][1] == 1  # one group per input channel
             kept = int(cut_in[1].sum()) if depthwise else len(cut_in[1])
             node.attrs["group"] = node.attrs["group"] * kept // len(cut_in[1])
 
     def _target(self, node: Any, dim: int, mask: np.ndarray) -> None:
-        """Sizes of the output: the cut one as it is now, dynamic ones as 0 (copied) or -1 (inferred)."""
+        """Sizes of the output: the cut one as it is now, dynamic ones copied, inferred, or as they are computed."""
         before, after = self.analysis.shapes[node.inputs[0].name], self.analysis.shapes[node.outputs[0].name]
-        old = getattr(node.inputs[1], "values", None)
-        if old is not None and int(old.reshape(-1)[dim]) == -1:
+        target, old = node.inputs[1], getattr(node.inputs[1], "values", None)
+        expands, kept = node.op == "Expand", int(mask.sum())
+        if not expands and old is not None and int(old.reshape(-1)[dim]) == -1:
             return
-        sizes = []
-        for d, size in enumerate(after):
-            if d == dim:
-                sizes.append(int(mask.sum()))
-            elif not self._is_dynamic(size):
-                sizes.append(size)
-            elif node.op == "Expand":
-                sizes.append(1)
-            else:
-                sizes.append(0 if d < len(before) and before[d] == size else -1)
-        node.attrs.pop("allowzero", None)
-        node.inputs[1] = _constant(f"{node.outputs[0].name}_shape", np.array(sizes, dtype=np.int64))
+        if expands and target.inputs and self._follows(target.inputs[0], dim, mask):
+            return
+        if expands:
+            before = (1,) * (len(after) - len(before)) + tuple(before)
+        sizes = [self._literal(expands, size, before[d : d + 1]) for d, size in enumerate(after)]
+        sizes[dim] = kept
+        name = f"{node.outputs[0].name}_shape"
+        if None not in sizes and sizes.count(-1) < 2:
+            node.attrs.pop("allowzero", None)
+            node.inputs[1] = constant(name, np.array(sizes, dtype=np.int64))
+        else:
+            self.added += with_size(target, dim - len(after), kept, name)
+            node.inputs[1] = self.added[-1].outputs[0]
+
+    def _follows(self, maker: Any, dim: int, mask: np.ndarray) -> bool:
+        """Is a target the shape of a value that is cut in the same way?"""
+        cut = self.lost(maker.inputs[0].name) if maker.op == "Shape" else None
+        whole = not maker.attrs.get("start") and "end" not in maker.attrs
+        return whole and cut is not None and cut[0] == dim and np.array_equal(cut[1], mask)
+
+    def _literal(self, expands: bool, size: int, before: Sequence[int]) -> int | None:
+        """One size of a target, if a number can say it; ``before`` is the size of the input in this place, if any."""
+        if not self._is_dynamic(size):
+            return size
+        if expands:
+            return 1 if size in before else None
+        return 0 if size in before else -1
 
     def _is_dynamic(self, size: int) -> bool:
         return self.analysis.batch is not None and size % self.analysis.batch == 0
@@ -164,7 +183,7 @@ class _Mender:
         bounds = np.cumsum([0, *(self.analysis.shapes[out.name][dim] for out in node.outputs)])
         sizes = np.array([mask[i:j].sum() for i, j in itertools.pairwise(bounds)], dtype=np.int64)
         node.attrs.pop("num_outputs", None)
-        node.inputs = [node.inputs[0], _constant(f"{node.outputs[0].name}_sizes", sizes)]
+        node.inputs = [node.inputs[0], constant(f"{node.outputs[0].name}_sizes", sizes)]
 
     def _slice(self, node: Any, dim: int, mask: np.ndarray) -> None:
         rank = len(self.analysis.shapes[node.inputs[0].name])
@@ -175,13 +194,7 @@ class _Mender:
                     values = node.inputs[index].values.copy()
                     bound = slice(int(values[k]), None).indices(len(mask))[0]
                     values[k] = int(mask[:bound].sum())
-                    node.inputs[index] = _constant(f"{node.outputs[0].name}_{name}", values)
-
-
-def _constant(name: str, values: np.ndarray) -> Any:
-    import onnx_graphsurgeon as gs
-
-    return gs.Constant(name, np.ascontiguousarray(values))
+                    node.inputs[index] = constant(f"{node.outputs[0].name}_{name}", values)
 
 
 def _empty(tensor: Any) -> bool:

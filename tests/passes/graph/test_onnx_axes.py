@@ -138,6 +138,14 @@ CASES = [
          frozen="unknown operator Slice"),
     case("Transpose", "a = Transpose<perm=[0, 2, 3, 1]>(y)  b = Relu(a)  z = Transpose<perm=[0, 3, 1, 2]>(b)"),
     case("Expand", "a = ReduceMax(y, t)  z = Expand(a, s)", t=ints(2, 3), s=ints(1, 6, 4, 3)),
+    case("Expand over the batch", "a = ReduceMax(y, t)  n = Shape<end=1>(y)"
+         "  s = Concat<axis=0>(n, k)  z = Expand(a, s)", t=ints(0, 2, 3), k=ints(6, 4, 3)),
+    case("Expand over the batch, one number", "a = ReduceMax(y, t)  n = Shape<end=1>(y)  h = Shape<start=2>(y)"
+         "  s = Concat<axis=0>(n, k, h)  z = Expand(a, s)", t=ints(0, 2, 3), k=ints(6)),
+    case("Expand over the batch, all computed", "a = ReduceMax(y, t)  s = Shape(y)  u = Mul(s, k)  z = Expand(a, u)",
+         t=ints(0, 2, 3), k=ints(1, 1, 1, 1)),
+    case("Expand over the batch, last axis", "a = ReduceMax(y, t)  s = Shape(y)  u = Mul(s, k)  z = Expand(a, u)",
+         rows=True, t=ints(0), k=ints(1, 1)),
     case("an open size", "m = ReduceMax<keepdims=0>(x)  i = Cast<to=7>(m)  j = Unsqueeze(i, a)  z = Slice(y, a, j, t)",
          a=ints(0), t=ints(2), frozen="works on a size that is not known"),
     case("Pad", "z = Pad(y, p)", p=ints(0, 0, 1, 0, 0, 0, 0, 2)),
