@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
-from torch import nn
+from torch import fx, nn
 
 from sluice.core.errors import SluiceError
 from sluice.passes.graph.capture import MARK, Inputs, capture, free_batch
@@ -24,6 +24,10 @@ from sluice.passes.graph.onnx_file import finalize, note_buffers, quiet, save_on
 __all__ = ["OPSET", "finalize", "save_onnx", "to_onnx"]
 
 OPSET = 20
+_POOLS = {
+    torch.ops.aten.adaptive_avg_pool1d.default: [-1],
+    torch.ops.aten.adaptive_avg_pool2d.default: [-2, -1],
+}
 
 
 def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> onnx.ModelProto:
@@ -33,6 +37,7 @@ def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> 
     from onnxscript.optimizer import fold_constants_ir
 
     gm = capture(model, example_inputs).eval()
+    _write_means(gm)
     mark = gm.meta[MARK]
     args, kwargs = mark["args"], mark["kwargs"]
     shapes: Any = None
@@ -72,6 +77,20 @@ def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> 
         done = _without_bias(to_proto(ir_model), names)
     note_buffers(done, (name for name, tensor in gm.named_buffers() if tensor.ndim > 1))
     return done
+
+
+def _write_means(gm: fx.GraphModule) -> None:
+    """Pools to one position as means.
+
+    Where the input is not contiguous (channels last), the exporter restores its strides with a Gather by computed
+    positions, which no reader could follow and which computes nothing.
+    """
+    for node in gm.graph.nodes:
+        axes = _POOLS.get(node.target)
+        if axes is None or any(size != 1 for size in node.args[1]) or node.args[0].meta["val"].is_contiguous():
+            continue
+        node.target, node.args = torch.ops.aten.mean.dim, (node.args[0], axes, True)
+    gm.recompile()
 
 
 def _without_bias(model: onnx.ModelProto, names: set[str]) -> onnx.ModelProto:

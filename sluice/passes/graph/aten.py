@@ -180,6 +180,7 @@ RULES: dict[str, Rule] = {
     "narrow": layout.narrow,
     "glu": layout.glu,
     "select": layout.select,
+    "index_select": layout.index_select,
 }
 
 

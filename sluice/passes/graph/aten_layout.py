@@ -13,6 +13,7 @@ __all__ = [
     "expand",
     "getitem",
     "glu",
+    "index_select",
     "like",
     "narrow",
     "permute",
@@ -85,6 +86,10 @@ def glu(w: Walk, n: fx.Node, a: Args) -> Axis | None:
 def select(w: Walk, n: fx.Node, a: Args) -> Axis | None:
     size = w.size(a["self"])
     return w.coupling.reduce(w.of(a["self"]), [a["dim"]], len(size), False, where(n))
+
+
+def index_select(w: Walk, n: fx.Node, a: Args) -> Axis | None:
+    return w.coupling.pick(w.of(a["self"]), a["dim"] % len(w.size(a["self"])), w.of(a["index"]), where(n))
 
 
 def reshape(w: Walk, n: fx.Node, a: Args) -> Axis | None:

@@ -16,7 +16,7 @@ import onnx
 
 from sluice.passes.graph.coupling import Axis, Coupling, Shape
 from sluice.passes.graph.groups import Analysis, find_groups
-from sluice.passes.graph.onnx_graph import attributes, constants, sizes_of
+from sluice.passes.graph.onnx_graph import attributes, constants, is_whole_shape, sizes_of
 from sluice.passes.graph.static_shapes import stand_in_batch, static_graph
 
 __all__ = ["analyze_onnx"]
@@ -29,6 +29,7 @@ class _Walk:
         graph = static.graph
         self.constants = constants(static)
         self.coupling = Coupling({init.name: tuple(init.dims) for init in model.graph.initializer})
+        self.whole_shape_of = {n.output[0]: n.input[0] for n in model.graph.node if is_whole_shape(n)}
         self.axis: dict[str, Axis | None] = {}
         self.alias: dict[str, tuple[str, tuple[int, ...]]] = {}  # transposed weights: value -> (tensor, order)
         self.shape: dict[str, Shape] = {init.name: tuple(init.dims) for init in graph.initializer}
@@ -164,10 +165,23 @@ def _transpose(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
 
 def _expand(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
     x, before, after = w.of(n.input[0]), w.shape[n.input[0]], w.shape[n.output[0]]
+    if n.input[1] in w.whole_shape_of and len(before) == before.count(1):  # zeros_like: cut as that value is
+        return w.of(w.whole_shape_of[n.input[1]])
     if x is None:
         return None
     dim = x.dim + len(after) - len(before)
     return Axis(dim, x.atoms) if len(x.atoms) == after[dim] else _unknown(w, n, a)
+
+
+def _gather(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
+    """A scalar selects one position, and the axis is gone; a list picks some of its positions."""
+    x, (data, indices) = w.of(n.input[0]), (len(w.shape[name]) for name in n.input)
+    dim = a.get("axis", 0) % data
+    if indices > 1:
+        return _unknown(w, n, a)
+    if indices == 0:
+        return w.coupling.reduce(x, [dim], data, False, n.name)
+    return w.coupling.pick(x, dim, w.of(n.input[1]), n.name)
 
 
 def _reduce(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
@@ -243,6 +257,7 @@ RULES: dict[str, Rule] = {
     "Slice": _slice,
     "Transpose": _transpose,
     "Expand": _expand,
+    "Gather": _gather,
     "Pad": _pad,
     "DepthToSpace": _depth_to_space,
 }  # fmt: skip

@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 
 from sluice.core.errors import SluiceError
 
-__all__ = ["BATCH", "LITERAL", "attributes", "constants", "sizes_of", "with_batch"]
+__all__ = ["BATCH", "LITERAL", "attributes", "constants", "is_whole_shape", "sizes_of", "with_batch"]
 
 LITERAL = 1024  # elements; a shape, a scale or a list of axes has no more
 BATCH = 10_007  # stands for a dynamic size: prime, so that products stay recognisable
@@ -92,6 +92,12 @@ def sizes_of(infos: Iterable[onnx.ValueInfoProto]) -> dict[str, tuple[int, ...]]
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+
+def is_whole_shape(node: onnx.NodeProto) -> bool:
+    """Does the node tell all sizes of its input?"""
+    a = attributes(node)
+    return node.op_type == "Shape" and not a.get("start", 0) and "end" not in a
 
 
 def constants(model: onnx.ModelProto) -> dict[str, np.ndarray]:
