@@ -20,6 +20,7 @@ from torch import fx, nn
 from sluice.core.errors import SluiceError
 from sluice.passes.graph.capture import MARK, Inputs, capture, free_batch
 from sluice.passes.graph.onnx_file import finalize, note_buffers, quiet, save_onnx
+from sluice.passes.graph.onnx_graph import OnnxGraph
 
 __all__ = ["OPSET", "finalize", "save_onnx", "to_onnx"]
 
@@ -95,9 +96,9 @@ def _write_means(gm: fx.GraphModule) -> None:
 
 def _without_bias(model: onnx.ModelProto, names: set[str]) -> onnx.ModelProto:
     """For a 1-D or 3-D convolution without bias the exporter writes zeros of a wrong shape, which runtimes refuse."""
-    initial = {init.name: init for init in model.graph.initializer}
+    graph = OnnxGraph(model)
     for node in model.graph.node:
-        bias = initial.get(node.input[2]) if node.op_type == "Conv" and len(node.input) > 2 else None
+        bias = graph.initializers.get(node.input[2]) if node.op_type == "Conv" and len(node.input) > 2 else None
         if bias is None or bias.name in names or len(bias.dims) == 1:
             continue
         if np.any(numpy_helper.to_array(bias)):

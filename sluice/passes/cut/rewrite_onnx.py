@@ -27,6 +27,7 @@ from sluice.passes.cut.resolve import masks_of_slices, tensor_masks
 from sluice.passes.cut.target_shape_onnx import constant, with_size
 from sluice.passes.graph.groups import Analysis
 from sluice.passes.graph.onnx_axes import analyze_onnx
+from sluice.passes.graph.onnx_graph import OnnxGraph
 
 __all__ = ["cut_graph", "restructure", "rewrite_onnx"]
 
@@ -39,7 +40,7 @@ def rewrite_onnx(model: onnx.ModelProto, plan: Plan) -> onnx.ModelProto:
     Raises:
         SluiceError: names or shapes do not match the plan, or the plan contradicts the graph.
     """
-    shapes = {init.name: tuple(init.dims) for init in model.graph.initializer}
+    shapes = {name: tuple(init.dims) for name, init in OnnxGraph(model).initializers.items()}
     present = tuple(cut for cut in plan.slices if cut.param in shapes)
     Plan(plan.fingerprint, present).check_model(shapes, complete=False)
     if len(present) < len(plan.slices) and not _shared(model, plan):
@@ -207,7 +208,8 @@ def _shared(model: onnx.ModelProto, plan: Plan) -> set[str]:
     Those are constants of the exporter's own, and tensors whose shape is that of a tensor the file lacks; any other
     shared tensor is one that the model itself uses twice.
     """
-    initializers = {init.name: init for init in model.graph.initializer}
+    graph = OnnxGraph(model)
+    initializers = graph.initializers
     missing = {shape for name, shape in plan.fingerprint.items() if name not in initializers}
     floats = {
         name
@@ -215,19 +217,14 @@ def _shared(model: onnx.ModelProto, plan: Plan) -> set[str]:
         if init.data_type not in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
         and (name not in plan.fingerprint or tuple(init.dims) in missing)
     }
-    seen: set[str] = set()
-    shared: set[str] = set()
-    for node in model.graph.node:
-        for name in floats.intersection(node.input):
-            (shared if name in seen else seen).add(name)
-    return shared
+    return {name for name in floats if len({id(node) for node in graph.readers.get(name, ())}) > 1}
 
 
 def _unshare(model: onnx.ModelProto, plan: Plan) -> onnx.ModelProto:
     """Every reader but the first of a shared initialiser gets its own copy."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    tensors = {init.name: init for init in copy.graph.initializer}
+    tensors = OnnxGraph(copy).initializers
     taken: dict[str, int] = {}
     shared = _shared(model, plan)
     for node in copy.graph.node:

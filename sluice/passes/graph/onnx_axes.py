@@ -16,7 +16,7 @@ import onnx
 
 from sluice.passes.graph.coupling import Axis, Coupling, Shape
 from sluice.passes.graph.groups import Analysis, find_groups
-from sluice.passes.graph.onnx_graph import attributes, constants, is_whole_shape, sizes_of
+from sluice.passes.graph.onnx_graph import OnnxGraph, attributes, is_whole_shape, reads
 from sluice.passes.graph.static_shapes import stand_in_batch, static_graph
 
 __all__ = ["analyze_onnx"]
@@ -25,15 +25,14 @@ Node = onnx.NodeProto
 
 
 class _Walk:
-    def __init__(self, model: onnx.ModelProto, static: onnx.ModelProto):
-        graph = static.graph
-        self.constants = constants(static)
+    def __init__(self, model: onnx.ModelProto, graph: OnnxGraph):
+        self.constants = graph.literals
         self.coupling = Coupling({init.name: tuple(init.dims) for init in model.graph.initializer})
         self.whole_shape_of = {n.output[0]: n.input[0] for n in model.graph.node if is_whole_shape(n)}
         self.axis: dict[str, Axis | None] = {}
         self.alias: dict[str, tuple[str, tuple[int, ...]]] = {}  # transposed weights: value -> (tensor, order)
-        self.shape: dict[str, Shape] = {init.name: tuple(init.dims) for init in graph.initializer}
-        self.shape |= sizes_of([*graph.input, *graph.value_info, *graph.output])
+        self.shape: dict[str, Shape] = {name: tuple(init.dims) for name, init in graph.initializers.items()}
+        self.shape |= graph.shapes
 
     def of(self, name: str) -> Axis | None:
         if name in self.coupling.tensors and name not in self.axis:
@@ -221,7 +220,7 @@ def _fixed(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
 
 
 def _unknown(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
-    w.coupling.unknown([w.of(i) for i in n.input if i], f"unknown operator {n.op_type} ({n.name})")
+    w.coupling.unknown([w.of(i) for i in reads(n) if i], f"unknown operator {n.op_type} ({n.name})")
     return None
 
 
@@ -271,7 +270,7 @@ def analyze_onnx(model: onnx.ModelProto, exclude: Sequence[str] = ()) -> Analysi
     """
     batch = stand_in_batch(model)
     static = static_graph(model, batch or 1)
-    w = _Walk(model, static)
+    w = _Walk(model, OnnxGraph(static))
     for node in static.graph.node:
         rule = RULES.get(node.op_type, _unknown)
         if rule is not _fixed and any(name not in w.shape for name in (*node.input, *node.output) if name):

@@ -15,7 +15,7 @@ import onnx
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from sluice.passes.graph.onnx_graph import attributes, constants, sizes_of, with_batch
+from sluice.passes.graph.onnx_graph import OnnxGraph, attributes, with_batch
 
 __all__ = ["stand_in_batch", "static_graph"]
 
@@ -41,10 +41,10 @@ def stand_in_batch(model: onnx.ModelProto) -> int | None:
     dims = [dim for info in model.graph.input for dim in info.type.tensor_type.shape.dim]
     if all(dim.HasField("dim_value") for dim in dims):
         return None
-    infos = [*model.graph.input, *model.graph.value_info, *model.graph.output]
-    sizes = {dim.dim_value for info in infos for dim in info.type.tensor_type.shape.dim}
-    sizes.update(size for init in model.graph.initializer for size in init.dims)
-    for array in constants(model).values():
+    graph = OnnxGraph(model)
+    sizes = {dim.dim_value for info in graph.infos.values() for dim in info.type.tensor_type.shape.dim}
+    sizes.update(size for init in graph.initializers.values() for size in init.dims)
+    for array in graph.literals.values():
         if array.size <= _ENTRIES and array.dtype.kind in "iu":
             sizes.update(np.abs(array).reshape(-1).tolist())
     batch = _LEAST
@@ -59,16 +59,15 @@ def _is_prime(number: int) -> bool:
 
 def _fold(model: onnx.ModelProto) -> bool:
     """Replace what is constant by initialisers, in place; whether anything was."""
-    graph = model.graph
-    sizes = sizes_of([*graph.input, *graph.value_info])
-    known = constants(model)
+    graph, read = model.graph, OnnxGraph(model)
+    known = dict(read.literals)
     opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     kept: list[onnx.NodeProto] = []
     folded: dict[str, np.ndarray] = {}
     for node in graph.node:
         values: Sequence[np.ndarray] | None = None
         if node.op_type == "Shape":
-            size = sizes.get(node.input[0])
+            size = read.shapes.get(node.input[0])
             a = attributes(node)
             if size is not None:
                 values = [np.array(size[a.get("start", 0) : a.get("end")], dtype=np.int64)]

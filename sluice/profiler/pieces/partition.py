@@ -23,6 +23,7 @@ from sluice.passes.cut.resolve import tensor_masks
 from sluice.passes.cut.rewrite_onnx import cut_graph
 from sluice.passes.graph.groups import Analysis, rename_groups
 from sluice.passes.graph.onnx_axes import analyze_onnx
+from sluice.passes.graph.onnx_graph import OnnxGraph
 from sluice.passes.graph.static_shapes import static_graph
 from sluice.profiler.pieces.identity import identify
 from sluice.profiler.pieces.split import ANCHORS, Part, anchored_pads, split
@@ -106,10 +107,9 @@ def partition_graph(
             )
     static = static_graph(model, batch)
     analysis = rename_groups(analyze_onnx(static, exclude), names or {})
-    graph = static.graph
-    infos = {i.name: i for i in [*graph.input, *graph.value_info, *graph.output]}
-    parts = split(graph.node, {i.name for i in graph.input}, {out.name for out in graph.output})
-    pieces = cut_out(parts, range(len(parts)), static, analysis, {init.name: init for init in graph.initializer}, infos)
+    graph = OnnxGraph(static)
+    parts = split(static.graph.node, {info.name for info in static.graph.input}, set(graph.outputs))
+    pieces = cut_out(parts, range(len(parts)), static, analysis, graph.initializers, graph.infos)
     other = max(1, batch // FEWER)
     less = partition_graph(model, other, exclude, names) if small and other < batch and not _is_static(model) else None
     return Partition(static, analysis, pieces, batch, less)
@@ -157,13 +157,12 @@ def cut_out(
 
 def anchor_weight(piece: Piece) -> str | None:
     """The named tensor of the piece's anchor, read directly or through a transpose; None where there is none."""
-    graph = piece.model.graph
-    initial = {init.name for init in graph.initializer}
-    through = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Transpose"}
-    for node in graph.node:
+    graph = OnnxGraph(piece.model)
+    for node in piece.model.graph.node:
         if node.op_type in ANCHORS and len(node.input) > 1:
-            name = through.get(node.input[1], node.input[1])
-            return name if name in initial else None
+            maker = graph.producers.get(node.input[1])
+            name = maker.input[0] if maker is not None and maker.op_type == "Transpose" else node.input[1]
+            return name if name in graph.initializers else None
     return None
 
 
