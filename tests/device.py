@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from sluice.profiler.pieces.static_shapes import static_graph
+from sluice.passes.graph.static_shapes import static_graph
 from sluice.profiler.table.fingerprint import Fingerprint
 from sluice.profiler.timing.reference_engine import reference_model
 from sluice.runtime.base.runner import Clock

@@ -289,6 +289,64 @@ class Tokens(nn.Module):
         return self.head(x.mean(1))
 
 
+class ClassToken(nn.Module):
+    """A vision transformer: patches, a class token for every image, attention that stays whole, and its first row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.token = nn.Conv2d(3, 10, 3, 3), nn.Parameter(torch.rand(1, 1, 10) + 0.5)
+        self.position = nn.Parameter(torch.rand(1, 7, 10) + 0.5)
+        self.norm1, self.attention = nn.LayerNorm(10), nn.MultiheadAttention(10, 5, batch_first=True)
+        self.norm2, self.up, self.down = nn.LayerNorm(10), nn.Linear(10, 13), nn.Linear(13, 10)
+        self.norm3, self.head = nn.LayerNorm(10), nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position
+        y = self.norm1(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        x = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return self.head(self.norm3(x)[:, 0])
+
+
+class _Norm2d(nn.LayerNorm):
+    """Layer norm over the channels of an image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class _NextBlock(nn.Module):
+    """Depthwise 7 x 7, then a perceptron in the last axis, scaled per channel before or behind the permute."""
+
+    def __init__(self, width: int, hidden: int, first: bool):
+        super().__init__()
+        self.dw, self.norm = nn.Conv2d(width, width, 7, padding=3, groups=width), nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.gamma, self.first = nn.Parameter(torch.rand(width) + 0.5), first
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(F.gelu(self.up(self.norm(self.dw(x).permute(0, 2, 3, 1)))))
+        if self.first:
+            return x + (y * self.gamma).permute(0, 3, 1, 2)
+        return x + y.permute(0, 3, 1, 2) * self.gamma.reshape(1, -1, 1, 1)
+
+
+class ConvNext(nn.Module):
+    """Residual blocks in the last axis, which leave channels last in memory, and a pool to one position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm1, self.block1 = nn.Conv2d(3, 6, 2, 2), _Norm2d(6), _NextBlock(6, 11, first=False)
+        self.norm2, self.down, self.block2 = _Norm2d(6), nn.Conv2d(6, 9, 2, 2), _NextBlock(9, 14, first=True)
+        self.norm3, self.head = _Norm2d(9), nn.Linear(9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block1(self.norm1(self.stem(x)))
+        x = self.block2(self.down(self.norm2(x)))
+        return self.head(self.norm3(F.adaptive_avg_pool2d(x, 1)).flatten(1))
+
+
 class Mixed(nn.Module):
     """Residual blocks with and without projection, then plain layers: something for every method."""
 
@@ -338,6 +396,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]]
     "spatial": (Spatial, ((3, 9, 7),)),
     "in_place": (InPlace, ((3, 7, 5),)),
     "tokens": (Tokens, ((5, 3),)),
+    "class_token": (ClassToken, ((3, 9, 6),)),
+    "conv_next": (ConvNext, ((3, 12, 8),)),
     "tied": (Tied, ((5,), (5,))),
 }
 

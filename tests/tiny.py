@@ -26,7 +26,7 @@ from sluice.models import enliven
 from sluice.models.resnet import BasicBlock
 from sluice.passes.cut.export import to_onnx
 from sluice.passes.graph.onnx_file import save_onnx
-from sluice.profiler.pieces.static_shapes import static_graph
+from sluice.passes.graph.static_shapes import static_graph
 from sluice.runtime.ort.cpu import OrtRunner, OrtSession
 
 BATCH = 3

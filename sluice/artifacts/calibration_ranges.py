@@ -28,6 +28,7 @@ import onnx
 from onnx import helper
 
 from sluice.core.errors import SluiceError
+from sluice.passes.graph.onnx_graph import OnnxGraph
 from sluice.passes.precision.fold import fold_batch_norms
 from sluice.passes.precision.quantize import tensors_to_calibrate
 
@@ -91,10 +92,9 @@ def slices(batches: Iterable[Any], model: onnx.ModelProto) -> Iterator[Mapping[s
     Raises:
         SluiceError: a batch does not fit the network.
     """
-    initializers = {init.name for init in model.graph.initializer}
-    inputs = [info for info in model.graph.input if info.name not in initializers]
-    names = [info.name for info in inputs]
-    axes = {next((dim.dim_param for dim in info.type.tensor_type.shape.dim), "") for info in inputs}
+    inputs = OnnxGraph(model).inputs
+    names = list(inputs)
+    axes = {next((dim.dim_param for dim in info.type.tensor_type.shape.dim), "") for info in inputs.values()}
     for batch in batches:
         feeds = _feeds(batch, names)
         sizes = {len(array) if array.ndim else 1 for array in feeds.values()}

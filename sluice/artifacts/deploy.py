@@ -25,6 +25,7 @@ from sluice.core.errors import SluiceError
 from sluice.passes.cut.export import OPSET, to_onnx
 from sluice.passes.graph.capture import Inputs
 from sluice.passes.graph.onnx_file import finalize, save_onnx
+from sluice.passes.graph.onnx_graph import OnnxGraph
 from sluice.passes.precision.emulation import emulated
 from sluice.passes.precision.to_precision import to_precision
 from sluice.runtime.base.compare import relative_error
@@ -130,9 +131,7 @@ def as_module(model: onnx.ModelProto, like: Any = None) -> nn.Module:
         )
     from sluice.runtime.targets import make_runner
 
-    initializers = {init.name for init in model.graph.initializer}
-    inputs = tuple(info.name for info in model.graph.input if info.name not in initializers)
-    return _Deployed(make_runner("ort-cpu").build(emulated(model)), inputs, like)
+    return _Deployed(make_runner("ort-cpu").build(emulated(model)), tuple(OnnxGraph(model).inputs), like)
 
 
 class _Deployed(nn.Module):

@@ -11,20 +11,20 @@ import math
 
 import onnx
 
-from sluice.passes.graph.onnx_graph import attributes
-from sluice.profiler.pieces.static_shapes import static_graph
+from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
+from sluice.passes.graph.static_shapes import static_graph
 
 __all__ = ["count_macs"]
 
 
 def count_macs(model: onnx.ModelProto) -> int:
     """MACs at batch 1 (at the model's own batch if that is fixed)."""
-    graph = static_graph(model, 1).graph
-    shapes = {init.name: list(init.dims) for init in graph.initializer}
-    for info in [*graph.input, *graph.value_info, *graph.output]:
-        shapes[info.name] = [d.dim_value for d in info.type.tensor_type.shape.dim]
+    graph = OnnxGraph(static_graph(model, 1))
+    shapes = {name: list(init.dims) for name, init in graph.initializers.items()}
+    for name, info in graph.infos.items():
+        shapes[name] = [dim.dim_value for dim in info.type.tensor_type.shape.dim]
     total = 0
-    for node in graph.node:
+    for node in graph.graph.node:
         if node.op_type == "Conv":
             total += math.prod(shapes[node.output[0]]) * math.prod(shapes[node.input[1]][1:])
         elif node.op_type == "ConvTranspose":

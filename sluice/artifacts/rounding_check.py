@@ -34,6 +34,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sluice.core.errors import SluiceError
 from sluice.core.plan import InputSpec
+from sluice.passes.graph.onnx_graph import OnnxGraph
 from sluice.passes.precision.emulation import emulated
 from sluice.runtime.base.compare import relative_error
 from sluice.runtime.targets import make_runner
@@ -100,7 +101,7 @@ def drawn(
 
 def outputs_of(model: onnx.ModelProto, feeds: Sequence[Sequence[np.ndarray]]) -> Iterator[list[np.ndarray]]:
     """The outputs of a network in ONNX Runtime, in order, for the inputs in order."""
-    names = _inputs(model)
+    names = list(OnnxGraph(model).inputs)
     session = make_runner("ort-cpu").build(model)
     for arrays in feeds:
         if len(names) != len(arrays):
@@ -110,23 +111,18 @@ def outputs_of(model: onnx.ModelProto, feeds: Sequence[Sequence[np.ndarray]]) ->
         yield list(session.run(dict(zip(names, arrays, strict=True))).values())
 
 
-def _inputs(model: onnx.ModelProto) -> list[str]:
-    initial = {init.name for init in model.graph.initializer}
-    return [info.name for info in model.graph.input if info.name not in initial]
-
-
 def _input_ranges(model: onnx.ModelProto) -> list[tuple[float, float] | None]:
     """For every input the numbers that its pair can hold, if it has one."""
-    constants = {init.name: init for init in model.graph.initializer}
+    graph = OnnxGraph(model)
     found: dict[str, tuple[float, float]] = {}
     for node in model.graph.node:
-        if node.op_type == "QuantizeLinear" and all(name in constants for name in node.input[1:]):
-            scale, zero = (numpy_helper.to_array(constants[name]) for name in node.input[1:3])
+        if node.op_type == "QuantizeLinear" and all(name in graph.initializers for name in node.input[1:]):
+            scale, zero = (numpy_helper.to_array(graph.initializers[name]) for name in node.input[1:3])
             if scale.size == 1:
                 ends = np.iinfo(zero.dtype)
                 low, high = ((end - int(zero.item())) * float(scale.item()) for end in (ends.min, ends.max))
                 found[node.input[0]] = low, high
-    return [found.get(name) for name in _inputs(model)]
+    return [found.get(name) for name in graph.inputs]
 
 
 def _with_float_activations(model: onnx.ModelProto) -> onnx.ModelProto:

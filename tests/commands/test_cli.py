@@ -36,8 +36,8 @@ from sluice.passes.graph.blocks import find_blocks
 from sluice.passes.graph.capture import capture, input_specs
 from sluice.passes.graph.groups import keep_masks
 from sluice.passes.graph.onnx_file import finalize, save_onnx
+from sluice.passes.graph.static_shapes import static_graph
 from sluice.passes.graph.view_torch import view_torch
-from sluice.profiler.pieces.static_shapes import static_graph
 from sluice.runtime.base.compare import assert_close
 from sluice.runtime.ort.cpu import OrtRunner
 from sluice.solver.options import METHODS

@@ -15,7 +15,8 @@ from onnx import helper
 
 from sluice.core.plan import Drop
 from sluice.passes.graph.blocks import dropped_values, match_drops
-from sluice.passes.graph.view_onnx import _reads, view_onnx
+from sluice.passes.graph.onnx_graph import OnnxGraph, reads
+from sluice.passes.graph.view_onnx import view_onnx
 
 __all__ = ["drop_onnx"]
 
@@ -35,14 +36,14 @@ def drop_onnx(model: onnx.ModelProto, drops: Sequence[Drop], named: Container[st
     slim.CopyFrom(model)
     if not taken:
         return slim
-    before = {name for node in model.graph.node for name in _reads(node)}
+    before = OnnxGraph(model).readers
     kept = [node for node in slim.graph.node if not taken.keys() & set(node.output)]
     for node in kept:
         node.input[:] = [taken.get(name, name) for name in node.input]
     # What the graph returns, or a body of control flow reads, keeps its name.
     kept += [helper.make_node("Identity", [taken[v]], [v]) for v in taken if v in view.outputs]
     kept = _alive(kept, {info.name for info in slim.graph.output})
-    read = {name for node in kept for name in _reads(node)}
+    read = {name for node in kept for name in reads(node)}
     made = {name for node in kept for name in node.output}
     tensors = [i for i in slim.graph.initializer if i.name in read or i.name not in before]
     infos = [i for i in slim.graph.value_info if i.name in made | {t.name for t in tensors}]
@@ -62,7 +63,7 @@ def _alive(nodes: Sequence[onnx.NodeProto], outputs: set[str]) -> list[onnx.Node
         index = maker.get(stack.pop())
         if index is not None and index not in needed:
             needed.add(index)
-            stack += list(_reads(nodes[index]))
+            stack += list(reads(nodes[index]))
     return [node for index, node in enumerate(nodes) if index in needed]
 
 
@@ -73,7 +74,7 @@ def _sorted(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
     order: list[onnx.NodeProto] = []
     rest = list(nodes)
     while rest:
-        ready = next(node for node in rest if all(name in done or name not in made for name in _reads(node)))
+        ready = next(node for node in rest if all(name in done or name not in made for name in reads(node)))
         rest.remove(ready)
         order.append(ready)
         done.update(ready.output)

@@ -19,7 +19,7 @@ from onnx import helper, numpy_helper
 from sluice.core.errors import SluiceError
 from sluice.core.plan import Factorize
 from sluice.passes.cut.factor import Split, check_form, factors, first_name, per_axis, second_name
-from sluice.passes.graph.onnx_graph import attributes
+from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
 
 __all__ = ["factorize_onnx"]
 
@@ -46,9 +46,8 @@ def factorize_onnx(model: onnx.ModelProto, edits: Sequence[Factorize], split: Sp
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    graph = result.graph
-    tensors = {init.name: init for init in graph.initializer}
-    taken = {*tensors, *(i.name for i in graph.input), *(name for node in graph.node for name in node.output)}
+    graph, read = result.graph, OnnxGraph(result)
+    tensors = read.initializers
     new_nodes: dict[int, list[Node]] = {}
     new_tensors: dict[str, list[onnx.TensorProto]] = {}
     gone: set[str] = set()
@@ -59,31 +58,31 @@ def factorize_onnx(model: onnx.ModelProto, edits: Sequence[Factorize], split: Sp
                 "the model that it was made for"
             )
         weight = numpy_helper.to_array(tensors[edit.param])
-        layer = _find(graph, edit.param, weight.ndim)
+        layer = _find(read, edit.param, weight.ndim)
         check_form(edit, weight.shape)
         first, second = split(weight.T if layer.flipped else weight, edit.form, edit.rank)
         stored = [first.T, second.T] if layer.flipped else [first, second]
         names = [first_name(edit.param), second_name(edit.param)]
-        if taken.intersection(names):
+        if any(read.is_taken(name) for name in names):
             raise SluiceError(
                 f"cannot factorize {edit.param!r}: the names {names} of its factors are in use; rename those tensors"
             )
-        taken.update(names)
+        names = [read.fresh(name) for name in names]
         new_tensors[edit.param] = [
             numpy_helper.from_array(np.ascontiguousarray(value), name)
             for value, name in zip(stored, names, strict=True)
         ]
         if layer.transpose is not None:
             turn = graph.node[layer.transpose]
-            read = [_fresh(f"{turn.output[0]}_v", taken), _fresh(f"{turn.output[0]}_u", taken)]
+            turned = [read.fresh(f"{turn.output[0]}_v"), read.fresh(f"{turn.output[0]}_u")]
             new_nodes[layer.transpose] = [
                 _node(turn, suffix, [name], value, attributes(turn))
-                for suffix, name, value in zip("vu", names, read, strict=True)
+                for suffix, name, value in zip("vu", names, turned, strict=True)
             ]
             gone.add(turn.output[0])
-            names = read
+            names = turned
         node = graph.node[layer.node]
-        middle = _fresh(f"{node.output[0]}_v", taken)
+        middle = read.fresh(f"{node.output[0]}_v")
         kernels = (first.shape[2:], second.shape[2:])
         before, after = _conv(node, edit.form, kernels) if node.op_type == "Conv" else _product(node)
         new_nodes[layer.node] = [
@@ -102,7 +101,7 @@ def factorize_onnx(model: onnx.ModelProto, edits: Sequence[Factorize], split: Sp
     return result
 
 
-def _find(graph: onnx.GraphProto, param: str, rank: int) -> _Layer:
+def _find(graph: OnnxGraph, param: str, rank: int) -> _Layer:
     """The one layer that reads the weight."""
     transpose: int | None = None
     where, node = _reader(graph, param, param)
@@ -125,9 +124,9 @@ def _find(graph: onnx.GraphProto, param: str, rank: int) -> _Layer:
     return _Layer(where, transpose, stored_as_c_n != (transpose is not None))
 
 
-def _reader(graph: onnx.GraphProto, name: str, param: str) -> tuple[int, Node]:
-    readers = [(index, node) for index, node in enumerate(graph.node) if name in node.input]
-    output = any(info.name == name for info in graph.output)
+def _reader(graph: OnnxGraph, name: str, param: str) -> tuple[int, Node]:
+    readers = [(index, node) for index, node in enumerate(graph.graph.node) if name in node.input]
+    output = name in graph.outputs
     if len(readers) != 1 or output:
         also = " and it is an output of the graph" if output else ""
         raise SluiceError(
@@ -171,13 +170,6 @@ def _node(old: Node, suffix: str, inputs: Sequence[str], output: str, values: di
     new = helper.make_node(old.op_type, inputs, [output], name=name, doc_string=old.doc_string or None, **values)
     new.metadata_props.extend(old.metadata_props)
     return new
-
-
-def _fresh(name: str, taken: set[str]) -> str:
-    while name in taken:
-        name += "_"
-    taken.add(name)
-    return name
 
 
 def _replace(field: Any, values: list[Any]) -> None:

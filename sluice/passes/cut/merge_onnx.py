@@ -30,6 +30,7 @@ from sluice.passes.cut.merge_region import (
     merged_shape,
 )
 from sluice.passes.graph.chains_onnx import chains_onnx
+from sluice.passes.graph.onnx_graph import OnnxGraph
 
 __all__ = ["MergedNodes", "merge_onnx", "random_weight", "replaced", "replacement"]
 
@@ -55,11 +56,11 @@ def merge_onnx(model: onnx.ModelProto, merges: Sequence[Merge], *, values: bool 
 
 
 def _apply(model: onnx.ModelProto, region: MergeRegion, values: bool) -> None:
-    graph = model.graph
-    arrays = {init.name: numpy_helper.to_array(init) for init in graph.initializer if init.name in region.tensors}
-    new = replacement(region, {init.name for init in graph.initializer})
+    graph, there = model.graph, OnnxGraph(model)
+    arrays = {n: numpy_helper.to_array(init) for n, init in there.initializers.items() if n in region.tensors}
+    new = replacement(region, there.initializers.keys())
     nodes = list(graph.node)
-    kept = replaced(nodes, {info.name for info in graph.output}, region, new)
+    kept = replaced(nodes, there.outputs.keys(), region, new)
     weights: dict[str, np.ndarray] = {}
     for name, run in new.runs.items():
         conv, dtype = compose_run(run, arrays) if values else _random(run), arrays[name].dtype

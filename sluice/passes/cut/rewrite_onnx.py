@@ -24,9 +24,10 @@ from sluice.passes.cut.factor import factors, random_factors
 from sluice.passes.cut.factor_onnx import factorize_onnx
 from sluice.passes.cut.merge_onnx import merge_onnx
 from sluice.passes.cut.resolve import masks_of_slices, tensor_masks
+from sluice.passes.cut.target_shape_onnx import constant, with_size
 from sluice.passes.graph.groups import Analysis
 from sluice.passes.graph.onnx_axes import analyze_onnx
-from sluice.passes.graph.onnx_graph import BATCH
+from sluice.passes.graph.onnx_graph import OnnxGraph
 
 __all__ = ["cut_graph", "restructure", "rewrite_onnx"]
 
@@ -39,7 +40,7 @@ def rewrite_onnx(model: onnx.ModelProto, plan: Plan) -> onnx.ModelProto:
     Raises:
         SluiceError: names or shapes do not match the plan, or the plan contradicts the graph.
     """
-    shapes = {init.name: tuple(init.dims) for init in model.graph.initializer}
+    shapes = {name: tuple(init.dims) for name, init in OnnxGraph(model).initializers.items()}
     present = tuple(cut for cut in plan.slices if cut.param in shapes)
     Plan(plan.fingerprint, present).check_model(shapes, complete=False)
     if len(present) < len(plan.slices) and not _shared(model, plan):
@@ -91,6 +92,7 @@ def cut_graph(model: onnx.ModelProto, analysis: Analysis, keeps: Sequence[np.nda
     mender = _Mender(analysis, keeps)
     for node in graph.nodes:
         mender.mend(node)
+    graph.nodes.extend(mender.added)
     borders = {id(t) for t in (*graph.inputs, *graph.outputs)}
     for tensor in tensors.values():
         lost = mender.lost(tensor.name)
@@ -112,6 +114,7 @@ class _Mender:
 
     def __init__(self, analysis: Analysis, keeps: Sequence[np.ndarray]):
         self.analysis, self.keeps = analysis, keeps
+        self.added: list[Any] = []  # nodes that compute sizes
 
     def lost(self, name: str) -> tuple[int, np.ndarray] | None:
         axis = self.analysis.values.get(name)
@@ -130,30 +133,49 @@ class _Mender:
         elif node.op == "Resize" and cut_out and len(node.inputs) > 3 and not _empty(node.inputs[3]):
             sizes = node.inputs[3].values.copy()
             sizes[cut_out[0]] = int(cut_out[1].sum())
-            node.inputs[3] = _constant(f"{node.outputs[0].name}_sizes", sizes)
+            node.inputs[3] = constant(f"{node.outputs[0].name}_sizes", sizes)
         elif node.op in ("Conv", "ConvTranspose") and node.attrs.get("group", 1) > 1 and cut_in:
             depthwise = self.analysis.tensors[node.inputs[1].name][1] == 1  # one group per input channel
             kept = int(cut_in[1].sum()) if depthwise else len(cut_in[1])
             node.attrs["group"] = node.attrs["group"] * kept // len(cut_in[1])
 
     def _target(self, node: Any, dim: int, mask: np.ndarray) -> None:
-        """Sizes of the output: the cut one as it is now, dynamic ones as 0 (copied) or -1 (inferred)."""
+        """Sizes of the output: the cut one as it is now, dynamic ones copied, inferred, or as they are computed."""
         before, after = self.analysis.shapes[node.inputs[0].name], self.analysis.shapes[node.outputs[0].name]
-        old = getattr(node.inputs[1], "values", None)
-        if old is not None and int(old.reshape(-1)[dim]) == -1:
+        target, old = node.inputs[1], getattr(node.inputs[1], "values", None)
+        expands, kept = node.op == "Expand", int(mask.sum())
+        if not expands and old is not None and int(old.reshape(-1)[dim]) == -1:
             return
-        sizes = []
-        for d, size in enumerate(after):
-            if d == dim:
-                sizes.append(int(mask.sum()))
-            elif size % BATCH:
-                sizes.append(size)
-            elif node.op == "Expand":
-                sizes.append(1)
-            else:
-                sizes.append(0 if d < len(before) and before[d] == size else -1)
-        node.attrs.pop("allowzero", None)
-        node.inputs[1] = _constant(f"{node.outputs[0].name}_shape", np.array(sizes, dtype=np.int64))
+        if expands and target.inputs and self._follows(target.inputs[0], dim, mask):
+            return
+        if expands:
+            before = (1,) * (len(after) - len(before)) + tuple(before)
+        sizes = [self._literal(expands, size, before[d : d + 1]) for d, size in enumerate(after)]
+        sizes[dim] = kept
+        name = f"{node.outputs[0].name}_shape"
+        if None not in sizes and sizes.count(-1) < 2:
+            node.attrs.pop("allowzero", None)
+            node.inputs[1] = constant(name, np.array(sizes, dtype=np.int64))
+        else:
+            self.added += with_size(target, dim - len(after), kept, name)
+            node.inputs[1] = self.added[-1].outputs[0]
+
+    def _follows(self, maker: Any, dim: int, mask: np.ndarray) -> bool:
+        """Is a target the shape of a value that is cut in the same way?"""
+        cut = self.lost(maker.inputs[0].name) if maker.op == "Shape" else None
+        whole = not maker.attrs.get("start") and "end" not in maker.attrs
+        return whole and cut is not None and cut[0] == dim and np.array_equal(cut[1], mask)
+
+    def _literal(self, expands: bool, size: int, before: Sequence[int]) -> int | None:
+        """One size of a target, if a number can say it; ``before`` is the size of the input in this place, if any."""
+        if not self._is_dynamic(size):
+            return size
+        if expands:
+            return 1 if size in before else None
+        return 0 if size in before else -1
+
+    def _is_dynamic(self, size: int) -> bool:
+        return self.analysis.batch is not None and size % self.analysis.batch == 0
 
     def _split(self, node: Any, dim: int, mask: np.ndarray) -> None:
         rank = len(self.analysis.shapes[node.inputs[0].name])
@@ -162,7 +184,7 @@ class _Mender:
         bounds = np.cumsum([0, *(self.analysis.shapes[out.name][dim] for out in node.outputs)])
         sizes = np.array([mask[i:j].sum() for i, j in itertools.pairwise(bounds)], dtype=np.int64)
         node.attrs.pop("num_outputs", None)
-        node.inputs = [node.inputs[0], _constant(f"{node.outputs[0].name}_sizes", sizes)]
+        node.inputs = [node.inputs[0], constant(f"{node.outputs[0].name}_sizes", sizes)]
 
     def _slice(self, node: Any, dim: int, mask: np.ndarray) -> None:
         rank = len(self.analysis.shapes[node.inputs[0].name])
@@ -173,13 +195,7 @@ class _Mender:
                     values = node.inputs[index].values.copy()
                     bound = slice(int(values[k]), None).indices(len(mask))[0]
                     values[k] = int(mask[:bound].sum())
-                    node.inputs[index] = _constant(f"{node.outputs[0].name}_{name}", values)
-
-
-def _constant(name: str, values: np.ndarray) -> Any:
-    import onnx_graphsurgeon as gs
-
-    return gs.Constant(name, np.ascontiguousarray(values))
+                    node.inputs[index] = constant(f"{node.outputs[0].name}_{name}", values)
 
 
 def _empty(tensor: Any) -> bool:
@@ -192,7 +208,8 @@ def _shared(model: onnx.ModelProto, plan: Plan) -> set[str]:
     Those are constants of the exporter's own, and tensors whose shape is that of a tensor the file lacks; any other
     shared tensor is one that the model itself uses twice.
     """
-    initializers = {init.name: init for init in model.graph.initializer}
+    graph = OnnxGraph(model)
+    initializers = graph.initializers
     missing = {shape for name, shape in plan.fingerprint.items() if name not in initializers}
     floats = {
         name
@@ -200,19 +217,14 @@ def _shared(model: onnx.ModelProto, plan: Plan) -> set[str]:
         if init.data_type not in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
         and (name not in plan.fingerprint or tuple(init.dims) in missing)
     }
-    seen: set[str] = set()
-    shared: set[str] = set()
-    for node in model.graph.node:
-        for name in floats.intersection(node.input):
-            (shared if name in seen else seen).add(name)
-    return shared
+    return {name for name in floats if len({id(node) for node in graph.readers.get(name, ())}) > 1}
 
 
 def _unshare(model: onnx.ModelProto, plan: Plan) -> onnx.ModelProto:
     """Every reader but the first of a shared initialiser gets its own copy."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    tensors = {init.name: init for init in copy.graph.initializer}
+    tensors = OnnxGraph(copy).initializers
     taken: dict[str, int] = {}
     shared = _shared(model, plan)
     for node in copy.graph.node:

@@ -167,6 +167,7 @@ KINDS: dict[str, Rule] = {
     "pixel_shuffle": layout.pixel_shuffle,
     "pixel_unshuffle": layout.pixel_unshuffle,
     "channel_shuffle": layout.channel_shuffle,
+    "index_select": layout.index_select,
 }
 RULES: dict[str, Rule] = {name: KINDS[row.kind] for name, row in ATEN.items() if row.kind in KINDS}
 

@@ -15,6 +15,7 @@ __all__ = [
     "flip",
     "getitem",
     "glu",
+    "index_select",
     "like",
     "narrow",
     "permute",
@@ -106,6 +107,10 @@ def flip(w: Walk, n: fx.Node, a: Args) -> Axis | None:
         w.coupling.freeze(x, f"{where(n)} reverses the channels")
         return None
     return x
+
+
+def index_select(w: Walk, n: fx.Node, a: Args) -> Axis | None:
+    return w.coupling.pick(w.of(a["self"]), a["dim"] % len(w.size(a["self"])), w.of(a["index"]), where(n))
 
 
 def reshape(w: Walk, n: fx.Node, a: Args) -> Axis | None:

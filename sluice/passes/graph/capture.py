@@ -127,6 +127,10 @@ def clone(gm: fx.GraphModule, *, sharing: bool = False) -> fx.GraphModule:
             _owner(result, name).__getattr__(name.rpartition(".")[2])
         except AttributeError:
             set_tensor(result, name, tensor.detach().clone(), isinstance(tensor, nn.Parameter))
+    saved = set(gm.state_dict())
+    for path, module in result.named_modules():  # copying makes saved buffers of lifted constants and of all buffers
+        names = {leaf: f"{path}.{leaf}" if path else leaf for leaf in module._buffers}
+        module._non_persistent_buffers_set.update(leaf for leaf, name in names.items() if name not in saved)
     return result.train(gm.training)
 
 

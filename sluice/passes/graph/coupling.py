@@ -205,6 +205,14 @@ class Coupling(Atoms):
             return None
         return Axis(x.dim if keepdim else x.dim - sum(d < x.dim for d in gone), x.atoms)
 
+    def pick(self, x: Axis | None, dim: int, positions: Axis | None, where: str) -> Axis | None:
+        """Some positions along ``dim``, listed by a value with one axis."""
+        self.freeze(positions, f"{where} reads it as positions")
+        if x is not None and x.dim == dim:
+            self.freeze(x, f"{where} picks channels")
+            return None
+        return x
+
     def spatial(self, x: Axis | None, first: int, where: str) -> Axis | None:
         """Pooling, padding, resizing: works on the axes from ``first`` on, leaves the others alone."""
         if x is not None and x.dim >= first:

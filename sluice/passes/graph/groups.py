@@ -71,6 +71,8 @@ class Analysis:
     """All groups of a graph, what was refused and why, and the labelled axis and dense shape of every value.
 
     ``producers`` are the (weight, axis) pairs that make a labelled axis, in graph order, with a group or without.
+    ``batch`` stands for the free batch in the ``shapes`` of an ONNX graph: it divides the sizes that hold the batch and
+    no others. It is None where the batch is fixed.
     """
 
     groups: tuple[AxisGroup, ...]
@@ -79,6 +81,7 @@ class Analysis:
     shapes: Mapping[str, Shape]
     tensors: Mapping[str, Shape]
     producers: tuple[tuple[str, int], ...] = ()
+    batch: int | None = None
 
     def group(self, name: str) -> AxisGroup:
         for group in self.groups:

@@ -1,13 +1,14 @@
 """The ONNX front end of the coupling rules: model -> `Analysis`; needs numpy and onnx, not torch.
 
 The same rules as for ``torch.fx`` (`sluice.passes.graph.coupling`), and the same table of operators
-(`sluice.passes.graph.operators`). Every initialiser is a named tensor. Values are analysed at one static batch, so that
-all sizes are numbers.
+(`sluice.passes.graph.operators`). Every initialiser is a named tensor. Values are analysed at one static batch
+with the shape arithmetic folded, so that sizes are numbers. A size that stays open freezes what it touches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ import onnx
 from sluice.passes.graph.coupling import Axis, Coupling, Shape
 from sluice.passes.graph.exclusion import leave_out
 from sluice.passes.graph.groups import Analysis, find_groups
-from sluice.passes.graph.onnx_graph import BATCH, attributes, constants, with_batch
+from sluice.passes.graph.onnx_graph import OnnxGraph, attributes, is_whole_shape, reads
 from sluice.passes.graph.operators import ONNX
+from sluice.passes.graph.static_shapes import stand_in_batch, static_graph
 
 __all__ = ["analyze_onnx"]
 
@@ -25,15 +27,14 @@ Node = onnx.NodeProto
 
 
 class _Walk:
-    def __init__(self, model: onnx.ModelProto, frozen: Sequence[str]):
-        graph = model.graph
-        self.constants = constants(model)
-        self.coupling = Coupling({init.name: tuple(init.dims) for init in graph.initializer})
+    def __init__(self, model: onnx.ModelProto, graph: OnnxGraph):
+        self.constants = graph.literals
+        self.coupling = Coupling({init.name: tuple(init.dims) for init in model.graph.initializer})
+        self.whole_shape_of = {n.output[0]: n.input[0] for n in model.graph.node if is_whole_shape(n)}
         self.axis: dict[str, Axis | None] = {}
         self.alias: dict[str, tuple[str, tuple[int, ...]]] = {}  # transposed weights: value -> (tensor, order)
-        self.shape: dict[str, Shape] = dict(self.coupling.tensors)
-        for info in [*graph.input, *graph.value_info, *graph.output]:
-            self.shape[info.name] = tuple(d.dim_value or BATCH for d in info.type.tensor_type.shape.dim)
+        self.shape: dict[str, Shape] = {name: tuple(init.dims) for name, init in graph.initializers.items()}
+        self.shape |= graph.shapes
 
     def of(self, name: str) -> Axis | None:
         if name in self.coupling.tensors and name not in self.axis:
@@ -168,10 +169,23 @@ def _transpose(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
 
 def _expand(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
     x, before, after = w.of(n.input[0]), w.shape[n.input[0]], w.shape[n.output[0]]
+    if n.input[1] in w.whole_shape_of and len(before) == before.count(1):  # zeros_like: cut as that value is
+        return w.of(w.whole_shape_of[n.input[1]])
     if x is None:
         return None
     dim = x.dim + len(after) - len(before)
     return Axis(dim, x.atoms) if len(x.atoms) == after[dim] else _unknown(w, n, a)
+
+
+def _gather(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
+    """A scalar selects one position, and the axis is gone; a list picks some of its positions."""
+    x, (data, indices) = w.of(n.input[0]), (len(w.shape[name]) for name in n.input)
+    dim = a.get("axis", 0) % data
+    if indices > 1:
+        return _unknown(w, n, a)
+    if indices == 0:
+        return w.coupling.reduce(x, [dim], data, False, n.name)
+    return w.coupling.pick(x, dim, w.of(n.input[1]), n.name)
 
 
 def _reduce(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
@@ -211,7 +225,19 @@ def _fixed(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
 
 
 def _unknown(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
-    w.coupling.unknown([w.of(i) for i in n.input if i], f"unknown operator {n.op_type} ({n.name})")
+    w.coupling.unknown([w.of(i) for i in reads(n) if i], f"unknown operator {n.op_type} ({n.name})")
+    return None
+
+
+def _open(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
+    """A size is not known even at a known batch: the values that the operator reads stay whole, and its weights."""
+    reason = f"{n.name or n.output[0]} works on a size that is not known"
+    w.coupling.unknown([w.of(i) for i in n.input if i], reason)
+    for name in filter(w.tensor, n.input):
+        for axis in range(len(w.coupling.tensors[name])):
+            w.coupling.freeze(w.coupling.param(name, axis), reason)
+        if len(w.coupling.tensors[name]) > 1 and (name, 0) not in w.coupling.producers:
+            w.coupling.producers.append((name, 0))
     return None
 
 
@@ -237,6 +263,7 @@ KINDS: dict[str, Rule] = {
     "cat": _concat,
     "split": _split,
     "slice": _slice,
+    "select": _gather,
     "pixel_shuffle": _depth_to_space,
 }
 RULES: dict[str, Rule] = {name: KINDS[row.kind] for name, row in ONNX.items() if row.kind in KINDS}
@@ -248,19 +275,16 @@ def analyze_onnx(model: onnx.ModelProto, exclude: Sequence[str] = ()) -> Analysi
     Raises:
         SluiceError: a size cannot be inferred.
     """
-    model = with_batch(model, BATCH)
-    w = _Walk(model, exclude)
-    for node in model.graph.node:
+    batch = stand_in_batch(model)
+    static = static_graph(model, batch or 1)
+    w = _Walk(model, OnnxGraph(static))
+    for node in static.graph.node:
         rule = RULES.get(node.op_type, _unknown)
-        missing = [name for name in (*node.input, *node.output) if name and name not in w.shape]
-        if missing and any(w.of(i) is not None for i in node.input if i):
-            if rule is not _fixed:
-                _unknown(w, node, {})
-            continue
-        if not missing or rule in (_unary, _fixed):
-            axis = rule(w, node, attributes(node))
-            if rule is not _split:
-                w.axis[node.output[0]] = axis
-    for out in model.graph.output:
+        if rule is not _fixed and any(name not in w.shape for name in (*node.input, *node.output) if name):
+            rule = _open if rule is not _unknown else _unknown
+        axis = rule(w, node, attributes(node))
+        if rule is not _split:
+            w.axis[node.output[0]] = axis
+    for out in static.graph.output:
         w.coupling.freeze(w.of(out.name), "is an output of the model")
-    return leave_out(find_groups(w.coupling, w.axis, w.shape), exclude)
+    return replace(leave_out(find_groups(w.coupling, w.axis, w.shape), exclude), batch=batch)

@@ -17,6 +17,7 @@ import onnx
 
 from sluice.core.errors import SluiceError, first_line
 from sluice.core.files import write_atomically
+from sluice.passes.graph.onnx_graph import OnnxGraph
 
 __all__ = ["buffers_of", "finalize", "load_onnx", "note_buffers", "quiet", "save_onnx", "without_defaults"]
 
@@ -49,8 +50,7 @@ def without_defaults(model: onnx.ModelProto) -> onnx.ModelProto:
     Before IR version 4 every initialiser had to be a graph input too, and since then one that is can be fed another
     value: nothing may be folded into it, or stored in another type.
     """
-    initial = {init.name for init in model.graph.initializer}
-    kept = [info for info in model.graph.input if info.name not in initial]
+    kept = list(OnnxGraph(model).inputs.values())
     if len(kept) == len(model.graph.input):
         return model
     done = onnx.ModelProto()

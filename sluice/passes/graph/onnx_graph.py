@@ -1,4 +1,4 @@
-"""Scenario ONNX graphs: attributes, constants, and every size at one batch.
+"""One reader of ONNX graphs, `OnnxGraph`, and every size at one batch.
 
 Sizes are inferred from the operators. What inference cannot see through stays as the exporter wrote it, as far as the
 batch tells all its sizes.
@@ -7,6 +7,8 @@ batch tells all its sizes.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from onnx import helper, numpy_helper
 
 from sluice.core.errors import SluiceError
 
-__all__ = ["BATCH", "LITERAL", "attributes", "constants", "with_batch"]
+__all__ = ["BATCH", "LITERAL", "OnnxGraph", "attributes", "is_whole_shape", "reads", "with_batch"]
 
 LITERAL = 1024  # elements; a shape, a scale or a list of axes has no more
 BATCH = 10_007  # stands for a dynamic size: prime, so that products stay recognisable
@@ -83,17 +85,106 @@ def attributes(node: onnx.NodeProto) -> dict[str, Any]:
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
 
-def constants(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-    """Integer constants that describe shapes: initialisers and Constant nodes."""
-    found = {
-        init.name: numpy_helper.to_array(init)
-        for init in model.graph.initializer
-        if init.data_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
-    }
-    for node in model.graph.node:
-        if node.op_type == "Constant":
-            value = next(iter(attributes(node).values()))
-            found[node.output[0]] = (
-                numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else np.asarray(value)
-            )
-    return found
+def is_whole_shape(node: onnx.NodeProto) -> bool:
+    """Does the node tell all sizes of its input?"""
+    a = attributes(node)
+    return node.op_type == "Shape" and not a.get("start", 0) and "end" not in a
+
+
+def reads(node: onnx.NodeProto) -> Iterator[str]:
+    """What a node reads, once for every use, also inside the bodies of control flow."""
+    yield from node.input
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            for inner in graph.node:
+                yield from (name for name in reads(inner) if name)
+
+
+class OnnxGraph:
+    """What a graph says, by name of the value; each map is made when it is first asked for.
+
+    The maps hold the graph's own messages and know nothing of what is added later, but for names: `fresh` never gives
+    one twice. Whoever rewrites a graph keeps to the maps of before, or updates them.
+    """
+
+    def __init__(self, graph: onnx.ModelProto | onnx.GraphProto):
+        self.graph = graph.graph if isinstance(graph, onnx.ModelProto) else graph
+
+    @cached_property
+    def initializers(self) -> dict[str, onnx.TensorProto]:
+        return {init.name: init for init in self.graph.initializer}
+
+    @cached_property
+    def inputs(self) -> dict[str, onnx.ValueInfoProto]:
+        """What must be fed, in order; old files list initialisers among their inputs too."""
+        return {info.name: info for info in self.graph.input if info.name not in self.initializers}
+
+    @cached_property
+    def outputs(self) -> dict[str, onnx.ValueInfoProto]:
+        return {info.name: info for info in self.graph.output}
+
+    @cached_property
+    def infos(self) -> dict[str, onnx.ValueInfoProto]:
+        """Types and sizes of values, as far as the file tells them."""
+        graph = self.graph
+        return {info.name: info for info in [*graph.input, *graph.value_info, *graph.output]}
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of `infos` that are known; a value with an open size has none."""
+        found: dict[str, tuple[int, ...]] = {}
+        for name, info in self.infos.items():
+            dims = info.type.tensor_type.shape.dim
+            if info.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
+                found[name] = tuple(dim.dim_value for dim in dims)
+        return found
+
+    @cached_property
+    def producers(self) -> dict[str, onnx.NodeProto]:
+        """The node that makes a value."""
+        return {name: node for node in self.graph.node for name in node.output if name}
+
+    @cached_property
+    def readers(self) -> dict[str, list[onnx.NodeProto]]:
+        """The nodes that read a value in order, one entry per use, bodies of control flow included."""
+        found: dict[str, list[onnx.NodeProto]] = {}
+        for node in self.graph.node:
+            for name in filter(None, reads(node)):
+                found.setdefault(name, []).append(node)
+        return found
+
+    def uses(self, name: str) -> int:
+        """How often a value is read; being an output of the graph counts."""
+        return len(self.readers.get(name, ())) + (name in self.outputs)
+
+    def array(self, name: str) -> np.ndarray | None:
+        """The numbers of a constant, an initialiser or what a Constant node makes; None for any other value."""
+        if name in self.initializers:
+            return numpy_helper.to_array(self.initializers[name])
+        node = self.producers.get(name)
+        if node is None or node.op_type != "Constant":
+            return None
+        value = next(iter(attributes(node).values()))
+        return numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else np.asarray(value)
+
+    @cached_property
+    def literals(self) -> dict[str, np.ndarray]:
+        """Constants that may describe shapes: integer initialisers, and all Constant nodes."""
+        integers = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
+        names = [name for name, init in self.initializers.items() if init.data_type in integers]
+        names += [node.output[0] for node in self.graph.node if node.op_type == "Constant"]
+        return {name: array for name in names if (array := self.array(name)) is not None}
+
+    @cached_property
+    def _taken(self) -> set[str]:
+        return {*self.initializers, *self.infos, *self.producers}
+
+    def is_taken(self, name: str) -> bool:
+        return name in self._taken
+
+    def fresh(self, stem: str) -> str:
+        """A name that no value has, ``stem`` if it is free; it is taken from then on."""
+        while stem in self._taken:
+            stem += "_"
+        self._taken.add(stem)
+        return stem

@@ -190,6 +190,7 @@ ROWS = (
     Operator("slice", "Slice", "slice", "zero", "moves arithmetic"),
     Operator("narrow", "", "narrow", "zero"),
     Operator("select", "Gather", "select", "zero", "arithmetic"),
+    Operator("index_select", "", "index_select", "zero"),
     Operator("unbind", "", "", "zero"),
     Operator("roll", "", "roll", "zero"),
     Operator("flip", "", "flip", "zero"),

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from sluice.passes.graph.onnx_graph import attributes
+from sluice.passes.graph.onnx_graph import OnnxGraph, attributes, reads
 
 __all__ = ["fold_batch_norms", "remove_unused"]
 
@@ -46,36 +46,34 @@ def fold_batch_norms(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def remove_unused(graph: onnx.GraphProto) -> None:
     """Drop initialisers that nothing reads and what was known of values that are gone."""
-    read = {name for node in graph.node for name in node.input} | {info.name for info in graph.output}
-    made = {name for node in graph.node for name in node.output}
-    initializers = [init for init in graph.initializer if init.name in read]
-    infos = [info for info in graph.value_info if info.name in made]
+    there = OnnxGraph(graph)
+    initializers = [init for init in graph.initializer if there.uses(init.name)]
+    infos = [info for info in graph.value_info if info.name in there.producers]
     del graph.initializer[:], graph.value_info[:]
     graph.initializer.extend(initializers)
     graph.value_info.extend(infos)
 
 
 def _store_transposed(graph: onnx.GraphProto) -> None:
-    initial = {init.name: init for init in graph.initializer}
-    finals = {info.name for info in graph.output}
+    there = OnnxGraph(graph)
     for node in list(graph.node):
-        if node.op_type == "Transpose" and node.input[0] in initial and node.output[0] not in finals:
-            array = numpy_helper.to_array(initial[node.input[0]]).transpose(attributes(node).get("perm"))
+        constant = node.op_type == "Transpose" and node.input[0] in there.initializers
+        if constant and node.output[0] not in there.outputs:
+            array = numpy_helper.to_array(there.initializers[node.input[0]]).transpose(attributes(node).get("perm"))
             graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), node.output[0]))
             graph.node.remove(node)
 
 
 class _Folder:
     def __init__(self, model: onnx.ModelProto):
-        self.graph = model.graph
-        self.initial = {init.name: init for init in self.graph.initializer}
-        self.readers = Counter(name for node in self.graph.node for name in node.input)
-        self.readers.update(info.name for info in self.graph.output)
-        self.made = {name: node for node in self.graph.node for name in node.output}
-        inferred = onnx.shape_inference.infer_shapes(model).graph
+        there = OnnxGraph(model)
+        self.graph, self.initial, self.made, self.unused = there.graph, there.initializers, there.producers, there.fresh
+        self.readers = Counter(name for node in self.graph.node for name in reads(node))
+        self.readers.update(list(there.outputs))
+        inferred = OnnxGraph(onnx.shape_inference.infer_shapes(model))
         self.ranks = {
-            info.name: len(info.type.tensor_type.shape.dim)
-            for info in [*inferred.input, *inferred.value_info, *inferred.output]
+            name: len(info.type.tensor_type.shape.dim)
+            for name, info in inferred.infos.items()
             if info.type.tensor_type.HasField("shape")
         }
 
@@ -172,9 +170,4 @@ class _Folder:
         dtype = numpy_helper.to_array(self.initial[like.input[1]]).dtype
         self.initial[name] = self.graph.initializer.add()
         self.initial[name].CopyFrom(numpy_helper.from_array(array.astype(dtype), name))
-        return name
-
-    def unused(self, name: str) -> str:
-        while name in self.initial or name in self.made:
-            name += "'"
         return name

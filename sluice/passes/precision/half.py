@@ -32,7 +32,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
 from sluice.core.errors import SluiceError
-from sluice.passes.graph.onnx_graph import attributes
+from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
 from sluice.passes.graph.operators import onnx_with
 from sluice.passes.precision.fold import fold_batch_norms
 from sluice.passes.precision.keep_float32 import stays_float32
@@ -106,12 +106,10 @@ class _Narrower:
         self.graph, self.precision, self.half = model.graph, precision, half
         self.opsets = {o.domain or "ai.onnx": o.version for o in model.opset_import}
         _store_constants(self.graph)
-        self.initial = {init.name: init for init in self.graph.initializer}
-        inferred = onnx.shape_inference.infer_shapes(model).graph
-        kinds = {
-            i.name: i.type.tensor_type.elem_type for i in [*inferred.input, *inferred.value_info, *inferred.output]
-        }
-        kinds.update({init.name: init.data_type for init in self.graph.initializer})
+        self.initial = OnnxGraph(self.graph).initializers
+        inferred = OnnxGraph(onnx.shape_inference.infer_shapes(model))
+        kinds = {name: info.type.tensor_type.elem_type for name, info in inferred.infos.items()}
+        kinds.update({name: init.data_type for name, init in self.initial.items()})
         self.floats = {name for name, kind in kinds.items() if kind == TensorProto.FLOAT}
         self.narrow_name: dict[str, str] = {}
         self.wide_name: dict[str, str] = {}
@@ -128,7 +126,7 @@ class _Narrower:
                     self.wide_name[info.name] = info.name
                     self.narrow_name[info.name] = f"{info.name}:{self.precision}"
                     nodes.append(self.cast(info.name, self.narrow_name[info.name], self.half.code))
-        made = {name for node in self.graph.node for name in node.output}
+        made = OnnxGraph(self.graph).producers.keys()
         for info in self.graph.output:
             if info.name in self.floats and part and info.name not in self.initial:
                 info.type.tensor_type.elem_type = self.half.code
@@ -233,7 +231,7 @@ class _Narrower:
         """Initialisers of the least and the largest number, in float32."""
         info = ml_dtypes.finfo(self.half.dtype)
         names = [f"{self.precision}:min", f"{self.precision}:max"]
-        there = {init.name for init in self.graph.initializer}
+        there = OnnxGraph(self.graph).initializers
         for name, value in zip(names, (info.min, info.max), strict=True):
             if name not in there:
                 self.graph.initializer.append(numpy_helper.from_array(np.asarray(value, np.float32), name))

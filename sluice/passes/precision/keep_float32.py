@@ -25,6 +25,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
+from sluice.passes.graph.onnx_graph import OnnxGraph
 from sluice.passes.graph.operators import onnx_with
 from sluice.passes.precision.qdq_placement import WEIGHTED
 
@@ -52,8 +53,9 @@ def stays_float32(graph: onnx.GraphProto, kinds: Mapping[str, int], dtype: np.dt
         dtype: the 16-bit type of the others.
     """
     floats = {name for name, kind in kinds.items() if kind == TensorProto.FLOAT}
-    constants = {init.name: init for init in graph.initializer}
-    squares = _summed_squares(graph, constants) if dtype == np.float16 else set()
+    there = OnnxGraph(graph)
+    constants = there.initializers
+    squares = _summed_squares(there) if dtype == np.float16 else set()
     found: set[str] = set()
     unfit: set[str] = set()  # made of constants
     divided: set[str] = set()  # what reads these is in 16 bits
@@ -86,11 +88,11 @@ def _fits(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], read:
     return True
 
 
-def _summed_squares(graph: onnx.GraphProto, constants: Mapping[str, onnx.TensorProto]) -> set[str]:
+def _summed_squares(graph: OnnxGraph) -> set[str]:
     """Rule 3: sums of squares, and the squares."""
-    made = {name: node for node in graph.node for name in node.output}
+    made, constants = graph.producers, graph.initializers
     found: set[str] = set()
-    for node in graph.node:
+    for node in graph.graph.node:
         if node.op_type in SUMS_OF_SQUARES:
             found.update(node.output)
         elif node.op_type in SUMS and node.input[0] in made and _is_square(made[node.input[0]], constants):

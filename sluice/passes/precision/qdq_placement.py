@@ -35,10 +35,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
 from sluice.core.errors import SluiceError
-from sluice.passes.graph.onnx_graph import attributes
+from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
 from sluice.passes.graph.operators import ONNX, onnx_with
 
 __all__ = ["WEIGHTED", "Dialect", "Pairs", "dialect_of"]
@@ -76,22 +76,18 @@ class Pairs:
     """A folded fp32 network, read for its pairs; ``exclude`` names weights whose layers stay float."""
 
     def __init__(self, model: onnx.ModelProto, dialect: Dialect, exclude: Collection[str] = ()):
+        self.there = there = OnnxGraph(model)
         self.graph, self.dialect, self.exclude = model.graph, dialect, frozenset(exclude)
-        self.initial = {init.name: init for init in self.graph.initializer}
+        self.initial, self.made, self.readers = there.initializers, there.producers, there.readers
         unknown = sorted(self.exclude - self.initial.keys())
         if unknown:
             raise SluiceError(f"exclude names {unknown[0]!r}, which is no weight of the network; name one that is")
-        self.made = {name: node for node in self.graph.node for name in node.output}
-        self.readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in self.graph.node:
-            for name in node.input:
-                self.readers.setdefault(name, []).append(node)
-        self.finals = {info.name for info in self.graph.output}
-        inferred = onnx.shape_inference.infer_shapes(model).graph
+        self.finals = set(there.outputs)
+        inferred = OnnxGraph(onnx.shape_inference.infer_shapes(model))
         self.floats = {
-            info.name
-            for info in [*inferred.input, *inferred.value_info, *inferred.output]
-            if info.type.tensor_type.elem_type == TensorProto.FLOAT and info.name not in self.initial
+            name
+            for name, info in inferred.infos.items()
+            if info.type.tensor_type.elem_type == TensorProto.FLOAT and name not in self.initial
         }
         self.nonnegative = self._find_nonnegative()
 
@@ -189,11 +185,8 @@ class Pairs:
     def _bounds(self, clip: onnx.NodeProto) -> tuple[float, float]:
         found = [-np.inf, np.inf]
         for index, name in enumerate(clip.input[1:3]):
-            if name in self.initial:
-                found[index] = float(numpy_helper.to_array(self.initial[name]))
-            elif name in self.made and self.made[name].op_type == "Constant":
-                value = next(iter(attributes(self.made[name]).values()))
-                found[index] = float(numpy_helper.to_array(value) if isinstance(value, TensorProto) else value)
+            if (array := self.there.array(name)) is not None:
+                found[index] = float(array)
         return found[0], found[1]
 
     def _find_nonnegative(self) -> set[str]:

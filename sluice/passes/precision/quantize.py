@@ -19,7 +19,6 @@ that costs shows where `sluice.artifacts.deploy.as_module` is evaluated on such 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -81,7 +80,6 @@ class _Quantizer:
         chosen = self.pairs.tensors(part=part)
         # ``pairs`` reads the names that are changed below.
         self.amplitudes = {name: self.amplitude(name) for name in sorted(chosen)}
-        uses = Counter(name for node in self.graph.node for name in node.input)
         outputs = {info.name: info for info in self.graph.output if part}
         nodes: list[onnx.NodeProto] = []
         renamed: dict[str, str] = {}
@@ -115,7 +113,7 @@ class _Quantizer:
                     quantised, dequantised = name, f"{name}:dequantized"
                     renamed[name] = dequantised
                 nodes.append(self.half("QuantizeLinear", name, f"{name}:float", quantised))
-                if name not in outputs or uses[name]:
+                if name not in outputs or name in self.pairs.readers:
                     nodes.append(self.half("DequantizeLinear", name, quantised, dequantised))
         del self.graph.node[:]
         self.graph.node.extend(nodes)

@@ -19,7 +19,7 @@ from onnx import numpy_helper
 
 from sluice.core.latency import Extent
 from sluice.passes.graph.groups import Analysis
-from sluice.passes.graph.onnx_graph import attributes
+from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
 from sluice.profiler.pieces.split import ANCHORS
 from sluice.runtime.base.runner import PLAIN
 
@@ -112,7 +112,7 @@ def _structure(
 ) -> list[object]:
     """The text behind the key: a line per operator, between the lines of the inputs and of the outputs."""
     rename = {name: f"i{k}" for k, name in enumerate(inputs)}
-    initial = {init.name: init for init in graph.initializer}
+    initial = OnnxGraph(graph).initializers
     lines: list[object] = [SCHEME, [size(name) for name in inputs]]
     for index, node in enumerate(graph.node):
         operands = [rename.get(n) or _constant_text(initial, n) for n in node.input]
@@ -131,7 +131,7 @@ def _structure(
 
 def _words(graph: onnx.GraphProto, inputs: Sequence[str], outputs: Sequence[str], size: Size) -> str:
     """The anchor operator, its kernel, the sizes of its input and output, and the operators behind it."""
-    initial = {init.name: init for init in graph.initializer}
+    initial = OnnxGraph(graph).initializers
     anchor = next((n for n in graph.node if n.op_type in ANCHORS), graph.node[0])
     weights_only = _weights_only(graph, inputs)
     epilogue = " + ".join(n.op_type for n in graph.node if n is not anchor and n.output[0] not in weights_only)

@@ -23,9 +23,10 @@ from sluice.passes.cut.resolve import tensor_masks
 from sluice.passes.cut.rewrite_onnx import cut_graph
 from sluice.passes.graph.groups import Analysis, agreeing, rename_groups
 from sluice.passes.graph.onnx_axes import analyze_onnx
+from sluice.passes.graph.onnx_graph import OnnxGraph
+from sluice.passes.graph.static_shapes import static_graph
 from sluice.profiler.pieces.identity import identify
 from sluice.profiler.pieces.split import ANCHORS, Part, anchored_pads, split
-from sluice.profiler.pieces.static_shapes import static_graph
 from sluice.profiler.pieces.weightless import with_weights
 from sluice.runtime.base.runner import PLAIN
 
@@ -110,10 +111,9 @@ def partition_graph(
 
 def partition_static(static: onnx.ModelProto, analysis: Analysis, batch: int) -> Partition:
     """All pieces of what `static_at` returned; ``analysis`` is of that graph."""
-    graph = static.graph
-    infos = {i.name: i for i in [*graph.input, *graph.value_info, *graph.output]}
-    parts = split(graph.node, {i.name for i in graph.input}, {out.name for out in graph.output})
-    pieces = cut_out(parts, range(len(parts)), static, analysis, {init.name: init for init in graph.initializer}, infos)
+    graph = OnnxGraph(static)
+    parts = split(static.graph.node, {info.name for info in static.graph.input}, set(graph.outputs))
+    pieces = cut_out(parts, range(len(parts)), static, analysis, graph.initializers, graph.infos)
     return Partition(static, analysis, pieces, batch)
 
 
@@ -183,13 +183,12 @@ def cut_out(
 
 def anchor_weight(piece: Piece) -> str | None:
     """The named tensor that the piece's anchor reads, directly or through a transpose; None where there is none."""
-    graph = piece.model.graph
-    initial = {init.name for init in graph.initializer}
-    through = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Transpose"}
-    for node in graph.node:
+    graph = OnnxGraph(piece.model)
+    for node in piece.model.graph.node:
         if node.op_type in ANCHORS and len(node.input) > 1:
-            name = through.get(node.input[1], node.input[1])
-            return name if name in initial else None
+            maker = graph.producers.get(node.input[1])
+            name = maker.input[0] if maker is not None and maker.op_type == "Transpose" else node.input[1]
+            return name if name in graph.initializers else None
     return None
 
 

@@ -27,7 +27,7 @@ from sluice.passes.cut.factor_torch import factorize_torch, truncate_torch
 from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.capture import MARK, capture
 from sluice.passes.graph.onnx_axes import analyze_onnx
-from sluice.profiler.pieces.static_shapes import static_graph
+from sluice.passes.graph.static_shapes import static_graph
 from sluice.runtime.base.compare import assert_close
 from sluice.runtime.targets import make_runner
 

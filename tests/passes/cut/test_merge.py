@@ -31,7 +31,7 @@ from sluice.passes.graph.chains import NEUTRAL
 from sluice.passes.graph.chains_onnx import chains_onnx
 from sluice.passes.graph.chains_torch import chains_torch
 from sluice.passes.graph.segments import find_segments, folded_norms
-from sluice.profiler.pieces.static_shapes import static_graph
+from sluice.passes.graph.static_shapes import static_graph
 from sluice.runtime.base.compare import assert_close, relative_error
 from sluice.runtime.ort.cpu import OrtRunner
 

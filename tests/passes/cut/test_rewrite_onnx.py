@@ -13,7 +13,7 @@ from torch import nn
 
 from sluice.core.errors import SluiceError
 from sluice.core.plan import Plan, Slice
-from sluice.passes.cut.export import to_onnx
+from sluice.passes.cut.export import finalize, to_onnx
 from sluice.passes.cut.resolve import make_plan
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.cut.rewrite_torch import rewrite_torch
@@ -22,7 +22,7 @@ from sluice.passes.graph.capture import capture
 from sluice.passes.graph.groups import Analysis
 from sluice.runtime.base.compare import assert_close
 from sluice.runtime.ort.cpu import OrtRunner
-from tests.networks import build
+from tests.networks import build, random_kept
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +112,16 @@ def test_a_tensor_that_the_model_shares_is_not_split() -> None:
     bad = dataclasses.replace(plan, slices=tuple(s for s in plan.slices if (s.param, s.axis) != ("fc1.weight", 1)))
     with pytest.raises(SluiceError, match=r"does not fit this graph at 'fc1\.weight' axis 1"):
         rewrite_onnx(dense, bad)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_token_that_is_expanded_over_the_batch(seed: int) -> None:
+    """Its target holds the batch, which the graph computes, and the width, which is cut."""
+    model, (x,) = build("class_token", batch=5)
+    dense = capture(model, (x,))
+    plan = make_plan(analyze(dense), random_kept(analyze(dense), seed))
+    slim, cut = rewrite_torch(dense, plan, (x,)), rewrite_onnx(to_onnx(dense, (x,)), plan)
+    for file in (cut, finalize(cut)):
+        for batch in (1, 2, 5):
+            with torch.no_grad():
+                assert_close(list(OrtRunner().build(file).run({"x": x[:batch].numpy()}).values()), [slim(x[:batch])])

@@ -15,10 +15,10 @@ from sluice.models.resnet import ResNet
 from sluice.passes.cut.export import to_onnx
 from sluice.passes.graph.blocks import find_blocks
 from sluice.passes.graph.capture import capture
+from sluice.passes.graph.static_shapes import static_graph
 from sluice.passes.graph.view import GraphView, Node
 from sluice.passes.graph.view_onnx import view_onnx
 from sluice.passes.graph.view_torch import view_torch
-from sluice.profiler.pieces.static_shapes import static_graph
 from tests.networks import NETWORKS, build
 
 REFERENCE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

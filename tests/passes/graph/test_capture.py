@@ -147,6 +147,26 @@ def test_unused_and_tied_parameters() -> None:
         assert list(network.state_dict()) == list(model.state_dict())
 
 
+class Ordered(nn.Linear):
+    """A buffer that is not saved, and a constant that capture lifts."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 5)
+        self.register_buffer("order", torch.tensor([3, 0, 4, 1, 2]), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, self.order] + torch.tensor([0.5, 1.5, 2.0, 3.0, 4.0])
+
+
+def test_what_is_not_saved_stays_so() -> None:
+    x = torch.randn(2, 3)
+    model = Ordered()
+    gm = capture(model, x)
+    for network in (gm, clone(gm), clone(clone(gm))):
+        assert set(network.state_dict()) == {"weight", "bias"}
+        assert_close(network(x), model(x))
+
+
 def test_frozen_parameters_stay_frozen() -> None:
     model, inputs = build("plain")
     model.fc1.weight.requires_grad_(False)  # type: ignore[union-attr,operator]

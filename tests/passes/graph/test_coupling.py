@@ -229,6 +229,8 @@ CASES = [
     Case("narrow from the end", lambda y: aten.narrow(y, 1, -4, 3), after=wide(3)),
     Case("select", lambda y: y.select(3, 2)[..., None]),
     Case("select a channel", lambda y: y.select(1, 2)[:, None], after=wide(1), frozen="reduces over the channels"),
+    Case("index_select", lambda y: y.index_select(3, torch.arange(0, 4, 3))),
+    Case("index_select of channels", lambda y: y.index_select(1, torch.arange(0, 4, 3)), after=wide(2), frozen="picks channels"),  # noqa: E501
     Case("channel_shuffle", lambda y: F.channel_shuffle(y, 3)),
     Case("pixel_shuffle", lambda y: F.pixel_shuffle(y, 2), before=lambda: nn.Conv2d(3, 12, 1), after=wide(3)),
     Case("pixel_unshuffle", lambda y: F.pixel_unshuffle(y[:, :, :, :4], 2), after=wide(24)),

@@ -20,6 +20,7 @@ from sluice.passes.cut.resolve import make_plan
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.graph.onnx_axes import RULES, analyze_onnx
 from sluice.passes.graph.onnx_graph import with_batch
+from sluice.passes.graph.static_shapes import stand_in_batch
 from sluice.runtime.base.compare import assert_close, relative_error
 from sluice.runtime.ort.cpu import OrtRunner
 
@@ -150,6 +151,26 @@ CASES = [
          t=ints(-1), frozen="reverses the channels"),
     case("Transpose", "a = Transpose<perm=[0, 2, 3, 1]>(y)  b = Relu(a)  z = Transpose<perm=[0, 3, 1, 2]>(b)"),
     case("Expand", "a = ReduceMax(y, t)  z = Expand(a, s)", t=ints(2, 3), s=ints(1, 6, 4, 3)),
+    case("Expand over the batch", "a = ReduceMax(y, t)  n = Shape<end=1>(y)"
+         "  s = Concat<axis=0>(n, k)  z = Expand(a, s)", t=ints(0, 2, 3), k=ints(6, 4, 3)),
+    case("Expand over the batch, one number", "a = ReduceMax(y, t)  n = Shape<end=1>(y)  h = Shape<start=2>(y)"
+         "  s = Concat<axis=0>(n, k, h)  z = Expand(a, s)", t=ints(0, 2, 3), k=ints(6)),
+    case("Expand over the batch, all computed", "a = ReduceMax(y, t)  s = Shape(y)  u = Mul(s, k)  z = Expand(a, u)",
+         t=ints(0, 2, 3), k=ints(1, 1, 1, 1)),
+    case("Expand over the batch, last axis", "a = ReduceMax(y, t)  s = Shape(y)  u = Mul(s, k)  z = Expand(a, u)",
+         rows=True, t=ints(0), k=ints(1, 1)),
+    case("Expand a number", "s = Shape(y)  r = Expand(k, s)  z = Add(y, r)", k=np.float32(0.5)),
+    case("Gather a position", "a = Gather<axis=-1>(y, k)  z = Unsqueeze(a, t)", k=np.array(1), t=ints(2)),
+    case("Gather a position in front", "a = Transpose<perm=[2, 0, 1, 3]>(y)  b = Gather(a, k)  z = Unsqueeze(b, t)",
+         k=np.array(-2), t=ints(2)),
+    case("Gather some positions", "z = Gather<axis=3>(y, k)", k=ints(2, 0)),
+    case("Gather a channel", "a = Gather<axis=1>(y, k)  z = Unsqueeze(a, t)", columns=1, k=np.array(3), t=ints(1),
+         frozen="reduces over the channels"),
+    case("Gather channels", "z = Gather<axis=1>(y, k)", columns=2, k=ints(3, 0), frozen="picks channels"),
+    case("Gather by a table", "a = Gather<axis=3>(y, k)  z = ReduceSum<keepdims=0>(a, t)", t=ints(4),
+         k=np.array([[0, 2], [1, 1]]), frozen="unknown operator Gather"),
+    case("an open size", "m = ReduceMax<keepdims=0>(x)  i = Cast<to=7>(m)  j = Unsqueeze(i, a)  z = Slice(y, a, j, t)",
+         a=ints(0), t=ints(2), frozen="works on a size that is not known"),
     case("Pad", "z = Pad(y, p)", p=ints(0, 0, 1, 0, 0, 0, 0, 2)),
     case("Pad the channels", "z = Pad(y, p)", columns=7, p=ints(0, 1, 0, 0, 0, 0, 0, 0), frozen="unknown operator Pad"),
     case("DepthToSpace CRD", 'a = Conv(y, w)  z = DepthToSpace<blocksize=2, mode="CRD">(a)', columns=3,
@@ -264,3 +285,26 @@ def test_static_batch() -> None:
     dense.graph.output[0].CopyFrom(helper.make_tensor_value_info("out", TensorProto.FLOAT, None))
     analysis = analyze_onnx(dense)
     assert run(rewrite_onnx(dense, make_plan(analysis, {"first": [1, 4]}))).shape == (2, 3, 4, 3)
+
+
+def test_a_weight_used_at_an_open_size_stays_whole() -> None:
+    """The same weight where the sizes are known: the two uses must be cut alike, and one of them cannot be read."""
+    nodes = "p = Conv(y, w)  z = Conv(p, v)  q = ReduceMax<keepdims=0>(x)  i = Cast<to=7>(q)  j = Unsqueeze(i, a)"
+    tensors = {"w": weight(6, 6, 1, 1), "v": weight(6, 6, 1, 1), "a": ints(0), "t": ints(2)}
+    dense = graph(case("twice", f"{nodes}  s = Slice(x, a, j, t)", **tensors))
+    assert [g.name for g in analyze_onnx(dense).groups] == ["first", "w", "v"]
+    dense.graph.node.insert(len(dense.graph.node) - 1, helper.make_node("Conv", ["s", "first"], ["open"], "again"))
+    analysis = analyze_onnx(dense)
+    assert [g.name for g in analysis.groups] == ["w", "v"]
+    assert analysis.frozen["first"] == "again works on a size that is not known"
+
+
+def test_the_batch_divides_no_size() -> None:
+    dense = graph(next(c for c in CASES if c.name == "Expand"))
+    assert stand_in_batch(dense) == 97
+    dense.graph.initializer.append(numpy_helper.from_array(weight(2 * 97, 101), "large"))
+    assert stand_in_batch(dense) == 103
+    analysis = analyze_onnx(dense)
+    assert analysis.batch == 103 and analysis.shapes["y"] == (103, 6, 4, 3)
+    dense.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    assert stand_in_batch(dense) is None and analyze_onnx(dense).batch is None

@@ -191,7 +191,7 @@ def check_cuts(net: Network, exported: onnx.ModelProto) -> None:
     """Gated, closed, cut, exported and cut, cut and exported: all the same, output by output."""
     whole = [f"sides.{i}." for i, case in enumerate(net.cases) if case.name in DIFFERENT]
     gated = insert_gates(net.model, net.inputs)
-    analysis = gated.meta["analysis"]
+    analysis = gated.meta["space"].analysis
     kept = {name: keep for name, keep in random_kept(analysis, 1).items() if not name.startswith(tuple(whole))}
     for group in analysis.groups:
         keep = torch.tensor(kept.get(group.name, range(group.size)))

@@ -1,0 +1,124 @@
+"""Fold the shape arithmetic of a graph at one static batch, so that every literal is a constant.
+
+``Shape`` of a value of known size is a constant; so is any small operator all of whose inputs are constants and whose
+results are integers. What is folded may make further sizes known, so both are repeated until nothing folds. Nothing
+that touches a weight is folded: names must survive. What cannot be evaluated stays in the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from sluice.passes.graph.onnx_graph import OnnxGraph, attributes, with_batch
+
+__all__ = ["stand_in_batch", "static_graph"]
+
+_INTEGERS = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
+_ENTRIES = 16  # of a constant that may speak of sizes: a shape, pads, split sizes
+_LEAST = 97  # small, since labels of folded axes grow with it; above the sizes of most axes
+
+
+def static_graph(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
+    """The model at one batch size: sizes static and known, shape arithmetic gone.
+
+    Raises:
+        SluiceError: the graph is not well typed.
+    """
+    static = with_batch(model, batch)
+    while _fold(static):
+        static = with_batch(static, batch)
+    return static
+
+
+def stand_in_batch(model: onnx.ModelProto) -> int | None:
+    """A prime that divides no size of the graph, to stand for a free batch; None where the batch is not free."""
+    dims = [dim for info in model.graph.input for dim in info.type.tensor_type.shape.dim]
+    if all(dim.HasField("dim_value") for dim in dims):
+        return None
+    graph = OnnxGraph(model)
+    sizes = {dim.dim_value for info in graph.infos.values() for dim in info.type.tensor_type.shape.dim}
+    sizes.update(size for init in graph.initializers.values() for size in init.dims)
+    for array in graph.literals.values():
+        if array.size <= _ENTRIES and array.dtype.kind in "iu":
+            sizes.update(np.abs(array).reshape(-1).tolist())
+    batch = _LEAST
+    while not _is_prime(batch) or any(size % batch == 0 for size in sizes if size):
+        batch += 2
+    return batch
+
+
+def _is_prime(number: int) -> bool:
+    return all(number % divisor for divisor in range(2, int(number**0.5) + 1))
+
+
+def _fold(model: onnx.ModelProto) -> bool:
+    """Replace what is constant by initialisers, in place; whether anything was."""
+    graph, read = model.graph, OnnxGraph(model)
+    known = dict(read.literals)
+    opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    kept: list[onnx.NodeProto] = []
+    folded: dict[str, np.ndarray] = {}
+    for node in graph.node:
+        values: Sequence[np.ndarray] | None = None
+        if node.op_type == "Shape":
+            size = read.shapes.get(node.input[0])
+            a = attributes(node)
+            if size is not None:
+                values = [np.array(size[a.get("start", 0) : a.get("end")], dtype=np.int64)]
+        elif node.op_type != "Constant" and node.input and all(name in known for name in node.input if name):
+            values = _evaluate(node, [known[name] for name in node.input if name], opset)
+        if values is None:
+            kept.append(node)
+        else:
+            folded.update(zip(node.output, values, strict=True))
+            known.update(zip(node.output, values, strict=True))
+    if not folded:
+        return False
+    del graph.node[:]
+    graph.node.extend(kept)
+    used = {name for node in kept for name in node.input} | {info.name for info in graph.output}
+    graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in folded.items() if n in used)
+    return True
+
+
+def _evaluate(node: onnx.NodeProto, inputs: Sequence[np.ndarray], opset: int) -> list[np.ndarray] | None:
+    """All outputs of a node, if they are integers and can be had."""
+    try:
+        if node.op_type == "GatherElements":
+            values = [_gather_elements(inputs[0], inputs[1], attributes(node).get("axis", 0))]
+        else:
+            values = [np.asarray(value) for value in _reference(node, inputs, opset)]
+    except Exception:  # whatever an operator raises that the evaluator lacks or has wrong: the runtime will compute it
+        return None
+    return values if all(helper.np_dtype_to_tensor_dtype(v.dtype) in _INTEGERS for v in values) else None
+
+
+def _reference(node: onnx.NodeProto, inputs: Sequence[np.ndarray], opset: int) -> Sequence[Any]:
+    names = [name for name in node.input if name]
+    graph = helper.make_graph(
+        [node],
+        "fold",
+        [
+            helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape)
+            for n, v in zip(names, inputs, strict=True)
+        ],
+        [helper.make_value_info(name, onnx.TypeProto()) for name in node.output],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+    return list(ReferenceEvaluator(model).run(None, dict(zip(names, inputs, strict=True))))
+
+
+def _gather_elements(data: np.ndarray, indices: np.ndarray, axis: int) -> np.ndarray:
+    """``out[i][j] = data[indices[i][j]][j]``; beside ``axis`` the indices may be fewer than the data.
+
+    The reference evaluator takes at most 64 positions along the axis, and no fewer indices than data beside it.
+    """
+    axis %= data.ndim
+    beside = data[tuple(slice(None if d == axis else n) for d, n in enumerate(indices.shape))]
+    return np.take_along_axis(beside, np.where(indices < 0, indices + data.shape[axis], indices), axis)
