@@ -62,8 +62,9 @@ def dense_in(path: str, shape: tuple[int, ...] | None) -> onnx.ModelProto:
 
 def fixed_rows(model: onnx.ModelProto) -> dict[str, int]:
     """The first size of every input of a file whose batch is fixed; empty where any of them is free."""
-    initializers = {init.name for init in model.graph.initializer}
-    shapes = {info.name: info.type.tensor_type.shape.dim for info in model.graph.input if info.name not in initializers}
+    from sluice.passes.graph.onnx_graph import OnnxGraph
+
+    shapes = {name: info.type.tensor_type.shape.dim for name, info in OnnxGraph(model).inputs.items()}
     first = {name: dims[0] for name, dims in shapes.items() if dims}
     return {name: dim.dim_value for name, dim in first.items()} if all(map(_is_fixed, first.values())) else {}
 

@@ -109,9 +109,10 @@ def read_onnx(model: onnx.ModelProto) -> Reading:
     from sluice.passes.graph.chains_onnx import chains_onnx
     from sluice.passes.graph.onnx_axes import analyze_onnx
     from sluice.passes.graph.onnx_file import buffers_of
+    from sluice.passes.graph.onnx_graph import OnnxGraph
     from sluice.passes.graph.view_onnx import view_onnx
 
-    tensors = {init.name: numpy_helper.to_array(init) for init in model.graph.initializer}
+    tensors = {name: numpy_helper.to_array(init) for name, init in OnnxGraph(model).initializers.items()}
     buffers = frozenset(buffers_of(model))
     return Reading("onnx", analyze_onnx(model), view_onnx(model), chains_onnx(model), tensors, buffers)
 

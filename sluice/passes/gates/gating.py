@@ -251,6 +251,7 @@ def _adopt(target: fx.GraphModule, source: fx.GraphModule) -> None:
     """Share every tensor and mode of ``source``, also those that no node reads."""
     target._modules.update(source._modules)
     target._parameters.update(source._parameters)
+    lifted = target._buffers.keys() - source._buffers.keys()  # constants, which the network does not save
     target._buffers.update(source._buffers)
-    target._non_persistent_buffers_set |= source._non_persistent_buffers_set
+    target._non_persistent_buffers_set |= source._non_persistent_buffers_set | lifted
     target.training = source.training

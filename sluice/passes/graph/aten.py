@@ -15,7 +15,16 @@ import torch
 from torch import fx
 
 from sluice.passes.graph import aten_layout as layout
-from sluice.passes.graph.aten_walk import Args, Rule, Walk, arguments, operator_name, static_shape, unknown, where
+from sluice.passes.graph.aten_walk import (
+    Args,
+    OperatorRule,
+    Walk,
+    arguments,
+    operator_name,
+    static_shape,
+    unknown,
+    where,
+)
 from sluice.passes.graph.capture_modes import BatchNorm
 from sluice.passes.graph.coupling import Axis
 from sluice.passes.graph.exclusion import leave_out
@@ -136,7 +145,7 @@ def _fixed(w: Walk, n: fx.Node, a: Args) -> Axis | None:
 
 
 # What the kinds of `sluice.passes.graph.operators` do with labelled axes.
-KINDS: dict[str, Rule] = {
+KINDS: dict[str, OperatorRule] = {
     "unary": _unary,
     "combine": _combine,
     "prelu": _prelu,
@@ -169,7 +178,7 @@ KINDS: dict[str, Rule] = {
     "channel_shuffle": layout.channel_shuffle,
     "index_select": layout.index_select,
 }
-RULES: dict[str, Rule] = {name: KINDS[row.kind] for name, row in ATEN.items() if row.kind in KINDS}
+RULES: dict[str, OperatorRule] = {name: KINDS[row.kind] for name, row in ATEN.items() if row.kind in KINDS}
 
 
 def analyze(gm: fx.GraphModule, exclude: Sequence[str] = (), *, needed: bool = True) -> Analysis:

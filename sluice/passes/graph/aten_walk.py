@@ -14,7 +14,7 @@ from sluice.passes.graph.operators import Operator
 
 __all__ = [
     "Args",
-    "Rule",
+    "OperatorRule",
     "Walk",
     "arguments",
     "keeps_zero",
@@ -58,7 +58,7 @@ class Walk:
 
 
 Args = dict[str, Any]
-Rule = Callable[[Walk, fx.Node, Args], Axis | None]
+OperatorRule = Callable[[Walk, fx.Node, Args], Axis | None]
 
 
 def unknown(w: Walk, n: fx.Node, a: Args) -> Axis | None:

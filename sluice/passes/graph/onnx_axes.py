@@ -56,7 +56,7 @@ class _Walk:
         return None if value is None else [int(v) for v in np.asarray(value).reshape(-1)]
 
 
-Rule = Callable[[_Walk, Node, dict[str, Any]], Axis | None]
+OperatorRule = Callable[[_Walk, Node, dict[str, Any]], Axis | None]
 
 
 def _input(n: Node, index: int) -> str:
@@ -242,7 +242,7 @@ def _open(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
 
 
 # What the kinds of `sluice.passes.graph.operators` do with labelled axes.
-KINDS: dict[str, Rule] = {
+KINDS: dict[str, OperatorRule] = {
     "unary": _unary,
     "combine": _combine,
     "prelu": _combine,
@@ -266,7 +266,7 @@ KINDS: dict[str, Rule] = {
     "select": _gather,
     "pixel_shuffle": _depth_to_space,
 }
-RULES: dict[str, Rule] = {name: KINDS[row.kind] for name, row in ONNX.items() if row.kind in KINDS}
+RULES: dict[str, OperatorRule] = {name: KINDS[row.kind] for name, row in ONNX.items() if row.kind in KINDS}
 
 
 def analyze_onnx(model: onnx.ModelProto, exclude: Sequence[str] = ()) -> Analysis:

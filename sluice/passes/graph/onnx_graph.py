@@ -17,10 +17,9 @@ from onnx import helper, numpy_helper
 
 from sluice.core.errors import SluiceError
 
-__all__ = ["BATCH", "LITERAL", "OnnxGraph", "attributes", "is_whole_shape", "reads", "with_batch"]
+__all__ = ["LITERAL", "OnnxGraph", "attributes", "is_whole_shape", "reads", "with_batch"]
 
 LITERAL = 1024  # elements; a shape, a scale or a list of axes has no more
-BATCH = 10_007  # stands for a dynamic size: prime, so that products stay recognisable
 
 
 def with_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
@@ -156,6 +155,10 @@ class OnnxGraph:
     def uses(self, name: str) -> int:
         """How often a value is read; being an output of the graph counts."""
         return len(self.readers.get(name, ())) + (name in self.outputs)
+
+    def is_constant(self, name: str) -> bool:
+        """Is the value an initialiser, or made by a Constant node?"""
+        return name in self.initializers or (name in self.producers and self.producers[name].op_type == "Constant")
 
     def array(self, name: str) -> np.ndarray | None:
         """The numbers of a constant, an initialiser or what a Constant node makes; None for any other value."""

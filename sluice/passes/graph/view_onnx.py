@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Sequence
 
-import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from sluice.passes.graph.coupling import Shape
-from sluice.passes.graph.onnx_graph import BATCH, attributes, with_batch
+from sluice.passes.graph.onnx_graph import OnnxGraph, attributes, reads
 from sluice.passes.graph.operators import Operator, onnx_operator
+from sluice.passes.graph.static_shapes import stand_in_batch, static_graph
 from sluice.passes.graph.view import GraphView, Node
 
 __all__ = ["view_onnx"]
@@ -34,18 +33,19 @@ def view_onnx(model: onnx.ModelProto, named: Container[str] | None = None, shape
     Raises:
         SluiceError: shapes are asked for and the graph is not well typed.
     """
-    reader = _Reader(model, named)
+    graph = OnnxGraph(model)
+    reader = _Reader(graph, named)
     nodes = tuple(reader.node(node) for node in model.graph.node)
-    bodies = {name for node in model.graph.node for name in set(_reads(node)) - set(node.input)}
-    outputs = frozenset(bodies | {info.name for info in model.graph.output})
-    return GraphView(nodes, outputs, frozenset(reader.derived), _shapes(model) if shapes else {})
+    bodies = {name for node in model.graph.node for name in set(reads(node)) - set(node.input)}
+    sizes = OnnxGraph(static_graph(model, stand_in_batch(model) or 1)).shapes if shapes else {}
+    return GraphView(nodes, frozenset(bodies | graph.outputs.keys()), frozenset(reader.derived), sizes)
 
 
 class _Reader:
     """State of one walk: which values are derived, and which of those are a named tensor in another layout."""
 
-    def __init__(self, model: onnx.ModelProto, named: Container[str] | None):
-        initializers = {init.name: init for init in model.graph.initializer}
+    def __init__(self, graph: OnnxGraph, named: Container[str] | None):
+        self.graph, initializers = graph, graph.initializers
         self.tensors = {
             name
             for name, init in initializers.items()
@@ -58,28 +58,26 @@ class _Reader:
         self.scalars = {n: numpy_helper.to_array(i) for n, i in initializers.items() if math.prod(i.dims) == 1}
 
     def node(self, n: onnx.NodeProto) -> Node:
-        op, reads = n.op_type, [name for name in _reads(n) if name]
+        op, read = n.op_type, [name for name in reads(n) if name]
         row = onnx_operator(op)
-        if op == "Constant":
-            value = next(iter(attributes(n).values()))
-            array = numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else np.asarray(value)
-            if array.size == 1 and array.dtype.kind in "fiu":
-                self.scalars[n.output[0]] = array
-        if op == "Shape" or all(name in self.derived for name in reads):
+        array = self.graph.array(n.output[0]) if op == "Constant" else None
+        if array is not None and array.size == 1 and array.dtype.kind in "fiu":
+            self.scalars[n.output[0]] = array
+        if op == "Shape" or all(name in self.derived for name in read):
             self.derived.update(n.output)
         if row.is_a("layout") and n.input[0] in self.alias:
             self.alias[n.output[0]] = self.alias[n.input[0]]
         if op in ("Cast", "CastLike", "Identity") and n.input[0] in self.scalars:
             self.scalars[n.output[0]] = self.scalars[n.input[0]]
-        active = [name for name in reads if name not in self.derived]
+        active = [name for name in read if name not in self.derived]
         residual = op == "Add" and len(active) == 2 and active[0] != active[1]
         kind, closes = self._kind(n, row, active)
         return Node(
             op,
             kind,
             tuple(name for name in n.output if name),
-            tuple(name for name in reads if name not in self.tensors),
-            tuple(dict.fromkeys(self.alias[name] for name in reads if name in self.alias)),
+            tuple(name for name in read if name not in self.tensors),
+            tuple(dict.fromkeys(self.alias[name] for name in read if name in self.alias)),
             closes,
             self._bounds(n, row),
             residual,
@@ -138,22 +136,3 @@ class _Reader:
 
 def _is_named(init: onnx.TensorProto) -> bool:
     return "." in init.name or not (re.fullmatch(r"val_\d+", init.name) or math.prod(init.dims) == 1)
-
-
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """What a node reads, also inside the bodies of control flow."""
-    yield from node.input
-    for attribute in node.attribute:
-        for graph in (attribute.g, *attribute.graphs):
-            for inner in graph.node:
-                yield from (name for name in _reads(inner) if name)
-
-
-def _shapes(model: onnx.ModelProto) -> Mapping[str, Shape]:
-    graph = with_batch(model, BATCH).graph
-    found: dict[str, Shape] = {}
-    for info in [*graph.input, *graph.value_info, *graph.output]:
-        dims = info.type.tensor_type.shape.dim
-        if info.type.tensor_type.HasField("shape") and all(d.HasField("dim_value") for d in dims):
-            found[info.name] = tuple(d.dim_value for d in dims)
-    return found

@@ -24,7 +24,7 @@ from sluice.passes.cut.merge_ties import groups_on, inside
 from sluice.passes.graph.chains_onnx import chains_onnx
 from sluice.passes.graph.groups import rename_groups
 from sluice.passes.graph.onnx_axes import analyze_onnx
-from sluice.passes.graph.onnx_graph import LITERAL, attributes
+from sluice.passes.graph.onnx_graph import LITERAL, OnnxGraph, attributes
 from sluice.passes.merge_sites import MergeSite
 from sluice.profiler.pieces.merged_groups import Change, relabel
 from sluice.profiler.pieces.partition import Partition, anchor_weight, cut_out
@@ -78,16 +78,14 @@ class _Dense:
     """The dense graph, as all graphs with merged runs need it."""
 
     def __init__(self, base: Partition) -> None:
-        graph = base.model.graph
+        graph = OnnxGraph(base.model)
         self.base = base
         self.chains = chains_onnx(base.model)
         # What was excluded is no matter for a merge.
         self.analysis = rename_groups(analyze_onnx(base.model), groups_on(base.analysis))
-        self.entering = {info.name for info in graph.input}
-        self.leaving = {info.name for info in graph.output}
-        self.tensors = {init.name: init for init in graph.initializer}
-        self.uses = Counter(name for node in graph.node for name in node.input)
-        self.infos = {info.name: info for info in [*graph.input, *graph.value_info, *graph.output]}
+        self.entering, self.leaving = set(graph.inputs), set(graph.outputs)
+        self.tensors, self.infos = graph.initializers, graph.infos
+        self.uses = Counter(name for node in base.model.graph.node for name in node.input)
 
 
 def _merge_variant(dense: _Dense, sites: Sequence[MergeSite]) -> RestructuredGraph:

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
 
+from sluice.core.progress import Advance
 from sluice.passes.precision.to_precision import to_precision
 from sluice.profiler.pieces.joints import Joint, call_models, joint_models, joint_widths
 from sluice.profiler.pieces.partition import Partition, Piece, build_piece, spread_widths
@@ -43,7 +44,6 @@ DOUBT = 0.03
 BURSTS, MAX_BURSTS = 24, 160
 SOURCE_KEY = "source-v4"
 CALL_KEY = "call-v3"  # the time of an engine with nothing to do
-Advance = Callable[[int, int], None]  # (points done, points known to be needed)
 PieceAt = tuple[Point, tuple[Partition, Piece]]
 
 

@@ -185,3 +185,23 @@ def check_reference(name: str, plans: int) -> None:
         kept = random_kept(network.meta["space"].analysis, seed)
         harden(network, kept)
         assert_close(close_gates(network, kept)(*inputs), network(*inputs))
+
+
+class Picks(nn.Module):
+    """(N, 3, 9, 9) to (N, 4): a literal list of positions, which no network saves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 9, 3), nn.Conv2d(9, 11, 3), nn.Linear(11, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x)).index_select(2, torch.tensor([0, 2, 3]))
+        return self.head(torch.relu(self.second(x)).mean((2, 3)))
+
+
+def test_constants_are_no_tensors_of_the_gated_network() -> None:
+    """A plan names the tensors of the model; a constant among them would make it another model."""
+    model, x = Picks().eval(), torch.randn(2, 3, 9, 9)
+    network = insert_gates(model, x)
+    for one in (network, strip_gates(network)):
+        assert {name for name in one.state_dict() if not name.startswith("gates.")} == set(model.state_dict())
