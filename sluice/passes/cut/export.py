@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
-from torch import fx, nn
+from torch import nn
 
 from sluice.core.errors import SluiceError
 from sluice.passes.graph.capture import Inputs, capture, clone, export_again, has_captured_form
@@ -23,10 +23,6 @@ from sluice.passes.graph.onnx_graph import OnnxGraph
 __all__ = ["OPSET", "finalize", "save_onnx", "to_onnx", "with_values"]
 
 OPSET = 20
-_POOLS = {
-    torch.ops.aten.adaptive_avg_pool1d.default: [-1],
-    torch.ops.aten.adaptive_avg_pool2d.default: [-2, -1],
-}
 
 
 def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> onnx.ModelProto:
@@ -37,7 +33,6 @@ def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> 
 
     gm = clone(model, sharing=True) if has_captured_form(model) else capture(model, example_inputs)
     gm.eval()
-    _write_means(gm)
     names = set(gm.state_dict())
     with quiet():
         program = export_again(gm, example_inputs)
@@ -94,20 +89,6 @@ def with_values(model: onnx.ModelProto, module: nn.Module) -> onnx.ModelProto:
         init = done.graph.initializer[index]
         init.CopyFrom(numpy_helper.from_array(now, init.name))
     return done
-
-
-def _write_means(gm: fx.GraphModule) -> None:
-    """Pools to one position as means.
-
-    Where the input is not contiguous (channels last), the exporter restores its strides with a Gather by computed
-    positions, which no reader could follow and which computes nothing.
-    """
-    for node in gm.graph.nodes:
-        axes = _POOLS.get(node.target)
-        if axes is None or any(size != 1 for size in node.args[1]) or node.args[0].meta["val"].is_contiguous():
-            continue
-        node.target, node.args = torch.ops.aten.mean.dim, (node.args[0], axes, True)
-    gm.recompile()
 
 
 def _without_bias(model: onnx.ModelProto, names: set[str]) -> onnx.ModelProto:

@@ -41,6 +41,7 @@ __all__ = [
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 MARK = "sluice_capture"
+_POOLS = {torch.ops.aten.adaptive_avg_pool1d.default: [-1], torch.ops.aten.adaptive_avg_pool2d.default: [-2, -1]}
 CUT = "sluice_cut"
 
 
@@ -71,6 +72,7 @@ def capture(model: nn.Module, example_inputs: Inputs, *, dynamic_batch: bool = T
     gm.__dict__.pop("train", None)  # the exporter forbids both; raised modules make them right again
     gm.__dict__.pop("eval", None)
     raise_modes(gm, source)
+    _write_means(gm)
     for node in list(gm.graph.nodes):
         guard = node.op == "call_module" and node.target == "_guards_fn"
         if guard or node.target is torch.ops.aten._assert_tensor_metadata.default:
@@ -81,6 +83,22 @@ def capture(model: nn.Module, example_inputs: Inputs, *, dynamic_batch: bool = T
     _same_names(gm, model)
     gm.meta[MARK] = {"args": args, "kwargs": kwargs, "dynamic": dynamic}
     return gm.train(model.training)
+
+
+def _write_means(gm: fx.GraphModule) -> None:
+    """Pools to one position as means, where their input lies channels last.
+
+    An exporter restores the strides of such a pool with a Gather by computed positions. It computes nothing, and no
+    reader could follow it.
+    """
+    for node in gm.graph.nodes:
+        axes = _POOLS.get(node.target)
+        if (
+            axes is not None
+            and all(size == 1 for size in node.args[1])
+            and not node.args[0].meta["val"].is_contiguous()
+        ):
+            node.target, node.args = torch.ops.aten.mean.dim, (node.args[0], axes, True)
 
 
 def export_again(gm: fx.GraphModule, example_inputs: Inputs) -> torch.export.ExportedProgram:

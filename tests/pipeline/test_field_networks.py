@@ -1,0 +1,76 @@
+"""Networks as users write them go the whole way: gates, budget, cut, file; at batches other than the profiled one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sluice
+from sluice.models import enliven
+from sluice.runtime.base.compare import assert_close
+from sluice.runtime.ort.cpu import OrtRunner
+from tests import tiny
+from tests.networks import build
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[None]:
+    with tiny.simulated_device():
+        yield
+
+
+class Swish(nn.Module):
+    """(N, 3, 9, 9) to (N, 5): an activation written out between convolutions that may merge."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mid = nn.Conv2d(3, 11, 3, padding=1), nn.Conv2d(11, 11, 3, padding=1)
+        self.last, self.fc = nn.Conv2d(11, 13, 1), nn.Linear(13, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.mid(x * torch.sigmoid(x))
+        x = self.last(torch.sigmoid(x) * x)
+        return self.fc(torch.relu(x).mean((2, 3)))
+
+
+def test_a_written_activation_is_merged_away() -> None:
+    """The profiler offers the merge from the file; the torch graph must know it too."""
+    model = enliven(Swish(), 5, (tiny.inputs(),))
+    done = sluice.compress(
+        model, tiny.inputs(), budget="45%", data=tiny.data(), batch=tiny.BATCH, epochs=1, rehearsal=2, progress=False,
+    )  # fmt: skip
+    assert done.report.met() and done.report.parity_max_rel < 1e-4
+    only = sluice.compress(
+        model, tiny.inputs(), budget="70%", data=tiny.data(), batch=tiny.BATCH, methods=("merge",), epochs=0,
+        progress=False,
+    )  # fmt: skip
+    assert only.plan.merges and only.report.parity_max_rel < 1e-4
+
+
+@pytest.mark.parametrize("name", ["class_token", "conv_next"])
+def test_widths_of_attention_and_channels_last_networks(name: str) -> None:
+    """Both graphs have the same groups, so every gate has a place; the file runs at any batch."""
+    model, inputs = build(name, batch=2)
+    with torch.no_grad():
+        classes = model.eval()(*inputs).shape[1]
+    data = [(*inputs, torch.randint(classes, (2,)))]
+    measured = sluice.profile(model, inputs, batch=2, methods=("filter",), progress=False)
+    gated = sluice.insert_gates(model, inputs, steps=2)
+    assert set(sluice.Budget(gated, measured, "70%").gates) == set(gated.gates)
+
+    done = sluice.compress(
+        model, inputs, budget="70%", data=data, batch=2, methods=("filter",), epochs=0, progress=False
+    )  # fmt: skip
+    assert done.report.met() and done.report.parity_max_rel < 1e-4
+    assert any(row.kept < row.dense for row in done.report.groups)
+    session = OrtRunner().build(done.onnx)
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, *inputs[0].shape[1:])
+        with torch.no_grad():
+            wanted = done.module(x).numpy()
+        (found,) = session.run({done.onnx.graph.input[0].name: x.numpy()}).values()
+        assert_close(found, wanted)
