@@ -16,6 +16,7 @@ __all__ = ["inspection"]
 
 def inspection(spec: str, shape: tuple[int, ...] | None, exclude: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """What `sluice inspect` finds in the model that ``spec`` names: for programs, and in lines."""
+    from sluice.passes.graph.groups import check_cuttable
     from sluice.passes.search_space import find_search_space, read_onnx, read_torch
 
     if is_onnx(spec):
@@ -26,6 +27,8 @@ def inspection(spec: str, shape: tuple[int, ...] | None, exclude: Sequence[str])
         model = model_of(spec)
         reading = read_torch(capture(model, inputs_of(spec, shape, 2)))
     space = find_search_space(reading, exclude)
+    if not space.has_sites:
+        check_cuttable(space.analysis)
     return _data(space), _lines(space)
 
 

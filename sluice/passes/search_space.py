@@ -91,6 +91,10 @@ class SearchSpace:
     kind: str
     unmatched: frozenset[str] = frozenset()
 
+    @property
+    def has_sites(self) -> bool:
+        return bool(self.analysis.groups or self.ranks or self.blocks or self.merges)
+
     def without(self, weights: Collection[str]) -> SearchSpace:
         """The space without the ranks, blocks and merges of these weights; widths stay."""
         gone = frozenset(weights)

@@ -14,6 +14,7 @@ import pytest
 from sluice.cli import main
 from sluice.core.errors import SluiceError
 from sluice.core.latency import LatencyModel
+from sluice.passes.search_space import find_search_space, read_onnx
 from sluice.profiler.engine_layers import check_inspector, place_profile, placement_lines
 from sluice.profiler.pieces.partition import partition_graph
 from sluice.profiler.profile import Profile
@@ -71,7 +72,8 @@ def test_pieces_are_found_in_the_dense_engine(trt: Any) -> None:
     """Here every node is a layer, and none is shared."""
     partition = partition_graph(chain([5, 7]), BATCH)
     runner = TensorRtRunner()
-    profile = Profile(LatencyModel((), {}, {}), partition, fingerprint_of(runner), "tensorrt", 1.0)
+    space = find_search_space(read_onnx(partition.model))
+    profile = Profile(LatencyModel((), {}, {}), partition, space, fingerprint_of(runner), "tensorrt", 1.0)
     placed = place_profile(profile)
     assert list(placed.pieces) == [piece.name for piece in partition.pieces]
     nodes = {piece.name: [node.name for node in piece.model.graph.node] for piece in partition.pieces}
