@@ -6,16 +6,16 @@
 
 ResNet-20, ResNet-1D, SE-ResNet, DenseNet, MobileNetV2 and VGG16-BN for small inputs, CREPE tiny, all with batch 8, and
 ResNet-50 at 224x224 with batch 1, each on one and on two threads (``--batch`` is for all of them). Every one is
-profiled (pieces, joints, alternatives, calibration on its own engines), then 40 fresh random plans are drawn from what
-the solver may choose, widths, ranks, dropped blocks and merged runs, their engines built and measured.
+profiled (pieces, joints, alternatives, calibration on its own engines). Then 40 fresh random plans are drawn from all
+widths, ranks, dropped blocks and merged runs on offer, and their engines built and measured.
 
-All of it takes hours on two cores: a finished run is kept in ``build/fidelity/runs`` and never done again, and points
-that are measured stay in the tables, so the command may be stopped and given again, for a part or for all. With one
+All runs together take hours on two cores: a finished run is kept in ``build/fidelity/runs`` and never done again, and
+measured points stay in the tables, so the command may be stopped and given again, for a part or for all. With one
 thread the clock is that thread's CPU time, with more it is wall time, so nothing else should run then.
 
 Last line: JSON with fractions for every network and thread count, and in all; totals pool all plans, ``spearman`` is
 the worst run's. When no run with the standard settings is left, their result goes to ``benchmarks/results``;
-``--publish`` only writes what there is of it by now, ``--show`` only prints what was written.
+``--publish`` only writes the result of the finished runs, ``--show`` only prints the written one.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def work(
             try:
                 record = perform(run)
             except Exception as error:
-                # Hours of other runs must not wait for the mending of this one.
+                # The other runs take hours, and go on although this one failed.
                 reason = f"error: {error}" if isinstance(error, SluiceError) else traceback.format_exc()
                 say(f"  broke after {time.perf_counter() - started:.0f} s\n{reason}")
                 broken.append(run)
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             shown, runs = _finished(store, STANDARD), STANDARD
             _publish(shown, STANDARD, options.result)
         else:
-            _finished(store, [*STANDARD, *asked])  # a file that cannot be read is told of now, not hours later
+            _finished(store, [*STANDARD, *asked])  # an unreadable file is an error now, not hours later
             broken = work(store, asked, _performer(options.tables))
             shown, runs = _finished(store, asked), asked
             standing = _finished(store, STANDARD)
@@ -148,7 +148,7 @@ def _publish(records: Sequence[Record], runs: Sequence[Run], result: Path) -> No
 
 def _performer(tables: Path) -> Callable[[Run], Record]:
     def one(run: Run) -> Record:
-        # What is kept is told without torch.
+        # Kept runs are printed without torch.
         from benchmarks.fidelity_runs import perform
 
         return perform(run, tables)

@@ -1,9 +1,10 @@
-"""What one run found, which runs make the result, and how far promises were off.
+"""The records of runs, the runs that make the result, and the errors of promises.
 
-1. A *run* is a network on so many threads: profiled once, then asked about random plans that no fit has seen.
+1. A *run* is a network on a number of threads: profiled once, then compared with random plans that no fit has seen.
 2. The error of a plan is ``|promised / measured - 1|``. Totals pool the plans of all runs, but for Spearman's rank
    correlation: it is the worst run's, since large and small networks together are ranked well by any promise.
-3. A run whose plans have no ranks, because all are promised or take the same, leaves no total of that either.
+3. Where the plans of a run have no rank correlation, because all are promised or take the same, there is no total of
+   it either.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ __all__ = [
     "write_result",
 ]
 
-# Network -> batch size. A large image is a load of its own; of small ones a single one is over too soon.
+# Network -> batch size. One large image takes long enough to measure; a single small one does not.
 BATCHES: Mapping[str, int] = {
     "resnet20": 8,
     "resnet1d": 8,
@@ -58,7 +59,7 @@ WORST = 3
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One network, profiled for ``batch`` and ``threads`` with all that ``methods`` may choose; plans from ``seed``."""
+    """One network, profiled for ``batch`` and ``threads`` with all edits of ``methods``; plans from ``seed``."""
 
     network: str
     batch: int
@@ -79,7 +80,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One random plan: layers factorised, branches dropped and runs merged in it, what it promised and took."""
+    """One random plan: its numbers of factorised layers, dropped branches and merged runs, its milliseconds."""
 
     promised_ms: float
     measured_ms: float
@@ -94,10 +95,10 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a run found on this device; ``profile_seconds`` without those of calls that were stopped.
+    """The figures of a run on this device; ``profile_seconds`` without those of calls that were stopped.
 
-    ``points`` of pieces were measured, of ``grid`` that they have at all widths and ranks; ``disturbed`` of the former
-    on a machine that was never quiet.
+    Pieces have ``grid`` points at all widths and ranks; ``points`` of them were measured, and ``disturbed`` of these on
+    a machine that was never quiet.
     """
 
     run: Run
@@ -136,7 +137,7 @@ class Store:
         """The record of a run that is finished.
 
         Raises:
-            SluiceError: the run's file is none.
+            SluiceError: the run's file holds no record.
         """
         path = self._path(run)
         try:
@@ -173,7 +174,7 @@ STANDARD = product(tuple(BATCHES))
 
 
 def summary(records: Sequence[Record], runs: Sequence[Run]) -> dict[str, Any]:
-    """Totals over the records of ``runs``, the figures of each by network and thread count, and what is left."""
+    """Totals over the records of ``runs``, the figures of each by network and thread count, and the runs left."""
     used = _of(records, runs)
     per_network: dict[str, dict[str, dict[str, float]]] = {}
     for record in used:
@@ -199,7 +200,7 @@ def table(records: Sequence[Record], runs: Sequence[Run]) -> str:
 
 
 def detail(record: Record) -> str:
-    """Promised / measured of every plan in the order of drawing, and what was edited in the worst."""
+    """Promised / measured of every plan in the order of drawing, and the edits of the worst."""
     ratios = " ".join(f"{outcome.ratio:.3f}" for outcome in record.outcomes)
     worst = sorted(record.outcomes, key=lambda outcome: -abs(outcome.ratio - 1.0))[:WORST]
     return "\n".join([f"  promised/measured {ratios}", *(f"  worst: {_edits(outcome)}" for outcome in worst)])
@@ -223,7 +224,7 @@ def read_result(path: Path) -> list[Record]:
     """The records of a result.
 
     Raises:
-        SluiceError: there is no such file, it is none of these, or it has totals alone, as older ones do.
+        SluiceError: there is no such file, it is no result, or it has totals alone, as older ones do.
     """
     try:
         content = json.loads(path.read_text())

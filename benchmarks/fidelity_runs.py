@@ -1,10 +1,9 @@
 """How one run of `benchmarks.fidelity` is done: profile, draw, build, measure.
 
 1. The weights are random, since the time of a network does not depend on them; CREPE's are not read either.
-2. Profiling is pieces, joints, alternatives and a calibration on engines of its own. Fresh plans are then drawn from
-   all that the solver may choose, and whole engines of them built and measured, interleaved. A few of the calibration's
-   engines take their turns with them and say how much slower the machine is by now
-   (`sluice.profiler.sweep.engine_times`, 2).
+2. The profile has pieces, joints, alternatives and a calibration on engines of its own. Fresh plans are then drawn from
+   all edits on offer, and their whole engines built and measured, interleaved. A few of the calibration's engines take
+   their turns with them and show how much slower the machine has become (`sluice.profiler.sweep.engine_times`, 2).
 """
 
 from __future__ import annotations

@@ -4,18 +4,18 @@
                              [--skip-staircases] [--out benchmarks/results] [--plots docs] [--tables build/gpu]
     python -m benchmarks.gpu --small --target ort-cpu        the same code on a machine without a GPU
 
-1. What is cheap comes first: staircases of one convolution, then whole dense networks, then, network by network, a
+1. Cheap stages come first: staircases of one convolution, then whole dense networks, then, network by network, a
    profile with its calibration, random plans against their promise, and a plan for half of the dense time.
 2. After every stage the file ``gpu-<device>.json`` is written anew, and the last line is the same JSON. A stage that is
    cut off by the limit says so. The next call goes on from there: it takes finished stages from the file, measured
    points from the tables. ``seconds`` of a stage are those of all calls.
-3. A call may name other targets than the one before. Of a target that it does not name all stages stay; of one that it
-   names they stay as long as its version, the driver's included, is the same. Tables have device and version in their
-   names, as a short hash, so none of other conditions is opened.
-4. A stage that fails is recorded with its reason, and the others go on. Exit status 1 then.
+3. A call may name other targets than the one before. All stages of a target that it does not name stay. Those of a
+   target that it names stay as long as its version, the driver's included, is the same. Tables have device and version
+   in their names, as a short hash, so no table of other conditions is opened.
+4. A stage that fails is recorded with its reason, and the others go on. The exit status is then 1.
 
 Needs torch, numpy, onnx, a runtime, and: onnxscript with onnx_ir (export), onnx_graphsurgeon (pieces), scipy (solver),
-ml_dtypes (typed graphs). Of these scipy and ml_dtypes are compiled, so carry those for the Python of the GPU's machine.
+ml_dtypes (16-bit graphs). scipy and ml_dtypes are compiled, so carry those for the Python of the GPU's machine.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ NEEDED = ("onnxscript", "onnx_ir", "onnx_graphsurgeon", "scipy", "ml_dtypes")
 
 
 class TimeUp(BaseException):
-    """The limit has come; no `Exception`, so that nothing on the way takes it for a failure of its own."""
+    """The limit has come; no `Exception`, so that no handler of failures on the way catches it."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TimeUp` in the block after ``seconds``; where the system has no timers, before it only."""
+    """Raise `TimeUp` in the block after ``seconds``; where the system has no timers, only before the block."""
     if seconds <= 0:
         raise TimeUp
     if not hasattr(signal, "setitimer"):
@@ -85,7 +85,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 class Record:
     """Figures by stage, written after each of them; those of earlier calls stay as rule 3 says.
 
-    ``head["targets"]`` are versions by target. The name of a stage has its target for a word.
+    ``head["targets"]`` are versions by target. One word of a stage's name is its target.
     Raises `SluiceError` where the file holds results of another device, precision or size.
     """
 
@@ -99,11 +99,11 @@ class Record:
         self.failed = False
 
     def known(self, name: str) -> Any:
-        """What an earlier call found, or None."""
+        """The result of an earlier call, or None."""
         return self.found["stages"].get(name, {}).get("result")
 
     def stage(self, name: str, work: Callable[[], Any]) -> Any:
-        """What ``work`` gives, or None where it did not finish; what JSON can hold of it is kept."""
+        """The result of ``work``, or None where it did not finish; the file keeps the part that JSON can hold."""
         started, clock = time.monotonic(), nvidia.sm_clock_mhz()
         before = self.found["stages"].get(name, {})
         result: Any = None
@@ -117,7 +117,7 @@ class Record:
         except SluiceError as error:
             entry = {"reason": str(error)}
             self.failed = True
-        except Exception as error:  # one stage must not cost the others their time on a GPU
+        except Exception as error:  # the other stages go on
             traceback.print_exc()
             entry = {"reason": f"{type(error).__name__}: {error}"}
             self.failed = True
@@ -203,7 +203,7 @@ def _export(network: Network) -> Any:
 
 
 def _read(path: Path, head: Mapping[str, Any]) -> dict[str, Any]:
-    """What an earlier call wrote; `SluiceError` where it is no such file, or one of other conditions."""
+    """The results of an earlier call; `SluiceError` where the file holds none, or those of other conditions."""
     advice = "move it away, or give another folder with --out"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -220,18 +220,18 @@ def _read(path: Path, head: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(result: Any) -> Any:
-    """What JSON can hold of a stage's result."""
+    """The part of a stage's result that JSON can hold."""
     if isinstance(result, dict):
         return {key: value for key, value in result.items() if key != "profile"}
     return result if isinstance(result, list) else None
 
 
 def _targets(asked: Sequence[str] | None) -> list[str]:
-    """Those asked for, or all that run on a GPU here."""
+    """The targets of the arguments, or all that run on a GPU here."""
     if asked:
         return list(asked)
     found = [target for target, reason in available_targets().items() if not reason and target != "ort-cpu"]
-    # Of the runtimes torch is the one whose kernels are chosen fastest.
+    # Torch comes first: it chooses its kernels fastest.
     found.sort(key=lambda target: target != "torch-cuda")
     if not found:
         reasons = "; ".join(f"{target}: {reason}" for target, reason in available_targets().items() if reason)

@@ -1,7 +1,7 @@
 """Staircases as SVG: milliseconds of a convolution against its output channels.
 
-One panel for every batch and precision, one line for every target. A line is drawn as points joined straight: between
-two measured widths nothing is claimed.
+One panel for every batch and precision, one line for every target. A line joins measured points straight; it claims
+nothing between them.
 """
 
 from __future__ import annotations

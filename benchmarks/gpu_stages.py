@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu` measures, each as one function from what is timed to figures that JSON can hold."""
+"""The stages of `benchmarks.gpu`: functions from a runner, a model or a profile to figures that JSON can hold."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["FULL", "SMALL", "Layer", "Network", "Sizes", "dense", "fidelity", "h
 
 SHARE = 0.5
 AT_A_TIME = 24  # sessions that are alive together
-SOLVER_S = 5.0  # for each problem to the solver: a GPU that waits for it is paid for
+SOLVER_S = 5.0  # for each problem: the GPU waits meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Network:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is measured."""
+    """The amount of measuring."""
 
     layer: Layer
     networks: Mapping[str, Network]
@@ -104,7 +104,7 @@ def dense(runner: Runner, model: onnx.ModelProto, batch: int, precision: str) ->
 
 
 def profiled(model: onnx.ModelProto, table: Path, *, batch: int, target: str, precision: str) -> dict[str, Any]:
-    """What profiling measured and what error it states; ``profile`` is the profile itself."""
+    """The counts and the stated error of profiling; ``profile`` is the profile itself."""
     profile = profile_onnx(model, table, deployment=Deployment(target, batch, 1, precision), progress=False)
     with LatencyTable.open(table) as opened:
         points = len(opened)
@@ -132,8 +132,8 @@ def fidelity(profile: Profile, table: Path, plans: int, seed: int = 1000) -> dic
 def half(profile: Profile, share: float = SHARE) -> dict[str, Any]:
     """The solver's widths for a share of the dense time, its promise, and dense and slim engines measured in turns.
 
-    Channels are scored at random, since the time of a network does not depend on its weights; a share that widths alone
-    do not reach becomes the least they do.
+    Channels are scored at random, since the time of a network does not depend on its weights. A share that widths alone
+    do not reach becomes the least share that they reach.
     """
     latency, rng = profile.latency, np.random.default_rng(0)
     scores = {group: rng.exponential(size=levels[-1]) for group, levels in latency.levels.items()}

@@ -6,8 +6,8 @@
 Jobs and budgets are in `benchmarks.methods_jobs`. Methods: filters, ranks, residual blocks or merged layers alone,
 ranks by beam search (bsr), the first four jointly, and the control, a uniformly thinner network trained from scratch
 for as many epochs in all (thin). All are fine-tuned alike; two seeds for joint and the best single method, one for the
-rest. All of it takes hours on two cores: a finished run is kept in ``build/methods/runs`` and never done again, so the
-command may be stopped and given again, for a part or for all.
+rest. All runs together take hours on two cores: a finished run is kept in ``build/methods/runs`` and never done again,
+so the command may be stopped and given again, for a part or for all.
 
 When nothing is left, or with ``--publish``, the result goes to ``benchmarks/results`` and a plot of it to ``docs``.
 ``--show`` prints that result; the last line is JSON with the number of ``points`` (a job at a budget), and the worst
@@ -54,7 +54,7 @@ def work(
         try:
             record = perform(run)
         except Exception:
-            # Hours of other runs must not wait for the mending of this one.
+            # The other runs take hours, and go on although this one failed.
             say(f"  broke after {time.perf_counter() - started:.0f} s\n{traceback.format_exc()}")
             broken.append(run)
             continue
@@ -87,7 +87,7 @@ def read_result(path: Path) -> list[Record]:
     """The records of a result.
 
     Raises:
-        SluiceError: there is no such file, or it is none of these.
+        SluiceError: there is no such file, or it is no result.
     """
     try:
         return [Record.from_dict(data) for data in json.loads(path.read_text())["records"]]

@@ -3,12 +3,12 @@
 1. ``resnet20-mnist``: the trained network that ships with the package, on 4,000 + 1,000 MNIST digits.
 2. ``mobilenet_v2-mnist``: trained here once by the same recipe and kept. Its stem has the stride 2 of the paper, in
    exchange the stage of 160 channels has stride 1: 28x28 digits become 14x14, 7x7 and, from the stage of 64 on, 4x4.
-   So an epoch takes a quarter of the minute and a half of the small-image form, and nothing is smaller than its kernel.
+   So an epoch takes a quarter of the minute and a half of the small-image form, and no image is smaller than a kernel.
 3. ``crepe-tiny``: the published weights, on synthesised tones; label-free (`examples.crepe`).
 
-The control of every job is the same architecture with all widths scaled alike, from random weights: first as many
-epochs as the dense network had, by its recipe, then the fine-tuning that the compressed networks get, with the dense
-network as teacher. How long CREPE was trained is not published in epochs of these tones; its control gets as many as
+The control of every job is the same architecture with all widths scaled alike, from random weights. It trains for as
+many epochs as the dense network had, by its recipe, and is then fine-tuned as the compressed networks are, with the
+dense network as teacher. The training of CREPE is not published in epochs of these tones; its control gets as many as
 ResNet-20 had.
 """
 
@@ -39,11 +39,11 @@ SIXTEENTHS = tuple(k / 16 for k in range(16, 0, -1))
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
-    """A trained network and all that its compression needs.
+    """A trained network, with the data and recipe of its compression.
 
-    ``data(seed)`` are re-iterable batches, ``evaluate`` gives percent. ``thin(share)`` is the control, untrained, for
-    every share of the widths in ``shares`` (falling), and ``scratch(model, seed)`` trains it as the dense network was,
-    for ``dense_epochs``.
+    ``data(seed)`` are re-iterable batches, ``evaluate`` gives percent. ``thin(share)`` is the untrained control, for
+    every share of the widths in ``shares`` (falling). ``scratch(model, seed)`` trains it by the recipe of the dense
+    network, for ``dense_epochs``.
     """
 
     name: str
@@ -158,5 +158,5 @@ def _scaled(width: int, share: float) -> int:
 
 
 def _channels_last(model: nn.Module) -> nn.Module:
-    """The same network with weights in the layout in which these train up to twice as fast on a CPU."""
+    """The same network with weights in the layout that trains up to twice as fast on a CPU."""
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

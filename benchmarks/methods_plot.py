@@ -1,7 +1,7 @@
 """A dot plot of `benchmarks.methods` as SVG.
 
 One panel for every job and budget, one row for every method, at the change of accuracy against dense in points. The
-axis ends at ``LEFT``; what is worse stands at its end with its figure, and what cannot reach the budget says so.
+axis ends at ``LEFT``; a worse method stands at its end with its figure, and one that cannot reach the budget says so.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What one run found, which runs are left, and how joint compares with the best single method.
+"""The records of runs, the runs that are left, and the comparison of joint with the best single method.
 
 1. A *cell* is a job at a budget. Every method runs with the first seed; joint and the best single method with all.
 2. The figure of a method in a cell is its mean accuracy over its seeds. The best single method is the one with the
-   highest figure, and its figure counts only when it has all seeds: a lucky first seed makes no winner.
+   highest figure. Its figure counts only when it has all seeds, so that a lucky first seed makes no winner.
 3. A single method whose engine misses the budget in the last measurement still competes; joint's does not count then.
 4. ``joint_minus_best_single`` is taken in the cells that joint and some single method reach. Where a single method
    reaches a budget that joint misses, there is no worst and no mean: no number would be bad enough.
@@ -51,7 +51,7 @@ CELLS: Cells = {
 
 @dataclass(frozen=True, slots=True, order=True)
 class Run:
-    """One compression: what is done, and for how many epochs it is fine-tuned."""
+    """One compression: job, budget, method, seed, and epochs of fine-tuning."""
 
     job: str
     budget: str
@@ -66,7 +66,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a run found: percent, milliseconds, seconds; without an engine (``reason`` says why) most are None."""
+    """The figures of a run: percent, milliseconds, seconds; without an engine (``reason`` says why) most are None."""
 
     run: Run
     device: str
@@ -135,7 +135,7 @@ def outstanding(records: Sequence[Record], cells: Cells) -> list[Run]:
 
 
 def summary(records: Sequence[Record], cells: Cells) -> dict[str, Any]:
-    """The comparison over all cells that have what it needs (see above), and what is left out of it and why."""
+    """The comparison over all cells to which the rules apply, and the other cells, with the reason."""
     left = outstanding(records, cells)
     differences, missed, alone = [], [], []
     for (job, budget), epochs in cells.items():

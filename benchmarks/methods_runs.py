@@ -43,7 +43,7 @@ PARTS: dict[str, tuple[str, ...]] = {
 
 
 def perform(job: Job, run: Run, folder: Path) -> Record:
-    """Do it; that the budget cannot be met is a result, every other error is raised."""
+    """The record of the run; a budget out of reach is a result, every other error is raised."""
     torch.manual_seed(run.seed)
     started = time.perf_counter()
     try:
@@ -56,7 +56,7 @@ def perform(job: Job, run: Run, folder: Path) -> Record:
 
 
 def compressed(job: Job, run: Run, table: Path) -> Record:
-    """By `sluice.compress`, decided in one shot from scores, then fine-tuned."""
+    """The run of `sluice.compress`, decided in one shot from scores, then fine-tuned."""
     report = sluice.compress(
         job.model,
         job.example,
@@ -119,7 +119,7 @@ def thin(job: Job, run: Run) -> Record:
 
 
 def widest(shares: Sequence[float], fits: Callable[[float], bool]) -> float | None:
-    """The first of the falling ``shares`` that fits: times are a staircase, on which bisection could go astray."""
+    """The first of the falling ``shares`` that fits; bisection could miss it, since times are a staircase."""
     assert list(shares) == sorted(shares, reverse=True)
     return next((share for share in shares if fits(share)), None)
 

@@ -9,8 +9,8 @@ ratios of one and the same step scattered by 6%). Last line: JSON ``{"filter": r
 gates on every convolution behind the stem too; ``same`` is the captured network without gates over the source module,
 which shows the noise.
 
-Singular directions are computed anew in every few steps only, which a median would not see: to the median of the
-other steps is added what those take beyond it, over the period.
+Singular directions are computed anew in every few steps only, which a median would not show. So the seconds that these
+steps take beyond the median of the others are spread over the period and added to it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def stepper(
 
 
 def amortised(seconds: Sequence[float], period: int) -> float:
-    """The median step, plus what every ``period``-th one takes beyond it, spread over the period."""
+    """The median step, plus the excess of every ``period``-th one, spread over the period; seconds."""
     due = [s for turn, s in enumerate(seconds) if turn >= WARM and (turn + 1) % period == 0]
     others = [s for turn, s in enumerate(seconds) if turn >= WARM and (turn + 1) % period]
     usual = statistics.median(others)

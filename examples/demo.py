@@ -48,7 +48,7 @@ class Batches:
 
 
 def say_least(console: Console, profile: Profile, methods: Sequence[str]) -> None:
-    """The least latency that these methods can reach, promised and measured, and what then takes the time."""
+    """Print the least latency that these methods can reach, promised and measured, and the slowest pieces then."""
     latency = profile.latency
     least = least_ms(restricted(latency, profile.options.sites(latency, methods)))
     dense_ms, ms = measure_configurations(profile, [latency.dense, least.widths])

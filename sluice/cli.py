@@ -2,7 +2,7 @@
 
 The result goes to standard output (``--json``: for programs), progress and errors to standard error. Exit status
 0: done; 1: a mistake of the user's, told in one sentence, or a check that failed; 2: wrong usage of the command;
-130 and 141: interrupted, and nobody reads any more.
+130: interrupted; 141: the reader of the output has gone.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # torch 2.13 exports by copying its own pytree specs, which calls what it has itself deprecated.
             warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", category=FutureWarning)
             status = int(args.run(args))
-        sys.stdout.flush()  # what cannot be written is noticed here rather than on the way out
+        sys.stdout.flush()  # an output that cannot be written is an error here rather than at exit
         return status
     except SluiceError as error:
         print(f"sluice: error: {error}", file=sys.stderr)
@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("sluice: interrupted; what was measured is kept", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # As in `sluice table csv t.db | head`, which has enough. What is still in the buffer would be tried again at
-        # the end of the process.
+        # `sluice table csv t.db | head` stops reading. The rest of the buffer would be written again at the end of the
+        # process.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
@@ -206,7 +206,7 @@ def export(args: argparse.Namespace) -> int:
     if args.engine:
         check_files(args.out, args.engine)
     asked = None if args.engine is None else Asked(args.engine, known_cache(args.table) if args.table else b"")
-    # Where the network does not leave its batch free, the file has the batch of these.
+    # A network that does not leave its batch free is exported at the batch of these inputs.
     inputs = inputs_of(args.model, args.shape, args.batch)
     model = load(model_of(args.model), args.plan, example_inputs=inputs) if args.plan else model_of(args.model)
     exported = to_onnx(model, inputs)

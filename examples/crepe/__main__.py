@@ -2,9 +2,9 @@
 
     python -m examples.crepe --budget 50% --epochs 6 --out build/crepe
 
-1. The network learns from what it said itself before it was cut (`distillation`), on synthesised tones whose pitch is
-   never shown to it; pitches serve only to say, in the report, how good it is on tones that it was not trained on.
-2. Its latency is that of a single frame: a live tracker gets one every 10 ms and cannot wait for a batch.
+1. The slim network learns from the outputs of the dense one (`distillation`), on synthesised tones without their
+   pitches. Pitches serve only to measure, for the report, the accuracy on tones that it was not trained on.
+2. The latency is that of a single frame: a live tracker gets one every 10 ms and cannot wait for a batch.
 
 Leaves ``OUT/table.db`` and, in ``OUT/slim``, plan.json, slim.safetensors, slim.onnx and report.json.
 """

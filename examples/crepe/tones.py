@@ -1,4 +1,4 @@
-"""Synthesised tones of known pitch, how pitch is read from CREPE's bins, and how good it is.
+"""Synthesised tones of known pitch, the pitch of CREPE's bins, and its accuracy.
 
 1. A tone of pitch f0 is ``sum_k a_k sin(k phi(t) + p_k)`` over the harmonics ``k f0`` below 7.6 kHz: phases p_k and the
    deviations of ``a_k`` from a power law ``k^-r`` are random, and so are the law, an exponential decay over the frame,

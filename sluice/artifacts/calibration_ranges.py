@@ -1,10 +1,10 @@
-"""The ranges of activations, from calibration batches: what int8 scales are made of.
+"""The ranges of activations, from calibration batches; they give the int8 scales.
 
 The range of a tensor is the amplitude that its scale maps to the last step; larger values saturate. It is a percentile
 of ``|x|`` over one slice of a batch, and the largest of those over all slices; 100 is the plain maximum. The network
 runs in fp32 in ONNX Runtime with every tensor that will have a scale as an extra output, and one number per tensor is
-kept. All those outputs are in memory at once, so a batch is run in slices of at most 16 inputs, where the file leaves
-its size free and all inputs share it; otherwise the slice is the batch.
+kept. All those outputs are in memory at once. So a batch is run in slices of at most 16 inputs, where the file leaves
+the batch free and all inputs share it; otherwise the slice is the batch.
 
 The default, 99.999, takes off lone outliers of large tensors and is the maximum of small ones. On the trained ResNet-20
 (calibrated on three draws of 256 digits, for both forms of int8) it had the smallest root mean square error of the
@@ -12,9 +12,9 @@ logits, 1.2% on average; the maximum had 1.4%, the clipping with the least squar
 percentiles 99.99, 99.9 and 99.5 1.6%, 6% and 18%. Those figures were taken with percentiles over whole batches; over
 slices a percentile lies nearer to the maximum.
 
-Inputs that a batch names are matched by name, whatever their order: two of one shape would be taken for each other
-without a word. The names are those of the file's inputs; where the model takes a mapping as one argument, the exporter
-puts the argument's name in front of its keys (``batch_x`` for ``batch["x"]``), so those may have a prefix in common.
+Inputs that a batch names are matched by name, in any order: by order, two of one shape could be exchanged without an
+error. The names are those of the file's inputs. Where the model takes a mapping as one argument, the exporter puts the
+argument's name in front of its keys (``batch_x`` for ``batch["x"]``), so those names may have a prefix in common.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def activation_ranges(
     target: str = "ort-cpu",
     exclude: Collection[str] = (),
 ) -> dict[str, float]:
-    """The range of every tensor that int8 needs one of.
+    """The range of every tensor that is int8, by name.
 
     Args:
         model: the fp32 network.
         batches: ``(inputs, labels)`` or inputs alone, as for `sluice.compress`. Tensors stand for the network's inputs
             in their order, those of a mapping for the inputs of their names.
         percentile: of ``|x|`` within a slice of a batch, above 0 and up to 100.
-        target, exclude: as for `sluice.passes.precision.to_precision.typed`.
+        target, exclude: as for `sluice.passes.precision.to_precision.to_precision`.
     Raises:
         SluiceError: there is no batch, one does not fit the network, or a range is not finite.
     """
@@ -152,7 +152,7 @@ def _flat(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
 
 
 def _prefix(keys: Iterable[str], names: list[str]) -> str:
-    """What must stand in front of the keys so that most of them are names; nothing where that does as well."""
+    """The prefix with which most keys are names; empty where none makes more of them names."""
     keys = list(keys)
     prefixes = {name.removesuffix(key) for key in keys for name in names if name.endswith(f"_{key}")}
     return max(["", *sorted(prefixes)], key=lambda prefix: sum(prefix + key in names for key in keys))

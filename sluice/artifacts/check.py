@@ -1,4 +1,4 @@
-"""Does a folder that `sluice.compress` wrote hold one network? Three ways to it must give the same outputs:
+"""The files in a folder of `sluice.compress` must belong to one network: three ways to it give the same outputs.
 
 1. torch: the user's dense module, cut by the plan, filled with the saved weights;
 2. the deployment file ``slim.onnx``;
@@ -6,12 +6,12 @@
 
 For a dense network given as an ONNX file the first way falls away, and torch is not needed.
 
-A file in another precision, ``slim.int8.onnx``, cannot give the same numbers; whether it is the same network as
-``slim.onnx`` is what `sluice.artifacts.rounding_check` judges.
+A file in another precision, ``slim.int8.onnx``, cannot give the same numbers; `sluice.artifacts.rounding_check` judges
+whether it is the same network as ``slim.onnx``.
 
-Weights are filled in by the names of the slim network. In torch these follow from rewriting the module, and must be all
-that the file holds. In the cut graph every tensor of the user's, every factor and every merged bias must be found; what
-an exporter made up keeps its value.
+Weights are filled in by the names of the slim network. In torch these follow from rewriting the module, and the file
+must hold no others. In the cut graph every tensor of the user's, every factor and every merged bias must be found;
+an exporter's own constants keep their values.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def check(dense: nn.Module | onnx.ModelProto, folder: str | os.PathLike[str]) ->
 
 
 def check_deployed(folder: str | os.PathLike[str]) -> dict[str, RoundingCheck]:
-    """How like ``slim.onnx`` the files in other precisions are, by file name; empty where the folder has none.
+    """The comparison of files in other precisions with ``slim.onnx``, by file name; empty where there are none.
 
     Raises:
         SluiceError: files are missing, are no networks, or do not take the same inputs and return the same shapes.

@@ -1,11 +1,11 @@
-"""The file that is deployed, in any precision, and how it can be judged before.
+"""The file that is deployed, in any precision, and its evaluation before it is deployed.
 
 1. `export`: module -> ONNX in its precision, written whole or not at all. `deploy_onnx` is the same for a graph that
    was exported before.
 2. `as_module`: a deployment file as ``nn.Module``, so that the code that evaluates the model gives the accuracy in
-   every precision. fp32 and int8 run in ONNX Runtime as they are, 16 bits as `sluice.passes.precision.emulation`
-   rewrites them.
-3. `rounding_error`: what a precision costs on a few inputs, in numbers alone.
+   every precision. fp32 and int8 run in ONNX Runtime as they are, 16 bits are emulated
+   (`sluice.passes.precision.emulation`).
+3. `rounding_error`: the relative error of a precision on a few inputs.
 """
 
 from __future__ import annotations
@@ -109,9 +109,9 @@ def rounding_error(narrow: onnx.ModelProto, wide: onnx.ModelProto, batches: Iter
 def as_module(model: onnx.ModelProto, like: Any = None) -> nn.Module:
     """The network of a deployment file as a module, without gradients; it computes on the CPU.
 
-    It takes tensors in the order of the file's inputs, nested as the exported model's were; keyword arguments with the
-    names of inputs may come in any order, and what is no tensor is passed over, since it is part of the file. The
-    results are on the device of the first tensor.
+    It takes tensors in the order of the file's inputs, nested as the exported model's were. Keyword arguments with the
+    names of inputs may come in any order. Arguments that are no tensors are ignored, since the file holds their values.
+    The results are on the device of the first tensor.
 
     Args:
         like: how the results are nested: outputs of the exported model, whose tensors are replaced and whose other
@@ -139,7 +139,7 @@ class _Deployed(nn.Module):
         super().__init__()
         self.session, self.inputs = session, inputs
         self.like = pytree.tree_map_only(Tensor, lambda _: torch.empty(0), like)
-        # Code that evaluates models asks their parameters for the device that data should be moved to.
+        # Code that evaluates a model moves data to the device of its parameters.
         self.placeholder = nn.Parameter(torch.empty(0), requires_grad=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,8 @@
-"""What was promised, what was measured, and what was left alone, as one frozen value.
+"""The report of a compression: promised and measured figures, and reasons of everything left alone, as a frozen value.
 
-JSON (``version`` 3; 1, which knew widths only, and 2, which knew fp32 only, still load) and a terminal table. Times are
-milliseconds, ``parity_max_rel`` is the largest deviation of the slim network's output relative to the dense output's
-scale. Figures that were not taken are ``None``.
+It is JSON (``version`` 3; 1, which knew widths only, and 2, which knew fp32 only, still load) and a terminal table.
+Times are milliseconds, ``parity_max_rel`` is the largest deviation of the slim network's output relative to the dense
+output's scale. Figures that were not taken are ``None``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["EditRow", "GroupRow", "MethodRow", "PieceRow", "Report", "edit_rows"]
 
 VERSION = 3
-# What reports of earlier versions lack, by version.
+# Fields that reports of earlier versions lack, by version.
 LATER: dict[int, dict[str, Any]] = {
     1: {"methods": (), "edits": (), "readings": (), "metric_deployed": None},
     2: {"metric_deployed": None},
@@ -58,10 +58,10 @@ class GroupRow:
 
 @dataclass(frozen=True, slots=True)
 class MethodRow:
-    """What one of the methods (filter, rank, block, merge) contributed: see `sluice.pipeline.figures.contributions`.
+    """The contribution of a method (filter, rank, block, merge), of `sluice.pipeline.figures.contributions`.
 
-    ``sites`` is how many it changed, ``saved_ms`` what the plan would promise more without it, ``loss`` the increase of
-    the loss that its choices were priced at (None: not known).
+    ``sites`` is the number of sites that it changed. The plan would promise ``saved_ms`` more without it. ``loss`` is
+    the increase of the loss that its levels were priced at (None: not known).
     """
 
     name: str
@@ -72,7 +72,7 @@ class MethodRow:
 
 @dataclass(frozen=True, slots=True)
 class EditRow:
-    """One structural edit: the method, what it is done to, and how."""
+    """One structural edit: the method, the edited tensors or block, and the details."""
 
     method: str
     name: str
@@ -80,7 +80,7 @@ class EditRow:
 
 
 def edit_rows(plan: Plan) -> tuple[EditRow, ...]:
-    """The plan's factorizations, drops and merges; slices are told as widths."""
+    """The plan's factorizations, drops and merges; slices are reported as widths."""
     return (
         *(EditRow("rank", f.param, f"{f.form}, rank {f.rank}") for f in plan.factorizations),
         *(EditRow("block", d.name, f"dropped, {len(d.params)} tensors") for d in plan.drops),
@@ -95,9 +95,9 @@ def edit_rows(plan: Plan) -> tuple[EditRow, ...]:
 class Report:
     """The outcome of one compression.
 
-    ``readings`` are the plans that were rehearsed: name, promised milliseconds, held-out loss after every round that
-    the plan took part in. The first is the one that was trusted. ``metric_deployed`` is that of the file itself, where
-    its precision (``fingerprint["precision"]``) is not fp32.
+    ``readings`` are the scenarios that were rehearsed: name, promised milliseconds, held-out loss after every round
+    that the plan took part in. The first is the chosen one. ``metric_deployed`` is the figure of merit of the file
+    itself, where its precision (``fingerprint["precision"]``) is not fp32.
     """
 
     budget_ms: float
@@ -155,12 +155,15 @@ class Report:
         return cls(**data)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the JSON whole or not at all: what was at ``path`` stays until the new file is complete."""
+        """Writes the JSON whole or not at all: an old file at ``path`` stays until the new one is complete."""
         write_atomically(path, self.to_json().encode())
 
     def table(self) -> Group:
-        """The summary, what every method contributed, the pieces by saved time, what was done and what was left alone,
-        for a ``rich`` console."""
+        """The report for a ``rich`` console.
+
+        It holds the summary, the methods, the pieces by saved time, the edits, and the reasons of everything left
+        alone.
+        """
         from rich.console import Group
         from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""What a compression returns, and the folder it is saved in: all files of one plan, or none."""
+"""The result of a compression, and the folder it is saved in: all files of one plan, or none."""
 
 from __future__ import annotations
 

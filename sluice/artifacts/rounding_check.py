@@ -1,25 +1,25 @@
-"""Are a file in a narrow precision and one in fp32 the same network? What rounding may do, and what chance would do.
+"""The rounding check: a file in a narrow precision is the same network as one in fp32 if rounding explains its error.
 
 The figure is the relative error of the narrow file's outputs (`sluice.runtime.base.compare`), the largest over a few
 inputs.
 
-1. *By rounding.* What is rounded is off by at most ``eps / 2`` of its size: ``eps`` is 2^-10 for fp16, 2^-7 for bf16,
-   and for int8 1/127 of the largest weight of a channel. Independent errors of n operators add up like a random walk,
-   and an output is the largest of many elements, behind layers that may amplify; for both there is a factor of 16:
+1. *By rounding.* A rounded number is off by at most ``eps / 2`` of its size: ``eps`` is 2^-10 for fp16, 2^-7 for bf16,
+   and for int8 1/127 of the largest weight of a channel. Independent errors of n operators add up like a random walk.
+   The error is the largest of many elements, behind layers that may amplify; a factor of 16 allows for both:
 
        error <= 16 sqrt(n) eps / 2
 
-   In 25 networks of 5 to 142 operators, each in three precisions, the factor that was needed was 0.8 in the median, 5.4
-   in all but one, and 12 in that one, which ends with exp(2 x).
+   In 25 networks of 5 to 142 operators, each in three precisions, the least sufficient factor was 0.8 in the median,
+   5.4 in all but one, and 12 in that one, which ends with exp(2 x).
 2. *By chance.* The fp32 network with the entries of every weight in random order has the same layers, sizes, biases and
-   amplitudes, and is another network. Its error, or 1, which is the error of an answer of zeros, whichever is less, is
-   what a file has that has nothing to do with this one. Nothing above half of it passes, whatever rule 1 allows.
-3. The activations of int8 have ranges that depend on data, and so has the error of rounding them, which no bound holds
-   for all inputs. So an int8 file is judged by its weights: each pair of ``QuantizeLinear`` and ``DequantizeLinear``
-   around an activation is taken out. Its error as it runs is told beside that, and judges nothing; what int8 costs in
-   accuracy is for an evaluation on data (`sluice.artifacts.deploy.as_module`).
-4. Inputs are normal random numbers. For an int8 file as it runs they have a third of the largest number that the pair
-   of its input holds as their deviation, and are cut off where it saturates.
+   amplitudes, and is another network. The error by chance is the lesser of its error and 1, the error of outputs that
+   are all zero. A file with an error above half of it never passes, whatever rule 1 allows.
+3. The ranges of int8 activations depend on data, and so does the error of rounding them; no bound holds for all inputs.
+   So an int8 file is judged by its weights: each pair of ``QuantizeLinear`` and ``DequantizeLinear`` around an
+   activation is taken out. The error of the file as it runs is stated as well, and decides nothing. An evaluation on
+   data (`sluice.artifacts.deploy.as_module`) shows the accuracy that int8 costs.
+4. Inputs are normal random numbers. For an int8 file as it runs, their deviation is a third of the largest number that
+   the pair of its input holds, and they are cut off where the pair saturates.
 """
 
 from __future__ import annotations
@@ -48,8 +48,10 @@ DRAWS = 2
 
 @dataclass(frozen=True, slots=True)
 class RoundingCheck:
-    """Relative error of a narrow file, up to where it is the same network, what another network would have, and the
-    error as the file runs, which is another one for int8 (rule 3)."""
+    """Relative errors: of the narrow file, the largest of the same network, that by chance, and that as the file runs.
+
+    The last differs from the first for int8 (rule 3).
+    """
 
     error: float
     tolerance: float
@@ -64,7 +66,7 @@ class RoundingCheck:
 def compare_precisions(
     narrow: onnx.ModelProto, wide: onnx.ModelProto, precision: str, specs: Sequence[InputSpec]
 ) -> RoundingCheck:
-    """The likeness of a file in ``precision`` to the one in fp32.
+    """The rounding check of a file in ``precision`` against the one in fp32.
 
     Args:
         specs: shapes (batch included) and types of the inputs that both take, in order.
@@ -142,7 +144,7 @@ def _with_float_activations(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _shuffled(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Rule 1: the entries of every weight in random order."""
+    """Rule 2: the entries of every weight in random order."""
     rng = np.random.default_rng(0)
     done = onnx.ModelProto()
     done.CopyFrom(model)

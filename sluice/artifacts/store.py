@@ -1,7 +1,7 @@
 """A slim network on disk: ``plan.json`` + ``slim.safetensors`` + the user's own model factory. No pickle.
 
-Loading makes the dense architecture, applies the plan to it and fills in the weights by name; every name and shape
-must match, and what does not is named.
+Loading makes the dense architecture, applies the plan to it and fills in the weights by name. Every name and shape
+must match; an error names those that do not.
 """
 
 from __future__ import annotations

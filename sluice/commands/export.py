@@ -1,10 +1,10 @@
-"""What the command line makes of an exported file: an engine, and the commands that build, time and check it elsewhere.
+"""An engine of an exported file, and the commands that build, time and check it elsewhere.
 
 1. ``trtexec``: the types are in the file, so no flag gives a precision. TensorRT 10 wants ``--stronglyTyped`` as well,
    which 11 refuses, so the line is for the one found here, and for 11 where there is none. Times are those of a CUDA
    graph without transfers, as `sluice bench` takes them. The engine that it saves never replaces one written here.
 2. ``polygraphy`` compares TensorRT with ONNX Runtime, each value within an absolute or a relative tolerance. Tolerances
-   are multiples of what the precision resolves, about 2e-7, 5e-4, 4e-3 and 8e-3: runtimes sum in another order, and
+   are multiples of the precision's resolution, about 2e-7, 5e-4, 4e-3 and 8e-3: runtimes sum in another order, and
    choose algorithms of their own. ONNX Runtime has no bfloat16 convolutions on a CPU; such a file is only checked for
    infinities and NaNs.
 3. An int8 file has the form that one runtime wants; TensorRT's commands are for a file that was written for it.
@@ -54,7 +54,7 @@ class Commands:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """The file that an engine is wanted in, and a timing cache to build it with (else the one next to it, if any)."""
+    """The file for an engine, and a timing cache to build it with (else the one next to the file, if any)."""
 
     file: str
     cache: bytes = b""
@@ -62,7 +62,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """An engine that was written: its file, its size, and what built it."""
+    """An engine that was written: its file, its size, and the TensorRT that built it."""
 
     file: str
     bytes: int
@@ -71,7 +71,7 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What is printed as JSON or as lines, and why there is no engine although one was asked for."""
+    """The output as JSON and as lines, and the reason where the user wants an engine and there is none."""
 
     data: dict[str, Any]
     lines: list[str]
@@ -79,7 +79,7 @@ class Outcome:
 
 
 def check_files(path: str, engine: str) -> None:
-    """The file, its engine and the timing cache beside that are three.
+    """Check that the file, its engine and the timing cache beside that are three files.
 
     Raises:
         SluiceError: two of them are one file.
@@ -102,14 +102,14 @@ def outcome(
     batch: int,
     error: float | None = None,
 ) -> Outcome:
-    """Build the engine, if one is asked for, and say what became of everything; ``model`` is what ``path`` holds.
+    """Build the engine, if the user wants one, and describe file and engine; ``model`` is the content of ``path``.
 
     Where there is no engine, the file and the commands are still of use on another machine.
 
     Args:
         error: of a file in another precision, relative to fp32; on the calibration inputs for int8.
     """
-    fixed = bool(fixed_rows(model))  # the network does not leave it free
+    fixed = bool(fixed_rows(model))  # the batch, by the network
     data: dict[str, Any] = {"out": path, "bytes": model.ByteSize(), "precision": precision, "batch_fixed": fixed}
     lines = [f"{path}: {model.ByteSize():,} bytes, {precision}{f', batch fixed at {batch}' * fixed}"]
     if error is not None:

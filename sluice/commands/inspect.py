@@ -1,4 +1,4 @@
-"""What a model can become, for programs and in lines: its search space, printed."""
+"""The search space of a model, printed: as JSON for programs, and in lines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["inspection"]
 
 
 def inspection(spec: str, shape: tuple[int, ...] | None, exclude: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """What `sluice inspect` finds in the model that ``spec`` names: for programs, and in lines."""
+    """The search space of the model that ``spec`` names: for programs, and in lines."""
     from sluice.passes.graph.groups import check_cuttable
     from sluice.passes.search_space import find_search_space, read_onnx, read_torch
 

@@ -1,6 +1,6 @@
-"""EditSpace that several verbs of the command line share, and the types of their values.
+"""Options that several verbs of the command line share, and the types of their values.
 
-A type says what is wrong with a word and what to write instead; `argparse` adds which option it was.
+The error of a type says how a word is wrong and what to write instead; `argparse` adds the name of the option.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The arguments of every verb of the command line; what a verb does is `sluice.cli`'s.
+"""The arguments of every verb of the command line; `sluice.cli` carries the verbs out.
 
-A verb is a function: its name is what is typed, its docstring what help says. What can be refused from the arguments
-alone is wrong usage (exit status 2) if it lies in one word, and a `SluiceError` of the verb's if two disagree.
+A verb is a function: the user types its name, and help prints its docstring. A word that is wrong by itself is wrong
+usage (exit status 2); arguments that contradict each other are a `SluiceError` of the verb.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Verb = Callable[[argparse.Namespace], int]
 
 
 def make_parser(verbs: Iterable[Verb]) -> argparse.ArgumentParser:
-    """All verbs and their options; what each of them takes stands below under its name."""
+    """All verbs and their options; the function of a verb's name below adds its options."""
     from sluice.core.version import __version__
 
     top = argparse.ArgumentParser(
@@ -88,7 +88,7 @@ def _export(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--calibration", metavar="DATA", help="for int8: package.module:factory of some hundred inputs in batches"
     )
-    # No default here: one that is given must fit the precision and the engine, one that is not says nothing.
+    # No default here: only a target that the user gives must fit the precision and the engine.
     p.add_argument(
         "--target", help="runtime that the file is for; int8 has another form for each (default ort-cpu, with "
         "--engine tensorrt)",

@@ -1,4 +1,4 @@
-"""What the command line's words stand for: a model, its example inputs, its data.
+"""The values that words of the command line name: a model, its example inputs, its data.
 
 ``package.module:factory`` is called without arguments and returns a module, or batches; ``sluice:NAME`` is a network
 of `sluice.models`. The folder in which the command runs is searched for modules, as ``python -m`` does.
@@ -42,7 +42,7 @@ def dense_in(path: str, shape: tuple[int, ...] | None) -> onnx.ModelProto:
     """The dense network of an ONNX file, which says the shapes of its inputs itself.
 
     Raises:
-        SluiceError: the file cannot be read, a shape is given, or it is in another precision: all starts from fp32.
+        SluiceError: the file cannot be read, a shape is given, or the file is not in fp32.
     """
     from sluice.passes.graph.onnx_file import load_onnx
 
@@ -70,7 +70,7 @@ def fixed_rows(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def check_batch(model: onnx.ModelProto, batch: int, path: str) -> None:
-    """A file whose batch is fixed can be used at that one alone.
+    """Check the batch: a file whose batch is fixed can be used at no other one.
 
     Raises:
         SluiceError: no input has ``batch`` rows; an input beside the one with the batch may have rows of its own.
@@ -88,7 +88,7 @@ def model_of(spec: str) -> nn.Module:
     """The module that the factory makes.
 
     Raises:
-        SluiceError: there is no such module or factory, it raises, or what it returns is no ``nn.Module``.
+        SluiceError: there is no such module or factory, it raises, or its result is no ``nn.Module``.
     """
     from torch import nn
 
@@ -127,7 +127,7 @@ def inputs_of(spec: str, shape: tuple[int, ...] | None, batch: int) -> torch.Ten
 
 
 def _found(spec: str, written: str) -> Any:
-    """The callable of that name; ``written`` is how the user named it."""
+    """The callable of that name; ``written`` is the user's word for it."""
     _refuse_onnx(spec)
     place, _, name = spec.partition(":")
     if not place or not name:
@@ -151,7 +151,7 @@ def _found(spec: str, written: str) -> Any:
 
 
 def _made(spec: str, written: str) -> Any:
-    """What the factory returns."""
+    """The result of the factory."""
     found = _found(spec, written)
     try:
         return found()
@@ -169,7 +169,7 @@ def _not_float32(model: onnx.ModelProto) -> str:
     """The first thing in the file that no fp32 network has; empty where there is none."""
     from onnx import TensorProto
 
-    # Constants may be in float64, which no deployment is in; weights and inputs in it show by the inputs.
+    # Constants of an fp32 network may be float64. A network in float64 shows by the type of its inputs.
     short = {
         code: name
         for name, code in TensorProto.DataType.items()

@@ -1,7 +1,7 @@
-"""What a channel is worth where there are no labels and the network is its own teacher.
+"""Scores of channels without labels, where the network is its own teacher.
 
 The distillation loss of a network against itself is at its minimum: its gradient is zero, and so are first-order
-scores. What removing channel j costs is of second order. With J_j the derivative of the outputs by the mask m_j, and F
+scores. The loss of removing channel j is of second order. With J_j the derivative of the outputs by the mask m_j, and F
 the curvature of the loss in the outputs (for a likelihood: the Fisher information of the outputs),
 
     s_j = mean over samples of  (m_j J_j)^T F (m_j J_j),      loss without j, less the loss  ~  s_j / 2.

@@ -1,14 +1,14 @@
-"""What a change to a network does to its loss, on a few fixed batches.
+"""The increase of a network's loss by a change, on a few fixed batches.
 
     increase(change) = max(0, L(network with the change) - L(network))
 
-1. ``L`` is the training loss, the dense network being the teacher, with batch norm statistics taken from the batches:
-   a network with a part removed is judged after what one pass of re-estimation would mend.
-2. What comes before a change stays as it was. The values that are alive at one place of the dense graph, the
-   *frontier*, are kept, and a changed network runs from there on. The frontier moves forward with the changes that are
-   asked for, and starts again for one that lies before it: in the order of the graph, changes cost half or less.
-3. A node of a restructured copy has the dense value if it is the dense node still: the same operator and tensors on
-   values that are the dense ones. Where a value is needed that is no longer kept, all of the copy runs.
+1. ``L`` is the training loss, the dense network being the teacher. Batch norm statistics are taken from the batches, so
+   a network with a part removed is judged as after one pass of re-estimation.
+2. Values before a change stay as they were. So the values that are alive at one place of the dense graph, the
+   *frontier*, are kept, and a changed network runs from there on. The frontier moves forward with the changes, and
+   starts again for a change that lies before it: in the order of the graph, changes cost half or less.
+3. A node of a restructured copy has the dense value if it has the same operator and tensors as in the dense graph, and
+   reads dense values. Where the copy needs a value that is no longer kept, all of it runs.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from sluice.training.train import Data, Loss, on_device, split_batch
 __all__ = ["SAMPLES", "LossIncrease"]
 
 SAMPLES = 128
-BROKEN = 100.0  # times the network's own loss: what a change costs that makes the loss infinite
-Batch = tuple[tuple[Any, ...], Any, Any]  # inputs, what the teacher says, labels
+BROKEN = 100.0  # times the network's own loss: the increase for a change that makes the loss infinite
+Batch = tuple[tuple[Any, ...], Any, Any]  # inputs, outputs of the teacher, labels
 
 
 class LossIncrease:
@@ -67,21 +67,21 @@ class LossIncrease:
             raise SluiceError(f"the loss is {self.base} on the first batches; give data the network was made for")
 
     def place(self, tensors: Collection[str]) -> int:
-        """Where in the dense graph the first node stands that computes with one of the named tensors."""
+        """The place in the dense graph of the first node that computes with one of the named tensors."""
         state = self.gm.state_dict(keep_vars=True)
         return min((self._first[id(state[name])] for name in tensors if id(state[name]) in self._first), default=0)
 
     def weights(self, changed: Mapping[str, Tensor]) -> float:
-        """With other values of some tensors."""
+        """The increase of the loss with other values of some tensors."""
         self._advance(self.place(changed))
         with _swapped(self.gm, changed):
             return self._increase(self.gm, {node: node for node in self._nodes[: self._frontier]})
 
     def restructured(self, change: Callable[[fx.GraphModule], object], near: Collection[str] = ()) -> float:
-        """With another graph, made by ``change`` from a copy that shares the tensors.
+        """The increase of the loss with another graph, made by ``change`` from a copy that shares the tensors.
 
         Args:
-            near: names of tensors at which the change begins, if that is known.
+            near: names of tensors at which the change begins, if known.
         """
         self._advance(self.place(near))
         changed = clone(self.gm, sharing=True)
@@ -93,7 +93,7 @@ class LossIncrease:
         return self._increase(changed, self._unchanged(changed, twins))
 
     def _unchanged(self, changed: fx.GraphModule, twins: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
-        """The nodes before the frontier that are the dense ones still, with those (rule 3)."""
+        """Nodes of the copy with dense values -> their twins before the frontier (rule 3)."""
         same: dict[fx.Node, fx.Node] = {}
         for node in changed.graph.nodes:
             twin = twins.get(node)
@@ -112,7 +112,7 @@ class LossIncrease:
     def _loss(self, module: fx.GraphModule, same: Mapping[fx.Node, fx.Node] | None = None) -> float:
         same = same or {}
         every = [node for node in module.graph.nodes if node.op != "placeholder"]
-        # Tensors are fetched anew, or an in-place network would copy all weights with what is kept.
+        # Tensors are fetched anew, or an in-place network would copy all weights with the kept values.
         open_nodes = [node for node in every if node not in same or node.op == "get_attr"]
         needed = {n for node in open_nodes for n in node.all_input_nodes if n in same and n.op != "get_attr"}
         if not all(same[n] in self._kept[0].env for n in needed):
@@ -121,7 +121,7 @@ class LossIncrease:
         with torch.no_grad():
             for (inputs, taught, labels), kept in zip(self.batches, self._kept, strict=True):
                 known = [kept.env[same[n]] for n in needed]
-                if self._in_place:  # what the next network starts from must stay; views are copied as views
+                if self._in_place:  # the kept values serve the next network as well; views are copied as views
                     known = copy.deepcopy(known)
                 runner = _runner(module, inputs, dict(zip(needed, known, strict=True)))
                 for node in open_nodes:
@@ -135,7 +135,7 @@ class LossIncrease:
         self._kept = [_runner(self.gm, inputs, {}) for inputs, _, _ in self.batches]
 
     def _advance(self, place: int) -> None:
-        """Bring the frontier to ``place``, and forget what no node from there on reads."""
+        """Bring the frontier to ``place``, and forget values that no node from there on reads."""
         if place == self._frontier:
             return
         if place < self._frontier:
@@ -159,7 +159,7 @@ def _runner(module: fx.GraphModule, inputs: tuple[Any, ...], env: dict[fx.Node, 
 
 
 def _tensors(gm: fx.GraphModule, node: fx.Node) -> list[Any]:
-    """What a node computes with besides its inputs."""
+    """The tensors that a node reads besides its inputs."""
     if node.op == "get_attr":
         owner, _, leaf = str(node.target).rpartition(".")
         return [getattr(gm.get_submodule(owner), leaf)]
@@ -177,7 +177,7 @@ def _batch_statistics(module: nn.Module) -> None:
 
 
 def _at_most(batch: tuple[tuple[Any, ...], Any], count: int) -> tuple[tuple[Any, ...], Any]:
-    """The first examples of a batch, where all its tensors have as many."""
+    """The first examples of a batch, if all its tensors have the same number of them; else the whole batch."""
     sizes = {len(t) for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim}
     if len(sizes) != 1 or max(sizes) <= count:
         return batch

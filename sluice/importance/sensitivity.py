@@ -1,15 +1,15 @@
-"""What every choice costs, measured, in one currency: the increase of the loss.
+"""The measured loss of every level of every site, in one unit: the increase of the training loss.
 
     loss(site, value) = max(0, L(network with this one change) - L(network))
 
 1. ``L`` is the training loss on a few batches, the dense network being the teacher (`sluice.importance.loss_increase`).
-2. Which channels go is a matter of their scores (`sluice.importance.taylor`); what their going costs is measured, so
-   widths, ranks, blocks and merged runs compare. Scores are squared gradients and say nothing about large changes.
+2. Scores (`sluice.importance.taylor`) decide which channels go. The loss of their going is measured, so that widths,
+   ranks, blocks and merged runs compare: scores are squared gradients and say nothing about large changes.
 3. At most `LEVELS` values of a site are measured, the rest interpolated; losses do not grow with the value.
-4. Where noise hides a loss, a `FLOOR` in proportion to what is removed keeps the solver from removing it for nothing.
+4. Where noise hides a loss, a `FLOOR` in proportion to the removed part keeps the solver from removing it for nothing.
 
-That single changes add up is an assumption, the same that LayerMerge and every knapsack over layers makes; the choices
-it leads to are compared by a short training (`sluice.training.rehearse`).
+The solver adds up losses of single changes. That is an assumption, which LayerMerge and every knapsack over layers
+makes as well; the plans that follow from it are compared by a short training (`sluice.training.rehearse`).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def measured_losses(
         if site in model.switches:
             found[site] = np.array([0.0, increase(1)])
         elif site in ranks:
-            # Even the largest rank is a truncation; what it costs is the price of the switch.
+            # Even the largest rank is a truncation; its loss is that of the switch.
             curve = _curve(levels, increase, dense=None)
             found[ranks[site]] = np.array([0.0, curve[-1]])
             found[site] = curve - curve[-1]
@@ -96,7 +96,7 @@ def measured_losses(
 
 
 class _Change(NamedTuple):
-    """What may happen at a site, the tensors it begins at, and the increase of the loss at a value."""
+    """A change at a site, the tensors it begins at, and the increase of the loss at a value."""
 
     site: str
     tensors: Collection[str]

@@ -1,10 +1,10 @@
-"""What a channel is worth, in the currency of the loss.
+"""Scores of channels, in the unit of the squared loss.
 
 1. *Taylor*: ``s_j = sum over batches of (m_j * d loss / d m_j)^2`` at the mask m of the channel: to first order the
    squared change of the loss when the channel goes (Molchanov et al. 2019, eq. 8). Gates collect it while they train;
    `fisher_scores` collects it on a few batches without training (one-shot mode, every mask 1).
-2. After training with gates a channel whose gate closed contributes little, and scores little: the learned logits
-   speak through m.
+2. After training with gates a channel whose gate has closed contributes little, and its score is small: the learned
+   logits enter through m.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from sluice.training.train import Data, Loss, default_loss, on_device, split_bat
 
 __all__ = ["fisher_scores", "learned_scores"]
 
-# A network compared with itself has rounding errors for a gradient, not exactly zero. They are told from a gradient by
-# what a teacher whose outputs are off by this share gives: squared, the errors are a hundred-millionth of it.
+# The gradient of a network compared with itself is rounding error, not exactly zero. It is told from a real gradient by
+# that of a teacher whose outputs are off by this share: squared, the errors are a hundred-millionth of it.
 ASIDE = 1e-3
 LEAST = 1e-6
 
@@ -75,7 +75,7 @@ def fisher_scores(
 
 
 def _cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Of logits ``(..., classes)`` with labels ``(...)``, as `sluice.training.distill` has them."""
+    """Cross-entropy of logits ``(..., classes)`` with labels ``(...)``, as in `sluice.training.distill`."""
     if labels.shape == outputs.shape[:-1]:
         outputs, labels = outputs.flatten(0, -2), labels.reshape(-1)
     return nn.functional.cross_entropy(outputs, labels)
@@ -95,7 +95,7 @@ def learned_scores(gates: Gates) -> dict[str, np.ndarray]:
 
 
 def _collected(gates: Gates) -> dict[str, np.ndarray]:
-    """Of axis groups; what ranks and blocks are worth is measured (`sluice.importance.sensitivity`)."""
+    """Scores of axis groups; the losses of ranks and blocks are measured (`sluice.importance.sensitivity`)."""
     found = {site: gate.fisher for site, gate in gates.items() if isinstance(gate, Gate)}
     return {site: fisher.detach().double().cpu().numpy().copy() for site, fisher in found.items()}
 

@@ -1,4 +1,4 @@
-"""A small DenseNet-BC (Huang et al. 2017, section 3): every layer reads all the layers before it in its block.
+"""A small DenseNet-BC (Huang et al. 2017, section 3): a layer reads the outputs of all layers before it in its block.
 
 A layer is BN-ReLU-Conv1x1 to ``4 growth`` channels, then BN-ReLU-Conv3x3 to ``growth``, concatenated to its
 input. A transition between blocks is BN-ReLU-Conv1x1 to half the channels and an average pool of stride 2.

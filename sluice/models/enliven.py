@@ -1,6 +1,6 @@
 """Give a fresh network random values under which every channel is alive.
 
-A channel that is zero after its ReLU hides mistakes: cut at the wrong place, nothing changes. A fresh batch
+A channel that is zero after its ReLU hides mistakes: a cut at the wrong place changes nothing. A fresh batch
 norm (mean 0, variance 1, scale 1, shift 0) hides them as well, being the same for every channel. So
 
 1. a normalisation gets scale ~ U(0.5, 1.5) and shift ~ U(0.3, 0.7);
@@ -9,10 +9,10 @@ norm (mean 0, variance 1, scale 1, shift 0) hides them as well, being the same f
 3. the bias of a convolution or linear layer becomes ``b sqrt(v) - m`` with b ~ U(0.3, 0.7); any other bias is
    drawn from U(-0.2, 0.2).
 
-With example inputs, m and v are mean and variance, per channel, of what reaches the norm (2) or leaves the
-layer without its bias (3) once all layers before have been set: whatever the depth, every channel is then
-positive somewhere. Without, m = 0 and v = 1: enough for a few layers, while a deep network drifts off.
-Weights are left as they are.
+With example inputs, m and v are mean and variance, per channel, of the norm's input (2) or of the layer's output
+without its bias (3), once all layers before have been set. So every channel is positive somewhere, at any depth.
+Without example inputs, m = 0 and v = 1: enough for a few layers, while a deep network drifts off. Weights stay as
+they are.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def enliven(model: M, seed: int, example_inputs: Sequence[torch.Tensor] | None =
 
 
 def _set_in_order(model: nn.Module, example_inputs: Sequence[torch.Tensor], generator: torch.Generator) -> None:
-    """One forward pass in which every layer is set from its own input just before that is passed on."""
+    """One forward pass in which every layer is set from its own input just before it runs."""
 
     def before_norm(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         _set_layer(layer, *_moments(args[0], channel_axis=1), generator)

@@ -4,8 +4,8 @@
    and deviation of MNIST, and split within each class, 400 to train and 100 to test.
 2. Training: AdamW, learning rate following half a cosine to zero, small random turns, scalings
    and shifts of the images.
-3. Loss: cross-entropy; with a teacher, logit distillation (Hinton et al. 2015) takes its place; plus the
-   caller's penalty, which is how a latency budget enters.
+3. Loss: cross-entropy, or with a teacher logit distillation (Hinton et al. 2015), plus the caller's penalty, that
+   of a latency budget for instance.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def split_per_class(labels: np.ndarray, test_fraction: float, seed: int) -> tupl
 
 
 def load_digits(seed: int = 0) -> Digits:
-    """The 4,000 training and 1,000 test digits; ``seed`` chooses which are which.
+    """The 4,000 training and 1,000 test digits; ``seed`` splits them.
 
     Raises:
         SluiceError: the package that carries the images is not installed.
@@ -70,7 +70,7 @@ def random_affine(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     cos, sin = (1 + scale) * angle.cos(), (1 + scale) * angle.sin()
     theta = torch.stack((cos, -sin, right, sin, cos, down), dim=1).view(n, 2, 3)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    # What comes in from outside must be black, and sampling fills with zero.
+    # Pixels from outside the image must be black, and sampling fills with zero.
     black = -MEAN / STD
     return F.grid_sample(x - black, grid, align_corners=False) + black
 

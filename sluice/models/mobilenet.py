@@ -97,6 +97,6 @@ def _conv_bn(in_channels: int, channels: int, kernel: int, stride: int = 1, grou
 
 
 def _scaled(channels: int, width: float) -> int:
-    """The nearest multiple of 8, but never below 90% of what was asked for."""
+    """The nearest multiple of 8, but never below 90% of the product."""
     rounded = max(8, int(channels * width + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels * width else rounded

@@ -1,8 +1,8 @@
 """A residual network over time, for audio and sensor windows (N, channels, length).
 
 After Wang et al. 2017, with two convolutions per block, of kernel 7 and 5:
-``relu(bn2(conv5(relu(bn1(conv7(x))))) + shortcut(x))``. Every block halves the length and its shortcut is a
-1x1 convolution with batch norm, except where shape is kept, and there it is the identity.
+``relu(bn2(conv5(relu(bn1(conv7(x))))) + shortcut(x))``. A block that halves the length or changes the width has a
+1x1 convolution with batch norm as its shortcut; in all others the shortcut is the identity.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The segments of convolutions that can be merged, and why other convolutions are in none.
 
-1. A segment is a site if the merged convolution multiplies at most `MORE` times what the layers do that it replaces,
-   and its kernel has at most `LARGEST` entries along an axis.
-2. Where layers are removed from a segment, what is left may also stay several convolutions, linear between them: that
-   is a second way to carry out the same segment, and the faster one is offered.
-3. A segment that removes a layer between two widths that are chosen apart is a site only where widths are not chosen
-   (`MergeSite.ties`): the removed layer would make them one.
+1. A segment is a site if the merged convolution takes at most `MORE` times the multiplications of the layers that it
+   replaces, and its kernel has at most `LARGEST` entries along an axis.
+2. Where layers are removed from a segment, the remaining ones may also stay several convolutions, linear between them.
+   This is a second way to carry out the same segment; the solver is offered the faster one.
+3. A removed layer makes the widths on its two sides one. Where these are two groups, the segment is a site only if
+   widths are not chosen (`MergeSite.ties`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LARGEST = 9  # kernels beyond this have no fast algorithm anywhere
 class MergeSite:
     """A segment that may be merged, and every weight that goes (projections of swallowed blocks included).
 
-    ``apart``: what the segment keeps stays as several convolutions (rule 2). ``ties``: rule 3.
+    ``apart``: the kept layers stay several convolutions (rule 2). ``ties``: rule 3.
     """
 
     segment: Segment

@@ -1,13 +1,14 @@
-"""What a network can become: the one value that `inspect` prints and that profiler, gates, closing and report take.
+"""The search space of a network: the one value that `inspect` prints and that profiler, gates, closing and report take.
 
 1. A `Reading` is what one front end says of a graph: axis groups, operators, chains of convolutions, tensors. The
    search space follows from a reading alone, so the torch graph and the ONNX graph of one network give the same.
 2. It holds every site: the groups whose widths can be chosen, the weights that can be factorised and in which forms,
-   the residual blocks that can be dropped, the segments of convolutions that can be merged. What is worth timing, or
-   worth its loss, is decided later.
-3. All that is left alone has a reason. Patterns of the user are applied here (`sluice.passes.graph.exclusion`).
-4. Where two readings of one network differ, only what both have is a site, and the difference is the reason
-   (`agreed`): a site that one of them lacks would be promised in one graph and not be cut in the other.
+   the residual blocks that can be dropped, the segments of convolutions that can be merged. Later stages decide which
+   sites are timed, and which are worth their loss.
+3. Everything else is left alone, with a reason. Patterns of the user are applied here
+   (`sluice.passes.graph.exclusion`).
+4. Where two readings of one network differ, a site is one that both have, and the difference is the reason (`agreed`).
+   A site of one reading alone would be promised in one graph and not be cut in the other.
 
 Numpy and onnx; a torch graph is read only where one is given.
 """
@@ -43,7 +44,7 @@ READINGS = {"torch": "torch graph", "onnx": "ONNX graph"}
 class Reading:
     """What one front end says of a network, before anything is left out.
 
-    ``kind`` is ``"torch"`` or ``"onnx"``. ``tensors`` are those that carry names, ``buffers`` those of them that
+    ``kind`` is ``"torch"`` or ``"onnx"``. ``tensors`` holds the named tensors, ``buffers`` the names of those that
     nothing trains.
     """
 
@@ -68,7 +69,7 @@ class SearchSpace:
     """All sites of a network, and by name why everything else is left alone.
 
     Attributes:
-        analysis: the axis groups, and what they lie on.
+        analysis: the axis groups, and the tensors on whose axes they lie.
         ranks: by weight.
         blocks: in execution order, inner before outer ones.
         merges: every segment with every kernel that it could have.
@@ -77,7 +78,7 @@ class SearchSpace:
         undropped: additions of two activations that are no residual block, and excluded blocks.
         unmerged: by weight, of convolutions; ``<weight>..`` of a residual block that cannot be folded.
         kind: which graph was read, as in `Reading`.
-        unmatched: groups that another reading of the network has and this one lacks, by name (rule 4).
+        unmatched: names of groups that another reading of the network has and this one lacks (rule 4).
     """
 
     analysis: Analysis

@@ -1,14 +1,14 @@
-"""BSR: the ranks of all layers by beam search, then training that empties what they cut (arXiv 2111.15179).
+"""BSR: the ranks of all layers by beam search, then training that empties the cut directions (arXiv 2111.15179).
 
-1. Every layer's options are dense and the (form, rank) of the latency model, of which only those stay that no other
-   one beats in both milliseconds and truncation error.
+1. The options of a layer are dense, and every (form, rank) of the latency model that no other one beats in both
+   milliseconds and truncation error.
 2. `beam_search` picks the state that meets the target with the least loss of the truncated, not fine-tuned network; the
    target is the one hyper-parameter. It is tightened where the savings of the layers do not quite add up.
 3. Before the truncation the network trains with ``loss + strength * mean of mSR over the chosen weights`` (modified
    stable rank, `sluice.passes.gates.svt`), which drives the singular values behind the chosen rank towards zero.
 
-Reconstruction: the paper's formulas were not readable (see `sluice.solver.beam_search`, `sluice.passes.gates.svt`). It
-is here as the alternative to the rank thresholds and to the joint solver, with the same layers, costs and fine-tuning.
+Reconstruction: the paper's formulas were not readable (see `sluice.solver.beam_search`, `sluice.passes.gates.svt`). BSR
+is the alternative to the rank thresholds and to the joint solver, with the same layers, costs and fine-tuning.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class BeamProblem(Problem):
 def beam_problem(
     profile: Profile, analysis: Analysis, model: LatencyModel, inputs: tuple[InputSpec, ...], judge: LossIncrease
 ) -> BeamProblem:
-    """The problem about these ranks. One is asked for several budgets, so what it has scored it remembers."""
+    """The problem about these ranks. It serves several budgets, so it remembers its scores."""
     state, forms = judge.gm.state_dict(), profile.options.ranks
     cut = {o: truncations_torch(state[o.param], o.form) for o in forms}
     steps = {
@@ -89,7 +89,7 @@ def beam_problem(
 
 
 def _labels(steps: Mapping[str, Sequence[Option]], at: Mapping[str, int]) -> list[tuple[RankOption, int]]:
-    """Form and rank of every weight that is not dense there."""
+    """Form and rank of every weight that is not dense in the state ``at``."""
     labels: list[Label] = [steps[param][index].label for param, index in at.items()]  # type: ignore[misc]
     return [label for label in labels if label is not None]
 

@@ -1,9 +1,9 @@
-"""Which scenario of the prices to trust.
+"""The scenarios of a problem, and the order in which they are trusted.
 
-Prices are of single changes, before training, and they interact. So the solver is asked under several scenarios: all
-methods at the measured prices, each method alone, structure at half and at twice its price. The plans that differ are
-cut and trained for a few steps (`sluice.training.rehearse`), unless one is far too dear; the scenario whose plan trains
-best comes first.
+Losses are of single changes, before training, and changes interact. So the problem is solved under several scenarios:
+all methods at the measured losses, each method alone, structure at half and at twice its loss. Plans that differ are
+cut and trained for a few steps (`sluice.training.rehearse`), but for those of far too large a loss (`HOPELESS`). The
+scenario whose plan trains best comes first.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from sluice.training.train import Data, Loss
 __all__ = ["Scenario", "choose"]
 
 PRICES = (0.5, 2.0)
-HOPELESS = 3.0  # times the least price: not worth a rehearsal
+HOPELESS = 3.0  # times the least loss of a scenario: not worth a rehearsal
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scenario:
-    """One scenario of the prices, the plan that follows from it, its held-out loss after every round of rehearsal."""
+    """A problem under one pricing, its solution, the held-out loss of its plan after every round of rehearsal."""
 
     name: str
     problem: Problem
@@ -51,12 +51,12 @@ def choose(
     steps: int,
     progress: bool = True,
 ) -> list[Scenario]:
-    """All scenarios whose plans differ, the one to trust first.
+    """All scenarios whose plans differ, the most trusted first.
 
     Args:
         target_ms: promised milliseconds of every plan.
         build: makes the trainable slim network of a plan.
-        steps: of the first round of the rehearsal; 0 trusts the losses as they are.
+        steps: of training in the first round of the rehearsal; 0 trusts the measured losses.
     """
     scenarios = _scenarios(problem, methods, target_ms)
     if len(scenarios) == 1 or not steps:
@@ -87,7 +87,7 @@ def _scenarios(problem: Problem, methods: Sequence[str], target_ms: float) -> li
         except Unreachable:
             if one.model is problem.model:
                 raise
-            continue  # this method alone does not get there
+            continue  # this method alone does not reach the target
         if all(solution.plan != other.solution.plan for other in scenarios):
             scenarios.append(Scenario(name, one, solution))
     prices = [_price(problem, other.solution) for other in scenarios]

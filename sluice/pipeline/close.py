@@ -1,9 +1,9 @@
-"""The closed network of a plan: the user's own architecture, computing what the cut network computes.
+"""The closed network of a plan: the user's own architecture, computing what the slim network computes.
 
-1. Removed channels carry nothing, dropped branches end in zero, weights have the rank that they are given.
-2. What a merge makes linear is linear, with the padding of every run in front, as it will be trained.
-3. As little as can be is shared with the rewriters, since what they make is compared with this. A branch is cut out
-   only where no tensor of its own makes it zero.
+1. Removed channels carry nothing, dropped branches end in zero, weights have the rank of the plan.
+2. Merged runs are linear, with the padding of every run in front, in the form in which they are trained.
+3. The closed network is compared with those of the rewriters, so it shares as little code with them as possible. A
+   branch is cut out only where no tensor of its own makes it zero.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _close_branches(closed: fx.GraphModule, drops: Sequence[Drop]) -> None:
 
 
 def _close_readers(closed: fx.GraphModule, masks: Mapping[tuple[str, int], np.ndarray]) -> None:
-    """Layers that a merge removes may have carried masks; what reads a closed channel reads nothing then either."""
+    """Mask the input axes of weights: the layers that carried these masks may be removed by a merge."""
     state = closed.state_dict()
     for (param, axis), mask in masks.items():
         if axis == 1:

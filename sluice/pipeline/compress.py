@@ -1,11 +1,12 @@
-"""The whole arc: profile, learn gates, decide and verify, close, cut, fine-tune, export, measure, report.
+"""One model's whole way: profile, learn gates, decide and verify, close, cut, fine-tune, export, measure, report.
 
-1. Everything is decided and its engine measured *before* fine-tuning, since latency does not depend on the weights.
+1. The plan is decided and its engine measured *before* fine-tuning, since latency does not depend on the weights.
 2. Closing and cutting are exact; their parity (closed = slim torch = slim ONNX) is part of the report. Accuracy changes
    only in the two training stages, in the decision between them, and in the precision of the file.
-3. Everything up to that file is fp32; engines are timed in the precision that is asked for. int8 is calibrated on
+3. All networks up to that file are fp32; engines are timed in the precision of the deployment. int8 is calibrated on
    `CALIBRATION` inputs of the training data.
-4. What may fail with a precision is tried on the cut network before it is trained: writing the file, and judging it.
+4. Two steps may fail with a precision, writing the file and evaluating it. Both are tried on the cut network before it
+   is trained.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from sluice.training.train import Data, Loss, check_data, default_loss, fit, spl
 __all__ = ["Compressed", "compress", "finish", "sweep"]
 
 CALIBRATION = 512
-PARITY = 1e-4  # relative; beyond this a rewrite has changed the function, and that is our fault
+PARITY = 1e-4  # relative; beyond this a rewrite has changed the function, which is a bug
 
 
 def compress(
@@ -84,18 +85,18 @@ def compress(
         data: re-iterable batches, ``(inputs, labels)`` or inputs alone.
         table: latency table (SQLite), made or continued.
         out: folder for plan, weights, ONNX and report.
-        precision: that the network is deployed and timed in: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
-        methods: what may be done to the network, of ``filter``, ``rank``, ``block``, ``merge``.
+        precision: of the deployed and timed network: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
+        methods: some of ``filter``, ``rank``, ``block``, ``merge``; the edits on offer.
         gate_epochs: epochs of training with gates; 0 scores channels in one shot (Fisher, with or without labels).
         epochs: epochs of fine-tuning with the dense network as teacher.
-        rehearsal: training steps after which plans are first compared; 0 takes the solver's word.
+        rehearsal: training steps after which plans are first compared; 0 trusts the measured losses.
         evaluate: figure of merit of a module, for the report.
     Raises:
-        SluiceError: anything the caller can mend; nothing half-written is left behind.
+        SluiceError: a mistake that the caller can mend; no half-written file is left behind.
     """
     started = time.perf_counter()
     methods = check_methods(methods)
-    asked = BudgetSpec.parse(budget)  # a typing error is said before anything is measured, as are the next ones
+    asked = BudgetSpec.parse(budget)  # a mistake in an argument is an error before anything is measured
     deployment = Deployment(target, batch, threads, precision)
     recipe = Recipe(data, loss, lr, gate_epochs, epochs, rehearsal, evaluate, progress)
     check_float32(model)
@@ -129,8 +130,8 @@ def sweep(
 ) -> Iterator[tuple[str, Compressed]]:
     """`compress` for several budgets, one after the other: the network is profiled and every choice priced only once.
 
-    No gates are trained, since those would be trained for one budget. Arguments and errors are those of `compress`,
-    and the first budget that fails ends the sweep; that one cannot be met is said before anything is priced.
+    No gates are trained, since gates are trained for one budget. Arguments and errors are those of `compress`. The
+    first budget that fails ends the sweep; a budget out of reach is an error before anything is priced. The folder
     ``out/<budget without its %>`` holds the files of a budget.
     """
     methods = check_methods(methods)
@@ -174,7 +175,7 @@ def finish(
     Args:
         gated: trained gated network.
         budget: made with a profile (not a bare latency model: the engine has to be measured).
-        methods: what may be done, of those the budget's profile was made for; all but ``filter`` need ``data``.
+        methods: some of those the budget's profile was made for; all but ``filter`` need ``data``.
         importance: scores by group; those the gates collected if not given.
         teacher: dense network, for fine-tuning (``epochs`` over ``data``) and as the report's reference.
     """
@@ -226,7 +227,7 @@ def _finish(
         return made, None if evaluate is None else evaluate(as_module(made, example_outputs(slim, stripped)))
 
     deploy(cut)  # rule 4
-    metric_dense = None if evaluate is None else evaluate(reference)  # if it cannot be called, nothing is lost yet
+    metric_dense = None if evaluate is None else evaluate(reference)  # before training, so that an error costs little
     if recipe.epochs and data is not None:
         fit(
             slim, data, epochs=recipe.epochs, teacher=reference, loss=recipe.loss, lr=recipe.lr, progress=progress,
@@ -252,7 +253,7 @@ def _finish(
     done = Compressed(slim, verified.plan, slim_onnx, deployed, report)
     if out is not None:
         done.save(out)
-    _same(exported)  # last: what was trained is saved even then
+    _same(exported)  # last: the trained network is saved even then
     return done
 
 

@@ -45,7 +45,7 @@ def count_parameters(module: nn.Module) -> int:
 def parity(closed: nn.Module, slim: nn.Module, engine: onnx.ModelProto, captured: fx.GraphModule) -> float:
     """Largest relative difference between closed, slim torch and slim ONNX on the example inputs.
 
-    In ONNX Runtime on the CPU, whatever the target: what is asked is whether the rewrites agree, in full precision.
+    ONNX runs in ONNX Runtime on the CPU for every target, since the rewrites are compared in full precision.
     """
     args, kwargs = normalize_inputs(captured_inputs(captured))
     with torch.no_grad():
@@ -63,18 +63,18 @@ def contributions(
     configuration: Mapping[str, int],
     losses: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[MethodRow, ...]:
-    """What every method contributes to a configuration.
+    """The contribution of every method to a configuration.
 
     With ``w`` the configuration and ``w_m`` the same with the decisions of method m put back to dense (its widths at
     full size; for a rank, a dropped block or a merged run, every layer that it covers dense),
 
         saved_ms(m) = T(w_m) - T(w)                                                        [milliseconds]
 
-    That is what the plan would lose without the method, not a share of the whole: where two methods shorten the same
-    layers, their savings need not add up. A method that changes nothing has saved 0.
+    So ``saved_ms`` is the plan's saving less that of the plan without the method, not a share of the whole: where two
+    methods shorten the same layers, their savings need not add up. A method that changes nothing has saved 0.
 
     Args:
-        losses: of every level of every site, as the solver was given them (`sluice.pipeline.verify.Problem.losses`).
+        losses: of every level of every site (`sluice.pipeline.problem.Problem.losses`).
     """
     ranks = {option.rank for option in options.ranks}
     chosen = {
@@ -89,7 +89,7 @@ def contributions(
     for method in METHODS:
         sites = chosen[method]
         priced = [s for site in sites for s in (site, rank_of.get(site)) if s is not None]
-        # The rules of a switch name the layers that it covers and all else that they may be.
+        # The rules of a switch name the layers that it covers, and the other states of these layers.
         covered = {n for rule in model.rules for n, _ in rule.coefs if any(s in dict(rule.coefs) for s in sites)}
         back = {**configuration, **{site: model.dense[site] for site in {*priced, *covered}}}
         known = losses is not None and set(priced) <= losses.keys()
@@ -101,7 +101,7 @@ def contributions(
 
 
 def _finite(metric: float | None) -> float | None:
-    """A network whose figures overflow has none; the report is to be saved all the same."""
+    """The figure of merit, None where it overflows: the report must be saved all the same."""
     return metric if metric is not None and math.isfinite(metric) else None
 
 
@@ -117,8 +117,8 @@ def make_report(
         worst: largest relative difference between two forms of the slim network.
         params, macs: of the dense and of the slim network.
         metrics: of the dense and of the slim network, and of the file that is deployed.
-        losses: what every level of every site was priced at.
-        readings: the rehearsed plans: name, promised milliseconds, held-out losses.
+        losses: of every level of every site.
+        readings: of the rehearsed scenarios: name, promised milliseconds, held-out losses.
     """
     latency, widths = measured.latency, dict(verified.choice.widths)
     descriptions = {p.name: p.description for p in measured.partition.pieces}

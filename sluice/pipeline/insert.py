@@ -1,4 +1,4 @@
-"""Gates for what the methods may do."""
+"""The gates of a network, for the methods on offer."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ def insert_all(
     gm: fx.GraphModule, example_inputs: Inputs, measured: Profile, methods: Sequence[str], *, steps: int,
     space: SearchSpace,
 ) -> Gated | None:  # fmt: skip
-    """Gates for what the methods may do, in a copy of a captured network.
+    """A copy of a captured network with gates for the methods on offer; None where no site has a gate.
 
-    Filters, ranks and blocks are gated together, as DF has them; merges have no gates. A weight is thresholded in the
-    form that is fastest among ranks that keep `ENERGY` of it. A block whose output no tensor can close has no gate.
-    None where nothing has one.
+    Filters, ranks and blocks are gated together, as in DF; merges have no gates. A weight is thresholded in the form
+    that is fastest among ranks that keep `ENERGY` of it. A block whose output no tensor can close has no gate.
     """
     options = measured.options
     ranks = _best_forms(measured, dict(gm.named_parameters())) if "rank" in methods else {}

@@ -1,11 +1,11 @@
 """LayerMerge on its own: the dynamic programme over the segments of every chain (Kim et al. 2024).
 
 With dense widths the milliseconds of the latency model are a sum over the states of the layers, but for the cache
-penalty. So every segment has milliseconds of its own, and the choice of a tiling is the programme of
-`sluice.solver.dynamic_program`, exact for the sum and answering every budget in one pass. Where the cache penalty makes
-a plan miss its target, the programme is asked again for what it missed. Without that it chooses what the joint solver
-would choose among the same segments. It can do one thing more: a *bonus* per segment, the explicit form of the authors'
-objective, favours keeping activations. The rehearsal decides between several.
+penalty. So every segment has milliseconds of its own, and `sluice.solver.dynamic_program` chooses the tiling: exact for
+the sum, in one pass for all budgets. Where the cache penalty makes a plan miss its target, the programme runs again
+with the missed milliseconds taken off the target. Without the penalty it chooses the segments that the joint solver
+would choose. It can do one thing more: a *bonus* per segment, the explicit form of the authors' objective, favours
+keeping activations. The rehearsal decides between several bonuses.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LEVELS = 10_000
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DepthProblem(Problem):
-    """A problem about merges alone, answered by the dynamic programme."""
+    """A problem about merges alone, solved by the dynamic programme."""
 
     bonus: float = 0.0
 
@@ -67,7 +67,7 @@ class DepthProblem(Problem):
 
 
 def _merged(model: LatencyModel, switches: Sequence[str]) -> dict[str, int]:
-    """The dense configuration with these merges instead of what they name."""
+    """The dense configuration with these merges in place of their layers."""
     widths = dict(model.dense)
     for rule in model.rules:
         names = {name for name, _ in rule.coefs}

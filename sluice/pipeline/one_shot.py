@@ -22,7 +22,7 @@ __all__ = ["OneShotPlan", "plan_one_shot"]
 
 @dataclass(frozen=True, slots=True)
 class OneShotPlan:
-    """A plan made without training, and what it promises; ``retained`` is the kept share of the importance."""
+    """A plan made without training, and its promise; ``retained`` is the kept share of the importance."""
 
     plan: Plan
     budget_ms: float
@@ -46,7 +46,7 @@ def plan_one_shot(
     """A plan in one shot: Fisher scores on a few labelled batches of ``data``, then the solver; nothing is trained.
 
     Arguments and errors are those of `compress`, but nothing needs to run on the device: a table that was filled there
-    will do, if it knows all of the model.
+    and lacks no point of the model suffices.
     """
     methods = check_methods(methods)
     asked = BudgetSpec.parse(budget)

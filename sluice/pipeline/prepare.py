@@ -1,7 +1,6 @@
-"""Before anything is decided: profile, insert gates and train them or score channels, price every choice.
+"""Prepare a problem: profile, insert gates and train them or score channels, price every level of every site.
 
-What can be known to be wrong is said before anything is measured, and that a budget cannot be met before anything is
-trained.
+A mistake in the arguments is an error before anything is measured, a budget out of reach before anything is trained.
 """
 
 from __future__ import annotations
@@ -53,9 +52,9 @@ def profile(
     elsewhere: bool = False,
     progress: bool = True,
 ) -> Profile:
-    """Measure, on this device, what ``table`` does not know yet about the model; see `sluice.profiler.profile_onnx`.
+    """Measure, on this device, the points of the model that ``table`` lacks; see `sluice.profiler.profile_onnx`.
 
-    ``elsewhere``: a table that another device filled will do, if it lacks nothing.
+    ``elsewhere``: a table that another device filled suffices, if it lacks nothing.
     """
     deployment = Deployment(target, batch, threads, precision)
     check_float32(model)
@@ -79,9 +78,9 @@ def _profile(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """What deciding needs, whatever the budget.
+    """Everything that budgets of one network share.
 
-    ``problem`` holds the prices, ``exported`` the dense network as it was before any training, None if that is not
+    ``problem`` holds the losses, ``exported`` the dense network as it was before any training, None if that is not
     known.
     """
 
@@ -97,7 +96,7 @@ def prepare(
     model: nn.Module, example_inputs: Inputs, budgets: Sequence[BudgetSpec], deployment: Deployment, recipe: Recipe, *,
     table: str | os.PathLike[str], exclude: Sequence[str], methods: tuple[str, ...], elsewhere: bool = False,
 ) -> Prepared:  # fmt: skip
-    """Profile, train gates (if there are ``gate_epochs``) or score channels, price every choice.
+    """Profile, train gates (if there are ``gate_epochs``) or score channels, price every level of every site.
 
     Several budgets may be given where no gates are trained. The recipe has data. ``elsewhere`` as for `profile`.
     """
@@ -109,9 +108,9 @@ def prepare(
         exported, space = to_onnx(captured, example_inputs), find_search_space(read_torch(captured), exclude)
     measured = _profile(exported, deployment, space, table=table, exclude=exclude, methods=methods,
                         elsewhere=elsewhere, progress=progress)  # fmt: skip
-    space = agreed(space, measured.space)  # what the file cannot show is neither promised nor cut
+    space = agreed(space, measured.space)  # a site that the file lacks is neither promised nor cut
     for each in budgets:
-        check_reachable(measured, methods, each)  # says at once if a budget cannot be met
+        check_reachable(measured, methods, each)  # before the training
     widths_vary = bool(measured.partition.analysis.groups)
     gated = insert_gates(captured, example_inputs, space=space, kinds=("filter",) if widths_vary else ())
     teacher = strip_gates(gated).eval()
@@ -139,7 +138,7 @@ def prepare(
             progress=progress, name="gates",
         )  # fmt: skip
         scores = learned_scores(gated.gates) if "filter" in methods and widths_vary else {}
-        absorb_masks(gated)  # what is priced next is the network that was trained
+        absorb_masks(gated)  # the trained network is priced next
     elif "filter" in methods and widths_vary:
         scores = one_shot_scores(gated, data, loss)
     with stage("price every choice", progress) as advance:
@@ -148,8 +147,10 @@ def prepare(
 
 
 def _budget(gated: Gated, measured: Profile, budget: BudgetSpec) -> Budget | None:
-    """None where the gates alone do not get there: the methods that have none are needed, and nothing is to be learned
-    from emptying what has."""
+    """The budget of the gates; None where their sites alone do not reach it.
+
+    Then merges are needed as well, and gates under a budget that they cannot meet would only empty their sites.
+    """
     try:
         return Budget(gated, measured, budget)
     except Unreachable:
@@ -165,7 +166,7 @@ def check_reachable(measured: Profile, methods: Sequence[str], budget: BudgetSpe
 
 
 def check_float32(model: nn.Module) -> None:
-    """The network itself is float32; the precision of its deployment is another matter."""
+    """Raises `SluiceError` unless the network is float32; the precision of its deployment is another matter."""
     for name, tensor in model.named_parameters():
         if tensor.dtype != torch.float32:
             raise SluiceError(

@@ -1,7 +1,7 @@
 """From methods and data to the problem that the solver is given.
 
-1. Filters alone are priced by the scores of their channels (`amplitude_losses`): nothing has to be measured.
-2. As soon as ranks or depth compete, every site is priced in one currency, the measured increase of the loss
+1. Filters alone are priced by the scores of their channels (`amplitude_losses`), without measuring a loss.
+2. As soon as ranks or depth compete, every site is priced in one unit, the measured increase of the loss
    (`sluice.importance.sensitivity`).
 """
 
@@ -32,8 +32,8 @@ __all__ = ["one_shot_scores", "price_problem"]
 def one_shot_scores(gated: Gated, data: Data, loss: Loss = default_loss) -> dict[str, np.ndarray]:
     """Scores of channels without training, by group.
 
-    They come from labels where there are some and the loss is the common one. Else they come from the network's own
-    outputs, since a network that is its own teacher has no gradient.
+    They come from labels where the data has labels and the loss is the default one. Else they come from the network's
+    own outputs, since a network that is its own teacher has no gradient.
     """
     _, labels = split_batch(next(iter(data)))
     if labels is not None and loss is default_loss:

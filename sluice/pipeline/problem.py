@@ -1,4 +1,4 @@
-"""The problem that the solver is given, whatever the budget, and its solution: a choice and its plan."""
+"""The problem that the solver is given, the same for all budgets, and its solution: a choice and its plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a network is trained and judged is one value, made where the user says it and handed on."""
+"""The recipe by which a network is trained and judged: one value, made from the user's arguments and handed on."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Evaluate = Callable[[nn.Module], float]
 class Recipe:
     """Data, loss and lengths of every training of one compression.
 
-    ``data``: re-iterable batches, None where nothing is trained or priced by them. ``gate_epochs`` train the gates,
-    ``rehearsal`` optimizer steps compare plans (0: none), ``epochs`` fine-tune. ``evaluate`` is the figure of merit
-    of a module, for the report.
+    ``data``: re-iterable batches, None where nothing is trained or priced with them. The gates train for
+    ``gate_epochs``, plans for ``rehearsal`` optimizer steps (0: no rehearsal), the slim network for ``epochs``.
+    ``evaluate`` is the figure of merit of a module, for the report.
 
     Raises:
         SluiceError: a negative rehearsal.

@@ -1,12 +1,12 @@
 """The promise is checked on engines, before any fine-tuning: latency does not depend on the weights.
 
-Solve, cut, build, measure beside the dense engine. Over budget: solve again with the target tightened by what was
-missed. Well under budget: solve again with the target relaxed, for the budget is there to be used. At most `ROUNDS`
-rounds; of those within the budget the one of least loss wins.
+Solve, cut, build, measure beside the dense engine. Over budget: solve again with the target tightened by the excess.
+Well under budget: solve again with the target relaxed, so that the whole budget is used. At most `ROUNDS` rounds; of
+those within the budget the one of least loss wins.
 
-One engine, built again, differs by 1 to 2% from itself, and of several the one that was measured too fast is the one to
-be taken. So an engine has to be within `ACCEPTED` of the budget twice. A run waits no longer than `PATIENCE_MS` for a
-quiet machine: two engines that take turns are slowed together, and there are many runs.
+An engine that is built again differs by 1 to 2% from itself, and the choice among several engines favours one that was
+measured too fast. So an engine has to be within `ACCEPTED` of the budget twice. A run waits no longer than
+`PATIENCE_MS` for a quiet machine: two engines that take turns are slowed together, and there are many runs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ RUNS = 3
 PATIENCE_MS = 5000.0
 AIM = 0.965  # of the budget
 ACCEPTED = 0.98  # of the budget, before training
-ENOUGH = 0.95  # of the budget: no need to look for more
+ENOUGH = 0.95  # of the budget: a slower engine within it is not looked for
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,8 +67,8 @@ class VerifiedSolution:
 def measure_pair(profile: Profile, dense: onnx.ModelProto, slim: onnx.ModelProto, seed: int = 0) -> tuple[float, float]:
     """Milliseconds of both files as they are, interleaved; of three such runs the one with the median ratio.
 
-    One run may fall into an episode in which the host slows one engine more than the other, and the same engine is
-    faster or slower by where its memory came to lie: it is built anew for every run.
+    The host may slow one engine more than the other during one run. The speed of an engine depends on the place of its
+    memory, too, so it is built anew for every run.
     """
     runner = profile.runner()
     reference, rng = profile.reference(runner), np.random.default_rng(seed)
@@ -116,7 +116,7 @@ def solve_verified(problem: Problem, budget: BudgetSpec, dense: onnx.ModelProto)
             break
         slim = profile.engine(finalize(rewrite_onnx(dense, solution.plan)))
         dense_ms, slim_ms = measure_pair(profile, dense_engine, slim, seed=attempt)
-        if slim_ms <= ACCEPTED * budget.ms(dense_ms):  # not only by luck
+        if slim_ms <= ACCEPTED * budget.ms(dense_ms):  # one fast measurement may be chance
             pairs = [(dense_ms, slim_ms), measure_pair(profile, dense_engine, slim, seed=ROUNDS + attempt)]
             dense_ms, slim_ms = max(pairs, key=lambda pair: pair[1] / budget.ms(pair[0]))
         budget_ms = budget.ms(dense_ms)
@@ -126,12 +126,12 @@ def solve_verified(problem: Problem, budget: BudgetSpec, dense: onnx.ModelProto)
         if slim_ms <= ACCEPTED * budget_ms and (best is None or solution.choice.loss <= best.choice.loss):
             best = found
         if solution.choice.widths == profile.latency.dense and slim_ms <= budget_ms:
-            return found  # nothing has to go
+            return found  # the dense network meets the budget
         if ENOUGH * budget_ms <= slim_ms <= ACCEPTED * budget_ms:
             break
         change = float(np.clip(AIM * budget_ms / slim_ms, 0.5, 1.15))
-        # Values come in levels, so the promise may lie well below the target; tightening starts from the promise, or
-        # the same ones would be chosen again.
+        # Sites have levels, so the promise may lie well below the target; tightening starts from the promise, or the
+        # same levels would be chosen again.
         target_ms = change * (target_ms if change > 1 else min(target_ms, solution.choice.promised_ms))
     chosen = best or fastest
     assert chosen is not None
@@ -144,9 +144,10 @@ def solve_verified(problem: Problem, budget: BudgetSpec, dense: onnx.ModelProto)
 
 
 def first_verified(problems: Sequence[Problem], budget: BudgetSpec, dense: onnx.ModelProto) -> VerifiedSolution:
-    """The first problem that has an engine within the budget: what trained best may just not be fast enough.
+    """The solution of the first problem that has an engine within the budget.
 
-    The last one, which may move the most, says what is wrong where none has.
+    The plan that trained best may miss the budget by little. Where no problem has such an engine, the error is that of
+    the last one, which has the most sites to change.
     """
     refused: dict[Problem, SluiceError] = {}
     for problem in dict.fromkeys(problems):
@@ -160,7 +161,7 @@ def first_verified(problems: Sequence[Problem], budget: BudgetSpec, dense: onnx.
 def final_pair(
     profile: Profile, dense: onnx.ModelProto, slim: onnx.ModelProto, budget: BudgetSpec
 ) -> tuple[float, float]:
-    """Milliseconds of both engines; where a first measurement says that the budget is missed, the median of three."""
+    """Milliseconds of both engines; where the first measurement misses the budget, the median of three."""
     pairs = [measure_pair(profile, dense, slim, seed=99)]
     if pairs[0][1] > budget.ms(pairs[0][0]):
         pairs += [measure_pair(profile, dense, slim, seed=seed) for seed in (100, 101)]

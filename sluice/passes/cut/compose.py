@@ -5,11 +5,12 @@ With no padding between them, convolution 2 after convolution 1 is one convoluti
     W[o, i, s1 q + p] += sum_m W2[o, m, q] W1[m, i, p]        k = k1 + s1 (k2 - 1),  s = s1 s2,  pad = p1 + s1 p2
     b[o] = b2[o] + sum_{m, q} W2[o, m, q] b1[m]
 
-1. ``pad`` is that of the whole, all of it in front: zeros *between* two layers are not zeros before the first, which
-   shows at the borders. Where both are padded, the composition is that of the network with its padding moved there.
+1. ``pad`` is all padding of both layers, in front of the first. Zeros *between* two layers are not zeros before the
+   first, which shows at the borders. So where layer 2 is padded, the composition equals the network with this padding
+   moved to the front.
 2. Batch norm is a factor per output channel: ``W g``, ``(b - mean) g + beta`` with ``g = gamma / sqrt(var + eps)``.
-3. Depthwise after depthwise stays depthwise; with one dense layer the whole is dense. Nothing is expanded before it
-   must be. Other groups and dilation are refused.
+3. Depthwise after depthwise stays depthwise; with one dense layer the whole is dense, and only then a depthwise weight
+   is expanded. Other groups and dilation are refused.
 4. A shortcut is a kernel with one tap in the centre: ones for the identity, its matrix for a 1x1 projection.
 
 All spatial axes are treated alike, so one, two and three of them work, and kernels need not be square.
@@ -66,7 +67,7 @@ class Conv:
 
 
 def identity(channels: int, axes: int = 2) -> Conv:
-    """What a removed convolution stands for: 1x1, depthwise."""
+    """The identity, which takes the place of a removed convolution: 1x1, depthwise."""
     ones = np.ones((channels, 1, *[1] * axes))
     return Conv(ones, np.zeros(channels), (1,) * axes, (0,) * axes, channels)
 

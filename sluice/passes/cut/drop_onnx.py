@@ -2,8 +2,8 @@
 
 1. `view_onnx` reads the graph. Weights keep their names through transposes, casts and reshapes; a linear layer is a
    MatMul with a weight, whose bias is a sum of its own.
-2. Every addition of a dropped branch is replaced by its shortcut, as is every activation that has nothing left to do
-   (`sluice.passes.graph.blocks`). Then what no output needs any more goes, with the initialisers that nothing reads.
+2. Every addition of a dropped branch is replaced by its shortcut, every activation that no longer changes anything by
+   its input (`sluice.passes.graph.blocks`). Then nodes that no output needs go, and initialisers that nothing reads.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def drop_onnx(model: onnx.ModelProto, drops: Sequence[Drop], named: Container[st
     kept = [node for node in slim.graph.node if not taken.keys() & set(node.output)]
     for node in kept:
         node.input[:] = [taken.get(name, name) for name in node.input]
-    # What the graph returns, or a body of control flow reads, keeps its name.
+    # Values that the graph returns, or a body of control flow reads, keep their names.
     kept += [helper.make_node("Identity", [taken[v]], [v]) for v in taken if v in view.outputs]
     kept = _alive(kept, {info.name for info in slim.graph.output})
     read = {name for node in kept for name in reads(node)}

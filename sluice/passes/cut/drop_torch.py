@@ -1,9 +1,9 @@
 """Drop residual branches from a captured network, and the closed network that equals it.
 
 1. `view_torch` reads the graph: ATen calls, raised batch norms with their statistics, weights as ``get_attr`` nodes.
-2. Every addition of a dropped branch is replaced by its shortcut, as is every activation that has nothing left to do
-   (`sluice.passes.graph.blocks`). The branch's nodes go, and parameters, buffers and modules that nothing reads any
-   more.
+2. Every addition of a dropped branch is replaced by its shortcut, every activation that no longer changes anything by
+   its input (`sluice.passes.graph.blocks`). The branch's nodes go, and parameters, buffers and modules that nothing
+   reads any more.
 3. An in-place operator that changed the addition's result would now change the shortcut under its other readers; it
    gets a copy to work on.
 4. `close_block` writes zeros where the branch then ends in zero: the same function with all tensors in place.

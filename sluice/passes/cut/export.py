@@ -1,8 +1,8 @@
 """Captured network -> ONNX, in two steps.
 
 1. `to_onnx`: ``torch.onnx.export(dynamo=True, optimize=False)``, the one route on which every initialiser keeps its
-   ``state_dict`` name; then constants are folded except where a named tensor would disappear. This file is what plans
-   are applied to and what pieces are cut from. A network in captured form is not captured again.
+   ``state_dict`` name; then constants are folded except where a named tensor would disappear. Plans are applied to this
+   file, and pieces are cut from it. A network in captured form is not captured again.
 2. `sluice.passes.graph.onnx_file.finalize`: fold and clean for deployment (batch norm into convolutions, shape
    arithmetic).
 """

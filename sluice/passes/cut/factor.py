@@ -116,7 +116,7 @@ def unmatrix(values: np.ndarray, shape: Sequence[int], form: str) -> np.ndarray:
 
 
 def max_rank(shape: Sequence[int], form: str) -> int:
-    """The smaller side of the form's matrix: with this rank nothing is lost."""
+    """The smaller side of the form's matrix; factors of this rank are exact."""
     n, c = shape[:2]
     first, second = (math.prod(k) for k in per_axis(form, shape[2:], 1))
     return min(n * second, c * first)
@@ -184,7 +184,7 @@ def factors(weight: np.ndarray, form: str, rank: int) -> tuple[np.ndarray, np.nd
 
 
 def truncations(weight: np.ndarray, form: str) -> Callable[[int], np.ndarray]:
-    """By rank the weight that the two layers of `factors` amount to, in the shape and dtype of ``weight``.
+    """By rank the weight of the one layer that equals the two of `factors`, in the shape and dtype of ``weight``.
 
     All ranks come from one SVD; a rank that cuts nothing leaves the weight as it is.
     """

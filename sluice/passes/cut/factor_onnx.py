@@ -1,9 +1,9 @@
 """Carry out factorizations on an ONNX graph; no torch needed.
 
 1. A weight read by one ``Conv`` (no groups), ``Gemm`` or ``MatMul``, the latter two perhaps through a ``Transpose``,
-   becomes two initialisers (`sluice.passes.cut.factor`), stored the way round in which the weight is stored.
+   becomes two initialisers (`sluice.passes.cut.factor`), transposed if the weight is stored transposed.
 2. The node becomes two. The first takes the input and has no bias; the second keeps bias, ``alpha``, ``beta`` and the
-   name of the output, so that nothing behind it changes.
+   name of the output, so that no node behind it changes.
 """
 
 from __future__ import annotations

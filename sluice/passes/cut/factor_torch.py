@@ -1,10 +1,10 @@
 """Carry out factorizations on a captured graph.
 
 1. A weight read by one convolution without groups, ``linear``, ``addmm``, ``mm`` or ``matmul`` becomes two parameters
-   beside it (`sluice.passes.cut.factor`), stored the way round in which the weight is stored.
+   beside it (`sluice.passes.cut.factor`), transposed if the weight is stored transposed.
 2. The node gets a second one before it. That one takes the input and has no bias; the old one keeps bias, scalars and
    its place in the graph.
-3. Before the cut, `truncate_torch` closes: the weight becomes what the two layers amount to.
+3. Before the cut, `truncate_torch` closes: the weight becomes the product of its factors.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _array(weight: Tensor) -> np.ndarray:
 
 
 def _layer(gm: fx.GraphModule, param: str, weight: Tensor) -> fx.Node:
-    """The one operator that reads the weight, under whatever name."""
+    """The one operator that reads the weight, under any of its names."""
     state = gm.state_dict(keep_vars=True)
     names = {name for name, tensor in state.items() if tensor is weight}
     users = [u for n in gm.graph.nodes if n.op == "get_attr" and n.target in names for u in n.users]

@@ -1,8 +1,8 @@
 """Merges on an ONNX graph; numpy and onnx only.
 
 Every run of a merge (`sluice.passes.cut.merge_region`) becomes one ``Conv`` with bias under the name of its last
-weight; batch norms, inner activations, removed convolutions and folded shortcuts go, with their initialisers. What
-`sluice.passes.cut.merge_torch` makes of the same plan in two steps is made here in one, and computes the same.
+weight; batch norms, inner activations, removed convolutions and folded shortcuts go, with their initialisers. The
+merged graph computes the same as the network that `sluice.passes.cut.merge_torch` makes of the plan in two steps.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ def merge_onnx(model: onnx.ModelProto, merges: Sequence[Merge], *, values: bool 
     """The merged graph, a copy.
 
     Args:
-        values: compose the weights; without, they are random numbers of the right shape, which is quick and enough to
-            measure the time that the graph takes.
+        values: compose the weights. False gives them random numbers, which is quick and enough for timing.
     Raises:
         SluiceError: a merge does not fit the graph.
     """
@@ -85,7 +84,7 @@ class MergedNodes:
 
 
 def replacement(region: MergeRegion, taken: Collection[str]) -> MergedNodes:
-    """What takes the region's place.
+    """The nodes that take the region's place.
 
     Args:
         taken: names of all initialisers.
@@ -174,5 +173,5 @@ def _random(run: Run) -> Conv:
 
 
 def random_weight(shape: tuple[int, ...]) -> np.ndarray:
-    """A weight (out, in / groups, *kernel) that keeps the scale of what it reads; always the same."""
+    """A weight (out, in / groups, *kernel) that keeps the scale of its input; always the same."""
     return np.random.default_rng(0).standard_normal(shape, np.float32) / np.sqrt(prod(shape[1:]))

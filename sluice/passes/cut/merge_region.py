@@ -1,13 +1,13 @@
-"""What a `Merge` asks of a graph: which layers become one convolution, and which shortcuts fold into it.
+"""The region of a `Merge` in a graph: which layers become one convolution, and which shortcuts fold into it.
 
-1. The layers of the merge are a segment of a chain (`sluice.passes.graph.segments`); those that no run names are
-   removed. In a graph that `linearize_torch` has been through they are gone already.
+1. The layers of the merge are a segment of a chain (`sluice.passes.graph.segments`); layers that no run names are
+   removed. `linearize_torch` has removed them from its graph already.
 2. A residual block all of whose remaining layers belong to one run is *folded* into it. One with layers of several runs
    is a `FoldedBlock` that keeps its addition; none of those runs may reach beyond it. One without remaining layers is
    its shortcut alone.
 3. All padding of a run moves to its first layer. Where a folded block begins the run, its shortcut then needs the zeros
-   that are meant for later layers too; where it lies further inside, its branch has lost its own padding and the
-   shortcut must lose that border: ``shift = padding applied within the block - half of its kernel``.
+   of the later layers as well. Where it lies further inside, its branch has lost its own padding and the shortcut must
+   lose that border: ``shift = padding applied within the block - half of its kernel``.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class FoldedBlock:
 
 @dataclass(frozen=True, slots=True)
 class MergeRegion:
-    """The part of a graph between the values ``source`` and ``value`` that a merge is about.
+    """The part of a graph between the values ``source`` and ``value`` that a merge rewrites.
 
     ``layers`` are all of its layers, ``kept`` the weights that stay, ``acts`` the activations that go, ``spans`` the
     blocks inside and ``emptied`` those of which no layer stays, ``tensors`` all that layers, norms and shortcuts read.
@@ -146,10 +146,11 @@ def find_region(chains: Sequence[Chain], merge: Merge) -> MergeRegion:
 
 
 def _as_planned(chain: Chain, kept: Collection[str]) -> Chain:
-    """The chain with the blocks open that only other widths than the plan was made at have closed.
+    """The chain without the barriers that only the widths of a sliced graph put there.
 
     A block whose shortcut is a convolution cannot be emptied. In the dense graph one of its layers changes channels and
-    is kept; narrowed to as many as come in, all of them look removable. The plan still keeps one.
+    is kept. In a sliced graph its inputs and outputs may be equal in number, so that all layers look removable; the
+    plan still keeps one.
     """
 
     def open_(span: Span) -> bool:
@@ -168,7 +169,7 @@ def compose_run(run: Run, tensors: Mapping[str, np.ndarray]) -> Conv:
 
 
 def merged_shape(run: Run) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
-    """Weight shape, stride, padding and groups of what `compose_run` makes."""
+    """Weight shape, stride, padding and groups of the convolution of `compose_run`."""
     layers = layers_of(run.parts)
     wide, stride = _total(layers, "kernel"), [1] * len(layers[0].stride)
     for layer in layers:
@@ -236,7 +237,7 @@ def _conv(layer: Layer, tensors: Mapping[str, np.ndarray]) -> Conv:
 
 
 def _crosses(span: Span, start: int, end: int) -> bool:
-    """Neither disjoint from the segment nor around it."""
+    """Is the span neither disjoint from the segment nor around it?"""
     return not (end <= span.start or span.end <= start or (span.start <= start and end <= span.end))
 
 

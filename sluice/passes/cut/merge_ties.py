@@ -1,7 +1,7 @@
-"""What a merge ties together: the axis groups on both sides of a convolution that it removes.
+"""The axis groups that a merge ties together: those on both sides of a convolution that it removes.
 
-A convolution that a merge removes passes its input on, so the axes on both its sides must keep the same channels;
-those of the axis that leaves the merged run decide (`tie_removed`).
+A removed convolution passes its input on, so the axes on both its sides must keep the same channels. The group that the
+rest of the network sees decides which; groups inside the merge follow (`tie_removed`).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def groups_on(analysis: Analysis) -> dict[tuple[str, int], str]:
 
 @dataclass(frozen=True, slots=True)
 class Inside:
-    """What a merge does to the groups on its layers' axes.
+    """The groups on the axes of a merge's layers.
 
     Attributes:
-        inner: those that nothing outside sees: not at a border, and on no weight of another layer (in front of a
-            depthwise convolution there is one).
-        tied: those that removed layers make one width (rule 2); None stands for an axis that keeps its size.
+        inner: groups inside the merge alone: not at a border, and on no weight of another layer (a group in front of a
+            depthwise convolution lies on one).
+        tied: groups that removed layers make one width; None stands for an axis that keeps its size.
     """
 
     inner: frozenset[str]
@@ -64,8 +64,10 @@ def inside(
 
 
 def tie_removed(analysis: Analysis, merges: Sequence[Merge], keeps: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Masks in which both sides of every removed convolution keep the same channels (rule 2); other groups inside a
-    merged run, which nothing outside sees, stay whole."""
+    """Masks in which both sides of every removed convolution keep the same channels.
+
+    Other groups inside a merged run stay whole: no layer outside the run reads them.
+    """
     masks = {group.name: keep.copy() for group, keep in zip(analysis.groups, keeps, strict=True)}
     on = groups_on(analysis) if merges else {}
     for merge in merges:

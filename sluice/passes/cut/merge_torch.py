@@ -41,7 +41,7 @@ _PAD = torch.ops.aten.constant_pad_nd.default
 
 
 def linearize_torch(gm: fx.GraphModule, merges: Sequence[Merge]) -> None:
-    """Bring a captured graph, in place, into the form that is trained before it is merged; twice is as good as once.
+    """Bring a captured graph, in place, into the form that is trained before it is merged; a second call does nothing.
 
     Raises:
         SluiceError: a merge does not fit the graph.
@@ -98,7 +98,7 @@ def _set_padding(node: fx.Node, pad: tuple[int, ...]) -> None:
 
 
 def _set_shift(gm: fx.GraphModule, nodes: dict[str, fx.Node], span: Span, shift: tuple[int, ...]) -> list[fx.Node]:
-    """Zeros around (or, negative, a border cut off) what the shortcut reads; returns what took their place before."""
+    """Put zeros around the shortcut's input, or cut a border off (negative); returns the nodes that did so before."""
     source, reader = nodes[span.source], nodes[span.shortcut.value if span.shortcut else span.add]
     old = next(n for n in reader.all_input_nodes if n is source or (n.target is _PAD and n.args[0] is source))
     new = source

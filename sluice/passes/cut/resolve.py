@@ -1,8 +1,8 @@
-"""Between a choice of channels and the slices that carry it out.
+"""From a choice of channels to the slices that carry it out, and back.
 
 1. ``choice -> plan``: an index of an axis stays unless its channel goes; every axis a group lies on is sliced.
 2. ``plan -> choice``: a channel goes if all its indices go. A plan that cuts tied axes differently, leaves one of them
-   whole, or cuts what the graph does not allow, is refused: it would change the function or break the shapes.
+   whole, or cuts a frozen axis, is refused: it would change the function or break the shapes.
 """
 
 from __future__ import annotations

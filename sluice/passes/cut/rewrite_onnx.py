@@ -2,8 +2,8 @@
 
 1. Find every tensor by initialiser name, slice it. A shared initialiser whose readers are cut differently is copied
    first, one copy per reader; exporters share equal tensors between layers.
-2. Mend literal sizes from the labelled axis of the value they speak of: Reshape and Expand targets, Split sizes, Slice
-   bounds, Resize sizes, the number of depthwise groups.
+2. Mend literal sizes from the labelled axis of their value: Reshape and Expand targets, Split sizes, Slice bounds,
+   Resize sizes, the number of depthwise groups.
 3. Forget cached intermediate shapes *before* anything is folded, else stale sizes are folded in; infer them again,
    strictly, and run the checker. Node metadata, which graphsurgeon drops, is put back by output name.
 """
@@ -68,7 +68,7 @@ def restructure(
 
     Args:
         values: False gives new weights the right shapes and any values, which is enough for timing.
-        named: the tensors that the edits may speak of, if the file may hold others.
+        named: the tensors that the edits may name, if the file may hold others.
     """
     if edits.drops:
         model = drop_onnx(model, edits.drops, named)
@@ -140,7 +140,7 @@ class _Mender:
             node.attrs["group"] = node.attrs["group"] * kept // len(cut_in[1])
 
     def _target(self, node: Any, dim: int, mask: np.ndarray) -> None:
-        """Sizes of the output: the cut one as it is now, dynamic ones copied, inferred, or as they are computed."""
+        """Sizes of the output: the cut one as it is now, dynamic ones copied, inferred or computed."""
         before, after = self.analysis.shapes[node.inputs[0].name], self.analysis.shapes[node.outputs[0].name]
         target, old = node.inputs[1], getattr(node.inputs[1], "values", None)
         expands, kept = node.op == "Expand", int(mask.sum())
@@ -205,7 +205,7 @@ def _empty(tensor: Any) -> bool:
 def _shared(model: onnx.ModelProto, plan: Plan) -> set[str]:
     """Float initialisers with several readers that may stand for several tensors of the plan's model.
 
-    Those are constants of the exporter's own, and tensors whose shape is that of a tensor the file lacks; any other
+    They are constants of the exporter's own, and tensors whose shape is that of a tensor the file lacks. Any other
     shared tensor is one that the model itself uses twice.
     """
     graph = OnnxGraph(model)

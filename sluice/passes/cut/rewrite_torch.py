@@ -1,13 +1,12 @@
 """Apply a plan to a captured graph: slice the named tensors, mend the literal sizes, then restructure.
 
-1. Every `Slice` acts on the tensor of that name; whatever reads the tensor follows from its shape.
-2. Literal sizes are the one thing no name anchors. Where a node's labelled axis loses positions, its literals say so:
+1. Every `Slice` acts on the tensor of that name; operators that read the tensor follow from its shape.
+2. Literal sizes belong to no named tensor. Where a node's labelled axis loses positions, its literals are rewritten:
    a reshape or expand target, a layer norm's shape, split sizes, slice bounds, the number of depthwise groups.
-
 3. Drops, merges and factorizations act on the sliced graph, in this order.
 
-The result computes what the closed model computes: removed channels and branches carry nothing, weights have the rank
-they are given (`sluice.passes.gates.gating`), merged runs are linear with all padding in front.
+The slim network computes what the closed network computes: removed channels and branches carry nothing, weights have
+the rank of the plan (`sluice.passes.gates.gating`), merged runs are linear with all padding in front.
 """
 
 from __future__ import annotations
@@ -102,7 +101,7 @@ def slice_tensors(module: nn.Module, plan: Plan) -> None:
 
 
 def mend_literals(gm: fx.GraphModule, analysis: Analysis, keeps: list[np.ndarray]) -> None:
-    """Rewrite every literal size of ``gm.graph`` that speaks of a cut axis."""
+    """Rewrite every literal size of a cut axis in ``gm.graph``."""
 
     def lost(node: Any) -> tuple[int, np.ndarray] | None:
         axis = analysis.values.get(node.name) if isinstance(node, fx.Node) else None

@@ -46,7 +46,7 @@ def with_size(shape: Any, index: int, size: int, name: str) -> list[Any]:
 
 
 def _joined(shape: Any, index: int, size: int, name: str) -> list[Any] | None:
-    """The parts that ``shape`` is joined from with another number at ``index``; None where that is no part's."""
+    """The parts that ``shape`` is joined from, with another number at ``index``; None where no part holds it alone."""
     if not shape.inputs or shape.inputs[0].op != "Concat":
         return None
     parts, stop = list(shape.inputs[0].inputs), 0

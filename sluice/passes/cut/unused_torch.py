@@ -1,7 +1,7 @@
-"""What a captured graph no longer reads, taken out of the module.
+"""Remove tensors that a captured graph no longer reads.
 
-A tensor goes if no node reads it under any of its names; all its names go. With the statistics of a batch norm goes
-the count beside them, and a module that holds nothing more, and is not called, goes as well.
+A tensor goes, with all its names, if no node reads it under any of them. The count of a batch norm goes with its
+statistics. A module that holds nothing more and is not called goes as well.
 """
 
 from __future__ import annotations

@@ -5,21 +5,21 @@ A filter gate has one learned logit per channel of an axis group:
     mask_j = sigmoid(beta * a_j) / sigmoid(beta * a_0),      beta = beta_max ** s
     s = 0 in the first half of the steps, then rising linearly to 1
 
-1. At the start every ``a_j = a_0``: the masks are exactly 1 and the gated network is the network. As beta grows the
-   normalising factor tends to 1 (Continuous Sparsification's start as identity, with a growing beta). Masks may rise
-   a little above 1; clamping them would leave a gate that drifts up without a gradient for ever.
+1. At the start every ``a_j = a_0``: the masks are exactly 1 and the gated network computes what the dense one computes.
+   As beta grows the normalising factor tends to 1 (Continuous Sparsification's start as identity, with a growing
+   beta). Masks may rise a little above 1: a gate that drifts up behind a clamp would have no gradient for ever.
 2. The decision is ``a_j > 0`` for every beta; at least one channel, the best, always stays.
-3. A sharp sigmoid has no gradient, so beta stays 1 while the budget comes down (its warm-up is shorter than half of
-   the steps) and rises only when the choice is between channels, no longer about their number.
+3. A sharp sigmoid has no gradient. So beta stays 1 while the budget comes down (its warm-up is shorter than half of the
+   steps), and rises only when the number of channels is found and the choice between them is left.
 4. Logits take no weight decay; ``gate_parameters`` gives an optimizer its own group for them.
 5. While gates train they collect, at no extra pass, ``(m_j * d loss / d m_j)^2`` of the task loss: to first order the
-   squared change of the loss were the channel removed (Taylor, or empirical Fisher, importance), in the currency of
-   the loss and comparable between groups.
+   squared change of the loss were the channel removed (Taylor, or empirical Fisher, importance), in the unit of the
+   loss and comparable between groups.
 6. A block gate is a filter gate of one channel, the whole residual branch, and may close.
 
 Rank gates, which put a thresholded weight in the weight's place, are in `sluice.passes.gates.rank_gates`.
 
-DF names the mask and the schedule but its formulas were not readable: this is a reconstruction.
+The paper (DF) names the mask and the schedule, but its formulas were not readable: a reconstruction.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["MEMORY", "REFRESH", "BlockGate", "Gate", "Gates", "RankGate", "gate_
 
 INITIAL_LOGIT = 2.0
 BETA_MAX = 5.0
-REFRESH = 8  # steps that singular directions are kept
+REFRESH = 8  # steps for which singular directions are kept
 
 
 class Gate(nn.Module):
@@ -80,8 +80,8 @@ class Gate(nn.Module):
     def soft_width(self) -> Tensor:
         """Number of open gates, with the gradient of the sum of masks (straight through).
 
-        Counting soft masks would let the budget be met by many half-open gates, and the network collapse when they
-        sharpen; counting decisions holds the network that will be cut to the budget.
+        If soft masks were counted, many half-open gates could meet the budget, and the network would collapse when they
+        sharpen. So decisions are counted: the network that will be cut meets the budget.
         """
         soft = self._soft().sum()
         return soft + (self.width() - soft).detach()

@@ -2,14 +2,14 @@
 
     effective weight = filter masks * block mask * D_tau(weight)
 
-1. `insert_gates`: a weight with a rank gate is thresholded first; then every tensor named by
-   `sluice.passes.gates.placement` is multiplied by the masks of its groups, and what a block ends in by the mask of the
-   block; layer and group norms over gated axes get masked statistics. Parameter names do not change; the gates live
-   under ``gates``.
-2. `close_gates`: the same is carried out on the weights with 0/1 masks and hard ranks, the gates go, and what is left
-   is the user's own architecture computing what the gated model computes under those decisions. Only a layer or
+1. `insert_gates`: a weight with a rank gate is thresholded first. Then every tensor named by
+   `sluice.passes.gates.placement` is multiplied by the masks of its groups, and the closing tensors of a block by the
+   mask of the block. Layer and group norms over gated axes get masked statistics. Parameter names do not change; the
+   gates live under ``gates``.
+2. `close_gates` does the same to the weights, with 0/1 masks and hard ranks, and removes the gates. The closed network
+   has the user's own architecture and computes what the gated network computes under those decisions. Only a layer or
    group norm keeps its (constant) mask, because no weight can make it leave a channel out of its statistics.
-3. A rank is cut after masking, from what is left of the matrix: rows and columns that go anyway take no rank.
+3. A rank is cut after masking, from the remaining rows and columns: the others take no rank.
 4. `strip_gates`: the dense network with the trained weights, nothing baked.
 """
 
@@ -115,7 +115,7 @@ def insert_gates(
 def strip_gates(gated: Gated, *, thresholded: bool = False) -> fx.GraphModule:
     """The captured network without gates, with the weights as they are.
 
-    ``thresholded``: weights with a rank gate as their threshold leaves them, which is the network that was trained.
+    ``thresholded``: weights with a rank gate are thresholded, which gives the network that was trained.
     """
     gm = fx.GraphModule(gated, gated.graph)
     _adopt(gm, gated)
@@ -187,7 +187,7 @@ def close_gates(
 ) -> fx.GraphModule:
     """Bake a choice into the weights.
 
-    A weight with a rank gate is baked as its threshold leaves it, whether or not ``ranks`` cuts it further.
+    A weight with a rank gate is thresholded, whether or not ``ranks`` cuts it further.
 
     Args:
         kept: by axis group the indices of the channels that stay; groups not named stay whole.

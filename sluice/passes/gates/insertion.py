@@ -1,9 +1,9 @@
-"""Where gates meet the graph: nodes that multiply tensors by masks, threshold weights, and mask statistics.
+"""The nodes that gates add to a graph: they multiply tensors by masks, threshold weights, and mask statistics.
 
 1. A mask is computed once per group and reshaped to broadcast against each of its tensors; an axis on which several
    groups lie, or one out of order, gets its multipliers by one gather.
-2. Every node put in carries `TAG` in its ``meta``: ``mask`` (a mask and what is made of it), ``scale`` (tensor times
-   mask), ``rank`` (thresholded weight), ``norm`` (a norm with masked statistics). Stripping goes by it.
+2. Every added node carries `TAG` in its ``meta``: ``mask`` (a mask, or computed from masks), ``scale`` (tensor times
+   mask), ``rank`` (thresholded weight), ``norm`` (a norm with masked statistics). `strip_gates` goes by it.
 3. A thresholded weight stands right behind the weight, before every mask.
 """
 

@@ -1,4 +1,4 @@
-"""Where the mask of an axis group has to multiply so that a closed channel carries nothing.
+"""The tensors that the mask of an axis group multiplies, so that a closed channel carries nothing.
 
 A channel may be cut when, with its gates closed, no consumer of its axis can see it. Walk backwards from every
 consumer (an operator that contracts the axis):
@@ -7,8 +7,8 @@ consumer (an operator that contracts the axis):
    a mask before it. A weight that produces the axis with no norm behind it is multiplied itself, with its bias.
 2. Operators that map 0 to 0 and leave channels apart (ReLU, pooling, reshapes, concatenation, ...) pass the demand
    on; an addition passes it to all its operands, a product to one of them.
-3. Where the walk meets anything else, f(0) != 0 (sigmoid) for example, the mask goes onto the consumer's own weight,
-   along its input axis: exact for whatever comes before.
+3. Where the walk meets any other operator, one with f(0) != 0 (sigmoid) for example, the mask goes onto the consumer's
+   own weight, along its input axis. This is exact for all operators before it.
 
 Masks multiply tensors of the size of a weight, never activations. A layer or group norm over a gated axis takes its
 statistics over the kept channels only; those nodes are listed too.
@@ -107,7 +107,7 @@ class _Walk:
         return 0 if row.kind == "linear" else 1
 
     def demand(self, node: Any) -> frozenset[Ref] | None:
-        """Tensors to multiply so that closed channels of this value are zero; None if that cannot be had."""
+        """Tensors to multiply so that closed channels of this value are zero; None if there are none."""
         if not isinstance(node, fx.Node):
             return None
         if node.name not in self.memo:

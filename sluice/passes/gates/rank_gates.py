@@ -1,22 +1,22 @@
 """Rank gates (DTL-S): one learned threshold per weight, and the thresholded weight in the weight's place.
 
-    M -> D_tau(M) = U diag(max(s - tau, 0)) V^T  (`sluice.passes.gates.svt`),   tau = s_1 exp(theta),  theta <= log
-    0.999 soft rank = sum_i sigmoid(kappa log(s_i / tau)),               kappa = the filter gates' beta
+    M -> D_tau(M) = U diag(max(s - tau, 0)) V^T (`sluice.passes.gates.svt`),  tau = s_1 exp(theta),  theta <= log 0.999
+    soft rank = sum_i sigmoid(kappa log(s_i / tau)),                          kappa = the filter gates' beta
 
 1. The threshold is relative to the largest singular value, so that one learning rate fits every layer; ``s_1`` counts
    as a constant, and the cap keeps a rank of one. ``tau`` starts at a tenth of the smallest singular value, within
    [0.001, 0.01] ``s_1``: the gated network is almost the network, and no threshold has far to go.
-2. The rank that counts is ``#(s_i > tau)``, with the gradient of the soft rank (straight through) in which ``s`` is a
-   constant: the budget moves thresholds, not weights. The sigmoid is taken of ``log(s / tau)`` rather than of
-   ``s / tau - 1``: the same to first order, but the latter has no gradient at all while ``tau`` is far below every
-   singular value, as it is at the start.
+2. The rank is ``#(s_i > tau)``, with the gradient of the soft rank (straight through) in which ``s`` is a constant: the
+   budget moves thresholds, not weights. The sigmoid is taken of ``log(s / tau)`` rather than of ``s / tau - 1``. Both
+   are the same to first order, but the latter has no gradient at all while ``tau`` is far below every singular value,
+   as it is at the start.
 3. Singular directions are computed anew every few steps (`sluice.passes.gates.filter_gates.Gates.refresh`), at every
    change of mode, and in eval mode whenever the weight has changed; in between they are kept
    (`sluice.passes.gates.svt`, rule 3).
-4. Importance of direction i: ``(f_i u_i^T G v_i)^2``, ``f_i = max(s_i - tau, 0)``: the effect of what it contributes as
-   it stands, as of a mask. It is collected in the backward pass of the weight itself.
+4. Importance of direction i is ``(f_i u_i^T G v_i)^2``, ``f_i = max(s_i - tau, 0)``: the score of a mask on its present
+   contribution. It is collected in the backward pass of the weight itself.
 
-DF names the threshold but its formulas were not readable: this is a reconstruction.
+The paper (DF) names the threshold, but its formulas were not readable: a reconstruction.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["MEMORY", "RankGate", "renew"]
 INITIAL_THRESHOLD = 0.1  # relative to the smallest singular value
 INITIAL_RANGE = (1e-3, 1e-2)  # of it, relative to the largest
 HIGHEST_THRESHOLD = 0.999
-MEMORY = 0.98  # of the importance, per backward pass: what the network was fifty steps ago no longer counts
+MEMORY = 0.98  # of the importance, per backward pass: steps more than fifty ago hardly count
 
 
 class RankGate(nn.Module):
@@ -74,7 +74,7 @@ class RankGate(nn.Module):
 
     @torch.no_grad()
     def thresholded(self, weight: Tensor) -> Tensor:
-        """The weight as the threshold leaves it, in directions of its own; of hard gates what was decided."""
+        """The thresholded weight, in directions of its own; for hard gates the weight at the decided rank."""
         matrix = matricize(weight, self.form)
         basis, _ = basis_of(matrix)
         return unmatricize(self._applied(matrix, basis)[0], self.form, weight.shape)
@@ -115,7 +115,7 @@ class RankGate(nn.Module):
         return soft + (self.width() - soft).detach()
 
     def width(self) -> int:
-        """``#(s_i > tau)``, at least 1; in hard mode no more than what was decided."""
+        """``#(s_i > tau)``, at least 1; in hard mode no more than the decided rank."""
         with torch.no_grad():
             count = int((self.values > self._share() * self.values.amax()).sum())
         return max(1, min(count, int(self.limit)) if bool(self.hard) else count)

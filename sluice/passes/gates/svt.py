@@ -14,12 +14,12 @@
        dL/dtau = - sum of P_ii over s_i > tau
 
    Both kernels are bounded because the operator is 1-Lipschitz. An SVD's own gradient divides by ``s_i^2 - s_j^2`` and
-   explodes at close, repeated or zero singular values, which a network near low rank is full of. Where ``s_i = 0`` any
+   explodes at close, repeated or zero singular values, of which a network near low rank has many. Where ``s_i = 0`` any
    ``v_i`` would do; ``v_i = 0`` puts its share into the last term.
 3. The basis may be older than the weight. ``U diag(h) U^T M`` with ``s_i = |u_i^T M|`` then still has no more ranks
    than there are ``s_i > tau``, but it thresholds the rows of ``U^T M`` instead of the singular directions, and the
-   gradient takes those rows for orthogonal. Both errors are of first order in how far the weight has moved since; with
-   a basis of this weight everything is exact. (TRP, Xu et al., IJCAI 2020, truncates at such a period.)
+   gradient takes those rows for orthogonal. Both errors are of first order in the change of the weight since; with a
+   basis of this weight everything is exact. (TRP, Xu et al., IJCAI 2020, truncates at such a period.)
 
 Sources: singular value thresholding, Cai, Candes and Shen 2010, eq. 2.2. The use as a rank gate is a reconstruction.
 """
@@ -169,9 +169,10 @@ def _kernels(values: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
 def modified_stable_rank(weight: Tensor, rank: int) -> Tensor:
     """Tail over head of the singular values, ``sum_{i>rank} s_i / sum_{i<=rank} s_i``, a differentiable scalar.
 
-    Added to the loss it empties what a truncation to ``rank`` would cut; it does not depend on the weight's scale. Zero
-    for matrices of no more than ``rank`` rows or columns. The gradient ``U_t V_t^T / head - tail / head^2 U_h V_h^T``
-    (t: tail, h: head) divides by no gap. Of a batch ``(..., n, m)`` the mean.
+    Added to the loss it empties the directions that a truncation to ``rank`` would cut; it does not depend on the
+    weight's scale. Zero for matrices of no more than ``rank`` rows or columns. The gradient
+    ``U_t V_t^T / head - tail / head^2 U_h V_h^T`` (t: tail, h: head) divides by no gap. Of a batch ``(..., n, m)`` the
+    mean.
 
     Source: BSR (Eo et al. 2023) names this regulariser; its formula was not readable: a reconstruction.
     """

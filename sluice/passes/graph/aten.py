@@ -1,8 +1,7 @@
 """The ATen front end of the coupling rules: captured ``torch.fx`` graph -> `Analysis`.
 
-The table of operators (`sluice.passes.graph.operators`) says of which kind an operator is, `KINDS` what is done with
-it. An in-place variant has the rule of its base. What has none freezes its inputs, with the operator's name as the
-reason.
+The table of operators (`sluice.passes.graph.operators`) gives every operator its kind, `KINDS` every kind its rule. An
+in-place variant has the rule of its base. An operator without a rule freezes its inputs, with its name as the reason.
 """
 
 from __future__ import annotations
@@ -144,7 +143,7 @@ def _fixed(w: Walk, n: fx.Node, a: Args) -> Axis | None:
     return None
 
 
-# What the kinds of `sluice.passes.graph.operators` do with labelled axes.
+# The rule of every kind of `sluice.passes.graph.operators`.
 KINDS: dict[str, OperatorRule] = {
     "unary": _unary,
     "combine": _combine,
@@ -185,7 +184,7 @@ def analyze(gm: fx.GraphModule, exclude: Sequence[str] = (), *, needed: bool = T
     """Read a captured graph: groups, what is frozen and why, the labelled axis of every node.
 
     Args:
-        needed: False for a network whose widths may all be fixed, since something else is done to it.
+        needed: False for a network whose widths may all be fixed, since ranks, blocks or merges are edited instead.
     Raises:
         SluiceError: no width can be cut, and one is needed.
     """

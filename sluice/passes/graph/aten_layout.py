@@ -92,7 +92,7 @@ def select(w: Walk, n: fx.Node, a: Args) -> Axis | None:
 
 
 def roll(w: Walk, n: fx.Node, a: Args) -> Axis | None:
-    """What leaves the labelled axis at one end comes in at the other."""
+    """Positions that leave the labelled axis at one end come in at the other."""
     x = w.of(a["self"])
     if x is None or not a["dims"]:  # without dims all axes are one
         return unknown(w, n, a) if x is not None else None

@@ -1,4 +1,4 @@
-"""What the rules of the ATen front end share: the state of a walk over a captured graph, and how a node is read."""
+"""The state of a walk over a captured graph, and how a node is read; shared by the rules of the ATen front end."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def keeps_zero(row: Operator, node: fx.Node) -> bool:
         a = arguments(node)
         if "exponent" in a:
             return isinstance(a["exponent"], (int, float)) and a["exponent"] > 0
-        return not a.get("value")  # what is padded with, what takes the place of small entries
+        return not a.get("value")  # the number that pads, or takes the place of small entries
     two = row.kind == "reduce" and "other" in arguments(node)  # the larger of two values, no maximum over an axis
     return row.zero == "zero" and not two
 

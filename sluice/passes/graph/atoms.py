@@ -31,7 +31,7 @@ class Atoms:
         self.tensors = tensors  # name -> shape of every named tensor that may be sliced
         self.axes: dict[tuple[str, int], np.ndarray] = {}  # (tensor, axis) -> atoms, for the axes met so far
         self.producers: list[tuple[str, int]] = []  # output axes in graph order
-        self._parent = np.arange(64)  # of every atom; what lies behind the last atom points at itself
+        self._parent = np.arange(64)  # of every atom; entries behind the last atom point at themselves
         self._count = 0
         self._reasons: dict[int, str] = {}  # by root
 

@@ -6,16 +6,16 @@ An addition ``z = a + b`` of two activations of one shape is a block with *branc
 2. they start at a *fork*: an activation that b is or depends on (the last of them, if there are several). Sums of
    separate inputs are no residuals,
 3. between fork and b there are fewer such layers (none: b is the fork, or only passes through activations and pools;
-   some: a projection): the shortcut is never the one to go,
+   some: a projection). So the shortcut is never dropped,
 4. no tensor of the branch is read elsewhere.
 
-Then ``z := b`` is a network of the same outputs' shapes, and equals the network whose branch is *closed*: the affine of
-the last norm, or weight and bias of the last layer, set to zero, where what follows up to the addition maps 0 to 0
-(``residual branch that ends in zero``; zero-initialised last norms, Goyal et al. 2017, section 5.1).
-Blocks may be nested; then both are found, and their tensors overlap.
+Then the network with ``z := b`` has outputs of the same shapes. It equals the network whose branch is *closed*: the
+affine of the last norm, or weight and bias of the last layer, are zero, and the operators behind them map 0 to 0 up to
+the addition (zero-initialised last norms, Goyal et al. 2017, section 5.1). Blocks may be nested; then both are found,
+and their tensors overlap.
 
-Behind a dropped branch an activation may have nothing left to do: limiting to a range (ReLU, ReLU6, clip) what the
-same or a narrower range has limited before. It goes as well.
+An activation behind a dropped branch (ReLU, ReLU6, clip) may limit a value to a range that has limited it before, or
+to a wider one. Such an activation changes nothing, and goes as well.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def match_drops(view: GraphView, drops: Sequence[Drop]) -> tuple[Block, ...]:
 
 
 def dropped_values(view: GraphView, blocks: Collection[Block]) -> dict[str, str]:
-    """Value -> the value that takes its place: every addition, and activations that have nothing left to do."""
+    """Value -> the value that takes its place: every addition, and activations that no longer change anything."""
     shortcuts = {block.add: block.shortcut_output for block in blocks}
     gone = {out for block in blocks for out in block.own}
     taken: dict[str, str] = {}
@@ -210,7 +210,7 @@ def _closing(view: GraphView, value: str, own: set[int]) -> set[str] | str:
 def _extras(view: GraphView, block: Block, wanted: set[str]) -> int | None:
     """How many tensors the block has beyond those wanted, if it can be the one that is meant.
 
-    Beyond them may be what carries no name of the model: constants of an exporter, copies of a shared tensor.
+    Tensors without a name of the model may be beyond them: constants of an exporter, copies of a shared tensor.
     """
     reads = view.tensors(view.producer[out] for out in block.own)
     extras = set(block.params) - wanted

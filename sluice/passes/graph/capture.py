@@ -4,9 +4,9 @@
    ``state_dict`` name, pytree inputs and outputs kept, the batch dynamic unless the model refuses.
 2. The model is captured in eval mode; operators whose behaviour depends on the mode are raised to modules at their
    own path, so that ``.train()`` and ``.eval()`` work: batch norm (`BatchNorm`, whose affine tensors stay graph
-   inputs, so that gates can multiply them) and the dropouts. What else differs between the modes (drop path,
-   auxiliary heads) stays as it is in eval mode.
-3. All else stays functional: shapes follow from the tensors, so cutting is slicing named tensors.
+   inputs, so that gates can multiply them) and the dropouts. Other parts that differ between the modes (drop path,
+   auxiliary heads) stay as they are in eval mode.
+3. All other operators stay functional: shapes follow from the tensors, so cutting is slicing named tensors.
 """
 
 from __future__ import annotations
@@ -102,9 +102,9 @@ def _write_means(gm: fx.GraphModule) -> None:
 
 
 def export_again(gm: fx.GraphModule, example_inputs: Inputs) -> torch.export.ExportedProgram:
-    """The program of a network in captured form, which is in eval mode: as it was captured, or as it was cut since.
+    """The program of a network in captured form, cut or not; the network is in eval mode.
 
-    A cut network is exported with ``example_inputs``, a captured one with those that it was captured with.
+    A cut network is exported with ``example_inputs``, any other with those that it was captured with.
 
     Raises:
         SluiceError: the example inputs do not fit a cut network.
@@ -119,12 +119,12 @@ def export_again(gm: fx.GraphModule, example_inputs: Inputs) -> torch.export.Exp
 
 
 def has_captured_form(model: nn.Module) -> TypeGuard[fx.GraphModule]:
-    """Is this a module of `capture`, or what rewrites have made of one (`mark_as_cut`)?"""
+    """Is this a module of `capture`, perhaps rewritten since (`mark_as_cut`)?"""
     return isinstance(model, fx.GraphModule) and bool({MARK, CUT} & model.meta.keys())
 
 
 def mark_as_cut(gm: fx.GraphModule) -> None:
-    """The network keeps its form, but what its nodes knew of shapes is outdated: to analyse it, capture it again."""
+    """Mark the network as cut: it keeps its form, but its shapes are outdated. To analyse it, capture it again."""
     gm.meta.pop(MARK, None)
     gm.meta[CUT] = True
     for node in gm.graph.nodes:
@@ -216,7 +216,7 @@ def _export(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
         try:
             wide_args, wide_kwargs, shapes = free_batch(args, kwargs)
             return torch.export.export(source, wide_args, wide_kwargs, dynamic_shapes=shapes, strict=False), True
-        except Exception:  # the model fixes its batch size; the static export below says what is wrong otherwise
+        except Exception:  # the model fixes its batch size, or the static export below raises the fault
             pass
     try:
         return torch.export.export(source, args, kwargs, strict=False), False

@@ -1,16 +1,15 @@
-"""Where convolutions follow each other so that they could be joined: the chains of a graph.
+"""The chains of a graph: convolutions that follow each other, so that they could be merged.
 
-A front end translates its graph into `ChainOp`s, one per operator, over named values; what follows here is the same for
-all.
+A front end translates its graph into `ChainOp`s, one per operator, over named values; the rules are the same for all.
 
 1. A *chain* is a row of convolutions with nothing between them but batch norm, activations and residual additions.
    Position p of a chain is the value that layer p reads (layers count from 0), so a segment (i, j] is ``layers[i:j]``.
 2. A *span* (i, j] is a residual block: the value at position i also reaches the addition behind layer j - 1, either as
    it is or through one 1x1 convolution. Spans nest. A span whose `Span.barrier` gives a reason can be part of a chain,
    but no segment may swallow it.
-3. Everything else ends a chain, and `Chain.before` and `Chain.after` say what it was: pooling, concatenation, a
-   product (squeeze and excite, attention), a norm that does not follow a convolution, dilation, groups, a shared
-   weight, several readers that are not a residual block. No network is known by name.
+3. Every other operator ends a chain, and `Chain.before` and `Chain.after` name it: pooling, concatenation, a product
+   (squeeze and excite, attention), a norm that does not follow a convolution, dilation, groups, a shared weight,
+   several readers that are not a residual block. No network is known by name.
 """
 
 from __future__ import annotations
@@ -95,7 +94,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Layers in order, the residual blocks over them (inner before outer), and what lies before and after."""
+    """Layers in order, the residual blocks over them (inner before outer), and the operators before and after."""
 
     layers: tuple[Layer, ...]
     spans: tuple[Span, ...]
@@ -105,7 +104,7 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class ChainOp:
-    """One operator: ``kind`` is conv, norm, act, add, pad, output or other; ``label`` says what it is in reasons."""
+    """One operator: ``kind`` is conv, norm, act, add, pad, output or other; reasons call it ``label``."""
 
     kind: str
     label: str
@@ -249,7 +248,7 @@ class _Walker:
 
 
 def _barrier(main: _Path, shortcut: Layer | None, shift: tuple[int, ...]) -> str | None:
-    """Why the shortcut cannot be folded into what the branch is merged to, if so."""
+    """Why the shortcut cannot be folded into the merged branch; None where it can."""
     inner = [span.barrier for span in main.spans if span.barrier]
     first, last = main.layers[0], main.layers[-1]
     stride, excess = [1] * len(first.stride), [0] * len(first.stride)

@@ -1,7 +1,7 @@
 """The chains of convolutions of an ONNX graph; numpy and onnx only.
 
-Exporters write activations as several operators (`sluice.passes.graph.composed`), and products with the number one,
-which are none.
+An exporter may write an activation as several operators (`sluice.passes.graph.composed`). Its products with the number
+one do nothing.
 """
 
 from __future__ import annotations

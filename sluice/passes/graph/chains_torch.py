@@ -105,7 +105,7 @@ def _read(node: fx.Node, state: dict[str, torch.Tensor], shared: set[str], modul
     if name == "mul" and 1 in (a["self"], a["other"]):
         return replace(other, kind="act")
     if name in ("to", "_to_copy") and {a.get("dtype")} == {t.dtype for t in state.values() if t.is_floating_point()}:
-        return replace(other, kind="act")  # what a convolution makes has the type of the weights
+        return replace(other, kind="act")  # a convolution's output has the type of the weights
     if name == "constant_pad_nd" and a["value"] == 0 and a["pad"][::2] == a["pad"][1::2]:
         return replace(other, kind="pad", pad=tuple(a["pad"][::-2]))
     return other

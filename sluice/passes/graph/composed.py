@@ -1,12 +1,13 @@
-"""An activation that is written as several operators: ``x * sigmoid(x)``, or what an exporter makes of ``softplus``.
+"""An activation that is written as several operators: ``x * sigmoid(x)``, or an exporter's form of ``softplus``.
 
-1. Operators that work entry by entry, on numbers and on what they compute of one value ``x``, are together a function
-   of ``x``. Nothing else may read what lies between.
+1. Operators that work entry by entry, on numbers and on values that they compute of one value ``x``, are together a
+   function of ``x``. No other operator may read the values in between.
 2. They are one *activation* if one of them is an activation by itself. So ``x * sigmoid(x)`` is one, and ``x * 2.0``
    is none.
-3. The least such piece counts: from the last operator backwards, until all that is read is one value.
+3. The activation has as few operators as possible: the search goes from the last one backwards, until only one value is
+   read.
 
-The front ends of `sluice.passes.graph.chains` say which operators these are; values are whatever they call values.
+The front ends of `sluice.passes.graph.chains` say which operators work entry by entry, and what a value is.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Composed(Generic[V]):
 def composed(
     value: V, operands: Callable[[V], Sequence[V] | None], readers: Callable[[V], Collection[V]]
 ) -> Composed[V] | None:
-    """What ends with ``value``; None where that is a single operator, or no function of one value.
+    """The operators that end with ``value``; None where that is a single one, or no function of one value.
 
     Args:
         operands: the values that an operator computes its value of, numbers left out; None if it does not work entry by

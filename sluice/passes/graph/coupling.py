@@ -5,9 +5,9 @@ may never be cut, with a reason. After the whole graph has been read, the classe
 
 1. A value has at most one labelled axis, ``Axis(dim, atoms)``; ``None`` means that nothing in it can be cut.
 2. A weight makes new atoms for its output axis and ties its input axis to the axis it contracts.
-3. Element-wise operators tie what they combine; a reshape carries labels by index (`sluice.core.algebra`), and where it
-   splits one labelled axis into two, the outer positions are tied, so that what is left stays a rectangle.
-4. What has no rule freezes what flows into it. Nothing is guessed.
+3. Element-wise operators tie the axes of their operands. A reshape carries labels by index (`sluice.core.algebra`);
+   where it splits one labelled axis into two, the outer positions are tied, so that the kept entries form a rectangle.
+4. An operator without a rule freezes its inputs. Nothing is guessed.
 
 The two front ends (`sluice.passes.graph.aten`, `sluice.passes.graph.onnx_axes`) only translate operators into these
 rules.

@@ -2,9 +2,9 @@
 
 1. A pattern means a tensor if it is, as a shell pattern, the tensor's name, the name of its module, or the name of a
    module around that.
-2. A group keeps its size if a pattern means one of the weights that make it: whoever else lies on the group would have
-   to be cut with it.
-3. A pattern that means no layer is a mistake, and is said.
+2. A group keeps its size if a pattern means one of the weights that make it: every other tensor on the group would be
+   cut together with that weight.
+3. A pattern that means no layer is an error.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""From tied atoms to axis groups: the places where a width can be chosen.
+"""From tied atoms to axis groups, the sites of widths.
 
 1. A *channel* is one class of tied atoms that nothing froze. Its *slots* are the (tensor, axis, index) it owns.
 2. Channels whose slots lie on the same set of (tensor, axis) pairs form one `AxisGroup`; the group takes its name
    from the first weight, in graph order, that produces it.
-3. What is frozen is listed with the reason. Parameter names are the only identity that leaves this module.
+3. Frozen modules are listed with the reason. Parameter names are the only identity that leaves this module.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ValueAxis:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Analysis:
-    """All groups of a graph, what was refused and why, and the labelled axis and dense shape of every value.
+    """All groups of a graph, the reason of everything frozen, the labelled axis and dense shape of every value.
 
     ``producers`` are the (weight, axis) pairs that make a labelled axis, in graph order, with a group or without.
     ``batch`` stands for the free batch in the ``shapes`` of an ONNX graph: it divides the sizes that hold the batch and
@@ -106,7 +106,7 @@ def module_of(param: str) -> str:
 
 
 def find_groups(coupling: Coupling, values: Mapping[str, Axis | None], shapes: Mapping[str, Shape]) -> Analysis:
-    """Close the books on a coupling that has read the whole graph."""
+    """The analysis of a coupling that has read the whole graph."""
     lies = {key: coupling.roots(atoms) for key, atoms in coupling.axes.items()}
     on: dict[int, list[tuple[str, int]]] = {}
     for key, along in lies.items():
@@ -182,11 +182,11 @@ def without_groups(analysis: Analysis, reasons: Mapping[str, str]) -> Analysis:
 def agreeing(analysis: Analysis, like: Analysis, reason: str) -> Analysis:
     """The analysis with the groups that ``like`` has as well, called as they are there; the others keep their size.
 
-    Two groups are the same if they lie on the same channels of the same axes, of tensors that both graphs have. What
-    they are called is no proof: where one reading lacks ``x``, its ``x`` may be the other's ``x#2``.
+    Two groups are the same if they lie on the same channels of the same axes, of tensors that both graphs have. Their
+    names are no proof: where one reading lacks ``x``, its ``x`` may be the other's ``x#2``.
 
     Args:
-        reason: what is said of the groups that ``like`` lacks.
+        reason: of the groups that ``like`` lacks.
     """
     shared = analysis.tensors.keys() & like.tensors.keys()
     theirs = {_lies(group, shared): group.name for group in like.groups}

@@ -1,8 +1,8 @@
 """The ONNX front end of the coupling rules: model -> `Analysis`; needs numpy and onnx, not torch.
 
-The same rules as for ``torch.fx`` (`sluice.passes.graph.coupling`), and the same table of operators
-(`sluice.passes.graph.operators`). Every initialiser is a named tensor. Values are analysed at one static batch
-with the shape arithmetic folded, so that sizes are numbers. A size that stays open freezes what it touches.
+The rules (`sluice.passes.graph.coupling`) and the table of operators (`sluice.passes.graph.operators`) are those for
+``torch.fx``. Every initialiser is a named tensor. Values are analysed at one static batch with the shape arithmetic
+folded, so that sizes are numbers. An operator with a size that stays open freezes its inputs and weights.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def _open(w: _Walk, n: Node, a: dict[str, Any]) -> Axis | None:
     return None
 
 
-# What the kinds of `sluice.passes.graph.operators` do with labelled axes.
+# The rule of every kind of `sluice.passes.graph.operators`.
 KINDS: dict[str, OperatorRule] = {
     "unary": _unary,
     "combine": _combine,

@@ -1,7 +1,7 @@
 """ONNX files: read, fold for deployment, write whole or not at all. No torch.
 
-Folding comes last: it merges batch norms into convolutions and makes named tensors disappear, and names are what a
-plan is applied by.
+Folding comes last, since a plan is applied by names: folding merges batch norms into convolutions, and named tensors
+disappear.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ BUFFERS = "sluice.buffers"
 
 
 def load_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """The model in a file, its initialisers no inputs: `without_defaults`.
+    """The model in a file; its initialisers are constants (`without_defaults`).
 
     Raises:
-        SluiceError: the file cannot be read, or is none.
+        SluiceError: the file cannot be read, or is no ONNX file.
     """
     name = os.fspath(path)
     try:
@@ -45,10 +45,10 @@ def load_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
 
 
 def without_defaults(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with constant initialisers; itself if it is such a one.
+    """The model with constant initialisers; itself if all of them are constant.
 
-    Before IR version 4 every initialiser had to be a graph input too, and since then one that is can be fed another
-    value: nothing may be folded into it, or stored in another type.
+    Before IR version 4 every initialiser had to be a graph input as well. Since then an initialiser that is an input
+    can be fed another value, so it could neither be folded nor stored in another type.
     """
     kept = list(OnnxGraph(model).inputs.values())
     if len(kept) == len(model.graph.input):
@@ -62,7 +62,7 @@ def without_defaults(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def finalize(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Fold and clean; the result is what is deployed."""
+    """Fold and clean the graph for deployment."""
     import onnxscript.optimizer
 
     metadata = list(model.metadata_props)
@@ -83,7 +83,7 @@ def save_onnx(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
 
 
 def note_buffers(model: onnx.ModelProto, names: Iterable[str]) -> None:
-    """Say in the file which initialisers were buffers: ONNX does not tell what is trained from what is not."""
+    """Say in the file which initialisers were buffers: ONNX does not tell parameters from buffers."""
     if noted := sorted(names):
         model.metadata_props.add(key=BUFFERS, value=json.dumps(noted))
 
@@ -96,7 +96,7 @@ def buffers_of(model: onnx.ModelProto) -> frozenset[str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """The exporter logs and warns about packages it does not find; none of it is the user's to act on."""
+    """Silence the exporter, which logs and warns about packages that the user does not need."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

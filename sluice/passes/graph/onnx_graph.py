@@ -1,7 +1,7 @@
 """One reader of ONNX graphs, `OnnxGraph`, and every size at one batch.
 
-Sizes are inferred from the operators. What inference cannot see through stays as the exporter wrote it, as far as the
-batch tells all its sizes.
+Sizes are inferred from the operators. A shape that inference does not find stays as the exporter wrote it, if the batch
+makes all its sizes known.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def with_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
         raise SluiceError(f"the ONNX graph is not well typed: {error}; export it again") from None
     symbols = {d.dim_param for i in model.graph.input for d in i.type.tensor_type.shape.dim if d.dim_param}
     inferred = {info.name: info for info in copy.graph.value_info}
-    for name, info in known.items():  # what inference could not see through, as the exporter wrote it
+    for name, info in known.items():  # shapes that inference did not find, as the exporter wrote them
         found = inferred.get(name)
         if found is not None and all(d.HasField("dim_value") for d in found.type.tensor_type.shape.dim):
             continue
@@ -60,8 +60,8 @@ def with_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
 def _infer(model: onnx.ModelProto) -> None:
     """Infer all shapes, in place.
 
-    Inference goes through the bytes of the whole model, there and back. Weights stay behind: only their types and
-    shapes are asked for, and they are nearly all of the bytes.
+    Inference serialises the whole model twice. Weights are left out: they are nearly all of the bytes, and only their
+    types and shapes count.
     """
     skeleton = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     skeleton.graph.name = model.graph.name
@@ -91,7 +91,7 @@ def is_whole_shape(node: onnx.NodeProto) -> bool:
 
 
 def reads(node: onnx.NodeProto) -> Iterator[str]:
-    """What a node reads, once for every use, also inside the bodies of control flow."""
+    """The values that a node reads, once for every use, bodies of control flow included."""
     yield from node.input
     for attribute in node.attribute:
         for graph in (attribute.g, *attribute.graphs):
@@ -100,10 +100,10 @@ def reads(node: onnx.NodeProto) -> Iterator[str]:
 
 
 class OnnxGraph:
-    """What a graph says, by name of the value; each map is made when it is first asked for.
+    """Maps of a graph by the name of the value; each is made when it is first used.
 
-    The maps hold the graph's own messages and know nothing of what is added later, but for names: `fresh` never gives
-    one twice. Whoever rewrites a graph keeps to the maps of before, or updates them.
+    The maps hold the graph's own messages, and later additions are not in them. Only `fresh` remembers: it never gives
+    a name twice. A rewriter keeps to the maps of before, or updates them.
     """
 
     def __init__(self, graph: onnx.ModelProto | onnx.GraphProto):
@@ -115,7 +115,7 @@ class OnnxGraph:
 
     @cached_property
     def inputs(self) -> dict[str, onnx.ValueInfoProto]:
-        """What must be fed, in order; old files list initialisers among their inputs too."""
+        """The inputs that must be fed, in order; old files list initialisers among their inputs too."""
         return {info.name: info for info in self.graph.input if info.name not in self.initializers}
 
     @cached_property
@@ -161,7 +161,7 @@ class OnnxGraph:
         return name in self.initializers or (name in self.producers and self.producers[name].op_type == "Constant")
 
     def array(self, name: str) -> np.ndarray | None:
-        """The numbers of a constant, an initialiser or what a Constant node makes; None for any other value."""
+        """The numbers of a constant, an initialiser or a Constant node's output; None for any other value."""
         if name in self.initializers:
             return numpy_helper.to_array(self.initializers[name])
         node = self.producers.get(name)

@@ -1,12 +1,13 @@
 """One row per operator: all that this package knows of it. A literal; no torch, no onnx, no numpy.
 
 1. An operator has a row in `ROWS`, under its names in ATen and in ONNX (in-place variants have the name of their base).
-   A new operator is a new row, and a case in its tests; nothing else lists operators by what they do.
+   A new operator is a new row and a case in its tests; no other list of operators exists.
 2. ``kind`` says how it couples channels. Both front ends (`sluice.passes.graph.aten`, `sluice.passes.graph.onnx_axes`)
-   have a function for every kind that they can read. A row whose kind has none freezes what flows into it.
+   have a function for every kind that they can read. An operator whose kind has no function freezes its inputs.
 3. ``zero`` says when its output is zero, in the words of `sluice.passes.graph.view`: "zero" its first input is zero,
-   "sum" all inputs are, "mul" one of them is, "choice" all but the first are. "number": its first input is zero, and a
-   number among its arguments allows it; ``limits`` say so by themselves. "" where f(0) != 0, or where nobody knows.
+   "sum" all inputs are, "mul" one of them is, "choice" all but the first are. "number": its first input is zero, and
+   so is f(0) by a number among its arguments. "" where f(0) != 0 or is not known. ``limits`` need no word: f(0) = 0
+   where the range holds 0.
 4. ``limits`` are the range that every entry is limited to: numbers, or the names of the arguments that hold them.
    ``weights`` are the names of the arguments that hold weight and bias.
 5. ``traits`` are words of `TRAITS`.
@@ -116,7 +117,7 @@ ROWS = (
     Operator("logical_not", "Not", "unary"),
     Operator("zeros_like", "", "unary", "zero"),
     Operator("ones_like full_like", "", "unary"),
-    # What changes nothing, or the type alone.
+    # Operators that change nothing, or the type alone.
     Operator("clone contiguous detach alias", "Identity", "unary", "zero", "activation layout moves arithmetic"),
     Operator("lift_fresh_copy positive", "", "unary", "zero", "activation layout"),
     Operator("to _to_copy", "Cast", "unary", "zero", "layout arithmetic"),
@@ -166,7 +167,7 @@ ROWS = (
     Operator("", "Upsample", "spatial", "zero"),
     Operator("pad constant_pad_nd", "Pad", "pad", "number", "limit"),
     Operator("reflection_pad1d reflection_pad2d replication_pad2d", "", "pad", "zero"),
-    # Sums, means, maxima and what mixes one axis.
+    # Sums, means, maxima and operators that mix one axis.
     Operator("mean", "ReduceMean", "reduce", "zero"),
     Operator("sum", "ReduceSum", "reduce", "zero", "arithmetic"),
     Operator("amax", "ReduceMax", "reduce", "zero", "arithmetic"),
@@ -179,7 +180,7 @@ ROWS = (
     Operator("softmax _softmax", "Softmax", "along", "", "nonnegative"),
     Operator("log_softmax", "LogSoftmax", "along"),
     Operator("cumsum", "CumSum", "along", "", "arithmetic"),
-    # What moves channels about and computes nothing.
+    # Operators that move channels about and compute nothing.
     Operator("view reshape flatten unflatten squeeze unsqueeze _unsafe_view", "Reshape Flatten Squeeze Unsqueeze", "reshape", "zero", "layout moves arithmetic"),  # noqa: E501
     Operator("permute transpose t swapaxes", "Transpose", "permute", "zero", "layout moves arithmetic"),
     Operator("expand broadcast_to", "Expand", "expand", "zero", "layout arithmetic"),

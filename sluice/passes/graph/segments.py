@@ -9,16 +9,15 @@ others merge. Which (i, j) are valid:
    before the next residual block. This is a rule of cost, as strides compose exactly while kernels grow by the stride:
    ``across_strides`` lifts it.
 
-A convolution is *irreducible* if it changes channels or size; those stay. What a removable one adds to the kernel
-depends on its own and on the stride before it, and retained L1 norms add up, so of every such kind those with the
-largest norm stay: by sorting, no subset is enumerated (reconstruction; the authors try all ``2^n``). Norms are of the
-weights with batch norm folded in. 1x1 convolutions always stay, at least one convolution does. A segment of one
-layer stands for leaving it as it is.
+A convolution is *irreducible* if it changes channels or size; those stay. A removable convolution adds to the kernel by
+its own kernel and the stride before it, so these two are its kind. Retained L1 norms add up, so of every kind those
+with the largest norm stay: sorting finds them, and no subset is enumerated (reconstruction; the authors try all
+``2^n``). Norms are of the weights with batch norm folded in. 1x1 convolutions always stay, and at least one convolution
+does. A segment of one layer leaves that layer as it is.
 
-The activation behind the last layer of a segment stays, behind the addition if a block ends there. Where there is none
-(linear bottlenecks) none is added, unlike in LayerMerge, which puts a ReLU6 there: the merged network is to stay as
-close to the function of the dense one as it can. A block none of whose convolutions stays is its shortcut alone, not
-twice its input.
+The activation behind the last layer of a segment stays, behind the addition if a block ends there. A segment without
+one (linear bottlenecks) gets none. LayerMerge puts a ReLU6 there; here the merged network stays as close as possible to
+the function of the dense one. A block none of whose convolutions stays is its shortcut alone, not twice its input.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ class Segment:
 
     @property
     def key(self) -> tuple[int, int, tuple[int, ...], tuple[int, ...], bool]:
-        """What its latency depends on, next to the sizes at its border."""
+        """With the sizes at its border, this decides the latency of the segment."""
         return self.start, self.end, self.kernel, self.stride, self.depthwise
 
     def merge(self, runs: tuple[tuple[str, ...], ...] | None = None) -> Merge:

@@ -1,8 +1,9 @@
 """Fold the shape arithmetic of a graph at one static batch, so that every literal is a constant.
 
 ``Shape`` of a value of known size is a constant; so is any small operator all of whose inputs are constants and whose
-results are integers. What is folded may make further sizes known, so both are repeated until nothing folds. Nothing
-that touches a weight is folded: names must survive. What cannot be evaluated stays in the graph.
+results are integers. A folded operator may make further sizes known, so inference and folding are repeated until
+nothing folds. An operator that reads a weight is never folded, since names must survive. An operator that the evaluator
+cannot compute stays in the graph.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def _is_prime(number: int) -> bool:
 
 
 def _fold(model: onnx.ModelProto) -> bool:
-    """Replace what is constant by initialisers, in place; whether anything was."""
+    """Replace constant values by initialisers, in place; whether any was replaced."""
     graph, read = model.graph, OnnxGraph(model)
     known = dict(read.literals)
     opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
@@ -88,13 +89,13 @@ def _fold(model: onnx.ModelProto) -> bool:
 
 
 def _evaluate(node: onnx.NodeProto, inputs: Sequence[np.ndarray], opset: int) -> list[np.ndarray] | None:
-    """All outputs of a node, if they are integers and can be had."""
+    """All outputs of a node, if they are integers and the evaluator can compute them."""
     try:
         if node.op_type == "GatherElements":
             values = [_gather_elements(inputs[0], inputs[1], attributes(node).get("axis", 0))]
         else:
             values = [np.asarray(value) for value in _reference(node, inputs, opset)]
-    except Exception:  # whatever an operator raises that the evaluator lacks or has wrong: the runtime will compute it
+    except Exception:  # of any kind, from an operator that the evaluator lacks; the runtime computes it
         return None
     return values if all(helper.np_dtype_to_tensor_dtype(v.dtype) in _INTEGERS for v in values) else None
 

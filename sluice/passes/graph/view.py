@@ -3,19 +3,19 @@
 1. A *named tensor* is a parameter or a floating-point buffer of the model; constants that an exporter made are none.
 2. A *derived* value depends on no activation: sizes, constants, a transposed weight. It is an *alias* of one named
    tensor if only the layout differs (zero stays zero).
-3. Every node says what makes its output zero, by its kind:
+3. The kind of a node says when its output is zero:
 
        zero            f(0) = 0: its first input vanishes
        mul             one of its inputs vanishes, or the tensor in ``closes`` is zero
        sum             all its inputs vanish and all tensors in ``closes`` are zero (an addition, a concatenation)
        choice          as a sum, but for its first input, which chooses between the others
        weighted norm   the tensors in ``closes`` are zero (weight and bias; ``weighted``: convolution or linear)
-       other           nothing that is known here
+       other           not known
 
    ``closes`` is None where no zeroing of named tensors suffices.
 4. The *own* nodes of a value read by one node are those that reach an output of the graph only through that value.
 
-What does the reading is `view_onnx` and `view_torch`; nothing here knows which of them it was.
+`view_onnx` and `view_torch` read the graph; nothing here knows which of them it was.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GraphView:
-    """Nodes in execution order; what the graph returns (or reads in a place that is not looked into)."""
+    """Nodes in execution order; the values that the graph returns (or reads inside the bodies of control flow)."""
 
     nodes: tuple[Node, ...]
     outputs: frozenset[str]

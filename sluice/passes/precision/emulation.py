@@ -1,8 +1,8 @@
 """Networks in 16 bits, computed on a CPU. onnx only.
 
 ONNX Runtime has no bfloat16 kernels on a CPU and few for float16, so those two are *emulated*: every operator computes
-in float32 and its result is rounded to 16 bits, which is what an accelerator does that accumulates in float32 and
-stores 16 bits. One that fuses operators rounds less often.
+in float32 and its result is rounded to 16 bits. An accelerator that accumulates in float32 and stores 16 bits does the
+same, and rounds less often where it fuses operators.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ In evaluation a batch norm is one affine map per channel, ``y = s x + t`` with
    tensors: ``W' = s W`` along the output channels, ``b' = s b + t``. Computed in float64, stored in the type of W.
 2. A weight or bias that others read as well is copied first.
 3. A norm with no such layer in front becomes ``Mul`` and ``Add``; one whose tensors are not constant stays.
-4. A transposed weight (``MatMul(x, Transpose(W))``, which exporters write) is first stored the way it is read.
+4. A weight behind a transpose (``MatMul(x, Transpose(W))``, which exporters write) is first stored transposed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def fold_batch_norms(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def remove_unused(graph: onnx.GraphProto) -> None:
-    """Drop initialisers that nothing reads and what was known of values that are gone."""
+    """Drop initialisers that nothing reads, and the types and shapes of values that are gone."""
     there = OnnxGraph(graph)
     initializers = [init for init in graph.initializer if there.uses(init.name)]
     infos = [info for info in graph.value_info if info.name in there.producers]
@@ -92,7 +92,7 @@ class _Folder:
                 kept.append(helper.make_node("Add", [node.input[0], shift], [node.output[0]]))
                 self.made[node.output[0]] = kept[-1]
             else:
-                # ``layer`` stands in ``kept`` already, and what reads the norm reads it from here on.
+                # ``layer`` stands in ``kept`` already, and the readers of the norm read it from here on.
                 layer.output[0] = node.output[0]
                 self.made[node.output[0]] = layer
         del self.graph.node[:]

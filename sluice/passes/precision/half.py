@@ -2,18 +2,18 @@
 
 *Strongly typed*: the graph says the type of every value, as TensorRT 11 demands.
 
-1. Batch norms are folded first, in float64, since their statistics are what 16 bits hold worst.
-2. Then every float32 tensor is stored in 16 bits, and so is what every operator computes.
-3. Which operands stay float32 is read from the operators' own schemas (the scales of ``Resize``, all of ``Range``):
-   a constant is kept as it is, a computed value gets a ``Cast`` in front of the operator, and behind it where 16 bits
-   are read. So do the operators that runtimes lack.
+1. Batch norms are folded first, in float64, since 16 bits hold their statistics worst of all tensors.
+2. Then every float32 tensor is stored in 16 bits, and so is every result of an operator.
+3. The operators' own schemas say which operands stay float32 (the scales of ``Resize``, all of ``Range``). A constant
+   is kept as it is, a computed value gets a ``Cast`` in front of the operator, and another behind it where 16 bits are
+   read. Operators that runtimes lack get the same casts.
 4. A network keeps float32 inputs and outputs, with a ``Cast`` next to them: the file takes the place of the fp32 one
    under the same code, and numpy knows no bfloat16. A *part* of a network has 16-bit borders, since no cast stands
    there inside the network.
 5. Constants that 16 bits cannot hold: infinities and, where they are masks, limits or epsilons, numbers beyond the
    largest (-3.4e38) become the largest, so that a row masked as a whole does not give NaN; a scalar that would vanish
-   (an epsilon) becomes the smallest number above zero. A weight beyond the largest number is refused. What else reads
-   one stays float32 (rule 7).
+   (an epsilon) becomes the smallest number above zero. A weight beyond the largest number is refused. Any other
+   operator that reads such a constant stays float32 (rule 7).
 6. bfloat16 convolutions exist from opset 22 on, so such networks are converted to it.
 7. Arithmetic on integers, on constants that 16 bits cannot hold and on sums of squares stays float32
    (`sluice.passes.precision.keep_float32`). Where such a value meets the rest of the network, it is rounded like a
@@ -46,7 +46,7 @@ LEAST_OPSET = 13  # before, operators say less about their types, and there are 
 @dataclass(frozen=True, slots=True)
 class _Half:
     """A 16-bit type: its number in ONNX, its name in schemas, its numpy type, the least opset with its layers, and the
-    operators that runtimes lack in it whatever the schema says."""
+    operators that runtimes lack in it although the schema allows them."""
 
     code: int
     text: str
@@ -69,7 +69,7 @@ _HALVES = {
 
 
 def to_half(model: onnx.ModelProto, precision: str, *, part: bool = False) -> onnx.ModelProto:
-    """An fp32 network in ``fp16`` or ``bf16``; the arguments are those of `sluice.passes.precision.to_precision.typed`.
+    """An fp32 network in ``fp16`` or ``bf16``; arguments as of `sluice.passes.precision.to_precision.to_precision`.
 
     Raises:
         SluiceError: an operator's types are not known, it holds a graph, or a weight is too large.
@@ -92,7 +92,7 @@ def at_opset(model: onnx.ModelProto, least: int) -> onnx.ModelProto:
         return model
     try:
         done = version_converter.convert_version(model, least)
-    except RuntimeError as error:  # what its adapters raise
+    except RuntimeError as error:  # raised by its adapters
         raise version_converter.ConvertError(str(error)) from error
     del done.metadata_props[:]
     done.metadata_props.extend(model.metadata_props)

@@ -5,15 +5,15 @@ They begin at three places:
 1. *Integers*: positions, lengths, sizes. An integer of more than 8 bits is cast to float32. (Those of 8 bits, images
    above all, are exact in every 16-bit type.) They are not exact beyond 2048 in fp16 and 256 in bf16.
 2. *Constants* that 16 bits cannot hold: finite ones beyond the largest number, or all so small that digits are lost.
-   The operator that reads one, or what others make of it and constants alone, computes in float32. Layers do not
-   (`sluice.passes.precision.half` refuses their weights), nor does what reads it as a mask, a limit or an epsilon
-   (`ROUNDED`): there its size does not matter.
+   An operator that reads such a constant, or a value computed of constants alone with one among them, computes in
+   float32. Layers do not (`sluice.passes.precision.half` refuses their weights), nor do operators that read it as a
+   mask, a limit or an epsilon (`ROUNDED`): there its size does not matter.
 3. *Sums of squares* in fp16, as in norms: the square of 256 is beyond its largest number. The square stays float32, and
    so does ``ReduceMean`` or ``ReduceSum`` of it, or the operator that does both.
 
-An operator of `ARITHMETIC` whose float32 operands are such values and constants alone continues them. They end at a
-layer, where they meet any other value, and where they lead back to an integer. A division by one is float32, too: a
-norm that is kept from zero by 1e-12 is zero in 16 bits.
+An operator of `ARITHMETIC` whose float32 operands are such values and constants alone computes in float32 as well.
+These values end at a layer, where they meet any other value, and where they lead back to an integer. A division by one
+of them is float32, too: a norm that is kept from zero by 1e-12 is zero in 16 bits.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WIDE_INTEGERS = frozenset(
         *(TensorProto.UINT16, TensorProto.UINT32, TensorProto.UINT64),
     ]
 )
-# What computes element by element, sums, compares or only arranges.
+# Operators that compute element by element, sum, compare or only arrange.
 ARITHMETIC = onnx_with("arithmetic")
 ROUNDED = onnx_with("limit")
 SUMS = frozenset(["ReduceMean", "ReduceSum"])
@@ -58,7 +58,7 @@ def stays_float32(graph: onnx.GraphProto, kinds: Mapping[str, int], dtype: np.dt
     squares = _summed_squares(there) if dtype == np.float16 else set()
     found: set[str] = set()
     unfit: set[str] = set()  # made of constants
-    divided: set[str] = set()  # what reads these is in 16 bits
+    divided: set[str] = set()  # readers of these are in 16 bits
     for node in graph.node:
         read = floats.intersection(node.input)
         counts = node.op_type == "Cast" and kinds.get(node.input[0]) in WIDE_INTEGERS and node.output[0] in floats

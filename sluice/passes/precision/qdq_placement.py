@@ -2,20 +2,20 @@
 
 A tensor that is int8 has one pair of ``QuantizeLinear`` and ``DequantizeLinear``, which all its readers share, behind
 the activation that runtimes fuse into the layer (``Conv -> Relu -> Q``), never before it. Which tensors have a pair
-follows from what runtimes compute in integers, and there they differ.
+follows from the operators that a runtime computes in integers, and runtimes differ in these.
 
 *TensorRT* wants int8 with zero point 0 (its recommendations on placing Q/DQ layers, in "Explicit Quantization").
 
 1. Every layer with a constant weight reads int8; its output is not quantised for its own sake.
 2. An ``Add`` is fused into the convolution that makes one operand, and would be torn off it by a pair in between; the
    other operand, the shortcut, reads int8.
-3. Pooling, and what only moves numbers, computes in int8 if its result is int8.
+3. Pooling, and operators that only move numbers, compute in int8 if their result is int8.
 
 *ONNX Runtime* on a CPU (seen in its optimised graphs) wants uint8. On x86 it turns int8 activations into uint8 itself,
 but not where a tensor has two readers, and then none of the layers around it is computed in integers.
 
-4. The zero point is 128, and 0 for what cannot be negative. A pair with 0 does what ``Relu`` and ``Clip`` from 0 do,
-   so those vanish into the layer; with another zero point they keep it in fp32.
+4. The zero point is 128, and 0 for values that cannot be negative. A pair with 0 cuts off at 0 as ``Relu`` and ``Clip``
+   from 0 do, so those vanish into the layer; with another zero point they keep it in fp32.
 5. Rule 1, but the output of a convolution is quantised as well: without, it is computed in fp32. Transposed
    convolutions are so in any case, and have no pairs.
 6. A matrix product gives floating-point numbers, and is computed in fp32 if a bias is part of it; see
@@ -24,8 +24,8 @@ but not where a tensor has two readers, and then none of the layers around it is
 
 A *part* of a network has int8 borders where the network does, as far as the part shows it. A graph input is int8 if
 these rules give it a pair. A graph output is int8, as if a layer read it, unless it is a sum or another arrangement of
-what a matrix product or a softmax made: in transformers that is the residual stream, or goes into attention, and
-neither is int8.
+the results of a matrix product or a softmax. In transformers such an output is the residual stream, or goes into
+attention, and neither is int8.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ NONNEGATIVE = onnx_with("nonnegative")
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """What a runtime computes in integers, and in which form it wants the pairs."""
+    """The operators that a runtime computes in integers, and the form in which it wants the pairs."""
 
     unsigned: bool
     weighted: frozenset[str]
@@ -138,7 +138,7 @@ class Pairs:
         return name
 
     def bound(self, name: str) -> float:
-        """What no absolute value of the tensor exceeds, as far as the operator that makes it says so."""
+        """The largest absolute value that the operator behind the tensor allows; infinite where it sets no limit."""
         node = self.made.get(name)
         if node is None or node.op_type != "Clip":
             return np.inf
@@ -148,7 +148,7 @@ class Pairs:
         return max(abs(low), abs(high))
 
     def _products(self) -> set[str]:
-        """Values that a matrix product or a softmax made, and what is only arranged of them."""
+        """The results of matrix products and softmaxes, and values that are only arrangements of them."""
         found: set[str] = set()
         convolved: set[str] = set()
         for node in self.graph.node:
@@ -190,7 +190,7 @@ class Pairs:
         return found[0], found[1]
 
     def _find_nonnegative(self) -> set[str]:
-        """Values that cannot be negative, whatever the input is."""
+        """Values that are not negative for any input."""
         found: set[str] = set()
         for node in self.graph.node:
             inherits = node.op_type in CARRIERS | {"ReduceMean"} or _moves(node)

@@ -8,13 +8,13 @@
 3. Activations have one scale per tensor. For TensorRT they are int8 with ``s = max|x| / 127``, ``z = 0``. For ONNX
    Runtime they are uint8, with ``z = 128`` and the same scale, or ``z = 0`` and ``s = max|x| / 255`` where nothing is
    negative. Which of them have a pair is said in `sluice.passes.precision.qdq_placement`.
-4. What only moves numbers has one scale before and behind.
+4. An operator that only moves numbers has one scale before and behind.
 5. For ONNX Runtime, ``Gemm`` leaves its bias to an ``Add``, and the bias behind ``MatMul`` becomes a row (1, N), which
    it does not fuse into a ``Gemm``: one with a bias and floating-point results is computed in fp32, twice as slowly as
    before quantisation.
 
-On CPUs without VNNI the kernels of ONNX Runtime for uint8 by int8 may saturate sums of two products in 16 bits; what
-that costs shows where `sluice.artifacts.deploy.as_module` is evaluated on such a machine.
+On CPUs without VNNI the kernels of ONNX Runtime for uint8 by int8 may saturate sums of two products in 16 bits; an
+evaluation of `sluice.artifacts.deploy.as_module` on such a machine shows the cost.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def quantize(
     target: str = "ort-cpu",
     exclude: Collection[str] = (),
 ) -> onnx.ModelProto:
-    """An fp32 network with pairs; the arguments are those of `sluice.passes.precision.to_precision.typed`.
+    """An fp32 network with pairs; the arguments are those of `sluice.passes.precision.to_precision.to_precision`.
 
     Raises:
         SluiceError: ``exclude`` names no weight, or ``ranges`` lack a tensor.

@@ -1,4 +1,4 @@
-"""The precision of a deployment, and fp32 networks rewritten for it. numpy and onnx only.
+"""Fp32 networks rewritten for the precision of their deployment. numpy and onnx only.
 
 ``fp32``: the network as it is. ``fp16``, ``bf16``: strongly typed in 16 bits (`sluice.passes.precision.half`).
 ``int8``: pairs of ``QuantizeLinear`` and ``DequantizeLinear`` around fp32 operators
@@ -33,11 +33,11 @@ def to_precision(
     """An fp32 network as it is deployed in ``precision``.
 
     Args:
-        part: a piece of a network, whose borders are typed like inner tensors.
+        part: the network is a piece, whose borders have the types of inner tensors.
         ranges: for int8, the largest absolute value by tensor (`sluice.artifacts.calibration_ranges`); without them
             every scale is the same arbitrary constant, enough for timing, since latency does not depend on scales.
-        target: the runtime that the file is for, which decides on the form of int8:
-        `sluice.passes.precision.qdq_placement`. exclude: for int8, names of weights whose layers stay float.
+        target: the runtime of the file; it decides on the form of int8 (`sluice.passes.precision.qdq_placement`).
+        exclude: for int8, names of weights whose layers stay float.
     Raises:
         SluiceError: there is no such precision, or the network cannot be written in it.
     """
