@@ -31,7 +31,7 @@ from sluice.profiler.pieces.variants import (
 from sluice.profiler.sweep.bench import Bench
 from sluice.profiler.sweep.explore import explore
 from sluice.profiler.sweep.grids import calls_in, dense_ms, dense_points, knots_of, net_ms
-from sluice.profiler.sweep.joint_sweep import explore_joints, joint_tolerance
+from sluice.profiler.sweep.joint_sweep import explore_inner_joints, joint_tolerance
 from sluice.solver.options import BSR, EditSpace, RankOption
 
 __all__ = ["find_alternatives", "points_of"]
@@ -56,7 +56,7 @@ def find_alternatives(
     if "rank" in methods or BSR in methods:
         layers = rank_layers(partition, dense, space)
         for variant in rank_variants(partition, layers, bench.table.fingerprint.precision):
-            shown += _ranks(variant, layers, dense, stairs, bench, joint_tolerance(partition, bench.table))
+            shown += _ranks(variant, layers, dense, stairs, bench)
     if "block" in methods:
         drops = {f"{block.name}|drop": block.drop() for block in space.blocks}
         hidden = {f"{block.name}|drop": _without_weight(partition, block) for block in space.blocks}
@@ -66,6 +66,7 @@ def find_alternatives(
         paying = _merges(partition, sites, dense, stairs, bench)
         merges = {s.place.switch: site.merge for s, site in paying}
         shown += [s for s, _ in paying]
+    _measure(shown, bench, joint_tolerance(partition, bench.table))
     ranks = tuple(RankOption(*s.place.switch.rsplit("|", 1)) for s in shown if s.place.rank)
     options = EditSpace(ranks, drops, merges)
     return Alternatives(options, tuple(shown), hidden)
@@ -88,8 +89,8 @@ def _ranks(
     dense: Mapping[str, float],
     stairs: Mapping[str, Staircase],
     bench: Bench,
-    tolerance: float,
 ) -> list[MeasuredReplacement]:
+    """Rule 1: the forms of one graph at the ranks that pay."""
     cut = variant.partition
     explored = explore(cut, bench, {p.rank for p in variant.places if p.rank}, most=RANKS)
     own, total, call_ms = _widths(cut, stairs), sum(dense.values()), bench.call()
@@ -102,7 +103,6 @@ def _ranks(
         if levels:
             now = {**own, place.rank: Staircase(stair.cost, levels)}
             shown.append(MeasuredReplacement(place, cut, now, points_of(replaced / total)))
-    _measure(shown, bench, tolerance)
     return shown
 
 
@@ -117,20 +117,21 @@ def _merges(
     by_weight, total = {anchor_weight(piece): dense[piece.name] for piece in partition.pieces}, sum(dense.values())
     best: dict[str, tuple[float, MeasuredReplacement, MergeSite]] = {}
     call_ms = bench.call()
-    for variant, shelf in merge_variants(partition, sites):
+    variants = list(merge_variants(partition, sites))
+    # All graphs in one call: each by itself has a point or two, and every call waits for a quiet machine.
+    bench.pieces_of(
+        [(v.partition, *point) for v, _ in variants for p in v.places for point in dense_points(v.partition, p.pieces)]
+    )
+    for variant, shelf in variants:
         cut = variant.partition
         own = _widths(cut, stairs)
-        at_dense = {place.switch: dense_points(cut, place.pieces) for place in variant.places}
-        bench.pieces(cut, [point for points in at_dense.values() for point in points])
         for place, site in zip(variant.places, shelf, strict=True):
-            points = at_dense[place.switch]
+            points = dense_points(cut, place.pieces)
             ms = sum(net_ms(p, cut, bench.table.require(p.key, extents).ms, call_ms) for p, extents in points)
             replaced = sum(by_weight.get(weight, 0.0) for weight in place.layers)
             if ms < replaced and (place.switch not in best or ms < best[place.switch][0]):
                 best[place.switch] = (ms, MeasuredReplacement(place, cut, own, points_of(replaced / total)), site)
-    paying = [(shown, site) for _, shown, site in best.values()]
-    _measure([shown for shown, _ in paying], bench, joint_tolerance(partition, bench.table))
-    return paying
+    return [(shown, site) for _, shown, site in best.values()]
 
 
 def _measure(shown: Sequence[MeasuredReplacement], bench: Bench, tolerance: float) -> None:
@@ -142,9 +143,7 @@ def _measure(shown: Sequence[MeasuredReplacement], bench: Bench, tolerance: floa
         for point in itertools.product(*knots_of(piece, s.partition, s.stairs, s.most))
     ]
     bench.pieces_of(points)
-    for s in shown:
-        if s.place.inner:
-            explore_joints(s.partition, s.stairs, bench, tolerance, s.place.inner)
+    explore_inner_joints([(s.partition, s.stairs, s.place.inner) for s in shown if s.place.inner], bench, tolerance)
 
 
 def _widths(cut: Partition, stairs: Mapping[str, Staircase]) -> dict[str, Staircase]:

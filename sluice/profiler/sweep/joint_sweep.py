@@ -18,7 +18,15 @@ from sluice.profiler.sweep.bench import Bench
 from sluice.profiler.sweep.grids import dense_points, thin, totals
 from sluice.profiler.table.latency_table import LatencyTable
 
-__all__ = ["explore_joints", "joint_graph", "joint_ms", "joint_points", "joint_sizes", "joint_tolerance"]
+__all__ = [
+    "explore_inner_joints",
+    "explore_joints",
+    "joint_graph",
+    "joint_ms",
+    "joint_points",
+    "joint_sizes",
+    "joint_tolerance",
+]
 
 FEW = 5
 BATCH_OF_JOINTS = 8
@@ -58,10 +66,19 @@ def joint_points(
     tensors: Collection[str] | None = None,
 ) -> list[tuple[Joint, tuple[int, ...]]]:
     """The points wanted of all joints, or of those at ``tensors``, given the points in the table so far."""
+    joints = [joint for joint in _joints(partition) if tensors is None or joint.tensor in tensors]
+    return _points_of(joints, partition, stairs, table, tolerance)
+
+
+def _points_of(
+    joints: Sequence[Joint],
+    partition: Partition,
+    stairs: Mapping[str, Staircase],
+    table: LatencyTable,
+    tolerance: float,
+) -> list[tuple[Joint, tuple[int, ...]]]:
     points: list[tuple[Joint, tuple[int, ...]]] = []
-    for joint in _joints(partition):
-        if tensors is not None and joint.tensor not in tensors:
-            continue
+    for joint in joints:
         if joint.extent is None:
             points.append((joint, ()))
             continue
@@ -96,21 +113,43 @@ def explore_joints(
     stairs: Mapping[str, Staircase],
     bench: Bench,
     tolerance: float,
-    tensors: Collection[str] | None = None,
     wanted: Callable[[Joint], bool] = lambda joint: True,
 ) -> None:
-    """Measure all joints that are ``wanted``, until the table has their points.
+    """Measure all joints of a graph that are ``wanted``, until the table has their points."""
+    joints = [joint for joint in _joints(partition) if wanted(joint)]
+    _explore([(partition, stairs, joints)], bench, tolerance)
 
-    The wanted points follow from the known ones, so ``wanted`` is called anew after every batch
-    (`sluice.profiler.sweep.bench`, 2).
+
+def explore_inner_joints(
+    graphs: Sequence[tuple[Partition, Mapping[str, Staircase], Collection[str]]], bench: Bench, tolerance: float
+) -> None:
+    """Measure the joints at some tensors of several graphs, until the table has their points.
+
+    Joints of different graphs share calls: each graph by itself has one or two, and every call waits for a quiet
+    machine.
     """
+    found = [
+        (partition, stairs, [joint for joint in _joints(partition) if joint.tensor in tensors])
+        for partition, stairs, tensors in graphs
+    ]
+    _explore(found, bench, tolerance)
+
+
+def _explore(
+    graphs: Sequence[tuple[Partition, Mapping[str, Staircase], Sequence[Joint]]], bench: Bench, tolerance: float
+) -> None:
+    """The points that a joint needs follow from its known ones, so they are asked for anew after every batch."""
     done = 0
     while True:
-        points = joint_points(partition, stairs, bench.table, tolerance, tensors)
-        missing = [(j, at) for j, at in points if wanted(j) and bench.table.get(j.key, at) is None]
+        missing = {
+            (joint.key, at): (joint_graph(joint, partition), joint, at)
+            for partition, stairs, joints in graphs
+            for joint, at in _points_of(joints, partition, stairs, bench.table, tolerance)
+            if bench.table.get(joint.key, at) is None
+        }
         if not missing:
             return
-        batch = missing[:BATCH_OF_JOINTS]
-        bench.joints([(joint_graph(joint, partition), joint, at) for joint, at in batch])
+        batch = list(missing.values())[:BATCH_OF_JOINTS]
+        bench.joints(batch)
         bench.progress(done + len(batch), done + len(missing))
         done = done + len(batch) if len(missing) > len(batch) else 0

@@ -29,8 +29,10 @@ from sluice.passes.graph.onnx_file import buffers_of, note_buffers
 from sluice.profiler import profile as profile_module
 from sluice.profiler.pieces.engine import build_engine, with_ranks_in_reach
 from sluice.profiler.profile import Profile, profile_onnx
+from sluice.profiler.sweep.bench import Bench
 from sluice.profiler.sweep.engine_times import RESTRUCTURED
 from sluice.runtime.base.compare import assert_close
+from sluice.runtime.base.runner import Session
 from sluice.solver.options import METHODS, chosen_edits
 from sluice.solver.random_configurations import random_configuration
 from tests.device import FakeRunner, line, staircase
@@ -316,6 +318,20 @@ def test_a_kill_among_the_alternatives_loses_what_was_in_flight_only(share: floa
     profiled(again, ("rank", "merge"), table=tmp_path / "t.db")
     assert 0 < again.built < whole.built
     assert killed.built + again.built <= whole.built + RESTRUCTURED
+
+
+def test_graphs_share_their_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call waits for a quiet machine however little is in it, and a graph by itself has a point or two."""
+    sizes: list[int] = []
+    real = Bench.time
+
+    def counted(self: Bench, sessions: Sequence[Session], names: Sequence[str], *rest: int) -> object:
+        sizes.append(len(sessions))
+        return real(self, sessions, names, *rest)
+
+    monkeypatch.setattr(Bench, "time", counted)
+    profiled(FakeRunner(EIGHT))
+    assert sum(sizes) / len(sizes) > 12  # of 24 at most; graph by graph it was 9.7
 
 
 def test_an_engine_has_the_structure_of_its_plan() -> None:
