@@ -19,7 +19,7 @@ MODULES = {
     ".".join(("sluice", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(ROOT.rglob("*.py"))
 }
-FRONT = ("sluice", "sluice.__main__")  # what users import, which names every room
+FRONT = ("sluice", "sluice.__main__")  # what users import; its names lie in every room
 
 
 def imports(path: Path, top_level: bool = False) -> set[str]:
@@ -49,7 +49,12 @@ def room_of(module: str) -> str:
 
 def arrows() -> dict[str, set[str]]:
     """By module the modules that it imports, at any place."""
-    return {m: {n for n in imports(path) if n in MODULES} - {m} for m, path in MODULES.items() if m not in FRONT}
+    public = {f"sluice.{name}": module for name, module in sluice._WHERE.items()}
+    return {
+        m: {public.get(n, n) for n in imports(path) if public.get(n, n) in MODULES} - {m, *FRONT}
+        for m, path in MODULES.items()
+        if m not in FRONT
+    }
 
 
 def rooms() -> dict[str, set[str]]:

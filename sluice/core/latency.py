@@ -24,7 +24,7 @@ solver and the report.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -136,6 +136,11 @@ class LatencyModel:
 
     def dense_ms(self) -> float:
         return self.ms(self.dense)
+
+    def pinned(self, sites: Collection[str]) -> LatencyModel:
+        """The same model in which these sites stay dense."""
+        levels = {site: (self.dense[site],) if site in sites else tuple(v) for site, v in self.levels.items()}
+        return replace(self, levels=levels)
 
     def calibrated(self, slope: float, intercept: float, error: Mapping[str, float]) -> LatencyModel:
         return replace(self, slope=slope, intercept=intercept, error=dict(error))

@@ -26,7 +26,7 @@ from sluice.passes.cut.factor import forms_of, max_rank
 from sluice.passes.graph.blocks import Block, find_blocks
 from sluice.passes.graph.chains import Chain
 from sluice.passes.graph.exclusion import excluded_by, leave_out
-from sluice.passes.graph.groups import Analysis, agreeing, module_of
+from sluice.passes.graph.groups import Analysis, agreeing, module_of, named_like
 from sluice.passes.graph.view import GraphView
 from sluice.passes.merge_sites import MergeSite, find_merge_sites
 
@@ -34,7 +34,16 @@ if TYPE_CHECKING:
     import onnx
     from torch import fx
 
-__all__ = ["RankSite", "Reading", "SearchSpace", "agreed", "find_search_space", "read_onnx", "read_torch"]
+__all__ = [
+    "RankSite",
+    "Reading",
+    "SearchSpace",
+    "agreed",
+    "called_like",
+    "find_search_space",
+    "read_onnx",
+    "read_torch",
+]
 
 LEAST = 8  # a weight with fewer rows or columns has no rank to choose
 READINGS = {"torch": "torch graph", "onnx": "ONNX graph"}
@@ -152,31 +161,50 @@ def find_search_space(reading: Reading, exclude: Sequence[str] = ()) -> SearchSp
     return SearchSpace(analysis, ranks, blocks, merges, left_alone, unfactorised, undropped, unmerged, reading.kind)
 
 
+def called_like(space: SearchSpace, other: SearchSpace) -> SearchSpace:
+    """The same sites, groups and blocks called as in ``other``, another reading of the same network."""
+    named = {_layers(block): block.name for block in other.blocks}
+    blocks = tuple(replace(block, name=named.get(_layers(block), block.name)) for block in space.blocks)
+    return replace(space, analysis=named_like(space.analysis, other.analysis), blocks=blocks)
+
+
 def agreed(space: SearchSpace, other: SearchSpace) -> SearchSpace:
     """The sites of ``space`` that ``other``, another reading of the same network, has as well (rule 4).
 
-    Groups and blocks are called as they are in ``other``.
+    Groups and blocks are called as they are in ``other``. ``left_alone`` tells every site that one of them lacks.
     """
+    space = called_like(space, other)
     mine, theirs = READINGS[space.kind], READINGS[other.kind]
     analysis = agreeing(space.analysis, other.analysis, f"its width is no group of the {theirs}, so it stays")
     missed = agreeing(other.analysis, space.analysis, f"its width is no group of the {mine}, so it stays")
     told = {name: why for name, why in missed.frozen.items() if other.analysis.frozen.get(name) != why}
     unmatched = {group.name for group in other.analysis.groups} - {group.name for group in analysis.groups}
-    lacks = f"is no such site in the {theirs}, so it stays as it is"
-    named = {frozenset(block.params): block.name for block in other.blocks}
-    segments = {(site.segment.layers, site.segment.kernel) for site in other.merges}
+    drops = {_layers(block) for block in other.blocks}
+    merges = {site.switch for site in other.merges}
+    lost = (
+        *(("cannot be factorised", name) for name in space.ranks if name not in other.ranks),
+        *(("is no residual block", block.name) for block in space.blocks if _layers(block) not in drops),
+        *(("cannot be merged", site.switch.partition("|")[0]) for site in space.merges if site.switch not in merges),
+    )
     return replace(
         space,
         analysis=analysis,
         ranks={name: site for name, site in space.ranks.items() if name in other.ranks},
-        blocks=tuple(
-            replace(block, name=named[key]) for block in space.blocks if (key := frozenset(block.params)) in named
-        ),
-        merges=tuple(s for s in space.merges if (s.segment.layers, s.segment.kernel) in segments),
-        left_alone={**told, **space.left_alone, **analysis.frozen},
-        unfactorised={**space.unfactorised, **dict.fromkeys(space.ranks.keys() - other.ranks.keys(), lacks)},
+        blocks=tuple(block for block in space.blocks if _layers(block) in drops),
+        merges=tuple(site for site in space.merges if site.switch in merges),
+        left_alone={
+            **told,
+            **space.left_alone,
+            **analysis.frozen,
+            **{name: f"{what} in the {theirs}, so it stays" for what, name in lost},
+        },
         unmatched=frozenset(unmatched),
     )
+
+
+def _layers(block: Block) -> frozenset[str]:
+    """The weights that tell a block from others; a view may lack names of other tensors of it."""
+    return frozenset(block.layers) or frozenset(block.params)
 
 
 def _ranks(reading: Reading, exclude: Sequence[str]) -> tuple[dict[str, RankSite], dict[str, str]]:

@@ -111,7 +111,7 @@ def prepare(
     space = agreed(space, measured.space)  # a site that the file lacks is neither promised nor cut
     for each in budgets:
         check_reachable(measured, methods, each)  # before the training
-    widths_vary = bool(measured.partition.analysis.groups)
+    widths_vary = bool(measured.space.analysis.groups)
     gated = insert_gates(captured, example_inputs, space=space, kinds=("filter",) if widths_vary else ())
     teacher = strip_gates(gated).eval()
     scores: Mapping[str, np.ndarray] = {}

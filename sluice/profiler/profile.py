@@ -20,7 +20,7 @@ from sluice.core.errors import SluiceError
 from sluice.core.latency import LatencyModel
 from sluice.core.progress import Progress, progress_of, silent
 from sluice.passes.precision.to_precision import to_precision
-from sluice.passes.search_space import SearchSpace, agreed, find_search_space, read_onnx
+from sluice.passes.search_space import SearchSpace, agreed, called_like, find_search_space, read_onnx
 from sluice.profiler.fit.calibrate import calibrate
 from sluice.profiler.pieces.partition import Partition, partition_static, static_at, with_small
 from sluice.profiler.survey import Unknown, closed_bench, measure_engine_share, survey, survey_of_known
@@ -165,7 +165,7 @@ def profile_onnx(
             own = replace(bench, progress=advance)
             latency = calibrate(partition, found.latency(bench), own, found.alternatives, seed=seed)
         cache, counts = bench.table.get_blob(timing_cache.NAME), found.coverage(bench.table)
-    return Profile(
+    done = Profile(
         latency,
         partition,
         space,
@@ -177,6 +177,7 @@ def profile_onnx(
         *counts,
         bench.reference.moved,
     )
+    return done if like is None else _limited(done, like)
 
 
 def profile_known(
@@ -208,7 +209,8 @@ def profile_known(
         cache, options = opened.get_blob(timing_cache.NAME), found.alternatives.options
         reference, counts = opened.get(REFERENCE_KEY, ()), found.coverage(opened)
     reference_ms = reference.ms if reference is not None else math.nan
-    return Profile(latency, partition, space, there, there.runtime, reference_ms, options, cache, *counts)
+    done = Profile(latency, partition, space, there, there.runtime, reference_ms, options, cache, *counts)
+    return done if like is None else _limited(done, like)
 
 
 def profile_shard(
@@ -267,14 +269,34 @@ def _partition(
     static = static_at(model, fingerprint.batch)
     space = find_search_space(read_onnx(static), exclude)
     if like is not None:
-        space = agreed(space, like)
+        space = called_like(space, like)
     partition = partition_static(static, space.analysis, fingerprint.batch)
     # Less work takes no less time where a small batch leaves an accelerator idle, or threads wait for each other.
     if fingerprint.runtime == "ort-cpu" and fingerprint.threads == 1:
         partition = with_small(partition, model)
     if tuple(methods) == ("filter",):
-        _check_choice(space, EditSpace())
+        _check_choice(space if like is None else agreed(space, like), EditSpace())
     return partition, space
+
+
+def _limited(profile: Profile, like: SearchSpace) -> Profile:
+    """The profile with the sites that ``like`` has as well; all others stay dense.
+
+    This comes after measuring, so a table serves whether or not the other reading was at hand when it was filled.
+    """
+    space, options = agreed(profile.space, like), profile.options
+    drops, merges = {f"{block.name}|drop" for block in space.blocks}, {site.switch for site in space.merges}
+    left = EditSpace(
+        tuple(option for option in options.ranks if option.param in space.ranks),
+        {switch: drop for switch, drop in options.drops.items() if switch in drops},
+        {switch: merge for switch, merge in options.merges.items() if switch in merges},
+    )
+    _check_choice(space, left)
+    groups = {group.name for group in profile.space.analysis.groups}
+    shut = groups - {group.name for group in space.analysis.groups}
+    shut |= {name for option in options.ranks if option not in left.ranks for name in (option.switch, option.rank)}
+    shut |= (options.drops.keys() - left.drops.keys()) | (options.merges.keys() - left.merges.keys())
+    return replace(profile, space=space, options=left, latency=profile.latency.pinned(shut))
 
 
 def _check_choice(space: SearchSpace, options: EditSpace) -> None:

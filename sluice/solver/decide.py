@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -221,8 +221,7 @@ def amplitude_losses(levels: Mapping[str, tuple[int, ...]], scores: Mapping[str,
 
 def restricted(model: LatencyModel, groups: frozenset[str]) -> LatencyModel:
     """The same model in which all other sites stay dense."""
-    levels = {g: tuple(model.levels[g]) if g in groups else (size,) for g, size in model.dense.items()}
-    return replace(model, levels=levels)
+    return model.pinned(model.dense.keys() - groups)
 
 
 def _solve(

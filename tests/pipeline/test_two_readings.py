@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import sluice
 from sluice.artifacts.result import Compressed
+from sluice.core.deployment import Deployment
+from sluice.passes.cut.export import to_onnx
 from sluice.passes.graph import aten, onnx_axes
 from sluice.passes.graph.groups import Analysis, without_groups
+from sluice.passes.search_space import find_search_space, read_torch
+from sluice.profiler.profile import profile_known, profile_onnx
+from sluice.solver.options import METHODS
 from tests import tiny
 
 SETTINGS: dict[str, Any] = {"batch": tiny.BATCH, "methods": ("filter",), "progress": False}
@@ -78,3 +85,41 @@ def test_a_gate_without_a_place_in_the_table_stays_open(monkeypatch: pytest.Monk
         gated.step()
     assert gated.gates["conv1"].width() == 10
     check(sluice.finish(gated, budget, progress=False))
+
+
+def test_a_table_serves_whether_or_not_both_graphs_were_at_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device fills a table by the file alone; the host then limits the choice to what its torch graph has."""
+    table, dense = tmp_path / "t.db", to_onnx(tiny.residual(), tiny.inputs())
+    profile_onnx(dense, table, deployment=Deployment(batch=tiny.BATCH), methods=METHODS, progress=False)
+    lose(monkeypatch, aten, "analyze", "conv1")
+    like = find_search_space(read_torch(sluice.capture(tiny.residual(), tiny.inputs())))
+    like = like.without(["block1.conv1.weight", "conv2.weight"])
+    known = profile_known(dense, table, methods=METHODS, like=like)  # which measures nothing
+    assert known.latency.levels["conv1"] == (known.latency.dense["conv1"],) and len(known.latency.levels["conv2"]) > 1
+    assert "conv2.weight" not in {option.param for option in known.options.ranks}
+    assert list(known.options.drops) == ["block2|drop"] and known.latency.levels["block1|drop"] == (0,)
+    told = known.space.left_alone
+    assert "no group of the torch graph" in told["conv1"] and "cannot be factorised" in told["conv2.weight"]
+    assert "is no residual block" in told["block1"]
+
+
+class Scaled(nn.Module):
+    """(N, 3, 9, 9) to (N, 5): a branch that a single number scales (ReZero)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.branch, self.head = nn.Conv2d(3, 11, 3), nn.Conv2d(11, 11, 3, padding=1), nn.Linear(11, 5)
+        self.alpha = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.head((x + torch.tanh(self.branch(x)) * self.alpha).mean((2, 3)))
+
+
+def test_a_block_is_known_by_its_layers() -> None:
+    """An ONNX file does not tell a parameter of one number from an exporter's constant."""
+    measured = sluice.profile(Scaled().eval(), tiny.inputs(), batch=tiny.BATCH, methods=("block",), progress=False)
+    (drop,) = measured.options.drops.values()
+    assert "branch.weight" in drop.params

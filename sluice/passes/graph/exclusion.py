@@ -42,7 +42,7 @@ def leave_out(analysis: Analysis, patterns: Sequence[str]) -> Analysis:
         return analysis
     layers = [param for param, _ in analysis.producers]
     for pattern in patterns:
-        if not any(excluded_by(name, [pattern]) for name in (*layers, *analysis.tensors)):
+        if not any(excluded_by(name, [pattern]) for name in layers):
             raise SluiceError(f"exclude pattern {pattern!r} matches no layer; layers are {list(dict.fromkeys(layers))}")
     meant = {
         key: f"excluded by {p!r}" for key in analysis.producers if (p := excluded_by(key[0], patterns)) is not None

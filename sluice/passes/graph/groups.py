@@ -26,6 +26,7 @@ __all__ = [
     "find_groups",
     "keep_masks",
     "module_of",
+    "named_like",
     "rename_groups",
     "without_groups",
 ]
@@ -182,19 +183,32 @@ def without_groups(analysis: Analysis, reasons: Mapping[str, str]) -> Analysis:
 def agreeing(analysis: Analysis, like: Analysis, reason: str) -> Analysis:
     """The analysis with the groups that ``like`` has as well, called as they are there; the others keep their size.
 
-    Two groups are the same if they lie on the same channels of the same axes, of tensors that both graphs have. Their
-    names are no proof: where one reading lacks ``x``, its ``x`` may be the other's ``x#2``.
-
     Args:
-        reason: of the groups that ``like`` lacks.
+        reason: why a group that ``like`` lacks keeps its size.
     """
-    shared = analysis.tensors.keys() & like.tensors.keys()
-    theirs = {_lies(group, shared): group.name for group in like.groups}
-    names = {group.name: theirs.get(_lies(group, shared)) for group in analysis.groups}
+    names = _matched(analysis, like)
     renamed = [replace(group, name=names[group.name] or group.name) for group in analysis.groups]
     lacking = {name: reason for name, other in names.items() if other is None}
     left = without_groups(analysis, lacking)
     return replace(left, groups=tuple(group for group, old in zip(renamed, names, strict=True) if old not in lacking))
+
+
+def named_like(analysis: Analysis, like: Analysis) -> Analysis:
+    """The same groups, called as in ``like`` where it has them; no other group has a name that ``like`` uses."""
+    names, theirs = _matched(analysis, like), {group.name for group in like.groups}
+    own = {name: f"{name} (here alone)" if name in theirs else name for name in names}
+    return replace(analysis, groups=tuple(replace(g, name=names[g.name] or own[g.name]) for g in analysis.groups))
+
+
+def _matched(analysis: Analysis, like: Analysis) -> dict[str, str | None]:
+    """By group the name of the same group in ``like``, None where it has none.
+
+    Two groups are the same if they lie on the same channels of the same axes, of tensors that both graphs have. Equal
+    names are no proof: where one reading lacks ``x``, its ``x`` may be the ``x#2`` of the other.
+    """
+    shared = analysis.tensors.keys() & like.tensors.keys()
+    theirs = {lies: group.name for group in like.groups if (lies := _lies(group, shared))}
+    return {group.name: theirs.get(_lies(group, shared)) for group in analysis.groups}
 
 
 def _lies(group: AxisGroup, tensors: Collection[str]) -> frozenset[tuple[str, int, bytes]]:
