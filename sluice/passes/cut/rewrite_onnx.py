@@ -31,6 +31,8 @@ from sluice.passes.graph.onnx_graph import OnnxGraph
 
 __all__ = ["cut_graph", "restructure", "rewrite_onnx"]
 
+AXES_ARE_INPUTS = 13  # the first operator set in which Squeeze takes its axes as an input
+
 
 def rewrite_onnx(model: onnx.ModelProto, plan: Plan) -> onnx.ModelProto:
     """The slim ONNX model.
@@ -89,7 +91,7 @@ def cut_graph(model: onnx.ModelProto, analysis: Analysis, keeps: Sequence[np.nda
     for (param, axis), mask in tensor_masks(analysis, keeps).items():
         if param in tensors and isinstance(tensors[param], gs.Constant):
             tensors[param].values = np.ascontiguousarray(np.compress(mask, tensors[param].values, axis=axis))
-    mender = _Mender(analysis, keeps)
+    mender = _Mender(analysis, keeps, graph.opset)
     for node in graph.nodes:
         mender.mend(node)
     graph.nodes.extend(mender.added)
@@ -112,8 +114,8 @@ def cut_graph(model: onnx.ModelProto, analysis: Analysis, keeps: Sequence[np.nda
 class _Mender:
     """Literal sizes of graphsurgeon nodes."""
 
-    def __init__(self, analysis: Analysis, keeps: Sequence[np.ndarray]):
-        self.analysis, self.keeps = analysis, keeps
+    def __init__(self, analysis: Analysis, keeps: Sequence[np.ndarray], opset: int):
+        self.analysis, self.keeps, self.opset = analysis, keeps, opset
         self.added: list[Any] = []  # nodes that compute sizes
 
     def lost(self, name: str) -> tuple[int, np.ndarray] | None:
@@ -126,6 +128,8 @@ class _Mender:
         cut_out = self.lost(node.outputs[0].name) if node.outputs else None
         if node.op in ("Reshape", "Expand") and cut_out:
             self._target(node, *cut_out)
+        elif node.op == "Squeeze" and cut_in and len(node.inputs) < 2 and "axes" not in node.attrs:
+            self._squeeze(node)
         elif node.op == "Split" and cut_in:
             self._split(node, *cut_in)
         elif node.op == "Slice" and cut_in:
@@ -176,6 +180,16 @@ class _Mender:
 
     def _is_dynamic(self, size: int) -> bool:
         return self.analysis.batch is not None and size % self.analysis.batch == 0
+
+    def _squeeze(self, node: Any) -> None:
+        """The axes that the dense graph squeezes: an axis that was cut to one entry is none of them."""
+        axes = [d for d, size in enumerate(self.analysis.shapes[node.inputs[0].name]) if size == 1]
+        if not axes:
+            node.op = "Identity"
+        elif self.opset < AXES_ARE_INPUTS:
+            node.attrs["axes"] = axes
+        else:
+            node.inputs.append(constant(f"{node.outputs[0].name}_axes", np.array(axes, dtype=np.int64)))
 
     def _split(self, node: Any, dim: int, mask: np.ndarray) -> None:
         rank = len(self.analysis.shapes[node.inputs[0].name])

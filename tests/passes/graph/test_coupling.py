@@ -18,7 +18,9 @@ from torch.nn import functional as F
 
 from sluice.core.errors import SluiceError
 from sluice.models import enliven
+from sluice.passes.cut.export import to_onnx
 from sluice.passes.cut.resolve import make_plan
+from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.cut.rewrite_torch import rewrite_torch
 from sluice.passes.gates.gating import close_gates, insert_gates, strip_gates
 from sluice.passes.graph.aten import RULES, analyze
@@ -26,6 +28,7 @@ from sluice.passes.graph.aten_walk import operator_name
 from sluice.passes.graph.capture import capture
 from sluice.passes.graph.coupling import Axis, Coupling
 from sluice.runtime.base.compare import assert_close, relative_error
+from sluice.runtime.ort.cpu import OrtRunner
 
 aten = torch.ops.aten
 
@@ -385,8 +388,14 @@ def test_a_plan_of_one_channel_keeps_every_axis() -> None:
     case = next(c for c in CASES if c.name == "squeeze")
     model, inputs = case.build()
     dense = capture(model, inputs)
-    slim = rewrite_torch(dense, make_plan(analyze(dense), {"before": [2]}), inputs)
+    plan = make_plan(analyze(dense), {"before": [2]})
+    slim = rewrite_torch(dense, plan, inputs)
     assert slim(*inputs).shape == model(*inputs).shape
+    exported = to_onnx(dense, inputs)
+    assert [len(node.input) for node in exported.graph.node if node.op_type == "Squeeze"] == [1]
+    session = OrtRunner().build(rewrite_onnx(exported, plan))
+    (found,) = session.run({exported.graph.input[0].name: inputs[0].numpy()}).values()
+    assert_close(found, slim(*inputs))
 
 
 def test_exclude() -> None:
