@@ -184,7 +184,7 @@ def agreed(space: SearchSpace, other: SearchSpace) -> SearchSpace:
     lost = (
         *(("cannot be factorised", name) for name in space.ranks if name not in other.ranks),
         *(("is no residual block", block.name) for block in space.blocks if _layers(block) not in drops),
-        *(("cannot be merged", site.switch.partition("|")[0]) for site in space.merges if site.switch not in merges),
+        *(("is no merge", site.switch) for site in space.merges if site.switch not in merges),
     )
     return replace(
         space,
