@@ -89,6 +89,18 @@ def _points_of(
     return points
 
 
+def _missing(
+    partition: Partition,
+    stairs: Mapping[str, Staircase],
+    joints: Sequence[Joint],
+    table: LatencyTable,
+    tolerance: float,
+) -> list[tuple[Joint, tuple[int, ...]]]:
+    """The points of these joints that the table lacks so far."""
+    points = _points_of(joints, partition, stairs, table, tolerance)
+    return [(joint, at) for joint, at in points if table.get(joint.key, at) is None]
+
+
 def joint_graph(joint: Joint, partition: Partition) -> Partition:
     """The graph at the batch that the joint is measured at (rules 1 and 2 of `sluice.profiler.pieces.joints`)."""
     return partition if joint.pair else partition.small or partition
@@ -128,24 +140,30 @@ def explore_inner_joints(
     Joints of different graphs share calls: each graph by itself has one or two, and every call waits for a quiet
     machine.
     """
-    found = [
-        (partition, stairs, [joint for joint in _joints(partition) if joint.tensor in tensors])
-        for partition, stairs, tensors in graphs
-    ]
-    _explore(found, bench, tolerance)
+    distinct = {id(partition): partition for partition, *_ in graphs}  # one graph shows many layers
+    found = {key: _joints(partition) for key, partition in distinct.items()}
+    _explore(
+        [(p, stairs, [j for j in found[id(p)] if j.tensor in tensors]) for p, stairs, tensors in graphs],
+        bench,
+        tolerance,
+    )
 
 
 def _explore(
     graphs: Sequence[tuple[Partition, Mapping[str, Staircase], Sequence[Joint]]], bench: Bench, tolerance: float
 ) -> None:
-    """The points that a joint needs follow from its known ones, so they are asked for anew after every batch."""
+    """The points that a joint needs follow from its known ones, so they are asked for anew after every batch.
+
+    A graph that has all of its points lacks none later, so it is not asked again.
+    """
     done = 0
     while True:
+        lacking = [(graph, points) for graph in graphs if (points := _missing(*graph, bench.table, tolerance))]
+        graphs = [graph for graph, _ in lacking]
         missing = {
             (joint.key, at): (joint_graph(joint, partition), joint, at)
-            for partition, stairs, joints in graphs
-            for joint, at in _points_of(joints, partition, stairs, bench.table, tolerance)
-            if bench.table.get(joint.key, at) is None
+            for (partition, *_), points in lacking
+            for joint, at in points
         }
         if not missing:
             return

@@ -30,7 +30,7 @@ NAMES = [
 
 
 @cache
-def dissection_of(name: str) -> Partition:
+def partition_of(name: str) -> Partition:
     model, inputs = any_network(name)
     return partition_graph(to_onnx(model, inputs), len(inputs[0]))
 
@@ -43,7 +43,7 @@ def feeds_of(model: onnx.ModelProto) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_tensor_between_pieces_has_one_joint(name: str) -> None:
-    partition = dissection_of(name)
+    partition = partition_of(name)
     read = Counter(n for p in partition.pieces for n in p.inputs)
     between = {n for p in partition.pieces for n in p.outputs if n in read}
     joints = find_joints(partition)
@@ -56,7 +56,7 @@ def test_every_tensor_between_pieces_has_one_joint(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_joined_model_is_its_parts_in_sequence(name: str) -> None:
-    partition = dissection_of(name)
+    partition = partition_of(name)
     for joint in find_joints(partition):
         own = {} if joint.extent is None else {g: max(1, partition.dense[g] - 1) for g, _ in joint.extent.coefs}
         widths = joint_widths(partition, joint, own)
@@ -82,7 +82,7 @@ def test_the_joined_model_is_its_parts_in_sequence(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_parts_beside_each_other_share_nothing(name: str) -> None:
-    partition = dissection_of(name)
+    partition = partition_of(name)
     for joint in find_joints(partition):
         widths = joint_widths(partition, joint, {})
         parts, _, _ = joint_models(partition, joint, widths)
