@@ -26,7 +26,7 @@ from sluice.passes.cut.export import to_onnx
 from sluice.profiler.pieces.engine import with_ranks_in_reach
 from sluice.profiler.profile import profile_onnx
 from sluice.profiler.sweep.bench import Bench
-from sluice.profiler.sweep.engine_times import measure_engines, model_key
+from sluice.profiler.sweep.engine_times import measure_engines
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.timing.reference_engine import make_reference_engine
 from sluice.solver.options import chosen_edits
@@ -80,12 +80,13 @@ def perform(run: Run, folder: Path) -> Record:
     runner = profile.runner()
     with LatencyTable.open(table) as opened:
         bench = Bench(opened, runner, make_reference_engine(opened, runner, rng), rng)
-        known = opened.engines(model_key(profile.partition, latency))
+        known = opened.engines(profile.model_key)
         measured = measure_engines(profile.partition, bench, drawn, options, known=known)
     outcomes = []
     for configuration, ms in zip(drawn, measured, strict=True):
         edits = chosen_edits(options, configuration)
         counts = (len(edits.factorizations), len(edits.drops), len(edits.merges))
         outcomes.append(Outcome(latency.ms(configuration), ms, *counts))
-    there, counts = profile.fingerprint, (profile.points, profile.grid, profile.disturbed)
+    there, cover = profile.fingerprint, profile.coverage
+    counts = (cover.points, cover.complete, cover.disturbed)
     return Record(run, there.device, there.runtime_version, round(seconds, 1), *counts, tuple(outcomes))

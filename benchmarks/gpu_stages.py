@@ -20,7 +20,7 @@ from sluice.pipeline.verify import measure_configurations
 from sluice.profiler.fit.least_squares import errors
 from sluice.profiler.profile import Profile, profile_onnx
 from sluice.profiler.sweep.bench import Bench
-from sluice.profiler.sweep.engine_times import measure_engines, model_key
+from sluice.profiler.sweep.engine_times import measure_engines
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.timing.measure import measure
 from sluice.profiler.timing.reference_engine import make_reference_engine
@@ -124,7 +124,7 @@ def fidelity(profile: Profile, table: Path, plans: int, seed: int = 1000) -> dic
     runner = profile.runner()
     with LatencyTable.open(table) as opened:
         bench = Bench(opened, runner, make_reference_engine(opened, runner, rng), rng)
-        known = opened.engines(model_key(profile.partition, profile.latency))
+        known = opened.engines(profile.model_key)
         measured = np.array(measure_engines(profile.partition, bench, drawn, known=known))
     return {**errors(promised, measured), "promised_ms": promised.tolist(), "measured_ms": measured.tolist()}
 

@@ -70,6 +70,7 @@ def inspect(args: argparse.Namespace) -> int:
 def profile(args: argparse.Namespace) -> int:
     """Measure, on this device, what the table does not know yet; with --pack, write a job that does so elsewhere."""
     from sluice.profiler.engine_layers import check_inspector, place_profile, placement_lines
+    from sluice.profiler.need import walk
     from sluice.profiler.profile import profile_onnx, profile_shard
     from sluice.profiler.summary import profile_summary, shard_summary
 
@@ -85,7 +86,9 @@ def profile(args: argparse.Namespace) -> int:
     dense = _dense_onnx(args)
     if args.shard is not None:
         return _print(args, *shard_summary(profile_shard(dense, shard=args.shard, **settings)))
-    measured = profile_onnx(dense, **settings)
+    measured = profile_onnx(dense, complete=args.complete, **settings)
+    if not args.complete:
+        walk(measured, settings["methods"])
     data, lines = profile_summary(measured, settings["methods"])
     if args.layers:
         placed = place_profile(measured)

@@ -73,6 +73,10 @@ def profiling(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--shard", type=shard, metavar="K/N", help="measure the share of one of N devices or hosts of one kind"
     )
+    p.add_argument(
+        "--complete", action="store_true", help="measure all points now, for a table that serves where the device is "
+        "not at hand; else what a plan needs is measured when it is asked for",
+    )  # fmt: skip
     p.add_argument("--pack", action="store_true", help="measure nothing, write a job for a device without torch")
     p.add_argument("-o", "--out", metavar="JOB.zip", help="with --pack, the job to write")
     p.add_argument(

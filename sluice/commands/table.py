@@ -52,14 +52,9 @@ def merge(args: argparse.Namespace) -> int:
         "points": done.points,
         "engines": done.engines,
         "tables": [{"file": f, "times": r} for f, r in zip(args.tables, done.ratios, strict=True)],
-        "in_flight": list(done.in_flight),
     }
     lines = [f"{args.out}: {done.points} points, {done.engines} engines"]
     lines += [f"  {f}: times multiplied by {r:.4f}" for f, r in zip(args.tables, done.ratios, strict=True)]
-    lines += [
-        f"  beside {f} lie points in flight, which are not in here; its shard, run once more, goes on with them"
-        for f in done.in_flight
-    ]
     return _print(args, data, lines)
 
 
@@ -87,12 +82,10 @@ def forget(args: argparse.Namespace) -> int:
     """Forget the times of a machine that was never quiet, which are uncertain; the next profile takes them anew."""
     from sluice.profiler.table.latency_table import LatencyTable
     from sluice.profiler.table.measurement import UNCERTAIN
-    from sluice.profiler.timing.burst_log import landed
     from sluice.profiler.timing.reference_engine import KEY
 
     with LatencyTable.open(args.table) as table:
         points, engines = table.forget(UNCERTAIN, but=KEY)
-        landed(table)
     text = (
         f"{args.table}: {points} points and {engines} engines forgotten; profile again on the device, when it is quiet"
     )

@@ -18,6 +18,9 @@ promise is
    weights of a piece once the rest of the network has pushed them out of the caches, zero for a joint; ``cached_ms`` is
    the part of these times that the caches save.
 
+6. A point that was not measured is *estimated*, and has a *bound*: of a piece the least milliseconds that it is expected
+   to take, of a joint the most that it is expected to save. `LatencyModel.hopeful` takes every point at its bound.
+
 Everything here is frozen and needs numpy only: the same value drives the budget of the training loss, the
 solver and the report.
 """
@@ -56,6 +59,8 @@ class Term:
             milliseconds that it saves, and its ``weight`` is negative.
         reload: milliseconds at the same points, and of the same shape, that reading the weights of the piece takes
             (rule 5); None where it is zero.
+        bound: the milliseconds that the points take at best (rule 6), of the same shape; None where it is ``ms``.
+        measured: whether the points were measured (rule 6), of the same shape; None where all were.
     """
 
     name: str
@@ -65,6 +70,8 @@ class Term:
     weight: float = 1.0
     when: tuple[str, ...] = ()
     reload: np.ndarray | None = None
+    bound: np.ndarray | None = None
+    measured: np.ndarray | None = None
 
     def on(self, widths: Mapping[str, float]) -> float:
         """Whether the term exists: the sum of its switches, 1 for a term without switches."""
@@ -77,6 +84,16 @@ class Term:
     def reload_at(self, widths: Mapping[str, float]) -> float:
         """Milliseconds of ``reload`` at the given widths, before ``weight`` and switches."""
         return 0.0 if self.reload is None else self._between_knots(self.reload, widths)
+
+    def measured_at(self, widths: Mapping[str, float]) -> bool:
+        """Whether the milliseconds at the given widths were measured; between knots they were not."""
+        index = []
+        for extent, knots in zip(self.extents, self.knots, strict=True):
+            place = int(np.searchsorted(knots, extent.at(widths)))
+            if place == len(knots) or knots[place] != extent.at(widths):
+                return False
+            index.append(place)
+        return self.measured is None or bool(self.measured[tuple(index)])
 
     def _between_knots(self, value: np.ndarray, widths: Mapping[str, float]) -> float:
         for extent, knots in zip(self.extents, self.knots, strict=True):
@@ -136,6 +153,20 @@ class LatencyModel:
 
     def dense_ms(self) -> float:
         return self.ms(self.dense)
+
+    def hopeful(self) -> LatencyModel:
+        """The same model with every point at its bound (rule 6): no configuration is promised more than it takes."""
+        terms = (t if t.bound is None else replace(t, ms=t.bound, bound=None) for t in self.terms)
+        return replace(self, terms=tuple(terms))
+
+    def measured_at(self, widths: Mapping[str, float]) -> bool:
+        """Whether the promise at ``widths`` follows from measured points alone."""
+        return all(term.measured_at(widths) for term in self.terms if term.on(widths))
+
+    def share_estimated(self, widths: Mapping[str, float]) -> float:
+        """The part of the milliseconds of pieces at ``widths`` that is estimated, in [0, 1]."""
+        found = [(t.weight * t.at(widths), t.measured_at(widths)) for t in self.terms if t.weight > 0 and t.on(widths)]
+        return sum(ms for ms, known in found if not known) / (sum(ms for ms, _ in found) or 1.0)
 
     def pinned(self, sites: Collection[str]) -> LatencyModel:
         """The same model in which these sites stay dense."""

@@ -30,7 +30,7 @@ from sluice.passes.graph.groups import Analysis
 from sluice.pipeline.problem import Problem, Solution
 from sluice.profiler.profile import Profile
 from sluice.solver.beam_search import Option, beam_search
-from sluice.solver.decide import Choice, least_ms, tightened, unreachable
+from sluice.solver.decide import Choice, least_ms, restricted, tightened, unreachable
 from sluice.solver.options import RankOption, chosen_edits
 from sluice.training.train import Loss
 
@@ -50,13 +50,15 @@ class BeamProblem(Problem):
     steps: Mapping[str, Sequence[Option]]
     score: Callable[[Mapping[str, int]], float]
 
-    def solve(self, target_ms: float) -> Solution:
-        choice = tightened(target_ms, self._searched)
+    def choose(self, latency: LatencyModel, target_ms: float) -> Choice:
+        model = restricted(latency, self.sites)
+        return tightened(target_ms, lambda asked: self._searched(model, asked))
+
+    def solution(self, choice: Choice) -> Solution:
         edits = chosen_edits(self.profile.options, choice.widths)
         return Solution(choice, {}, make_plan(self.analysis, {}, self.inputs, edits))
 
-    def _searched(self, target_ms: float) -> Choice:
-        model = self.model
+    def _searched(self, model: LatencyModel, target_ms: float) -> Choice:
         try:
             found = beam_search(self.steps, self.score, model.dense_ms() - target_ms)
         except SluiceError:
@@ -68,10 +70,14 @@ class BeamProblem(Problem):
 
 
 def beam_problem(
-    profile: Profile, analysis: Analysis, model: LatencyModel, inputs: tuple[InputSpec, ...], judge: LossIncrease
+    profile: Profile, analysis: Analysis, sites: frozenset[str], inputs: tuple[InputSpec, ...], judge: LossIncrease
 ) -> BeamProblem:
-    """The problem about these ranks. It serves several budgets, so it remembers its scores."""
+    """The problem about these ranks, all of which are measured. It serves several budgets, so it remembers its scores."""
     state, forms = judge.gm.state_dict(), profile.options.ranks
+    latency = profile.latency
+    if profile.open:
+        profile.ask([{**latency.dense, **o.at(rank)} for o in forms for rank in latency.levels[o.rank]])
+    model = restricted(profile.latency, sites)
     cut = {o: truncations_torch(state[o.param], o.form) for o in forms}
     steps = {
         param: _options(model, [o for o in forms if o.param == param], state[param], cut)
@@ -85,7 +91,7 @@ def beam_problem(
             known[key] = judge.weights({o.param: cut[o](rank) for o, rank in _labels(steps, at)})
         return known[key]
 
-    return BeamProblem(profile, analysis, model, {}, {}, inputs, steps=steps, score=score)
+    return BeamProblem(profile, analysis, sites, {}, {}, inputs, steps=steps, score=score)
 
 
 def _labels(steps: Mapping[str, Sequence[Option]], at: Mapping[str, int]) -> list[tuple[RankOption, int]]:

@@ -15,9 +15,11 @@ import numpy as np
 from torch import fx, nn
 
 from sluice.core.errors import Unreachable
+from sluice.core.latency import LatencyModel
 from sluice.pipeline.layermerge import BONUSES, DepthProblem
 from sluice.pipeline.problem import Problem, Solution
-from sluice.solver.decide import restricted
+from sluice.profiler.need import by_need
+from sluice.solver.decide import Choice
 from sluice.solver.options import EditSpace
 from sluice.training.rehearse import rehearse
 from sluice.training.train import Data, Loss
@@ -78,20 +80,23 @@ def _scenarios(problem: Problem, methods: Sequence[str], target_ms: float) -> li
         for price in PRICES:
             asked[f"structure at {price:g}"] = replace(problem, losses=_priced(problem.losses, options, price))
         for method in methods:
-            alone = restricted(latency, options.sites(latency, [method]))
-            asked[f"{method} alone"] = replace(problem, model=alone)
+            asked[f"{method} alone"] = replace(problem, sites=options.sites(latency, [method]))
+    solvers = [_solver(one, target_ms) for one in asked.values()]
     scenarios: list[Scenario] = []
-    for name, one in asked.items():
-        try:
-            solution = one.solve(target_ms)
-        except Unreachable:
-            if one.model is problem.model:
-                raise
+    for (name, one), choice in zip(asked.items(), by_need(problem.profile, solvers), strict=True):
+        if isinstance(choice, Unreachable):
+            if one.sites is problem.sites:
+                raise choice
             continue  # this method alone does not reach the target
+        solution = one.solution(choice)
         if all(solution.plan != other.solution.plan for other in scenarios):
             scenarios.append(Scenario(name, one, solution))
     prices = [_price(problem, other.solution) for other in scenarios]
     return [r for r, price in zip(scenarios, prices, strict=True) if price <= HOPELESS * min(prices)]
+
+
+def _solver(problem: Problem, target_ms: float) -> Callable[[LatencyModel], Choice]:
+    return lambda latency: problem.choose(latency, target_ms)
 
 
 def _price(problem: Problem, solution: Solution) -> float:

@@ -43,7 +43,6 @@ from sluice.pipeline.prepare import Prepared, check_float32, prepare
 from sluice.pipeline.price import price_problem
 from sluice.pipeline.recipe import Evaluate, Recipe
 from sluice.pipeline.verify import AIM, final_pair, first_verified
-from sluice.solver.decide import least_ms
 from sluice.solver.options import METHODS, check_methods
 from sluice.training.budget import Budget
 from sluice.training.train import Data, Loss, check_data, default_loss, fit, split_batch
@@ -205,8 +204,8 @@ def _finish(
     inputs = captured_inputs(stripped)
     scenarios: list[Scenario] = []
     if data is not None and recipe.epochs:
-        least = least_ms(problem.model).promised_ms
-        target_ms = max(AIM * budget.ms(measured.latency.dense_ms()), least)
+        target_ms = AIM * budget.ms(measured.latency.dense_ms())
+        target_ms = max(target_ms, problem.least_from(target_ms))
         scenarios = choose(
             problem, methods, target_ms, lambda solution: _cut(stripped, solution.plan),
             data=data, teacher=reference, loss=recipe.loss, lr=recipe.lr, steps=recipe.rehearsal, progress=progress,

@@ -19,7 +19,7 @@ from sluice.core.latency import LatencyModel
 from sluice.core.plan import Merge
 from sluice.passes.cut.resolve import make_plan
 from sluice.pipeline.problem import Problem, Solution
-from sluice.solver.decide import Choice, least_ms, tightened, unreachable
+from sluice.solver.decide import Choice, least_ms, restricted, tightened, unreachable
 from sluice.solver.dynamic_program import Entry, solve
 from sluice.solver.options import chosen_edits, dense_switch
 
@@ -35,13 +35,16 @@ class DepthProblem(Problem):
 
     bonus: float = 0.0
 
-    def solve(self, target_ms: float) -> Solution:
-        choice = tightened(target_ms, self._tiled)
+    def choose(self, latency: LatencyModel, target_ms: float) -> Choice:
+        model = restricted(latency, self.sites)
+        return tightened(target_ms, lambda asked: self._tiled(model, asked))
+
+    def solution(self, choice: Choice) -> Solution:
         edits = chosen_edits(self.profile.options, choice.widths)
         return Solution(choice, {}, make_plan(self.analysis, {}, self.inputs, edits))
 
-    def _tiled(self, target_ms: float) -> Choice:
-        model, merges = self.model, self.profile.options.merges
+    def _tiled(self, model: LatencyModel, target_ms: float) -> Choice:
+        merges = self.profile.options.merges
         order = _order(merges, [rule.coefs[0][0].removesuffix("|dense") for rule in model.rules])
         alone = {layer: _alone_ms(model, layer) for layer in order}
         fixed = model.dense_ms() - sum(alone.values())

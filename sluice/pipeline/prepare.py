@@ -30,7 +30,7 @@ from sluice.pipeline.problem import Problem
 from sluice.pipeline.recipe import Recipe
 from sluice.pipeline.verify import AIM
 from sluice.profiler.profile import Profile, measured_elsewhere, profile_known, profile_onnx
-from sluice.solver.decide import least_ms, restricted, unreachable
+from sluice.solver.decide import unreachable
 from sluice.solver.options import BSR, METHODS
 from sluice.training.budget import Budget
 from sluice.training.train import Data, fit
@@ -159,8 +159,9 @@ def _budget(gated: Gated, measured: Profile, budget: BudgetSpec) -> Budget | Non
 
 def check_reachable(measured: Profile, methods: Sequence[str], budget: BudgetSpec) -> None:
     latency = measured.latency
-    model = restricted(latency, measured.options.sites(latency, methods))
-    target_ms, least = budget.ms(latency.dense_ms()), least_ms(model).promised_ms
+    sites = measured.options.sites(latency, methods)
+    target_ms = budget.ms(latency.dense_ms())
+    least = Problem(measured, measured.partition.analysis, sites, {}, {}).least_from(target_ms)
     if least > target_ms * (1 + 1e-6):
         raise unreachable(target_ms, least, latency.dense_ms(), methods=methods)
 

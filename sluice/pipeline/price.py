@@ -53,7 +53,8 @@ def price_problem(
 ) -> Problem:
     """The problem for these methods (rules 1 and 2)."""
     options, analysis = measured.options, gated.meta["space"].analysis
-    model = restricted(measured.latency, options.sites(measured.latency, methods))
+    sites = options.sites(measured.latency, methods)
+    model = restricted(measured.latency, sites)
     stripped = strip_gates(gated, thresholded=True).eval()
     groups = {g.name: model.levels[g.name] for g in analysis.groups if g.name in model.levels}
     if tuple(methods) == ("filter",):
@@ -61,11 +62,11 @@ def price_problem(
     elif data is None:
         raise SluiceError(f"methods {list(methods)} are priced by measuring the loss; give data")
     elif tuple(methods) == (BSR,):
-        return beam_problem(measured, analysis, model, input_specs(stripped), LossIncrease(stripped, data, loss))
+        return beam_problem(measured, analysis, sites, input_specs(stripped), LossIncrease(stripped, data, loss))
     else:
         losses = measured_losses(
             stripped, analysis, gated.meta["placement"], model, options, scores, data, loss=loss, advance=advance
         )
     if tuple(methods) == ("merge",):
-        return DepthProblem(measured, analysis, model, losses, scores, input_specs(stripped))
-    return Problem(measured, analysis, model, losses, scores, input_specs(stripped))
+        return DepthProblem(measured, analysis, sites, losses, scores, input_specs(stripped))
+    return Problem(measured, analysis, sites, losses, scores, input_specs(stripped))

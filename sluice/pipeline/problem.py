@@ -11,11 +11,14 @@ from sluice.core.latency import LatencyModel
 from sluice.core.plan import InputSpec, Plan
 from sluice.passes.cut.resolve import make_plan
 from sluice.passes.graph.groups import Analysis
+from sluice.profiler.need import solve_by_need
 from sluice.profiler.profile import Profile
-from sluice.solver.decide import Choice, decide
+from sluice.solver.decide import Choice, decide, least_ms, restricted
 from sluice.solver.options import chosen_edits
 
 __all__ = ["Problem", "Solution"]
+
+SURE = 0.8  # of a target: a least latency below this by estimates is not measured to know that the target is reached
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,8 +26,9 @@ class Problem:
     """The problem of one network: which configuration of least loss promises no more than a target.
 
     Attributes:
+        profile: which measures what the solver asks for.
         analysis: of the captured module, whose tensors plans name.
-        model: the profile's latency model, in which sites that may not move have one level.
+        sites: those that may move; all others stay dense.
         losses: by site, the increase of the loss at each of its levels, shape ``(len(model.levels[site]),)``. The unit
             is the same for all sites: that of the training loss where the losses were measured; for filters alone, the
             share of the loss that removing all channels costs.
@@ -34,18 +38,37 @@ class Problem:
 
     profile: Profile
     analysis: Analysis
-    model: LatencyModel
+    sites: frozenset[str]
     losses: Mapping[str, np.ndarray]
     scores: Mapping[str, np.ndarray]
     inputs: tuple[InputSpec, ...] = ()
 
-    def solve(self, target_ms: float) -> Solution:
-        """The plan of least loss within ``target_ms``."""
-        free = {site for site, levels in self.model.levels.items() if len(levels) > 1}
-        choice = decide(self.model, {site: v for site, v in self.losses.items() if site in free}, target_ms)
-        edits = chosen_edits(self.profile.options, choice.widths)
-        kept = choice.kept(self.scores)
+    @property
+    def model(self) -> LatencyModel:
+        """The latency model as it is known now, in which sites that may not move have one level."""
+        return restricted(self.profile.latency, self.sites)
+
+    def choose(self, latency: LatencyModel, target_ms: float) -> Choice:
+        """The configuration of least loss that ``latency`` promises within ``target_ms``."""
+        model = restricted(latency, self.sites)
+        free = {site for site, levels in model.levels.items() if len(levels) > 1}
+        return decide(model, {site: v for site, v in self.losses.items() if site in free}, target_ms)
+
+    def solution(self, choice: Choice) -> Solution:
+        """The choice with its plan."""
+        edits, kept = chosen_edits(self.profile.options, choice.widths), choice.kept(self.scores)
         return Solution(choice, kept, make_plan(self.analysis, kept, self.inputs, edits))
+
+    def solve(self, target_ms: float) -> Solution:
+        """The plan of least loss within ``target_ms``; what it needs to know is measured."""
+        return self.solution(solve_by_need(self.profile, lambda latency: self.choose(latency, target_ms)))
+
+    def least_from(self, target_ms: float) -> float:
+        """The least milliseconds that are reached; where they are far below ``target_ms``, an estimate of them."""
+        guess = least_ms(self.model).promised_ms
+        if guess <= SURE * target_ms:
+            return guess
+        return solve_by_need(self.profile, lambda latency: least_ms(restricted(latency, self.sites))).promised_ms
 
 
 @dataclass(frozen=True, slots=True, eq=False)

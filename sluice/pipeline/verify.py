@@ -26,7 +26,7 @@ from sluice.pipeline.problem import Problem, Solution
 from sluice.profiler.pieces.engine import build_engine
 from sluice.profiler.profile import Profile
 from sluice.profiler.timing.measure import measure
-from sluice.solver.decide import Choice, least_ms
+from sluice.solver.decide import Choice
 
 __all__ = [
     "VerifiedSolution",
@@ -104,7 +104,7 @@ def solve_verified(problem: Problem, budget: BudgetSpec, dense: onnx.ModelProto)
     profile = problem.profile
     dense_engine = profile.engine(finalize(dense))
     target_ms = AIM * budget.ms(profile.latency.dense_ms())
-    least = least_ms(problem.model).promised_ms
+    least = problem.least_from(target_ms)
     best: VerifiedSolution | None = None
     fastest: VerifiedSolution | None = None
     for attempt in range(1, ROUNDS + 1):

@@ -4,7 +4,7 @@
     python -m sluice.profiler.agent job.zip -o table.db      where sluice is installed, with its dependencies or without
 
 1. The table is made, from the table in the job if there is one, or continued. The same command after a kill goes on
-   where it was (`sluice.profiler.timing.burst_log`); the engines of the unfinished batch are built again.
+   where it was; the call in flight is made again.
 2. ``--shard 2/8`` measures one share of the job (`sluice.profiler.sweep.shards`).
 3. The summary goes to standard output, progress and errors to standard error. Exit status 0: done; 1: a mistake of the
    user's, told in one sentence; 2: wrong usage.
@@ -30,7 +30,7 @@ from sluice.profiler.summary import profile_summary, shard_summary
 from sluice.profiler.sweep.shards import Shard, shard_argument
 from sluice.profiler.table.fingerprint import Fingerprint, difference
 from sluice.profiler.table.latency_table import LatencyTable
-from sluice.profiler.table.table_file import drop_bursts, exists
+from sluice.profiler.table.table_file import exists
 
 __all__ = ["main", "run_job"]
 
@@ -65,12 +65,11 @@ def run_job(
     if known is not None and not exists(str(table)):
         _check_known(known, str(path), fingerprint)
         write_atomically(table, known)
-        drop_bursts(str(table))
     settings: dict[str, Any] = {"deployment": job.deployment, "methods": job.methods, "exclude": job.exclude}
     settings["progress"] = silent if quiet else lines
     if shard is not None:
         return shard_summary(profile_shard(model, table, shard, **settings))
-    return profile_summary(profile_onnx(model, table, **settings), job.methods)
+    return profile_summary(profile_onnx(model, table, complete=True, **settings), job.methods)
 
 
 def _check_known(table: bytes, job: str, here: Fingerprint) -> None:

@@ -1,14 +1,15 @@
-"""Profile one network on this device: partition, explore, measure, join, calibrate.
+"""Profile one network on this device: what it is made of, what each part takes, and what is still unknown.
 
-A point that the table holds is not measured again, so a second call, another network with equal pieces or a run after a
-kill costs only the points that are missing. This needs only numpy, onnx, onnx-graphsurgeon and a runtime.
+A profile begins with the dense network measured, piece by piece and as a whole. What else it is asked for is measured
+then (`Profile.ask`, `sluice.profiler.need`), and kept in the table. A point that the table holds is not measured again,
+so a second call, another network with equal pieces or a run after a kill costs only what is missing. This needs only
+numpy, onnx, onnx-graphsurgeon, a runtime, and scipy for what was not measured.
 """
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
 
@@ -21,18 +22,21 @@ from sluice.core.latency import LatencyModel
 from sluice.core.progress import Progress, progress_of, silent
 from sluice.passes.precision.to_precision import to_precision
 from sluice.passes.search_space import SearchSpace, agreed, called_like, find_search_space, read_onnx
+from sluice.profiler.fit.assemble import Layout, fill
 from sluice.profiler.fit.calibrate import calibrate
+from sluice.profiler.pieces.engine import model_key
 from sluice.profiler.pieces.partition import Partition, partition_static, static_at, with_small
-from sluice.profiler.survey import Unknown, closed_bench, measure_engine_share, survey, survey_of_known
-from sluice.profiler.sweep.bench import Bench
+from sluice.profiler.survey import Coverage, closed_bench, complete_points, coverage, measure_slots, survey
+from sluice.profiler.sweep.bench import Bench, Unknown
+from sluice.profiler.sweep.engine_times import measure_engines, missing_plans
 from sluice.profiler.sweep.shards import Shard
 from sluice.profiler.table.fingerprint import Fingerprint
 from sluice.profiler.table.latency_table import LatencyTable
-from sluice.profiler.table.measurement import UNCERTAIN
+from sluice.profiler.table.measurement import UNCERTAIN, Measurement
 from sluice.profiler.timing import timing_cache
 from sluice.profiler.timing.measure import ReferenceEngine
 from sluice.profiler.timing.reference_engine import KEY as REFERENCE_KEY
-from sluice.profiler.timing.reference_engine import make_reference_engine, reference_model
+from sluice.profiler.timing.reference_engine import make_reference_engine
 from sluice.runtime.base.runner import Runner
 from sluice.runtime.targets import make_runner
 from sluice.solver.options import EditSpace, check_methods
@@ -48,35 +52,125 @@ __all__ = [
 ]
 
 
+@dataclass(slots=True)
+class _Seen:
+    """The latency model at one state of the table."""
+
+    revision: tuple[int, ...] = ()
+    model: LatencyModel | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Profile:
-    """A calibrated latency model, the fingerprint of its times, and the partition of its graph.
+    """A network on one device: its sites, and a view of the table that grows as it is asked.
 
-    ``points`` of its pieces are in the table, of ``grid`` that there are at all widths and ranks; ``disturbed`` of them
-    were measured on a machine that was never quiet. ``moved`` is the factor by which the table's times were multiplied
-    when it was opened, as another host had begun it (`sluice.profiler.timing.reference_engine`).
+    ``shut`` are sites that stay dense: the other reading of the network lacks them. ``measured`` says how many points
+    were measured for this profile so far.
     """
 
-    latency: LatencyModel
-    partition: Partition
+    layout: Layout
+    bench: Bench
     space: SearchSpace
-    fingerprint: Fingerprint
-    target: str
-    reference_ms: float
-    options: EditSpace = field(default_factory=EditSpace)
-    timing_cache: bytes | None = None
-    points: int = 0
-    grid: int = 0
-    disturbed: int = 0
-    moved: float = 1.0
+    options: EditSpace
+    shut: frozenset[str] = frozenset()
+    progress: Progress = silent
+    _seen: _Seen = field(default_factory=_Seen)
+
+    @property
+    def partition(self) -> Partition:
+        return self.layout.partition
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return self.bench.table.fingerprint
+
+    @property
+    def target(self) -> str:
+        return self.fingerprint.runtime
+
+    @property
+    def open(self) -> bool:
+        """Whether more can be measured: the table is this device's."""
+        return not self.bench.closed
+
+    @property
+    def latency(self) -> LatencyModel:
+        """The calibrated latency model, as the table knows it now; a frozen value."""
+        table = self.bench.table
+        if self._seen.model is None or self._seen.revision != table.revision():
+            self._seen.revision = table.revision()
+            self._seen.model = calibrate(fill(self.layout, table), self.layout, table).pinned(self.shut)
+        return self._seen.model
+
+    def knows(self, widths: Mapping[str, int]) -> bool:
+        """Whether every point of a configuration was measured."""
+        return self.latency.measured_at(widths)
+
+    def ask(self, configurations: Iterable[Mapping[str, int]]) -> int:
+        """Measure what these configurations use and is not known; how many points these were."""
+        model = self.latency
+        terms = {term.name: term for term in model.terms}
+        wanted = [
+            (slot, at)
+            for widths in configurations
+            for slot, at in self.layout.points(widths)
+            if not terms[slot.name].measured_at(widths)
+        ]
+        if not wanted:
+            return 0
+        with self.progress("points that plans use") as advance:
+            return measure_slots(replace(self.bench, progress=advance), wanted)
+
+    def time_engines(self, configurations: Sequence[Mapping[str, int]]) -> None:
+        """Measure whole engines in these configurations, which calibrate the model, unless they are known."""
+        key, table = self.model_key, self.bench.table
+        known = table.engines(key)
+        there = [widths for widths, _ in known]
+        plans = [dict(widths) for widths in configurations if dict(widths) not in there]
+        if plans:
+            with self.progress("engines") as advance:
+                bench = replace(self.bench, progress=advance)
+                measure_engines(self.partition, bench, plans, self.options, known=known, record=key)
+            self._keep_calibration()
+
+    def learn(self, widths: Mapping[str, int], ratio: float, uncertain: bool = False) -> None:
+        """Take note of an engine that was measured elsewhere: ``ratio`` of its time to that of the dense engine."""
+        key, table = self.model_key, self.bench.table
+        dense = next((m for plan, m in table.engines(key) if plan == dict(self.latency.dense)), None)
+        if dense is not None and self.open:
+            spread = max(dense.spread, 2 * UNCERTAIN if uncertain else 0.0)
+            found = Measurement(ratio * dense.ms, spread, dense.samples, dense.clock)
+            table.put_engine(key, widths, found)
+            self._keep_calibration()
+
+    def _keep_calibration(self) -> None:
+        model = self.latency
+        self.bench.table.put_calibration(self.model_key, model.slope, model.intercept, model.error)
+
+    @property
+    def model_key(self) -> str:
+        """The name of the network in the table."""
+        return model_key(self.partition, self.layout.dense)
+
+    @property
+    def coverage(self) -> Coverage:
+        """What the table holds of the network by now."""
+        return coverage(self.layout, self.bench.table)
+
+    @property
+    def moved(self) -> float:
+        """The factor by which the table's times were multiplied when it was opened, as another host had begun it."""
+        return self.bench.reference.moved
 
     def reference(self, runner: Runner) -> ReferenceEngine:
         """The reference engine that makes times of different moments comparable."""
-        return ReferenceEngine(runner.build(reference_model()), self.reference_ms)
+        from sluice.profiler.timing.reference_engine import reference_model
+
+        return ReferenceEngine(runner.build(reference_model()), self.bench.reference.ms)
 
     def runner(self) -> Runner:
         runner = make_runner(self.target, self.fingerprint.threads)
-        timing_cache.restore(runner, self.timing_cache)
+        timing_cache.restore(runner, self.bench.table.get_blob(timing_cache.NAME))
         return runner
 
     def engine(self, model: onnx.ModelProto) -> onnx.ModelProto:
@@ -132,10 +226,11 @@ def profile_onnx(
     exclude: Sequence[str] = (),
     methods: Sequence[str] = ("filter",),
     like: SearchSpace | None = None,
+    complete: bool = False,
     seed: int = 0,
     progress: bool | Progress = True,
 ) -> Profile:
-    """Measure the points of ``model`` that ``table`` lacks, and return the calibrated latency model.
+    """Measure the dense network, as far as ``table`` lacks it; the profile measures the rest when it is asked.
 
     Args:
         model: dense ONNX whose initialisers carry parameter names.
@@ -143,6 +238,7 @@ def profile_onnx(
         deployment: what is measured; ``model`` itself is fp32 in any case.
         methods: what may be chosen, of ``filter``, ``rank``, ``block``, ``merge``.
         like: another reading of the same network, to whose sites the choice is limited.
+        complete: measure everything now, for a table that serves where this device is not at hand.
         progress: True for bars with the time left, on standard error; or a way of one's own.
     Raises:
         SluiceError: nothing can be cut; the table is foreign, damaged or cannot be written.
@@ -158,25 +254,18 @@ def profile_onnx(
             return True
         return False
 
-    with _bench(table, fingerprint, seed, lacks) as bench:
-        found = survey(partition, bench, show, methods=methods, space=space)
-        _check_choice(space, found.alternatives.options)
-        with show("engines") as advance:
-            own = replace(bench, progress=advance)
-            latency = calibrate(partition, found.latency(bench), own, found.alternatives, seed=seed)
-        cache, counts = bench.table.get_blob(timing_cache.NAME), found.coverage(bench.table)
-    done = Profile(
-        latency,
-        partition,
-        space,
-        fingerprint,
-        deployment.target,
-        bench.reference.ms,
-        found.alternatives.options,
-        cache,
-        *counts,
-        bench.reference.moved,
-    )
+    bench = _open_bench(table, fingerprint, seed, lacks)
+    with show("dense network") as advance:
+        layout = survey(partition, replace(bench, progress=advance), methods=methods, space=space)
+    done = Profile(layout, bench, space, layout.alternatives.options, progress=show)
+    _check_choice(space, done.options)
+    if complete:
+        with show("all points") as advance:
+            measure_slots(replace(bench, progress=advance), complete_points(layout))
+    plans = [dict(layout.dense)]
+    if complete:
+        plans += missing_plans(partition, done.latency, done.options, plans, seed)
+    done.time_engines(plans)
     return done if like is None else _limited(done, like)
 
 
@@ -188,28 +277,28 @@ def profile_known(
     methods: Sequence[str] = ("filter",),
     like: SearchSpace | None = None,
 ) -> Profile:
-    """The profile of a network whose points are all in ``table``, of whatever device; arguments as above.
+    """The profile of a network from ``table`` alone, of whatever device; arguments as above.
 
     Raises:
-        SluiceError: the table cannot be read, or lacks a point of this network.
+        SluiceError: the table cannot be read, or lacks a point of the dense network.
     """
     methods = check_methods(methods)
-    with LatencyTable.open(table) as opened:
-        there, bench = opened.fingerprint, closed_bench(opened)
-        partition, space = _partition(model, there, exclude, methods, like)
-        try:
-            found = survey(partition, bench, silent, methods=methods, space=space)
-            _check_choice(space, found.alternatives.options)
-            latency = calibrate(partition, found.latency(bench), bench, found.alternatives)
-        except Unknown:
-            raise SluiceError(
-                f"{opened.path} was measured on {there.device!r} and lacks points of this network; profile it there, "
-                f"with a job that `sluice profile --pack --table` makes"
-            ) from None
-        cache, options = opened.get_blob(timing_cache.NAME), found.alternatives.options
-        reference, counts = opened.get(REFERENCE_KEY, ()), found.coverage(opened)
-    reference_ms = reference.ms if reference is not None else math.nan
-    done = Profile(latency, partition, space, there, there.runtime, reference_ms, options, cache, *counts)
+    opened = LatencyTable.open(table)
+    there, bench = opened.fingerprint, closed_bench(opened)
+    partition, space = _partition(model, there, exclude, methods, like)
+    try:
+        layout = survey(partition, bench, methods=methods, space=space)
+        known = any(widths == dict(layout.dense) for widths, _ in opened.engines(model_key(partition, layout.dense)))
+        if not known:
+            raise Unknown
+    except Unknown:
+        opened.close()
+        raise SluiceError(
+            f"{opened.path} was measured on {there.device!r} and lacks points of this network; profile it there, "
+            f"with a job that `sluice profile --pack --table` makes"
+        ) from None
+    _check_choice(space, layout.alternatives.options)
+    done = Profile(layout, bench, space, layout.alternatives.options)
     return done if like is None else _limited(done, like)
 
 
@@ -224,38 +313,58 @@ def profile_shard(
     seed: int = 0,
     progress: bool | Progress = True,
 ) -> ShardDone:
-    """Measure one shard's share of the points that ``table`` lacks (`sluice.profiler.sweep.shards`).
+    """Measure one shard's share of the points that a complete table holds and ``table`` lacks.
 
-    Arguments are those of `profile_onnx`. Engines are measured only where the table holds all points, as the merged
-    table of all shards does.
+    Arguments are those of `profile_onnx`. The dense network is measured by every shard, as what is offered follows from
+    it. Engines are measured only where the table holds all points, as the merged table of all shards does.
     """
     methods, show = check_methods(methods), progress_of(progress)
     fingerprint = fingerprint_here(deployment)
     partition, space = _partition(model, fingerprint, exclude, methods, None)
     with _bench(table, fingerprint, seed) as bench:
         before = len(bench.table)
-        survey(partition, bench, show, methods=methods, space=space, shard=shard)
-        points, engines = len(bench.table) - before, 0
+        with show("dense network") as advance:
+            layout = survey(partition, replace(bench, progress=advance), methods=methods, space=space)
+        points = complete_points(layout)
+        with show("points of the shard") as advance:
+            own = [point for k, point in enumerate(points) if shard.takes(k)]
+            measure_slots(replace(bench, progress=advance), own)
+        added, engines = len(bench.table) - before, 0
+        complete = all(bench.table.get(slot.part.key, at) is not None for slot, at in points)
+        if complete:
+            done = Profile(layout, bench, space, layout.alternatives.options, progress=show)
+            plans = [dict(layout.dense)]
+            plans += missing_plans(partition, done.latency, done.options, plans, seed)  # the same list for all shards
+            mine = [plan for k, plan in enumerate(plans) if shard.takes(k)]
+            engines = len(bench.table.engines(done.model_key))
+            done.time_engines(mine)
+            engines = len(bench.table.engines(done.model_key)) - engines
         disturbed, _ = bench.table.beyond(UNCERTAIN, REFERENCE_KEY)
-        known = survey_of_known(partition, bench.table, methods=methods, space=space)
-        if known is not None:
-            with show("engines") as advance:
-                engines = measure_engine_share(known, replace(bench, progress=advance), shard, seed)
-    return ShardDone(shard, points, engines, known is not None, disturbed, bench.reference.moved)
+    return ShardDone(shard, added, engines, complete, disturbed, bench.reference.moved)
 
 
-@contextmanager
-def _bench(
+def _open_bench(
     table: str | os.PathLike[str], fingerprint: Fingerprint, seed: int, lacks: Callable[[], bool] = lambda: True
-) -> Iterator[Bench]:
+) -> Bench:
     """The table, opened or made, and its runner, with its timing cache and the reference engine.
 
     A table that lacks nothing stays in the time of the host that filled it.
     """
     rng, runner = np.random.default_rng(seed), make_runner(fingerprint.runtime, fingerprint.threads)
-    with LatencyTable.open_or_create(table, fingerprint) as opened:
+    opened = LatencyTable.open_or_create(table, fingerprint)
+    try:
         timing_cache.restore(runner, opened.get_blob(timing_cache.NAME))
-        yield Bench(opened, runner, make_reference_engine(opened, runner, rng, lacks=lacks), rng)
+        return Bench(opened, runner, make_reference_engine(opened, runner, rng, lacks=lacks), rng)
+    except BaseException:
+        opened.close()
+        raise
+
+
+@contextmanager
+def _bench(table: str | os.PathLike[str], fingerprint: Fingerprint, seed: int) -> Iterator[Bench]:
+    bench = _open_bench(table, fingerprint, seed)
+    with bench.table:
+        yield bench
 
 
 def _partition(
@@ -296,7 +405,7 @@ def _limited(profile: Profile, like: SearchSpace) -> Profile:
     shut = groups - {group.name for group in space.analysis.groups}
     shut |= {name for option in options.ranks if option not in left.ranks for name in (option.switch, option.rank)}
     shut |= (options.drops.keys() - left.drops.keys()) | (options.merges.keys() - left.merges.keys())
-    return replace(profile, space=space, options=left, latency=profile.latency.pinned(shut))
+    return replace(profile, space=space, options=left, shut=frozenset(shut), _seen=_Seen())
 
 
 def _check_choice(space: SearchSpace, options: EditSpace) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from sluice.core.latency import LatencyModel
 from sluice.profiler.profile import Profile, ShardDone
 
 __all__ = ["profile_summary", "shard_summary"]
@@ -18,15 +19,16 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
     """
     model, offered = measured.latency, measured.options
     ranks = {option.rank for option in offered.ranks}
-    least = _least(measured, methods)
+    least, cover = _least(measured, methods), measured.coverage
+    model = measured.latency
     data: dict[str, Any] = {
         "dense_ms": model.dense_ms(),
         "least_ms": None if least is None else least[0],
         "least_ms_alone": None if least is None else least[1],
         "error": dict(model.error),
-        "points": measured.points,
-        "grid": measured.grid,
-        "disturbed": measured.disturbed,
+        "points": cover.points,
+        "complete": cover.complete,
+        "disturbed": cover.disturbed,
         "moved": measured.moved,
         "levels": {g: list(v) for g, v in model.levels.items() if g not in model.switches and g not in ranks},
         "ranks": {option.switch: list(model.levels[option.rank]) for option in offered.ranks},
@@ -41,13 +43,13 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
         f"dense {dense:.4g} ms, {reached}",
         f"calibration on {model.error['n']:.0f} engines: median error {model.error['median_abs_err']:.1%}, 95th "
         f"percentile {model.error['p95_abs_err']:.1%}, rank correlation {model.error.get('spearman', 1.0):.3f}",
-        f"{measured.points} points measured, {measured.points / max(1, measured.grid):.2%} of {measured.grid} at all "
-        "widths and ranks of the pieces",
+        f"{cover.points} points measured, a complete table has {cover.complete}; what else a plan needs is measured when "
+        "it is asked for",
         *(f"  by {name} alone {ms:.4g} ms ({ms / dense:.1%})" for name, ms in (least[1] if least else {}).items()),
         "widths worth having",
         *(f"  {group}: {_words(widths)}" for group, widths in data["levels"].items()),
     ]
-    lines[2:2] = _remarks(measured)
+    lines[2:2] = _remarks(cover.disturbed, measured.moved)
     if offered.ranks:
         lines += [f"ranks worth having: {len(ranks)}", *(f"  {s}: {_words(v)}" for s, v in data["ranks"].items())]
     if offered.drops:
@@ -60,7 +62,7 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
 def shard_summary(done: ShardDone) -> tuple[dict[str, Any], list[str]]:
     """The points that a shard measured, and what to do next."""
     lines = [f"shard {done.shard}: {done.points} points and {done.engines} engines measured, its share is done"]
-    lines += _remarks(done)
+    lines += _remarks(done.disturbed, done.moved)
     if done.complete:
         lines.append("all points are there; engines of other shards, if any, come with `sluice table merge`")
     else:
@@ -68,16 +70,16 @@ def shard_summary(done: ShardDone) -> tuple[dict[str, Any], list[str]]:
     return {**asdict(done), "shard": str(done.shard)}, lines
 
 
-def _remarks(done: Profile | ShardDone) -> list[str]:
+def _remarks(disturbed: int, moved: float) -> list[str]:
     found = []
-    if done.disturbed:
+    if disturbed:
         found.append(
-            f"{done.disturbed} points are uncertain, the machine was busy; `sluice table forget` makes the next "
+            f"{disturbed} points are uncertain, the machine was busy; `sluice table forget` makes the next "
             f"profile take them anew (if the machine is slower for good by now, begin a new table)"
         )
-    if done.moved != 1.0:
+    if moved != 1.0:
         found.append(
-            f"the table was begun on another host; its times were multiplied by {done.moved:.4f}, as the reference "
+            f"the table was begun on another host; its times were multiplied by {moved:.4f}, as the reference "
             f"engine takes here and there, and are this host's now"
         )
     return found
@@ -86,14 +88,19 @@ def _remarks(done: Profile | ShardDone) -> list[str]:
 def _least(measured: Profile, methods: Sequence[str]) -> tuple[float, dict[str, float]] | None:
     """The least milliseconds with all methods together, and with each of several alone."""
     try:
-        from sluice.solver.decide import least_ms, restricted
+        from sluice.profiler.need import by_need
+        from sluice.solver.decide import Choice, least_ms, restricted
     except ImportError:
         return None
 
-    def least_with(*names: str) -> float:
-        return least_ms(restricted(measured.latency, measured.options.sites(measured.latency, names))).promised_ms
+    def least_with(names: Sequence[str]) -> Callable[[LatencyModel], Choice]:
+        sites = measured.options.sites(measured.latency, names)
+        return lambda latency: least_ms(restricted(latency, sites))
 
-    return least_with(*methods), {name: least_with(name) for name in methods} if len(methods) > 1 else {}
+    each = [[name] for name in methods] if len(methods) > 1 else []
+    found = [choice for choice in by_need(measured, [least_with(n) for n in (methods, *each)])]
+    together, *alone = [choice.promised_ms for choice in found if isinstance(choice, Choice)]
+    return together, dict(zip(methods, alone, strict=False))
 
 
 def _words(values: Iterable[object]) -> str:

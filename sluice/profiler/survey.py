@@ -1,118 +1,119 @@
-"""Measure what a latency model is assembled from: staircases, pieces, joints, alternatives; all of it or a share."""
+"""What a latency model needs to begin with: the dense network, measured, and what is offered in its place.
+
+1. Every piece and joint of the dense graph is measured at its dense size. That is one call or two.
+2. From these points alone follows what else is offered (`sluice.profiler.fit.alternatives`).
+3. The rest is measured when it is asked for (`sluice.profiler.need`), or all of it (`complete_points`): pieces on the
+   product of at most `COARSE` of their levels per extent, `GRID` points in all, joints at `SIZES` sizes.
+4. Shards share the points of rule 3 among hosts of one kind, dealt out one by one.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
 
-from sluice.core.latency import LatencyModel
-from sluice.core.progress import Progress, silent
 from sluice.passes.search_space import SearchSpace
-from sluice.profiler.fit.assemble import assemble
-from sluice.profiler.pieces.partition import Partition
-from sluice.profiler.pieces.staircase import Staircase
+from sluice.profiler.fit.alternatives import find_alternatives
+from sluice.profiler.fit.assemble import Layout, Slot, lay_out
+from sluice.profiler.fit.cost_law import Known, fit_law
+from sluice.profiler.pieces.joints import Joint
+from sluice.profiler.pieces.net_time import dense_points, joint_graph, measured_joints, net_ms
+from sluice.profiler.pieces.partition import Partition, Piece
 from sluice.profiler.pieces.variants import Alternatives
-from sluice.profiler.sweep.alternatives import find_alternatives
-from sluice.profiler.sweep.bench import Bench
-from sluice.profiler.sweep.engine_times import measure_engines, missing_plans, model_key
-from sluice.profiler.sweep.explore import explore
-from sluice.profiler.sweep.grids import dense_points, piece_points
-from sluice.profiler.sweep.joint_sweep import explore_joints, joint_tolerance
-from sluice.profiler.sweep.shards import WHOLE, Shard, share_of
+from sluice.profiler.pieces.work import work_of
+from sluice.profiler.sweep.bench import Bench, JointPoint, PiecePoint, Unknown
 from sluice.profiler.table.fingerprint import Fingerprint
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.timing.measure import ReferenceEngine
 from sluice.runtime.base.runner import Clock, Session
 from sluice.solver.options import EditSpace
 
-__all__ = ["Survey", "Unknown", "closed_bench", "measure_engine_share", "survey", "survey_of_known"]
+__all__ = ["Coverage", "closed_bench", "complete_points", "coverage", "measure_slots", "survey"]
+
+COARSE, GRID, SIZES = 9, 49, 5
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Survey:
-    """What the table knows of a network, found by measuring what it did not know."""
+def survey(partition: Partition, bench: Bench, *, methods: Sequence[str], space: SearchSpace) -> Layout:
+    """The slots of the network (rules 1 and 2).
 
-    partition: Partition
-    stairs: dict[str, Staircase]
-    alternatives: Alternatives
-
-    def latency(self, bench: Bench) -> LatencyModel:
-        """The model, not calibrated; only of a survey of the whole."""
-        return assemble(self.partition, self.stairs, bench.table, self.alternatives)
-
-    def coverage(self, table: LatencyTable) -> tuple[int, int, int]:
-        """How many points of the pieces are in the table, how many there would be at all widths and ranks, and how many
-        of the first were measured on a machine that was never quiet."""
-        dense = [(piece, self.partition.dense) for piece in self.partition.pieces]
-        shown = [(piece, s.partition.dense) for s in self.alternatives.shown for piece in s.place.pieces]
-        pieces = {piece.key: math.prod(int(e.at(sizes)) for e in piece.extents) for piece, sizes in (*shown, *dense)}
-        found = [measured for key in pieces for measured in table.points(key).values()]
-        return len(found), sum(pieces.values()), sum(measured.uncertain for measured in found)
-
-
-def survey(
-    partition: Partition,
-    bench: Bench,
-    progress: Progress,
-    *,
-    methods: Sequence[str],
-    space: SearchSpace,
-    shard: Shard = WHOLE,
-) -> Survey:
-    """Measure what is missing of the shard's share; groups of which it has none stay at their size."""
-    share = share_of(partition, shard, methods)
-    with progress("staircases") as advance:
-        explored = explore(partition, replace(bench, progress=advance), share.groups)
-    unexplored = {group: Staircase({}, (size,)) for group, size in partition.dense.items()}
-    stairs = {**unexplored, **explored}
-    with progress("pieces") as advance:
-        points = [(piece, at) for piece, at in piece_points(partition, stairs) if share.has(piece)]
-        replace(bench, progress=advance).pieces(partition, points)
-    with progress("joints") as advance:
-        own = replace(bench, progress=advance)
-        tolerance = joint_tolerance(partition, bench.table)
-        ours = {piece.name for piece in partition.pieces if share.has(piece)}
-        if ours:
-            own.call()
-        explore_joints(partition, stairs, own, tolerance, wanted=lambda joint: joint.producer.name in ours)
-    with progress("alternatives") as advance:
-        alternatives = Alternatives(EditSpace())
-        if set(methods) - {"filter"}:
-            own = replace(bench, progress=advance)
-            # What takes a layer's place is compared with the dense layers, whoever has those.
-            own.pieces(partition, dense_points(partition))
-            alternatives = find_alternatives(partition, stairs, own, methods, space.without(share.foreign))
-    return Survey(partition, stairs, alternatives)
+    Raises:
+        Unknown: the bench is closed, and the table lacks a point of the dense network.
+    """
+    points = dense_points(partition)
+    joints: list[JointPoint] = []
+    for joint in measured_joints(partition):
+        size = () if joint.extent is None else (int(joint.extent.at(partition.dense)),)
+        joints.append((joint_graph(joint, partition), joint, size))
+    call_ms = bench.call()
+    bench.measure([(partition, *point) for point in points], joints)
+    alternatives = Alternatives(EditSpace())
+    if set(methods) - {"filter"}:
+        found = {p.name: (p, at, bench.table.require(p.key, at).ms) for p, at in points}
+        dense_ms = {name: net_ms(p, partition, ms, call_ms) for name, (p, _, ms) in found.items()}
+        law = fit_law([_one(p, at, partition, dense_ms[name]) for name, (p, at, _) in found.items()])
+        precision = bench.table.fingerprint.precision
+        alternatives = find_alternatives(partition, law, dense_ms, methods, space, precision)
+    return lay_out(partition, alternatives, bench.table.fingerprint.precision)
 
 
-def survey_of_known(
-    partition: Partition, table: LatencyTable, *, methods: Sequence[str], space: SearchSpace
-) -> Survey | None:
-    """The survey of the whole if the table holds all of it, else None; nothing is measured."""
-    try:
-        return survey(partition, closed_bench(table), silent, methods=methods, space=space)
-    except Unknown:
-        return None
+def _one(piece: Piece, at: tuple[int, ...], partition: Partition, ms: float) -> Known:
+    return Known(piece.key, work_of(piece, partition), np.array([at], dtype=np.float64), np.array([ms]))
 
 
-def measure_engine_share(known: Survey, bench: Bench, shard: Shard, seed: int) -> int:
-    """Measure the shard's engines of those that a calibration needs; how many were missing (rule 4 of shards)."""
-    model = known.latency(bench)
-    key = model_key(known.partition, model)
-    there = [widths for widths, _ in bench.table.engines(key)]
-    plans = missing_plans(known.partition, model, known.alternatives, [], seed)  # the same list for all shards
-    own = [plan for k, plan in enumerate(plans) if shard.takes(k) and plan not in there]
-    measure_engines(known.partition, bench, own, known.alternatives.options, record=key)
-    return len(own)
+def measure_slots(bench: Bench, points: Sequence[tuple[Slot, tuple[int, ...]]]) -> int:
+    """Measure those of the points that the table lacks; how many these were."""
+    pieces: list[PiecePoint] = []
+    joints: list[JointPoint] = []
+    for slot, at in points:
+        if isinstance(slot.part, Joint):
+            joints.append((joint_graph(slot.part, slot.graph), slot.part, at))
+        else:
+            pieces.append((slot.graph, slot.part, at))
+    return bench.measure(pieces, joints)
 
 
-class Unknown(Exception):
-    """A point that would have to be measured."""
+def complete_points(layout: Layout) -> list[tuple[Slot, tuple[int, ...]]]:
+    """Rule 3: everything that a complete table holds, each point once."""
+    found: dict[tuple[str, tuple[int, ...]], tuple[Slot, tuple[int, ...]]] = {}
+    for slot in layout.slots:
+        most = [SIZES if isinstance(slot.part, Joint) else COARSE for _ in slot.knots]
+        counts = [min(n, len(values)) for n, values in zip(most, slot.knots, strict=True)]
+        while len(counts) > 1 and math.prod(counts) > GRID:
+            counts[counts.index(max(counts))] -= 1
+        axes = [_spread(values, count) for values, count in zip(slot.knots, counts, strict=True)]
+        for at in itertools.product(*axes):
+            found.setdefault((slot.part.key, at), (slot, at))
+    return list(found.values())
+
+
+def _spread(values: Sequence[int], count: int) -> tuple[int, ...]:
+    """``count`` of the values, both ends among them, evenly by their place."""
+    if count >= len(values):
+        return tuple(values)
+    return tuple(values[round(k * (len(values) - 1) / max(1, count - 1))] for k in range(count))
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """How many ``points`` of a network a table holds, of how many in a ``complete`` one; ``disturbed`` of the first were
+    measured on a machine that was never quiet."""
+
+    points: int
+    complete: int
+    disturbed: int
+
+
+def coverage(layout: Layout, table: LatencyTable) -> Coverage:
+    """What the table holds of the network."""
+    keys = {slot.part.key for slot in layout.slots}
+    found = [measured for key in keys for measured in table.points(key).values()]
+    return Coverage(len(found), len(complete_points(layout)), sum(measured.uncertain for measured in found))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,51 +4,85 @@
    exists under the switch of its own state.
 2. A joint exists in every state of the layer that makes its tensor: dense, factorised, or a merged run that ends there.
 3. Exactly one state of a layer is chosen: one rule per layer.
-4. An engine makes one call, whatever is in it. Joints save calls between neighbours. The joints of a residual block
-   close a ring: of n pieces in it they would save n calls. So terms are net of calls: a piece of those in its time
-   (`sluice.profiler.sweep.grids`, 3), a joint of those that it saves. The one call is the intercept.
+4. Terms are net of calls (`sluice.profiler.pieces.net_time`). The one call of an engine is the intercept.
+5. A *slot* is a term whose milliseconds are still to be filled in. Slots follow from the graph alone, so the sites and
+   their levels are the same whatever the table holds. A point that the table lacks is estimated: of a piece by the cost
+   law (`sluice.profiler.fit.cost_law`), of a joint by the nearest known sizes; if none is known it saves its calls alone.
+   Pieces come first, then joints.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from sluice.core.latency import Extent, LatencyModel, Rule, Term
-from sluice.profiler.fit.steps import with_steps
+from sluice.profiler.fit.cost_law import CostLaw, Estimate, Known, fit_law
 from sluice.profiler.pieces.joints import Joint
+from sluice.profiler.pieces.levels import sum_levels, width_levels
+from sluice.profiler.pieces.net_time import CALL_KEY, joint_ms, measured_joints, net_ms
 from sluice.profiler.pieces.partition import Partition, Piece, anchor_weight
-from sluice.profiler.pieces.staircase import Staircase
-from sluice.profiler.pieces.variants import Alternatives, MeasuredReplacement
-from sluice.profiler.sweep.bench import CALL_KEY
-from sluice.profiler.sweep.grids import MAX_GRID, cost_of, knots_of, net_ms, totals
-from sluice.profiler.sweep.joint_sweep import joint_ms, joint_points, joint_tolerance
+from sluice.profiler.pieces.variants import Alternatives, LayerReplacement, OfferedReplacement
+from sluice.profiler.pieces.work import Work, work_of
 from sluice.profiler.table.latency_table import LatencyTable
-from sluice.solver.options import EditSpace, dense_switch
+from sluice.solver.options import dense_switch
 
-__all__ = ["assemble"]
+__all__ = ["Layout", "Slot", "fill", "known_of", "lay_out"]
+
+CLOSE = 0.003  # of the dense milliseconds: a joint between two known sizes that differ by less is not measured
 
 
-def assemble(
-    partition: Partition,
-    stairs: Mapping[str, Staircase],
-    table: LatencyTable,
-    alternatives: Alternatives | None = None,
-) -> LatencyModel:
-    """The uncalibrated model.
+@dataclass(frozen=True, slots=True, eq=False)
+class Slot:
+    """A term without its milliseconds.
 
-    Args:
-        stairs: staircases of the groups of the dense graph.
-        alternatives: the edits on offer, with their measured pieces.
-    Raises:
-        SluiceError: the table lacks a point.
+    ``graph`` is where the part lies, ``extents`` are those of the part in sites of the latency model, and ``knots`` the
+    values at which the part is wanted.
     """
-    alternatives = alternatives or Alternatives(EditSpace())
+
+    name: str
+    graph: Partition
+    part: Piece | Joint
+    extents: tuple[Extent, ...]
+    knots: tuple[tuple[int, ...], ...]
+    when: tuple[str, ...]
+    work: Work | None
+
+    def at(self, widths: Mapping[str, int]) -> tuple[int, ...]:
+        """The extents of the part in a configuration."""
+        return tuple(int(extent.at(widths)) for extent in self.extents)
+
+    def on(self, widths: Mapping[str, int]) -> bool:
+        return any(widths[switch] for switch in self.when) if self.when else True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """All slots of a network, its sites with their levels, and the rules between switches."""
+
+    partition: Partition
+    alternatives: Alternatives
+    slots: tuple[Slot, ...]
+    dense: Mapping[str, int]
+    levels: Mapping[str, tuple[int, ...]]
+    rules: tuple[Rule, ...]
+    switches: frozenset[str]
+
+    def points(self, widths: Mapping[str, int]) -> Iterator[tuple[Slot, tuple[int, ...]]]:
+        """What the milliseconds of a configuration follow from."""
+        for slot in self.slots:
+            if slot.on(widths):
+                yield slot, slot.at(widths)
+
+
+def lay_out(partition: Partition, alternatives: Alternatives, precision: str) -> Layout:
+    """The slots of a dense graph and of what is offered in the place of its layers."""
     shown, drops = alternatives.shown, alternatives.options.drops
-    found = table.get(CALL_KEY, ())
-    call_ms = found.ms if found is not None else 0.0
+    known = partition.dense
+    levels = {group: width_levels(size, precision) for group, size in known.items()}
     # A piece without a weight goes by its own name where a dropped branch takes it along.
     alone = {name for names in alternatives.without_weight.values() for name in names}
     anchors = {p.name: p.name if p.name in alone else anchor_weight(p) for p in partition.pieces}
@@ -59,39 +93,122 @@ def assemble(
     # weight -> the switches under which its layer is not dense
     states = {weight: [switch for switch, gone in named if weight in gone] for weight in anchors.values() if weight}
     states = {weight: switches for weight, switches in states.items() if switches}
-    terms, known, tolerance = [], partition.dense, joint_tolerance(partition, table)
+    slots: list[Slot] = []
+    joints: list[Slot] = []
     for piece in partition.pieces:
         weight = anchors[piece.name]
         when = (dense_switch(weight),) if weight in states else ()
-        terms.append(_term(piece, partition, stairs, table, call_ms, when, known))
+        slots.append(_piece(piece, partition, levels, when, known))
     for s in shown:
-        when = (s.place.switch,)
-        terms += [_term(piece, s.partition, s.stairs, table, call_ms, when, known, s.most) for piece in s.place.pieces]
-        if s.place.inner:
-            inner = dict.fromkeys(s.place.inner, when)
-            terms += _joint_terms(s.partition, s.stairs, table, call_ms, tolerance, inner, known)
-    alive = _alive(partition, shown, anchors, states)
-    terms += _joint_terms(partition, stairs, table, call_ms, tolerance, alive, known)
+        own = {**{g: (n,) for g, n in s.partition.dense.items()}, **levels}
+        if s.place.rank is not None:
+            own[s.place.rank] = s.ranks
+        slots += [_piece(piece, s.partition, own, (s.place.switch,), known) for piece in s.place.pieces]
+        inner = dict.fromkeys(s.place.inner, (s.place.switch,))
+        joints += _joints(s.partition, own, inner, known)
+    joints += _joints(partition, levels, _alive(partition, shown, anchors, states), known)
     rules = tuple(Rule(tuple((n, 1) for n in (dense_switch(w), *switches))) for w, switches in states.items())
     switches = {name: int(name.endswith("|dense")) for rule in rules for name, _ in rule.coefs}
-    ranks = {s.place.rank: s for s in shown if s.place.rank is not None}
-    return LatencyModel(
-        tuple(terms),
-        {**known, **{rank: s.stairs[rank].levels[-1] for rank, s in ranks.items()}, **switches},
-        {
-            **{group: stairs[group].levels for group in known},
-            **{rank: s.stairs[rank].levels for rank, s in ranks.items()},
-            **{switch: (0, 1) for switch in switches},
-        },
-        rules=rules,
-        switches=frozenset(switches),
-        intercept=call_ms,
+    ranks = {s.place.rank: s.ranks for s in shown if s.place.rank is not None}
+    return Layout(
+        partition,
+        alternatives,
+        (*slots, *joints),
+        {**known, **{rank: values[-1] for rank, values in ranks.items()}, **switches},
+        {**levels, **ranks, **{switch: (0, 1) for switch in switches}},
+        rules,
+        frozenset(switches),
     )
+
+
+def fill(layout: Layout, table: LatencyTable) -> LatencyModel:
+    """The uncalibrated model, as the table knows it now.
+
+    Raises:
+        SluiceError: the table lacks a point of the dense network.
+    """
+    found = table.get(CALL_KEY, ())
+    call_ms = found.ms if found is not None else 0.0
+    pieces = {slot.part.key: known_of(slot, table, call_ms) for slot in layout.slots if isinstance(slot.part, Piece)}
+    law = fit_law(list(pieces.values()))
+    seen: dict[tuple[str, tuple[tuple[int, ...], ...]], Estimate] = {}
+    joints: dict[str, dict[int, float]] = {}
+    terms: list[Term] = []
+    for slot in layout.slots:
+        if isinstance(slot.part, Piece):
+            known = pieces[slot.part.key]
+            knots = _with_measured(slot, known)
+            if (slot.part.key, knots) not in seen:
+                seen[slot.part.key, knots] = _estimate(law, known, knots)
+            terms.append(_term(slot, knots, seen[slot.part.key, knots]))
+    close = CLOSE * sum(term.at(layout.dense) for term in terms if term.on(layout.dense))
+    for slot in layout.slots:
+        if isinstance(slot.part, Joint):
+            if slot.part.key not in joints:
+                joints[slot.part.key] = _savings(slot, table, call_ms)
+            terms.append(_joint_term(slot, joints[slot.part.key], close))
+    return LatencyModel(
+        tuple(terms), layout.dense, layout.levels, rules=layout.rules, switches=layout.switches, intercept=call_ms
+    )
+
+
+def known_of(slot: Slot, table: LatencyTable, call_ms: float) -> Known:
+    """The points of the slot's piece that the table has, net of calls."""
+    assert isinstance(slot.part, Piece) and slot.work is not None
+    points = table.points(slot.part.key)
+    ms = [net_ms(slot.part, slot.graph, found.ms, call_ms) for found in points.values()]
+    at = np.array(list(points), dtype=np.float64).reshape(len(points), len(slot.knots))
+    return Known(slot.part.key, slot.work, at, np.array(ms, dtype=np.float64))
+
+
+def _estimate(law: CostLaw, known: Known, knots: tuple[tuple[int, ...], ...]) -> Estimate:
+    grid = np.array(list(itertools.product(*knots)), dtype=np.float64).reshape(-1, len(knots))
+    return law.estimate(known, grid)
+
+
+def _with_measured(slot: Slot, known: Known) -> tuple[tuple[int, ...], ...]:
+    """The knots, and on the axes of sums every value that was measured."""
+    found = []
+    for k, (extent, values) in enumerate(zip(slot.extents, slot.knots, strict=True)):
+        more = {int(v) for v in known.points[:, k]} if len(extent.coefs) > 1 else set()
+        found.append(tuple(sorted({*values, *more})))
+    return tuple(found)
+
+
+def _term(slot: Slot, knots: tuple[tuple[int, ...], ...], found: Estimate) -> Term:
+    shape = tuple(len(values) for values in knots)
+    arrays = tuple(np.array(values, dtype=np.float64) for values in knots)
+    own = [values.reshape(shape) for values in (found.ms, found.bound, found.measured)]
+    if found.measured.all():
+        return Term(slot.name, slot.extents, arrays, own[0], 1.0, slot.when)
+    return Term(slot.name, slot.extents, arrays, own[0], 1.0, slot.when, bound=own[1], measured=own[2])
+
+
+def _savings(slot: Slot, table: LatencyTable, call_ms: float) -> dict[int, float]:
+    """Milliseconds that a joint saves net of calls, by the sizes that the table knows; a joint of no size at 0."""
+    assert isinstance(slot.part, Joint)
+    points = table.points(slot.part.key)
+    return {at[0] if at else 0: joint_ms(slot.part, slot.graph, m.ms, call_ms) for at, m in points.items()}
+
+
+def _joint_term(slot: Slot, savings: Mapping[int, float], close_ms: float) -> Term:
+    """Rule 5: linear between known sizes, constant beyond; a size between two of like savings counts as measured."""
+    if not slot.extents:
+        ms = np.array(savings.get(0, 0.0))
+        return Term(slot.name, (), (), ms, -1.0, slot.when, measured=None if savings else np.array(False))
+    sizes = np.array(sorted({*slot.knots[0], *savings}), dtype=np.float64)
+    at = np.array(sorted(savings), dtype=np.float64)
+    ms = np.interp(sizes, at, [savings[int(v)] for v in at]) if savings else np.zeros(len(sizes))
+    measured = np.isin(sizes, at)
+    for low, high in itertools.pairwise(at):
+        if abs(savings[int(high)] - savings[int(low)]) <= close_ms:
+            measured |= (sizes > low) & (sizes < high)
+    return Term(slot.name, slot.extents, (sizes,), ms, -1.0, slot.when, measured=measured)
 
 
 def _alive(
     partition: Partition,
-    shown: Sequence[MeasuredReplacement],
+    shown: Sequence[OfferedReplacement],
     anchors: Mapping[str, str | None],
     states: Mapping[str, Sequence[str]],
 ) -> dict[str, tuple[str, ...]]:
@@ -104,73 +221,49 @@ def _alive(
             if weight is None or weight not in states:
                 found[tensor] = ()
                 continue
-            ending = [s.place.switch for s in shown if s.place.rank is None and tensor in s.place.pieces[-1].outputs]
+            ending = [s.place.switch for s in shown if _ends_in(s.place, tensor)]
             made = (n for n in states[weight] if n in forms)
             found[tensor] = (dense_switch(weight), *dict.fromkeys([*made, *ending]))
     return found
 
 
-def _term(
+def _ends_in(place: LayerReplacement, tensor: str) -> bool:
+    return place.rank is None and tensor in place.pieces[-1].outputs
+
+
+def _piece(
     piece: Piece,
     partition: Partition,
-    stairs: Mapping[str, Staircase],
-    table: LatencyTable,
-    call_ms: float,
+    levels: Mapping[str, tuple[int, ...]],
     when: tuple[str, ...],
     known: Mapping[str, int],
-    most: int = MAX_GRID,
-) -> Term:
-    knots = knots_of(piece, partition, stairs, most)
-    ms = [net_ms(piece, partition, table.require(piece.key, p).ms, call_ms) for p in itertools.product(*knots)]
-    arrays = tuple(np.array(k, dtype=np.float64) for k in knots)
-    values = np.array(ms, dtype=np.float64).reshape(tuple(len(k) for k in knots))
-    arrays, values = with_steps(arrays, values, _curves(piece, partition, stairs, table))
+) -> Slot:
     extents = tuple(_extent(e, partition, known) for e in piece.extents)
-    return Term(_under(piece.name, when), extents, arrays, values, 1.0, when)
+    knots = tuple(_values(e, levels) for e in piece.extents)
+    return Slot(_under(piece.name, when), partition, piece, extents, knots, when, work_of(piece, partition))
 
 
-def _curves(
-    piece: Piece, partition: Partition, stairs: Mapping[str, Staircase], table: LatencyTable
-) -> list[dict[int, float]]:
-    """The known cost of every extent of a piece at all its possible values (`sluice.profiler.fit.steps`)."""
-    points, dense = table.points(piece.key), [int(e.at(partition.dense)) for e in piece.extents]
-    curves = []
-    for k, extent in enumerate(piece.extents):
-        groups = [group for group, _ in extent.coefs]
-        values = totals(groups, partition, stairs)
-        own = {v: points[at].ms for v in values if (at := (*dense[:k], v, *dense[k + 1 :])) in points}
-        cost = cost_of(groups, stairs)
-        curve = own if len(own) == len(values) else {v: cost[v] for v in values if v in cost}
-        curves.append(curve if len(curve) == len(values) else {})
-    return curves
-
-
-def _joint_terms(
+def _joints(
     partition: Partition,
-    stairs: Mapping[str, Staircase],
-    table: LatencyTable,
-    call_ms: float,
-    tolerance: float,
+    levels: Mapping[str, tuple[int, ...]],
     when: Mapping[str, tuple[str, ...]],
     known: Mapping[str, int],
-) -> list[Term]:
+) -> list[Slot]:
     """The joints at the tensors that ``when`` names."""
-    values: dict[Joint, list[tuple[int, ...]]] = {}
-    for joint, at in joint_points(partition, stairs, table, tolerance, when):
-        values.setdefault(joint, []).append(at)
-    terms = []
-    for joint, points in values.items():
-        found = (table.require(joint.key, point).ms for point in points)
-        saved = np.array([joint_ms(joint, partition, ms, call_ms) for ms in found])
-        extents: tuple[Extent, ...] = ()
-        knots: tuple[np.ndarray, ...] = ()
-        if joint.extent is not None:
-            extents = (_extent(joint.extent, partition, known),)
-            knots = (np.array([p[0] for p in points], dtype=np.float64),)
-        ms = saved.reshape([len(k) for k in knots])
-        name = _under(f"joint {joint.tensor}", when[joint.tensor])
-        terms.append(Term(name, extents, knots, ms, -1.0, when[joint.tensor]))
-    return terms
+    slots = []
+    for joint in measured_joints(partition) if when else ():
+        if joint.tensor in when:
+            own = () if joint.extent is None else (joint.extent,)
+            extents = tuple(_extent(extent, partition, known) for extent in own)
+            knots = tuple(_values(extent, levels) for extent in own)
+            name = _under(f"joint {joint.tensor}", when[joint.tensor])
+            slots.append(Slot(name, partition, joint, extents, knots, when[joint.tensor], None))
+    return slots
+
+
+def _values(extent: Extent, levels: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    names = [group for group, _ in extent.coefs]
+    return levels[names[0]] if len(names) == 1 else sum_levels([levels[name] for name in names])
 
 
 def _under(name: str, when: tuple[str, ...]) -> str:

@@ -26,9 +26,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sluice.core.latency import LatencyModel, Term
+from sluice.profiler.fit.assemble import Layout
 from sluice.profiler.fit.least_squares import fit_linear
-from sluice.profiler.pieces.partition import Partition, Piece, spread_widths, weight_bytes
-from sluice.profiler.pieces.variants import Alternatives
 
 __all__ = ["CachePenalty", "PenaltyFit", "fit_penalties", "megabytes"]
 
@@ -105,12 +104,16 @@ def fit_penalties(ms: np.ndarray, weights: np.ndarray, raw: np.ndarray) -> Penal
     return PenaltyFit(tuple(pairs), raw, np.array(sums).reshape(len(pairs), len(raw)))
 
 
-def megabytes(partition: Partition, model: LatencyModel, alternatives: Alternatives) -> dict[str, np.ndarray]:
-    """Megabytes of weights by the name of a piece's term, on its knots."""
+def megabytes(layout: Layout, model: LatencyModel) -> dict[str, np.ndarray]:
+    """Megabytes of weights by the name of a piece's term, on its knots, four bytes per element."""
     terms = {term.name: term for term in model.terms}
-    own = [(piece.name, piece, partition) for piece in partition.pieces]
-    own += [(f"{p.name} {s.place.switch}", p, s.partition) for s in alternatives.shown for p in s.place.pieces]
-    return {name: _megabytes(piece, cut, terms[name]) for name, piece, cut in own}
+    found = {}
+    for slot in layout.slots:
+        if slot.work is not None:
+            term = terms[slot.name]
+            grid = np.array(list(itertools.product(*term.knots)), dtype=np.float64).reshape(-1, len(term.knots))
+            found[slot.name] = (4e-6 * slot.work.weights_at(grid)).reshape(np.shape(term.ms))
+    return found
 
 
 def _best(sums: np.ndarray, measured: np.ndarray) -> int | None:
@@ -124,9 +127,3 @@ def _best(sums: np.ndarray, measured: np.ndarray) -> int | None:
     if not np.isfinite(missed).any():
         return None
     return int(np.argmax(missed <= missed.min() * (1.0 + 1e-6) + 1e-15))
-
-
-def _megabytes(piece: Piece, cut: Partition, term: Term) -> np.ndarray:
-    points: Sequence[tuple[float, ...]] = list(itertools.product(*term.knots))
-    found = [weight_bytes(cut, piece, spread_widths(piece, [int(v) for v in p], cut.dense)) for p in points]
-    return np.array(found).reshape(term.ms.shape) / 1e6

@@ -4,16 +4,18 @@
 
 with pieces and joints net of calls (`sluice.profiler.fit.assemble`, 4).
 
-1. The fit (`sluice.profiler.fit.least_squares`) is to whole engines in random configurations
-   (`sluice.profiler.sweep.engine_times`). The stated error is left out: every engine is predicted by a fit that has not
-   seen it.
+1. The fit (`sluice.profiler.fit.least_squares`) is to the whole engines that the table knows: the dense one, those that
+   were chosen and built, and random ones in a complete table. The stated error is left out: every engine is predicted
+   by a fit that has not seen it.
 2. The cache penalty is the time to read weights that no longer fit the caches (`sluice.profiler.fit.cache_reload`).
 3. ``S_k`` is the sum of the terms of one kind: joints, pieces of factorised layers, merged runs. Dense pieces are
-   measured as they stand in the user's graph. Pieces of the other kinds are made for being measured, or measured on
-   coarser grids, and their error is common to the kind.
-4. A correction (2, 3) is kept only if the error without it is large enough to matter (`EXACT`), the correction lowers
-   it by a twentieth, and no kind changes its sign. It is then part of the model's terms, so solver and training loss
-   know of it.
+   measured as they stand in the user's graph. Pieces of the other kinds are made for being measured, and their error is
+   common to the kind.
+4. A correction (2, 3) is kept only if there are `MANY` engines, the error without it is large enough to matter
+   (`EXACT`), the correction lowers it by a twentieth, and no kind changes its sign. It is then part of the model's
+   terms, so solver and training loss know of it.
+5. Of fewer engines, slope and intercept alone are fitted, to engines known to `NOISE`, with an intercept that is a call
+   give or take `BEND`. So one engine gives a slope, and two far from each other a line through both.
 """
 
 from __future__ import annotations
@@ -24,17 +26,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sluice.core.latency import LatencyModel, Term
+from sluice.profiler.fit.assemble import Layout
 from sluice.profiler.fit.cache_reload import CachePenalty, fit_penalties, megabytes
 from sluice.profiler.fit.least_squares import errors, fit_linear, left_out, mean_error
-from sluice.profiler.pieces.partition import Partition
-from sluice.profiler.pieces.variants import Alternatives
-from sluice.profiler.sweep.bench import Bench
-from sluice.profiler.sweep.engine_times import measure_engines, missing_plans, model_key
+from sluice.profiler.pieces.engine import model_key
+from sluice.profiler.table.latency_table import LatencyTable
 from sluice.solver.options import EditSpace
 
 __all__ = ["calibrate"]
 
-FEWEST = 4  # engines that two coefficients can be fitted to with one left out
+MANY = 8  # engines from which corrections are fitted
+NOISE = 0.01  # of an engine, and of what it would be by a straight line
+BEND = 0.05  # of the quickest engine: so far the intercept may be from a call
 WORTH = 0.95
 EXACT = 0.001
 STIFFNESS = 0.02 / 0.2  # of a gain
@@ -42,46 +45,56 @@ READ, HELD = "reload_ms_per_mb", "cache_mb"
 KINDS = ("joints", "ranks", "merges")
 
 
-def calibrate(
-    partition: Partition,
-    model: LatencyModel,
-    bench: Bench,
-    alternatives: Alternatives | None = None,
-    engines: int | None = None,
-    seed: int = 0,
-) -> LatencyModel:
-    """The model with slope, intercept and left-out error; engines that the table knows are not measured again."""
-    alternatives = alternatives or Alternatives(EditSpace())
-    key = model_key(partition, model)
-    known = bench.table.engines(key)
-    plans = missing_plans(partition, model, alternatives, [widths for widths, _ in known], seed, engines)
-    if plans:
-        measure_engines(partition, bench, plans, alternatives.options, known=known, record=key)
-        known = bench.table.engines(key)
+def calibrate(model: LatencyModel, layout: Layout, table: LatencyTable) -> LatencyModel:
+    """The model with slope, intercept and left-out error, by the engines that the table knows; unchanged without any.
+
+    Beside the error, the model's ``error`` holds the gains of the kinds and the cache penalty, where there are any.
+    """
+    key = model_key(layout.partition, layout.dense)
+    known = [(widths, m) for widths, m in table.engines(key) if widths.keys() == layout.dense.keys()]
+    if not known:
+        return model
     whole = _Engines([widths for widths, _ in known], np.array([m.ms for _, m in known]))
     raw, measured = whole.sums(model), whole.measured
-    if len(raw) < FEWEST:
-        # Too few engines to leave one out. The plain sum has seen no engine, so its own error may be stated.
-        call_ms = min(model.intercept, 0.5 * float(measured.min()))
-        (slope,) = (float(c) for c in fit_linear([raw], measured - call_ms))
-        error = errors(call_ms + raw, measured)
-        bench.table.put_calibration(key, slope, call_ms, error)
-        return model.calibrated(slope, call_ms, error)
-    kinds = {kind: whole.sums(own) for kind, own in _by_kind(model, alternatives.options).items()}
+    if len(raw) < MANY:
+        slope, intercept, error = _by_few(raw, measured, model.intercept)
+        return model.calibrated(slope, intercept, error)
+    options = layout.alternatives.options
+    kinds = {kind: whole.sums(own) for kind, own in _by_kind(model, options).items()}
     best, reading = _fitted({"slope": raw, "intercept": np.ones(len(raw))}, measured), None
     if WORTH * mean_error(best.predicted, measured) > EXACT:
-        weights = megabytes(partition, model, alternatives)
+        weights = megabytes(layout, model)
         best, reading = _with_corrections(best, model, weights, kinds, whole)
         model = model if reading is None else reading.applied(model, weights)
-    terms = tuple(best.corrected(term, alternatives.options) for term in model.terms)
+    terms = tuple(best.corrected(term, options) for term in model.terms)
     slope, intercept = best.coefficients["slope"], best.coefficients["intercept"]
     error = errors(best.predicted, measured)
     stated = {**error, **{n: c for n, c in best.coefficients.items() if n in kinds}}
     if reading is not None:
         stated |= {READ: slope * reading.ms_per_mb, HELD: reading.cache_mb}
-    if bench.table.get_calibration(key) != (slope, intercept, stated):  # a complete table is only read
-        bench.table.put_calibration(key, slope, intercept, stated)
-    return replace(model, terms=terms).calibrated(slope, intercept, error)
+    return replace(model, terms=terms).calibrated(slope, intercept, stated)
+
+
+def _by_few(raw: np.ndarray, measured: np.ndarray, call_ms: float) -> tuple[float, float, dict[str, float]]:
+    """Rule 5: slope, intercept and error of a line through few engines."""
+    call_ms = min(call_ms, 0.5 * float(measured.min()))
+
+    def line(raw: np.ndarray, measured: np.ndarray) -> tuple[float, float]:
+        bend = BEND * float(measured.min())
+        design = np.array([[*(raw / measured / NOISE), 0.0], [*(1.0 / measured / NOISE), 1.0 / bend]]).T
+        target = np.array([*((measured - call_ms) / measured / NOISE), 0.0])
+        slope, rest = (float(c) for c in np.linalg.lstsq(design, target, rcond=None)[0])
+        return slope, call_ms + rest
+
+    slope, intercept = line(raw, measured)
+    # The plain sum has seen no engine, so its own error may be stated where too few are left for a fit.
+    unseen = call_ms + raw
+    if len(raw) > 2:
+        for i in range(len(raw)):
+            rest = np.arange(len(raw)) != i
+            own = line(raw[rest], measured[rest])
+            unseen[i] = own[0] * raw[i] + own[1]
+    return slope, intercept, errors(unseen, measured)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,8 +123,8 @@ class _Fit:
 
     def corrected(self, term: Term, options: EditSpace) -> Term:
         """The term with its share of the corrections, in milliseconds before the slope."""
-        slope, known = self.coefficients["slope"], self.coefficients
-        return replace(term, ms=term.ms * (1.0 + known.get(_kind(term, options), 0.0) / slope))
+        factor = 1.0 + self.coefficients.get(_kind(term, options), 0.0) / self.coefficients["slope"]
+        return replace(term, ms=term.ms * factor, bound=None if term.bound is None else term.bound * factor)
 
 
 def _fitted(columns: Mapping[str, np.ndarray], measured: np.ndarray, predicted: np.ndarray | None = None) -> _Fit:

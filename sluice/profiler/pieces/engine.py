@@ -6,6 +6,7 @@ less time than promised. `with_ranks_in_reach` gives the nearest configuration w
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 import onnx
@@ -18,7 +19,7 @@ from sluice.passes.cut.rewrite_onnx import cut_graph, restructure
 from sluice.profiler.pieces.partition import Partition
 from sluice.solver.options import EditSpace, chosen_edits
 
-__all__ = ["build_engine", "with_ranks_in_reach"]
+__all__ = ["build_engine", "model_key", "with_ranks_in_reach"]
 
 
 def build_engine(
@@ -43,3 +44,10 @@ def with_ranks_in_reach(
         levels = model.levels[option.rank]
         found[option.rank] = max((v for v in levels if v <= min(most, found[option.rank])), default=levels[0])
     return found
+
+
+def model_key(partition: Partition, dense: Mapping[str, int]) -> str:
+    """Identity of a network in the table: its pieces in order, and all its sites with their dense values."""
+    sites = [f"{n}={s}" for n, s in dense.items()]
+    text = ";".join([*(p.key for p in partition.pieces), *sites])
+    return hashlib.sha256(text.encode()).hexdigest()[:24]

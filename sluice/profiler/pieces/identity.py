@@ -23,7 +23,7 @@ from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
 from sluice.profiler.pieces.split import ANCHORS
 from sluice.runtime.base.runner import PLAIN
 
-__all__ = ["Identity", "identify"]
+__all__ = ["Composition", "Identity", "composition", "identify"]
 
 SCHEME = 4  # version of how a piece is timed; keys of two schemes never meet
 Size = Callable[[str], list[object]]
@@ -39,7 +39,7 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
-class _Composition:
+class Composition:
     """The labelled ``axis`` of a value: positions per channel of every group on it, and ``fixed`` ones."""
 
     axis: int
@@ -57,7 +57,7 @@ def identify(
     """The identity of a piece's graph with these activations; a concatenation made the ``joined`` ones."""
     joined_only = {n for n in inputs if all(node.op_type == "Concat" for node in graph.node if n in node.input)}
     values = [*inputs, *(name for node in graph.node for name in node.output if name)]
-    compositions = {v: c for v in values if (c := _composition(analysis, v)) is not None}
+    compositions = {v: c for v in values if (c := composition(analysis, v)) is not None}
     classes = _classes(compositions, joined_only)
     symbol = {g: f"e{k}" for k, names in enumerate(classes) for g in names}
 
@@ -76,7 +76,7 @@ def identify(
     return Identity(key, _words(graph, inputs, outputs, size), extents)
 
 
-def _composition(analysis: Analysis, value: str) -> _Composition | None:
+def composition(analysis: Analysis, value: str) -> Composition | None:
     axis = analysis.values.get(value)
     if axis is None or not (axis.groups >= 0).any():
         return None
@@ -85,10 +85,10 @@ def _composition(analysis: Analysis, value: str) -> _Composition | None:
         group = analysis.groups[int(index)]
         channels = axis.channels[axis.groups == index]
         coefs[group.name] = len(channels) // len(np.unique(channels))
-    return _Composition(axis.dim, coefs, int((axis.groups < 0).sum()))
+    return Composition(axis.dim, coefs, int((axis.groups < 0).sum()))
 
 
-def _classes(compositions: Mapping[str, _Composition], joined_only: Collection[str]) -> list[list[str]]:
+def _classes(compositions: Mapping[str, Composition], joined_only: Collection[str]) -> list[list[str]]:
     """Groups that occur together (rule 1), in the order in which the values show them."""
     different = {json.dumps(c.coefs, sort_keys=True) for v, c in compositions.items() if v not in joined_only}
     incidence: dict[str, list[tuple[int, int]]] = {}

@@ -19,7 +19,6 @@ from onnx import helper
 
 from sluice.core.errors import SluiceError
 from sluice.core.latency import Extent
-from sluice.passes.cut.resolve import tensor_masks
 from sluice.passes.cut.rewrite_onnx import cut_graph
 from sluice.passes.graph.groups import Analysis, agreeing, rename_groups
 from sluice.passes.graph.onnx_axes import analyze_onnx
@@ -42,7 +41,6 @@ __all__ = [
     "partition_static",
     "spread_widths",
     "static_at",
-    "weight_bytes",
     "with_small",
 ]
 
@@ -204,17 +202,6 @@ def build_piece(partition: Partition, piece: Piece, widths: Mapping[str, int]) -
     for info in model.graph.input:
         info.doc_string = marks[info.name]
     return model
-
-
-def weight_bytes(partition: Partition, piece: Piece, widths: Mapping[str, int]) -> int:
-    """Bytes of the piece's weights (tensors of two and more axes) at the given widths, four per element."""
-    masks = tensor_masks(partition.analysis, partition.masks(widths))
-    total = 0
-    for init in piece.model.graph.initializer:
-        if len(init.dims) >= 2:
-            kept = [int(masks[(init.name, k)].sum()) if (init.name, k) in masks else n for k, n in enumerate(init.dims)]
-            total += 4 * int(np.prod(kept))
-    return total
 
 
 def spread_widths(piece: Piece, values: Sequence[int], sizes: Mapping[str, int]) -> dict[str, int]:

@@ -22,15 +22,15 @@ from sluice.passes.cut.factor_onnx import factorize_onnx
 from sluice.passes.cut.merge_ties import groups_on
 from sluice.passes.graph.onnx_graph import attributes
 from sluice.passes.search_space import SearchSpace
+from sluice.profiler.pieces.levels import step_of
 from sluice.profiler.pieces.partition import Partition, Piece, anchor_weight, partition_graph
 from sluice.profiler.pieces.split import ANCHORS
-from sluice.profiler.pieces.staircase import Staircase, step_of
 from sluice.solver.options import EditSpace, RankOption
 
 __all__ = [
     "Alternatives",
     "LayerReplacement",
-    "MeasuredReplacement",
+    "OfferedReplacement",
     "RestructuredGraph",
     "rank_layers",
     "rank_variants",
@@ -59,21 +59,20 @@ class RestructuredGraph:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class MeasuredReplacement:
-    """A place with the staircases of its graph; its pieces are measured at up to ``most`` points each."""
+class OfferedReplacement:
+    """A place that may pay, in its graph, and the ranks at which it may."""
 
     place: LayerReplacement
     partition: Partition
-    stairs: Mapping[str, Staircase]
-    most: int
+    ranks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Alternatives:
-    """The options worth offering, and the measured pieces of those that have any."""
+    """The options worth offering, and the pieces of those that have any."""
 
     options: EditSpace
-    shown: tuple[MeasuredReplacement, ...] = ()
+    shown: tuple[OfferedReplacement, ...] = ()
     without_weight: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by drop, pieces that go with it
 
 

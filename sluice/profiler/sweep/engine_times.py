@@ -14,8 +14,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,19 +23,15 @@ import numpy as np
 from sluice.core.latency import LatencyModel
 from sluice.profiler.pieces.engine import build_engine, with_ranks_in_reach
 from sluice.profiler.pieces.partition import Partition
-from sluice.profiler.pieces.variants import Alternatives
 from sluice.profiler.sweep.bench import BURSTS, Bench
-from sluice.profiler.table.latency_table import encode_widths
 from sluice.profiler.table.measurement import Measurement, best_of
-from sluice.profiler.timing.burst_log import landed
 from sluice.runtime.base.runner import Session
 from sluice.solver.options import EditSpace
 from sluice.solver.random_configurations import random_configuration
 
-__all__ = ["measure_engines", "missing_plans", "model_key"]
+__all__ = ["measure_engines", "missing_plans"]
 
-ENGINES = 14
-RESTRUCTURED = 48  # engines, where not only widths vary
+ENGINES = 24  # of a complete table
 FEWEST = 4  # engines that say how much slower the machine is by now
 AGREE, PASSES = 0.015, 3
 REFERENCES = 16
@@ -45,36 +39,20 @@ OF_PLANS = 1
 AT_ONCE = 2**30  # bytes of ONNX and of `_working_bytes`; a runtime takes two to three times as much
 
 
-def model_key(partition: Partition, model: LatencyModel) -> str:
-    """Identity of a network in the table: its pieces in order, and all its sites and levels."""
-    sites = [f"{n}={s}" for n, s in model.dense.items()]
-    text = ";".join([*(p.key for p in partition.pieces), *sites])
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
 def missing_plans(
-    partition: Partition,
-    model: LatencyModel,
-    alternatives: Alternatives,
-    known: Sequence[Mapping[str, int]],
-    seed: int,
-    engines: int | None = None,
+    partition: Partition, model: LatencyModel, options: EditSpace, known: Sequence[Mapping[str, int]], seed: int
 ) -> list[dict[str, int]]:
-    """Plans that make ``known`` up to ``engines`` different ones, the dense one among them, if there are so many.
+    """Random plans that make ``known`` up to `ENGINES` different ones, if there are so many.
 
     The same after a kill, and for all shards: from ``seed`` on, numbers that nothing else draws.
     """
     rng = np.random.default_rng([seed, OF_PLANS])
-    engines = engines or (RESTRUCTURED if model.switches else ENGINES)
-
-    def draw() -> dict[str, int]:
-        return with_ranks_in_reach(partition, model, random_configuration(model, rng), alternatives.options)
-
     seen = {tuple(sorted(widths.items())) for widths in known}
     plans: list[dict[str, int]] = []
-    for plan in itertools.chain([dict(model.dense)], (draw() for _ in range(20 * engines))):
-        if len(seen) >= engines:
+    for _ in range(20 * ENGINES):
+        if len(seen) >= ENGINES:
             break
+        plan = with_ranks_in_reach(partition, model, random_configuration(model, rng), options)
         if (identity := tuple(sorted(plan.items()))) not in seen:
             seen.add(identity)
             plans.append(plan)
@@ -98,7 +76,6 @@ def measure_engines(
         return []
     found: list[Measurement] = []
     working = _working_bytes(partition)
-    network = hashlib.sha256(";".join(p.key for p in partition.pieces).encode()).hexdigest()[:24]
     known = _spread(known, AT_ONCE // (partition.model.ByteSize() + working))
     references = [bench.session(build_engine(partition, plan, options), part=False) for plan, _ in known]
     while len(found) < len(plans):
@@ -110,16 +87,13 @@ def measure_engines(
             if sessions and size > AT_ONCE:
                 break
             sessions.append(bench.session(engine, part=False))
-        together = [*(plan for plan, _ in known), *plans[len(found) : len(found) + len(sessions)]]
-        names = [f"{network} {encode_widths(plan)}" for plan in together]
-        now = _passes(bench, [*references, *sessions], names)
+        now = _passes(bench, [*references, *sessions])
         ratios = [there.ms / m.ms for (_, there), m in zip(known, now, strict=False)]
         scale = float(np.median(ratios)) if known else 1.0
         found += [replace(m, ms=scale * m.ms) for m in now[len(known) :]]
         bench.progress(len(found), len(plans))
     if record:
         bench.table.put_engines(record, zip(plans, found, strict=True))
-    landed(bench.table)
     return [m.ms for m in found]
 
 
@@ -132,12 +106,12 @@ def _spread(
     return [ordered[round(k * (len(ordered) - 1) / max(1, count - 1))] for k in range(count)]
 
 
-def _passes(bench: Bench, sessions: Sequence[Session], names: Sequence[str]) -> list[Measurement]:
+def _passes(bench: Bench, sessions: Sequence[Session]) -> list[Measurement]:
     """Rule 1."""
     passes: list[tuple[Measurement, ...]] = []
     agreed = False
     while not agreed and len(passes) < PASSES:
-        passes.append(bench.time(sessions, [f"{name} pass {len(passes)}" for name in names], BURSTS))
+        passes.append(bench.time(sessions, BURSTS))
         quiet = [[m.ms for m in found] for found in passes if not all(m.uncertain for m in found)]
         lowest = np.sort(quiet, axis=0)[:2]
         agreed = len(lowest) > 1 and float(np.quantile(lowest[1] / lowest[0], 0.9)) <= 1.0 + AGREE

@@ -29,7 +29,6 @@ from sluice.profiler.table.table_file import (
     check_content,
     check_header,
     connect,
-    drop_bursts,
     exists,
     lay_out,
     place,
@@ -75,7 +74,6 @@ class LatencyTable:
                 lay_out(connection, name, fingerprint)
             finally:
                 connection.close()
-            drop_bursts(name)
             place(draft, name)
         except OSError as error:
             raise SluiceError(f"cannot create {name}: {error}; choose a place that can be written") from error
@@ -133,6 +131,11 @@ class LatencyTable:
     def __len__(self) -> int:
         """The number of points."""
         return int(self._rows("SELECT count(*) FROM points")[0][0])
+
+    def revision(self) -> tuple[int, int, int]:
+        """Another value after every change of points or engines, through this object or by another process."""
+        rows = self._rows("SELECT (SELECT count(*) FROM points), (SELECT count(*) FROM engines)")
+        return (self._connection.total_changes, *rows[0])
 
     def get(self, key: str, extents: Sequence[int]) -> Measurement | None:
         rows = self._rows(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from sluice.core.errors import SluiceError
@@ -21,11 +21,9 @@ from sluice.profiler.table.fingerprint import Fingerprint
 
 __all__ = [
     "add_blobs",
-    "bursts_of",
     "check_content",
     "check_header",
     "connect",
-    "drop_bursts",
     "exists",
     "lay_out",
     "place",
@@ -89,17 +87,6 @@ def add_blobs(connection: sqlite3.Connection) -> None:
 def exists(name: str) -> bool:
     """An empty file, as temporary-file makers leave, counts as none."""
     return os.path.exists(name) and (os.path.isdir(name) or os.path.getsize(name) > 0)
-
-
-def bursts_of(name: str) -> str:
-    """The file beside the table that `sluice.profiler.timing.burst_log` writes."""
-    return f"{name}-bursts"
-
-
-def drop_bursts(name: str) -> None:
-    """Remove the bursts: their points are in the table now, or they were of another table of that name."""
-    with suppress(OSError):
-        os.remove(bursts_of(name))
 
 
 def check_header(name: str) -> None:

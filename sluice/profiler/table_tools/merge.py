@@ -6,9 +6,8 @@
    engines differ by more than `MAX_RATIO` are not of the same kind.
 3. Of two times for one point, or one engine, the one with the smaller relative spread stays; of equal ones the first.
 4. Of two calibrations of a network the one on more engines stays. It is fitted anew when the network is profiled on the
-   merged table, which costs no measurement if the engines are there. Of two blobs of a name the first stays. Points
-   that are to be timed again (`sluice.profiler.timing.burst_log`, 5) stay of all tables. The host is that of the first
-   table, whose times the others are brought to.
+   merged table, which costs no measurement if the engines are there. Of two blobs of a name the first stays. The host
+   is that of the first table, whose times the others are brought to.
 5. A table with an impossible time is refused: not finite, or negative where no difference of times is recorded. Joints
    are such differences. Pieces are, too, with their sources' time taken out, which may leave less than nothing by the
    noise of the sources; not more than `NOISE` of the time of the reference engine or of the largest source.
@@ -29,30 +28,25 @@ from sluice.profiler.sweep.bench import SOURCE_KEY
 from sluice.profiler.table.fingerprint import Fingerprint, difference
 from sluice.profiler.table.latency_table import Fit, LatencyTable, scaled
 from sluice.profiler.table.measurement import Measurement
-from sluice.profiler.table.table_file import bursts_of, drop_bursts, exists
-from sluice.profiler.timing.burst_log import AGAIN, ONCE, Point, keep_points, points_kept
+from sluice.profiler.table.table_file import exists
 from sluice.profiler.timing.reference_engine import HOST, MAX_RATIO
 from sluice.profiler.timing.reference_engine import KEY as REFERENCE_KEY
 
 __all__ = ["Merged", "merge_tables"]
 
 NOISE = 0.05
+OLD = ("points timed once", "points to be timed again")  # blobs of former releases
 Engine = tuple[tuple[str, int], ...]
 Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """The contents of the merged table, the factor of every table's times, and what was left out.
-
-    ``in_flight`` are the tables with bursts of unfinished points beside them; only the command that was killed goes on
-    with these.
-    """
+    """The contents of the merged table, and the factor of every table's times."""
 
     points: int
     engines: int
     ratios: tuple[float, ...]
-    in_flight: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -63,7 +57,6 @@ class _Content:
     engines: dict[tuple[str, Engine], Measurement] = field(default_factory=dict)
     calibrations: dict[str, Fit] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
-    unfinished: dict[str, set[Point]] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
 
     def add(self, table: LatencyTable, ratio: float, *, leads: bool) -> None:
@@ -87,9 +80,7 @@ class _Content:
                 known = self.calibrations.get(network)
                 if known is None or fit[2].get("n", 0.0) > known[2].get("n", 0.0):
                     self.calibrations[network] = scaled(fit, ratio)
-        for name in (ONCE, AGAIN):
-            self.unfinished.setdefault(name, set()).update(points_kept(table, name))
-        for name in table.blobs().keys() - {ONCE, AGAIN, *([] if leads else [HOST])}:
+        for name in table.blobs().keys() - {*OLD, *([] if leads else [HOST])}:
             self.blobs.setdefault(name, table.get_blob(name) or b"")
 
     def write(self, table: LatencyTable) -> None:
@@ -99,8 +90,6 @@ class _Content:
             table.put_engine(network, dict(engine), found)
         for network, fit in self.calibrations.items():
             table.put_calibration(network, *fit)
-        for name, points in self.unfinished.items():
-            keep_points(table, name, points)
         for name, content in self.blobs.items():
             table.put_blob(name, content)
 
@@ -143,12 +132,10 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
             draft = Path(folder) / out.name
             with LatencyTable.create(draft, first[1]) as table:
                 content.write(table)
-            drop_bursts(str(out))
             os.replace(draft, out)
     except OSError as error:
         raise SluiceError(f"cannot write {str(out)!r}: {error.strerror or error}; choose another folder") from None
-    in_flight = tuple(os.fspath(path) for path in paths if os.path.exists(bursts_of(os.fspath(path))))
-    return Merged(len(content.points), len(content.engines), tuple(ratios), in_flight)
+    return Merged(len(content.points), len(content.engines), tuple(ratios))
 
 
 def _reference_ms(table: LatencyTable) -> float | None:

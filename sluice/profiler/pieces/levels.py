@@ -1,0 +1,62 @@
+"""The widths that are offered to the solver, known before anything is measured.
+
+1. Widths are multiples of what kernels load at once, `PACK` bytes (four floats, eight halves), less in narrow groups,
+   and the full width. A layer of 19 channels takes another kernel, which wants the plain layout, while all activations
+   around it are laid out in blocks: plans of MobileNetV2 with such widths took up to a quarter longer than their pieces
+   and joints told.
+2. Between the half and the full width lie at most `TOP` of them, in each octave below `BELOW`, all as round as their
+   distance allows. The least is a sixteenth of the width, or the step if that is more. More of them make the solver
+   slow and plans no better, since many groups share a budget.
+3. Sums of groups (concatenations) are known at `SUMS` values, those of widths at equal shares, and at every value that
+   was measured (`sluice.profiler.fit.assemble`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+__all__ = ["step_of", "sum_levels", "width_levels"]
+
+PACK = 16  # bytes that kernels load at once
+ITEM = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # bytes of a value
+TOP, BELOW, OCTAVES = 4, 2, 4
+SUMS = 9
+
+
+def step_of(size: int, precision: str) -> int:
+    """The number that all widths of a group of this size are multiples of (rule 1)."""
+    step = PACK // ITEM[precision]
+    while step > 1 and 2 * step > size:
+        step //= 2
+    return step
+
+
+def width_levels(size: int, precision: str, most: int | None = None) -> tuple[int, ...]:
+    """The widths of a group of ``size`` channels, increasing, the full one last; of ranks no more than ``most``."""
+    step, found, top = step_of(size, precision), {size}, float(size)
+    for octave in range(OCTAVES):
+        count = BELOW if octave else TOP
+        gap = top / 2 / count
+        for k in range(count):
+            width = _roundest(top / 2 + k * gap, gap / 3, step)
+            if step <= width < size:
+                found.add(width)
+        top /= 2
+    levels = sorted(found)
+    if most is not None and len(levels) > most:
+        levels = [levels[round(k * (len(levels) - 1) / (most - 1))] for k in range(most)]
+    return tuple(levels)
+
+
+def _roundest(middle: float, reach: float, step: int) -> int:
+    """The multiple of ``step`` near the middle with the largest power of two; of equal ones the nearest."""
+    first, last = math.ceil((middle - reach) / step), math.floor((middle + reach) / step)
+    values = [step * k for k in range(first, last + 1)] or [step * round(middle / step)]
+    return max(values, key=lambda v: (v & -v, -abs(v - middle)))
+
+
+def sum_levels(levels: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Values of a sum of groups with these levels (rule 3)."""
+    shares = [k / (SUMS - 1) for k in range(SUMS)]
+    return tuple(sorted({sum(own[round(share * (len(own) - 1))] for own in levels) for share in shares}))
