@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx
 
-from sluice.core.progress import Advance
+from sluice.core.progress import Advance, told_to
 from sluice.passes.precision.to_precision import to_precision
 from sluice.profiler.pieces.joints import Joint, call_models, joint_models, joint_widths
 from sluice.profiler.pieces.partition import Partition, Piece, build_piece, spread_widths
@@ -209,6 +209,7 @@ class Bench:
             *found, witness = measure(
                 own, min_bursts=call.min_bursts, max_bursts=call.max_bursts, patience_ms=call.patience_ms,
                 reference=replace(self.reference, session=reference), with_reference=True,
+                waiting=told_to(self.progress),
                 rng=np.random.default_rng(call.seed),
             )  # fmt: skip
         self.waits.in_vain = witness.ms > (1.0 + QUIET) * self.reference.ms
