@@ -91,7 +91,7 @@ class Display:
         if now - self.shown < (EVERY_S if self.news else ALIVE_S):
             return
         parts = [self._count(), f"{_duration(now - self.started)} so far"]
-        if self.total and self.done:
+        if self.total and 0 < self.done < self.total:
             parts.append(f"{_duration((now - self.started) * (self.total - self.done) / self.done)} left")
         self._write(", ".join([*parts, *([self.text] if self.text else [])]))
         self.shown, self.news = now, False
@@ -179,8 +179,8 @@ def told_to(advance: Advance | None) -> Callable[[float, float], None] | None:
 
     def waiting(quiet: float, left_ms: float) -> None:
         note(
-            f"waiting for a quiet machine: another process uses this core; quiet {quiet:.0%} of the time, "
-            f"{left_ms / 1000:.0f} s of patience left"
+            f"waiting for a quiet machine: quiet {quiet:.0%} of the time, {left_ms / 1000:.0f} s of patience left; "
+            f"another process uses this core"  # last, where a narrow terminal cuts it off
         )
 
     return waiting

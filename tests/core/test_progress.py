@@ -134,6 +134,14 @@ def test_lines_come_at_intervals_and_at_the_end(clock: Clock) -> None:
     assert lines[-1] == "price 59/120, took 60 s"
 
 
+def test_no_time_is_left_of_what_is_done(clock: Clock) -> None:
+    """A stage may go on after its last step, or begin anew with more."""
+    display, stream = plain(clock)
+    clock.now += EVERY_S
+    display(4, 4)
+    assert stream.getvalue() == "price 4/4, 5 s so far\n"
+
+
 def test_lines_without_news_are_rare(clock: Clock) -> None:
     display, stream = plain(clock)
     for _ in range(200):
@@ -168,7 +176,7 @@ def test_a_note_appears_and_goes(terminal: bool, clock: Clock) -> None:
     for _ in range(6):
         clock.now += 1.0
         tell(0.123, 35_400.0)
-    waits = "waiting for a quiet machine: another process uses this core; quiet 12% of the time, 35 s of patience left"
+    waits = "waiting for a quiet machine: quiet 12% of the time, 35 s of patience left; another process uses this core"
     assert shown().endswith(f", {waits}") and "pieces" in shown() and "2/4" in shown()
     clock.now += NOTE_S + EVERY_S
     display.tick()
