@@ -1,8 +1,8 @@
 """The report of a compression: promised and measured figures, and reasons of everything left alone, as a frozen value.
 
-It is JSON (``version`` 3; 1, which knew widths only, and 2, which knew fp32 only, still load) and a terminal table.
-Times are milliseconds, ``parity_max_rel`` is the largest deviation of the slim network's output relative to the dense
-output's scale. Figures that were not taken are ``None``.
+It is JSON (``version`` 4; 1, which knew widths only, 2, which knew fp32 only, and 3, which did not say how often an
+engine was measured, still load) and a terminal table. Times are milliseconds, ``parity_max_rel`` is the largest
+deviation of the slim network's output relative to the dense output's scale. Figures that were not taken are ``None``.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 
 __all__ = ["EditRow", "GroupRow", "MethodRow", "PieceRow", "Report", "edit_rows"]
 
-VERSION = 3
+VERSION = 4
 # Fields that reports of earlier versions lack, by version.
+MEASURING: dict[str, Any] = {"runs": None, "dense_runs": None, "uncertainty": None, "quiet": True}
 LATER: dict[int, dict[str, Any]] = {
-    1: {"methods": (), "edits": (), "readings": (), "metric_deployed": None},
-    2: {"metric_deployed": None},
+    1: {"methods": (), "edits": (), "readings": (), "metric_deployed": None, **MEASURING},
+    2: {"metric_deployed": None, **MEASURING},
+    3: MEASURING,
     VERSION: {},
 }
 
@@ -98,6 +100,10 @@ class Report:
     ``readings`` are the scenarios that were rehearsed: name, promised milliseconds, held-out loss after every round
     that the plan took part in. The first is the chosen one. ``metric_deployed`` is the figure of merit of the file
     itself, where its precision (``fingerprint["precision"]``) is not fp32.
+
+    The slim engine was measured ``runs`` times, built anew for each, and the dense one ``dense_runs`` times in all
+    ``rounds``. ``uncertainty`` is that of their ratio, relative. Unless the machine was ``quiet`` for a moment of that,
+    the times are not to be relied on, and neither is the answer of `met`.
     """
 
     budget_ms: float
@@ -122,6 +128,10 @@ class Report:
     edits: tuple[EditRow, ...] = ()
     readings: tuple[tuple[str, float, tuple[float, ...]], ...] = ()
     metric_deployed: float | None = None
+    runs: int | None = None
+    dense_runs: int | None = None
+    uncertainty: float | None = None
+    quiet: bool = True
 
     def met(self) -> bool:
         """Whether the measured (where there is none, the promised) time is within the budget."""
@@ -168,6 +178,8 @@ class Report:
         from rich.text import Text
 
         parts: list[Any] = [self._summary(), Text(self._verdict())]
+        if self.runs:
+            parts.append(Text(self._measuring()))
         if self.methods:
             parts += [Text(), self._methods()]
         if self.readings:
@@ -217,12 +229,18 @@ class Report:
 
     def _verdict(self) -> str:
         what = "promised" if self.measured_ms is None else "measured"
-        lines = [f"budget {self.budget_ms:.3f} ms {'met' if self.met() else 'MISSED'} as {what}"]
+        busy = "" if self.quiet else " on a machine that was never quiet"
+        lines = [f"budget {self.budget_ms:.3f} ms {'met' if self.met() else 'MISSED'} as {what}{busy}"]
         if self.parity_max_rel is not None:
             lines.append(f"parity {self.parity_max_rel:.1e}")
         lines += [f"{name} {value:.4g}" for name, value in self.error.items()]
-        lines.append(f"{self.rounds} round{'' if self.rounds == 1 else 's'}, {self.seconds:.1f} s")
+        lines.append(f"{_rounds(self.rounds)}, {self.seconds:.1f} s")
         return ", ".join(lines)
+
+    def _measuring(self) -> str:
+        within = "" if self.uncertainty is None else f", within {self.uncertainty:.1%}"
+        dense = f"the dense one {_times(self.dense_runs)} in {_rounds(self.rounds)}"
+        return f"engine measured {_times(self.runs)}, {dense}{within}{'' if self.quiet else '; measure again'}"
 
     def _methods(self) -> Any:
         from rich.table import Table
@@ -271,6 +289,14 @@ class Report:
 def _piece(row: dict[str, Any]) -> PieceRow:
     extents: dict[str, Any] = {key: tuple(row.pop(key)) for key in ("extents_before", "extents_after")}
     return PieceRow(**row, **extents)
+
+
+def _times(count: int | None) -> str:
+    return "once" if count == 1 else f"{count or 0} times"
+
+
+def _rounds(count: int) -> str:
+    return f"{count} round{'' if count == 1 else 's'}"
 
 
 def _figure(value: float | None, style: str) -> str:

@@ -18,8 +18,9 @@ promise is
    weights of a piece once the rest of the network has pushed them out of the caches, zero for a joint; ``cached_ms`` is
    the part of these times that the caches save.
 
-6. A point that was not measured is *estimated*, and has a *bound*: of a piece the least milliseconds that it is expected
-   to take, of a joint the most that it is expected to save. `LatencyModel.hopeful` takes every point at its bound.
+6. A point that was not measured is *estimated*, and has a *bound*: of a piece the least milliseconds that it is
+   expected to take, of a joint the most that it is expected to save. `LatencyModel.hopeful` takes points at their
+   bounds.
 
 Everything here is frozen and needs numpy only: the same value drives the budget of the training loss, the
 solver and the report.

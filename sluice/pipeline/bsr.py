@@ -72,7 +72,7 @@ class BeamProblem(Problem):
 def beam_problem(
     profile: Profile, analysis: Analysis, sites: frozenset[str], inputs: tuple[InputSpec, ...], judge: LossIncrease
 ) -> BeamProblem:
-    """The problem about these ranks, all of which are measured. It serves several budgets, so it remembers its scores."""
+    """The problem about these ranks, all of them measured. It serves several budgets, so it remembers its scores."""
     state, forms = judge.gm.state_dict(), profile.options.ranks
     latency = profile.latency
     if profile.open:

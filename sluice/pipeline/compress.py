@@ -210,9 +210,9 @@ def _finish(
             problem, methods, target_ms, lambda solution: _cut(stripped, solution.plan),
             data=data, teacher=reference, loss=recipe.loss, lr=recipe.lr, steps=recipe.rehearsal, progress=progress,
         )  # fmt: skip
-    with stage("decide and verify on engines", progress):
+    with stage("decide and verify on engines", progress) as advance:
         dense_onnx = to_onnx(stripped, inputs) if ready.exported is None else with_values(ready.exported, stripped)
-        verified = first_verified([*(s.problem for s in scenarios), problem], budget, dense_onnx)
+        verified = first_verified([*(s.problem for s in scenarios), problem], budget, dense_onnx, advance)
     slim = _cut(stripped, verified.plan).eval()
     cut = finalize(rewrite_onnx(dense_onnx, verified.plan))
     closed = parity(close(gated, verified.solution).eval(), slim, cut, stripped)
@@ -233,15 +233,14 @@ def _finish(
             name="fine-tune",
         )  # fmt: skip
     slim = merge_runs(slim, verified.plan).eval()
-    with stage("export and measure", progress):
+    with stage("export and measure", progress) as advance:
         slim_onnx = finalize(to_onnx(slim, inputs))
         exported = parity(slim, slim, slim_onnx, stripped)
         dense_engine = finalize(dense_onnx)
         deployed, metric_deployed = deploy(slim_onnx)
-        dense_ms, slim_ms = final_pair(measured, measured.engine(dense_engine), deployed, budget)
+        times = final_pair(measured, measured.engine(dense_engine), deployed, budget, verified, advance)
     report = make_report(
-        measured, verified, dense_ms=dense_ms, slim_ms=slim_ms, worst=max(closed, exported),
-        budget_ms=budget.ms(dense_ms),
+        measured, verified, times=times, worst=max(closed, exported),
         params=(count_parameters(stripped), count_parameters(slim)),
         macs=(count_macs(dense_engine), count_macs(slim_onnx)),
         metrics=(metric_dense, None if evaluate is None else evaluate(slim), metric_deployed),

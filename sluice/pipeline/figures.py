@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from sluice.artifacts.report import GroupRow, MethodRow, PieceRow, Report, edit_rows
 from sluice.core.latency import LatencyModel
 from sluice.passes.graph.capture import MARK, Inputs, normalize_inputs
+from sluice.pipeline.pairs import PairTimes
 from sluice.pipeline.verify import VerifiedSolution
 from sluice.profiler.profile import Profile
 from sluice.runtime.base.compare import relative_error
@@ -106,7 +107,7 @@ def _finite(metric: float | None) -> float | None:
 
 
 def make_report(
-    measured: Profile, verified: VerifiedSolution, *, dense_ms: float, slim_ms: float, worst: float, budget_ms: float,
+    measured: Profile, verified: VerifiedSolution, *, times: PairTimes, worst: float,
     params: tuple[int, int], macs: tuple[int, int], metrics: tuple[float | None, float | None, float | None],
     frozen: Mapping[str, str], seconds: float, losses: Mapping[str, np.ndarray] | None = None,
     readings: Sequence[tuple[str, float, tuple[float, ...]]] = (),
@@ -114,6 +115,7 @@ def make_report(
     """The report of a verified plan.
 
     Args:
+        times: of the dense engine and of the file that is deployed.
         worst: largest relative difference between two forms of the slim network.
         params, macs: of the dense and of the slim network.
         metrics: of the dense and of the slim network, and of the file that is deployed.
@@ -136,10 +138,10 @@ def make_report(
     if any(again):
         rows.append(PieceRow("read again", "weights beyond what the caches hold", 1, *again, (), ()))
     return Report(
-        budget_ms=budget_ms,
-        dense_ms=dense_ms,
+        budget_ms=times.budget_ms,
+        dense_ms=times.dense_ms,
         promised_ms=verified.choice.promised_ms,
-        measured_ms=slim_ms,
+        measured_ms=times.slim_ms,
         parity_max_rel=worst,
         params_dense=params[0],
         params_slim=params[1],
@@ -158,4 +160,8 @@ def make_report(
         methods=contributions(latency, measured.options, widths, losses),
         edits=edit_rows(verified.plan),
         readings=tuple(readings),
+        runs=times.runs,
+        dense_runs=times.dense_runs,
+        uncertainty=times.uncertainty,
+        quiet=times.quiet,
     )

@@ -1,18 +1,22 @@
 """The promise is checked on engines, before any fine-tuning: latency does not depend on the weights.
 
-Solve, cut, build, measure beside the dense engine. Over budget: solve again with the target tightened by the excess.
-Well under budget: solve again with the target relaxed, so that the whole budget is used. At most `ROUNDS` rounds; of
-those within the budget the one of least loss wins.
-
-An engine that is built again differs by 1 to 2% from itself, and the choice among several engines favours one that was
-measured too fast. So an engine has to be within `ACCEPTED` of the budget twice. A run waits no longer than
-`PATIENCE_MS` for a quiet machine: two engines that take turns are slowed together, and there are many runs.
+1. A round: solve, cut, build, measure beside the dense engine (`sluice.pipeline.pairs`). The next target is what the
+   plan promised, times ``AIM * budget / measured``: tightened where the engine is over budget, relaxed where it is well
+   under it, so that the whole budget is used.
+2. What a round finds, it finds between the largest promise that was kept within the budget and the least that was not.
+   A target outside of that range becomes its middle.
+3. The search ends when an engine takes `ENOUGH` to `ACCEPTED` of the budget, when the solver has nothing new to offer,
+   and after `ROUNDS` rounds. Of the engines within `ACCEPTED` the one of least loss wins.
+4. `ACCEPTED` leaves room, since an engine that is built again differs by 1 to 2% from itself, the choice among several
+   engines favours one that was measured too fast, and after training nothing can be chosen anew. Where no engine is
+   within it, the fastest is taken if it is within the budget itself.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -20,8 +24,10 @@ import onnx
 from sluice.core.budget_spec import BudgetSpec
 from sluice.core.errors import SluiceError, Unreachable
 from sluice.core.plan import Plan
+from sluice.core.progress import Advance, told_to
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.graph.onnx_file import finalize
+from sluice.pipeline.pairs import Pairs, PairTimes, structure
 from sluice.pipeline.problem import Problem, Solution
 from sluice.profiler.pieces.engine import build_engine
 from sluice.profiler.profile import Profile
@@ -33,27 +39,25 @@ __all__ = [
     "final_pair",
     "first_verified",
     "measure_configurations",
-    "measure_pair",
     "solve_verified",
 ]
 
 ROUNDS = 4
-RUNS = 3
 PATIENCE_MS = 5000.0
 AIM = 0.965  # of the budget
 ACCEPTED = 0.98  # of the budget, before training
 ENOUGH = 0.95  # of the budget: a slower engine within it is not looked for
+RELAXED = 1.3  # times the last target, at most
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VerifiedSolution:
-    """A solution whose engine was measured; ``dense_ms`` and ``measured_ms`` come from one interleaved run."""
+    """A solution whose engine was measured in one of ``rounds`` rounds; ``engine`` is the `structure` of its file."""
 
     solution: Solution
-    budget_ms: float
-    dense_ms: float
-    measured_ms: float
+    times: PairTimes
     rounds: int
+    engine: str
 
     @property
     def choice(self) -> Choice:
@@ -62,24 +66,6 @@ class VerifiedSolution:
     @property
     def plan(self) -> Plan:
         return self.solution.plan
-
-
-def measure_pair(profile: Profile, dense: onnx.ModelProto, slim: onnx.ModelProto, seed: int = 0) -> tuple[float, float]:
-    """Milliseconds of both files as they are, interleaved; of three such runs the one with the median ratio.
-
-    The host may slow one engine more than the other during one run. The speed of an engine depends on the place of its
-    memory, too, so it is built anew for every run.
-    """
-    runner = profile.runner()
-    reference, rng = profile.reference(runner), np.random.default_rng(seed)
-    runs = []
-    for _ in range(RUNS):
-        sessions = [runner.build(model, batch=profile.fingerprint.batch) for model in (dense, slim)]
-        runs.append(
-            measure(sessions, min_bursts=60, target_spread=0.015, reference=reference, patience_ms=PATIENCE_MS, rng=rng)
-        )
-    first, second = sorted(runs, key=lambda run: run[1].ms / run[0].ms)[RUNS // 2]
-    return first.ms, second.ms
 
 
 def measure_configurations(profile: Profile, configurations: Sequence[Mapping[str, int]]) -> list[float]:
@@ -93,76 +79,112 @@ def measure_configurations(profile: Profile, configurations: Sequence[Mapping[st
     return [m.ms for m in found]
 
 
-def solve_verified(problem: Problem, budget: BudgetSpec, dense: onnx.ModelProto) -> VerifiedSolution:
+def solve_verified(
+    problem: Problem, budget: BudgetSpec, dense: onnx.ModelProto, pairs: Pairs | None = None
+) -> VerifiedSolution:
     """Find a plan whose engine meets the budget.
 
     Args:
         dense: ONNX with parameter names.
+        pairs: what was measured for this budget so far; more is added.
     Raises:
         SluiceError: the budget cannot be met.
     """
     profile = problem.profile
-    dense_engine = profile.engine(finalize(dense))
+    if pairs is None:
+        pairs = Pairs(profile, profile.engine(finalize(dense)), budget)
     target_ms = AIM * budget.ms(profile.latency.dense_ms())
     least = problem.least_from(target_ms)
-    best: VerifiedSolution | None = None
-    fastest: VerifiedSolution | None = None
-    for attempt in range(1, ROUNDS + 1):
+    found: list[VerifiedSolution] = []
+    engines: list[onnx.ModelProto] = []
+    while len(found) < ROUNDS:
         try:
             solution = problem.solve(max(target_ms, least))
         except Unreachable:
-            if fastest is None:
+            if not found:
                 raise
             break
-        slim = profile.engine(finalize(rewrite_onnx(dense, solution.plan)))
-        dense_ms, slim_ms = measure_pair(profile, dense_engine, slim, seed=attempt)
-        if slim_ms <= ACCEPTED * budget.ms(dense_ms):  # one fast measurement may be chance
-            pairs = [(dense_ms, slim_ms), measure_pair(profile, dense_engine, slim, seed=ROUNDS + attempt)]
-            dense_ms, slim_ms = max(pairs, key=lambda pair: pair[1] / budget.ms(pair[0]))
-        budget_ms = budget.ms(dense_ms)
-        found = VerifiedSolution(solution, budget_ms, dense_ms, slim_ms, attempt)
-        if fastest is None or slim_ms / budget_ms < fastest.measured_ms / fastest.budget_ms:
-            fastest = found
-        if slim_ms <= ACCEPTED * budget_ms and (best is None or solution.choice.loss <= best.choice.loss):
-            best = found
-        if solution.choice.widths == profile.latency.dense and slim_ms <= budget_ms:
-            return found  # the dense network meets the budget
-        if ENOUGH * budget_ms <= slim_ms <= ACCEPTED * budget_ms:
+        if any(solution.choice.widths == one.choice.widths for one in found):
             break
-        change = float(np.clip(AIM * budget_ms / slim_ms, 0.5, 1.15))
-        # Sites have levels, so the promise may lie well below the target; tightening starts from the promise, or the
-        # same levels would be chosen again.
-        target_ms = change * (target_ms if change > 1 else min(target_ms, solution.choice.promised_ms))
-    chosen = best or fastest
-    assert chosen is not None
-    if chosen.measured_ms > chosen.budget_ms:
+        engines.append(profile.engine(finalize(rewrite_onnx(dense, solution.plan))))
+        times = pairs.settle(engines[-1], ACCEPTED)
+        found.append(VerifiedSolution(solution, times, 0, structure(engines[-1])))
+        profile.learn(solution.choice.widths, times.slim_ms / times.dense_ms, uncertain=not times.quiet)
+        if solution.choice.widths == profile.latency.dense and times.share <= 1.0:
+            return replace(found[-1], rounds=len(found))
+        if ENOUGH <= times.share <= ACCEPTED:
+            break
+        aimed_ms = _next_target(found, target_ms)
+        if aimed_ms is None:
+            break
+        target_ms = aimed_ms
+    return _best(found, engines, pairs)
+
+
+def _next_target(found: Sequence[VerifiedSolution], target_ms: float) -> float | None:
+    """Rules 1 and 2; None where the last plan is still the best that can be aimed at."""
+    last = found[-1]
+    aimed_ms = AIM * last.choice.promised_ms / last.times.share
+    kept = max((one.choice.promised_ms for one in found if one.times.share <= ACCEPTED), default=0.0)
+    missed = min((one.choice.promised_ms for one in found if one.times.share > ACCEPTED), default=math.inf)
+    if last.times.share <= ACCEPTED:
+        if aimed_ms <= target_ms:
+            return None
+        aimed_ms = min(aimed_ms, RELAXED * target_ms)
+    if kept < aimed_ms < missed:
+        return aimed_ms
+    return (kept + missed) / 2 if kept < missed else None
+
+
+def _best(found: Sequence[VerifiedSolution], engines: Sequence[onnx.ModelProto], pairs: Pairs) -> VerifiedSolution:
+    """Rules 3 and 4.
+
+    Raises:
+        SluiceError: no engine is within the budget.
+    """
+    rounds = len(found)
+    if accepted := [one for one in found if one.times.share <= ACCEPTED]:
+        return replace(min(accepted, key=lambda one: one.choice.loss), rounds=rounds)
+    fastest, engine = min(zip(found, engines, strict=True), key=lambda pair: pair[0].times.share)
+    times = pairs.settle(engine, 1.0)
+    if times.share > 1.0:
+        busy = "" if times.quiet else ", on a machine that was never quiet"
         raise SluiceError(
-            f"no engine within {chosen.budget_ms:.4g} ms was found in {ROUNDS} rounds, the fastest took "
-            f"{chosen.measured_ms:.4g} ms (dense {chosen.dense_ms:.4g} ms); ask for at least that"
+            f"no engine within {times.budget_ms:.4g} ms was found in {rounds} round{'' if rounds == 1 else 's'}, the "
+            f"fastest took {times.slim_ms:.4g} ms (dense {times.dense_ms:.4g} ms){busy}; ask for at least that"
         )
-    return chosen
+    return replace(fastest, times=times, rounds=rounds)
 
 
-def first_verified(problems: Sequence[Problem], budget: BudgetSpec, dense: onnx.ModelProto) -> VerifiedSolution:
+def first_verified(
+    problems: Sequence[Problem], budget: BudgetSpec, dense: onnx.ModelProto, advance: Advance | None = None
+) -> VerifiedSolution:
     """The solution of the first problem that has an engine within the budget.
 
     The plan that trained best may miss the budget by little. Where no problem has such an engine, the error is that of
-    the last one, which has the most sites to change.
+    the last one, which has the most sites to change. What was measured for one problem is known for all; ``advance`` is
+    told where a quiet machine is waited for.
     """
+    profile = problems[-1].profile
+    pairs = Pairs(profile, profile.engine(finalize(dense)), budget, told_to(advance))
     refused: dict[Problem, SluiceError] = {}
     for problem in dict.fromkeys(problems):
         try:
-            return solve_verified(problem, budget, dense)
+            return solve_verified(problem, budget, dense, pairs)
         except SluiceError as error:
             refused[problem] = error
     raise refused[problems[-1]]
 
 
 def final_pair(
-    profile: Profile, dense: onnx.ModelProto, slim: onnx.ModelProto, budget: BudgetSpec
-) -> tuple[float, float]:
-    """Milliseconds of both engines; where the first measurement misses the budget, the median of three."""
-    pairs = [measure_pair(profile, dense, slim, seed=99)]
-    if pairs[0][1] > budget.ms(pairs[0][0]):
-        pairs += [measure_pair(profile, dense, slim, seed=seed) for seed in (100, 101)]
-    return sorted(pairs, key=lambda pair: pair[1] / pair[0])[len(pairs) // 2]
+    profile: Profile, dense: onnx.ModelProto, slim: onnx.ModelProto, budget: BudgetSpec, verified: VerifiedSolution,
+    advance: Advance | None = None,
+) -> PairTimes:  # fmt: skip
+    """The times of the file that is deployed, and of the dense one.
+
+    They are those of the verified engine if the file has its structure. Otherwise both are measured.
+    """
+    if structure(slim) == verified.engine:
+        return verified.times
+    times = Pairs(profile, dense, budget, told_to(advance)).settle(slim, 1.0)
+    return replace(times, dense_runs=verified.times.dense_runs + times.dense_runs)

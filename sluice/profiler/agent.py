@@ -23,7 +23,6 @@ from typing import Any
 
 from sluice.core.errors import SluiceError
 from sluice.core.files import write_atomically
-from sluice.core.progress import lines, silent
 from sluice.profiler.job import SITE, read_job
 from sluice.profiler.profile import fingerprint_here, profile_onnx, profile_shard
 from sluice.profiler.summary import profile_summary, shard_summary
@@ -66,7 +65,7 @@ def run_job(
         _check_known(known, str(path), fingerprint)
         write_atomically(table, known)
     settings: dict[str, Any] = {"deployment": job.deployment, "methods": job.methods, "exclude": job.exclude}
-    settings["progress"] = silent if quiet else lines
+    settings["progress"] = not quiet
     if shard is not None:
         return shard_summary(profile_shard(model, table, shard, **settings))
     return profile_summary(profile_onnx(model, table, complete=True, **settings), job.methods)

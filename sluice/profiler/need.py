@@ -1,7 +1,7 @@
-"""Measure what a solver asks for: solve as if every unknown point were at its bound, measure what the plan uses, repeat.
+"""Measure what a solver asks for: solve with unknown points at their bounds, measure what the plan uses, repeat.
 
-1. *Optimism*. Every solver is given the model with its unknown points at their bounds (`LatencyModel.hopeful`). What its
-   choice uses and is unknown is measured, all solvers' points in one call. Then it is asked again.
+1. *Optimism*. Every solver is given the model with its unknown points at their bounds (`LatencyModel.hopeful`). What
+   its choice uses and is unknown is measured, all solvers' points in one call. Then it is asked again.
 2. *End*. A choice all of whose points are measured is promised what it takes, and no other configuration is promised
    more than it takes, as long as the bounds hold. So it is the optimum of the complete table, within the gap that the
    solver proved. This is the argument of A*.
@@ -74,7 +74,7 @@ def by_need(profile: Profile, solvers: Sequence[Solve]) -> list[Choice | Unreach
 
 
 def walk(profile: Profile, methods: Sequence[str], shares: Sequence[float] = SHARES) -> None:
-    """Measure the plans and engines of rule 5; ``shares`` of the dense milliseconds that are not reached are left out."""
+    """Measure the plans and engines of rule 5; ``shares`` of the dense milliseconds out of reach are left out."""
     sites = profile.options.sites(profile.latency, methods)
     losses = neutral_losses(restricted(profile.latency, sites))
     dense_ms = profile.latency.dense_ms()

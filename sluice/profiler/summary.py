@@ -43,8 +43,8 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
         f"dense {dense:.4g} ms, {reached}",
         f"calibration on {model.error['n']:.0f} engines: median error {model.error['median_abs_err']:.1%}, 95th "
         f"percentile {model.error['p95_abs_err']:.1%}, rank correlation {model.error.get('spearman', 1.0):.3f}",
-        f"{cover.points} points measured, a complete table has {cover.complete}; what else a plan needs is measured when "
-        "it is asked for",
+        f"{cover.points} points measured, a complete table has {cover.complete}; what else a plan needs is measured "
+        "when it is asked for",
         *(f"  by {name} alone {ms:.4g} ms ({ms / dense:.1%})" for name, ms in (least[1] if least else {}).items()),
         "widths worth having",
         *(f"  {group}: {_words(widths)}" for group, widths in data["levels"].items()),

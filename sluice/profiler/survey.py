@@ -101,8 +101,10 @@ def _spread(values: Sequence[int], count: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """How many ``points`` of a network a table holds, of how many in a ``complete`` one; ``disturbed`` of the first were
-    measured on a machine that was never quiet."""
+    """How many ``points`` of a network a table holds, of how many in a ``complete`` one.
+
+    ``disturbed`` of the first were measured on a machine that was never quiet.
+    """
 
     points: int
     complete: int

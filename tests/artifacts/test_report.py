@@ -50,6 +50,10 @@ reports = st.builds(
     methods=st.lists(st.builds(MethodRow, st.text(), count, number, st.none() | number), max_size=3).map(tuple),
     edits=st.lists(st.builds(EditRow, st.text(), st.text(), st.text()), max_size=3).map(tuple),
     readings=st.lists(st.tuples(st.text(), number, st.lists(number, max_size=3).map(tuple)), max_size=3).map(tuple),
+    runs=st.none() | count,
+    dense_runs=st.none() | count,
+    uncertainty=st.none() | number,
+    quiet=st.booleans(),
 )
 OLD = """{"version": 1, "budget_ms": 2.5, "dense_ms": 5.0, "promised_ms": 2.4, "measured_ms": 2.45,
 "parity_max_rel": 3e-07, "params_dense": 270, "params_slim": 117, "macs_dense": 3100, "macs_slim": 1090,
@@ -86,6 +90,9 @@ def report() -> Report:
         methods=(MethodRow("filter", 3, 1.234, 0.0625), MethodRow("block", 1, 0.777)),
         edits=(EditRow("block", "layer2.0", "dropped, 6 tensors"),),
         readings=(("[together]", 2.437, (0.5, 0.25)), ("filter alone", 2.431, ())),
+        runs=1,
+        dense_runs=3,
+        uncertainty=0.0114,
     )
 
 
@@ -126,7 +133,8 @@ def test_table_has_the_figures_in_order(report: Report) -> None:
     text = text_of(report)
     for figure in ("4.960", "2.437", "2.461", "49.1%", "11,173,962", "30.3%", "201,334,455", "0.9467", "-0.0045"):
         assert figure in text
-    assert "budget 2.500 ms met as measured" in text
+    assert "budget 2.500 ms met as measured, parity" in text
+    assert "engine measured once, the dense one 3 times in 2 rounds, within 1.1%\n" in text
     assert "parity 3.2e-07" in text
     assert "512x511 -> 512x160" in text
     assert "1.800" in text
@@ -153,12 +161,21 @@ def test_missing_figures_and_missed_budgets_are_said(report: Report) -> None:
     assert "metric" not in text
 
 
+def test_figures_of_a_machine_that_was_never_quiet_say_so(report: Report) -> None:
+    busy = replace(report, runs=3, dense_runs=1, rounds=1, uncertainty=0.2, quiet=False)
+    text = text_of(busy)
+    assert busy.met() and "met as measured on a machine that was never quiet, parity" in text
+    assert "engine measured 3 times, the dense one once in 1 round, within 20.0%; measure again\n" in text
+    assert "MISSED as measured on a machine that was never quiet" in text_of(replace(busy, measured_ms=2.6))
+    assert json.loads(busy.to_json())["quiet"] is False and "quiet" not in text_of(report)
+
+
 def test_other_files_are_refused(report: Report) -> None:
     data = json.loads(report.to_json())
     with pytest.raises(SluiceError, match="no report"):
         Report.from_json("{")
-    with pytest.raises(SluiceError, match="version 4"):
-        Report.from_json(json.dumps({**data, "version": 4}))
+    with pytest.raises(SluiceError, match="version 5"):
+        Report.from_json(json.dumps({**data, "version": 5}))
     with pytest.raises(SluiceError, match=r"lacks or adds \['rounds'\]"):
         Report.from_json(json.dumps({k: v for k, v in data.items() if k != "rounds"}))
 
@@ -169,10 +186,21 @@ def test_reports_of_version_1_load() -> None:
     assert report.groups == (GroupRow("conv1", 16, 7),)
     assert report.skipped == (("fc", "is an output"),)
     assert (report.methods, report.edits, report.readings) == ((), (), ())
-    assert "ms saved by it" not in text_of(report)
+    assert (report.runs, report.dense_runs, report.uncertainty, report.quiet) == (None, None, None, True)
+    assert "ms saved by it" not in text_of(report) and "engine measured" not in text_of(report)
     assert Report.from_json(report.to_json()) == report
     with pytest.raises(SluiceError, match=r"lacks or adds \['rounds'\]"):
         Report.from_json(OLD.replace('"rounds": 3, ', ""))
+
+
+def test_reports_of_version_3_load(report: Report) -> None:
+    data = json.loads(report.to_json())
+    for name in ("runs", "dense_runs", "uncertainty", "quiet"):
+        del data[name]
+    loaded = Report.from_json(json.dumps({**data, "version": 3}))
+    assert loaded == replace(report, runs=None, dense_runs=None, uncertainty=None, quiet=True)
+    with pytest.raises(SluiceError, match=r"lacks or adds \['dense_runs', 'quiet', 'runs', 'uncertainty'\]"):
+        Report.from_json(json.dumps(data))
 
 
 def test_edits_of_a_plan() -> None:

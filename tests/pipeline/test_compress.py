@@ -29,6 +29,7 @@ from sluice.pipeline import prepare, verify
 from sluice.pipeline.bsr import BeamProblem
 from sluice.pipeline.compress import Compressed, compress, finish, sweep
 from sluice.pipeline.one_shot import plan_one_shot
+from sluice.pipeline.pairs import structure
 from sluice.pipeline.problem import Problem
 from sluice.pipeline.recipe import Recipe
 from sluice.profiler.profile import Profile
@@ -110,7 +111,7 @@ def test_the_report_on_disk_is_the_report(compressed: tuple[Compressed, Path]) -
     done, out = compressed
     assert sorted(p.name for p in out.iterdir()) == ["plan.json", "report.json", "slim.onnx", "slim.safetensors"]
     assert Report.from_json((out / "report.json").read_text()) == done.report
-    assert json.loads((out / "report.json").read_text())["version"] == 3
+    assert json.loads((out / "report.json").read_text())["version"] == 4
     assert Plan.load(out / "plan.json") == done.plan
 
 
@@ -150,7 +151,7 @@ def test_another_precision(precision: str, tmp_path: Path, monkeypatch: pytest.M
     )  # fmt: skip
     report, file = done.report, onnx.load(tmp_path / "out" / f"slim.{precision}.onnx")
     assert report.met() and report.fingerprint["precision"] == precision
-    assert file == done.deployed != done.onnx and file in built
+    assert file == done.deployed != done.onnx and structure(file) in {structure(model) for model in built}
     assert report.metric_deployed == accuracy(as_module(file))
     narrow = {"int8": (onnx.TensorProto.UINT8, onnx.TensorProto.INT8), "fp16": (onnx.TensorProto.FLOAT16,)}[precision]
     pieces = [m for m in built if m.graph.input[0].type.tensor_type.elem_type in narrow]
@@ -378,6 +379,7 @@ def check_methods(methods: tuple[str, ...], budget: str, table: Path, folder: Pa
             assert_close(loaded(x), expected, tol=1e-5)
         engine = onnx.load(out / "slim.onnx")
         assert_close(next(iter(OrtRunner().build(engine).run({engine_input(out): x.numpy()}).values())), expected, 1e-5)
+    assert structure(done.deployed) == structure(rewritten)  # what was verified is what is deployed
     shapes = {tuple(i.dims) for i in rewritten.graph.initializer if len(i.dims) > 1}
     assert shapes == {tuple(i.dims) for i in engine.graph.initializer if len(i.dims) > 1}
 
@@ -388,18 +390,18 @@ def test_every_question_is_settled_once_and_the_last_says_what_is_wrong(
     """Readings may hold the problem itself, and two of them may be the same."""
     part, whole = (Problem(measured, measured.partition.analysis, measured.latency, {}, {}) for _ in range(2))
     asked: list[Problem] = []
-    asked_for = BudgetSpec.parse(BUDGET)
+    asked_for, dense = BudgetSpec.parse(BUDGET), to_onnx(tiny.model(), tiny.inputs())
 
-    def refuse(problem: Problem, budget: object, dense: object) -> None:
+    def refuse(problem: Problem, budget: object, dense: object, pairs: object) -> None:
         asked.append(problem)
         raise SluiceError("the whole" if problem is whole else "a part")
 
     monkeypatch.setattr(verify, "solve_verified", refuse)
     with pytest.raises(SluiceError, match="the whole"):
-        verify.first_verified([whole, part, part, whole], asked_for, onnx.ModelProto())
+        verify.first_verified([whole, part, part, whole], asked_for, dense)
     assert [problem is whole for problem in asked] == [True, False]
     with pytest.raises(SluiceError, match="the whole"):
-        verify.first_verified([whole], asked_for, onnx.ModelProto())
+        verify.first_verified([whole], asked_for, dense)
     assert len(asked) == 3
 
 

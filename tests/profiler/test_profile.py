@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,25 +203,15 @@ def test_nothing_to_cut_is_said(on_fake: Callable[[FakeRunner], FakeRunner]) -> 
         profile_onnx(chain([6, 5], batch="N"), deployment=TWO, exclude=["conv0", "conv1"], progress=False)
 
 
-def test_the_bars_tell_all_points(on_fake: Callable[[FakeRunner], FakeRunner], monkeypatch: pytest.MonkeyPatch) -> None:
-    bars = []
-
-    class Bar:
-        def __init__(self, **given: object) -> None:
-            self.n, self.total = 0, 0
-            bars.append(self)
-
-        def update(self, count: int) -> None:
-            assert count > 0
-            self.n += count
-
-        def close(self) -> None:
-            pass
-
+def test_the_stages_tell_all_points(
+    on_fake: Callable[[FakeRunner], FakeRunner], capsys: pytest.CaptureFixture[str]
+) -> None:
     on_fake(FakeRunner(staircase(8)))
-    monkeypatch.setattr("tqdm.tqdm", Bar)
     profile_onnx(chain([26, 18], batch="N"), deployment=TWO, progress=True)
-    assert len(bars) == 5 and [bar.n for bar in bars] == [bar.total for bar in bars] and bars[0].n > 0
+    ended = [line.partition(",")[0] for line in capsys.readouterr().err.splitlines() if ", took " in line]
+    stages = [re.fullmatch(r"profile: (\w+) (\d+)(?:/(\d+))?", line) for line in ended]
+    assert [found[1] for found in stages if found] == ["staircases", "pieces", "joints", "engines"]
+    assert [found[2] == found[3] for found in stages if found] == [False, True, True, True]  # the first counts on
 
 
 def test_a_small_network_in_the_real_runtime(tmp_path: Path) -> None:

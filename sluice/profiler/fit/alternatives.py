@@ -1,7 +1,7 @@
 """What could take the place of a layer: ranks, dropped blocks, merged runs.
 
-Nothing is measured here. The dense layers are, and the cost law says what a piece takes at best
-(`sluice.profiler.fit.cost_law`), from the dense layers alone, so that the same is offered whatever else the table holds.
+Nothing is measured here. The dense layers were, and the cost law says what a piece takes at best
+(`sluice.profiler.fit.cost_law`), from the dense layers alone, so that the same is offered whatever the table holds.
 
 1. A form is offered at the ranks at which its two pieces may take less than `PAYS` times the dense layer's.
 2. A merged run is offered if it may take less than the pieces it replaces, all widths dense; where layers are removed

@@ -7,8 +7,8 @@
 4. Terms are net of calls (`sluice.profiler.pieces.net_time`). The one call of an engine is the intercept.
 5. A *slot* is a term whose milliseconds are still to be filled in. Slots follow from the graph alone, so the sites and
    their levels are the same whatever the table holds. A point that the table lacks is estimated: of a piece by the cost
-   law (`sluice.profiler.fit.cost_law`), of a joint by the nearest known sizes; if none is known it saves its calls alone.
-   Pieces come first, then joints.
+   law (`sluice.profiler.fit.cost_law`), of a joint by the nearest known sizes. A joint of which nothing is known saves
+   its calls alone. Pieces come first, then joints.
 """
 
 from __future__ import annotations

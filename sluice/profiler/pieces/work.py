@@ -1,4 +1,4 @@
-"""The work of a piece as a function of its extents: multiply-accumulates, bytes moved, and how its channels are aligned.
+"""The work of a piece as a function of its extents: multiply-accumulates, elements moved, channels at its ends.
 
 Every value of a piece has a number of elements that is affine in the extents, as one axis of it is labelled at most:
 
@@ -61,7 +61,7 @@ class Work:
     ends: tuple[_Affine, _Affine] | None
 
     def at(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Multiply-accumulates and elements moved at points of extents, shape ``(n, extents)``: two of shape ``(n,)``."""
+        """Multiply-accumulates and elements moved, shape ``(n,)`` each, at points of shape ``(n, extents)``."""
         macs, moved = np.zeros(len(points)), np.zeros(len(points))
         for out, into in self.macs:
             macs += out.at(points) * into.at(points)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx
 
-from sluice.core.progress import Advance
+from sluice.core.progress import Advance, told_to
 from sluice.passes.precision.to_precision import to_precision
 from sluice.profiler.pieces.joints import Joint, call_models, joint_models, joint_widths
 from sluice.profiler.pieces.net_time import CALL_KEY
@@ -193,7 +193,7 @@ class Bench:
         """All of them in turns, `BURSTS` to ``most`` bursts each."""
         *found, witness = measure(
             sessions, min_bursts=BURSTS, max_bursts=most, patience_ms=self.waits.patience_ms,
-            reference=self.reference, with_reference=True, rng=self.rng,
+            reference=self.reference, with_reference=True, waiting=told_to(self.progress), rng=self.rng,
         )  # fmt: skip
         self.waits.in_vain = witness.ms > (1.0 + QUIET) * self.reference.ms
         if was_slow(self.reference, witness.ms, self.table):

@@ -37,7 +37,8 @@ The figures behind each rule are in docs/measuring.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,7 +47,7 @@ from sluice.core.errors import SluiceError
 from sluice.profiler.table.measurement import UNCERTAIN, Measurement
 from sluice.runtime.base.runner import Session
 
-__all__ = ["ReferenceEngine", "measure"]
+__all__ = ["ReferenceEngine", "Waiting", "measure"]
 
 FRACTION = 0.03
 MIN_KEPT = 3
@@ -57,6 +58,8 @@ LONGEST_MS = 10.0
 PATIENCE_MS = 40_000.0
 MAX_REPEATS = 1 << 20
 RAMP_MS = 200.0
+TELL_S = 1.0
+Waiting = Callable[[float, float], None]  # (share of the reference engine's turns that were quiet, ms of patience left)
 
 
 @dataclass(slots=True)
@@ -111,6 +114,7 @@ def measure(
     reference: ReferenceEngine | None = None,
     patience_ms: float = PATIENCE_MS,
     with_reference: bool = False,
+    waiting: Waiting | None = None,
     rng: np.random.Generator,
 ) -> tuple[Measurement, ...]:
     """One measurement per session, in order; ``with_reference``, one more of the reference engine, if there is one.
@@ -118,7 +122,8 @@ def measure(
     Every session is warmed up for ``warmup_ms``, then takes its turns (rule 2) until it has ``min_bursts`` bursts of at
     least ``burst_ms`` each (or one inference) and its spread is at most ``target_spread``, or it has ``max_bursts``.
     Where the reference engine says by then that the machine was not quiet (rule 4), all go on until it was, for bursts
-    of ``patience_ms`` by the sessions' clock. A burst costs twice its time, since an inference precedes it.
+    of ``patience_ms`` by the sessions' clock. A burst costs twice its time, since an inference precedes it. Meanwhile
+    ``waiting`` is told how that goes, once a second at most.
     Raises `SluiceError` where the sessions or the reference engine do not share one clock, or a session's time is not
     positive.
     """
@@ -138,7 +143,7 @@ def measure(
     own, witness = turns[: len(sessions)], turns[len(sessions) :]
     fraction = FRACTION if reference is None else 0.0
     seen: list[float] = []
-    excess, waited_ms = 0.0, 0.0
+    excess, waited_ms, told = 0.0, 0.0, time.monotonic()
     while True:
         waits = False
         if few := [each for each in own if each.samples < min_bursts]:
@@ -157,6 +162,10 @@ def measure(
         if reference is not None:
             seen = sorted([*seen, witness[0].lowest[-1]])[:WITNESSES]
             excess = float(np.mean(seen)) / reference.ms - 1.0
+        if waits and waiting is not None and reference is not None and time.monotonic() - told >= TELL_S:
+            told = time.monotonic()
+            quiet = [ms <= (1.0 + QUIET) * reference.ms for ms in witness[0].lowest]
+            waiting(sum(quiet) / len(quiet), max(0.0, patience_ms - waited_ms))
 
     far = excess > BUSY
     doubt, scale = (UNCERTAIN + excess if far else 0.0), (1.0 + excess if far and clocks[0] == "thread_cpu" else 1.0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -232,6 +233,47 @@ class Stretches:
         session = Slowed(name, ms)
         session.clock = "wall"
         return session
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.4, 3.0])
+def test_who_waits_for_a_quiet_machine_is_told_so(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a second at most, and only while there is something to wait for; a round takes ``seconds`` here."""
+    clock, told = [0.0], []
+
+    def now() -> float:
+        clock[0] += seconds / 2  # asked twice where it tells, else once
+        return clock[0]
+
+    monkeypatch.setattr("time.monotonic", now)
+
+    def waiting(share: float, left_ms: float) -> None:
+        told.append((clock[0], share, left_ms))
+
+    host = Stretches(*[1.2] * 100)
+    reference = ReferenceEngine(host.session("*", 0.5), 0.5)
+    session = host.session("a", 0.6)
+    measure([session], rng=rng(), reference=reference, patience_ms=200.0, min_bursts=40, waiting=waiting)
+    times, shares, left = zip(*told, strict=True)
+    assert all(later - sooner >= 1.0 for sooner, later in itertools.pairwise((0.0, *times)))
+    assert set(shares) == {0.0} and list(left) == sorted(left, reverse=True) and 0.0 <= left[-1] < left[0] < 200.0
+
+    told.clear()
+    host.bursts = 99_980  # quiet soon
+    measure([session], rng=rng(), reference=reference, min_bursts=40, waiting=waiting)
+    assert not told
+
+
+def test_the_share_that_was_quiet_is_that_of_the_anchors_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[float] = []
+    counter = itertools.count()
+    monkeypatch.setattr("time.monotonic", lambda: float(next(counter)))
+    shared = Shared(lambda burst: burst % 60 > 5)
+    reference = ReferenceEngine(shared.session(0.5, 1.5), 0.5)
+    measure(
+        [shared.session(0.7, 1.5)], rng=rng(), reference=reference, min_bursts=6, max_bursts=6, patience_ms=4000.0,
+        waiting=lambda share, left_ms: told.append(share),
+    )  # fmt: skip
+    assert told and 0.0 < told[-1] < 0.5
 
 
 def test_sessions_go_on_until_the_anchor_was_calm() -> None:

@@ -1,0 +1,188 @@
+"""The dense engine and a slim one in turns: how often they are measured, and how well they are known then.
+
+1. One *run* measures both in turns, since a busy host slows both. What counts is the slim engine's *share* of the
+   budget, which may itself be a share of the dense time. A run is uncertain by
+
+       u = hypot(REBUILT, spread of slim / 3, spread of dense / 3)
+
+   An engine that is built again differs by 1 to 2% from itself, because of the place of its memory. A time is the mean
+   of three turns and the spread is their range, so a third of the range is about the error of the mean.
+2. Of k runs the median share counts. It is uncertain by ``u / sqrt(k)``, or by the median deviation of the runs from it
+   if that is more. Runs on a machine that was never quiet count only where there is no other.
+3. One run is enough where the share is farther from the limit that decides than it is uncertain by. Otherwise both
+   engines are built anew and measured again, `RUNS` times at most.
+4. The dense engine of a first run serves the first runs of all slim engines, and so on. So there are `RUNS` dense
+   engines at most, and mostly one.
+5. Latency does not depend on the weights. So engines of equal structure (`structure`) are one engine, which is known
+   once it is measured.
+6. A run waits for a quiet machine for `PATIENCE_MS`, and a quarter of that where the last one waited in vain: two
+   engines that take turns are slowed together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from sluice.core.budget_spec import BudgetSpec
+from sluice.passes.graph.onnx_graph import attributes
+from sluice.profiler.profile import Profile
+from sluice.profiler.table.measurement import Measurement
+from sluice.profiler.timing.measure import QUIET, ReferenceEngine, Waiting, measure
+from sluice.runtime.base.runner import Runner, Session
+
+__all__ = ["PairTimes", "Pairs", "structure"]
+
+RUNS = 3
+REBUILT = 0.015
+BURSTS = 40
+TARGET_SPREAD = 0.015
+PATIENCE_MS = 2500.0
+SHAPE_LIKE = (onnx.TensorProto.INT64, onnx.TensorProto.BOOL)
+
+
+@dataclass(frozen=True, slots=True)
+class PairTimes:
+    """Milliseconds of the dense and of the slim engine, from the same runs, and what the slim one may take.
+
+    Attributes:
+        runs, dense_runs: how often the slim engine was measured, built anew each time, and how often the dense one was.
+        uncertainty: of the share of the budget, relative (rule 2).
+        quiet: whether the machine was quiet for a moment of these runs, or close to it; otherwise the times are not to
+            be relied on.
+    """
+
+    budget_ms: float
+    dense_ms: float
+    slim_ms: float
+    runs: int
+    dense_runs: int
+    uncertainty: float
+    quiet: bool
+
+    @property
+    def share(self) -> float:
+        """What the slim engine takes of the budget."""
+        return self.slim_ms / self.budget_ms
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    dense: Measurement
+    slim: Measurement
+
+    @property
+    def uncertainty(self) -> float:
+        """Rule 1."""
+        return math.hypot(REBUILT, self.dense.spread / 3, self.slim.spread / 3)
+
+    @property
+    def quiet(self) -> bool:
+        return not (self.dense.uncertain or self.slim.uncertain)
+
+
+@dataclass(slots=True, eq=False)
+class Pairs:
+    """What was measured of slim engines beside the dense one, for one budget.
+
+    Attributes:
+        dense: the file of the dense engine, as it is.
+        waiting: told of the waiting for a quiet machine (`sluice.profiler.timing.measure`).
+    """
+
+    profile: Profile
+    dense: onnx.ModelProto
+    budget: BudgetSpec
+    waiting: Waiting | None = None
+    _runner: Runner | None = None
+    _reference: ReferenceEngine | None = None
+    _dense_engines: list[Session] = field(default_factory=list)
+    _runs: dict[str, list[_Run]] = field(default_factory=dict)
+    _in_vain: bool = False
+
+    def settle(self, slim: onnx.ModelProto, limit: float) -> PairTimes:
+        """The times of a file as it is, clear enough to say whether it takes ``limit`` of the budget (rule 3)."""
+        runs = self._runs.setdefault(structure(slim), [])
+        while not runs or (len(runs) < RUNS and _near(self._times(runs), limit)):
+            runs.append(self._run(slim, len(runs)))
+        return self._times(runs)
+
+    def _times(self, runs: list[_Run]) -> PairTimes:
+        """Rule 2."""
+        counted = [run for run in runs if run.quiet] or runs
+        shares = np.array([run.slim.ms / self.budget.ms(run.dense.ms) for run in counted])
+        order, half = np.argsort(shares), len(counted) // 2
+        middle = [counted[k] for k in order[(len(counted) - 1) // 2 : half + 1]]
+        dense_ms, slim_ms = (float(np.mean(ms)) for ms in zip(*((m.dense.ms, m.slim.ms) for m in middle), strict=True))
+        one = float(np.mean([run.uncertainty for run in counted]))
+        apart = float(np.median(np.abs(shares / np.median(shares) - 1.0)))
+        return PairTimes(
+            budget_ms=self.budget.ms(dense_ms),
+            dense_ms=dense_ms,
+            slim_ms=slim_ms,
+            runs=len(runs),
+            dense_runs=sum(map(len, self._runs.values())),
+            uncertainty=max(one / math.sqrt(len(counted)), apart),
+            quiet=counted[0].quiet,
+        )
+
+    def _run(self, slim: onnx.ModelProto, number: int) -> _Run:
+        batch = self.profile.fingerprint.batch
+        if self._runner is None:
+            self._runner = self.profile.runner()
+        if self._reference is None:
+            self._reference = self.profile.reference(self._runner)
+        if number == len(self._dense_engines):
+            self._dense_engines.append(self._runner.build(self.dense, batch=batch))
+        engines = [self._dense_engines[number], self._runner.build(slim, batch=batch)]
+        dense_ms, slim_ms, witness = measure(
+            engines, min_bursts=BURSTS, target_spread=TARGET_SPREAD, reference=self._reference, with_reference=True,
+            patience_ms=PATIENCE_MS / 4 if self._in_vain else PATIENCE_MS, waiting=self.waiting,
+            rng=np.random.default_rng(sum(map(len, self._runs.values()))),
+        )  # fmt: skip
+        self._in_vain = witness.ms > (1.0 + QUIET) * self._reference.ms
+        return _Run(dense_ms, slim_ms)
+
+
+def _near(times: PairTimes, limit: float) -> bool:
+    return abs(times.share - limit) <= times.share * times.uncertainty
+
+
+def structure(model: onnx.ModelProto) -> str:
+    """A hash of a graph without the names and the values of its weights, in whatever order its operators come.
+
+    Values that shapes may follow from (integers of 64 bits) and attributes count; attributes at their defaults do not.
+    """
+    graph, versions = model.graph, {one.domain: one.version for one in model.opset_import}
+    known = {"": ""}
+    for info in graph.initializer:
+        values = numpy_helper.to_array(info).tobytes() if info.data_type in SHAPE_LIKE else b""
+        known[info.name] = _hash(info.data_type, list(info.dims), values)
+    for k, value in enumerate(v for v in graph.input if v.name not in known):
+        tensor = value.type.tensor_type
+        known[value.name] = _hash(k, tensor.elem_type, [d.dim_value for d in tensor.shape.dim])
+    nodes = []
+    for node in graph.node:
+        usual = _defaults(node, versions.get(node.domain, 0))
+        own = sorted((k, v) for k, v in attributes(node).items() if k not in usual or usual[k] != v)
+        nodes.append(_hash(node.domain, node.op_type, own, [known[name] for name in node.input]))
+        known |= {name: _hash(nodes[-1], k) for k, name in enumerate(node.output) if name}
+    return _hash(sorted(nodes), [known[value.name] for value in graph.output])
+
+
+def _defaults(node: onnx.NodeProto, version: int) -> dict[str, object]:
+    try:
+        schema = onnx.defs.get_schema(node.op_type, max(version, 1), node.domain)
+    except onnx.defs.SchemaError:
+        return {}
+    given = {name: one.default_value for name, one in schema.attributes.items()}
+    return {name: onnx.helper.get_attribute_value(v) for name, v in given.items() if v.type}
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
