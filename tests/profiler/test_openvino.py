@@ -23,4 +23,4 @@ def test_a_small_network_is_profiled(tmp_path: Path) -> None:
         assert profile.points > 0 and len(table) >= profile.points
         assert (table.fingerprint.runtime, table.fingerprint.precision) == ("openvino", "fp32")
     known = profile_known(model, path)
-    assert known.latency.ms({"conv0": 8}) == profile.latency.ms({"conv0": 8})
+    assert known.latency.ms({"conv0": 8, "conv1": 5}) == profile.latency.ms({"conv0": 8, "conv1": 5})

@@ -47,22 +47,25 @@ SCALES = frozenset({"BatchNormalization", "QuantizeLinear", "DequantizeLinear", 
 PRODUCTS = ("Convolution", "FullyConnected", "MatMul")  # transposed ones stay float32 in bf16
 
 
-def build_inside(part: onnx.ModelProto, build: Callable[[onnx.ModelProto], Any]) -> tuple[Any, Counter[Hashable]]:
-    """The ``CompiledModel`` of a part (static shapes) for timing, and its kernels; ``build`` compiles a model.
+def build_inside(
+    part: onnx.ModelProto, build: Callable[[onnx.ModelProto], Any]
+) -> tuple[Any, onnx.ModelProto, Counter[Hashable]]:
+    """The ``CompiledModel`` of a part (static shapes) for timing, its model, its kernels; ``build`` compiles a model.
 
     Raises:
         SluiceError: OpenVINO would crash (rule 7).
     """
     _check_concatenations(part)
     apart = with_sources_apart(part)
-    best = build(inside(apart))
+    model = inside(apart)
+    best = build(model)
     found, names = kernels(best), {info.name for info in apart.graph.input}
     for plain in (_computed(best), names):
         if plain and _moves(found):
-            other = build(inside(apart, plain))
+            other = build(again := inside(apart, plain))
             if _moves(there := kernels(other)) < _moves(found):
-                best, found = other, there
-    return best, found
+                best, model, found = other, again, there
+    return best, model, found
 
 
 def inside(model: onnx.ModelProto, plain: AbstractSet[str] = frozenset()) -> onnx.ModelProto:

@@ -106,16 +106,11 @@ class OpenVinoRunner:
 
         Raises `SluiceError` as `build` does.
         """
-        where, built = place(model), []
-
-        def build(laid_out: onnx.ModelProto) -> Any:
-            built.append(laid_out)
-            return self._compiled(laid_out, where, {})
-
-        engine, kernels = build_inside(model, build)
+        where = place(model)
+        engine, laid_out, kernels = build_inside(model, lambda given: self._compiled(given, where, {}))
         _check_half(model, where, engine)
-        proto = built[-1]
-        return OpenVinoSession(engine, self.clock, proto, static_shapes(proto, None, {}).inputs, where, kernels)
+        shapes = static_shapes(laid_out, None, {})
+        return OpenVinoSession(engine, self.clock, laid_out, shapes.inputs, where, kernels)
 
     def _compiled(self, model: Model, where: str, shapes: Mapping[str, Dims]) -> Any:
         settings = {
