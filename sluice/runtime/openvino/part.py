@@ -21,7 +21,8 @@
    from constants alone, when the engine is built, is none. Nor are the nodes of rules 2 and 3.
 6. A change of layout that is left at a border is one of the kernels: of inputs with one position, and on processors
    whose kernels want blocks. Joined neighbours then have other kernels than apart, and are timed.
-7. OpenVINO 2026.4 crashes, and the process with it, on some parts that concatenate an int8 input. So these are refused.
+7. OpenVINO 2026.4 crashes, and the process with it, on some int8 parts with a concatenation, as one whose batch norm
+   gives an output in int8. So parts that concatenate in int8 are refused.
 """
 
 from __future__ import annotations
@@ -166,14 +167,11 @@ def products_in(compiled: Any) -> set[str]:
 
 def _check_concatenations(part: onnx.ModelProto) -> None:
     """Rule 7."""
-    inputs = {info.name for info in part.graph.input}
-    ends = {
-        node.output[0] for node in part.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in inputs
-    }
+    dequantised = {node.output[0] for node in part.graph.node if node.op_type == "DequantizeLinear"}
     for node in part.graph.node:
-        if node.op_type == "Concat" and not ends.isdisjoint(node.input):
+        if node.op_type == "Concat" and not dequantised.isdisjoint(node.input):
             raise SluiceError(
-                f"OpenVINO crashes on parts in int8 that concatenate their inputs, as at {node.output[0]!r}; choose "
+                f"OpenVINO crashes on parts of networks that concatenate in int8, as at {node.output[0]!r}; choose "
                 f"another precision or target"
             )
 
