@@ -41,6 +41,7 @@ import torch
 
 from benchmarks.gpu_plot import staircase_plot
 from benchmarks.gpu_stages import FULL, SMALL, Layer, Network, Sizes, dense, fidelity, half, profiled, staircase
+from sluice.core.deployment import ON_CPU
 from sluice.core.errors import SluiceError
 from sluice.core.files import write_atomically
 from sluice.passes.cut.export import to_onnx
@@ -230,7 +231,7 @@ def _targets(asked: Sequence[str] | None) -> list[str]:
     """The targets of the arguments, or all that run on a GPU here."""
     if asked:
         return list(asked)
-    found = [target for target, reason in available_targets().items() if not reason and target != "ort-cpu"]
+    found = [target for target, reason in available_targets().items() if not reason and target not in ON_CPU]
     # Torch comes first: it chooses its kernels fastest.
     found.sort(key=lambda target: target != "torch-cuda")
     if not found:

@@ -27,7 +27,17 @@ TORCH_ROOMS = ("passes/gates",)
 NUMPY_ONLY = ("core", "solver", "passes/graph", "passes/cut")
 SOLVES = ("decide", "descent", "milp", "milp_axes", "milp_rows", "random_configurations")
 READS_ONNX = ("onnx", "static_shapes", "resolve")
-LAZY = ("tensorrt", "tensorrt_rtx", "onnxruntime", "timm", "matplotlib", "optuna", "onnx_graphsurgeon", "mlxtend")
+LAZY = (
+    "tensorrt",
+    "tensorrt_rtx",
+    "onnxruntime",
+    "openvino",
+    "timm",
+    "matplotlib",
+    "optuna",
+    "onnx_graphsurgeon",
+    "mlxtend",
+)
 
 
 def is_torch_free(module: str) -> bool:
@@ -90,7 +100,7 @@ for name in {[m for m in wanted if is_numpy_only(m)]!r}:
 early = {{"torch", "onnx", "onnxruntime", "scipy"}} & set(sys.modules)
 for name in {wanted!r}:
     importlib.import_module(name)
-print(sorted(early), sorted({{"torch", "onnxruntime", "onnx_graphsurgeon"}} & set(sys.modules)))
+print(sorted(early), sorted({{"torch", "onnxruntime", "openvino", "onnx_graphsurgeon"}} & set(sys.modules)))
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent, timeout=120
@@ -103,7 +113,8 @@ def test_the_agent_needs_numpy_and_onnx_alone() -> None:
     code = """
 import sys
 import sluice.profiler.agent
-lacking = {"torch", "scipy", "tqdm", "rich", "safetensors", "onnxscript", "onnx_graphsurgeon", "onnxruntime"}
+lacking = {"torch", "scipy", "tqdm", "rich", "safetensors", "onnxscript", "onnx_graphsurgeon"}
+lacking |= {"onnxruntime", "openvino"}
 print(sorted(lacking & set(sys.modules)))
 """
     done = subprocess.run(

@@ -55,7 +55,9 @@ def exclude(p: argparse.ArgumentParser) -> None:
 def device(p: argparse.ArgumentParser) -> None:
     p.add_argument("--batch", type=positive, default=1, help="batch size of the deployment (default 1)")
     p.add_argument("--threads", type=positive, default=1, help="threads inside an operator (default 1)")
-    p.add_argument("--target", default="ort-cpu", help="ort-cpu, ort-cuda, torch-cuda or tensorrt (default ort-cpu)")
+    p.add_argument(
+        "--target", default="ort-cpu", help="ort-cpu, openvino, ort-cuda, torch-cuda or tensorrt (default ort-cpu)"
+    )
 
 
 def precision(p: argparse.ArgumentParser) -> None:

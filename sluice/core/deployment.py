@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from sluice.core.errors import SluiceError
 
-__all__ = ["PRECISIONS", "TARGETS", "UNFIT", "Deployment", "check_fit", "check_precision", "check_target"]
+__all__ = ["ON_CPU", "PRECISIONS", "TARGETS", "UNFIT", "Deployment", "check_fit", "check_precision", "check_target"]
 
-TARGETS = ("ort-cpu", "ort-cuda", "torch-cuda", "tensorrt")
+TARGETS = ("ort-cpu", "openvino", "ort-cuda", "torch-cuda", "tensorrt")
+ON_CPU = frozenset({"ort-cpu", "openvino"})  # the others run on a GPU
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 # What a runtime would refuse piece by piece, or run as another network than the one that is asked for.

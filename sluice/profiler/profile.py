@@ -16,7 +16,7 @@ from dataclasses import astuple, dataclass, field, replace
 import numpy as np
 import onnx
 
-from sluice.core.deployment import Deployment
+from sluice.core.deployment import ON_CPU, Deployment
 from sluice.core.errors import SluiceError
 from sluice.core.latency import LatencyModel
 from sluice.core.progress import Progress, progress_of, silent
@@ -381,7 +381,7 @@ def _partition(
         space = called_like(space, like)
     partition = partition_static(static, space.analysis, fingerprint.batch)
     # Less work takes no less time where a small batch leaves an accelerator idle, or threads wait for each other.
-    if fingerprint.runtime == "ort-cpu" and fingerprint.threads == 1:
+    if fingerprint.runtime in ON_CPU and fingerprint.threads == 1:
         partition = with_small(partition, model)
     if tuple(methods) == ("filter",):
         _check_choice(space if like is None else agreed(space, like), EditSpace())

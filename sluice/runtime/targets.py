@@ -1,12 +1,29 @@
-"""The deployment runtimes by name (`sluice.core.deployment`): how each is made, and what is missing here."""
+"""The deployment runtimes by name (`sluice.core.deployment`): where each is, and what is missing here.
+
+A runtime is a module with a class of runners and a function ``missing()``: the reason why its engines cannot run here,
+empty where they can.
+"""
 
 from __future__ import annotations
 
-from sluice.core.deployment import TARGETS, check_target
+from collections.abc import Mapping
+from importlib import import_module
+from types import ModuleType
+
+from sluice.core.deployment import ON_CPU, TARGETS, check_target
 from sluice.core.errors import SluiceError
 from sluice.runtime.base.runner import Runner
 
 __all__ = ["available_targets", "make_runner"]
+
+# Module below `sluice.runtime` and class by target. A module is imported when its target is asked for.
+RUNTIMES: Mapping[str, tuple[str, str]] = {
+    "ort-cpu": ("ort.cpu", "OrtRunner"),
+    "openvino": ("openvino.runner", "OpenVinoRunner"),
+    "ort-cuda": ("ort.cuda", "OrtCudaRunner"),
+    "torch-cuda": ("torch_cuda.runner", "TorchCudaRunner"),
+    "tensorrt": ("trt.runner", "TensorRtRunner"),
+}
 
 
 def make_runner(target: str, threads: int = 1) -> Runner:
@@ -19,23 +36,15 @@ def make_runner(target: str, threads: int = 1) -> Runner:
     """
     if reason := _missing(check_target(target)):
         raise SluiceError(f"target {target!r} cannot run here: {reason}; targets that can: {_here()}")
-    if target == "ort-cpu":
-        from sluice.runtime.ort.cpu import OrtRunner
-
-        return OrtRunner(threads)
-    if threads != 1:
+    make = getattr(_module(target), RUNTIMES[target][1])
+    runner: Runner
+    if target in ON_CPU:
+        runner = make(threads)
+    elif threads == 1:
+        runner = make()
+    else:
         raise SluiceError(f"cannot run target {target!r} with threads={threads}: a GPU has no such threads; give 1")
-    if target == "ort-cuda":
-        from sluice.runtime.ort.cuda import OrtCudaRunner
-
-        return OrtCudaRunner()
-    if target == "torch-cuda":
-        from sluice.runtime.torch_cuda.runner import TorchCudaRunner
-
-        return TorchCudaRunner()
-    from sluice.runtime.trt.runner import TensorRtRunner
-
-    return TensorRtRunner()
+    return runner
 
 
 def available_targets() -> dict[str, str]:
@@ -44,15 +53,11 @@ def available_targets() -> dict[str, str]:
 
 
 def _missing(target: str) -> str:
-    if target == "ort-cpu":
-        from sluice.runtime.ort.cpu import missing
-    elif target == "ort-cuda":
-        from sluice.runtime.ort.cuda import missing
-    elif target == "torch-cuda":
-        from sluice.runtime.torch_cuda.runner import missing
-    else:
-        from sluice.runtime.trt.runner import missing
-    return missing()
+    return str(_module(target).missing())
+
+
+def _module(target: str) -> ModuleType:
+    return import_module(f"sluice.runtime.{RUNTIMES[target][0]}")
 
 
 def _here() -> str:

@@ -25,7 +25,10 @@ def test_all_that_fits_can_be_asked_for(target: str, precision: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"target": "abacus"}, r"^there is no target 'abacus'; choose one of ort-cpu, ort-cuda, torch-cuda, tensorrt$"),
+        (
+            {"target": "abacus"},
+            r"^there is no target 'abacus'; choose one of ort-cpu, openvino, ort-cuda, torch-cuda, tensorrt$",
+        ),
         ({"precision": "fp8"}, r"^there is no precision 'fp8'; choose one of fp32, fp16, bf16, int8$"),
         ({"batch": 0}, r"^a deployment with batch=0, threads=1 cannot run; give whole numbers of 1 or more$"),
         ({"threads": -3}, "batch=1, threads=-3 cannot run"),

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from sluice.core.deployment import PRECISIONS, TARGETS, UNFIT, check_fit, check_target
+from sluice.core.deployment import ON_CPU, PRECISIONS, TARGETS, UNFIT, check_fit, check_target
 from sluice.core.errors import SluiceError
 from sluice.runtime.base.runner import (
     LEAST_LAUNCH_MS,
@@ -16,6 +16,8 @@ from sluice.runtime.base.runner import (
     TRIALS_MS,
     inferences_per_launch,
 )
+from sluice.runtime.openvino import runner as openvino
+from sluice.runtime.openvino.runner import OpenVinoRunner
 from sluice.runtime.ort import cpu as ort
 from sluice.runtime.ort import cuda as ort_cuda
 from sluice.runtime.ort.cpu import OrtRunner
@@ -26,7 +28,7 @@ from sluice.runtime.torch_cuda.runner import TorchCudaRunner
 from sluice.runtime.trt import runner as tensorrt
 
 MODULES: dict[str, ModuleType] = {
-    "ort-cpu": ort, "ort-cuda": ort_cuda, "torch-cuda": torch_cuda, "tensorrt": tensorrt
+    "ort-cpu": ort, "openvino": openvino, "ort-cuda": ort_cuda, "torch-cuda": torch_cuda, "tensorrt": tensorrt
 }  # fmt: skip
 
 
@@ -40,12 +42,13 @@ def test_every_target_has_a_runner(nothing_missing: None, monkeypatch: pytest.Mo
     monkeypatch.setattr(tensorrt, "TensorRtRunner", lambda: "TensorRT")
     assert available_targets() == dict.fromkeys(TARGETS, "")
     made = [make_runner(target) for target in TARGETS]
-    assert made == [OrtRunner(1), OrtCudaRunner(), TorchCudaRunner(), "TensorRT"]
+    assert made == [OrtRunner(1), OpenVinoRunner(1), OrtCudaRunner(), TorchCudaRunner(), "TensorRT"]
 
 
 def test_threads_are_the_cpus(nothing_missing: None) -> None:
     assert make_runner("ort-cpu", threads=3) == OrtRunner(3)
-    for target in TARGETS[1:]:
+    assert make_runner("openvino", threads=3) == OpenVinoRunner(3)
+    for target in sorted(set(TARGETS) - ON_CPU):
         with pytest.raises(
             SluiceError, match=f"cannot run target '{target}' with threads=2: a GPU has no such threads"
         ):
@@ -67,7 +70,8 @@ def test_what_is_missing_is_one_sentence(target: str, monkeypatch: pytest.Monkey
 def test_an_unknown_target_names_all() -> None:
     for refuse in (make_runner, check_target, lambda target: check_fit(target, "fp32")):
         with pytest.raises(
-            SluiceError, match=r"^there is no target 'abacus'; choose one of ort-cpu, ort-cuda, torch-cuda, tensorrt$"
+            SluiceError,
+            match=r"^there is no target 'abacus'; choose one of ort-cpu, openvino, ort-cuda, torch-cuda, tensorrt$",
         ):
             refuse("abacus")
 

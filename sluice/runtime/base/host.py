@@ -4,16 +4,23 @@
    the other, and an Arm system may give none. So the numbers by which the maker tells its CPUs apart are part of it.
 2. Containers on one host share its boot. A machine's own number and name outlive the boot; containers may lack the
    number or have that of their image, but then have names of their own. So a host is known by its boot, or by both.
+3. Where one thread computes, in the thread that calls, the CPU time of that thread is the latency on an idle core, and
+   the waiting for other processes does not count. More threads: wall time, the only clock that sees them all. A coarser
+   CPU-time clock (Windows counts in ticks of 15.6 ms) cannot time a burst of a few milliseconds.
 """
 
 from __future__ import annotations
 
 import hashlib
 import platform
+import time
 from pathlib import Path
 
-__all__ = ["host_device", "host_identity"]
+from sluice.runtime.base.runner import Clock
 
+__all__ = ["cpu_clock", "host_device", "host_identity"]
+
+MAX_CLOCK_RESOLUTION_S = 1e-5
 CPUINFO = Path("/proc/cpuinfo")
 BOARD = Path("/proc/device-tree/model")
 MACHINE, BOOT = Path("/etc/machine-id"), Path("/proc/sys/kernel/random/boot_id")
@@ -43,6 +50,12 @@ def host_device(cpuinfo: Path = CPUINFO, board: Path = BOARD) -> str:
     device = next(filter(None, named), "") or platform.processor() or platform.machine() or "unknown CPU"
     numbers = [f"{short} {'/'.join(sorted(set(values[name])))}" for name, short in NUMBERS.items() if name in values]
     return f"{device} ({' '.join(numbers)})" if numbers else device
+
+
+def cpu_clock(threads: int) -> Clock:
+    """The clock of engines that compute in the calling thread and ``threads - 1`` others (rule 3)."""
+    fine = time.get_clock_info("thread_time").resolution <= MAX_CLOCK_RESOLUTION_S
+    return "thread_cpu" if threads == 1 and fine else "wall"
 
 
 def host_identity(machine: Path = MACHINE, boot: Path = BOOT) -> frozenset[str]:

@@ -2,8 +2,8 @@
 
 1. Shapes are made static before the graph is optimised, so that layout and memory planning are those of the deployed
    engine.
-2. One thread: all the work runs in the thread that calls, so the CPU time of that thread is the latency on an idle
-   core, and the waiting for other processes does not count. More threads: wall time, the only clock that sees them all.
+2. With one thread all the work runs in the thread that calls, so that thread's CPU time is the clock
+   (`sluice.runtime.base.host`, 3).
 3. Workers go on spinning after a run, for a second and more by default, and every session has its own: sessions that
    take turns would find the cores busy with each other's. So a worker spins for `SPIN_US` here, longer than the gaps
    between kernels, and a burst begins when those of the session before have stopped. Twelve copies of one engine of
@@ -11,7 +11,7 @@
    and 1.8 s so; alone it is 0.127 ms.
 4. A part of a network is timed as it is laid out inside the network (`sluice.runtime.ort.blocked_part`).
 5. Inputs are made up (`sluice.runtime.base.inputs`), subnormal numbers are flushed while timing
-   (`sluice.runtime.ort.denormals`).
+   (`sluice.runtime.base.denormals`).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sluice.core.errors import SluiceError
-from sluice.runtime.base.host import host_device
+from sluice.runtime.base.denormals import floating_point_mode
+from sluice.runtime.base.host import cpu_clock, host_device
 from sluice.runtime.base.inputs import Dims, Shapes, place, static_shapes
 from sluice.runtime.base.runner import Clock
 from sluice.runtime.ort.blocked_part import part_session
-from sluice.runtime.ort.denormals import floating_point_mode
 from sluice.runtime.ort.session import compute, load_library, load_session, resident_inputs
 
 if TYPE_CHECKING:
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 __all__ = ["OrtRunner", "OrtSession", "missing"]
 
-# A coarser CPU-time clock (Windows counts in ticks of 15.6 ms) cannot time a burst of a few milliseconds.
-MAX_CLOCK_RESOLUTION_S = 1e-5
 SPIN_US = 100
 
 
@@ -66,8 +64,7 @@ class OrtRunner:
     @property
     def clock(self) -> Clock:
         """``"thread_cpu"`` for one thread where the system can measure it, else ``"wall"``."""
-        fine = time.get_clock_info("thread_time").resolution <= MAX_CLOCK_RESOLUTION_S
-        return "thread_cpu" if self.threads == 1 and fine else "wall"
+        return cpu_clock(self.threads)
 
     @property
     def device(self) -> str:

@@ -22,8 +22,8 @@ import numpy as np
 
 from sluice.core.errors import SluiceError, first_line
 from sluice.runtime.base.cuda import Cuda
+from sluice.runtime.base.denormals import floating_point_mode
 from sluice.runtime.base.inputs import Dims, Shapes, made_up, place, serialized, sized
-from sluice.runtime.ort.denormals import floating_point_mode
 
 if TYPE_CHECKING:
     from sluice.runtime.base.inputs import Model

@@ -2,7 +2,8 @@
 
 They are many times slower than others, and deep random networks drift into them. ONNX Runtime's own option flushes
 them in its pool threads; for the calling thread it acts only with the first session of the process, and then for good.
-So the calling thread's mode is set here for a burst and put back, and a caller's arithmetic never changes.
+OpenVINO's acts on every thread that compiles an engine, for good. So the calling thread's mode is set here for a burst
+and put back, and a caller's arithmetic never changes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ FLUSH_BITS: dict[tuple[str, str], tuple[int, int]] = {
 def floating_point_mode(*, flush: bool) -> Iterator[None]:
     """Put the calling thread's floating-point mode back afterwards; with ``flush``, subnormals are zero in between.
 
-    On systems that `FLUSH_BITS` does not know, ONNX Runtime's option is all there is.
+    On systems that `FLUSH_BITS` does not know, the runtime's option is all there is.
     """
     place = FLUSH_BITS.get((sys.platform, platform.machine()))
     if place is None:
