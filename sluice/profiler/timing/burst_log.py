@@ -35,9 +35,10 @@ from typing import Any
 
 import numpy as np
 
+from sluice.core.errors import LostLine
 from sluice.profiler.table.latency_table import MEMORY, LatencyTable
 from sluice.profiler.table.table_file import bursts_of, drop_bursts
-from sluice.runtime.base.runner import Clock, Session
+from sluice.runtime.base.runner import Clock, Session, turn
 
 __all__ = ["AGAIN", "EVERY", "ONCE", "Call", "Point", "keep_points", "kept", "landed", "points_kept"]
 
@@ -84,6 +85,8 @@ def kept(table: LatencyTable, call: Call, sessions: Sequence[Session]) -> Iterat
             log = _Log(file, known)
         try:
             yield known.call, tuple(_Kept(session, k, log) for k, session in enumerate(sessions))
+        except LostLine:
+            raise
         except Exception:  # the kept reports may be the reason
             log.drop()
             raise
@@ -162,13 +165,28 @@ class _Log:
         self._bursts, self._lines = known.bursts, list(lines)
 
     def sample(self, session: Session, index: int, repeats: int) -> float:
+        known = self._known(index, repeats)
+        return self._keep(index, repeats, session.sample(repeats)) if known is None else known
+
+    def turn(self, session: Session, index: int, repeats: int, count: int) -> list[float]:
+        """Bursts in a row, of a session that takes them at once; of another each is kept as it comes."""
+        if getattr(session, "turn", None) is None:
+            return [self.sample(session, index, repeats) for _ in range(count)]
+        known = [ms for _ in range(count) if (ms := self._known(index, repeats)) is not None]
+        left = count - len(known)
+        new = turn(session, repeats, left) if left else []
+        return known + [self._keep(index, repeats, ms) for ms in new]
+
+    def _known(self, index: int, repeats: int) -> float | None:
         if self._bursts:
             *burst, ms, end = self._bursts.popleft()
             if burst == [index, repeats]:
                 self._offset = end
                 return float(ms)
             self._bursts.clear()
-        ms = session.sample(repeats)
+        return None
+
+    def _keep(self, index: int, repeats: int, ms: float) -> float:
         self._lines.append(json.dumps([self._seed, index, repeats, ms]))
         if len(self._lines) >= EVERY:
             self.save()
@@ -211,6 +229,9 @@ class _Kept:
 
     def sample(self, repeats: int) -> float:
         return self._log.sample(self._session, self._index, repeats)
+
+    def turn(self, repeats: int, count: int) -> list[float]:
+        return self._log.turn(self._session, self._index, repeats, count)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
