@@ -10,11 +10,12 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
 
+from sluice.core.address import target_at
 from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError
 from sluice.core.latency import LatencyModel
@@ -54,7 +55,8 @@ class Profile:
 
     ``points`` of its pieces are in the table, of ``grid`` that there are at all widths and ranks; ``disturbed`` of them
     were measured on a machine that was never quiet. ``moved`` is the factor by which the table's times were multiplied
-    when it was opened, as another host had begun it (`sluice.profiler.timing.reference_engine`).
+    when it was opened, as another host had begun it (`sluice.profiler.timing.reference_engine`). ``address``: where
+    the target is, if not here.
     """
 
     latency: LatencyModel
@@ -69,13 +71,14 @@ class Profile:
     grid: int = 0
     disturbed: int = 0
     moved: float = 1.0
+    address: str = ""
 
     def reference(self, runner: Runner) -> ReferenceEngine:
         """The reference engine that makes times of different moments comparable."""
         return ReferenceEngine(runner.build(reference_model()), self.reference_ms)
 
     def runner(self) -> Runner:
-        runner = make_runner(self.target, self.fingerprint.threads)
+        runner = make_runner(target_at(self.target, self.address), self.fingerprint.threads)
         timing_cache.restore(runner, self.timing_cache)
         return runner
 
@@ -85,13 +88,13 @@ class Profile:
 
 
 def fingerprint_here(deployment: Deployment) -> Fingerprint:
-    """What a table measured now, on this machine, must carry.
+    """What a table measured now, on this machine or at the address of the target, must carry.
 
     Raises:
-        SluiceError: the target is not here.
+        SluiceError: the target is not here, or not there.
     """
     d = deployment
-    runner = make_runner(d.target, d.threads)
+    runner = make_runner(d.place, d.threads)
     return Fingerprint(runner.device, d.target, runner.version, d.threads, d.precision, d.batch, runner.clock)
 
 
@@ -101,7 +104,8 @@ def measured_elsewhere(table: str | os.PathLike[str], deployment: Deployment) ->
         return False
     with LatencyTable.open(table) as opened:
         there = opened.fingerprint
-    if (there.runtime, there.batch, there.threads, there.precision) != astuple(deployment):
+    d = deployment
+    if (there.runtime, there.batch, there.threads, there.precision) != (d.target, d.batch, d.threads, d.precision):
         return False
     try:
         return there != fingerprint_here(deployment)
@@ -158,7 +162,7 @@ def profile_onnx(
             return True
         return False
 
-    with _bench(table, fingerprint, seed, lacks) as bench:
+    with _bench(table, fingerprint, deployment.place, seed, lacks) as bench:
         found = survey(partition, bench, show, methods=methods, space=space)
         _check_choice(space, found.alternatives.options)
         with show("engines") as advance:
@@ -176,6 +180,7 @@ def profile_onnx(
         cache,
         *counts,
         bench.reference.moved,
+        deployment.address,
     )
     return done if like is None else _limited(done, like)
 
@@ -232,7 +237,7 @@ def profile_shard(
     methods, show = check_methods(methods), progress_of(progress)
     fingerprint = fingerprint_here(deployment)
     partition, space = _partition(model, fingerprint, exclude, methods, None)
-    with _bench(table, fingerprint, seed) as bench:
+    with _bench(table, fingerprint, deployment.place, seed) as bench:
         before = len(bench.table)
         survey(partition, bench, show, methods=methods, space=space, shard=shard)
         points, engines = len(bench.table) - before, 0
@@ -246,13 +251,17 @@ def profile_shard(
 
 @contextmanager
 def _bench(
-    table: str | os.PathLike[str], fingerprint: Fingerprint, seed: int, lacks: Callable[[], bool] = lambda: True
+    table: str | os.PathLike[str],
+    fingerprint: Fingerprint,
+    place: str,
+    seed: int,
+    lacks: Callable[[], bool] = lambda: True,
 ) -> Iterator[Bench]:
     """The table, opened or made, and its runner, with its timing cache and the reference engine.
 
     A table that lacks nothing stays in the time of the host that filled it.
     """
-    rng, runner = np.random.default_rng(seed), make_runner(fingerprint.runtime, fingerprint.threads)
+    rng, runner = np.random.default_rng(seed), make_runner(place, fingerprint.threads)
     with LatencyTable.open_or_create(table, fingerprint) as opened:
         timing_cache.restore(runner, opened.get_blob(timing_cache.NAME))
         yield Bench(opened, runner, make_reference_engine(opened, runner, rng, lacks=lacks), rng)

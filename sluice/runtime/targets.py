@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sluice.core.address import split_target
 from sluice.core.deployment import TARGETS, check_target
 from sluice.core.errors import SluiceError
 from sluice.runtime.base.runner import Runner
@@ -13,11 +14,17 @@ def make_runner(target: str, threads: int = 1) -> Runner:
     """The runner called ``target`` (of `sluice.core.deployment.TARGETS`) with ``threads`` threads inside an operator.
 
     A GPU has no such threads, and two tables must not differ by a number that means nothing: its targets take 1 alone.
+    A target with an address (`sluice.core.address`) runs where `sluice serve` answers.
 
     Raises:
         SluiceError: there is no such target, or its runtime or device is not here.
     """
-    if reason := _missing(check_target(target)):
+    name, address = split_target(check_target(target))
+    if address:
+        from sluice.runtime.remote.client import RemoteRunner
+
+        return RemoteRunner(name, address, threads)
+    if reason := _missing(target):
         raise SluiceError(f"target {target!r} cannot run here: {reason}; targets that can: {_here()}")
     if target == "ort-cpu":
         from sluice.runtime.ort.cpu import OrtRunner
