@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import select
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -60,6 +61,7 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     lease: Lease | None = None
     unread = 0
+    _sampled: int | None = None  # the engine that the last question was about
 
     def setup(self) -> None:
         super().setup()
@@ -87,7 +89,10 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(self._get)
 
     def do_POST(self) -> None:
+        self._sampled = None
         self._answer(self._post)
+        if self._sampled is not None and self.lease is not None and not self.close_connection:
+            self.server.device.stay_awake(self.lease, self._sampled, self._asked)
 
     def _answer(self, ask: Callable[[], tuple[str, bytes]]) -> None:
         self.unread = 0
@@ -155,15 +160,20 @@ class Handler(BaseHTTPRequestHandler):
         if not isinstance(asked, dict):
             raise SluiceError("the body is no JSON object; send what the protocol says")
         if path == "/sample":
-            return _json(
-                {"ms": device.sample(lease, asked.get("session"), asked.get("repeats"), asked.get("count", 1))}
-            )
+            engine, repeats, count = (asked.get(key) for key in ("session", "repeats", "count"))
+            found = device.sample(lease, engine, repeats, 1 if count is None else count)
+            self._sampled = engine
+            return _json({"ms": found})
         if path == "/close":
             device.close(lease, asked.get("sessions"))
             return _json({})
         if path == "/clock":
             return _json({"mhz": device.clock_mhz()})
         return _json({"known": device.knows(asked.get("digest"))})
+
+    def _asked(self) -> bool:
+        """Whether the next request, or the end of the connection, is there."""
+        return bool(select.select([self.connection], [], [], 0)[0])
 
     def _leased(self) -> Lease:
         client = self.headers.get(CLIENT) or ""

@@ -132,8 +132,8 @@ class Line:
                 connection.request(method, path, body if method == "POST" else None, headers)
             response = connection.getresponse()
             content = response.read(most + 1)
-            if len(content) > most or not response.isclosed():
-                raise http.client.HTTPException("the answer is too long")
+            if len(content) > most or response.length:  # what is left of it
+                raise http.client.HTTPException("the answer is cut off, or too long")
             if response.will_close:
                 _hang_up(self._held)
         except (OSError, http.client.HTTPException, UnicodeError) as error:

@@ -168,10 +168,46 @@ def test_a_turn_is_one_question(monkeypatch: pytest.MonkeyPatch) -> None:
         real = server.device.sample
         monkeypatch.setattr(server.device, "sample", lambda *a: asked.append(a[2:]) or real(*a))
         assert there.turn(4, 3) == pytest.approx([0.2001, 0.2002, 0.2003])
-        assert asked == [(4, 3)] and session.asked == [4, 4, 4]
+        assert asked == [(4, 3)] and session.asked[:3] == [4, 4, 4]
         asked.clear()
         (found,) = measure([there], min_bursts=9, max_bursts=9, burst_ms=0.2, rng=np.random.default_rng(0))
         assert found.samples == 9 and (1, 4) not in asked and {count for _, count in asked} > {1}
+
+
+class Slow(FakeSession):
+    """An inference takes a millisecond; counts those that nobody asked for."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        super().__init__(1.0)
+        self.taken, self.failure = 0, failure
+
+    def sample(self, repeats: int) -> float:
+        self.taken += 1
+        if self.failure is not None and self.taken > 1:
+            raise self.failure
+        time.sleep(1e-3)
+        return self.ms
+
+
+def test_the_device_does_not_rest_between_questions() -> None:
+    with serve_in_process(Builds(session := Slow())) as (address, _):
+        there = make_runner(f"ort-cpu@{address}").build(chain([4, 3]))
+        assert there.sample(1) == 1.0
+        time.sleep(0.3)
+        taken = session.taken
+        assert 2 < taken < 100  # for a while, and not for longer
+        time.sleep(0.1)
+        assert session.taken == taken
+        for _ in range(3):
+            assert there.sample(1) == 1.0
+    with serve_in_process(Builds(Slow(RuntimeError("once is enough")))) as (address, _):
+        there = make_runner(f"ort-cpu@{address}").build(chain([4, 3]))
+        assert there.sample(1) == 1.0
+        with pytest.raises(SluiceError, match="once is enough"):
+            there.sample(1)
+    with serve_in_process(Builds(quick := Counting())) as (address, _):
+        make_runner(f"ort-cpu@{address}").build(chain([4, 3])).sample(1)
+        assert len(quick.asked) <= 3  # what takes no time keeps nothing awake
 
 
 def test_engines_are_closed_there_when_they_are_collected_here() -> None:
@@ -322,7 +358,8 @@ def test_what_answers_is_no_device() -> None:
             make_runner(f"ort-cpu@{address}")
     heads = ("404 Not Found\r\nContent-Length: 2", "200 OK\r\nContent-Length: 2", "200 OK\r\nContent-Length: 9")
     answers = [f"HTTP/1.1 {head}\r\n\r\nno".encode() for head in heads]
-    for answer in (b"", b"SSH-2.0-OpenSSH\r\n", *answers):
+    cut = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"
+    for answer in (b"", b"SSH-2.0-OpenSSH\r\n", cut, *answers):
         with socket.create_server(("127.0.0.1", 0)) as listening:
 
             def once(listening: socket.socket = listening, answer: bytes = answer) -> None:
@@ -333,7 +370,9 @@ def test_what_answers_is_no_device() -> None:
 
             thread = threading.Thread(target=once)
             thread.start()
-            with pytest.raises(SluiceError):
+            # An answer that does not end was lost, however much of it came.
+            kind = LostLine if answer in (b"", cut, answers[-1]) else SluiceError
+            with pytest.raises(kind):
                 make_runner(f"ort-cpu@127.0.0.1:{listening.getsockname()[1]}")
             thread.join()
 
