@@ -206,11 +206,13 @@ def test_a_token_from_a_file_and_from_the_environment(
 
 
 @pytest.mark.slow
-def test_the_real_runtime_fills_the_same_points(served: Served, tmp_path: Path) -> None:
+def test_the_real_runtime_fills_the_same_table(served: Served, tmp_path: Path) -> None:
+    """The same pieces and joints; at which sizes follows from the times (on a simulated device they are equal)."""
     model = chain([4, 3], batch="N", size=5)
     for name, target in (("far.db", served.target), ("near.db", "ort-cpu")):
         profile_onnx(model, tmp_path / name, deployment=Deployment(target, 2), progress=False)
     with LatencyTable.open(tmp_path / "far.db") as far, LatencyTable.open(tmp_path / "near.db") as near:
         assert far.fingerprint == near.fingerprint
-        points = [{k: set(t.points(k)) for k in t.keys()} for t in (far, near)]  # noqa: SIM118
-        assert points[0] == points[1]
+        assert set(far.keys()) == set(near.keys()) and len(far) > 5
+        assert all(far.points(key).keys() & near.points(key).keys() for key in far.keys())  # noqa: SIM118
+        assert far.get_blob("host") == near.get_blob("host")
