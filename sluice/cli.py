@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sluice.commands.parser import make_parser
+from sluice.commands.serve import serve
 from sluice.commands.specs import (
     check_batch,
     data_of,
@@ -132,9 +133,11 @@ def compress(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from sluice import compress as run
+    from sluice.core.address import target_at
 
     settings = _settings(args)
     deployment = asdict(settings.pop("deployment"))
+    deployment["target"] = target_at(deployment["target"], deployment.pop("address"))
     done = run(
         model_of(args.model), inputs_of(args.model, args.shape, args.batch), budget=args.budget,
         data=data_of(args.data), out=args.out, gate_epochs=args.gate_epochs, epochs=args.epochs,
@@ -189,6 +192,7 @@ def export(args: argparse.Namespace) -> int:
     from sluice import load
     from sluice.artifacts.deploy import deploy_onnx, rounding_error
     from sluice.commands.export import Asked, check_files, known_cache, outcome
+    from sluice.core.address import split_target
     from sluice.core.deployment import check_fit, check_precision
     from sluice.passes.cut.export import finalize, save_onnx, to_onnx
 
@@ -201,11 +205,12 @@ def export(args: argparse.Namespace) -> int:
         raise SluiceError("--table gives an engine the timing cache of that table; give --engine, or leave it out")
     if args.engine and args.target not in (None, "tensorrt"):
         raise SluiceError(
-            f"--engine is built by TensorRT, --target {args.target} asks for a file of another runtime; leave out one "
-            f"of the two"
+            f"--engine is built by the TensorRT of this machine, not for --target {args.target}; leave out one of the "
+            f"two, or build it where it runs"
         )
     if args.target:
         check_fit(args.target, args.precision)
+        args.target, _ = split_target(args.target)  # a file is the same wherever its runtime is
     if args.engine:
         check_files(args.out, args.engine)
     asked = None if args.engine is None else Asked(args.engine, known_cache(args.table) if args.table else b"")
@@ -260,16 +265,19 @@ def bench(args: argparse.Namespace) -> int:
     """Measure one engine or several in turns: ONNX files, or engines of TensorRT."""
     import numpy as np
 
+    from sluice.core.address import split_target
     from sluice.profiler.timing.measure import measure
     from sluice.runtime.base.inputs import parsed
     from sluice.runtime.targets import make_runner
 
     built = [path for path in args.models if path.endswith(ENGINES)]
-    if built and args.target != "tensorrt":
+    if built and split_target(args.target)[0] != "tensorrt":
         raise SluiceError(f"{built[0]!r} is an engine of TensorRT, --target is {args.target}; give --target tensorrt")
     for path in args.models:
         if path not in built:
             check_batch(parsed(path), args.batch, path)
+    if built and split_target(args.target)[1]:
+        raise SluiceError(f"{built[0]!r} would be run as it is on another machine; give the ONNX file, built there")
     runner = make_runner(args.target, args.threads)
     sessions = [_loaded(runner, p) if p in built else runner.build(p, batch=args.batch) for p in args.models]
     found = measure(sessions, min_bursts=60, max_bursts=240, target_spread=0.01, rng=np.random.default_rng(0))
@@ -286,7 +294,7 @@ def bench(args: argparse.Namespace) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
-    return make_parser((inspect, profile, compress, plan, apply, export, check, bench))
+    return make_parser((inspect, profile, compress, plan, apply, export, check, bench, serve))
 
 
 def _loaded(runner: Any, path: str) -> Any:

@@ -26,6 +26,8 @@ __all__ = [
     "shape",
     "shard",
     "table",
+    "target",
+    "threads",
 ]
 
 METHODS = "filter,rank,block,merge"
@@ -54,9 +56,19 @@ def exclude(p: argparse.ArgumentParser) -> None:
 
 def device(p: argparse.ArgumentParser) -> None:
     p.add_argument("--batch", type=positive, default=1, help="batch size of the deployment (default 1)")
+    threads(p)
+    target(p, "; TARGET@HOST:PORT where `sluice serve` runs")
+
+
+def threads(p: argparse.ArgumentParser) -> None:
     p.add_argument("--threads", type=positive, default=1, help="threads inside an operator (default 1)")
+
+
+def target(p: argparse.ArgumentParser, elsewhere: str = "") -> None:
     p.add_argument(
-        "--target", default="ort-cpu", help="ort-cpu, openvino, ort-cuda, torch-cuda or tensorrt (default ort-cpu)"
+        "--target",
+        default="ort-cpu",
+        help=f"ort-cpu, openvino, ort-cuda, torch-cuda or tensorrt (default ort-cpu){elsewhere}",
     )
 
 

@@ -118,6 +118,21 @@ def _bench(p: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _serve(p: argparse.ArgumentParser) -> None:
+    from sluice.core.address import PORT
+
+    options.target(p)
+    options.threads(p)
+    p.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine alone)")
+    p.add_argument(
+        "--port", type=options.count, default=PORT, help=f"0 for any that is free (default {PORT}); it is printed"
+    )
+    p.add_argument(
+        "--token-file", metavar="FILE", help="holds what clients must have in their SLUICE_TOKEN; by default this "
+        "machine's own SLUICE_TOKEN, without which only this machine is served",
+    )  # fmt: skip
+
+
 _ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "inspect": _inspect,
     "profile": _profile,
@@ -127,4 +142,5 @@ _ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "export": _export,
     "check": _check,
     "bench": _bench,
+    "serve": _serve,
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sluice.core.address import split_target, target_at
 from sluice.core.errors import SluiceError
 
 __all__ = ["ON_CPU", "PRECISIONS", "TARGETS", "UNFIT", "Deployment", "check_fit", "check_precision", "check_target"]
@@ -30,6 +31,10 @@ UNFIT: Mapping[tuple[str, str], str] = {
 class Deployment:
     """Runtime, inputs at once, threads inside an operator, and precision of the network on the device.
 
+    A target on another machine is given as ``"tensorrt@jetson:8765"`` (`sluice.core.address`); ``target`` is then the
+    name alone, ``address`` the rest, and ``place`` both. The address says how the device is reached, not what is
+    measured, so tables and jobs know nothing of it.
+
     Raises:
         SluiceError: there is no such target or precision, the target cannot be timed in it (`UNFIT`), or a count is
             no whole number of 1 or more.
@@ -39,8 +44,12 @@ class Deployment:
     batch: int = 1
     threads: int = 1
     precision: str = "fp32"
+    address: str = ""
 
     def __post_init__(self) -> None:
+        name, address = split_target(target_at(self.target, self.address))
+        object.__setattr__(self, "target", name)
+        object.__setattr__(self, "address", address)
         check_fit(self.target, check_precision(self.precision))
         counts = (self.batch, self.threads)
         if any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in counts):
@@ -49,14 +58,19 @@ class Deployment:
                 "or more"
             )
 
+    @property
+    def place(self) -> str:
+        """The target with its address, if it has one."""
+        return target_at(self.target, self.address)
+
 
 def check_target(target: str) -> str:
-    """The name, checked; whether the target is here is not asked.
+    """The name, with its address if it has one, checked; whether the target is here is not asked.
 
     Raises:
-        SluiceError: there is no such target.
+        SluiceError: there is no such target, or the address is none.
     """
-    if target not in TARGETS:
+    if split_target(target)[0] not in TARGETS:
         raise SluiceError(f"there is no target {target!r}; choose one of {', '.join(TARGETS)}")
     return target
 
@@ -78,5 +92,5 @@ def check_fit(target: str, precision: str) -> None:
     Raises:
         SluiceError: there is no such target, or it cannot (`UNFIT`).
     """
-    if reason := UNFIT.get((check_target(target), precision)):
+    if reason := UNFIT.get((split_target(check_target(target))[0], precision)):
         raise SluiceError(f"{target} cannot be timed in {precision}: {reason}; choose fp16, or another target")

@@ -6,7 +6,7 @@ prints it and exits with status 1; every other exception is a fault of this pack
 
 from __future__ import annotations
 
-__all__ = ["SluiceError", "Unreachable", "first_line"]
+__all__ = ["LostLine", "SluiceError", "Unreachable", "first_line"]
 
 
 class SluiceError(Exception):
@@ -15,6 +15,10 @@ class SluiceError(Exception):
 
 class Unreachable(SluiceError):
     """A budget below what any configuration reaches."""
+
+
+class LostLine(SluiceError):
+    """The connection to a device is gone; what was asked of it may be asked again."""
 
 
 def first_line(error: BaseException) -> str:

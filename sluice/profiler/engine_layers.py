@@ -6,6 +6,7 @@ the difference. So this is for reading, when a promise is worse than it should b
 
 from __future__ import annotations
 
+from sluice.core.address import split_target, target_at
 from sluice.core.errors import SluiceError
 from sluice.profiler.profile import Profile
 from sluice.runtime.trt.inspect import EngineLayers, owners, place_pieces
@@ -15,7 +16,10 @@ __all__ = ["check_inspector", "place_profile", "placement_lines"]
 
 
 def check_inspector(target: str) -> None:
-    """Raises `SluiceError` for a target whose runtime does not describe its engines."""
+    """Raises `SluiceError` for a target whose runtime does not describe its engines, or not from afar."""
+    name, address = split_target(target)
+    if address and name == "tensorrt":
+        raise SluiceError(f"the layers of an engine are not told over the line to {address}; profile --layers there")
     if target != "tensorrt":
         raise SluiceError(f"{target} does not tell the layers of its engines; leave out --layers, or use tensorrt")
 
@@ -26,7 +30,7 @@ def place_profile(profile: Profile) -> EngineLayers:
     Raises:
         SluiceError: the target is not TensorRT, or the engine cannot be built here.
     """
-    check_inspector(profile.target)
+    check_inspector(target_at(profile.target, profile.address))
     runner = profile.runner()
     assert isinstance(runner, TensorRtRunner)
     partition = profile.partition

@@ -22,7 +22,7 @@ import io
 import json
 import zipfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -40,6 +40,7 @@ __all__ = ["SITE", "Job", "known_table", "read_job", "write_job"]
 
 VERSION = 1
 SITE = "site"
+DEPLOYMENT = ("target", "batch", "threads", "precision")  # how a device is reached is no business of a job
 SETTINGS, MODEL, TABLE, MAIN = "job.json", "model.onnx", "table.db", "__main__.py"
 MAX_BYTES = 2**31  # of one ONNX file, and so of anything in here
 LONG_AGO = (1980, 1, 1, 0, 0, 0)  # the first date that a zip file can say
@@ -70,10 +71,16 @@ class Job:
 
     def __post_init__(self) -> None:
         check_methods(self.methods)
+        if self.deployment.address:
+            raise SluiceError(
+                f"a job is run on the device itself, not at {self.deployment.address}; pack it for the target "
+                f"{self.deployment.target}, or profile over the network without a job"
+            )
 
     def settings(self) -> dict[str, Any]:
         """What ``job.json`` holds but the version of the format, all on one level."""
-        return {**asdict(self.deployment), "methods": self.methods, "exclude": self.exclude}
+        deployment = {name: getattr(self.deployment, name) for name in DEPLOYMENT}
+        return {**deployment, "methods": self.methods, "exclude": self.exclude}
 
 
 def write_job(path: str | Path, model: onnx.ModelProto, job: Job, table: bytes | None = None) -> int:
@@ -180,7 +187,7 @@ def _settings(text: bytes, name: str) -> Job:
     sound = sound and all(type(values[key]) is kind for key, kind in kinds.items())
     if not sound or any(type(item) is not str for key in lists for item in values[key]):
         raise SluiceError(f"the settings of the job {name!r} do not hold {', '.join(kinds)}; pack it again")
-    deployment = Deployment(**{part.name: values[part.name] for part in fields(Deployment)})
+    deployment = Deployment(**{name: values[name] for name in DEPLOYMENT})
     return Job(deployment, **{key: tuple(values[key]) for key in lists})
 
 

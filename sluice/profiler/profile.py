@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
 
+from sluice.core.address import target_at
 from sluice.core.deployment import ON_CPU, Deployment
 from sluice.core.errors import SluiceError
 from sluice.core.latency import LatencyModel
@@ -64,8 +65,8 @@ class _Seen:
 class Profile:
     """A network on one device: its sites, and a view of the table that grows as it is asked.
 
-    ``shut`` are sites that stay dense: the other reading of the network lacks them. ``measured`` says how many points
-    were measured for this profile so far.
+    ``shut`` are sites that stay dense: the other reading of the network lacks them. ``address`` says where the target
+    is, if not here.
     """
 
     layout: Layout
@@ -74,6 +75,7 @@ class Profile:
     options: EditSpace
     shut: frozenset[str] = frozenset()
     progress: Progress = silent
+    address: str = ""
     _seen: _Seen = field(default_factory=_Seen)
 
     @property
@@ -169,7 +171,7 @@ class Profile:
         return ReferenceEngine(runner.build(reference_model()), self.bench.reference.ms)
 
     def runner(self) -> Runner:
-        runner = make_runner(self.target, self.fingerprint.threads)
+        runner = make_runner(target_at(self.target, self.address), self.fingerprint.threads)
         timing_cache.restore(runner, self.bench.table.get_blob(timing_cache.NAME))
         return runner
 
@@ -179,13 +181,13 @@ class Profile:
 
 
 def fingerprint_here(deployment: Deployment) -> Fingerprint:
-    """What a table measured now, on this machine, must carry.
+    """What a table measured now, on this machine or at the address of the target, must carry.
 
     Raises:
-        SluiceError: the target is not here.
+        SluiceError: the target is not here, or not there.
     """
     d = deployment
-    runner = make_runner(d.target, d.threads)
+    runner = make_runner(d.place, d.threads)
     return Fingerprint(runner.device, d.target, runner.version, d.threads, d.precision, d.batch, runner.clock)
 
 
@@ -195,7 +197,8 @@ def measured_elsewhere(table: str | os.PathLike[str], deployment: Deployment) ->
         return False
     with LatencyTable.open(table) as opened:
         there = opened.fingerprint
-    if (there.runtime, there.batch, there.threads, there.precision) != astuple(deployment):
+    d = deployment
+    if (there.runtime, there.batch, there.threads, there.precision) != (d.target, d.batch, d.threads, d.precision):
         return False
     try:
         return there != fingerprint_here(deployment)
@@ -254,10 +257,10 @@ def profile_onnx(
             return True
         return False
 
-    bench = _open_bench(table, fingerprint, seed, lacks)
+    bench = _open_bench(table, fingerprint, deployment.place, seed, lacks)
     with show("dense network") as advance:
         layout = survey(partition, replace(bench, progress=advance), methods=methods, space=space)
-    done = Profile(layout, bench, space, layout.alternatives.options, progress=show)
+    done = Profile(layout, bench, space, layout.alternatives.options, progress=show, address=deployment.address)
     _check_choice(space, done.options)
     if complete:
         with show("all points") as advance:
@@ -321,7 +324,7 @@ def profile_shard(
     methods, show = check_methods(methods), progress_of(progress)
     fingerprint = fingerprint_here(deployment)
     partition, space = _partition(model, fingerprint, exclude, methods, None)
-    with _bench(table, fingerprint, seed) as bench:
+    with _bench(table, fingerprint, deployment.place, seed) as bench:
         before = len(bench.table)
         with show("dense network") as advance:
             layout = survey(partition, replace(bench, progress=advance), methods=methods, space=space)
@@ -344,13 +347,17 @@ def profile_shard(
 
 
 def _open_bench(
-    table: str | os.PathLike[str], fingerprint: Fingerprint, seed: int, lacks: Callable[[], bool] = lambda: True
+    table: str | os.PathLike[str],
+    fingerprint: Fingerprint,
+    place: str,
+    seed: int,
+    lacks: Callable[[], bool] = lambda: True,
 ) -> Bench:
     """The table, opened or made, and its runner, with its timing cache and the reference engine.
 
     A table that lacks nothing stays in the time of the host that filled it.
     """
-    rng, runner = np.random.default_rng(seed), make_runner(fingerprint.runtime, fingerprint.threads)
+    rng, runner = np.random.default_rng(seed), make_runner(place, fingerprint.threads)
     opened = LatencyTable.open_or_create(table, fingerprint)
     try:
         timing_cache.restore(runner, opened.get_blob(timing_cache.NAME))
@@ -361,8 +368,8 @@ def _open_bench(
 
 
 @contextmanager
-def _bench(table: str | os.PathLike[str], fingerprint: Fingerprint, seed: int) -> Iterator[Bench]:
-    bench = _open_bench(table, fingerprint, seed)
+def _bench(table: str | os.PathLike[str], fingerprint: Fingerprint, place: str, seed: int) -> Iterator[Bench]:
+    bench = _open_bench(table, fingerprint, place, seed)
     with bench.table:
         yield bench
 

@@ -195,8 +195,14 @@ def test_a_network_that_fixes_its_batch_is_exported_at_the_one_asked_for(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--engine a.engine --target ort-cpu", "--engine is built by TensorRT, --target ort-cpu asks for"),
-        ("--engine a.engine --target ort-cuda", "--engine is built by TensorRT, --target ort-cuda asks for"),
+        (
+            "--engine a.engine --target ort-cpu",
+            "--engine is built by the TensorRT of this machine, not for --target ort-cpu",
+        ),
+        (
+            "--engine a.engine --target ort-cuda",
+            "--engine is built by the TensorRT of this machine, not for --target ort-cuda",
+        ),
         ("--precision int8 --target ort-cuda", "ort-cuda cannot be timed in int8: its CUDA provider"),
         ("--precision int8 --target torch-cuda", "torch-cuda cannot be timed in int8: it has no int8"),
         ("--precision bf16 --target ort-cpu", "ort-cpu cannot be timed in bf16"),

@@ -45,7 +45,7 @@ import numpy as np
 
 from sluice.core.errors import SluiceError
 from sluice.profiler.table.measurement import UNCERTAIN, Measurement
-from sluice.runtime.base.runner import Session
+from sluice.runtime.base.runner import Session, turn
 
 __all__ = ["ReferenceEngine", "Waiting", "measure"]
 
@@ -90,7 +90,8 @@ class _Turns:
 
     def take(self, most: int, waits: bool) -> float:
         """One more turn of ``most`` bursts at the most; the milliseconds it took."""
-        found = [_sample(self.session, self.repeats) for _ in range(min(self.length, max(1, most - self.samples)))]
+        count = min(self.length, max(1, most - self.samples))
+        found = [_checked(ms) for ms in turn(self.session, self.repeats, count)]
         self.lowest.append(min(found))
         self.samples += len(found)
         self.waited += len(found) if waits else 0
@@ -228,7 +229,10 @@ def _warm_up(session: Session, burst_ms: float, warmup_ms: float) -> int:
 
 
 def _sample(session: Session, repeats: int) -> float:
-    ms = session.sample(repeats)
+    return _checked(session.sample(repeats))
+
+
+def _checked(ms: float) -> float:
     if not math.isfinite(ms) or ms < 0:
         raise SluiceError(f"a session reports {ms} ms per inference; its clock is broken, use another runner")
     return ms

@@ -17,6 +17,8 @@
    shapes, for timing only); for parts of the others `build` is used. Where it knows the kernels of such an engine, the
    engine has an attribute ``kernels``, a `Counter` of them. Inputs whose ``doc_string`` is `PLAIN` are plain inside as
    well.
+7. A session that is far away has a method ``turn(repeats, count)``: ``count`` bursts in a row, for one way there and
+   back. Its runner has a method ``host_identity`` (`sluice.runtime.base.host`), that of the machine of the device.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ import numpy as np
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["PLAIN", "Clock", "Runner", "Session", "inferences_per_launch"]
+__all__ = ["PLAIN", "Clock", "Runner", "Session", "inferences_per_launch", "turn"]
 
 Clock = Literal["thread_cpu", "wall", "cuda"]
 
@@ -88,6 +90,12 @@ class Runner(Protocol):
     ) -> Session:
         """An engine for ``model``; ``batch`` fixes the dynamic first dimensions, ``feeds_shapes`` any others."""
         ...
+
+
+def turn(session: Session, repeats: int, count: int) -> list[float]:
+    """Milliseconds per inference of ``count`` bursts in a row (rule 7)."""
+    own = getattr(session, "turn", None)
+    return [session.sample(repeats) for _ in range(count)] if own is None else own(repeats, count)
 
 
 def inferences_per_launch(burst_ms: Callable[[int], float]) -> int:
