@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := check
-.PHONY: setup demo test test-slow lint types check format clean
+.PHONY: setup demo demo-all test test-slow lint types check format clean
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -33,6 +33,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	@mkdir -p build/demo
 	$(BIN)/python -m examples.demo
+
+demo-all: $(READY)
+	@mkdir -p build/demo
+	$(BIN)/python -m examples.demo --budgets 50% 25% --least
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not device"

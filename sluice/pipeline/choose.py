@@ -81,27 +81,39 @@ def _scenarios(problem: Problem, methods: Sequence[str], target_ms: float) -> li
             asked[f"structure at {price:g}"] = replace(problem, losses=_priced(problem.losses, options, price))
         for method in methods:
             asked[f"{method} alone"] = replace(problem, sites=options.sites(latency, [method]))
-    solvers = [_solver(one, target_ms) for one in asked.values()]
-    scenarios: list[Scenario] = []
-    for (name, one), choice in zip(asked.items(), by_need(problem.profile, solvers), strict=True):
-        if isinstance(choice, Unreachable):
-            if one.sites is problem.sites:
-                raise choice
-            continue  # this method alone does not reach the target
+    first = problem.solve(target_ms)
+    most = HOPELESS * _price(problem, first.choice)
+    likely = {name: one for name, one in list(asked.items())[1:] if _may_pay(problem, one, target_ms, most)}
+    solvers = [_solver(one, target_ms) for one in likely.values()]
+    scenarios = [Scenario(next(iter(asked)), problem, first)]
+    for (name, one), choice in zip(likely.items(), by_need(problem.profile, solvers), strict=True):
+        if isinstance(choice, Unreachable) or _price(problem, choice) > most:
+            continue
         solution = one.solution(choice)
         if all(solution.plan != other.solution.plan for other in scenarios):
             scenarios.append(Scenario(name, one, solution))
-    prices = [_price(problem, other.solution) for other in scenarios]
-    return [r for r, price in zip(scenarios, prices, strict=True) if price <= HOPELESS * min(prices)]
+    return scenarios
+
+
+def _may_pay(problem: Problem, one: Problem, target_ms: float, most: float) -> bool:
+    """Whether the plan that is best if all unknown points are at their bounds has no hopeless price.
+
+    A plan of measured points has no lower price, so nothing is measured for a scenario that has.
+    """
+    profile = problem.profile
+    try:
+        return _price(problem, one.choose(profile.latency.hopeful(), target_ms)) <= most
+    except Unreachable:
+        return False  # this method alone does not reach the target
 
 
 def _solver(problem: Problem, target_ms: float) -> Callable[[LatencyModel], Choice]:
     return lambda latency: problem.choose(latency, target_ms)
 
 
-def _price(problem: Problem, solution: Solution) -> float:
+def _price(problem: Problem, choice: Choice) -> float:
     """The sum of the losses as measured."""
-    levels, widths = problem.model.levels, solution.choice.widths
+    levels, widths = problem.model.levels, choice.widths
     return sum(
         float(values[levels[site].index(widths[site])])
         for site, values in problem.losses.items()

@@ -42,7 +42,7 @@ BLOCKS = (16, 8, 4)
 SHARED = ((0.1, 0.1, 0.02), (0.02, 0.05, 0.03), (0.02, 0.03, 0.02))
 LENGTH, SMOOTH, MISALIGNED = 2.5, 0.3, 0.15
 NOISE = 1e-4
-DOUBT = 1.3
+DOUBT = 1.0
 SAME = 0.03  # by so much less may a larger point take
 LEAST_MS = 1e-5
 
