@@ -3,6 +3,7 @@
     python -m benchmarks.fidelity [--networks resnet20 crepe_tiny] [--threads 1 2] [--plans 40] [--batch 8]
                                   [--methods filter rank block merge] [--tables build/fidelity]
     python -m benchmarks.fidelity --dry-run | --publish | --show
+    python -m benchmarks.fidelity --chosen [--networks ...] [--target openvino]     plans that users get, see `chosen`
 
 ResNet-20, ResNet-1D, SE-ResNet, DenseNet, MobileNetV2 and VGG16-BN for small inputs, CREPE tiny, all with batch 8, and
 ResNet-50 at 224x224 with batch 1, each on one and on two threads (``--batch`` is for all of them). Every one is
@@ -89,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--tables", type=Path, default=Path("build/fidelity"), help="tables and finished runs")
     parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("--target", default="ort-cpu", help="with --chosen")
     only = parser.add_mutually_exclusive_group()
+    only.add_argument("--chosen", action="store_true", help="plans chosen for budgets, in place of random ones")
     only.add_argument("--dry-run", action="store_true", help="only list what is left")
     only.add_argument("--publish", action="store_true", help="only write the result, although runs may be left")
     only.add_argument("--show", action="store_true", help="only print the result")
@@ -105,6 +108,11 @@ def _positive(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 1 if a run broke or for a mistake of the user's."""
     options = _parser().parse_args(argv)
+    if options.chosen:
+        from benchmarks.chosen import choose_all, show
+
+        show(choose_all(options.networks, options.target, options.threads[0]))
+        return 0
     asked = product(
         options.networks, options.threads, options.methods, options.plans, options.seed, batch=options.batch
     )

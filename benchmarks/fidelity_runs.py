@@ -23,6 +23,7 @@ from examples.crepe.model import FRAME, Crepe
 from sluice import models
 from sluice.core.deployment import Deployment
 from sluice.passes.cut.export import to_onnx
+from sluice.profiler.need import walk
 from sluice.profiler.pieces.engine import with_ranks_in_reach
 from sluice.profiler.profile import profile_onnx
 from sluice.profiler.sweep.bench import Bench
@@ -70,13 +71,15 @@ def perform(run: Run, folder: Path) -> Record:
     started = time.perf_counter()
     deployment = Deployment(batch=run.batch, threads=run.threads)
     profile = profile_onnx(dense, table, deployment=deployment, methods=run.methods)
-    seconds = time.perf_counter() - started
+    walk(profile, run.methods)
     rng = np.random.default_rng(run.seed)
     latency, options = profile.latency, profile.options
     drawn = [
         with_ranks_in_reach(profile.partition, latency, random_configuration(latency, rng), options)
         for _ in range(run.plans)
     ]
+    profile.ask(drawn)
+    latency, seconds = profile.latency, time.perf_counter() - started
     runner = profile.runner()
     with LatencyTable.open(table) as opened:
         bench = Bench(opened, runner, make_reference_engine(opened, runner, rng), rng)

@@ -312,6 +312,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "exclude": args.exclude,
         "methods": check_methods(args.methods.split(",")),
         "progress": not args.quiet,
+        **({"minutes": args.minutes} if getattr(args, "minutes", None) else {}),
     }
 
 

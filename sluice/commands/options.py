@@ -133,6 +133,12 @@ def shard(text: str) -> Shard:
     return shard_argument(text)
 
 
+def minutes(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--minutes", type=positive, metavar="N", help="measure no more after N minutes; the rest is estimated, and told"
+    )
+
+
 def positive(text: str) -> int:
     """A whole number of 1 or more."""
     return _at_least(1, text)

@@ -46,6 +46,7 @@ def _inspect(p: argparse.ArgumentParser) -> None:
 def _profile(p: argparse.ArgumentParser) -> None:
     options.network(p)
     options.profiling(p)
+    options.minutes(p)
     p.set_defaults(wrong=p.error)
 
 
@@ -53,6 +54,7 @@ def _compress(p: argparse.ArgumentParser) -> None:
     options.model(p)
     options.table(p)
     options.budget(p)
+    options.minutes(p)
     p.add_argument("--out", required=True, help="folder for plan, weights, ONNX file and report")
     p.add_argument(
         "--gate-epochs", type=options.count, default=0, help="epochs with gates; 0 decides in one shot (default 0)"

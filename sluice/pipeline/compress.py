@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,6 +74,7 @@ def compress(
     lr: float = 1e-3,
     loss: Loss = default_loss,
     evaluate: Evaluate | None = None,
+    minutes: float = math.inf,
     progress: bool = True,
 ) -> Compressed:
     """Make ``model`` fit a measured latency budget.
@@ -90,6 +92,7 @@ def compress(
         epochs: epochs of fine-tuning with the dense network as teacher.
         rehearsal: training steps after which plans are first compared; 0 trusts the measured losses.
         evaluate: figure of merit of a module, for the report.
+        minutes: of profiling; afterwards points that a plan needs are estimated, and the report says how much.
     Raises:
         SluiceError: a mistake that the caller can mend; no half-written file is left behind.
     """
@@ -102,7 +105,8 @@ def compress(
     check_data(model, data, loss=loss)
     if out is not None:
         check_writable(out)
-    ready = prepare(model, example_inputs, [asked], deployment, recipe, table=table, exclude=exclude, methods=methods)
+    ready = prepare(model, example_inputs, [asked], deployment, recipe, table=table, exclude=exclude, methods=methods,
+                    minutes=minutes)  # fmt: skip
     return _finish(ready, asked, recipe, out=out, started=started)
 
 
@@ -125,6 +129,7 @@ def sweep(
     lr: float = 1e-3,
     loss: Loss = default_loss,
     evaluate: Evaluate | None = None,
+    minutes: float = math.inf,
     progress: bool = True,
 ) -> Iterator[tuple[str, Compressed]]:
     """`compress` for several budgets, one after the other: the network is profiled and every choice priced only once.
@@ -146,8 +151,9 @@ def sweep(
         if folder is not None:
             check_writable(folder)
     ready = prepare(
-        model, example_inputs, list(asked.values()), deployment, recipe, table=table, exclude=exclude, methods=methods
-    )
+        model, example_inputs, list(asked.values()), deployment, recipe, table=table, exclude=exclude,
+        methods=methods, minutes=minutes,
+    )  # fmt: skip
     for budget, folder in folders.items():
         started = time.perf_counter()
         yield budget, _finish(ready, asked[budget], recipe, out=folder, started=started)

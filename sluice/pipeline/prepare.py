@@ -5,6 +5,7 @@ A mistake in the arguments is an error before anything is measured, a budget out
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ def profile(
     exclude: Sequence[str] = (),
     methods: Sequence[str] = METHODS,
     elsewhere: bool = False,
+    minutes: float = math.inf,
     progress: bool = True,
 ) -> Profile:
     """Measure, on this device, the points of the model that ``table`` lacks; see `sluice.profiler.profile_onnx`.
@@ -63,18 +65,19 @@ def profile(
         captured = capture(model, example_inputs)
         dense, space = to_onnx(captured, example_inputs), find_search_space(read_torch(captured), exclude)
     return _profile(dense, deployment, space, table=table, exclude=exclude, methods=methods, elsewhere=elsewhere,
-                    progress=progress)  # fmt: skip
+                    minutes=minutes, progress=progress)  # fmt: skip
 
 
 def _profile(
     dense: onnx.ModelProto, deployment: Deployment, space: SearchSpace, *, table: str | os.PathLike[str],
-    exclude: Sequence[str], methods: Sequence[str], elsewhere: bool, progress: bool,
+    exclude: Sequence[str], methods: Sequence[str], elsewhere: bool, minutes: float, progress: bool,
 ) -> Profile:  # fmt: skip
     if elsewhere and measured_elsewhere(table, deployment):
         return profile_known(dense, table, exclude=exclude, methods=methods, like=space)
     return profile_onnx(
-        dense, table, deployment=deployment, exclude=exclude, methods=methods, like=space, progress=progress
-    )
+        dense, table, deployment=deployment, exclude=exclude, methods=methods, like=space, minutes=minutes,
+        progress=progress,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,6 +99,7 @@ class Prepared:
 def prepare(
     model: nn.Module, example_inputs: Inputs, budgets: Sequence[BudgetSpec], deployment: Deployment, recipe: Recipe, *,
     table: str | os.PathLike[str], exclude: Sequence[str], methods: tuple[str, ...], elsewhere: bool = False,
+    minutes: float = math.inf,
 ) -> Prepared:  # fmt: skip
     """Profile, train gates (if there are ``gate_epochs``) or score channels, price every level of every site.
 
@@ -108,7 +112,7 @@ def prepare(
         captured = capture(model, example_inputs)
         exported, space = to_onnx(captured, example_inputs), find_search_space(read_torch(captured), exclude)
     measured = _profile(exported, deployment, space, table=table, exclude=exclude, methods=methods,
-                        elsewhere=elsewhere, progress=progress)  # fmt: skip
+                        elsewhere=elsewhere, minutes=minutes, progress=progress)  # fmt: skip
     space = agreed(space, measured.space)  # a site that the file lacks is neither promised nor cut
     for each in budgets:
         check_reachable(measured, methods, each)  # before the training

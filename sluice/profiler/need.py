@@ -7,13 +7,13 @@
    solver proved. This is the argument of A*.
 3. After `ROUNDS` rounds the estimates themselves count: what is chosen under them is measured, and the last choice
    that is measured stands.
-4. Where nothing can be measured, the table being of another device, estimates are all there is.
+4. Where nothing can be measured, the table being of another device or the time being up, estimates are all there is.
 
 5. *Walk*. A profile without a task in view measures the plans of some budgets, the least of all among them, under
    *neutral* losses: ``(1 - width / size)^2`` for widths and ranks, `STRUCTURE` for a change of structure. Engines of
    these plans calibrate the model along the way from the dense network to the quickest one.
 
-A figure of another device is an estimate as well, so rule 4 says so in the report (`LatencyModel.share_estimated`).
+The part of a promise that rests on estimates is told (`LatencyModel.share_estimated`).
 """
 
 from __future__ import annotations

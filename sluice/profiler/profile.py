@@ -8,8 +8,10 @@ numpy, onnx, onnx-graphsurgeon, a runtime, and scipy for what was not measured.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -97,6 +99,7 @@ def profile_onnx(
     methods: Sequence[str] = ("filter",),
     like: SearchSpace | None = None,
     complete: bool = False,
+    minutes: float = math.inf,
     seed: int = 0,
     progress: bool | Progress = True,
 ) -> Profile:
@@ -108,6 +111,8 @@ def profile_onnx(
         deployment: what is measured; ``model`` itself is fp32 in any case.
         methods: what may be chosen, of ``filter``, ``rank``, ``block``, ``merge``.
         like: another reading of the same network, to whose sites the choice is limited.
+        minutes: after so many no more is measured, and what is not known then is estimated. The dense network is
+            measured in any case.
         complete: measure everything now, for a table that serves where this device is not at hand.
         progress: True for bars with the time left, on standard error; or a way of one's own.
     Raises:
@@ -117,21 +122,18 @@ def profile_onnx(
     fingerprint = fingerprint_here(deployment)
     partition, space = _partition(model, fingerprint, exclude, methods, like)
 
-    def lacks() -> bool:
-        try:
-            profile_known(model, table, exclude=exclude, methods=methods, like=like)
-        except SluiceError:
-            return True
-        return False
-
-    bench = _open_bench(table, fingerprint, deployment.place, seed, lacks)
+    if not minutes > 0:
+        raise SluiceError(f"minutes={minutes} leave no time to measure; give more than 0, or leave it out")
+    deadline = time.monotonic() + 60.0 * minutes
+    bench = _open_bench(table, fingerprint, deployment.place, seed)
     with show("dense network") as advance:
         layout = survey(partition, replace(bench, progress=advance), methods=methods, space=space)
-    done = Profile(layout, bench, space, layout.alternatives.options, progress=show, address=deployment.address)
+    limited = replace(bench, deadline=deadline)
+    done = Profile(layout, limited, space, layout.alternatives.options, progress=show, address=deployment.address)
     _check_choice(space, done.options)
     if complete:
         with show("all points") as advance:
-            measure_slots(replace(bench, progress=advance), complete_points(layout))
+            measure_slots(replace(limited, progress=advance), complete_points(layout))
     plans = [dict(layout.dense)]
     if complete:
         plans += missing_plans(partition, done.latency, done.options, plans, seed)
@@ -197,7 +199,7 @@ def profile_shard(
             layout = survey(partition, replace(bench, progress=advance), methods=methods, space=space)
         points = complete_points(layout)
         with show("points of the shard") as advance:
-            own = [point for k, point in enumerate(points) if shard.takes(k)]
+            own = [(slot, at) for slot, at in points if shard.takes(slot.part.key, at)]
             measure_slots(replace(bench, progress=advance), own)
         added, engines = len(bench.table) - before, 0
         complete = all(bench.table.get(slot.part.key, at) is not None for slot, at in points)
@@ -205,7 +207,7 @@ def profile_shard(
             done = Profile(layout, bench, space, layout.alternatives.options, progress=show)
             plans = [dict(layout.dense)]
             plans += missing_plans(partition, done.latency, done.options, plans, seed)  # the same list for all shards
-            mine = [plan for k, plan in enumerate(plans) if shard.takes(k)]
+            mine = [plan for k, plan in enumerate(plans) if shard.takes(done.model_key, (k,))]
             engines = len(bench.table.engines(done.model_key))
             done.time_engines(mine)
             engines = len(bench.table.engines(done.model_key)) - engines
@@ -218,17 +220,13 @@ def _open_bench(
     fingerprint: Fingerprint,
     place: str,
     seed: int,
-    lacks: Callable[[], bool] = lambda: True,
 ) -> Bench:
-    """The table, opened or made, and its runner, with its timing cache and the reference engine.
-
-    A table that lacks nothing stays in the time of the host that filled it.
-    """
+    """The table, opened or made, and its runner, with its timing cache and the reference engine."""
     rng, runner = np.random.default_rng(seed), make_runner(place, fingerprint.threads)
     opened = LatencyTable.open_or_create(table, fingerprint)
     try:
         timing_cache.restore(runner, opened.get_blob(timing_cache.NAME))
-        return Bench(opened, runner, make_reference_engine(opened, runner, rng, lacks=lacks), rng)
+        return Bench(opened, runner, make_reference_engine(opened, runner, rng), rng)
     except BaseException:
         opened.close()
         raise

@@ -47,12 +47,12 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
         f"{cover.points} points measured, a complete table has {cover.complete}; what else a plan needs is measured "
         "when it is asked for",
         *(f"  by {name} alone {ms:.4g} ms ({ms / dense:.1%})" for name, ms in (least[1] if least else {}).items()),
-        "widths worth having",
+        "widths on offer",
         *(f"  {group}: {_words(widths)}" for group, widths in data["levels"].items()),
     ]
     lines[2:2] = _remarks(cover.disturbed, measured.moved)
     if offered.ranks:
-        lines += [f"ranks worth having: {len(ranks)}", *(f"  {s}: {_words(v)}" for s, v in data["ranks"].items())]
+        lines += [f"ranks on offer: {len(ranks)}", *(f"  {s}: {_words(v)}" for s, v in data["ranks"].items())]
     if offered.drops:
         lines += [f"blocks that can be dropped: {len(offered.drops)}", *(f"  {name}" for name in data["blocks"])]
     if offered.merges:

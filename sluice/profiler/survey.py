@@ -4,7 +4,7 @@
 2. From these points alone follows what else is offered (`sluice.profiler.fit.alternatives`).
 3. The rest is measured when it is asked for (`sluice.profiler.need`), or all of it (`complete_points`): pieces on the
    product of at most `COARSE` of their levels per extent, `GRID` points in all, joints at `SIZES` sizes.
-4. Shards share the points of rule 3 among hosts of one kind, dealt out one by one.
+4. Shards share the points of rule 3 among hosts of one kind, by a hash.
 """
 
 from __future__ import annotations

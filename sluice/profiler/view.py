@@ -74,8 +74,8 @@ class Profile:
 
     @property
     def open(self) -> bool:
-        """Whether more can be measured: the table is this device's."""
-        return not self.bench.closed
+        """Whether more can be measured: the table is this device's, and there is time."""
+        return self.bench.open
 
     @property
     def latency(self) -> LatencyModel:

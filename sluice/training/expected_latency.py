@@ -97,7 +97,7 @@ def through_levels(model: LatencyModel) -> LatencyModel:
             return values
 
         reload = None if term.reload is None else on_grid(term.reload)
-        return replace(term, knots=grid, ms=on_grid(term.ms), reload=reload)
+        return replace(term, knots=grid, ms=on_grid(term.ms), reload=reload, bound=None, measured=None)
 
     return replace(model, terms=tuple(resampled(t) for t in model.terms))
 

@@ -13,6 +13,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import time
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -94,6 +96,12 @@ class Bench:
     progress: Advance = lambda done, total: None
     waits: Waits = field(default_factory=Waits)
     closed: bool = False
+    deadline: float = math.inf  # by `time.monotonic`: no call begins after it
+
+    @property
+    def open(self) -> bool:
+        """Whether more can be measured: the table is this device's, and there is time."""
+        return not self.closed and time.monotonic() < self.deadline
 
     @property
     def _threads(self) -> int:
@@ -113,14 +121,15 @@ class Bench:
             raise Unknown
         self.table.describe_all({part.key: part.description for _, part, _ in todo})
         self._time_all(todo)
-        doubtful = [p for p in todo if isinstance(p[1], Piece) and _doubtful(p[1].key, p[2], self.table)]
+        done = [p for p in todo if self.table.get(p[1].key, p[2]) is not None]  # all of them before the deadline
+        doubtful = [p for p in done if isinstance(p[1], Piece) and _doubtful(p[1].key, p[2], self.table)]
         self._time_all(doubtful, again=True)
-        return len(todo)
+        return len(done)
 
     def _time_all(self, points: Sequence[PiecePoint | JointPoint], again: bool = False) -> None:
         """Time these points; where the table has a figure already, the lower one is kept."""
         done, call_ms = 0, self.call() if points else 0.0
-        while done < len(points):
+        while done < len(points) and time.monotonic() < self.deadline:
             engines: list[_Engines] = []
             for point in points[done:]:
                 engines.append(self._engines(*point))

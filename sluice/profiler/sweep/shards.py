@@ -1,12 +1,13 @@
 """One share of the points of a complete table, for one of several devices or hosts of the same kind.
 
-Points are dealt out one by one, as `sluice.profiler.survey.complete_points` lists them, so shares are equal to a point.
-Every share has points of every piece. The dense network is measured by all: what is offered follows from it.
+A point belongs to the share that a hash of its key and extents says, so the shares of all hosts fit together whatever
+each of them offers. The dense network is measured by all: what is offered follows from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 from dataclasses import dataclass
 
 from sluice.core.errors import SluiceError
@@ -38,9 +39,10 @@ class Shard:
             raise SluiceError(f"{text!r} is no shard; give its number and how many there are, as in 2/8")
         return cls(int(index), int(count))
 
-    def takes(self, position: int) -> bool:
-        """Whether this shard gets the item at ``position``, where items are dealt out one by one."""
-        return position % self.count == self.index - 1
+    def takes(self, key: str, extents: tuple[int, ...]) -> bool:
+        """Whether the point is in this share."""
+        drawn = hashlib.sha256(f"{key} {extents}".encode()).digest()
+        return int.from_bytes(drawn[:8], "big") % self.count == self.index - 1
 
 
 def shard_argument(text: str) -> Shard:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 
 import numpy as np
 import onnx
@@ -58,13 +57,11 @@ def reference_model() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def make_reference_engine(
-    table: LatencyTable, runner: Runner, rng: np.random.Generator, *, lacks: Callable[[], bool] = lambda: True
-) -> ReferenceEngine:
+def make_reference_engine(table: LatencyTable, runner: Runner, rng: np.random.Generator) -> ReferenceEngine:
     """The reference engine with the quiet time that the table knows, or that is measured now and recorded.
 
-    Args:
-        lacks: whether the table lacks a point; only then a table of another host becomes this host's.
+    A table of another host becomes this host's.
+
     Raises:
         SluiceError: the table was begun on a host of another kind.
     """
@@ -75,7 +72,7 @@ def make_reference_engine(
         table.put(KEY, (), known)
         table.describe(KEY, "reference engine measured along with every point")
         table.put_blob(HOST, _encoded(here))
-    elif _of_another_host(table, here) and lacks():
+    elif _of_another_host(table, here):
         return _moved(table, known, session, _quiet(session, TRIES, rng), here)
     return ReferenceEngine(session, known.ms)
 
