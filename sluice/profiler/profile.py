@@ -242,7 +242,7 @@ def profile_onnx(
         methods: what may be chosen, of ``filter``, ``rank``, ``block``, ``merge``.
         like: another reading of the same network, to whose sites the choice is limited.
         complete: measure everything now, for a table that serves where this device is not at hand.
-        progress: True for bars with the time left, on standard error; or a way of one's own.
+        progress: True for the display of `sluice.core.progress`, on standard error; or a way of one's own.
     Raises:
         SluiceError: nothing can be cut; the table is foreign, damaged or cannot be written.
     """
