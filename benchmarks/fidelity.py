@@ -7,8 +7,8 @@
 
 ResNet-20, ResNet-1D, SE-ResNet, DenseNet, MobileNetV2 and VGG16-BN for small inputs, CREPE tiny, all with batch 8, and
 ResNet-50 at 224x224 with batch 1, each on one and on two threads (``--batch`` is for all of them). Every one is
-profiled (pieces, joints, alternatives, calibration on its own engines). Then 40 fresh random plans are drawn from all
-widths, ranks, dropped blocks and merged runs on offer, and their engines built and measured.
+profiled (`benchmarks.fidelity_runs`). Then 40 fresh random plans are drawn from all widths, ranks, dropped blocks and
+merged runs on offer, and their engines built and measured.
 
 All runs together take hours on two cores: a finished run is kept in ``build/fidelity/runs`` and never done again, and
 measured points stay in the tables, so the command may be stopped and given again, for a part or for all. With one

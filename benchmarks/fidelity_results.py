@@ -97,8 +97,8 @@ class Outcome:
 class Record:
     """The figures of a run on this device; ``profile_seconds`` without those of calls that were stopped.
 
-    Pieces have ``grid`` points at all widths and ranks; ``points`` of them were measured, and ``disturbed`` of these on
-    a machine that was never quiet.
+    The table holds ``points`` of the network, ``disturbed`` of which were measured on a machine that was never quiet. A
+    complete table has ``grid`` points; in records of tables that were filled beforehand that is all widths and ranks.
     """
 
     run: Run

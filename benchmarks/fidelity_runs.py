@@ -1,8 +1,8 @@
 """How one run of `benchmarks.fidelity` is done: profile, draw, build, measure.
 
 1. The weights are random, since the time of a network does not depend on them; CREPE's are not read either.
-2. The profile has pieces, joints, alternatives and a calibration on engines of its own. Fresh plans are then drawn from
-   all edits on offer, and their whole engines built and measured, interleaved. A few of the calibration's engines take
+2. Promises are those of the profile by what its table holds; a point that it lacks is estimated. Fresh plans are drawn
+   from all edits on offer, and their whole engines built and measured, interleaved. Engines that the table knows take
    their turns with them and show how much slower the machine has become (`sluice.profiler.sweep.engine_times`, 2).
 """
 

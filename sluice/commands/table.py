@@ -79,7 +79,7 @@ def diff(args: argparse.Namespace) -> int:
 
 
 def forget(args: argparse.Namespace) -> int:
-    """Forget the times of a machine that was never quiet, which are uncertain; the next profile takes them anew."""
+    """Forget the times of a machine that was never quiet, which are uncertain; they are taken anew where needed."""
     from sluice.profiler.table.latency_table import LatencyTable
     from sluice.profiler.table.measurement import UNCERTAIN
     from sluice.profiler.timing.reference_engine import KEY

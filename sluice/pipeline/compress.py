@@ -132,7 +132,7 @@ def sweep(
     minutes: float = math.inf,
     progress: bool = True,
 ) -> Iterator[tuple[str, Compressed]]:
-    """`compress` for several budgets, one after the other: the network is profiled and every choice priced only once.
+    """`compress` for several budgets, one after the other: every choice is priced once, and no point measured twice.
 
     No gates are trained, since gates are trained for one budget. Arguments and errors are those of `compress`. The
     first budget that fails ends the sweep; a budget out of reach is an error before anything is priced. The folder

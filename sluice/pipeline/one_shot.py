@@ -46,7 +46,7 @@ def plan_one_shot(
     """A plan in one shot: Fisher scores on a few labelled batches of ``data``, then the solver; nothing is trained.
 
     Arguments and errors are those of `compress`, but nothing needs to run on the device: a table that was filled there
-    and lacks no point of the model suffices.
+    and has the dense network suffices. What else it lacks is estimated.
     """
     methods = check_methods(methods)
     asked = BudgetSpec.parse(budget)

@@ -55,9 +55,10 @@ def profile(
     minutes: float = math.inf,
     progress: bool = True,
 ) -> Profile:
-    """Measure, on this device, the points of the model that ``table`` lacks; see `sluice.profiler.profile_onnx`.
+    """Measure the dense network on this device, as far as ``table`` lacks it; what plans use is measured later on.
 
-    ``elsewhere``: a table that another device filled suffices, if it lacks nothing.
+    ``elsewhere``: a table of another device suffices, if it has the dense network; what else it lacks is estimated.
+    Other arguments and errors are those of `sluice.profiler.profile.profile_onnx`.
     """
     deployment = Deployment(target, batch, threads, precision)
     check_float32(model)

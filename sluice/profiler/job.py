@@ -1,6 +1,7 @@
 """A job: one file that carries a network, how to profile it, and the code that does so, to a device without torch.
 
-A zip file, which Python itself can run (``python job.zip -o table.db``):
+The device cannot be asked later, so a job fills a complete table (`sluice.profiler.survey`, 3). A zip file, which
+Python itself can run (``python job.zip -o table.db``):
 
     job.json        settings (`Job`), and the version of the format
     model.onnx      the dense network with its parameter names, fp32

@@ -13,7 +13,7 @@
    *neutral* losses: ``(1 - width / size)^2`` for widths and ranks, `STRUCTURE` for a change of structure. Engines of
    these plans calibrate the model along the way from the dense network to the quickest one.
 
-The part of a promise that rests on estimates is told (`LatencyModel.share_estimated`).
+How much of a promise is estimated under rules 3 and 4, `LatencyModel.share_estimated` tells.
 """
 
 from __future__ import annotations

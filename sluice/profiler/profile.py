@@ -114,7 +114,7 @@ def profile_onnx(
         minutes: after so many no more is measured, and what is not known then is estimated. The dense network is
             measured in any case.
         complete: measure everything now, for a table that serves where this device is not at hand.
-        progress: True for bars with the time left, on standard error; or a way of one's own.
+        progress: True for the display of `sluice.core.progress`, on standard error; or a way of one's own.
     Raises:
         SluiceError: nothing can be cut; the table is foreign, damaged or cannot be written.
     """

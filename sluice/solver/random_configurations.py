@@ -1,4 +1,4 @@
-"""Random configurations that obey the rules; the calibration builds engines of them.
+"""Random configurations that obey the rules; the engines of a complete table are in some of them.
 
 1. *Widths and ranks* share a tendency per plan, so that slim and wide networks occur, and each site draws around it.
 2. *Switches* are set one after another. A tendency per plan says how many layers are to leave their dense state, so

@@ -1,4 +1,4 @@
-"""Merged runs: which are worth timing, and the pieces that they become.
+"""Merged runs: the pieces that they become, in graphs that show every run once.
 
 A graph with merged runs differs from the dense one in a few nodes, so it is made without data: the nodes of the dense
 graph but for those, labels that follow from the dense ones (`sluice.profiler.pieces.merged_groups`), and hollow weights

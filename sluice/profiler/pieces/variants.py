@@ -2,7 +2,7 @@
 runs).
 
 What would take a layer's place is cut out of the user's own graph as well: the graph is rewritten with *every* layer
-that allows it in one form, at the largest rank worth measuring, and dissected like the dense one. The rank is then the
+that allows it in one form, at the largest rank that may pay, and dissected like the dense one. The rank is then the
 width of one more axis group, and a factorised layer is two pieces of that graph and the joint between them.
 
 1. Only layers that matter (`SHARE` of the dense cost) have variants. Their largest rank is the largest useful one that
@@ -77,7 +77,7 @@ class Alternatives:
 
 
 def rank_layers(base: Partition, dense_ms: Mapping[str, float], space: SearchSpace) -> dict[str, Piece]:
-    """Weights whose forms are worth timing, and the dense piece of each (``dense_ms``: milliseconds by piece name)."""
+    """Weights whose forms may be offered, and the dense piece of each (``dense_ms``: milliseconds by piece name)."""
     total = sum(dense_ms.values())
     found: dict[str, Piece] = {}
     for piece in base.pieces:

@@ -4,8 +4,6 @@
 2. A file is of version 1 until it holds a *blob*, which makes it version 2 (`add_blobs`). So a table is never newer
    than its contents require, and a table that is only read stays as it is.
 3. A file that is not a table of these formats is refused before SQLite may write to it.
-4. Beside a table there may be a file with the bursts of unfinished points. A process that makes the table anew drops
-   it.
 """
 
 from __future__ import annotations
