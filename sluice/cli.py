@@ -153,7 +153,7 @@ def compress(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     """Make a plan in one shot, without training."""
-    from sluice.artifacts.report import edit_rows
+    from sluice.artifacts.report_rows import edit_rows
     from sluice.pipeline.one_shot import plan_one_shot
 
     settings = _settings(args)

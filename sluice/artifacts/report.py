@@ -13,84 +13,27 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from sluice.artifacts.report_rows import EditRow, GroupRow, MethodRow, PieceRow, piece_row
 from sluice.core.errors import SluiceError
 from sluice.core.files import write_atomically
-from sluice.core.plan import Plan
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
 
-__all__ = ["EditRow", "GroupRow", "MethodRow", "PieceRow", "Report", "edit_rows"]
+__all__ = ["Report"]
 
 VERSION = 4
 # Fields that reports of earlier versions lack, by version.
-MEASURING: dict[str, Any] = {"runs": None, "dense_runs": None, "uncertainty": None, "quiet": True}
+MEASURING: dict[str, Any] = {
+    "runs": None, "dense_runs": None, "uncertainty": None, "quiet": True, "points": None, "complete": None,
+    "disturbed": 0, "estimated": 0.0, "gap": None,
+}  # fmt: skip
 LATER: dict[int, dict[str, Any]] = {
     1: {"methods": (), "edits": (), "readings": (), "metric_deployed": None, **MEASURING},
     2: {"metric_deployed": None, **MEASURING},
     3: MEASURING,
     VERSION: {},
 }
-
-
-@dataclass(frozen=True, slots=True)
-class PieceRow:
-    """One measured piece of the graph; ``ms`` of one occurrence, ``count`` occurrences."""
-
-    name: str
-    description: str
-    count: int
-    ms_before: float
-    ms_after: float
-    extents_before: tuple[int, ...]
-    extents_after: tuple[int, ...]
-
-    def saved_ms(self) -> float:
-        return self.count * (self.ms_before - self.ms_after)
-
-
-@dataclass(frozen=True, slots=True)
-class GroupRow:
-    """Channels of one axis group."""
-
-    name: str
-    dense: int
-    kept: int
-
-
-@dataclass(frozen=True, slots=True)
-class MethodRow:
-    """The contribution of a method (filter, rank, block, merge), of `sluice.pipeline.figures.contributions`.
-
-    ``sites`` is the number of sites that it changed. The plan would promise ``saved_ms`` more without it. ``loss`` is
-    the increase of the loss that its levels were priced at (None: not known).
-    """
-
-    name: str
-    sites: int
-    saved_ms: float
-    loss: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class EditRow:
-    """One structural edit: the method, the edited tensors or block, and the details."""
-
-    method: str
-    name: str
-    detail: str
-
-
-def edit_rows(plan: Plan) -> tuple[EditRow, ...]:
-    """The plan's factorizations, drops and merges; slices are reported as widths."""
-    return (
-        *(EditRow("rank", f.param, f"{f.form}, rank {f.rank}") for f in plan.factorizations),
-        *(EditRow("block", d.name, f"dropped, {len(d.params)} tensors") for d in plan.drops),
-        *(
-            EditRow("merge", m.name, f"{len(m.layers)} layers, of {' | '.join(' '.join(run) for run in m.runs)}")
-            for m in plan.merges
-        ),
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +47,10 @@ class Report:
     The slim engine was measured ``runs`` times, built anew for each, and the dense one ``dense_runs`` times in all
     ``rounds``. ``uncertainty`` is that of their ratio, relative. Unless the machine was ``quiet`` for a moment of that,
     the times are not to be relied on, and neither is the answer of `met`.
+
+    The table held ``points`` of those that a ``complete`` one holds, ``disturbed`` of them of a machine that was never
+    quiet. The part ``estimated`` of the promise rests on points that were not measured. Unless one of these takes less
+    than its bound (`sluice.profiler.need`), no plan has a loss that is lower by more than the share ``gap``.
     """
 
     budget_ms: float
@@ -132,6 +79,11 @@ class Report:
     dense_runs: int | None = None
     uncertainty: float | None = None
     quiet: bool = True
+    points: int | None = None
+    complete: int | None = None
+    disturbed: int = 0
+    estimated: float = 0.0
+    gap: float | None = None
 
     def met(self) -> bool:
         """Whether the measured (where there is none, the promised) time is within the budget."""
@@ -156,7 +108,7 @@ class Report:
         names = {f.name for f in fields(cls)}
         if set(data) != names:
             raise SluiceError(f"report lacks or adds {sorted(set(data) ^ names)}; make the report again")
-        data["pieces"] = tuple(_piece(row) for row in data["pieces"])
+        data["pieces"] = tuple(piece_row(row) for row in data["pieces"])
         data["groups"] = tuple(GroupRow(**row) for row in data["groups"])
         data["skipped"] = tuple((name, reason) for name, reason in data["skipped"])
         data["methods"] = tuple(MethodRow(**row) for row in data["methods"])
@@ -180,6 +132,8 @@ class Report:
         parts: list[Any] = [self._summary(), Text(self._verdict())]
         if self.runs:
             parts.append(Text(self._measuring()))
+        if self.points:
+            parts.append(Text(self._knowing()))
         if self.methods:
             parts += [Text(), self._methods()]
         if self.readings:
@@ -242,6 +196,13 @@ class Report:
         dense = f"the dense one {_times(self.dense_runs)} in {_rounds(self.rounds)}"
         return f"engine measured {_times(self.runs)}, {dense}{within}{'' if self.quiet else '; measure again'}"
 
+    def _knowing(self) -> str:
+        told = f"{self.points:,} points measured of {self.complete:,} in a complete table"
+        told += f", {self.disturbed:,} of them on a machine that was never quiet" if self.disturbed else ""
+        if self.estimated:
+            return f"{told}; {self.estimated:.1%} of the promise is estimated"
+        return told if self.gap is None else f"{told}; the plan is within {self.gap:.1%} of the best one there"
+
     def _methods(self) -> Any:
         from rich.table import Table
 
@@ -284,11 +245,6 @@ class Report:
                 f"{row.saved_ms():.3f}",
             )
         return table
-
-
-def _piece(row: dict[str, Any]) -> PieceRow:
-    extents: dict[str, Any] = {key: tuple(row.pop(key)) for key in ("extents_before", "extents_after")}
-    return PieceRow(**row, **extents)
 
 
 def _times(count: int | None) -> str:

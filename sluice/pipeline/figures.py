@@ -13,7 +13,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from sluice.artifacts.report import GroupRow, MethodRow, PieceRow, Report, edit_rows
+from sluice.artifacts.report import Report
+from sluice.artifacts.report_rows import GroupRow, MethodRow, PieceRow, edit_rows
 from sluice.core.latency import LatencyModel
 from sluice.passes.graph.capture import MARK, Inputs, normalize_inputs
 from sluice.pipeline.pairs import PairTimes
@@ -122,7 +123,7 @@ def make_report(
         losses: of every level of every site.
         readings: of the rehearsed scenarios: name, promised milliseconds, held-out losses.
     """
-    latency, widths = measured.latency, dict(verified.choice.widths)
+    latency, widths, cover = measured.latency, dict(verified.choice.widths), measured.coverage
     descriptions = {p.name: p.description for p in measured.partition.pieces}
     before = {t.name: t.on(latency.dense) * t.weight * t.at(latency.dense) for t in latency.terms}
     after = {t.name: t.on(widths) * t.weight * t.at(widths) for t in latency.terms}
@@ -160,6 +161,11 @@ def make_report(
         methods=contributions(latency, measured.options, widths, losses),
         edits=edit_rows(verified.plan),
         readings=tuple(readings),
+        points=cover.points,
+        complete=cover.complete,
+        disturbed=cover.disturbed,
+        estimated=latency.share_estimated(widths),
+        gap=verified.choice.gap,
         runs=times.runs,
         dense_runs=times.dense_runs,
         uncertainty=times.uncertainty,

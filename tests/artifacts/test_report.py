@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from sluice.artifacts.report import EditRow, GroupRow, MethodRow, PieceRow, Report, edit_rows
+from sluice.artifacts.report import Report
+from sluice.artifacts.report_rows import EditRow, GroupRow, MethodRow, PieceRow, edit_rows
 from sluice.core.errors import SluiceError
 from sluice.core.latency import Extent, LatencyModel, Rule, Term
 from sluice.core.plan import Drop, Factorize, Merge, Plan
