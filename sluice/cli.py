@@ -166,6 +166,7 @@ def plan(args: argparse.Namespace) -> int:
         "budget_ms": found.budget_ms,
         "promised_ms": found.promised_ms,
         "retained": found.retained,
+        "estimated": found.estimated,
         "widths": dict(found.plan.widths),
         "edits": [asdict(edit) for edit in edits],
     }
@@ -173,7 +174,13 @@ def plan(args: argparse.Namespace) -> int:
         f"promised {found.promised_ms:.4g} ms of {found.dense_ms:.4g} ms dense (budget {found.budget_ms:.4g} ms), "
         f"{found.retained:.1%} of the importance retained; {args.out}"
     )
-    return _print(args, data, [line, *(f"  {edit.method} {edit.name}: {edit.detail}" for edit in edits)])
+    lines = [line]
+    if found.estimated:
+        lines.append(
+            f"{found.estimated:.1%} of these milliseconds are estimated, as the table lacks points of the plan; "
+            "`sluice profile --complete` on the device measures them"
+        )
+    return _print(args, data, [*lines, *(f"  {edit.method} {edit.name}: {edit.detail}" for edit in edits)])
 
 
 def apply(args: argparse.Namespace) -> int:

@@ -29,6 +29,7 @@ from sluice.pipeline.price import one_shot_scores, price_problem
 from sluice.pipeline.problem import Problem
 from sluice.pipeline.recipe import Recipe
 from sluice.pipeline.verify import AIM
+from sluice.profiler.need import walk
 from sluice.profiler.profile import Profile, measured_elsewhere, profile_known, profile_onnx
 from sluice.solver.decide import unreachable
 from sluice.solver.options import BSR, METHODS
@@ -49,31 +50,41 @@ def profile(
     precision: str = "fp32",
     exclude: Sequence[str] = (),
     methods: Sequence[str] = METHODS,
+    complete: bool = False,
     elsewhere: bool = False,
     progress: bool = True,
 ) -> Profile:
-    """Measure, on this device, the points of the model that ``table`` lacks; see `sluice.profiler.profile_onnx`.
+    """Measure the dense network on this device, and the plans of some budgets (`sluice.profiler.need.walk`).
 
-    ``elsewhere``: a table that another device filled suffices, if it lacks nothing.
+    The profile measures what else it is asked for; what ``table`` holds is not measured again. Other arguments are
+    those of `sluice.profiler.profile.profile_onnx`.
+
+    Args:
+        complete: measure everything now instead, for a table that serves where this device is not at hand.
+        elsewhere: a table that another device filled suffices, if it holds the dense network; the rest is estimated.
     """
     deployment = Deployment(target, batch, threads, precision)
     check_float32(model)
     with stage("export", progress):
         captured = capture(model, example_inputs)
         dense, space = to_onnx(captured, example_inputs), find_search_space(read_torch(captured), exclude)
-    return _profile(dense, deployment, space, table=table, exclude=exclude, methods=methods, elsewhere=elsewhere,
-                    progress=progress)  # fmt: skip
+    measured = _profile(dense, deployment, space, table=table, exclude=exclude, methods=methods, complete=complete,
+                        elsewhere=elsewhere, progress=progress)  # fmt: skip
+    if measured.open and not complete:
+        walk(measured, methods)
+    return measured
 
 
 def _profile(
     dense: onnx.ModelProto, deployment: Deployment, space: SearchSpace, *, table: str | os.PathLike[str],
-    exclude: Sequence[str], methods: Sequence[str], elsewhere: bool, progress: bool,
+    exclude: Sequence[str], methods: Sequence[str], elsewhere: bool, progress: bool, complete: bool = False,
 ) -> Profile:  # fmt: skip
     if elsewhere and measured_elsewhere(table, deployment):
         return profile_known(dense, table, exclude=exclude, methods=methods, like=space)
     return profile_onnx(
-        dense, table, deployment=deployment, exclude=exclude, methods=methods, like=space, progress=progress
-    )
+        dense, table, deployment=deployment, exclude=exclude, methods=methods, like=space, complete=complete,
+        progress=progress,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
