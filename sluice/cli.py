@@ -19,6 +19,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from sluice.commands import options
 from sluice.commands.parser import make_parser
 from sluice.commands.serve import serve
 from sluice.commands.specs import (
@@ -81,7 +82,9 @@ def profile(args: argparse.Namespace) -> int:
         args.wrong("give --table TABLE.db, or --pack with -o JOB.zip")
     if args.layers and args.shard is not None:
         args.wrong("--layers is told of the whole network, --shard measures a share of it; leave out one of the two")
-    settings = _settings(args)
+    if args.shard is not None and args.minutes:
+        args.wrong("--minutes ends with estimates, --shard measures its share of all points; leave out one of the two")
+    settings = options.settings(args)
     if args.layers:
         check_inspector(args.target)
     dense = _dense_onnx(args)
@@ -104,7 +107,7 @@ def _pack(args: argparse.Namespace) -> int:
         args.wrong("--pack writes one job for all shards: give -o JOB.zip, and --shard where the job is run")
     if args.layers:
         args.wrong("--layers asks the runtime of this machine, --pack is for another; leave out one of the two")
-    settings = _settings(args)
+    settings = options.settings(args)
     job = Job(settings["deployment"], settings["methods"], tuple(args.exclude))
     known = known_table(args.table, job) if args.table else None
     size = write_job(args.out, _dense_onnx(args), job, known)
@@ -135,7 +138,7 @@ def compress(args: argparse.Namespace) -> int:
     from sluice import compress as run
     from sluice.core.address import target_at
 
-    settings = _settings(args)
+    settings = options.settings(args)
     deployment = asdict(settings.pop("deployment"))
     deployment["target"] = target_at(deployment["target"], deployment.pop("address"))
     done = run(
@@ -156,7 +159,7 @@ def plan(args: argparse.Namespace) -> int:
     from sluice.artifacts.report_rows import edit_rows
     from sluice.pipeline.one_shot import plan_one_shot
 
-    settings = _settings(args)
+    settings = options.settings(args)
     model, inputs = model_of(args.model), inputs_of(args.model, args.shape, args.batch)
     found = plan_one_shot(model, inputs, budget=args.budget, data=data_of(args.data), **settings)
     found.plan.save(args.out)
@@ -166,6 +169,7 @@ def plan(args: argparse.Namespace) -> int:
         "budget_ms": found.budget_ms,
         "promised_ms": found.promised_ms,
         "retained": found.retained,
+        "estimated": found.estimated,
         "widths": dict(found.plan.widths),
         "edits": [asdict(edit) for edit in edits],
     }
@@ -173,7 +177,13 @@ def plan(args: argparse.Namespace) -> int:
         f"promised {found.promised_ms:.4g} ms of {found.dense_ms:.4g} ms dense (budget {found.budget_ms:.4g} ms), "
         f"{found.retained:.1%} of the importance retained; {args.out}"
     )
-    return _print(args, data, [line, *(f"  {edit.method} {edit.name}: {edit.detail}" for edit in edits)])
+    lines = [line]
+    if found.estimated:
+        lines.append(
+            f"{found.estimated:.1%} of these milliseconds are estimated, as the table lacks points of the plan; "
+            "`sluice profile --complete` on the device measures them"
+        )
+    return _print(args, data, [*lines, *(f"  {edit.method} {edit.name}: {edit.detail}" for edit in edits)])
 
 
 def apply(args: argparse.Namespace) -> int:
@@ -300,20 +310,6 @@ def parser() -> argparse.ArgumentParser:
 def _loaded(runner: Any, path: str) -> Any:
     """A session of an engine that was built before, with the batch that it was built for."""
     return runner.load(read_bytes(path, "an engine"), path)
-
-
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    from sluice.core.deployment import Deployment
-    from sluice.solver.options import check_methods
-
-    return {
-        "table": args.table,
-        "deployment": Deployment(args.target, args.batch, args.threads, args.precision),
-        "exclude": args.exclude,
-        "methods": check_methods(args.methods.split(",")),
-        "progress": not args.quiet,
-        **({"minutes": args.minutes} if getattr(args, "minutes", None) else {}),
-    }
 
 
 def _print(args: argparse.Namespace, data: Any, lines: Iterable[str]) -> int:

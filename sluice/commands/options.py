@@ -6,7 +6,7 @@ The error of a type says how a word is wrong and what to write instead; `argpars
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sluice.profiler.sweep.shards import Shard
@@ -18,11 +18,13 @@ __all__ = [
     "count",
     "device",
     "exclude",
+    "minutes",
     "model",
     "network",
     "positive",
     "precision",
     "profiling",
+    "settings",
     "shape",
     "shard",
     "table",
@@ -114,6 +116,21 @@ def _profiled(p: argparse.ArgumentParser) -> None:
 def budget(p: argparse.ArgumentParser) -> None:
     p.add_argument("--budget", required=True, help="share of the dense latency, 50%%, or 2.4ms")
     p.add_argument("--data", required=True, help="package.module:factory of batches (inputs, labels)")
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the options of a table, a device and a profile say, as arguments of a profile."""
+    from sluice.core.deployment import Deployment
+    from sluice.solver.options import check_methods
+
+    found = {
+        "table": args.table,
+        "deployment": Deployment(args.target, args.batch, args.threads, args.precision),
+        "exclude": args.exclude,
+        "methods": check_methods(args.methods.split(",")),
+        "progress": not args.quiet,
+    }
+    return {**found, "minutes": args.minutes} if getattr(args, "minutes", None) else found
 
 
 def shape(text: str) -> tuple[int, ...]:

@@ -22,13 +22,18 @@ __all__ = ["OneShotPlan", "plan_one_shot"]
 
 @dataclass(frozen=True, slots=True)
 class OneShotPlan:
-    """A plan made without training, and its promise; ``retained`` is the kept share of the importance."""
+    """A plan made without training, and its promise.
+
+    ``retained`` is the kept share of the importance. ``estimated`` is the share of the pieces' milliseconds that was not measured:
+    where the table is another device's, what it lacks is estimated.
+    """
 
     plan: Plan
     budget_ms: float
     dense_ms: float
     promised_ms: float
     retained: float
+    estimated: float = 0.0
 
 
 def plan_one_shot(
@@ -46,7 +51,7 @@ def plan_one_shot(
     """A plan in one shot: Fisher scores on a few labelled batches of ``data``, then the solver; nothing is trained.
 
     Arguments and errors are those of `compress`, but nothing needs to run on the device: a table that was filled there
-    and has the dense network suffices. What else it lacks is estimated.
+    suffices, if it holds the dense network. What else it lacks is estimated.
     """
     methods = check_methods(methods)
     asked = BudgetSpec.parse(budget)
@@ -58,4 +63,5 @@ def plan_one_shot(
     dense_ms = ready.measured.latency.dense_ms()
     target_ms = asked.ms(dense_ms)
     solution = ready.problem.solve(target_ms)
-    return OneShotPlan(solution.plan, target_ms, dense_ms, solution.choice.promised_ms, solution.choice.retained)
+    choice, estimated = solution.choice, ready.measured.latency.share_estimated(solution.choice.widths)
+    return OneShotPlan(solution.plan, target_ms, dense_ms, choice.promised_ms, choice.retained, estimated)

@@ -30,6 +30,7 @@ from sluice.pipeline.price import one_shot_scores, price_problem
 from sluice.pipeline.problem import Problem
 from sluice.pipeline.recipe import Recipe
 from sluice.pipeline.verify import AIM
+from sluice.profiler.need import SHARES, walk
 from sluice.profiler.profile import measured_elsewhere, profile_known, profile_onnx
 from sluice.profiler.view import Profile
 from sluice.solver.decide import unreachable
@@ -51,32 +52,43 @@ def profile(
     precision: str = "fp32",
     exclude: Sequence[str] = (),
     methods: Sequence[str] = METHODS,
+    complete: bool = False,
     elsewhere: bool = False,
     minutes: float = math.inf,
     progress: bool = True,
 ) -> Profile:
-    """Measure the dense network on this device, as far as ``table`` lacks it; what plans use is measured later on.
+    """Measure the dense network on this device, and the plans of some budgets (`sluice.profiler.need.walk`).
 
-    ``elsewhere``: a table of another device suffices, if it has the dense network; what else it lacks is estimated.
-    Other arguments and errors are those of `sluice.profiler.profile.profile_onnx`.
+    The profile measures what else it is asked for; what ``table`` holds is not measured again. Other arguments are
+    those of `sluice.profiler.profile.profile_onnx`.
+
+    Args:
+        complete: measure everything now instead, for a table that serves where this device is not at hand.
+        minutes: after so many no more is measured, and what is not known is estimated.
+        elsewhere: a table that another device filled suffices, if it holds the dense network; the rest is estimated.
     """
     deployment = Deployment(target, batch, threads, precision)
     check_float32(model)
     with stage("export", progress):
         captured = capture(model, example_inputs)
         dense, space = to_onnx(captured, example_inputs), find_search_space(read_torch(captured), exclude)
-    return _profile(dense, deployment, space, table=table, exclude=exclude, methods=methods, elsewhere=elsewhere,
-                    minutes=minutes, progress=progress)  # fmt: skip
+    measured = _profile(dense, deployment, space, table=table, exclude=exclude, methods=methods, complete=complete,
+                        elsewhere=elsewhere, minutes=minutes, progress=progress)  # fmt: skip
+    if measured.open and not complete:
+        walk(measured, methods)
+    return measured
 
 
 def _profile(
     dense: onnx.ModelProto, deployment: Deployment, space: SearchSpace, *, table: str | os.PathLike[str],
     exclude: Sequence[str], methods: Sequence[str], elsewhere: bool, minutes: float, progress: bool,
+    complete: bool = False,
 ) -> Profile:  # fmt: skip
     if elsewhere and measured_elsewhere(table, deployment):
         return profile_known(dense, table, exclude=exclude, methods=methods, like=space)
     return profile_onnx(
-        dense, table, deployment=deployment, exclude=exclude, methods=methods, like=space, minutes=minutes,
+        dense, table, deployment=deployment, exclude=exclude, methods=methods, like=space, complete=complete,
+        minutes=minutes,
         progress=progress,
     )  # fmt: skip
 
@@ -134,6 +146,8 @@ def prepare(
         return Prepared(gated, measured, methods, teacher, problem, exported)
     trained: Gated | None = None
     if recipe.gate_epochs:
+        share = budgets[0].ms(measured.latency.dense_ms()) / measured.latency.dense_ms()
+        walk(measured, methods, [*(s for s in SHARES if s > share), share])  # the gates' way down
         steps = max(1, recipe.gate_epochs * _length(data))
         trained = insert_all(captured, example_inputs, measured, methods, steps=steps, space=space)
     held = None if trained is None else _budget(trained, measured, budgets[0])

@@ -2,7 +2,8 @@
 
 1. A round: solve, cut, build, measure beside the dense engine (`sluice.pipeline.pairs`). The next target is what the
    plan promised, times ``AIM * budget / measured``: tightened where the engine is over budget, relaxed where it is well
-   under it, so that the whole budget is used.
+   under it, so that the whole budget is used. Promises stay as they are until the search ends; then the profile learns
+   what the engines took, for the next search.
 2. What a round finds, it finds between the largest promise that was kept within the budget and the least that was not.
    A target outside of that range becomes its middle.
 3. The search ends when an engine takes `ENOUGH` to `ACCEPTED` of the budget, when the solver has nothing new to offer,
@@ -93,9 +94,22 @@ def solve_verified(
     profile = problem.profile
     if pairs is None:
         pairs = Pairs(profile, profile.engine(finalize(dense)), budget)
+    found: list[VerifiedSolution] = []
+    try:
+        return _search(problem, budget, dense, pairs, found)
+    finally:
+        for one in found:
+            ratio = one.times.slim_ms / one.times.dense_ms
+            profile.learn(one.choice.widths, ratio, uncertain=not one.times.quiet)
+
+
+def _search(
+    problem: Problem, budget: BudgetSpec, dense: onnx.ModelProto, pairs: Pairs, found: list[VerifiedSolution]
+) -> VerifiedSolution:
+    """The solution of least loss; what every round found comes into ``found``."""
+    profile = problem.profile
     target_ms = AIM * budget.ms(profile.latency.dense_ms())
     least = problem.least_from(target_ms)
-    found: list[VerifiedSolution] = []
     engines: list[onnx.ModelProto] = []
     while len(found) < ROUNDS:
         try:
@@ -109,7 +123,6 @@ def solve_verified(
         engines.append(profile.engine(finalize(rewrite_onnx(dense, solution.plan))))
         times = pairs.settle(engines[-1], ACCEPTED)
         found.append(VerifiedSolution(solution, times, 0, structure(engines[-1])))
-        profile.learn(solution.choice.widths, times.slim_ms / times.dense_ms, uncertain=not times.quiet)
         if solution.choice.widths == profile.latency.dense and times.share <= 1.0:
             return replace(found[-1], rounds=len(found))
         if ENOUGH <= times.share <= ACCEPTED:

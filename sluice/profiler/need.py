@@ -28,7 +28,7 @@ from sluice.core.latency import LatencyModel
 from sluice.profiler.view import Profile
 from sluice.solver.decide import Choice, decide, least_ms, restricted
 
-__all__ = ["Solve", "by_need", "solve_by_need", "walk"]
+__all__ = ["SHARES", "Solve", "by_need", "solve_by_need", "walk"]
 
 ROUNDS, LAST = 24, 4
 SHARES = (0.75, 0.5, 0.35, 0.25)  # of the dense milliseconds, of the plans of a walk
@@ -84,7 +84,8 @@ def walk(profile: Profile, methods: Sequence[str], shares: Sequence[float] = SHA
 
     solvers: list[Solve] = [lambda latency: least_ms(restricted(latency, sites)), *map(plan, shares)]
     chosen = [choice.widths for choice in by_need(profile, solvers) if not isinstance(choice, Unreachable)]
-    profile.time_engines(chosen)
+    if profile.open:
+        profile.time_engines(chosen)
 
 
 def neutral_losses(model: LatencyModel) -> dict[str, np.ndarray]:

@@ -599,7 +599,18 @@ def test_own_networks_know_their_inputs() -> None:
 
 def test_every_verb_has_a_description() -> None:
     verbs = next(iter(parser()._subparsers._group_actions)).choices  # type: ignore[union-attr]
-    assert list(verbs) == ["inspect", "profile", "compress", "plan", "apply", "export", "check", "bench", "table"]
+    assert list(verbs) == [
+        "inspect",
+        "profile",
+        "compress",
+        "plan",
+        "apply",
+        "export",
+        "check",
+        "bench",
+        "serve",
+        "table",
+    ]
     assert all(verb.description for verb in verbs.values())
 
 

@@ -20,7 +20,6 @@ from sluice.profiler.job import Job, read_job
 from sluice.profiler.table.fingerprint import Fingerprint
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.table.measurement import Measurement
-from sluice.profiler.table.table_file import bursts_of
 from sluice.profiler.timing.reference_engine import KEY as ANCHOR
 from tests import tiny
 from tests.tiny import dense_onnx_in, words
@@ -214,13 +213,6 @@ def test_an_empty_shard_is_wrong_usage(pack: str, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit) as wrong:
         main(["profile", str(dense_onnx_in(tmp_path)), "--table", str(tmp_path / "t.db"), "--shard", "", *pack.split()])
     assert wrong.value.code == 2 and "is no shard" in capsys.readouterr().err and not (tmp_path / "t.db").exists()
-
-
-def test_merge_tells_of_points_in_flight(a: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert "in flight" not in run(capsys, "table merge", a, "-o", tmp_path / "1.db")
-    Path(bursts_of(str(a))).write_text("{}\n")
-    assert f"beside {a} lie points in flight" in run(capsys, "table merge", a, "-o", tmp_path / "2.db")
-    assert json.loads(run(capsys, "table merge --json", a, "-o", tmp_path / "3.db"))["in_flight"] == [str(a)]
 
 
 def test_profile_of_a_shard(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

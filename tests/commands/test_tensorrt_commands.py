@@ -13,11 +13,13 @@ import pytest
 
 from sluice.cli import main
 from sluice.core.errors import SluiceError
-from sluice.core.latency import LatencyModel
 from sluice.passes.search_space import find_search_space, read_onnx
 from sluice.profiler.engine_layers import check_inspector, place_profile, placement_lines
+from sluice.profiler.fit.assemble import lay_out
 from sluice.profiler.pieces.partition import partition_graph
+from sluice.profiler.pieces.variants import Alternatives
 from sluice.profiler.profile import Profile
+from sluice.profiler.survey import closed_bench
 from sluice.profiler.table.fingerprint import Fingerprint
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.table.measurement import Measurement
@@ -32,6 +34,7 @@ from sluice.runtime.trt import build as trt_build
 from sluice.runtime.trt import runner as tensorrt
 from sluice.runtime.trt.inspect import EngineLayers
 from sluice.runtime.trt.runner import TensorRtRunner
+from sluice.solver.options import EditSpace
 from tests.device import FINGERPRINT, chain
 from tests.fake_tensorrt import MS, FakeCuda, fake_tensorrt
 from tests.tiny import words
@@ -72,9 +75,9 @@ def test_pieces_are_found_in_the_dense_engine(trt: Any) -> None:
     """Here every node is a layer, and none is shared."""
     partition = partition_graph(chain([5, 7]), BATCH)
     runner = TensorRtRunner()
-    space = find_search_space(read_onnx(partition.model))
-    profile = Profile(LatencyModel((), {}, {}), partition, space, fingerprint_of(runner), "tensorrt", 1.0)
-    placed = place_profile(profile)
+    layout, space = lay_out(partition, Alternatives(EditSpace()), "fp32"), find_search_space(read_onnx(partition.model))
+    with LatencyTable.create(":memory:", fingerprint_of(runner)) as table:
+        placed = place_profile(Profile(layout, closed_bench(table), space, EditSpace()))
     assert list(placed.pieces) == [piece.name for piece in partition.pieces]
     nodes = {piece.name: [node.name for node in piece.model.graph.node] for piece in partition.pieces}
     assert {name: len(layers) for name, layers in placed.pieces.items()} == {n: len(v) for n, v in nodes.items()}

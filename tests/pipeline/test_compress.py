@@ -388,7 +388,7 @@ def test_every_question_is_settled_once_and_the_last_says_what_is_wrong(
     measured: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Readings may hold the problem itself, and two of them may be the same."""
-    part, whole = (Problem(measured, measured.partition.analysis, measured.latency, {}, {}) for _ in range(2))
+    part, whole = (Problem(measured, measured.partition.analysis, frozenset(), {}, {}) for _ in range(2))
     asked: list[Problem] = []
     asked_for, dense = BudgetSpec.parse(BUDGET), to_onnx(tiny.model(), tiny.inputs())
 

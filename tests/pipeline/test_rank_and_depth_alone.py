@@ -96,7 +96,7 @@ def test_what_was_scored_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("share", SHARES)
 def test_the_dynamic_programme_says_what_the_solver_says(share: float) -> None:
     problem = depth()
-    plain = Problem(problem.profile, problem.analysis, problem.model, problem.losses, problem.scores)
+    plain = Problem(problem.profile, problem.analysis, problem.sites, problem.losses, problem.scores)
     target = share * problem.model.dense_ms()
     if not reachable(plain, share):
         assert not reachable(problem, share)

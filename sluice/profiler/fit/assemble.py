@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -162,7 +163,8 @@ def known_of(slot: Slot, table: LatencyTable, call_ms: float) -> Known:
 
 
 def _estimate(law: CostLaw, known: Known, knots: tuple[tuple[int, ...], ...]) -> Estimate:
-    grid = np.array(list(itertools.product(*knots)), dtype=np.float64).reshape(-1, len(knots))
+    count = math.prod(len(values) for values in knots)  # 1 for a piece of no extents
+    grid = np.array(list(itertools.product(*knots)), dtype=np.float64).reshape(count, len(knots))
     return law.estimate(known, grid)
 
 
