@@ -24,8 +24,8 @@ __all__ = ["OneShotPlan", "plan_one_shot"]
 class OneShotPlan:
     """A plan made without training, and its promise.
 
-    ``retained`` is the kept share of the importance. ``estimated`` is the share of the pieces' milliseconds that was not measured:
-    where the table is another device's, what it lacks is estimated.
+    ``retained`` is the kept share of the importance. ``estimated`` is the share of the pieces' milliseconds that was
+    not measured: where the table is another device's, what it lacks is estimated.
     """
 
     plan: Plan
