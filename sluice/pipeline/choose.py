@@ -4,6 +4,9 @@ Losses are of single changes, before training, and changes interact. So the prob
 all methods at the measured losses, each method alone, structure at half and at twice its loss. Plans that differ are
 cut and trained for a few steps (`sluice.training.rehearse`), but for those of far too large a loss (`HOPELESS`). The
 scenario whose plan trains best comes first.
+
+The first scenario is solved by need. The others are solved under estimates (`sluice.profiler.need`, 3), which measures
+less: a plan near the best is as good to compare. The one that is settled on is solved by need when it is verified.
 """
 
 from __future__ import annotations
@@ -86,7 +89,7 @@ def _scenarios(problem: Problem, methods: Sequence[str], target_ms: float) -> li
     likely = {name: one for name, one in list(asked.items())[1:] if _may_pay(problem, one, target_ms, most)}
     solvers = [_solver(one, target_ms) for one in likely.values()]
     scenarios = [Scenario(next(iter(asked)), problem, first)]
-    for (name, one), choice in zip(likely.items(), by_need(problem.profile, solvers), strict=True):
+    for (name, one), choice in zip(likely.items(), by_need(problem.profile, solvers, rounds=0), strict=True):
         if isinstance(choice, Unreachable) or _price(problem, choice) > most:
             continue
         solution = one.solution(choice)

@@ -48,12 +48,15 @@ def solve_by_need(profile: Profile, solve: Solve) -> Choice:
     return found
 
 
-def by_need(profile: Profile, solvers: Sequence[Solve]) -> list[Choice | Unreachable]:
-    """What every solver chooses, all points of the choices measured; in place of a choice, why there is none."""
+def by_need(profile: Profile, solvers: Sequence[Solve], rounds: int = ROUNDS) -> list[Choice | Unreachable]:
+    """What every solver chooses, all points of the choices measured; in place of a choice, why there is none.
+
+    Without ``rounds`` the estimates count from the start (rule 3): choices are found sooner, and need not be the best.
+    """
     found: dict[int, Choice | Unreachable] = {}
-    for attempt in range(ROUNDS + LAST):
+    for attempt in range(rounds + LAST):
         model = profile.latency
-        given = model.hopeful() if attempt < ROUNDS and profile.open else model
+        given = model.hopeful() if attempt < rounds and profile.open else model
         wanted = []
         for k, solve in enumerate(solvers):
             if k in found:
@@ -65,7 +68,7 @@ def by_need(profile: Profile, solvers: Sequence[Solve]) -> list[Choice | Unreach
                 continue
             missing = [choice.widths] if profile.open and not profile.knows(choice.widths) else []
             wanted += missing
-            if not missing or attempt == ROUNDS + LAST - 1:
+            if not missing or attempt == rounds + LAST - 1:
                 found[k] = replace(choice, promised_ms=model.ms(choice.widths))
         if not wanted:
             break

@@ -4,7 +4,8 @@
    differ from the next by up to 5%, which must not tell engines apart. Engines are timed in passes, until nine in ten
    of them were seen twice near their lowest (`AGREE`) in passes in which the machine was quiet, or there were `PASSES`.
    The figure is each engine's lowest of quiet passes, or else of all, since noise only ever adds. From one pass to the
-   next an engine differs by 0.3% on a quiet host (ResNet-20), by 1 to 2.5% on a busy one (MobileNetV2).
+   next an engine differs by 0.3% on a quiet host (ResNet-20), by 1 to 2.5% on a busy one (MobileNetV2). Fewer than
+   `FEWEST` engines have one pass: they are the dense one, or are measured again when a plan is verified.
 2. Where engines of the network are known already, up to `REFERENCES` of them take their turns with the new ones, as
    memory allows. The new figures are given in the time of the known engines: times the median of ``known / now``. Known
    engines serve like the reference engine, but a tenant slows them by the same factor as the new ones, since they are
@@ -110,7 +111,7 @@ def _passes(bench: Bench, sessions: Sequence[Session]) -> list[Measurement]:
     """Rule 1."""
     passes: list[tuple[Measurement, ...]] = []
     agreed = False
-    while not agreed and len(passes) < PASSES:
+    while not agreed and len(passes) < (PASSES if len(sessions) >= FEWEST else 1):
         passes.append(bench.time(sessions, BURSTS))
         quiet = [[m.ms for m in found] for found in passes if not all(m.uncertain for m in found)]
         lowest = np.sort(quiet, axis=0)[:2]
