@@ -5,6 +5,9 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
+from sluice.profiler.sweep.explore import explore
+from sluice.profiler.sweep.grids import piece_points
+from sluice.profiler.sweep.joint_sweep import explore_joints, joint_tolerance
 
 from sluice.core.latency import Extent, LatencyModel, Term
 from sluice.core.plan import Drop, Merge
@@ -14,9 +17,6 @@ from sluice.profiler.fit.calibrate import _kind, calibrate
 from sluice.profiler.pieces.partition import Partition, partition_graph
 from sluice.profiler.sweep.bench import Bench
 from sluice.profiler.sweep.engine_times import ENGINES, model_key
-from sluice.profiler.sweep.explore import explore
-from sluice.profiler.sweep.grids import piece_points
-from sluice.profiler.sweep.joint_sweep import explore_joints, joint_tolerance
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.table.measurement import Measurement
 from sluice.profiler.timing.reference_engine import make_reference_engine

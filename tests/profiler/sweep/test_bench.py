@@ -11,19 +11,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sluice.profiler.pieces.staircase import Staircase, step_of, sum_of
+from sluice.profiler.sweep.explore import MAX_WIDTHS, WORTH, explore
+from sluice.profiler.sweep.grids import MAX_GRID, SUMS, knots_of, piece_points, totals
+from sluice.profiler.sweep.joint_sweep import explore_joints, joint_tolerance
+from sluice.profiler.timing.burst_log import AGAIN, ONCE, keep_points, points_kept
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sluice.passes.cut.export import to_onnx
 from sluice.profiler.pieces.partition import Partition, Piece, partition_graph
-from sluice.profiler.pieces.staircase import Staircase, step_of, sum_of
 from sluice.profiler.sweep.bench import BATCH_OF_SESSIONS, DOUBT, Bench
-from sluice.profiler.sweep.explore import MAX_WIDTHS, WORTH, explore
-from sluice.profiler.sweep.grids import MAX_GRID, SUMS, knots_of, piece_points, totals
-from sluice.profiler.sweep.joint_sweep import explore_joints, joint_tolerance
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.table.measurement import UNCERTAIN
-from sluice.profiler.timing.burst_log import AGAIN, ONCE, keep_points, points_kept
 from sluice.profiler.timing.measure import PATIENCE_MS, ReferenceEngine
 from sluice.profiler.timing.reference_engine import make_reference_engine
 from tests.device import FINGERPRINT, Cost, FakeRunner, FakeSession, chain, line, staircase
