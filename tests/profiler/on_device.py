@@ -22,9 +22,9 @@ from sluice.profiler.sweep.bench import Bench
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.timing.reference_engine import make_reference_engine
 from sluice.profiler.view import Profile
-from tests.device import FakeRunner
+from tests.device import FakeRunner, chain
 
-__all__ = ["bench_on", "everywhere", "profiled", "surveyed"]
+__all__ = ["bench_on", "everywhere", "profiled", "skipping", "surveyed"]
 
 
 def bench_on(table: LatencyTable, runner: FakeRunner) -> Bench:
@@ -53,3 +53,12 @@ def profiled(runner: FakeRunner, model: onnx.ModelProto, methods: Sequence[str] 
     """The profile of the network; arguments as those of `profile_onnx`."""
     with everywhere(runner):
         return profile_onnx(model, methods=methods, **{"deployment": Deployment(batch=2), "progress": False, **more})
+
+
+def skipping(first: int, middle: int, **more: Any) -> onnx.ModelProto:
+    """A chain of three convolutions with a residual addition: what the first makes is added to what the last makes."""
+    model = chain([first, middle, first], batch="N", **more)
+    at = next(k for k, node in enumerate(model.graph.node) if list(node.input) == ["c2"])
+    model.graph.node[at].input[0] = "sum"
+    model.graph.node.insert(at, onnx.helper.make_node("Add", ["c2", "a0"], ["sum"]))
+    return model
