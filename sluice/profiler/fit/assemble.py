@@ -122,11 +122,7 @@ def lay_out(partition: Partition, alternatives: Alternatives, precision: str) ->
 
 
 def fill(layout: Layout, table: LatencyTable) -> LatencyModel:
-    """The uncalibrated model, as the table knows it now.
-
-    Raises:
-        SluiceError: the table lacks a point of the dense network.
-    """
+    """The uncalibrated model, as the table knows it now; the table holds one point of a piece or more."""
     found = table.get(CALL_KEY, ())
     call_ms = found.ms if found is not None else 0.0
     pieces = {slot.part.key: known_of(slot, table, call_ms) for slot in layout.slots if isinstance(slot.part, Piece)}
