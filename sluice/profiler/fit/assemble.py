@@ -158,8 +158,8 @@ def known_of(slot: Slot, table: LatencyTable, call_ms: float) -> Known:
 
 
 def _estimate(law: CostLaw, known: Known, knots: tuple[tuple[int, ...], ...]) -> Estimate:
-    grid = np.array(list(itertools.product(*knots)), dtype=np.float64).reshape(-1, len(knots))
-    return law.estimate(known, grid)
+    grid = list(itertools.product(*knots))
+    return law.estimate(known, np.array(grid, dtype=np.float64).reshape(len(grid), len(knots)))
 
 
 def _with_measured(slot: Slot, known: Known) -> tuple[tuple[int, ...], ...]:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sluice.core.deployment import Deployment
 from sluice.core.latency import LatencyModel
 from sluice.models import enliven
 from sluice.models.mobilenet import InvertedResidual
@@ -26,18 +25,16 @@ from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.capture import capture
 from sluice.passes.graph.onnx_file import buffers_of, note_buffers
-from sluice.profiler import profile as profile_module
 from sluice.profiler.pieces.engine import build_engine, with_ranks_in_reach
-from sluice.profiler.profile import Profile, profile_onnx
-from sluice.profiler.sweep.bench import Bench
-from sluice.profiler.sweep.engine_times import RESTRUCTURED
+from sluice.profiler.sweep.bench import AT_ONCE
+from sluice.profiler.view import Profile
 from sluice.runtime.base.compare import assert_close
-from sluice.runtime.base.runner import Session
 from sluice.solver.options import METHODS, chosen_edits
 from sluice.solver.random_configurations import random_configuration
 from tests.device import FakeRunner, line, staircase
 from tests.networks import mixed
 from tests.passes.cut.test_square import skeleton
+from tests.profiler import on_device
 
 EIGHT = staircase(8)
 ADD_MS = 1e-6 * 2 * 5 * 4  # of one channel behind the projection, at a batch of two
@@ -66,10 +63,7 @@ def dense() -> onnx.ModelProto:
 def profiled(
     runner: FakeRunner, methods: Sequence[str] = METHODS, model: onnx.ModelProto | None = None, **options: object
 ) -> Profile:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profile_module, "make_runner", lambda target, threads=1: runner)
-        options = {"deployment": Deployment(batch=2), "progress": False, **options}
-        return profile_onnx(model or dense(), methods=methods, **options)  # type: ignore[arg-type]
+    return on_device.profiled(runner, model or dense(), methods, **options)
 
 
 @functools.cache
@@ -99,6 +93,8 @@ def leaving(model: LatencyModel) -> list[str]:
 
 def check_promises(profile: Profile, plans: Sequence[Mapping[str, int]]) -> None:
     """Exact, but for the addition of a dropped block with projection: it stays with the projection, which stays."""
+    profile.ask(plans)
+    assert all(map(profile.knows, plans))
     promised = [profile.latency.raw_ms(plan) - ADD_MS * plan["block2.conv2"] * plan["block2|drop"] for plan in plans]
     assert_close(promised, [engine_ms(profile, plan) for plan in plans], tol=1e-9)
 
@@ -138,6 +134,8 @@ def test_merged_runs_that_begin_with_a_depthwise_convolution() -> None:
     plans = [{**plan, **switched(model, switch), **widths_of(profile, plan)}
              for switch in depthwise for plan in drawn(profile, 6)]  # fmt: skip
     plans += drawn(profile, 25)
+    profile.ask(plans)
+    model = profile.latency
     assert_close([model.raw_ms(plan) for plan in plans], [engine_ms(profile, plan) for plan in plans], tol=1e-9)
 
 
@@ -160,9 +158,14 @@ def widths_of(profile: Profile, plan: Mapping[str, int]) -> dict[str, int]:
 
 
 def test_calibration_finds_nothing_to_mend() -> None:
-    model = eight().latency
+    """Engines of all kinds of structure, whose points are measured."""
+    profile = profiled(FakeRunner(EIGHT))
+    plans = [plan for plan in drawn(profile, 16) if not plan["block2|drop"]]
+    profile.ask(plans)
+    profile.time_engines(plans)
+    model = profile.latency
     assert model.slope == pytest.approx(1.0, abs=2e-3) and model.intercept == pytest.approx(0.0, abs=2e-3)
-    assert model.error["p95_abs_err"] < 2e-3 and model.error["n"] == RESTRUCTURED
+    assert model.error["p95_abs_err"] < 2e-3 and model.error["n"] > 8
 
 
 def test_a_narrowed_weight_has_no_more_ranks_than_its_smaller_side() -> None:
@@ -174,6 +177,7 @@ def test_a_narrowed_weight_has_no_more_ranks_than_its_smaller_side() -> None:
         near = with_ranks_in_reach(profile.partition, profile.latency, plan, profile.options)
         assert all(near[site] in levels for site, levels in profile.latency.levels.items())
         assert {s: near[s] for s in near if near[s] != plan[s]}.keys() <= {o.rank for o in profile.options.ranks}
+        profile.ask([plan])
         built, promised = engine_ms(profile, plan), profile.latency.raw_ms(plan)
         assert promised >= built * (1 - 1e-9)
         if any(near[o.rank] != plan[o.rank] for o in profile.options.ranks if plan[o.switch]):
@@ -183,13 +187,17 @@ def test_a_narrowed_weight_has_no_more_ranks_than_its_smaller_side() -> None:
     assert changed > 3
 
 
-def test_a_line_is_met_closely_where_grids_are_thinned() -> None:
+def test_what_was_asked_makes_estimates_of_other_structures_better() -> None:
     profile = profiled(FakeRunner(line))
-    plans = drawn(profile, 30)
-    promised = [profile.latency.raw_ms(plan) for plan in plans]
-    ratio = np.array(promised) / [engine_ms(profile, plan, line) for plan in plans]
-    assert np.median(np.abs(ratio - 1)) < 0.01 and np.abs(ratio - 1).max() < 0.05
-    assert profile.latency.error["p95_abs_err"] < 0.03
+    plans = drawn(profile, 60)
+
+    def missed() -> float:
+        promised = [profile.latency.raw_ms(plan) for plan in plans[30:]]
+        return float(np.median(np.abs(np.array(promised) / [engine_ms(profile, p, line) for p in plans[30:]] - 1)))
+
+    before = missed()
+    profile.ask(plans[:30])
+    assert missed() < 0.6 * before < 0.2 and missed() < 0.05
 
 
 def test_forms_that_never_pay_are_not_offered() -> None:
@@ -208,7 +216,14 @@ def test_ranks_that_cost_more_than_the_layer_are_no_levels() -> None:
         instead = [t for t in model.terms if t.when == (option.switch,) and t.weight > 0]
         (before,) = (t.at(model.dense) for t in layer)
         for rank in model.levels[option.rank]:
-            assert len(instead) == 2 and sum(t.at({**plan, option.rank: rank}) for t in instead) < within * before
+            assert len(instead) == 2
+            least = [
+                t.at({**plan, option.rank: rank})
+                if t.bound is None
+                else replace(t, ms=t.bound).at({**plan, option.rank: rank})
+                for t in instead
+            ]
+            assert sum(least) < within * before
 
 
 class SlowKernels(FakeRunner):
@@ -297,41 +312,39 @@ def model_of(profile: Profile) -> dict[str, object]:
 
 
 def test_a_profile_continues_its_table(tmp_path: Path) -> None:
-    profiled(FakeRunner(EIGHT), table=tmp_path / "t.db")
+    first = profiled(FakeRunner(EIGHT), table=tmp_path / "t.db")
+    plans = drawn(first, 5)
+    first.ask(plans)
     again = FakeRunner(EIGHT)
     second = profiled(again, table=tmp_path / "t.db")
-    assert again.built == 0
-    assert model_of(second) == model_of(eight())
-    one = FakeRunner(EIGHT)  # a part of the methods needs only engines of its own
+    assert second.ask(plans) == 0 and again.built == 0
+    assert model_of(second) == model_of(first)
+    one = FakeRunner(EIGHT)  # fewer methods have other sites, and so another network: its dense engine
     profiled(one, ("filter", "block"), table=tmp_path / "t.db")
-    assert 0 < one.built <= RESTRUCTURED
+    assert one.built == 1
 
 
 @pytest.mark.parametrize("share", [0.3, 0.8])
-def test_a_kill_among_the_alternatives_loses_what_was_in_flight_only(share: float, tmp_path: Path) -> None:
-    whole = FakeRunner(EIGHT)
-    profiled(whole, ("rank", "merge"))
-    killed = FakeRunner(EIGHT, fail_at=int(share * whole.built))
+def test_a_kill_among_the_alternatives_loses_the_call_in_flight_only(share: float, tmp_path: Path) -> None:
+    def run(runner: FakeRunner, **options: object) -> int:
+        profile = profiled(runner, ("rank", "merge"), **options)
+        profile.ask(drawn(profile, 30))
+        return runner.built
+
+    whole = run(FakeRunner(EIGHT))
+    killed = FakeRunner(EIGHT, fail_at=int(share * whole))
     with pytest.raises(KeyboardInterrupt):
-        profiled(killed, ("rank", "merge"), table=tmp_path / "t.db")
-    again = FakeRunner(EIGHT)
-    profiled(again, ("rank", "merge"), table=tmp_path / "t.db")
-    assert 0 < again.built < whole.built
-    assert killed.built + again.built <= whole.built + RESTRUCTURED
+        run(killed, table=tmp_path / "t.db")
+    again = run(FakeRunner(EIGHT), table=tmp_path / "t.db")
+    assert 0 < again < whole and killed.built + again <= whole + AT_ONCE + 4
 
 
-def test_graphs_share_their_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call waits for a quiet machine however little is in it, and a graph by itself has a point or two."""
-    sizes: list[int] = []
-    real = Bench.time
-
-    def counted(self: Bench, sessions: Sequence[Session], names: Sequence[str], *rest: int) -> object:
-        sizes.append(len(sessions))
-        return real(self, sessions, names, *rest)
-
-    monkeypatch.setattr(Bench, "time", counted)
-    profiled(FakeRunner(EIGHT))
-    assert sum(sizes) / len(sizes) > 12  # of 24 at most; graph by graph it was 9.7
+def test_what_is_offered_follows_from_the_dense_network_alone(tmp_path: Path) -> None:
+    """Were it otherwise, a plan could lose its sites to what is measured for it, and shards would differ."""
+    first = profiled(FakeRunner(EIGHT), table=tmp_path / "t.db")
+    first.ask(drawn(first, 20))
+    second = profiled(FakeRunner(EIGHT), table=tmp_path / "t.db")
+    assert second.options == first.options and second.latency.levels == eight().latency.levels
 
 
 def test_an_engine_has_the_structure_of_its_plan() -> None:
@@ -413,6 +426,7 @@ def test_weights_stored_as_in_out_have_ranks() -> None:
     assert {o.param for o in profile.options.ranks} >= {"w1", "w2"}
     plans = drawn(profile, 30)
     assert any(plan[o.switch] for plan in plans for o in profile.options.ranks)
+    profile.ask(plans)
     assert_close([profile.latency.raw_ms(p) for p in plans], [engine_ms(profile, p, line) for p in plans], tol=0.02)
 
 
@@ -422,6 +436,7 @@ def test_a_dropped_branch_takes_its_weightless_pieces_along() -> None:
     assert len(drops) == 2
     for chosen in ([drops[0]], [drops[1]], drops):
         plan = switched(profile.latency, *chosen)
+        profile.ask([plan])
         assert_close(profile.latency.raw_ms(plan), engine_ms(profile, plan, line), tol=0.02)
 
 
