@@ -4,7 +4,6 @@ what is promised of a configuration must be what its engine takes."""
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,14 @@ from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.capture import capture
 from sluice.passes.graph.onnx_file import buffers_of, note_buffers
+from sluice.passes.search_space import find_search_space, read_onnx
+from sluice.profiler.fit.alternatives import PAYS, find_alternatives
+from sluice.profiler.fit.cost_law import Estimate, Known
 from sluice.profiler.pieces.engine import build_engine, with_ranks_in_reach
+from sluice.profiler.pieces.net_time import dense_points
+from sluice.profiler.pieces.partition import Partition, Piece, anchor_weight, partition_static, static_at
+from sluice.profiler.pieces.variants import Alternatives
+from sluice.profiler.pieces.work import work_of
 from sluice.profiler.sweep.bench import AT_ONCE
 from sluice.profiler.view import Profile
 from sluice.runtime.base.compare import assert_close
@@ -112,7 +118,7 @@ def test_the_promise_of_any_configuration_is_what_its_engine_takes() -> None:
     plans = drawn(eight(), 60)
     edits = [chosen_edits(eight().options, plan) for plan in plans]
     for kind in ("factorizations", "drops", "merges"):
-        assert sum(bool(getattr(edit, kind)) for edit in edits) > 10, kind
+        assert sum(bool(getattr(edit, kind)) for edit in edits) > 5, kind
     check_promises(eight(), plans)
 
 
@@ -171,20 +177,19 @@ def test_calibration_finds_nothing_to_mend() -> None:
 def test_a_narrowed_weight_has_no_more_ranks_than_its_smaller_side() -> None:
     """Beyond that the engine takes less than promised; the configuration in reach is the one that is built."""
     profile, rng = eight(), np.random.default_rng(4)
-    changed = 0
-    for _ in range(80):
-        plan = random_configuration(profile.latency, rng)
-        near = with_ranks_in_reach(profile.partition, profile.latency, plan, profile.options)
-        assert all(near[site] in levels for site, levels in profile.latency.levels.items())
+    plans = [random_configuration(profile.latency, rng) for _ in range(40)]
+    reached = [with_ranks_in_reach(profile.partition, profile.latency, plan, profile.options) for plan in plans]
+    profile.ask([*plans, *reached])
+    model, changed = profile.latency, 0
+    for plan, near in zip(plans, reached, strict=True):
+        assert all(near[site] in levels for site, levels in model.levels.items())
         assert {s: near[s] for s in near if near[s] != plan[s]}.keys() <= {o.rank for o in profile.options.ranks}
-        profile.ask([plan])
-        built, promised = engine_ms(profile, plan), profile.latency.raw_ms(plan)
+        built, promised = engine_ms(profile, plan), model.raw_ms(plan)
         assert promised >= built * (1 - 1e-9)
-        if any(near[o.rank] != plan[o.rank] for o in profile.options.ranks if plan[o.switch]):
-            assert promised > built * (1 + 1e-6)
-            assert engine_ms(profile, near) == pytest.approx(built, rel=1e-9)  # steps of eight, levels of eight
-            changed += 1
-    assert changed > 3
+        # Levels are multiples of four, kernels have steps of eight.
+        changed += near != plan and promised > built * (1 + 1e-6)
+    assert changed > 1
+    check_promises(profile, reached)
 
 
 def test_what_was_asked_makes_estimates_of_other_structures_better() -> None:
@@ -200,11 +205,55 @@ def test_what_was_asked_makes_estimates_of_other_structures_better() -> None:
     assert missed() < 0.6 * before < 0.2 and missed() < 0.05
 
 
-def test_forms_that_never_pay_are_not_offered() -> None:
-    """All widths of a layer here cost the same, so two layers cost more than one unless their kernels are smaller."""
-    profile = profiled(FakeRunner(staircase(64)), ("rank",))
-    assert {o.form for o in profile.options.ranks} == {"kx1-1xk"}
-    assert "block2.shortcut.0.weight" not in {o.param for o in profile.options.ranks}
+class ByWork:
+    """A law without a doubt: every piece takes its multiply-accumulates, ``factor`` times as long as dense pieces."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def estimate(self, known: Known, points: np.ndarray) -> Estimate:
+        ms = self.factor * known.work.at(points)[0]
+        return Estimate(ms, ms, np.zeros(len(points), bool))
+
+
+def offered_by(factor: float) -> tuple[Partition, Alternatives]:
+    static = static_at(dense(), 2)
+    space = find_search_space(read_onnx(static), ())
+    cut = partition_static(static, space.analysis, 2)
+    dense_ms = {p.name: float(work_of(p, cut).at(np.array([at], dtype=float))[0][0]) for p, at in dense_points(cut)}
+    return cut, find_alternatives(cut, ByWork(factor), dense_ms, METHODS, space, "fp32")  # type: ignore[arg-type]
+
+
+def test_what_cannot_pay_is_not_offered() -> None:
+    _, everything = offered_by(1e-6)
+    _, some = offered_by(2.0)
+    _, nothing = offered_by(100.0)
+    assert not nothing.options.ranks and not nothing.options.merges
+    assert nothing.options.drops.keys() == some.options.drops.keys() == everything.options.drops.keys()
+    assert set(some.options.ranks) <= set(everything.options.ranks) and some.options.ranks
+    ranks = [sum(len(shown.ranks) for shown in found.shown) for found in (some, everything)]
+    assert 0 < ranks[0] < ranks[1]
+    assert some.options.merges.keys() < everything.options.merges.keys()
+
+
+def test_what_is_offered_takes_less_than_what_it_replaces() -> None:
+    """By the law that decides; ranks a little more, since the narrowed layer may take less."""
+    cut, found = offered_by(1.0)
+    weights = {anchor_weight(piece): piece for piece in cut.pieces}
+
+    def macs(partition: Partition, pieces: Sequence[Piece], sizes: Mapping[str, int]) -> float:
+        at = [np.array([[float(extent.at(sizes)) for extent in piece.extents]]) for piece in pieces]
+        return sum(float(work_of(p, partition).at(point)[0][0]) for p, point in zip(pieces, at, strict=True))
+
+    assert found.shown
+    for shown in found.shown:
+        place = shown.place
+        before = macs(cut, [weights[layer] for layer in place.layers if layer in weights], cut.dense)
+        if place.rank is None:
+            assert macs(shown.partition, place.pieces, shown.partition.dense) < before
+        for rank in shown.ranks:
+            sizes = {**shown.partition.dense, str(place.rank): rank}
+            assert macs(shown.partition, place.pieces, sizes) < PAYS * before
 
 
 def test_ranks_that_cost_more_than_the_layer_are_no_levels() -> None:
@@ -224,24 +273,6 @@ def test_ranks_that_cost_more_than_the_layer_are_no_levels() -> None:
                 for t in instead
             ]
             assert sum(least) < within * before
-
-
-class SlowKernels(FakeRunner):
-    """Kernels of more than nine taps take a millisecond more."""
-
-    def ms(self, model: onnx.ModelProto, batch: int = 2) -> float:
-        shapes = {init.name: init.dims for init in model.graph.initializer}
-        kernels = [shapes[n.input[1]][2:] for n in model.graph.node if n.op_type == "Conv"]
-        return super().ms(model, batch) + sum(math.prod(kernel) > 9 for kernel in kernels)
-
-
-def test_merges_that_never_pay_are_not_offered() -> None:
-    profile = profiled(SlowKernels(EIGHT), ("merge",))
-    one = {s for s, merge in profile.options.merges.items() if len(merge.runs) == 1}
-    assert one == {s for s, merge in eight().options.merges.items() if len(merge.runs) == 1 and s.endswith("3x3")}
-    for model in (profile.latency, eight().latency):
-        for switch in (s for s in leaving(model) if "|merge" in s):
-            assert model.raw_ms(switched(model, switch)) < model.raw_ms(model.dense)
 
 
 def test_a_rule_for_every_layer_that_can_change() -> None:

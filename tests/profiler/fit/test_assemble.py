@@ -9,11 +9,13 @@ import onnx
 import pytest
 
 from sluice.core.latency import LatencyModel
+from sluice.passes.search_space import find_search_space, read_onnx
 from sluice.profiler.fit.assemble import CLOSE, Layout, Slot, fill
+from sluice.profiler.fit.cache_reload import megabytes
 from sluice.profiler.pieces.engine import build_engine
 from sluice.profiler.pieces.joints import Joint
-from sluice.profiler.pieces.partition import Piece, partition_graph
-from sluice.profiler.survey import COARSE, GRID, SIZES, complete_points, coverage, measure_slots
+from sluice.profiler.pieces.partition import Piece, partition_graph, partition_static, static_at
+from sluice.profiler.survey import COARSE, GRID, SIZES, complete_points, coverage, measure_slots, survey
 from sluice.profiler.sweep.bench import Bench
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.table.measurement import Measurement
@@ -195,3 +197,18 @@ def test_the_partition_of_a_layout_is_the_network() -> None:
     layout = surveyed(network(), opened())
     cut = partition_graph(network(), 2)
     assert [p.key for p in layout.partition.pieces] == [p.key for p in cut.pieces] and layout.dense == cut.dense
+
+
+def test_pieces_that_no_width_changes_have_one_point() -> None:
+    """As between layers that are left out."""
+    bench = opened()
+    model = chain([24, 16, 20], batch="N")
+    static = static_at(model, 2)
+    space = find_search_space(read_onnx(static), ("conv0", "conv1"))
+    cut = partition_static(static, space.analysis, 2)
+    layout = survey(cut, bench, methods=("filter",), space=space)
+    assert any(isinstance(s.part, Piece) and not s.extents for s in layout.slots)
+    found = fill(layout, bench.table)
+    assert found.ms(found.dense) == pytest.approx(bench.runner.ms(cut.model))  # type: ignore[attr-defined]
+    weights = megabytes(layout, found)
+    assert all(weights[term.name].shape == term.ms.shape for term in found.terms if term.name in weights)
