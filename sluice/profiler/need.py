@@ -69,11 +69,15 @@ def by_need(profile: Profile, solvers: Sequence[Solve], rounds: int = ROUNDS) ->
             missing = [choice.widths] if profile.open and not profile.knows(choice.widths) else []
             wanted += missing
             if not missing or attempt == rounds + LAST - 1:
-                found[k] = replace(choice, promised_ms=model.ms(choice.widths))
+                found[k] = choice
         if not wanted:
             break
         profile.ask(wanted)
-    return [found[k] for k in range(len(solvers))]
+    model = profile.latency
+    return [
+        choice if isinstance(choice, Unreachable) else replace(choice, promised_ms=model.ms(choice.widths))
+        for choice in (found[k] for k in range(len(solvers)))
+    ]
 
 
 def walk(profile: Profile, methods: Sequence[str], shares: Sequence[float] = SHARES) -> None:

@@ -20,7 +20,7 @@ def test_a_small_network_is_profiled(tmp_path: Path) -> None:
     assert math.isfinite(profile.latency.dense_ms()) and profile.latency.dense_ms() > 0
     assert all(math.isfinite(profile.latency.ms({"conv0": width, "conv1": 8})) for width in (1, 5, 12))
     with LatencyTable.open(path) as table:
-        assert profile.points > 0 and len(table) >= profile.points
+        assert profile.coverage.points > 0 and len(table) >= profile.coverage.points
         assert (table.fingerprint.runtime, table.fingerprint.precision) == ("openvino", "fp32")
     known = profile_known(model, path)
     assert known.latency.ms({"conv0": 8, "conv1": 5}) == profile.latency.ms({"conv0": 8, "conv1": 5})

@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from sluice.core.deployment import UNFIT, Deployment
 from sluice.core.errors import SluiceError
 from sluice.passes.cut.rewrite_onnx import cut_graph
 from sluice.profiler import profile as profile_module
-from sluice.profiler.profile import Profile, fingerprint_here, measured_elsewhere, profile_known, profile_onnx
+from sluice.profiler import view as view_module
+from sluice.profiler.profile import fingerprint_here, measured_elsewhere, profile_known, profile_onnx
 from sluice.profiler.summary import profile_summary
 from sluice.profiler.table.latency_table import LatencyTable
+from sluice.profiler.view import Profile
 from sluice.runtime.base.compare import assert_close
 from sluice.solver.random_configurations import random_configuration
 from tests.device import REFERENCE_MS, Cost, FakeRunner, FakeSession, chain, line, staircase
@@ -29,17 +31,25 @@ TWO = Deployment(batch=2)
 @pytest.fixture
 def on_fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeRunner], FakeRunner]:
     def use(runner: FakeRunner) -> FakeRunner:
-        monkeypatch.setattr(profile_module, "make_runner", lambda target, threads=1: runner)
+        for module in (profile_module, view_module):
+            monkeypatch.setattr(module, "make_runner", lambda target, threads=1: runner)
         return runner
 
     return use
 
 
-def promises(profile: Profile, runner: FakeRunner) -> tuple[list[float], list[float]]:
-    """Promised and engine's milliseconds at every combination of levels (a few of them)."""
-    cut, levels = profile.partition, profile.latency.levels
+def drawn(profile: Profile, count: int = 25) -> list[dict[str, int]]:
+    """Some of the combinations of levels."""
+    levels = profile.latency.levels
     plans = [dict(zip(levels, point, strict=True)) for point in itertools.product(*levels.values())]
-    plans = [plans[int(k)] for k in np.random.default_rng(0).integers(len(plans), size=25)]
+    return [plans[int(k)] for k in np.random.default_rng(0).integers(len(plans), size=count)]
+
+
+def promises(
+    profile: Profile, runner: FakeRunner, plans: Sequence[Mapping[str, int]]
+) -> tuple[list[float], list[float]]:
+    """Promised and engine's milliseconds."""
+    cut = profile.partition
     engines = [runner.ms(cut_graph(cut.model, cut.analysis, cut.masks(plan))) for plan in plans]
     return [profile.latency.ms(plan) for plan in plans], engines
 
@@ -54,13 +64,37 @@ def test_what_a_target_cannot_run_is_said_before_it_is_asked_for(target: str, pr
 def test_where_times_add_up_the_promise_is_exact(cost: Cost, on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
     runner = on_fake(FakeRunner(cost))
     profile = profile_onnx(chain([50, 36, 20], batch="N"), deployment=TWO, progress=False)
-    promised, engines = promises(profile, runner)
-    assert_close(promised, engines, tol=1e-9)
+    plans = drawn(profile)
+    assert profile.knows(profile.latency.dense) and not all(map(profile.knows, plans))
+    asked = profile.ask(plans)
+    assert asked > 0 and all(map(profile.knows, plans)) and profile.ask(plans) == 0
+    assert_close(*promises(profile, runner, plans), tol=1e-9)
     assert profile.latency.dense_ms() == pytest.approx(runner.ms(profile.partition.model))
-    assert profile.latency.error["p95_abs_err"] < 1e-9
-    # 3 -> 50 -> 36 -> 20 -> 5 channels
-    assert profile.grid == 50 + 50 * 36 + 36 * 20 + 20 and len(profile.partition.pieces) < profile.points
-    assert profile.points < 0.05 * profile.grid and profile.disturbed == 0
+    assert profile.latency.error["p95_abs_err"] < 1e-9 and profile.coverage.disturbed == 0
+
+
+def test_nothing_but_the_dense_network_is_measured_unasked(on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
+    runner = on_fake(FakeRunner(staircase(8)))
+    profile = profile_onnx(chain([50, 36, 20], batch="N"), deployment=TWO, progress=False)
+    cover, parts = profile.coverage, {slot.part.key for slot in profile.layout.slots}
+    assert cover.points == len(parts) < 0.1 * cover.complete
+    joints = {term.name for term in profile.latency.terms if term.weight < 0}
+    # Pieces, joints of two parts and a whole, the call of two engines, and the dense engine.
+    assert len(profile.partition.pieces) + 3 < runner.built <= len(profile.partition.pieces) + 3 * len(joints) + 3
+
+
+def test_a_complete_table_leaves_nothing_to_its_estimates(
+    tmp_path: Path, on_fake: Callable[[FakeRunner], FakeRunner]
+) -> None:
+    runner = on_fake(FakeRunner(staircase(8)))
+    model = chain([14, 10], batch="N")  # few enough levels for all of them
+    profile = profile_onnx(model, tmp_path / "t.db", deployment=TWO, complete=True, progress=False)
+    plans = drawn(profile, 40)
+    assert profile.coverage.points == profile.coverage.complete and all(map(profile.knows, plans))
+    assert_close(*promises(profile, runner, plans), tol=1e-9)
+    assert profile.latency.error["n"] > 8
+    found = profile_known(model, tmp_path / "t.db")
+    assert [found.latency.ms(plan) for plan in plans] == [profile.latency.ms(plan) for plan in plans]
 
 
 def test_what_every_engine_costs_once_is_counted_once(on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
@@ -92,8 +126,9 @@ def test_joints_at_a_smaller_batch_save_what_they_save_at_the_whole(
     profile = profile_onnx(chain([26, 18, 30], batch="N"), deployment=Deployment(batch=batch), progress=False)
     cut = profile.partition
     assert (cut.batch, (cut.small or cut).batch) == (batch, max(1, batch // 4))
-    for widths in ({}, {"conv0": 8, "conv1": 16, "conv2": 24}):
-        plan = {**profile.latency.dense, **widths}
+    plans = [{**profile.latency.dense, **widths} for widths in ({}, {"conv0": 8, "conv1": 16, "conv2": 24})]
+    profile.ask(plans)
+    for plan in plans:
         engine = runner.ms(cut_graph(cut.model, cut.analysis, cut.masks(plan)), batch)
         assert profile.latency.raw_ms(plan) == pytest.approx(engine - 0.05)
 
@@ -104,11 +139,65 @@ def test_joints_of_a_fixed_batch_are_measured_at_it(on_fake: Callable[[FakeRunne
     assert profile.partition.small is None
 
 
-def test_a_line_is_met_closely_even_where_grids_are_thinned(on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
+def test_a_few_engines_of_plans_make_estimates_better(on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
+    """What is estimated before anything is asked, and after some of it was."""
     runner = on_fake(FakeRunner(line))
-    profile = profile_onnx(chain([50, 36], batch="N"), deployment=TWO, progress=False)
-    promised, engines = promises(profile, runner)
-    assert_close(promised, engines, tol=1e-6)
+    profile = profile_onnx(chain([50, 36, 44], batch="N"), deployment=TWO, progress=False)
+
+    def missed() -> float:
+        promised, engines = promises(profile, runner, drawn(profile, 60)[20:])
+        return float(np.median(np.abs(np.array(promised) / engines - 1.0)))
+
+    before = missed()
+    profile.ask(drawn(profile, 20))
+    after = missed()
+    assert after < 0.5 * before < 0.25 and after < 0.05
+
+
+def test_a_profile_is_a_view_of_its_table(tmp_path: Path, on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
+    """A model that was taken stays what it is; the next one knows what was measured since, by whomever."""
+    on_fake(FakeRunner(staircase(8)))
+    model, path = chain([26, 18], batch="N"), tmp_path / "t.db"
+    profile = profile_onnx(model, path, deployment=TWO, progress=False)
+    plan = {"conv0": 12, "conv1": 8}
+    before = profile.latency
+    assert profile.latency is before
+    promised = before.ms(plan)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profile_module, "make_runner", lambda target, threads=1: FakeRunner(staircase(8)))
+        other = profile_onnx(model, path, deployment=TWO, progress=False)
+        assert other.ask([plan]) > 0
+    assert profile.knows(plan) and before.ms(plan) == promised != profile.latency.ms(plan)
+    assert profile.latency.levels == before.levels
+
+
+def test_engines_that_were_measured_elsewhere_count(on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
+    """Whole engines take 10% longer than their pieces where they are narrow; one engine tells."""
+    on_fake(FakeRunner(staircase(8)))
+    profile = profile_onnx(chain([26, 18], batch="N"), deployment=TWO, progress=False)
+    plan = {"conv0": 8, "conv1": 8}
+    profile.ask([plan])
+    honest = profile.latency.ms(plan)
+    dense_ms = profile.latency.dense_ms()
+    profile.learn(plan, 1.1 * honest / dense_ms)
+    assert profile.latency.error["n"] == 2.0
+    assert 1.03 * honest < profile.latency.ms(plan) < 1.11 * honest
+    assert profile.latency.dense_ms() == pytest.approx(dense_ms, rel=0.03)
+    known = dict(profile.bench.table.engines(profile.model_key)[-1][0])
+    assert known == plan
+    calibration = profile.bench.table.get_calibration(profile.model_key)
+    assert calibration is not None and calibration[0] == profile.latency.slope
+
+
+def test_engines_are_timed_once(on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
+    runner = on_fake(FakeRunner(staircase(8)))
+    profile = profile_onnx(chain([26, 18], batch="N"), deployment=TWO, progress=False)
+    plans = [dict(profile.latency.dense), {"conv0": 8, "conv1": 8}, {"conv0": 12, "conv1": 4}]
+    profile.time_engines(plans)
+    assert profile.latency.error["n"] == 3.0
+    built = runner.built
+    profile.time_engines(plans)
+    assert runner.built == built
 
 
 def test_a_profile_continues_a_table(tmp_path: Path, on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
@@ -120,7 +209,7 @@ def test_a_profile_continues_a_table(tmp_path: Path, on_fake: Callable[[FakeRunn
     assert first.built > 0 and again.built == 0
     plan = {"conv0": 16, "conv1": 8}
     assert after.latency.ms(plan) == before.latency.ms(plan)
-    assert after.reference_ms == before.reference_ms == pytest.approx(REFERENCE_MS)
+    assert after.bench.reference.ms == before.bench.reference.ms == pytest.approx(REFERENCE_MS)
     # Another network with pieces of the same kind costs only what is missing.
     profile_onnx(chain([26, 18, 18], batch="N"), tmp_path / "t.db", deployment=TWO, progress=False)
     alone = on_fake(FakeRunner(staircase(8)))
@@ -157,15 +246,19 @@ def test_points_of_a_busy_machine_are_told_and_measured_anew_once_forgotten(
     on_fake(OnBusy(staircase(8)))
     model, path = chain([9, 5], batch="N"), tmp_path / "t.db"
     profile = profile_onnx(model, path, deployment=TWO, progress=False)
-    assert profile.disturbed == profile.points > 0
+    points = profile.coverage.points
+    assert profile.coverage.disturbed == points > 0
     told = profile_summary(profile, ["filter"])[1]
-    assert any(line.startswith(f"{profile.points} points are uncertain, the machine was busy") for line in told)
+    asked, points = points, profile.coverage.points  # the least milliseconds were asked for
+    assert profile.coverage.disturbed == points > asked
+    assert any(line.startswith(f"{points} points are uncertain, the machine was busy") for line in told)
 
     calm = on_fake(FakeRunner(staircase(8)))
-    assert profile_onnx(model, path, deployment=TWO, progress=False).disturbed == profile.points and calm.built == 0
+    found = profile_onnx(model, path, deployment=TWO, progress=False).coverage
+    assert found.disturbed == points and calm.built == 0
     assert main(["table", "forget", str(path)]) == 0
     again = profile_onnx(model, path, deployment=TWO, progress=False)
-    assert again.disturbed == 0 and again.points == profile.points <= calm.built
+    assert again.coverage.disturbed == 0 and 0 < again.coverage.points == asked <= calm.built
 
 
 def test_a_table_of_another_device_is_read(tmp_path: Path, on_fake: Callable[[FakeRunner], FakeRunner]) -> None:
@@ -207,11 +300,13 @@ def test_the_stages_tell_all_points(
     on_fake: Callable[[FakeRunner], FakeRunner], capsys: pytest.CaptureFixture[str]
 ) -> None:
     on_fake(FakeRunner(staircase(8)))
-    profile_onnx(chain([26, 18], batch="N"), deployment=TWO, progress=True)
+    profile = profile_onnx(chain([26, 18], batch="N"), deployment=TWO, progress=True)
+    profile.ask([{"conv0": 8, "conv1": 8}])
+    profile.time_engines([{"conv0": 8, "conv1": 8}])
     ended = [line.partition(",")[0] for line in capsys.readouterr().err.splitlines() if ", took " in line]
-    stages = [re.fullmatch(r"profile: (\w+) (\d+)(?:/(\d+))?", line) for line in ended]
-    assert [found[1] for found in stages if found] == ["staircases", "pieces", "joints", "engines"]
-    assert [found[2] == found[3] for found in stages if found] == [False, True, True, True]  # the first counts on
+    stages = [re.fullmatch(r"profile: ([a-z ]+) (\d+)(?:/(\d+))?", line) for line in ended]
+    assert [found[1] for found in stages if found] == ["dense network", "engines", "points that plans use", "engines"]
+    assert all(found[2] == found[3] for found in stages if found)
 
 
 def test_a_small_network_in_the_real_runtime(tmp_path: Path) -> None:
@@ -221,18 +316,10 @@ def test_a_small_network_in_the_real_runtime(tmp_path: Path) -> None:
     assert profile.latency.dense == {"conv0": 6, "conv1": 4}
     with LatencyTable.open(tmp_path / "t.db", profile.fingerprint) as table:
         assert len(table) > len(profile.partition.pieces)
-        dense = next(
-            m.ms for key in [profile_module_key(profile)] for w, m in table.engines(key) if w == profile.latency.dense
-        )
+        dense = next(m.ms for w, m in table.engines(profile.model_key) if w == profile.latency.dense)
     # Microseconds on a shared host: the order of magnitude is all that can be held.
     assert 0.1 < profile.latency.dense_ms() / dense < 10
     session = profile.runner().build(profile.partition.model)
     x = np.random.default_rng(0).standard_normal((2, 3, 7, 7)).astype(np.float32)
     assert session.run({"x": x})["y"].shape == (2, 5)
-    assert profile.reference(profile.runner()).ms == profile.reference_ms > 0
-
-
-def profile_module_key(profile: Profile) -> str:
-    from sluice.profiler.sweep.engine_times import model_key
-
-    return model_key(profile.partition, profile.latency)
+    assert profile.reference(profile.runner()).ms == profile.bench.reference.ms > 0

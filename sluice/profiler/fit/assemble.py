@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -123,11 +122,7 @@ def lay_out(partition: Partition, alternatives: Alternatives, precision: str) ->
 
 
 def fill(layout: Layout, table: LatencyTable) -> LatencyModel:
-    """The uncalibrated model, as the table knows it now.
-
-    Raises:
-        SluiceError: the table lacks a point of the dense network.
-    """
+    """The uncalibrated model, as the table knows it now; the table holds one point of a piece or more."""
     found = table.get(CALL_KEY, ())
     call_ms = found.ms if found is not None else 0.0
     pieces = {slot.part.key: known_of(slot, table, call_ms) for slot in layout.slots if isinstance(slot.part, Piece)}
@@ -163,9 +158,8 @@ def known_of(slot: Slot, table: LatencyTable, call_ms: float) -> Known:
 
 
 def _estimate(law: CostLaw, known: Known, knots: tuple[tuple[int, ...], ...]) -> Estimate:
-    count = math.prod(len(values) for values in knots)  # 1 for a piece of no extents
-    grid = np.array(list(itertools.product(*knots)), dtype=np.float64).reshape(count, len(knots))
-    return law.estimate(known, grid)
+    grid = list(itertools.product(*knots))
+    return law.estimate(known, np.array(grid, dtype=np.float64).reshape(len(grid), len(knots)))
 
 
 def _with_measured(slot: Slot, known: Known) -> tuple[tuple[int, ...], ...]:

@@ -111,8 +111,9 @@ def megabytes(layout: Layout, model: LatencyModel) -> dict[str, np.ndarray]:
     for slot in layout.slots:
         if slot.work is not None:
             term = terms[slot.name]
-            grid = np.array(list(itertools.product(*term.knots)), dtype=np.float64).reshape(-1, len(term.knots))
-            found[slot.name] = (4e-6 * slot.work.weights_at(grid)).reshape(np.shape(term.ms))
+            grid = list(itertools.product(*term.knots))
+            points = np.array(grid, dtype=np.float64).reshape(len(grid), len(term.knots))
+            found[slot.name] = (4e-6 * slot.work.weights_at(points)).reshape(np.shape(term.ms))
     return found
 
 

@@ -95,13 +95,13 @@ def work_of(piece: Piece, partition: Partition) -> Work:
             continue
         out, into = size.of(node.output[0]), _reads(node, size, graph)
         macs.append((out, into))
-        own = (size.channels(node.output[0]), size.channels(node.input[0]))
+        made = size.channels(node.output[0])
         if not kind:
-            kind, ends = _kind(node, graph), own
+            kind, ends = _kind(node, graph), (size.channels(node.input[0]), made)
         weight = graph.initializers.get(node.input[1])
         if weight is not None:
-            per_pair = math.prod(weight.dims) / max(1.0, math.prod(float(e.at(size.dense)[0]) for e in (own[0], into)))
-            weights.append((own[0].times(per_pair), into))
+            per_pair = math.prod(weight.dims) / max(1.0, math.prod(float(e.at(size.dense)[0]) for e in (made, into)))
+            weights.append((made.times(per_pair), into))
     kind = kind or piece.model.graph.node[0].op_type
     seen = {n: None for node in piece.model.graph.node for n in (*node.input, *node.output) if n in size.shapes}
     active = [n for n in seen if n not in graph.initializers]
@@ -143,10 +143,10 @@ def _reads(node: onnx.NodeProto, size: _Sizes, graph: OnnxGraph) -> _Affine:
         area = float(math.prod(dims[2:]))
         into = size.channels(node.input[0])
         group = attributes(node).get("group", 1)
+        if node.op_type == "ConvTranspose":  # every element that is read is spread out
+            area *= math.prod(size.shapes[node.input[0]][2:]) / math.prod(size.shapes[node.output[0]][2:])
         if group > 1 and dims[1] == 1:
             return _Affine(area, 1.0, nothing)
-        if node.op_type == "ConvTranspose":  # every element that is read is spread out
-            area /= max(1.0, math.prod(size.shapes[node.output[0]][2:]) / math.prod(size.shapes[node.input[0]][2:]))
         return into.times(area / group)
     shape = size.shapes[node.input[0]]
     into = size.channels(node.input[0])

@@ -6,17 +6,14 @@ import numpy as np
 import pytest
 
 from sluice.passes.cut.rewrite_onnx import cut_graph
+from sluice.profiler.fit.assemble import fill
 from sluice.profiler.fit.cache_reload import SHARES, CachePenalty, fit_penalties, megabytes
 from sluice.profiler.fit.calibrate import HELD, READ, calibrate
 from sluice.profiler.fit.least_squares import fit_linear, left_out, mean_error
-from sluice.profiler.pieces.partition import partition_graph
-from sluice.profiler.pieces.variants import Alternatives
-from sluice.profiler.sweep.engine_times import model_key
-from sluice.profiler.table.latency_table import LatencyTable
+from sluice.profiler.pieces.engine import model_key
 from sluice.profiler.table.measurement import Measurement
-from sluice.solver.options import EditSpace
-from tests.device import FINGERPRINT, FakeRunner, chain, staircase
-from tests.profiler.fit.test_calibrate import bench_on, profiled
+from tests.device import FakeRunner, staircase
+from tests.profiler.fit.test_calibrate import complete
 
 
 def random_engines(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -73,37 +70,33 @@ def test_nothing_is_found_where_nothing_is_read_again() -> None:
 @pytest.mark.parametrize("held", [SHARES[3], None])
 def test_calibration_promises_what_is_read_again(held: float | None) -> None:
     """Also of engines that it has not seen, to 1%; without it they are 3% off and more."""
-    partition = partition_graph(chain([40, 58, 34]), 2)
     rng = np.random.default_rng(5)
-    with LatencyTable.create(":memory:", FINGERPRINT) as table:
-        raw = profiled(partition, bench_on(table, FakeRunner(staircase(8))))
-        weights = megabytes(partition, raw, Alternatives(EditSpace()))
-        most = sum(float(mb.max()) for mb in weights.values())
-        per_mb = 0.0 if held is None else 0.8 * raw.dense_ms() / most
-        truth = CachePenalty(per_mb, (held or 0.0) * most).applied(raw, weights)
-        draws = [{g: int(rng.integers(1, n + 1)) for g, n in raw.dense.items()} for _ in range(60)]
-        plans = [dict(raw.dense), *draws]
-        for plan in plans[:30]:
-            ms = 1.04 * truth.raw_ms(plan) + 0.001
-            table.put_engine(model_key(partition, raw), plan, Measurement(ms, 0.01, 48, "thread_cpu"))
-        bench = bench_on(table, FakeRunner(staircase(8)))
-        model = calibrate(partition, raw, bench, engines=30)
-        *_, stated = table.get_calibration(model_key(partition, raw)) or ({},)
-        off = [model.ms(plan) / (1.04 * truth.raw_ms(plan) + 0.001) - 1.0 for plan in plans[30:]]
-        assert max(map(abs, off)) < 0.01
-        if held is None:
-            assert READ not in stated and all(term.reload is None for term in model.terms) and model.cached_ms == 0.0
-        else:
-            assert stated[READ] == pytest.approx(1.04 * per_mb, rel=0.03) and stated[HELD] == pytest.approx(held * most)
-            plain = replace(model, terms=tuple(replace(term, reload=None) for term in model.terms))
-            assert max(abs(plain.ms(plan) / model.ms(plan) - 1.0) for plan in plans[30:]) > 0.03
+    layout, table = complete([40, 58, 34], FakeRunner(staircase(8)))
+    raw = fill(layout, table)
+    key, weights = model_key(layout.partition, layout.dense), megabytes(layout, raw)
+    most = sum(float(mb.max()) for mb in weights.values())
+    per_mb = 0.0 if held is None else 0.8 * raw.dense_ms() / most
+    truth = CachePenalty(per_mb, (held or 0.0) * most).applied(raw, weights)
+    draws = [{g: int(rng.integers(1, n + 1)) for g, n in raw.dense.items()} for _ in range(60)]
+    plans = [dict(raw.dense), *draws]
+    for plan in plans[:30]:
+        table.put_engine(key, plan, Measurement(1.04 * truth.raw_ms(plan) + 0.001, 0.01, 48, "thread_cpu"))
+    model = calibrate(raw, layout, table)
+    off = [model.ms(plan) / (1.04 * truth.raw_ms(plan) + 0.001) - 1.0 for plan in plans[30:]]
+    assert max(map(abs, off)) < 0.01
+    if held is None:
+        assert READ not in model.error and all(term.reload is None for term in model.terms) and model.cached_ms == 0.0
+    else:
+        assert model.error[READ] == pytest.approx(1.04 * per_mb, rel=0.03)
+        assert model.error[HELD] == pytest.approx(held * most)
+        plain = replace(model, terms=tuple(replace(term, reload=None) for term in model.terms))
+        assert max(abs(plain.ms(plan) / model.ms(plan) - 1.0) for plan in plans[30:]) > 0.03
 
 
 def test_megabytes_are_those_of_the_cut_weights() -> None:
-    partition = partition_graph(chain([26, 18]), 2)
-    with LatencyTable.create(":memory:", FINGERPRINT) as table:
-        model = profiled(partition, bench_on(table, FakeRunner(staircase(8))))
-    weights = megabytes(partition, model, Alternatives(EditSpace()))
+    layout, table = complete([26, 18], FakeRunner(staircase(8)))
+    partition, model = layout.partition, fill(layout, table)
+    weights = megabytes(layout, model)
     terms = {term.name: term for term in model.terms}
     assert weights.keys() == {piece.name for piece in partition.pieces}
     for plan in ({"conv0": 26, "conv1": 18}, {"conv0": 8, "conv1": 16}):

@@ -116,12 +116,13 @@ def test_neighbours_that_run_the_same_kernels_save_their_calls_and_are_not_timed
     with LatencyTable.create(":memory:", FINGERPRINT) as table:
         runner, rng = OrtRunner(), np.random.default_rng(0)
         bench = Bench(table, runner, make_reference_engine(table, runner, rng), rng)
-        found = {}
+        points = {}
         for joint in find_joints(partition)[:3]:
             assert joint.extent is not None and joint.calls == 1
             ((group, _),) = joint.extent.coefs
-            bench.joints([(partition, joint, (partition.dense[group],))])
-            found[group] = table.require(joint.key, (partition.dense[group],))
+            points[group] = (partition, joint, (partition.dense[group],))
+        bench.measure([], points.values())
+        found = {group: table.require(joint.key, at) for group, (_, joint, at) in points.items()}
         for group in ("conv0", "conv2"):
             assert found[group].ms == bench.call() > 0
             assert (found[group].samples, found[group].spread) == (0, 0.0)
@@ -152,7 +153,7 @@ def test_equal_kernels_on_several_threads_are_timed_and_count_beyond_doubt(
         runner, rng = Apart(more), np.random.default_rng(0)
         bench = Bench(table, runner, make_reference_engine(table, runner, rng), rng)
         for joint in find_joints(partition)[:3]:
-            bench.joints([(partition, joint, (8,))])
+            bench.measure([], [(partition, joint, (8,))])
             found = table.require(joint.key, (8,))
             widths = joint_widths(partition, joint, {f"conv{joint.tensor[1]}": 8})
             _, whole, _ = joint_models(partition, joint, widths, threads)

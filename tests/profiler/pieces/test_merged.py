@@ -36,9 +36,9 @@ from sluice.profiler.pieces.partition import (
     anchor_weight,
     build_piece,
     partition_graph,
-    weight_bytes,
 )
 from sluice.profiler.pieces.weightless import weightless, with_weights
+from sluice.profiler.pieces.work import work_of
 from tests.networks import Mixed
 
 BATCH = 2
@@ -278,6 +278,12 @@ def narrowed(cut: Partition, piece: Piece, seed: int) -> dict[str, int]:
     return {group: int(rng.integers(1, cut.dense[group] + 1)) for group in piece.groups}
 
 
+def work(cut: Partition, piece: Piece, widths: dict[str, int]) -> list[float]:
+    """Multiply-accumulates, elements moved and of weights."""
+    found, point = work_of(piece, cut), np.array([[float(extent.at(widths)) for extent in piece.extents]])
+    return [float(value[0]) for value in (*found.at(point), found.weights_at(point))]
+
+
 def sites_of(base: Partition, exclude: Collection[str] = (), *, widths_vary: bool = True) -> list[MergeSite]:
     space = find_search_space(read_onnx(base.model), tuple(exclude))
     return [site for site in space.merges if not (site.ties and widths_vary)]
@@ -298,7 +304,7 @@ def check(base: Partition, exclude: Collection[str] = (), *, widths_vary: bool =
             assert place.inner == tuple(tensor for piece in expected[:-1] for tensor in piece.outputs)
             for seed, (piece, other) in enumerate(zip(place.pieces, expected, strict=True)):
                 widths = narrowed(cut, other, places + seed)
-                assert weight_bytes(own, piece, widths) == weight_bytes(cut, other, widths)
+                assert work(own, piece, widths) == work(cut, other, widths)
                 if places % 5 == 0:
                     assert build_piece(own, piece, widths) == build_piece(cut, other, widths)
             assert joints(own, place.inner, places) == joints(cut, place.inner, places)

@@ -27,13 +27,13 @@ from sluice.profiler.pieces.partition import (
     build_piece,
     partition_graph,
     spread_widths,
-    weight_bytes,
 )
 from sluice.profiler.pieces.sources import add_sources, source_model
 from sluice.runtime.base.compare import assert_close
 from sluice.runtime.base.runner import PLAIN
 from sluice.runtime.ort.cpu import OrtRunner
 from tests.device import chain
+from tests.exported import named
 from tests.networks import NETWORKS, any_network
 
 QUICK = ("splits", "concat", "grouped", "tokens", "squeeze_excite", "in_place", "resnet20")
@@ -51,8 +51,8 @@ class Case:
 def case() -> Callable[[str], Case]:
     @functools.cache
     def make(name: str) -> Case:
-        model, inputs = any_network(name)
-        exported = to_onnx(model, inputs)
+        _, inputs = any_network(name)
+        exported = named(name)
         feeds = {info.name: x.numpy() for info, x in zip(exported.graph.input, inputs, strict=True)}
         return Case(partition_graph(exported, len(inputs[0])), feeds)
 
@@ -156,16 +156,6 @@ def test_padding_belongs_to_the_convolution_behind_it() -> None:
     assert operators["a"][:2] == ["Pad", "Conv"] and operators["b"][:2] == ["Pad", "Conv"]
     assert operators["a"].count("Pad") == 2 and operators["c"][0] == operators["d"][0] == "Conv"
     assert pieces["b"].bare == () and pieces["b"].inputs == ("relu",)
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_weight_bytes_are_those_of_the_cut_piece(name: str, case: Callable[[str], Case]) -> None:
-    partition = case(name).partition
-    widths = random_widths(partition, 2)
-    for piece in partition.pieces:
-        weights = build_piece(partition, piece, widths).graph.initializer
-        floats = [w for w in weights if w.data_type == onnx.TensorProto.FLOAT and len(w.dims) >= 2]
-        assert weight_bytes(partition, piece, widths) == sum(numpy_helper.to_array(w).nbytes for w in floats)
 
 
 @pytest.mark.parametrize("name", ALL)

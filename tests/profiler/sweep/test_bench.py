@@ -1,140 +1,113 @@
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from sluice.passes.cut.export import to_onnx
-from sluice.profiler.pieces.partition import Partition, Piece, partition_graph
-from sluice.profiler.pieces.staircase import Staircase, step_of, sum_of
-from sluice.profiler.sweep.bench import BATCH_OF_SESSIONS, DOUBT, Bench
-from sluice.profiler.sweep.explore import MAX_WIDTHS, WORTH, explore
-from sluice.profiler.sweep.grids import MAX_GRID, SUMS, knots_of, piece_points, totals
-from sluice.profiler.sweep.joint_sweep import explore_joints, joint_tolerance
+from sluice.profiler.pieces.joints import find_joints
+from sluice.profiler.pieces.net_time import CALL_KEY, dense_points, joint_graph, measured_joints
+from sluice.profiler.pieces.partition import Partition, Piece, build_piece, partition_graph, spread_widths, with_small
+from sluice.profiler.pieces.sources import add_sources
+from sluice.profiler.survey import closed_bench
+from sluice.profiler.sweep.bench import AT_ONCE, DOUBT, SOURCE_KEY, Bench, JointPoint, PiecePoint, Unknown
 from sluice.profiler.table.latency_table import LatencyTable
-from sluice.profiler.table.measurement import UNCERTAIN
-from sluice.profiler.timing.burst_log import AGAIN, ONCE, keep_points, points_kept
+from sluice.profiler.table.measurement import UNCERTAIN, Measurement
 from sluice.profiler.timing.measure import PATIENCE_MS, ReferenceEngine
-from sluice.profiler.timing.reference_engine import make_reference_engine
-from tests.device import FINGERPRINT, Cost, FakeRunner, FakeSession, chain, line, staircase
+from sluice.runtime.base.runner import Session
+from tests.device import FINGERPRINT, FakeRunner, FakeSession, chain, line, staircase
+from tests.profiler.on_device import bench_on, skipping
 
 
-def bench_on(table: LatencyTable, runner: FakeRunner) -> Bench:
-    rng = np.random.default_rng(0)
-    return Bench(table, runner, make_reference_engine(table, runner, rng), rng)
+def some_points(cut: Partition) -> tuple[list[PiecePoint], list[JointPoint]]:
+    """Pieces and joints at several sizes."""
+    pieces: list[PiecePoint] = []
+    joints: list[JointPoint] = []
+    for share in (1.0, 0.85, 0.7, 0.55, 0.4):
+        for piece, at in dense_points(cut):
+            pieces.append((cut, piece, tuple(max(1, round(share * n)) for n in at)))
+        for joint in find_joints(cut):
+            at = () if joint.extent is None else (max(1, round(share * joint.extent.at(cut.dense))),)
+            joints.append((cut, joint, at))
+    return pieces, joints
 
 
-def stairs_of(widths: list[int], cost: Cost) -> dict[str, Staircase]:
-    with LatencyTable.create(":memory:", FINGERPRINT) as table:
-        return explore(partition_graph(chain(widths), 2), bench_on(table, FakeRunner(cost)))
-
-
-def everything(partition: Partition, bench: Bench) -> dict[str, Staircase]:
-    stairs = explore(partition, bench)
-    bench.pieces(partition, piece_points(partition, stairs))
-    explore_joints(partition, stairs, bench, joint_tolerance(partition, bench.table))
-    return stairs
-
-
-def test_edges_of_a_staircase_are_the_levels() -> None:
-    stairs = stairs_of([50, 36, 64], staircase(16))
-    assert stairs["conv0"].levels == (16, 32, 48, 50)
-    assert stairs["conv1"].levels == (16, 32, 36)
-    assert stairs["conv2"].levels == (16, 32, 48, 64)
-
-
-def test_edges_of_a_finer_staircase_with_a_penalty() -> None:
-    stairs = stairs_of([40, 36], staircase(8, penalty=1.3))
-    assert stairs["conv0"].levels == (8, 16, 24, 32, 40)
-    assert stairs["conv1"].levels == (8, 16, 24, 32, 36)
-
-
-def test_a_line_is_split_evenly() -> None:
-    levels = stairs_of([50, 36], line)["conv0"].levels
-    assert (levels[0], levels[-1]) == (4, 50)
-    assert max(b - a for a, b in itertools.pairwise(levels)) <= 8
-
-
-def test_a_width_that_costs_more_than_dense_is_not_offered() -> None:
-    """The dense width suits the device well, as 64 does where any width that is no multiple of 32 is slow."""
-
-    def spiked(into: int, out: int, rest: float) -> float:
-        return 1e-6 * into * out * rest * math.prod(1.0 if width % 32 == 0 else 3.0 for width in (into, out))
-
-    stairs = stairs_of([64, 32], spiked)["conv0"]
-    dense = stairs.cost[64]
-    assert any(cost > dense for cost in stairs.cost.values())
-    assert all(stairs.cost[w] <= dense for w in stairs.levels)
-
-
-@given(st.integers(2, 300), st.integers(1, 64), st.floats(1.0, 2.0))
-@settings(max_examples=25, deadline=None)
-def test_levels_of_any_staircase(size: int, step: int, penalty: float) -> None:
-    stairs = stairs_of([size, 5], staircase(step, penalty))["conv0"]
-    assert len(stairs.cost) <= MAX_WIDTHS
-    pack = step_of(size, "fp32")
-    assert min(stairs.cost) == pack and max(stairs.cost) == size
-    assert all(width % pack == 0 or width == size for width in stairs.cost)
-    assert stairs.levels[-1] == size and set(stairs.levels) <= set(stairs.cost)
-    # No level is dominated, no known width that is left out would have been worth having.
-    for width, cost in stairs.cost.items():
-        cheapest = min(c for w, c in stairs.cost.items() if w > width) if width < size else math.inf
-        if width in stairs.levels:
-            assert cost < cheapest - WORTH * stairs.cost[size] or width == size
-        else:
-            kept = min(stairs.cost[w] for w in stairs.levels if w > width)
-            assert cost >= kept - WORTH * stairs.cost[size]
-
-
-def test_equal_groups_are_explored_once() -> None:
-    partition = partition_graph(chain([20, 14, 14, 14, 9]), 2)
-    with LatencyTable.create(":memory:", FINGERPRINT) as table:
-        stairs = explore(partition, bench_on(table, FakeRunner()))
-    assert stairs["conv2"].levels == stairs["conv1"].levels  # 14 between inner convolutions, both of them
-    assert set(stairs) == set(partition.dense)
+def content(table: LatencyTable) -> dict[str, dict[tuple[int, ...], Measurement]]:
+    return {key: table.points(key) for key in sorted(table.keys())}
 
 
 def test_what_the_table_knows_is_not_measured_again(tmp_path: Path) -> None:
-    partition = partition_graph(chain([26, 18]), 2)
+    cut = partition_graph(chain([26, 18]), 2)
     with LatencyTable.create(tmp_path / "t.db", FINGERPRINT) as table:
         runner = FakeRunner(staircase(8))
-        stairs = everything(partition, bench_on(table, runner))
+        count = bench_on(table, runner).measure(*some_points(cut))
         points = len(table)
-        assert runner.built > 0
+        assert runner.built > 0 and points > count > 0
     with LatencyTable.open(tmp_path / "t.db", FINGERPRINT) as table:
         again = FakeRunner(staircase(8))
-        found = everything(partition_graph(chain([26, 18], prefix="other."), 2), bench_on(table, again))
+        other = partition_graph(chain([26, 18], prefix="other."), 2)
+        assert bench_on(table, again).measure(*some_points(other)) == 0
         assert again.built == 0 and len(table) == points
-        assert [s.levels for s in found.values()] == [s.levels for s in stairs.values()]
 
 
-@pytest.mark.parametrize("fail_at", [7, 30, 61])
-def test_a_kill_loses_what_was_in_flight_only(fail_at: int, tmp_path: Path) -> None:
-    partition = partition_graph(chain([26, 18]), 2)
+def test_points_of_equal_pieces_are_measured_once() -> None:
+    cut = partition_graph(chain([20, 14, 14, 14, 17]), 2)
     with LatencyTable.create(":memory:", FINGERPRINT) as table:
         runner = FakeRunner(line)
-        everything(partition, bench_on(table, runner))
-        whole = {key: table.points(key) for key in sorted(table.keys())}
+        bench = bench_on(table, runner)
+        bench.call()
+        built = runner.built
+        twins = [(cut, piece, (14, 14)) for piece in cut.pieces if piece.name in ("conv2", "conv3")]
+        assert bench.measure([*twins, *twins]) == 1 and runner.built == built + 1
+        pairs = [(cut, joint, (14,)) for joint in find_joints(cut) if joint.extent is not None]
+        keys = {joint.key for _, joint, _ in pairs}
+        assert bench.measure([], [*pairs, *pairs]) == len(keys) < len(pairs)
+
+
+@pytest.mark.parametrize("fail_at", [7, 45, 61])
+def test_a_kill_loses_the_call_in_flight_only(fail_at: int, tmp_path: Path) -> None:
+    """Joints are of three engines or more, so a call may be a little larger than it is meant to be."""
+    cut = partition_graph(chain([26, 18, 30]), 2)
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        runner = FakeRunner(line)
+        bench_on(table, runner).measure(*some_points(cut))
+        whole = content(table)
     with LatencyTable.create(tmp_path / "t.db", FINGERPRINT) as table:
         killed = FakeRunner(line, fail_at=fail_at)
         with pytest.raises(KeyboardInterrupt):
-            everything(partition, bench_on(table, killed))
+            bench_on(table, killed).measure(*some_points(cut))
+        kept = content(table)
+        assert all(whole[key].items() >= points.items() for key, points in kept.items())
+        assert (len(kept) > 3) == (fail_at > AT_ONCE)
     with LatencyTable.open(tmp_path / "t.db", FINGERPRINT) as table:
         again = FakeRunner(line)
-        everything(partition, bench_on(table, again))
-        assert {key: table.points(key) for key in sorted(table.keys())} == whole
-        assert again.built < runner.built
-        assert killed.built + again.built <= runner.built + BATCH_OF_SESSIONS
+        bench_on(table, again).measure(*some_points(cut))
+        assert content(table) == whole
+        assert killed.built + again.built <= runner.built + AT_ONCE + 3
+        assert fail_at < AT_ONCE or again.built < runner.built
+
+
+def test_calls_are_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call waits for a quiet machine however little is in it; pieces, joints and their sources share calls."""
+    sizes: list[int] = []
+    time = Bench.time
+
+    def counted(self: Bench, sessions: Sequence[Session], *most: int) -> tuple[Measurement, ...]:
+        sizes.append(len(sessions))
+        return time(self, sessions, *most)
+
+    monkeypatch.setattr(Bench, "time", counted)
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        bench_on(table, FakeRunner(line)).measure(*some_points(partition_graph(chain([26, 18, 30, 22]), 2)))
+    first, *calls = sizes  # the first is what a call costs
+    assert first == 2 and len(calls) > 2
+    assert all(AT_ONCE <= size <= AT_ONCE + 4 for size in calls[:-1])
 
 
 def at_first(factor: float, disturbed: Callable[[float], bool]) -> Callable[[float], float]:
@@ -149,145 +122,58 @@ def at_first(factor: float, disturbed: Callable[[float], bool]) -> Callable[[flo
     return slower
 
 
-def grid_of_60() -> tuple[Partition, Piece, list[tuple[Piece, tuple[int, ...]]]]:
-    partition = partition_graph(chain([40, 24]), 2)
-    piece = next(p for p in partition.pieces if p.name == "conv1")
-    return partition, piece, [(piece, (a, b)) for a in range(4, 41, 4) for b in range(4, 25, 4)]
-
-
-def on_a_grid(
-    slower: Callable[[float], float], fail_at: int | None = None, table: LatencyTable | None = None
-) -> tuple[dict[tuple[int, ...], float], int]:
+def on_a_grid(slower: Callable[[float], float]) -> tuple[dict[tuple[int, ...], float], int]:
     """A piece's times at 60 points, of 12 channels longer than of 16, and how many engines were built for them."""
-    partition, piece, grid = grid_of_60()
+    cut = partition_graph(chain([40, 24]), 2)
+    piece = next(p for p in cut.pieces if p.name == "conv1")
+    grid = [(cut, piece, (a, b)) for a in range(4, 41, 4) for b in range(4, 25, 4)]
     rule = lambda into, out, rest: 1e-3 * (into + 1e-3 * out) * (5 if into == 12 else 1)  # noqa: E731
-    runner = FakeRunner(rule, slower, fail_at=fail_at)
-    table = LatencyTable.create(":memory:", FINGERPRINT) if table is None else table
-    bench_on(table, runner).pieces(partition, grid)
-    return {at: m.ms for at, m in table.points(piece.key).items()}, runner.built
+    runner = FakeRunner(rule, slower)
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        bench_on(table, runner).measure(grid)
+        return {at: m.ms for at, m in table.points(piece.key).items()}, runner.built - 2  # two for the call
 
 
 def test_a_piece_that_takes_longer_than_a_larger_one_is_timed_once_more() -> None:
+    """The lower figure counts; 12 channels do take longer, and still do when they are timed again."""
     exact, built = on_a_grid(float)
-    assert len(set(exact.values())) == len(exact) == 60
-    # A sample, and what is doubtful of the rest: 12 channels do take longer, and still do when they are timed again.
-    assert 60 + BATCH_OF_SESSIONS <= built <= 60 + BATCH_OF_SESSIONS + 6
-    one = exact[20, 16]
-    assert on_a_grid(at_first(1.3, lambda ms: math.isclose(ms, one)))[0] == exact
-    found, _ = on_a_grid(at_first(1.0 + 0.9 * DOUBT, lambda ms: True))
-    assert 60 - BATCH_OF_SESSIONS - 6 <= sum(found[at] != exact[at] for at in exact) <= 60 - BATCH_OF_SESSIONS
+    assert len(set(exact.values())) == len(exact) == 60 and built == 60 + 6
+    for one in (exact[20, 16], exact[4, 4]):
+        found, built = on_a_grid(at_first(1.3, lambda ms, one=one: math.isclose(ms, one)))  # type: ignore[misc]
+        assert found == exact and built <= 60 + 7
+    # Within doubt nothing is timed again.
+    found, built = on_a_grid(at_first(1.0 + 0.9 * DOUBT, lambda ms: True))
+    assert built == 60 + 6 and sum(found[at] != exact[at] for at in exact) == 54
 
 
-def test_on_a_disturbed_machine_all_pieces_are_timed_twice() -> None:
-    """The largest piece of all cannot be doubtful."""
+def test_of_two_figures_the_lower_counts() -> None:
     exact, _ = on_a_grid(float)
-    largest = exact[40, 24]
-    found, built = on_a_grid(at_first(1.3, lambda ms: round(1e6 * ms) % 3 == 0 or math.isclose(ms, largest)))
-    assert found == exact and built == 120
+    found, _ = on_a_grid(at_first(0.7, lambda ms: math.isclose(ms, exact[12, 8])))
+    assert found[12, 8] == pytest.approx(0.7 * exact[12, 8])
 
 
-@pytest.mark.parametrize(("fail_at", "left"), [(30, 24), (70, 60), (100, 36)])
-def test_what_a_killed_call_had_not_looked_at_again_is_looked_at_by_the_next(fail_at: int, left: int) -> None:
-    exact, _ = on_a_grid(float)
-    slower = at_first(1.3, lambda ms: True)
+def test_what_is_certain_is_not_given_up_for_what_is_uncertain() -> None:
+    """A point is timed twice, the second time on a machine of which the reference makes it too quick."""
+
+    class Busy(FakeSession):
+        slowness = 1.0
+
+        def sample(self, repeats: int) -> float:
+            return self.ms * Busy.slowness
+
+    cut = partition_graph(chain([26, 18]), 2)
+    piece = cut.pieces[0]
+    point = [(cut, piece, (8,))]
     with LatencyTable.create(":memory:", FINGERPRINT) as table:
-        with pytest.raises(KeyboardInterrupt):
-            on_a_grid(slower, fail_at, table)
-        keys = set(table.keys()) - {"anchor-v1"}
-        kept = points_kept(table, ONCE) | points_kept(table, AGAIN)
-        assert kept <= {(key, at) for key in keys for at in table.points(key)} and len(kept) == left
-        if fail_at > 60:  # what is there can be read
-            runner, (partition, _, grid) = FakeRunner(), grid_of_60()
-            replace(bench_on(table, runner), closed=True).pieces(partition, grid)
-            assert runner.built == 0
-        found, built = on_a_grid(slower, None, table)
-        assert found == exact and fail_at + built < 120 + BATCH_OF_SESSIONS
-        assert table.blobs().keys() == {"host"}
-        assert on_a_grid(slower, None, table) == (exact, 0)
-
-
-def test_other_points_stay_for_another_call() -> None:
-    with LatencyTable.create(":memory:", FINGERPRINT) as table:
-        for name in (ONCE, AGAIN):
-            keep_points(table, name, {("another", (3, 5))})
-        on_a_grid(float, None, table)
-        assert points_kept(table, ONCE) == points_kept(table, AGAIN) == {("another", (3, 5))}
-
-
-def test_grids_are_thinned_to_a_limit_and_keep_their_ends() -> None:
-    partition = partition_graph(chain([50, 36]), 2)
-    stairs = {g: Staircase({}, tuple(range(2, n + 1, 2))) for g, n in partition.dense.items()}
-    for piece in partition.pieces:
-        knots = knots_of(piece, partition, stairs)
-        assert math.prod(len(k) for k in knots) <= MAX_GRID
-        for extent, values in zip(piece.extents, knots, strict=True):
-            assert (values[0], values[-1]) == (2, extent.at(partition.dense)) and values == sorted(set(values))
-
-
-def test_a_sum_of_groups_is_measured_at_sums_of_levels() -> None:
-    """A total between two levels may be a width that no device likes, and that no plan has."""
-    partition = partition_graph(chain([48, 36, 64]), 2)
-    stairs = {g: Staircase({}, tuple(range(4, n + 1, 4))) for g, n in partition.dense.items()}
-    found = totals(["conv0", "conv1", "conv2"], partition, stairs)
-    assert (found[0], found[-1]) == (12, 148) and len(found) == SUMS
-    assert all(size % 4 == 0 for size in found) and found == sorted(found)
-    assert totals(["conv1"], partition, stairs) == list(stairs["conv1"].levels)
-
-
-class Joined(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(3, 40, 1), nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(64, 9, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c(F.relu(torch.cat([self.a(x), self.b(x)], 1)))
-
-
-def test_both_sides_of_the_steps_of_a_sum_are_measured() -> None:
-    """Whatever levels may add up to, a line between measured values is right."""
-    partition = partition_graph(to_onnx(Joined(), torch.randn(2, 3, 9, 8)), 2)
-    with LatencyTable.create(":memory:", FINGERPRINT) as table:
-        bench = bench_on(table, FakeRunner(lambda into, out, rest: 1e-6 * 16 * math.ceil(into / 16) * out * rest))
-        stairs = explore(partition, bench)
-        (joined,) = (name for name in stairs if name not in partition.dense)
-        assert joined == sum_of(["a", "b"]) and joined not in explore(partition, bench, only=["a"])
-        assert {16, 20, 32, 36, 48, 52, 64} <= set(stairs[joined].levels)
-        assert totals(["a", "b"], partition, stairs) == list(stairs[joined].levels)
-        piece = next(p for p in partition.pieces if p.name == "c")
-        (values,) = knots_of(piece, partition, stairs)
-        sums = {a + b for a, b in itertools.product(stairs["a"].levels, stairs["b"].levels)}
-        assert set(values) <= sums
-        bench.pieces(partition, [(piece, (v,)) for v in sums])
-        known = [table.require(piece.key, (v,)).ms for v in values]
-        for value in sums:
-            assert np.interp(value, values, known) == pytest.approx(table.require(piece.key, (value,)).ms)
-
-
-@pytest.mark.parametrize(
-    ("size", "precision", "step"),
-    [
-        (64, "fp32", 4),
-        (64, "fp16", 8),
-        (64, "int8", 16),
-        (26, "int8", 8),
-        (7, "fp32", 2),
-        (3, "bf16", 1),
-        (1, "fp32", 1),
-    ],
-)
-def test_widths_are_tried_in_packs(size: int, precision: str, step: int) -> None:
-    assert step_of(size, precision) == step
-
-
-def test_a_layer_that_is_quick_alone_for_being_misaligned_is_not_offered() -> None:
-    """At its borders a piece is laid out plainly, as no multiple of four wants it; in the network nothing is."""
-
-    def alone(into: int, out: int, rest: float) -> float:
-        return 1e-6 * into * out * rest * math.prod(0.6 if width % 4 else 1.0 for width in (into, out))
-
-    for stairs in stairs_of([64, 30], alone).values():
-        *less, full = stairs.levels
-        assert len(less) > 2 and all(width % 4 == 0 for width in less) and full in (64, 30)
+        bench = Bench(table, FakeRunner(line), ReferenceEngine(Busy(0.4), 0.4), np.random.default_rng(0))
+        bench.measure(point)
+        known = table.require(piece.key, (8,))
+        Busy.slowness = 1.3
+        bench._time_all(point, again=True)
+        assert table.require(piece.key, (8,)) == known
+        table.put(piece.key, (8,), replace(known, spread=1.0))
+        bench._time_all(point, again=True)
+        assert table.require(piece.key, (8,)).ms < known.ms
 
 
 @pytest.mark.parametrize(("slow", "uncertain"), [(1.3, True), (1.03, False)])
@@ -305,7 +191,7 @@ def test_a_machine_that_is_never_quiet_is_not_waited_for_again_and_again(slow: f
 
         def waited_ms() -> float:
             before = Slow.ms_in_all
-            (found,) = bench.time([FakeSession(1.0)], ["one"])
+            (found,) = bench.time([FakeSession(1.0)])
             assert (found.spread > UNCERTAIN) == (uncertain and Slow.slowness > 1.0)
             return Slow.ms_in_all - before
 
@@ -317,39 +203,130 @@ def test_a_machine_that_is_never_quiet_is_not_waited_for_again_and_again(slow: f
         assert waited_ms() == pytest.approx(first)
 
 
-def test_what_is_certain_is_not_given_up_for_what_is_uncertain() -> None:
-    """A point is timed twice, the second time on a machine of which the reference makes it too quick."""
-
+def test_a_busy_machine_marks_points() -> None:
     class Busy(FakeSession):
-        slowness = 1.0
-
         def sample(self, repeats: int) -> float:
-            return self.ms * Busy.slowness
+            return 1.3 * self.ms
 
-    partition = partition_graph(chain([26, 18]), 2)
-    piece = partition.pieces[0]
-    point = [((piece.key, (8,)), (partition, piece))]
+    cut = partition_graph(chain([26, 18]), 2)
+    pieces, joints = some_points(cut)
     with LatencyTable.create(":memory:", FINGERPRINT) as table:
-        bench = Bench(table, FakeRunner(line), ReferenceEngine(Busy(0.4), 0.4), np.random.default_rng(0))
-        bench.pieces(partition, [(piece, (8,))])
-        known = table.require(piece.key, (8,))
-        Busy.slowness = 1.3
-        bench._time_pieces(point)
-        assert table.require(piece.key, (8,)) == known
-        table.put(piece.key, (8,), replace(known, spread=1.0))
-        bench._time_pieces(point)
-        assert table.require(piece.key, (8,)).ms < known.ms
+        Bench(table, FakeRunner(line), ReferenceEngine(Busy(0.4), 0.4), np.random.default_rng(0)).measure(
+            pieces, joints
+        )
+        assert all(table.require(part.key, at).uncertain for _, part, at in (*pieces, *joints))
+
+
+def test_the_time_of_sources_is_taken_out() -> None:
+    """A residual addition gets its other operand from a source; each is timed once, and the piece is without it."""
+    cut = partition_graph(skipping(20, 12), 2)
+    with_source = [(piece, at) for piece, at in dense_points(cut) if add_sources(piece.model, piece.bare)[1]]
+    assert with_source
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        runner = FakeRunner(line, slower=lambda ms: ms + 0.01)
+        bench_on(table, runner).measure([(cut, *point) for point in with_source])
+        shapes = set()
+        for piece, at in with_source:
+            model = build_piece(cut, piece, spread_widths(piece, at, cut.dense))
+            whole, own = add_sources(model, piece.bare)
+            shapes |= set(own)
+            sources = sum(table.require(SOURCE_KEY, shape).ms for shape in own)
+            assert table.require(piece.key, at).ms == pytest.approx(runner.ms(whole) - sources)
+            assert 0.0 < sources < runner.ms(whole)
+        assert table.points(SOURCE_KEY).keys() == shapes
+
+
+class Telling(FakeRunner):
+    """Engines that tell their kernels: one per operator, and one more where an engine of one part would not have it."""
+
+    def __init__(self, odd: str = "") -> None:
+        super().__init__(line, slower=lambda ms: ms + 0.05)
+        self.odd, self.kernels_told = odd, 0
+
+    def build(self, model: Any, *, batch: int | None = None, feeds_shapes: Any = None) -> FakeSession:
+        session = super().build(model, batch=batch, feeds_shapes=feeds_shapes)
+        if isinstance(model, onnx.ModelProto):
+            kernels = Counter(node.op_type for node in model.graph.node)
+            if model.graph.name == "joint" and any(self.odd and self.odd in n.output[0] for n in model.graph.node):
+                kernels["Reorder"] += 1
+            session.kernels = kernels  # type: ignore[attr-defined]
+            self.kernels_told += 1
+        return session
+
+
+def test_joints_of_equal_kernels_are_known_without_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They save their calls. The one behind which the layout changes is timed."""
+    cut = partition_graph(chain([16, 24, 20, 28]), 2)
+    joints = [joint for joint in find_joints(cut) if joint.extent is not None]
+    odd = joints[1]
+    timed: list[int] = []
+    time = Bench.time
+
+    def counted(self: Bench, sessions: Sequence[Session], *most: int) -> tuple[Measurement, ...]:
+        timed.append(len(sessions))
+        return time(self, sessions, *most)
+
+    monkeypatch.setattr(Bench, "time", counted)
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        bench = bench_on(table, Telling(odd=odd.tensor))
+        call_ms = bench.call()
+        assert call_ms == pytest.approx(0.05)
+        timed.clear()
+        bench.measure([], [(cut, joint, (8,)) for joint in joints])
+        found = {joint.tensor: table.require(joint.key, (8,)) for joint in joints}
+        unlike = {tensor for tensor, m in found.items() if m.samples}
+        assert odd.tensor in unlike and len(unlike) < len(joints)
+        assert sum(timed) == 3 * len(unlike)  # two parts and the whole, each
+        for joint in joints:
+            if joint.tensor not in unlike:
+                assert found[joint.tensor].ms == joint.calls * call_ms and found[joint.tensor].spread == 0.0
+
+
+def test_a_closed_bench_reads_what_is_there_and_raises_where_it_would_measure(tmp_path: Path) -> None:
+    cut = partition_graph(chain([26, 18]), 2)
+    pieces, joints = some_points(cut)
+    with LatencyTable.create(tmp_path / "t.db", FINGERPRINT) as table:
+        bench_on(table, FakeRunner(line)).measure(pieces, joints)
+        before = content(table)
+        closed = closed_bench(table)
+        assert closed.measure(pieces, joints) == 0 and closed.call() == table.require(CALL_KEY, ()).ms
+        for missing in (([(cut, pieces[0][1], (3,))], []), ([], [(cut, joints[0][1], (3,))])):
+            with pytest.raises(Unknown):
+                closed.measure(*missing)
+        with pytest.raises(Unknown):
+            closed.session(cut.model)
+        assert content(table) == before
+    with LatencyTable.create(":memory:", FINGERPRINT) as table, pytest.raises(Unknown):
+        closed_bench(table).call()
+
+
+def test_only_joints_of_several_consumers_are_measured_at_a_part_of_the_batch() -> None:
+    model = skipping(12, 8)
+    cut = with_small(partition_graph(model, 8), model)
+    assert cut.small is not None and cut.small.batch == 2
+    kinds = set()
+    for joint in measured_joints(cut):
+        own = {found.key for found in find_joints(cut if joint.pair else cut.small)}
+        assert joint.key in own and joint_graph(joint, cut) is (cut if joint.pair else cut.small)
+        kinds.add(joint.pair)
+    assert kinds == {True, False}
 
 
 def test_progress_counts_up_to_the_end() -> None:
     calls: list[tuple[int, int]] = []
-    partition = partition_graph(chain([26, 18]), 2)
+    pieces, joints = some_points(partition_graph(chain([26, 18, 30]), 2))
     with LatencyTable.create(":memory:", FINGERPRINT) as table:
-        bench = bench_on(table, FakeRunner(line))
-        stairs = explore(partition, bench)
-        points = piece_points(partition, stairs)
-        missing = sum(table.get(p.key, e) is None for p, e in {(p.key, e): (p, e) for p, e in points}.values())
-        noisy = Bench(table, bench.runner, bench.reference, bench.rng, lambda done, total: calls.append((done, total)))
-        noisy.pieces(partition, points)
+        bench = replace(bench_on(table, FakeRunner(line)), progress=lambda done, total: calls.append((done, total)))
+        missing = len({(part.key, at) for _, part, at in (*pieces, *joints)})
+        assert bench.measure(pieces, joints) == missing
     assert {total for _, total in calls} == {missing} and calls[-1][0] == missing
     assert [done for done, _ in calls] == sorted({done for done, _ in calls})
+
+
+def test_a_piece_is_described_in_words() -> None:
+    cut = partition_graph(chain([26, 18]), 2)
+    pieces, _ = some_points(cut)
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        bench_on(table, FakeRunner(line)).measure(pieces)
+        parts: list[Piece] = [piece for _, piece, _ in pieces]
+        assert all(table.description(piece.key) == piece.description for piece in parts)

@@ -4,18 +4,17 @@ from collections.abc import Sequence
 
 import pytest
 
-from sluice.core.latency import LatencyModel
 from sluice.passes.cut.rewrite_onnx import cut_graph
-from sluice.profiler.pieces.engine import build_engine
+from sluice.profiler.pieces.engine import build_engine, model_key
 from sluice.profiler.pieces.partition import partition_graph
 from sluice.profiler.sweep import engine_times
 from sluice.profiler.sweep.bench import Bench
-from sluice.profiler.sweep.engine_times import measure_engines, model_key
+from sluice.profiler.sweep.engine_times import ENGINES, measure_engines, missing_plans
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.table.measurement import Measurement
 from sluice.runtime.base.runner import Session
 from tests.device import FINGERPRINT, FakeRunner, chain
-from tests.profiler.fit.test_calibrate import bench_on, profiled
+from tests.profiler.on_device import bench_on, profiled
 
 
 def test_engines_for_validation_stay_out_of_the_calibration() -> None:
@@ -23,7 +22,7 @@ def test_engines_for_validation_stay_out_of_the_calibration() -> None:
     with LatencyTable.create(":memory:", FINGERPRINT) as table:
         runner = FakeRunner()
         bench = bench_on(table, runner)
-        key = model_key(partition, profiled(partition, bench))
+        key = model_key(partition, partition.dense)
         plans = [{"conv0": 3 + k, "conv1": 18 - k} for k in range(11)]
         found = measure_engines(partition, bench, plans)
         assert table.engines(key) == []
@@ -41,9 +40,9 @@ def test_engines_are_timed_together_as_far_as_memory_allows(monkeypatch: pytest.
         together: list[int] = []
         time = Bench.time
 
-        def noted(self: Bench, sessions: Sequence[Session], names: Sequence[str], most: int) -> tuple[Measurement, ...]:
+        def noted(self: Bench, sessions: Sequence[Session], most: int) -> tuple[Measurement, ...]:
             together.append(len(sessions))
-            return time(self, sessions, names, most)
+            return time(self, sessions, most)
 
         monkeypatch.setattr(Bench, "time", noted)
         monkeypatch.setattr(engine_times, "PASSES", 1)
@@ -65,7 +64,7 @@ def test_engines_are_timed_again_until_two_passes_agree(
     """A pass is slow as a whole, or one engine in it is."""
     done: list[float] = []
 
-    def one(self: Bench, sessions: Sequence[Session], names: Sequence[str], most: int) -> tuple[Measurement, ...]:
+    def one(self: Bench, sessions: Sequence[Session], most: int) -> tuple[Measurement, ...]:
         done.append(slow[len(done)] if len(done) < len(slow) else 1.0)
         odd = 1.3 if len(done) == 1 else 1.0
         ms = [done[-1] * session.sample(1) * (odd if k == 4 else 1.0) for k, session in enumerate(sessions)]
@@ -87,7 +86,7 @@ def test_a_pass_on_a_busy_machine_counts_only_where_there_is_no_other(monkeypatc
     given = [(0.8, 0.25), (0.8, 0.25), (1.0, 0.01)]
     done: list[float] = []
 
-    def one(self: Bench, sessions: Sequence[Session], names: Sequence[str], most: int) -> tuple[Measurement, ...]:
+    def one(self: Bench, sessions: Sequence[Session], most: int) -> tuple[Measurement, ...]:
         factor, spread = given[min(len(done), 2)]
         done.append(factor)
         return tuple(Measurement(factor * s.sample(1), spread, 24, "thread_cpu") for s in sessions)
@@ -131,14 +130,24 @@ def test_new_engines_are_given_in_the_time_of_the_known_ones() -> None:
         assert measure_engines(partition, bench, plans[9:], known=known[:1]) == pytest.approx(truth[9:])
 
 
-def sites(**dense: int) -> LatencyModel:
-    return LatencyModel((), dense, {site: (value,) for site, value in dense.items()})
-
-
 def test_networks_have_keys_of_their_own() -> None:
-    widths = sites(conv0=26, conv1=18)
+    widths = {"conv0": 26, "conv1": 18}
     key = model_key(partition_graph(chain([26, 18]), 2), widths)
-    assert key == model_key(partition_graph(chain([26, 18]), 2), sites(conv0=26, conv1=18))
-    assert key != model_key(partition_graph(chain([26, 17]), 2), sites(conv0=26, conv1=17))
+    assert key == model_key(partition_graph(chain([26, 18]), 2), dict(widths))
+    assert key != model_key(partition_graph(chain([26, 17]), 2), {"conv0": 26, "conv1": 17})
     assert key != model_key(partition_graph(chain([26, 18], stride=2), 2), widths)
-    assert key != model_key(partition_graph(chain([26, 18]), 2), sites(conv0=26, conv1=18, **{"conv0.weight|dense": 1}))
+    assert key != model_key(partition_graph(chain([26, 18]), 2), {**widths, "conv0.weight|dense": 1})
+
+
+def test_random_plans_fill_up_to_a_number_and_are_the_same_for_all() -> None:
+    profile = profiled(FakeRunner(), chain([26, 18, 30], batch="N"))
+    dense = [dict(profile.layout.dense)]
+    plans = missing_plans(profile.partition, profile.latency, profile.options, dense, 0)
+    assert len(plans) == ENGINES - 1 and dense[0] not in plans
+    assert len({tuple(plan.items()) for plan in plans}) == len(plans)
+    assert all(plan[site] in levels for plan in plans for site, levels in profile.latency.levels.items())
+    assert plans == missing_plans(profile.partition, profile.latency, profile.options, dense, 0)
+    assert plans != missing_plans(profile.partition, profile.latency, profile.options, dense, 1)
+    assert missing_plans(profile.partition, profile.latency, profile.options, [*dense, *plans], 0) == []
+    small = profiled(FakeRunner(), chain([4], batch="N"))  # two engines are all there are
+    assert len(missing_plans(small.partition, small.latency, small.options, [{"conv0": 4}], 0)) == 1

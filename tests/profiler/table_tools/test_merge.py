@@ -13,8 +13,7 @@ from sluice.core.errors import SluiceError
 from sluice.profiler.table.fingerprint import Fingerprint
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.table.measurement import Measurement
-from sluice.profiler.table_tools.merge import merge_tables
-from sluice.profiler.timing.burst_log import AGAIN, ONCE, keep_points, points_kept
+from sluice.profiler.table_tools.merge import OLD, merge_tables
 from sluice.profiler.timing.reference_engine import HOST, MAX_RATIO
 from sluice.profiler.timing.reference_engine import KEY as REFERENCE
 
@@ -172,11 +171,14 @@ def test_files(tmp_path: Path) -> None:
     assert a.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.db"]
 
 
-def test_what_a_killed_shard_had_to_time_again_is_not_lost(tmp_path: Path) -> None:
+def test_blobs_of_former_releases_are_left_behind(tmp_path: Path) -> None:
+    """Lists of points that were to be timed again; by now a call is kept as a whole or not at all."""
     paths = [made(tmp_path / f"{k}.db", {("p", (k,)): (1.0, 0.01)}) for k in (1, 2)]
-    for k, path in enumerate(paths, 1):
+    for path in paths:
         with LatencyTable.open(path) as table:
-            keep_points(table, ONCE, {("p", (k,))})
+            for name in OLD:
+                table.put_blob(name, b"[]")
+            table.put_blob("timing cache", path.name.encode())
     merge_tables(paths, tmp_path / "all.db")
     with LatencyTable.open(tmp_path / "all.db") as table:
-        assert points_kept(table, ONCE) == {("p", (1,)), ("p", (2,))} and points_kept(table, AGAIN) == set()
+        assert table.blobs().keys() == {"timing cache"} and table.get_blob("timing cache") == b"1.db"

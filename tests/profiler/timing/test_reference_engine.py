@@ -53,13 +53,13 @@ def test_a_quiet_time_from_a_busy_machine_is_mended_and_what_was_measured_by_it_
         reference = make_reference_engine(table, runner, rng)
         bench = Bench(table, runner, reference, rng)
         copy = replace(bench, progress=lambda done, total: None)
-        before = bench.time([FakeSession(1.0)], ["before"])
+        before = bench.time([FakeSession(1.0)])
         table.put("before", (), before[0])
         table.put_engine("network", {"group": 3}, before[0])
         assert reference.ms == pytest.approx(1.3 * REFERENCE_MS)
         assert before[0].spread <= UNCERTAIN
         runner.bursts = 0  # the other tenant goes
-        after = copy.time([FakeSession(1.0)], ["after"])
+        after = copy.time([FakeSession(1.0)])
         assert [a.ms for a in (reference, bench.reference, copy.reference)] == [pytest.approx(REFERENCE_MS)] * 3
         assert table.require(KEY, ()).ms == reference.ms
         assert after[0].spread <= UNCERTAIN
@@ -207,10 +207,10 @@ def test_a_takeover_on_a_busy_host_is_put_right_by_the_first_call(
         assert reference.moved == pytest.approx(busy)
         reference.session = FakeSession(REFERENCE_MS)  # the other tenant goes
         bench = Bench(table, runner, reference, np.random.default_rng(0))
-        (found,) = bench.time([FakeSession(1.0)], ["after"])
+        (found,) = bench.time([FakeSession(1.0)])
         assert (found.uncertain, reference.moved) == (False, pytest.approx(1.0))
         assert table.require("p", (3,)).spread == 0.01
         reference.session = FakeSession(0.9 * REFERENCE_MS)  # once something was measured, all is in doubt
-        bench.time([FakeSession(1.0)], ["later"])
+        bench.time([FakeSession(1.0)])
         assert table.require("p", (3,)).uncertain and table.require("p", (3,)).ms == pytest.approx(2.0)
     assert content(path)[0][1:] == pytest.approx([2.0, -0.5, 7.0])

@@ -1,16 +1,13 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from sluice.profiler.pieces.partition import partition_graph
-from sluice.profiler.sweep.bench import Bench
-from sluice.profiler.sweep.explore import explore
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.table_tools.listing import to_data, to_lines
 from sluice.profiler.timing import sm_clock as clocks
-from sluice.profiler.timing.reference_engine import make_reference_engine
 from tests.device import FINGERPRINT, FakeRunner, chain
+from tests.profiler.on_device import bench_on
 
 
 class Clocked(FakeRunner):
@@ -22,12 +19,11 @@ class Clocked(FakeRunner):
 
 @pytest.mark.parametrize("runner", [FakeRunner(), Clocked()])
 def test_the_clock_is_logged_where_there_is_one(runner: FakeRunner) -> None:
-    rng = np.random.default_rng(0)
     with LatencyTable.create(":memory:", FINGERPRINT) as table:
         assert clocks.clock_range(table) is None
-        explore(
-            partition_graph(chain([26, 18]), 2), Bench(table, runner, make_reference_engine(table, runner, rng), rng)
-        )
+        cut, bench = partition_graph(chain([26, 18]), 2), bench_on(table, runner)
+        for share in (1.0, 0.7, 0.4):  # calls of their own, at each of which the clock is read
+            bench.measure((cut, p, tuple(round(share * e.at(cut.dense)) for e in p.extents)) for p in cut.pieces)
         told = [line for line in to_lines(to_data(table)) if "MHz" in line]
         if not isinstance(runner, Clocked):
             assert clocks.clock_range(table) is None and not told
