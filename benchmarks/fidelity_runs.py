@@ -1,9 +1,10 @@
 """How one run of `benchmarks.fidelity` is done: profile, draw, build, measure.
 
 1. The weights are random, since the time of a network does not depend on them; CREPE's are not read either.
-2. The profile has pieces, joints, alternatives and a calibration on engines of its own. Fresh plans are then drawn from
-   all edits on offer, and their whole engines built and measured, interleaved. A few of the calibration's engines take
-   their turns with them and show how much slower the machine has become (`sluice.profiler.sweep.engine_times`, 2).
+2. The profile is that of `sluice profile`: the dense network, the plans of some budgets, and their engines. Fresh plans
+   are then drawn from all edits on offer. What they use is measured, as for every plan that is promised. Then their
+   whole engines are built and measured, interleaved. A few of the calibration's engines take their turns with them and
+   show how much slower the machine has become (`sluice.profiler.sweep.engine_times`, 2).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from examples.crepe.model import FRAME, Crepe
 from sluice import models
 from sluice.core.deployment import Deployment
 from sluice.passes.cut.export import to_onnx
+from sluice.profiler.need import walk
 from sluice.profiler.pieces.engine import with_ranks_in_reach
 from sluice.profiler.profile import profile_onnx
 from sluice.profiler.sweep.bench import Bench
@@ -70,6 +72,7 @@ def perform(run: Run, folder: Path) -> Record:
     started = time.perf_counter()
     deployment = Deployment(batch=run.batch, threads=run.threads)
     profile = profile_onnx(dense, table, deployment=deployment, methods=run.methods)
+    walk(profile, run.methods)
     seconds = time.perf_counter() - started
     rng = np.random.default_rng(run.seed)
     latency, options = profile.latency, profile.options
@@ -77,7 +80,8 @@ def perform(run: Run, folder: Path) -> Record:
         with_ranks_in_reach(profile.partition, latency, random_configuration(latency, rng), options)
         for _ in range(run.plans)
     ]
-    runner = profile.runner()
+    profile.ask(drawn)
+    latency, runner = profile.latency, profile.runner()
     with LatencyTable.open(table) as opened:
         bench = Bench(opened, runner, make_reference_engine(opened, runner, rng), rng)
         known = opened.engines(profile.model_key)

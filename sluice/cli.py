@@ -72,7 +72,8 @@ def profile(args: argparse.Namespace) -> int:
     """Measure, on this device, what the table does not know yet; with --pack, write a job that does so elsewhere."""
     from sluice.profiler.engine_layers import check_inspector, place_profile, placement_lines
     from sluice.profiler.need import walk
-    from sluice.profiler.profile import profile_onnx, profile_shard
+    from sluice.profiler.profile import profile_onnx
+    from sluice.profiler.shard import profile_shard
     from sluice.profiler.summary import profile_summary, shard_summary
 
     if args.pack:
@@ -153,34 +154,13 @@ def compress(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     """Make a plan in one shot, without training."""
-    from sluice.artifacts.report import edit_rows
-    from sluice.pipeline.one_shot import plan_one_shot
+    from sluice.pipeline.one_shot import plan_one_shot, plan_summary
 
     settings = _settings(args)
     model, inputs = model_of(args.model), inputs_of(args.model, args.shape, args.batch)
     found = plan_one_shot(model, inputs, budget=args.budget, data=data_of(args.data), **settings)
     found.plan.save(args.out)
-    edits = edit_rows(found.plan)
-    data = {
-        "dense_ms": found.dense_ms,
-        "budget_ms": found.budget_ms,
-        "promised_ms": found.promised_ms,
-        "retained": found.retained,
-        "estimated": found.estimated,
-        "widths": dict(found.plan.widths),
-        "edits": [asdict(edit) for edit in edits],
-    }
-    line = (
-        f"promised {found.promised_ms:.4g} ms of {found.dense_ms:.4g} ms dense (budget {found.budget_ms:.4g} ms), "
-        f"{found.retained:.1%} of the importance retained; {args.out}"
-    )
-    lines = [line]
-    if found.estimated:
-        lines.append(
-            f"{found.estimated:.1%} of these milliseconds are estimated, as the table lacks points of the plan; "
-            "`sluice profile --complete` on the device measures them"
-        )
-    return _print(args, data, [*lines, *(f"  {edit.method} {edit.name}: {edit.detail}" for edit in edits)])
+    return _print(args, *plan_summary(found, args.out))
 
 
 def apply(args: argparse.Namespace) -> int:
