@@ -72,8 +72,7 @@ def profile(args: argparse.Namespace) -> int:
     """Measure, on this device, what the table does not know yet; with --pack, write a job that does so elsewhere."""
     from sluice.profiler.engine_layers import check_inspector, place_profile, placement_lines
     from sluice.profiler.need import walk
-    from sluice.profiler.profile import profile_onnx
-    from sluice.profiler.shard import profile_shard
+    from sluice.profiler.profile import profile_onnx, profile_shard
     from sluice.profiler.summary import profile_summary, shard_summary
 
     if args.pack:

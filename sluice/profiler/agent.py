@@ -24,8 +24,7 @@ from typing import Any
 from sluice.core.errors import SluiceError
 from sluice.core.files import write_atomically
 from sluice.profiler.job import SITE, read_job
-from sluice.profiler.profile import fingerprint_here, profile_onnx
-from sluice.profiler.shard import profile_shard
+from sluice.profiler.profile import fingerprint_here, profile_onnx, profile_shard
 from sluice.profiler.summary import profile_summary, shard_summary
 from sluice.profiler.sweep.shards import Shard, shard_argument
 from sluice.profiler.table.fingerprint import Fingerprint, difference

@@ -9,32 +9,34 @@ numpy, onnx, onnx-graphsurgeon, a runtime, and scipy for what was not measured.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
 
 from sluice.core.address import target_at
-from sluice.core.deployment import Deployment
+from sluice.core.deployment import ON_CPU, Deployment
 from sluice.core.errors import SluiceError
 from sluice.core.latency import LatencyModel
 from sluice.core.progress import Progress, progress_of, silent
 from sluice.passes.precision.to_precision import to_precision
-from sluice.passes.search_space import SearchSpace
-from sluice.profiler.choice import check_choice, limited, partition_of
+from sluice.passes.search_space import SearchSpace, agreed, called_like, find_search_space, read_onnx
 from sluice.profiler.fit.assemble import Layout, fill
 from sluice.profiler.fit.calibrate import calibrate
 from sluice.profiler.pieces.engine import model_key
-from sluice.profiler.pieces.partition import Partition
+from sluice.profiler.pieces.partition import Partition, partition_static, static_at, with_small
 from sluice.profiler.survey import Coverage, closed_bench, complete_points, coverage, measure_slots, survey
 from sluice.profiler.sweep.bench import Bench, Unknown
 from sluice.profiler.sweep.engine_times import measure_engines, missing_plans
+from sluice.profiler.sweep.shards import Shard
 from sluice.profiler.table.fingerprint import Fingerprint
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.table.measurement import UNCERTAIN, Measurement
 from sluice.profiler.timing import timing_cache
 from sluice.profiler.timing.measure import ReferenceEngine
+from sluice.profiler.timing.reference_engine import KEY as REFERENCE_KEY
 from sluice.profiler.timing.reference_engine import make_reference_engine
 from sluice.runtime.base.runner import Runner
 from sluice.runtime.targets import make_runner
@@ -42,11 +44,12 @@ from sluice.solver.options import EditSpace, check_methods
 
 __all__ = [
     "Profile",
+    "ShardDone",
     "fingerprint_here",
     "measured_elsewhere",
-    "open_bench",
     "profile_known",
     "profile_onnx",
+    "profile_shard",
 ]
 
 
@@ -203,6 +206,21 @@ def measured_elsewhere(table: str | os.PathLike[str], deployment: Deployment) ->
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class ShardDone:
+    """The points and engines that a shard added to its table, and whether the table now holds all of the network.
+
+    Of the table's points ``disturbed`` were measured on a machine that was never quiet; ``moved`` as in `Profile`.
+    """
+
+    shard: Shard
+    points: int
+    engines: int
+    complete: bool
+    disturbed: int = 0
+    moved: float = 1.0
+
+
 def profile_onnx(
     model: onnx.ModelProto,
     table: str | os.PathLike[str] = ":memory:",
@@ -230,7 +248,7 @@ def profile_onnx(
     """
     methods, show = check_methods(methods), progress_of(progress)
     fingerprint = fingerprint_here(deployment)
-    partition, space = partition_of(model, fingerprint, exclude, methods, like)
+    partition, space = _partition(model, fingerprint, exclude, methods, like)
 
     def lacks() -> bool:
         try:
@@ -239,11 +257,11 @@ def profile_onnx(
             return True
         return False
 
-    bench = open_bench(table, fingerprint, deployment.place, seed, lacks)
+    bench = _open_bench(table, fingerprint, deployment.place, seed, lacks)
     with show("dense network") as advance:
         layout = survey(partition, replace(bench, progress=advance), methods=methods, space=space)
     done = Profile(layout, bench, space, layout.alternatives.options, progress=show, address=deployment.address)
-    check_choice(space, done.options)
+    _check_choice(space, done.options)
     if complete:
         with show("all points") as advance:
             measure_slots(replace(bench, progress=advance), complete_points(layout))
@@ -251,7 +269,7 @@ def profile_onnx(
     if complete:
         plans += missing_plans(partition, done.latency, done.options, plans, seed)
     done.time_engines(plans)
-    return done if like is None else _like(done, like)
+    return done if like is None else _limited(done, like)
 
 
 def profile_known(
@@ -270,7 +288,7 @@ def profile_known(
     methods = check_methods(methods)
     opened = LatencyTable.open(table)
     there, bench = opened.fingerprint, closed_bench(opened)
-    partition, space = partition_of(model, there, exclude, methods, like)
+    partition, space = _partition(model, there, exclude, methods, like)
     try:
         layout = survey(partition, bench, methods=methods, space=space)
         known = any(widths == dict(layout.dense) for widths, _ in opened.engines(model_key(partition, layout.dense)))
@@ -282,12 +300,53 @@ def profile_known(
             f"{opened.path} was measured on {there.device!r} and lacks points of this network; profile it there, "
             f"with a job that `sluice profile --pack --table` makes"
         ) from None
-    check_choice(space, layout.alternatives.options)
+    _check_choice(space, layout.alternatives.options)
     done = Profile(layout, bench, space, layout.alternatives.options)
-    return done if like is None else _like(done, like)
+    return done if like is None else _limited(done, like)
 
 
-def open_bench(
+def profile_shard(
+    model: onnx.ModelProto,
+    table: str | os.PathLike[str],
+    shard: Shard,
+    *,
+    deployment: Deployment,
+    exclude: Sequence[str] = (),
+    methods: Sequence[str] = ("filter",),
+    seed: int = 0,
+    progress: bool | Progress = True,
+) -> ShardDone:
+    """Measure one shard's share of the points that a complete table holds and ``table`` lacks.
+
+    Arguments are those of `profile_onnx`. The dense network is measured by every shard, as what is offered follows from
+    it. Engines are measured only where the table holds all points, as the merged table of all shards does.
+    """
+    methods, show = check_methods(methods), progress_of(progress)
+    fingerprint = fingerprint_here(deployment)
+    partition, space = _partition(model, fingerprint, exclude, methods, None)
+    with _bench(table, fingerprint, deployment.place, seed) as bench:
+        before = len(bench.table)
+        with show("dense network") as advance:
+            layout = survey(partition, replace(bench, progress=advance), methods=methods, space=space)
+        points = complete_points(layout)
+        with show("points of the shard") as advance:
+            own = [point for k, point in enumerate(points) if shard.takes(k)]
+            measure_slots(replace(bench, progress=advance), own)
+        added, engines = len(bench.table) - before, 0
+        complete = all(bench.table.get(slot.part.key, at) is not None for slot, at in points)
+        if complete:
+            done = Profile(layout, bench, space, layout.alternatives.options, progress=show)
+            plans = [dict(layout.dense)]
+            plans += missing_plans(partition, done.latency, done.options, plans, seed)  # the same list for all shards
+            mine = [plan for k, plan in enumerate(plans) if shard.takes(k)]
+            engines = len(bench.table.engines(done.model_key))
+            done.time_engines(mine)
+            engines = len(bench.table.engines(done.model_key)) - engines
+        disturbed, _ = bench.table.beyond(UNCERTAIN, REFERENCE_KEY)
+    return ShardDone(shard, added, engines, complete, disturbed, bench.reference.moved)
+
+
+def _open_bench(
     table: str | os.PathLike[str],
     fingerprint: Fingerprint,
     place: str,
@@ -308,6 +367,55 @@ def open_bench(
         raise
 
 
-def _like(profile: Profile, like: SearchSpace) -> Profile:
-    space, options, shut = limited(profile.space, profile.options, like)
-    return replace(profile, space=space, options=options, shut=shut, _seen=_Seen())
+@contextmanager
+def _bench(table: str | os.PathLike[str], fingerprint: Fingerprint, place: str, seed: int) -> Iterator[Bench]:
+    bench = _open_bench(table, fingerprint, place, seed)
+    with bench.table:
+        yield bench
+
+
+def _partition(
+    model: onnx.ModelProto,
+    fingerprint: Fingerprint,
+    exclude: Sequence[str],
+    methods: Sequence[str],
+    like: SearchSpace | None,
+) -> tuple[Partition, SearchSpace]:
+    """The network at the batch of the deployment, its pieces, and what it can become."""
+    static = static_at(model, fingerprint.batch)
+    space = find_search_space(read_onnx(static), exclude)
+    if like is not None:
+        space = called_like(space, like)
+    partition = partition_static(static, space.analysis, fingerprint.batch)
+    # Less work takes no less time where a small batch leaves an accelerator idle, or threads wait for each other.
+    if fingerprint.runtime in ON_CPU and fingerprint.threads == 1:
+        partition = with_small(partition, model)
+    if tuple(methods) == ("filter",):
+        _check_choice(space if like is None else agreed(space, like), EditSpace())
+    return partition, space
+
+
+def _limited(profile: Profile, like: SearchSpace) -> Profile:
+    """The profile with the sites that ``like`` has as well; all others stay dense.
+
+    This comes after measuring, so a table serves whether or not the other reading was at hand when it was filled.
+    """
+    space, options = agreed(profile.space, like), profile.options
+    drops, merges = {f"{block.name}|drop" for block in space.blocks}, {site.switch for site in space.merges}
+    left = EditSpace(
+        tuple(option for option in options.ranks if option.param in space.ranks),
+        {switch: drop for switch, drop in options.drops.items() if switch in drops},
+        {switch: merge for switch, merge in options.merges.items() if switch in merges},
+    )
+    _check_choice(space, left)
+    groups = {group.name for group in profile.space.analysis.groups}
+    shut = groups - {group.name for group in space.analysis.groups}
+    shut |= {name for option in options.ranks if option not in left.ranks for name in (option.switch, option.rank)}
+    shut |= (options.drops.keys() - left.drops.keys()) | (options.merges.keys() - left.merges.keys())
+    return replace(profile, space=space, options=left, shut=frozenset(shut), _seen=_Seen())
+
+
+def _check_choice(space: SearchSpace, options: EditSpace) -> None:
+    """Something must be left to choose."""
+    if not (space.analysis.groups or options.ranks or options.drops or options.merges):
+        raise SluiceError(f"nothing in this model can be cut: {dict(list(space.left_alone.items())[:3])}")

@@ -7,8 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from sluice.core.latency import LatencyModel
-from sluice.profiler.profile import Profile
-from sluice.profiler.shard import ShardDone
+from sluice.profiler.profile import Profile, ShardDone
 
 __all__ = ["profile_summary", "shard_summary"]
 

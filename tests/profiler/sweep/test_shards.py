@@ -11,8 +11,7 @@ from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError
 from sluice.profiler import profile as profile_module
 from sluice.profiler.pieces.partition import partition_graph
-from sluice.profiler.profile import Profile, profile_onnx
-from sluice.profiler.shard import ShardDone, profile_shard
+from sluice.profiler.profile import Profile, ShardDone, profile_onnx, profile_shard
 from sluice.profiler.summary import profile_summary, shard_summary
 from sluice.profiler.sweep.engine_times import ENGINES
 from sluice.profiler.sweep.shards import Shard, share_of
