@@ -28,7 +28,7 @@ from sluice.passes.cut.resolve import make_plan
 from sluice.passes.gates.svt import matricize, modified_stable_rank
 from sluice.passes.graph.groups import Analysis
 from sluice.pipeline.problem import Problem, Solution
-from sluice.profiler.profile import Profile
+from sluice.profiler.view import Profile
 from sluice.solver.beam_search import Option, beam_search
 from sluice.solver.decide import Choice, least_ms, restricted, tightened, unreachable
 from sluice.solver.options import RankOption, chosen_edits

@@ -18,7 +18,7 @@ from sluice.core.latency import LatencyModel
 from sluice.passes.graph.capture import MARK, Inputs, normalize_inputs
 from sluice.pipeline.pairs import PairTimes
 from sluice.pipeline.verify import VerifiedSolution
-from sluice.profiler.profile import Profile
+from sluice.profiler.view import Profile
 from sluice.runtime.base.compare import relative_error
 from sluice.runtime.targets import make_runner
 from sluice.solver.options import METHODS, EditSpace

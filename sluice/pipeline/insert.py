@@ -12,7 +12,7 @@ from sluice.passes.cut.factor import singular_values
 from sluice.passes.gates.gating import Gated, insert_gates
 from sluice.passes.graph.capture import Inputs
 from sluice.passes.search_space import SearchSpace
-from sluice.profiler.profile import Profile
+from sluice.profiler.view import Profile
 
 __all__ = ["insert_all"]
 

@@ -31,9 +31,9 @@ from onnx import numpy_helper
 
 from sluice.core.budget_spec import BudgetSpec
 from sluice.passes.graph.onnx_graph import attributes
-from sluice.profiler.profile import Profile
 from sluice.profiler.table.measurement import Measurement
 from sluice.profiler.timing.measure import QUIET, ReferenceEngine, Waiting, measure
+from sluice.profiler.view import Profile
 from sluice.runtime.base.runner import Runner, Session
 
 __all__ = ["PairTimes", "Pairs", "structure"]

@@ -30,7 +30,8 @@ from sluice.pipeline.problem import Problem
 from sluice.pipeline.recipe import Recipe
 from sluice.pipeline.verify import AIM
 from sluice.profiler.need import walk
-from sluice.profiler.profile import Profile, measured_elsewhere, profile_known, profile_onnx
+from sluice.profiler.profile import measured_elsewhere, profile_known, profile_onnx
+from sluice.profiler.view import Profile
 from sluice.solver.decide import unreachable
 from sluice.solver.options import BSR, METHODS
 from sluice.training.budget import Budget

@@ -12,7 +12,7 @@ from sluice.core.plan import InputSpec, Plan
 from sluice.passes.cut.resolve import make_plan
 from sluice.passes.graph.groups import Analysis
 from sluice.profiler.need import solve_by_need
-from sluice.profiler.profile import Profile
+from sluice.profiler.view import Profile
 from sluice.solver.decide import Choice, decide, least_ms, restricted
 from sluice.solver.options import chosen_edits
 

@@ -31,8 +31,8 @@ from sluice.passes.graph.onnx_file import finalize
 from sluice.pipeline.pairs import Pairs, PairTimes, structure
 from sluice.pipeline.problem import Problem, Solution
 from sluice.profiler.pieces.engine import build_engine
-from sluice.profiler.profile import Profile
 from sluice.profiler.timing.measure import measure
+from sluice.profiler.view import Profile
 from sluice.solver.decide import Choice
 
 __all__ = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sluice.core.address import split_target, target_at
 from sluice.core.errors import SluiceError
-from sluice.profiler.profile import Profile
+from sluice.profiler.view import Profile
 from sluice.runtime.trt.inspect import EngineLayers, owners, place_pieces
 from sluice.runtime.trt.runner import TensorRtRunner
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from sluice.core.errors import Unreachable
 from sluice.core.latency import LatencyModel
-from sluice.profiler.profile import Profile
+from sluice.profiler.view import Profile
 from sluice.solver.decide import Choice, decide, least_ms, restricted
 
 __all__ = ["Solve", "by_need", "solve_by_need", "walk"]

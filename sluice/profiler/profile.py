@@ -9,36 +9,30 @@ numpy, onnx, onnx-graphsurgeon, a runtime, and scipy for what was not measured.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
 
-from sluice.core.address import target_at
 from sluice.core.deployment import ON_CPU, Deployment
 from sluice.core.errors import SluiceError
-from sluice.core.latency import LatencyModel
-from sluice.core.progress import Progress, progress_of, silent
-from sluice.passes.precision.to_precision import to_precision
+from sluice.core.progress import Progress, progress_of
 from sluice.passes.search_space import SearchSpace, agreed, called_like, find_search_space, read_onnx
-from sluice.profiler.fit.assemble import Layout, fill
-from sluice.profiler.fit.calibrate import calibrate
 from sluice.profiler.pieces.engine import model_key
 from sluice.profiler.pieces.partition import Partition, partition_static, static_at, with_small
-from sluice.profiler.survey import Coverage, closed_bench, complete_points, coverage, measure_slots, survey
+from sluice.profiler.survey import closed_bench, complete_points, measure_slots, survey
 from sluice.profiler.sweep.bench import Bench, Unknown
-from sluice.profiler.sweep.engine_times import measure_engines, missing_plans
+from sluice.profiler.sweep.engine_times import missing_plans
 from sluice.profiler.sweep.shards import Shard
 from sluice.profiler.table.fingerprint import Fingerprint
 from sluice.profiler.table.latency_table import LatencyTable
-from sluice.profiler.table.measurement import UNCERTAIN, Measurement
+from sluice.profiler.table.measurement import UNCERTAIN
 from sluice.profiler.timing import timing_cache
-from sluice.profiler.timing.measure import ReferenceEngine
 from sluice.profiler.timing.reference_engine import KEY as REFERENCE_KEY
 from sluice.profiler.timing.reference_engine import make_reference_engine
-from sluice.runtime.base.runner import Runner
+from sluice.profiler.view import Profile, Seen
 from sluice.runtime.targets import make_runner
 from sluice.solver.options import EditSpace, check_methods
 
@@ -51,133 +45,6 @@ __all__ = [
     "profile_onnx",
     "profile_shard",
 ]
-
-
-@dataclass(slots=True)
-class _Seen:
-    """The latency model at one state of the table."""
-
-    revision: tuple[int, ...] = ()
-    model: LatencyModel | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Profile:
-    """A network on one device: its sites, and a view of the table that grows as it is asked.
-
-    ``shut`` are sites that stay dense: the other reading of the network lacks them. ``address`` says where the target
-    is, if not here.
-    """
-
-    layout: Layout
-    bench: Bench
-    space: SearchSpace
-    options: EditSpace
-    shut: frozenset[str] = frozenset()
-    progress: Progress = silent
-    address: str = ""
-    _seen: _Seen = field(default_factory=_Seen)
-
-    @property
-    def partition(self) -> Partition:
-        return self.layout.partition
-
-    @property
-    def fingerprint(self) -> Fingerprint:
-        return self.bench.table.fingerprint
-
-    @property
-    def target(self) -> str:
-        return self.fingerprint.runtime
-
-    @property
-    def open(self) -> bool:
-        """Whether more can be measured: the table is this device's."""
-        return not self.bench.closed
-
-    @property
-    def latency(self) -> LatencyModel:
-        """The calibrated latency model, as the table knows it now; a frozen value."""
-        table = self.bench.table
-        if self._seen.model is None or self._seen.revision != table.revision():
-            self._seen.revision = table.revision()
-            self._seen.model = calibrate(fill(self.layout, table), self.layout, table).pinned(self.shut)
-        return self._seen.model
-
-    def knows(self, widths: Mapping[str, int]) -> bool:
-        """Whether every point of a configuration was measured."""
-        return self.latency.measured_at(widths)
-
-    def ask(self, configurations: Iterable[Mapping[str, int]]) -> int:
-        """Measure what these configurations use and is not known; how many points these were."""
-        model = self.latency
-        terms = {term.name: term for term in model.terms}
-        wanted = [
-            (slot, at)
-            for widths in configurations
-            for slot, at in self.layout.points(widths)
-            if not terms[slot.name].measured_at(widths)
-        ]
-        if not wanted:
-            return 0
-        with self.progress("points that plans use") as advance:
-            return measure_slots(replace(self.bench, progress=advance), wanted)
-
-    def time_engines(self, configurations: Sequence[Mapping[str, int]]) -> None:
-        """Measure whole engines in these configurations, which calibrate the model, unless they are known."""
-        key, table = self.model_key, self.bench.table
-        known = table.engines(key)
-        there = [widths for widths, _ in known]
-        plans = [dict(widths) for widths in configurations if dict(widths) not in there]
-        if plans:
-            with self.progress("engines") as advance:
-                bench = replace(self.bench, progress=advance)
-                measure_engines(self.partition, bench, plans, self.options, known=known, record=key)
-            self._keep_calibration()
-
-    def learn(self, widths: Mapping[str, int], ratio: float, uncertain: bool = False) -> None:
-        """Take note of an engine that was measured elsewhere: ``ratio`` of its time to that of the dense engine."""
-        key, table = self.model_key, self.bench.table
-        dense = next((m for plan, m in table.engines(key) if plan == dict(self.latency.dense)), None)
-        if dense is not None and self.open:
-            spread = max(dense.spread, 2 * UNCERTAIN if uncertain else 0.0)
-            found = Measurement(ratio * dense.ms, spread, dense.samples, dense.clock)
-            table.put_engine(key, widths, found)
-            self._keep_calibration()
-
-    def _keep_calibration(self) -> None:
-        model = self.latency
-        self.bench.table.put_calibration(self.model_key, model.slope, model.intercept, model.error)
-
-    @property
-    def model_key(self) -> str:
-        """The name of the network in the table."""
-        return model_key(self.partition, self.layout.dense)
-
-    @property
-    def coverage(self) -> Coverage:
-        """What the table holds of the network by now."""
-        return coverage(self.layout, self.bench.table)
-
-    @property
-    def moved(self) -> float:
-        """The factor by which the table's times were multiplied when it was opened, as another host had begun it."""
-        return self.bench.reference.moved
-
-    def reference(self, runner: Runner) -> ReferenceEngine:
-        """The reference engine that makes times of different moments comparable."""
-        from sluice.profiler.timing.reference_engine import reference_model
-
-        return ReferenceEngine(runner.build(reference_model()), self.bench.reference.ms)
-
-    def runner(self) -> Runner:
-        runner = make_runner(target_at(self.target, self.address), self.fingerprint.threads)
-        timing_cache.restore(runner, self.bench.table.get_blob(timing_cache.NAME))
-        return runner
-
-    def engine(self, model: onnx.ModelProto) -> onnx.ModelProto:
-        """An fp32 network as its engine is timed: in the profile's precision."""
-        return to_precision(model, self.fingerprint.precision, target=self.target)
 
 
 def fingerprint_here(deployment: Deployment) -> Fingerprint:
@@ -412,7 +279,7 @@ def _limited(profile: Profile, like: SearchSpace) -> Profile:
     shut = groups - {group.name for group in space.analysis.groups}
     shut |= {name for option in options.ranks if option not in left.ranks for name in (option.switch, option.rank)}
     shut |= (options.drops.keys() - left.drops.keys()) | (options.merges.keys() - left.merges.keys())
-    return replace(profile, space=space, options=left, shut=frozenset(shut), _seen=_Seen())
+    return replace(profile, space=space, options=left, shut=frozenset(shut), _seen=Seen())
 
 
 def _check_choice(space: SearchSpace, options: EditSpace) -> None:

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from sluice.core.latency import LatencyModel
-from sluice.profiler.profile import Profile, ShardDone
+from sluice.profiler.profile import ShardDone
+from sluice.profiler.view import Profile
 
 __all__ = ["profile_summary", "shard_summary"]
 

@@ -37,7 +37,7 @@ from sluice.solver.decide import least_ms, restricted, unreachable
 from sluice.training.expected_latency import ExpectedLatency, alternatives, configured
 
 if TYPE_CHECKING:
-    from sluice.profiler.profile import Profile
+    from sluice.profiler.view import Profile
 
 __all__ = ["Budget", "GateLike"]
 

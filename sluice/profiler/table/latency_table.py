@@ -2,9 +2,8 @@
 
 1. A *point* is the time of one piece at one tuple of extents. ``key`` is the hash of the piece's structure, so equal
    pieces of different networks share their points.
-2. Everything written together is one transaction of SQLite's rollback journal. So a killed sweep loses its unfinished
-   batch and nothing else, and goes on by asking which points are missing. The bursts of the unfinished batch stand
-   beside the table (`sluice.profiler.timing.burst_log`).
+2. Everything written together is one transaction of SQLite's rollback journal. So a kill loses the call in flight and
+   nothing else, and the next run goes on by asking which points are missing.
 3. The `Fingerprint` says where the times are valid. A table is never opened for another fingerprint.
 4. A *blob* is bytes by name that a runtime wants to find again next time: its timing cache.
 """

@@ -1,0 +1,160 @@
+"""What a profile shows of a network on one device, and what it measures when it is asked.
+
+The sites and slots follow from the graph. The milliseconds are those of the table at the moment of asking, so a profile
+knows more after `Profile.ask`, `Profile.time_engines` and `Profile.learn`, and `Profile.latency` is a snapshot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import onnx
+
+from sluice.core.address import target_at
+from sluice.core.latency import LatencyModel
+from sluice.core.progress import Progress, silent
+from sluice.passes.precision.to_precision import to_precision
+from sluice.passes.search_space import SearchSpace
+from sluice.profiler.fit.assemble import Layout, fill
+from sluice.profiler.fit.calibrate import calibrate
+from sluice.profiler.pieces.engine import model_key
+from sluice.profiler.pieces.partition import Partition
+from sluice.profiler.survey import Coverage, coverage, measure_slots
+from sluice.profiler.sweep.bench import Bench
+from sluice.profiler.sweep.engine_times import measure_engines
+from sluice.profiler.table.fingerprint import Fingerprint
+from sluice.profiler.table.measurement import UNCERTAIN, Measurement
+from sluice.profiler.timing import timing_cache
+from sluice.profiler.timing.measure import ReferenceEngine
+from sluice.profiler.timing.reference_engine import reference_model
+from sluice.runtime.base.runner import Runner
+from sluice.runtime.targets import make_runner
+from sluice.solver.options import EditSpace
+
+__all__ = ["Profile", "Seen"]
+
+
+@dataclass(slots=True)
+class Seen:
+    """The latency model at one state of the table."""
+
+    revision: tuple[int, ...] = ()
+    model: LatencyModel | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Profile:
+    """A network on one device: its sites, and a view of the table that grows as it is asked.
+
+    ``shut`` are sites that stay dense: the other reading of the network lacks them. ``address`` says where the target
+    is, if not here.
+    """
+
+    layout: Layout
+    bench: Bench
+    space: SearchSpace
+    options: EditSpace
+    shut: frozenset[str] = frozenset()
+    progress: Progress = silent
+    address: str = ""
+    _seen: Seen = field(default_factory=Seen)
+
+    @property
+    def partition(self) -> Partition:
+        return self.layout.partition
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return self.bench.table.fingerprint
+
+    @property
+    def target(self) -> str:
+        return self.fingerprint.runtime
+
+    @property
+    def open(self) -> bool:
+        """Whether more can be measured: the table is this device's."""
+        return not self.bench.closed
+
+    @property
+    def latency(self) -> LatencyModel:
+        """The calibrated latency model, as the table knows it now; a frozen value."""
+        table = self.bench.table
+        if self._seen.model is None or self._seen.revision != table.revision():
+            self._seen.revision = table.revision()
+            self._seen.model = calibrate(fill(self.layout, table), self.layout, table).pinned(self.shut)
+        return self._seen.model
+
+    def knows(self, widths: Mapping[str, int]) -> bool:
+        """Whether every point of a configuration was measured."""
+        return self.latency.measured_at(widths)
+
+    def ask(self, configurations: Iterable[Mapping[str, int]]) -> int:
+        """Measure what these configurations use and is not known; how many points these were."""
+        model = self.latency
+        terms = {term.name: term for term in model.terms}
+        wanted = [
+            (slot, at)
+            for widths in configurations
+            for slot, at in self.layout.points(widths)
+            if not terms[slot.name].measured_at(widths)
+        ]
+        if not wanted:
+            return 0
+        with self.progress("points that plans use") as advance:
+            return measure_slots(replace(self.bench, progress=advance), wanted)
+
+    def time_engines(self, configurations: Sequence[Mapping[str, int]]) -> None:
+        """Measure whole engines in these configurations, which calibrate the model, unless they are known."""
+        key, table = self.model_key, self.bench.table
+        known = table.engines(key)
+        there = [widths for widths, _ in known]
+        plans = [dict(widths) for widths in configurations if dict(widths) not in there]
+        if plans:
+            with self.progress("engines") as advance:
+                bench = replace(self.bench, progress=advance)
+                measure_engines(self.partition, bench, plans, self.options, known=known, record=key)
+            self._keep_calibration()
+
+    def learn(self, widths: Mapping[str, int], ratio: float, uncertain: bool = False) -> None:
+        """Take note of an engine that was measured elsewhere: ``ratio`` of its time to that of the dense engine."""
+        key, table = self.model_key, self.bench.table
+        dense = next((m for plan, m in table.engines(key) if plan == dict(self.latency.dense)), None)
+        if dense is not None and self.open:
+            spread = max(dense.spread, 2 * UNCERTAIN if uncertain else 0.0)
+            found = Measurement(ratio * dense.ms, spread, dense.samples, dense.clock)
+            table.put_engine(key, widths, found)
+            self._keep_calibration()
+
+    def _keep_calibration(self) -> None:
+        model = self.latency
+        self.bench.table.put_calibration(self.model_key, model.slope, model.intercept, model.error)
+
+    @property
+    def model_key(self) -> str:
+        """The name of the network in the table."""
+        return model_key(self.partition, self.layout.dense)
+
+    @property
+    def coverage(self) -> Coverage:
+        """What the table holds of the network by now."""
+        return coverage(self.layout, self.bench.table)
+
+    @property
+    def moved(self) -> float:
+        """The factor by which the table's times were multiplied when it was opened, as another host had begun it."""
+        return self.bench.reference.moved
+
+    def reference(self, runner: Runner) -> ReferenceEngine:
+        """The reference engine that makes times of different moments comparable."""
+        return ReferenceEngine(runner.build(reference_model()), self.bench.reference.ms)
+
+    def runner(self) -> Runner:
+        runner = make_runner(target_at(self.target, self.address), self.fingerprint.threads)
+        timing_cache.restore(runner, self.bench.table.get_blob(timing_cache.NAME))
+        return runner
+
+    def engine(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        """An fp32 network as its engine is timed: in the profile's precision."""
+        return to_precision(model, self.fingerprint.precision, target=self.target)
