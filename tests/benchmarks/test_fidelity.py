@@ -28,10 +28,9 @@ from benchmarks.fidelity_results import (
 from benchmarks.fidelity_runs import NETWORKS, Network
 from sluice import models
 from sluice.core.errors import SluiceError
-from sluice.profiler import profile as profile_module
 from sluice.solver.options import METHODS
 from tests import tiny
-from tests.device import FakeRunner, staircase
+from tests.device import FakeRunner, profile_on, staircase
 
 ONE, TWO, OTHER = product(["resnet20"]) + product(["crepe_tiny"], [2])
 
@@ -193,7 +192,7 @@ def exported() -> onnx.ModelProto:
 def simulated(monkeypatch: pytest.MonkeyPatch, exported: onnx.ModelProto) -> FakeRunner:
     """A device that computes channels in blocks of four, and one network to try on it."""
     runner = FakeRunner(staircase(4))
-    monkeypatch.setattr(profile_module, "make_runner", lambda target, threads=1: runner)
+    profile_on(lambda target, threads=1: runner, monkeypatch)
     monkeypatch.setattr(fidelity_results, "BATCHES", {"net": 2})
     monkeypatch.setattr(fidelity, "BATCHES", {"net": 2})
     monkeypatch.setattr(fidelity_runs, "NETWORKS", {"net": Network(tiny.residual, (3, 9, 9))})

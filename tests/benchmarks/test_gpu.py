@@ -21,16 +21,15 @@ from benchmarks.gpu import Record, TimeUp, main, time_limit
 from benchmarks.gpu_plot import staircase_plot, ticks
 from benchmarks.gpu_stages import FULL, SMALL
 from sluice.core.errors import SluiceError
-from sluice.profiler import profile as profile_module
 from sluice.runtime.base.compare import assert_close
-from tests.device import FakeRunner, chain, staircase
+from tests.device import FakeRunner, chain, profile_on, staircase
 
 
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> FakeRunner:
     runner = FakeRunner(staircase(8))
-    for module in (gpu, profile_module):
-        monkeypatch.setattr(module, "make_runner", lambda target, threads=1: runner)
+    monkeypatch.setattr(gpu, "make_runner", lambda target, threads=1: runner)
+    profile_on(lambda target, threads=1: runner, monkeypatch)
     monkeypatch.setattr(gpu, "_export", lambda network: chain([50, 36], batch="N"))
     return runner
 
@@ -170,8 +169,8 @@ def test_a_call_that_was_cut_off_loses_no_point(
 def two(simulated: FakeRunner, monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeRunner]:
     """Two targets, each with a version of its own."""
     runners = {"torch-cuda": simulated, "ort-cuda": FakeRunner(staircase(4))}
-    for module in (gpu, profile_module):
-        monkeypatch.setattr(module, "make_runner", lambda target, threads=1: runners[target])
+    monkeypatch.setattr(gpu, "make_runner", lambda target, threads=1: runners[target])
+    profile_on(lambda target, threads=1: runners[target], monkeypatch)
     return runners
 
 

@@ -20,11 +20,11 @@ from sluice.passes.gates.gating import Gated, insert_gates, strip_gates
 from sluice.pipeline.choose import Scenario, choose
 from sluice.pipeline.price import price_problem
 from sluice.pipeline.problem import Problem, Solution
-from sluice.profiler import profile as profile_module
-from sluice.profiler.profile import Profile, profile_onnx
+from sluice.profiler.profile import profile_onnx
+from sluice.profiler.view import Profile
 from sluice.solver.options import METHODS
 from sluice.training.rehearse import HELD, held_out_loss, rehearse
-from tests.device import FakeRunner, staircase
+from tests.device import FakeRunner, profile_on, staircase
 from tests.networks import mixed
 
 
@@ -60,7 +60,7 @@ class Case:
 def case() -> Case:
     model, inputs = mixed()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profile_module, "make_runner", lambda target, threads=1: FakeRunner(staircase(8)))
+        profile_on(lambda target, threads=1: FakeRunner(staircase(8)), patch)
         profile = profile_onnx(to_onnx(model, inputs), deployment=Deployment(batch=2), methods=METHODS, progress=False)
     gated = insert_gates(model, inputs)
     scores = fisher_scores(gated, data())

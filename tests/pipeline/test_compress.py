@@ -32,7 +32,7 @@ from sluice.pipeline.one_shot import plan_one_shot
 from sluice.pipeline.pairs import structure
 from sluice.pipeline.problem import Problem
 from sluice.pipeline.recipe import Recipe
-from sluice.profiler.profile import Profile
+from sluice.profiler.view import Profile
 from sluice.runtime.base.compare import assert_close
 from sluice.runtime.base.runner import Runner
 from sluice.runtime.ort.cpu import OrtRunner
@@ -40,6 +40,7 @@ from sluice.solver.options import METHODS
 from sluice.training.budget import Budget
 from sluice.training.train import Data
 from tests import tiny
+from tests.device import profile_on
 
 BUDGET = "70%"
 
@@ -283,7 +284,7 @@ def test_a_proposal_needs_no_device(table: Path, monkeypatch: pytest.MonkeyPatch
     def absent(target: str, *rest: object) -> Runner:
         raise SluiceError(f"the target {target!r} cannot run here")
 
-    monkeypatch.setattr("sluice.profiler.profile.make_runner", absent)
+    profile_on(absent, monkeypatch)
     assert plan_one_shot(tiny.model(), tiny.inputs(), **asked, deployment=here, progress=False) == expected
     with pytest.raises(SluiceError, match="cannot run here"):  # whose engines must be measured
         compress(tiny.model(), tiny.inputs(), **asked, batch=tiny.BATCH, progress=False)

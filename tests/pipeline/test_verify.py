@@ -30,11 +30,11 @@ from sluice.pipeline.verify import (
     measure_configurations,
     solve_verified,
 )
-from sluice.profiler import profile as profile_module
-from sluice.profiler.profile import Profile, profile_onnx
+from sluice.profiler.profile import profile_onnx
 from sluice.profiler.timing.measure import measure
+from sluice.profiler.view import Profile
 from sluice.solver.decide import amplitude_losses
-from tests.device import Cost, FakeRunner, chain, line, staircase
+from tests.device import Cost, FakeRunner, chain, line, profile_on, staircase
 
 DENSE, SLIM = chain([62, 36, 20], batch="N"), chain([31, 18, 10], batch="N")
 BUDGETS = 100
@@ -64,13 +64,13 @@ class Device:
 def device_of(cost: Cost, monkeypatch: pytest.MonkeyPatch) -> Device:
     profile = _profiled(cost, monkeypatch)
     runner = FakeRunner(cost)
-    monkeypatch.setattr(profile_module, "make_runner", lambda target, threads=1: runner)
+    profile_on(lambda target, threads=1: runner, monkeypatch)
     return Device(profile, runner)
 
 
 def _profiled(cost: Cost, monkeypatch: pytest.MonkeyPatch) -> Profile:
     """Its own for every test, as it learns from what is verified."""
-    monkeypatch.setattr(profile_module, "make_runner", lambda target, threads=1: FakeRunner(cost))
+    profile_on(lambda target, threads=1: FakeRunner(cost), monkeypatch)
     return profile_onnx(DENSE, deployment=Deployment(batch=2), progress=False)
 
 

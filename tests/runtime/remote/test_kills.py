@@ -16,12 +16,11 @@ import pytest
 
 from sluice.core.deployment import Deployment
 from sluice.core.errors import LostLine, SluiceError
-from sluice.profiler import profile as profile_module
 from sluice.profiler.profile import profile_onnx
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.runtime.remote.client import RemoteRunner, RemoteSession
 from sluice.runtime.targets import make_runner
-from tests.device import FakeRunner, chain, staircase
+from tests.device import FakeRunner, chain, profile_on, staircase
 from tests.remote import FAKE, ROOT, Served, started
 
 MODEL = chain([9, 7, 11], batch="N")
@@ -47,7 +46,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[tuple[int,
     """What a run that nobody kills finds."""
     path = tmp_path_factory.mktemp("whole") / "t.db"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profile_module, "make_runner", lambda target, threads=1: FakeRunner(staircase(8)))
+        profile_on(lambda target, threads=1: FakeRunner(staircase(8)), patch)
         profile_onnx(MODEL, path, deployment=Deployment(batch=2), complete=True, progress=False)
     return points(path)
 
