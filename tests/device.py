@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sluice.passes.graph.static_shapes import static_graph
-from sluice.profiler import profile, view
 from sluice.profiler.table.fingerprint import Fingerprint
 from sluice.profiler.timing.reference_engine import reference_model
 from sluice.runtime.base.runner import Clock
+
+if TYPE_CHECKING:
+    import pytest
 
 __all__ = [
     "FINGERPRINT",
@@ -150,5 +151,7 @@ def chain(
 
 def profile_on(runner: Callable[..., Any], patch: pytest.MonkeyPatch) -> None:
     """Profiles are made on what ``runner(target, threads)`` makes, and measure there."""
+    from sluice.profiler import profile, view
+
     for module in (profile, view):
         patch.setattr(module, "make_runner", runner)
