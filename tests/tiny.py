@@ -174,9 +174,19 @@ def dense_table_bytes() -> bytes:
         return path.read_bytes()
 
 
-def table_in(folder: Path) -> Path:
+@cache
+def residual_table_bytes() -> bytes:
+    """The table of `residual`."""
+    with tempfile.TemporaryDirectory() as folder, simulated_device():
+        path = Path(folder) / "t.db"
+        sluice.profile(residual(), inputs(), path, batch=BATCH, progress=False)
+        return path.read_bytes()
+
+
+def table_in(folder: Path, content: bytes | None = None) -> Path:
+    """A file with the table of `model`, or with that of ``content``."""
     path = folder / "t.db"
-    path.write_bytes(table_bytes())
+    path.write_bytes(table_bytes() if content is None else content)
     return path
 
 

@@ -240,7 +240,7 @@ def test_a_plan_from_another_devices_table_says_what_is_estimated(
     asked = (*asked, tmp_path / "p.json", "--table", table_in(tmp_path))
     here = json.loads(run(capsys, *asked, "--json"))
     assert here["estimated"] == 0.0
-    (tmp_path / "t.db").write_bytes(tiny.dense_table_bytes())
+    table_in(tmp_path, tiny.dense_table_bytes())
     profile_on(_away, monkeypatch)
     found = json.loads(run(capsys, *asked, "--json"))
     assert 0.0 < found["estimated"] <= 1.0 and found["dense_ms"] == pytest.approx(here["dense_ms"])

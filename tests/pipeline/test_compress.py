@@ -304,9 +304,7 @@ def test_the_users_model_is_not_changed(table: Path) -> None:
 
 @pytest.fixture(scope="module")
 def residual_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("residual") / "t.db"
-    sluice.profile(tiny.residual(), tiny.inputs(), path, batch=tiny.BATCH, progress=False)
-    return path
+    return tiny.table_in(tmp_path_factory.mktemp("residual"), tiny.residual_table_bytes())
 
 
 def test_all_methods_end_to_end(residual_table: Path, tmp_path: Path) -> None:

@@ -26,10 +26,8 @@ BUDGETS = {"80%": 0.8, "70%": 0.7}
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    path = tmp_path_factory.mktemp("walk") / "t.db"
     with tiny.simulated_device():
-        sluice.profile(tiny.residual(), tiny.inputs(), path, batch=tiny.BATCH, progress=False)
-        yield path
+        yield tiny.table_in(tmp_path_factory.mktemp("walk"), tiny.residual_table_bytes())
 
 
 @pytest.fixture
