@@ -82,7 +82,7 @@ def test_structure_needs_data() -> None:
         price_problem(case().gated, case().profile, ("rank",), case().scores, loss=squared)
 
 
-@pytest.mark.parametrize("share", [0.5, 0.7])
+@pytest.mark.parametrize("share", [0.5, pytest.param(0.4, marks=pytest.mark.slow)])
 def test_readings_differ_and_keep_the_budget(share: float) -> None:
     readings = case().choose(share, steps=0)
     assert readings[0].name == "together" and len(readings) >= 2

@@ -32,10 +32,12 @@ from sluice.pipeline.one_shot import plan_one_shot
 from sluice.pipeline.pairs import structure
 from sluice.pipeline.problem import Problem
 from sluice.pipeline.recipe import Recipe
+from sluice.profiler.survey import complete_points
 from sluice.profiler.view import Profile
 from sluice.runtime.base.compare import assert_close
 from sluice.runtime.base.runner import Runner
 from sluice.runtime.ort.cpu import OrtRunner
+from sluice.solver.decide import least_ms
 from sluice.solver.options import METHODS
 from sluice.training.budget import Budget
 from sluice.training.train import Data
@@ -59,6 +61,26 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def measured(table: Path) -> Profile:
     return sluice.profile(tiny.model(), tiny.inputs(), table, batch=tiny.BATCH, progress=False)
+
+
+def test_a_profile_rests_on_what_was_measured(measured: Profile) -> None:
+    """The least configuration is measured, and engines on the way there calibrate: the bounds of a budget are no guess."""
+    latency, table = measured.latency, measured.bench.table
+    least = least_ms(latency)
+    assert measured.knows(latency.dense) and measured.knows(least.widths)
+    assert len(table.engines(measured.model_key)) > 2
+    assert measured.coverage.points < measured.coverage.complete
+    gated = insert_gates(tiny.model(), tiny.inputs(), steps=3)
+    assert Budget(gated, measured, BUDGET).dense_ms == latency.dense_ms()
+
+
+def test_a_complete_profile_needs_no_more() -> None:
+    measured = sluice.profile(
+        tiny.model(), tiny.inputs(), batch=tiny.BATCH, methods=("filter",), complete=True, progress=False
+    )
+    points, complete = measured.coverage.points, measured.coverage.complete
+    assert points >= complete
+    assert all(measured.bench.table.get(slot.part.key, at) for slot, at in complete_points(measured.layout))
 
 
 @pytest.fixture(scope="module", params=[0, 3], ids=["one-shot", "gates"])
