@@ -64,7 +64,7 @@ def measured(table: Path) -> Profile:
 
 
 def test_a_profile_rests_on_what_was_measured(measured: Profile) -> None:
-    """The least configuration is measured, and engines on the way there calibrate: the bounds of a budget are no guess."""
+    """The least configuration is measured, and engines on the way there calibrate: a budget's bounds are no guess."""
     latency, table = measured.latency, measured.bench.table
     least = least_ms(latency)
     assert measured.knows(latency.dense) and measured.knows(least.widths)
