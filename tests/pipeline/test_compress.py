@@ -448,5 +448,5 @@ def test_what_is_profiled_says_which_weights_are_buffers(monkeypatch: pytest.Mon
 
     seen: list[onnx.ModelProto] = []
     monkeypatch.setattr(prepare, "profile_onnx", lambda dense, *args, **kwargs: seen.append(dense))
-    prepare.profile(Transform().eval(), torch.randn(2, 3, 7, 6), progress=False)
+    prepare.profile(Transform().eval(), torch.randn(2, 3, 7, 6), complete=True, progress=False)
     assert buffers_of(seen[0]) == {"kernel"} and "kernel" in {init.name for init in seen[0].graph.initializer}
