@@ -1,9 +1,10 @@
 """How one run of `benchmarks.fidelity` is done: profile, draw, build, measure.
 
 1. The weights are random, since the time of a network does not depend on them; CREPE's are not read either.
-2. Promises are those of the profile by what its table holds; a point that it lacks is estimated. Fresh plans are drawn
-   from all edits on offer, and their whole engines built and measured, interleaved. Engines that the table knows take
-   their turns with them and show how much slower the machine has become (`sluice.profiler.sweep.engine_times`, 2).
+2. The profile is that of `sluice profile`: the dense network, the plans of some budgets, and their engines. Fresh plans
+   are then drawn from all edits on offer. What they use is measured, as for every plan that is promised. Then their
+   whole engines are built and measured, interleaved. A few of the calibration's engines take their turns with them and
+   show how much slower the machine has become (`sluice.profiler.sweep.engine_times`, 2).
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ def perform(run: Run, folder: Path) -> Record:
     deployment = Deployment(batch=run.batch, threads=run.threads)
     profile = profile_onnx(dense, table, deployment=deployment, methods=run.methods)
     walk(profile, run.methods)
+    seconds = time.perf_counter() - started
     rng = np.random.default_rng(run.seed)
     latency, options = profile.latency, profile.options
     drawn = [
@@ -79,8 +81,7 @@ def perform(run: Run, folder: Path) -> Record:
         for _ in range(run.plans)
     ]
     profile.ask(drawn)
-    latency, seconds = profile.latency, time.perf_counter() - started
-    runner = profile.runner()
+    latency, runner = profile.latency, profile.runner()
     with LatencyTable.open(table) as opened:
         bench = Bench(opened, runner, make_reference_engine(opened, runner, rng), rng)
         known = opened.engines(profile.model_key)

@@ -18,7 +18,7 @@ from sluice.models.imagenet import ImageNetResNet
 from sluice.passes.precision.to_precision import to_precision
 from sluice.pipeline.verify import measure_configurations
 from sluice.profiler.fit.least_squares import errors
-from sluice.profiler.need import solve_by_need
+from sluice.profiler.need import solve_by_need, walk
 from sluice.profiler.profile import Profile, profile_onnx
 from sluice.profiler.sweep.bench import Bench
 from sluice.profiler.sweep.engine_times import measure_engines
@@ -107,6 +107,7 @@ def dense(runner: Runner, model: onnx.ModelProto, batch: int, precision: str) ->
 def profiled(model: onnx.ModelProto, table: Path, *, batch: int, target: str, precision: str) -> dict[str, Any]:
     """The counts and the stated error of profiling; ``profile`` is the profile itself."""
     profile = profile_onnx(model, table, deployment=Deployment(target, batch, 1, precision), progress=False)
+    walk(profile, ("filter",))
     with LatencyTable.open(table) as opened:
         points = len(opened)
     return {
@@ -140,9 +141,9 @@ def half(profile: Profile, share: float = SHARE) -> dict[str, Any]:
     latency, rng = profile.latency, np.random.default_rng(0)
     scores = {group: rng.exponential(size=levels[-1]) for group, levels in latency.levels.items()}
     losses = amplitude_losses(latency.levels, scores)
-    least = solve_by_need(profile, lambda known: least_ms(known, time_limit_s=SOLVER_S))
+    least = solve_by_need(profile, lambda model: least_ms(model, time_limit_s=SOLVER_S))
     target_ms = max(share * latency.dense_ms(), least.promised_ms)
-    choice = solve_by_need(profile, lambda known: decide(known, losses, target_ms, time_limit_s=SOLVER_S))
+    choice = solve_by_need(profile, lambda model: decide(model, losses, target_ms, time_limit_s=SOLVER_S))
     dense_ms, slim_ms = measure_configurations(profile, [latency.dense, choice.widths])
     return {
         "share": share,

@@ -156,34 +156,13 @@ def compress(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     """Make a plan in one shot, without training."""
-    from sluice.artifacts.report_rows import edit_rows
-    from sluice.pipeline.one_shot import plan_one_shot
+    from sluice.pipeline.one_shot import plan_one_shot, plan_summary
 
     settings = options.settings(args)
     model, inputs = model_of(args.model), inputs_of(args.model, args.shape, args.batch)
     found = plan_one_shot(model, inputs, budget=args.budget, data=data_of(args.data), **settings)
     found.plan.save(args.out)
-    edits = edit_rows(found.plan)
-    data = {
-        "dense_ms": found.dense_ms,
-        "budget_ms": found.budget_ms,
-        "promised_ms": found.promised_ms,
-        "retained": found.retained,
-        "estimated": found.estimated,
-        "widths": dict(found.plan.widths),
-        "edits": [asdict(edit) for edit in edits],
-    }
-    line = (
-        f"promised {found.promised_ms:.4g} ms of {found.dense_ms:.4g} ms dense (budget {found.budget_ms:.4g} ms), "
-        f"{found.retained:.1%} of the importance retained; {args.out}"
-    )
-    lines = [line]
-    if found.estimated:
-        lines.append(
-            f"{found.estimated:.1%} of these milliseconds are estimated, as the table lacks points of the plan; "
-            "`sluice profile --complete` on the device measures them"
-        )
-    return _print(args, data, [*lines, *(f"  {edit.method} {edit.name}: {edit.detail}" for edit in edits)])
+    return _print(args, *plan_summary(found, args.out))
 
 
 def apply(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -19,7 +19,20 @@ from sluice.profiler.table.fingerprint import Fingerprint
 from sluice.profiler.timing.reference_engine import reference_model
 from sluice.runtime.base.runner import Clock
 
-__all__ = ["FINGERPRINT", "REFERENCE_MS", "FakeRunner", "FakeSession", "chain", "line", "operator_ms", "staircase"]
+if TYPE_CHECKING:
+    import pytest
+
+__all__ = [
+    "FINGERPRINT",
+    "REFERENCE_MS",
+    "FakeRunner",
+    "FakeSession",
+    "chain",
+    "line",
+    "operator_ms",
+    "profile_on",
+    "staircase",
+]
 
 REFERENCE_MS = 0.4
 FINGERPRINT = Fingerprint("a fake device", "fake", "0", 1, "fp32", 2, "thread_cpu")
@@ -134,3 +147,11 @@ def chain(
         weights,
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def profile_on(runner: Callable[..., Any], patch: pytest.MonkeyPatch) -> None:
+    """Profiles are made on what ``runner(target, threads)`` makes, and measure there."""
+    from sluice.profiler import profile, view
+
+    for module in (profile, view):
+        patch.setattr(module, "make_runner", runner)

@@ -57,7 +57,12 @@ LARGE: dict[str, Callable[[], nn.Module]] = {
     "resnet50": models.resnet50,
     "resnet56": lambda: models.resnet56(7, widths=WIDTHS),
 }
-REFERENCE = [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
+DENSENET = pytest.param("densenet", marks=pytest.mark.slow)  # as its export takes longest of all small ones
+REFERENCE = [
+    DENSENET,
+    *(name for name in SMALL if name != "densenet"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE),
+]
 METHODS = ("filter", "rank", "block", "merge")
 
 
@@ -162,7 +167,9 @@ def test_a_slim_network(rtx: Rtx, name: str, precision: str) -> None:
     accepted(rtx, to_precision(finalize(cut(name)[0]), precision, target=TARGET))
 
 
-@pytest.mark.parametrize("name", ["densenet", "mobilenet_v2", "resnet20", "vgg16_bn"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("densenet", marks=pytest.mark.slow), "mobilenet_v2", "resnet20", "vgg16_bn"]
+)
 def test_a_thinner_network(rtx: Rtx, name: str) -> None:
     accepted(rtx, finalize(cut(name, ("filter",))[0]))
 

@@ -309,7 +309,7 @@ def test_disk_full_while_saving(refused: Refused, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("sluice.artifacts.result.save_onnx", full)
     said = refused(
         f"compress tests.tiny:model {COMPRESS} --gate-epochs 0 --data tests.tiny:data --budget 80% --out", folder,
-        "--table", table,
+        "--table", table, new=("t.db",),
     )  # fmt: skip
     assert "No space left" in said
 

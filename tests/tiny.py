@@ -22,12 +22,15 @@ from torch.nn import functional as F
 
 import sluice
 from sluice.artifacts.macs import count_macs
+from sluice.core.deployment import Deployment
 from sluice.models import enliven
 from sluice.models.resnet import BasicBlock
 from sluice.passes.cut.export import to_onnx
 from sluice.passes.graph.onnx_file import save_onnx
 from sluice.passes.graph.static_shapes import static_graph
+from sluice.profiler.profile import profile_onnx
 from sluice.runtime.ort.cpu import OrtRunner, OrtSession
+from sluice.solver.options import METHODS
 
 BATCH = 3
 CALL_MS, MAC_MS = 1e-3, 1e-4
@@ -154,16 +157,36 @@ def simulated_device() -> Iterator[None]:
 
 @cache
 def table_bytes() -> bytes:
-    """The table of `model` on the simulated device."""
+    """The table of `model` on the simulated device, as `sluice.profile` fills it."""
     with tempfile.TemporaryDirectory() as folder, simulated_device():
         path = Path(folder) / "t.db"
         sluice.profile(model(), inputs(), path, batch=BATCH, progress=False)
         return path.read_bytes()
 
 
-def table_in(folder: Path) -> Path:
+@cache
+def dense_table_bytes() -> bytes:
+    """The same with nothing but the dense network."""
+    with tempfile.TemporaryDirectory() as folder, simulated_device():
+        path = Path(folder) / "t.db"
+        dense = onnx.load_model_from_string(_dense_bytes())
+        profile_onnx(dense, path, deployment=Deployment(batch=BATCH), methods=METHODS, progress=False)
+        return path.read_bytes()
+
+
+@cache
+def residual_table_bytes() -> bytes:
+    """The table of `residual`."""
+    with tempfile.TemporaryDirectory() as folder, simulated_device():
+        path = Path(folder) / "t.db"
+        sluice.profile(residual(), inputs(), path, batch=BATCH, progress=False)
+        return path.read_bytes()
+
+
+def table_in(folder: Path, content: bytes | None = None) -> Path:
+    """A file with the table of `model`, or with that of ``content``."""
     path = folder / "t.db"
-    path.write_bytes(table_bytes())
+    path.write_bytes(table_bytes() if content is None else content)
     return path
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import nn
 
+from sluice.artifacts.report import edit_rows
 from sluice.core.budget_spec import BudgetSpec
 from sluice.core.deployment import Deployment
 from sluice.core.plan import Plan
@@ -17,7 +19,7 @@ from sluice.pipeline.recipe import Recipe
 from sluice.solver.options import METHODS, check_methods
 from sluice.training.train import Data, check_data
 
-__all__ = ["OneShotPlan", "plan_one_shot"]
+__all__ = ["OneShotPlan", "plan_one_shot", "plan_summary"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +67,27 @@ def plan_one_shot(
     solution = ready.problem.solve(target_ms)
     choice, estimated = solution.choice, ready.measured.latency.share_estimated(solution.choice.widths)
     return OneShotPlan(solution.plan, target_ms, dense_ms, choice.promised_ms, choice.retained, estimated)
+
+
+def plan_summary(found: OneShotPlan, out: str) -> tuple[dict[str, Any], list[str]]:
+    """The promise of a plan and its edits, as data and as lines; ``out`` is where the plan was written."""
+    edits = edit_rows(found.plan)
+    data = {
+        "dense_ms": found.dense_ms,
+        "budget_ms": found.budget_ms,
+        "promised_ms": found.promised_ms,
+        "retained": found.retained,
+        "estimated": found.estimated,
+        "widths": dict(found.plan.widths),
+        "edits": [asdict(edit) for edit in edits],
+    }
+    lines = [
+        f"promised {found.promised_ms:.4g} ms of {found.dense_ms:.4g} ms dense (budget {found.budget_ms:.4g} ms), "
+        f"{found.retained:.1%} of the importance retained; {out}"
+    ]
+    if found.estimated:
+        lines.append(
+            f"{found.estimated:.1%} of these milliseconds are estimated, as the table lacks points of the plan; "
+            "`sluice profile --complete` on the device measures them"
+        )
+    return data, [*lines, *(f"  {edit.method} {edit.name}: {edit.detail}" for edit in edits)]

@@ -173,8 +173,9 @@ def test_files_of_other_inputs_or_outputs() -> None:
         compare_precisions(deploy_onnx(deployed("spatial"), "fp16"), wide, "fp16", spec)
 
 
-def test_every_network_of_the_tests_is_itself_in_16_bits() -> None:
-    for name in NETWORKS:
+@pytest.mark.parametrize("names", [[*NETWORKS][::6], pytest.param([*NETWORKS], marks=pytest.mark.slow)])
+def test_every_network_of_the_tests_is_itself_in_16_bits(names: list[str]) -> None:
+    for name in names:
         for precision in ("fp16", "bf16"):
             found = likeness(name, precision, deploy_onnx(deployed(name), precision))
             assert found.same, (name, precision, found)

@@ -42,6 +42,7 @@ from sluice.runtime.base.compare import assert_close
 from sluice.runtime.ort.cpu import OrtRunner
 from sluice.solver.options import METHODS
 from tests import tiny
+from tests.device import profile_on
 from tests.tiny import compressed_in, dense_onnx_in, files_of, table_in, words
 
 MODEL = "tests.tiny:model"
@@ -211,6 +212,44 @@ def test_profile(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     only = json.loads(run(capsys, line))
     assert (only["ranks"], only["merges"], only["least_ms_alone"]) == ({}, [], {})
     assert only["least_ms"] == pytest.approx(again["least_ms_alone"]["filter"], rel=0.05)
+
+
+def test_a_complete_profile_leaves_nothing_to_measure(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    asked = ("profile", dense_onnx_in(tmp_path), DEVICE, "--json --methods filter --table")
+    few = json.loads(run(capsys, *asked, tmp_path / "few.db"))
+    whole = json.loads(run(capsys, *asked, tmp_path / "whole.db", "--complete"))
+    assert few["points"] < few["complete"] == whole["complete"] <= whole["points"]
+    assert whole["error"]["n"] > few["error"]["n"]
+    assert whole["least_ms"] == pytest.approx(few["least_ms"], rel=0.01)
+    text = run(capsys, "profile", tmp_path / "dense.onnx", DEVICE, "--methods filter --table", tmp_path / "few.db")
+    assert f"{few['points']} points measured, a complete table has {few['complete']}; " in text
+
+
+def test_the_help_of_profile_tells_of_complete_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as asked:
+        main(["profile", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert asked.value.code == 0 and "--complete measure all points now" in text
+
+
+def test_a_plan_from_another_devices_table_says_what_is_estimated(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table of a device that is away holds the dense network, and nothing is measured here."""
+    asked = ("plan", MODEL, "--shape 3,9,9", DEVICE, "--budget 60% --data tests.tiny:data -o")
+    asked = (*asked, tmp_path / "p.json", "--table", table_in(tmp_path))
+    here = json.loads(run(capsys, *asked, "--json"))
+    assert here["estimated"] == 0.0
+    table_in(tmp_path, tiny.dense_table_bytes())
+    profile_on(_away, monkeypatch)
+    found = json.loads(run(capsys, *asked, "--json"))
+    assert 0.0 < found["estimated"] <= 1.0 and found["dense_ms"] == pytest.approx(here["dense_ms"])
+    text = run(capsys, *asked)
+    assert f"{found['estimated']:.1%} of these milliseconds are estimated, as the table lacks points" in text
+
+
+def _away(target: str, threads: int = 1) -> object:
+    raise SluiceError(f"the target {target!r} is not here")
 
 
 def test_compress_and_check(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -18,13 +18,13 @@ from sluice.profiler.engine_layers import check_inspector, place_profile, placem
 from sluice.profiler.fit.assemble import lay_out
 from sluice.profiler.pieces.partition import partition_graph
 from sluice.profiler.pieces.variants import Alternatives
-from sluice.profiler.profile import Profile
 from sluice.profiler.survey import closed_bench
 from sluice.profiler.table.fingerprint import Fingerprint
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.table.measurement import Measurement
 from sluice.profiler.timing import sm_clock as clocks
 from sluice.profiler.timing.timing_cache import NAME
+from sluice.profiler.view import Profile
 from sluice.runtime.base import nvidia
 from sluice.runtime.base import runner as runner_module
 from sluice.runtime.base.cuda import Cuda

@@ -20,11 +20,11 @@ from sluice.passes.gates.gating import Gated, insert_gates, strip_gates
 from sluice.pipeline.choose import Scenario, choose
 from sluice.pipeline.price import price_problem
 from sluice.pipeline.problem import Problem, Solution
-from sluice.profiler import profile as profile_module
-from sluice.profiler.profile import Profile, profile_onnx
+from sluice.profiler.profile import profile_onnx
+from sluice.profiler.view import Profile
 from sluice.solver.options import METHODS
 from sluice.training.rehearse import HELD, held_out_loss, rehearse
-from tests.device import FakeRunner, staircase
+from tests.device import FakeRunner, profile_on, staircase
 from tests.networks import mixed
 
 
@@ -60,7 +60,7 @@ class Case:
 def case() -> Case:
     model, inputs = mixed()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profile_module, "make_runner", lambda target, threads=1: FakeRunner(staircase(8)))
+        profile_on(lambda target, threads=1: FakeRunner(staircase(8)), patch)
         profile = profile_onnx(to_onnx(model, inputs), deployment=Deployment(batch=2), methods=METHODS, progress=False)
     gated = insert_gates(model, inputs)
     scores = fisher_scores(gated, data())
@@ -82,7 +82,7 @@ def test_structure_needs_data() -> None:
         price_problem(case().gated, case().profile, ("rank",), case().scores, loss=squared)
 
 
-@pytest.mark.parametrize("share", [0.5, 0.7])
+@pytest.mark.parametrize("share", [0.5, pytest.param(0.4, marks=pytest.mark.slow)])
 def test_readings_differ_and_keep_the_budget(share: float) -> None:
     readings = case().choose(share, steps=0)
     assert readings[0].name == "together" and len(readings) >= 2

@@ -32,14 +32,17 @@ from sluice.pipeline.one_shot import plan_one_shot
 from sluice.pipeline.pairs import structure
 from sluice.pipeline.problem import Problem
 from sluice.pipeline.recipe import Recipe
-from sluice.profiler.profile import Profile
+from sluice.profiler.survey import complete_points
+from sluice.profiler.view import Profile
 from sluice.runtime.base.compare import assert_close
 from sluice.runtime.base.runner import Runner
 from sluice.runtime.ort.cpu import OrtRunner
+from sluice.solver.decide import least_ms
 from sluice.solver.options import METHODS
 from sluice.training.budget import Budget
 from sluice.training.train import Data
 from tests import tiny
+from tests.device import profile_on
 
 BUDGET = "70%"
 
@@ -58,6 +61,26 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def measured(table: Path) -> Profile:
     return sluice.profile(tiny.model(), tiny.inputs(), table, batch=tiny.BATCH, progress=False)
+
+
+def test_a_profile_rests_on_what_was_measured(measured: Profile) -> None:
+    """The least configuration is measured, and engines on the way there calibrate: a budget's bounds are no guess."""
+    latency, table = measured.latency, measured.bench.table
+    least = least_ms(latency)
+    assert measured.knows(latency.dense) and measured.knows(least.widths)
+    assert len(table.engines(measured.model_key)) > 2
+    assert measured.coverage.points < measured.coverage.complete
+    gated = insert_gates(tiny.model(), tiny.inputs(), steps=3)
+    assert Budget(gated, measured, BUDGET).dense_ms == latency.dense_ms()
+
+
+def test_a_complete_profile_needs_no_more() -> None:
+    measured = sluice.profile(
+        tiny.model(), tiny.inputs(), batch=tiny.BATCH, methods=("filter",), complete=True, progress=False
+    )
+    points, complete = measured.coverage.points, measured.coverage.complete
+    assert points >= complete
+    assert all(measured.bench.table.get(slot.part.key, at) for slot, at in complete_points(measured.layout))
 
 
 @pytest.fixture(scope="module", params=[0, 3], ids=["one-shot", "gates"])
@@ -283,7 +306,7 @@ def test_a_proposal_needs_no_device(table: Path, monkeypatch: pytest.MonkeyPatch
     def absent(target: str, *rest: object) -> Runner:
         raise SluiceError(f"the target {target!r} cannot run here")
 
-    monkeypatch.setattr("sluice.profiler.profile.make_runner", absent)
+    profile_on(absent, monkeypatch)
     assert plan_one_shot(tiny.model(), tiny.inputs(), **asked, deployment=here, progress=False) == expected
     with pytest.raises(SluiceError, match="cannot run here"):  # whose engines must be measured
         compress(tiny.model(), tiny.inputs(), **asked, batch=tiny.BATCH, progress=False)
@@ -303,9 +326,7 @@ def test_the_users_model_is_not_changed(table: Path) -> None:
 
 @pytest.fixture(scope="module")
 def residual_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("residual") / "t.db"
-    sluice.profile(tiny.residual(), tiny.inputs(), path, batch=tiny.BATCH, progress=False)
-    return path
+    return tiny.table_in(tmp_path_factory.mktemp("residual"), tiny.residual_table_bytes())
 
 
 def test_all_methods_end_to_end(residual_table: Path, tmp_path: Path) -> None:
@@ -427,5 +448,5 @@ def test_what_is_profiled_says_which_weights_are_buffers(monkeypatch: pytest.Mon
 
     seen: list[onnx.ModelProto] = []
     monkeypatch.setattr(prepare, "profile_onnx", lambda dense, *args, **kwargs: seen.append(dense))
-    prepare.profile(Transform().eval(), torch.randn(2, 3, 7, 6), progress=False)
+    prepare.profile(Transform().eval(), torch.randn(2, 3, 7, 6), complete=True, progress=False)
     assert buffers_of(seen[0]) == {"kernel"} and "kernel" in {init.name for init in seen[0].graph.initializer}

@@ -20,6 +20,7 @@ from sluice.pipeline.layermerge import DepthProblem
 from sluice.pipeline.price import price_problem
 from sluice.pipeline.problem import Problem
 from sluice.runtime.base.compare import assert_close
+from sluice.solver.options import EditSpace
 from sluice.training.train import fit
 from tests.networks import mixed
 from tests.pipeline.test_choose import case, data, squared
@@ -29,9 +30,12 @@ SHARES = (0.95, 0.85, 0.75, 0.65)
 
 @functools.cache
 def bsr() -> BeamProblem:
+    """About four weights: the beam weighs every state of all weights on the data."""
     c = case()
-    problem = price_problem(c.gated, c.profile, ("bsr",), {}, data=data(), loss=squared)
-    assert isinstance(problem, BeamProblem)
+    few = list(dict.fromkeys(option.param for option in c.profile.options.ranks))[:4]
+    options = EditSpace(tuple(option for option in c.profile.options.ranks if option.param in few))
+    problem = price_problem(c.gated, replace(c.profile, options=options), ("bsr",), {}, data=data(), loss=squared)
+    assert isinstance(problem, BeamProblem) and set(problem.steps) == set(few)
     return problem
 
 
@@ -51,11 +55,9 @@ def reachable(problem: Problem, share: float) -> bool:
     return True
 
 
-@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("share", SHARES[:3])
 def test_beam_search_meets_the_budget_by_ranks_alone(share: float) -> None:
     problem = bsr()
-    if not reachable(problem, share):
-        pytest.skip("beyond what ranks reach here")
     solution = problem.solve(share * problem.model.dense_ms())
     assert solution.choice.promised_ms <= share * problem.model.dense_ms() * (1 + 1e-9)
     assert solution.plan.factorizations and not (solution.plan.slices or solution.plan.drops or solution.plan.merges)
@@ -71,7 +73,7 @@ def test_some_budgets_are_within_reach_and_some_are_not() -> None:
 def test_the_beam_is_no_worse_than_what_the_solver_makes_of_the_same_prices() -> None:
     """Jointly measured, the beam's state loses no more than the one that single prices suggest, within its steps."""
     c, problem, judge = case(), bsr(), LossIncrease(case().stripped, data(), squared)
-    priced = price_problem(c.gated, c.profile, ("rank",), {}, data=data(), loss=squared)
+    priced = price_problem(c.gated, problem.profile, ("rank",), {}, data=data(), loss=squared)
     target = SHARES[0] * problem.model.dense_ms()
     theirs = priced.solve(target).plan.factorizations
 

@@ -14,16 +14,20 @@ import torch
 import sluice
 from sluice.core.budget_spec import BudgetSpec
 from sluice.core.deployment import Deployment
+from sluice.passes.cut.export import to_onnx
 from sluice.passes.graph.capture import capture
+from sluice.pipeline.compress import sweep
+from sluice.profiler.profile import profile_known
+from sluice.profiler.table.latency_table import LatencyTable
 from tests import tiny
+
+BUDGETS = {"80%": 0.8, "70%": 0.7}
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    path = tmp_path_factory.mktemp("walk") / "t.db"
     with tiny.simulated_device():
-        sluice.profile(tiny.residual(), tiny.inputs(), path, batch=tiny.BATCH, progress=False)
-        yield path
+        yield tiny.table_in(tmp_path_factory.mktemp("walk"), tiny.residual_table_bytes())
 
 
 @pytest.fixture
@@ -62,12 +66,20 @@ def test_one_compress(gate_epochs: int, table: Path, calls: Counter[str]) -> Non
     assert calls["capture"] <= 3
 
 
-def test_one_sweep(table: Path, calls: Counter[str]) -> None:
-    """A further budget costs its slim network's export."""
-    found = sluice.sweep(
-        tiny.residual(), tiny.inputs(), budgets=["80%", "70%"], data=tiny.data(), table=table, batch=tiny.BATCH,
-        methods=("filter",), epochs=0, progress=False,
-    )  # fmt: skip
-    assert [budget for budget, done in found if done.report.met()] == ["80%", "70%"]
+def test_one_sweep(tmp_path: Path, calls: Counter[str]) -> None:
+    """A further budget costs its slim network's export, and the points that its plans use and no other did."""
+    path, held = tmp_path / "new.db", []
+    with tiny.simulated_device():
+        for budget, done in sweep(
+            tiny.residual(), tiny.inputs(), budgets=["80%", "70%"], data=tiny.data(), table=path, batch=tiny.BATCH,
+            methods=("filter",), epochs=0, progress=False,
+        ):  # fmt: skip
+            assert done.report.met() and done.report.budget_ms == pytest.approx(BUDGETS[budget] * done.report.dense_ms)
+            with LatencyTable.open(path) as opened:
+                (network,) = opened.networks()
+                held.append((len(opened), len(opened.engines(network))))
+        complete = profile_known(to_onnx(tiny.residual(), tiny.inputs()), path).coverage.complete
+    assert held[0][0] <= held[1][0] < 2 * complete / 3
+    assert 2 <= held[0][1] < held[1][1]  # the dense engine, and one at least of every budget
     assert calls["parse"] == 2 and calls["Deployment"] == 1
-    assert calls["torch.export"] <= 4 and calls["torch.onnx.export"] <= 3
+    assert calls["torch.export"] <= 6 and calls["torch.onnx.export"] <= 4  # one of them this test's

@@ -30,14 +30,14 @@ from sluice.passes.graph.view import GraphView
 from sluice.passes.graph.view_torch import view_torch
 from sluice.pipeline.close import close
 from sluice.pipeline.problem import Solution
-from sluice.profiler import profile as profile_module
-from sluice.profiler.profile import Profile, profile_onnx
+from sluice.profiler.profile import profile_onnx
+from sluice.profiler.view import Profile
 from sluice.runtime.base.compare import assert_close, relative_error
 from sluice.runtime.ort.cpu import OrtRunner
 from sluice.solver.decide import Choice
 from sluice.solver.options import METHODS, chosen_edits
 from sluice.solver.random_configurations import random_configuration
-from tests.device import FakeRunner, staircase
+from tests.device import FakeRunner, profile_on, staircase
 from tests.networks import mixed
 from tests.passes.cut.test_square import skeleton
 
@@ -102,7 +102,7 @@ def corner(name: str) -> Corner:
         model = enliven(model, 0, inputs)
     exported = to_onnx(model, inputs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profile_module, "make_runner", lambda target, threads=1: FakeRunner(staircase(8)))
+        profile_on(lambda target, threads=1: FakeRunner(staircase(8)), patch)
         profile = profile_onnx(exported, deployment=Deployment(batch=2), methods=METHODS, progress=False)
     return Corner(model, inputs, insert_gates(model, inputs), exported, profile)
 

@@ -18,7 +18,6 @@ import pytest
 
 from sluice.core.deployment import Deployment
 from sluice.core.errors import LostLine, SluiceError
-from sluice.profiler import profile as profile_module
 from sluice.profiler.profile import fingerprint_here, profile_onnx
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.timing import sm_clock, timing_cache
@@ -29,7 +28,7 @@ from sluice.runtime.remote.client import RemoteRunner
 from sluice.runtime.remote.device import Device
 from sluice.runtime.remote.server import DeviceServer
 from sluice.runtime.targets import make_runner
-from tests.device import FINGERPRINT, FakeRunner, FakeSession, chain, staircase
+from tests.device import FINGERPRINT, FakeRunner, FakeSession, chain, profile_on, staircase
 from tests.remote import serve_in_process
 
 X = np.random.default_rng(0).standard_normal((2, 3, 9, 9)).astype(np.float32)
@@ -111,7 +110,7 @@ def test_the_table_is_the_device_s(tmp_path: Path) -> None:
         assert profile.runner().build(profile.partition.model).sample(1) > 0
     local = FakeRunner(staircase(8))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profile_module, "make_runner", lambda target, threads=1: local)
+        profile_on(lambda target, threads=1: local, patch)
         wanted = profile_onnx(model, own, deployment=Deployment(batch=2), progress=False)
         assert local.built > 0
         local.built = 0
