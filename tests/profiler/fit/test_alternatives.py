@@ -355,11 +355,11 @@ def test_a_profile_continues_its_table(tmp_path: Path) -> None:
     assert one.built == 1
 
 
-@pytest.mark.parametrize("share", [0.3, 0.8])
+@pytest.mark.parametrize("share", [0.5])
 def test_a_kill_among_the_alternatives_loses_the_call_in_flight_only(share: float, tmp_path: Path) -> None:
     def run(runner: FakeRunner, **options: object) -> int:
         profile = profiled(runner, ("rank", "merge"), **options)
-        profile.ask(drawn(profile, 30))
+        profile.ask(drawn(profile, 12))
         return runner.built
 
     whole = run(FakeRunner(EIGHT))
