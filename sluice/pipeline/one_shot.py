@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from sluice.artifacts.report import edit_rows
+from sluice.artifacts.report_rows import edit_rows
 from sluice.core.budget_spec import BudgetSpec
 from sluice.core.deployment import Deployment
 from sluice.core.plan import Plan
