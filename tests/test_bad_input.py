@@ -43,7 +43,7 @@ def device() -> Iterator[None]:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
-    """Runs a command line that must fail; returns the sentence. The files but for ``new`` stay as they are."""
+    """Runs a command line that must fail; returns the sentence. The files but ``new`` stay, of which tables may grow."""
 
     def run(*parts: object, new: tuple[str, ...] = ()) -> str:
         before = files_of(tmp_path)
@@ -166,7 +166,7 @@ def test_loss_that_is_not_finite(gates: int, refused: Refused, tmp_path: Path) -
     folder = compressed_in(tmp_path)
     said = refused(
         f"compress tests.tiny:model {COMPRESS} --gate-epochs {gates} --data tests.tiny:data_with_nan --budget 60%",
-        "--table", table_in(tmp_path), "--out", folder,
+        "--table", table_in(tmp_path), "--out", folder, new=("t.db",),
     )  # fmt: skip
     assert "nan" in said
     assert "step 3; lower the learning rate" in said or "sums to nan" in said
@@ -206,7 +206,7 @@ def test_foreign_table(refused: Refused, tmp_path: Path) -> None:
 def test_damaged_tables(refused: Refused, tmp_path: Path) -> None:
     table = table_in(tmp_path)
     whole = table.read_bytes()
-    profile = ("profile", dense_onnx_in(tmp_path), DEVICE, "--table", table)
+    profile = ("profile --complete", dense_onnx_in(tmp_path), DEVICE, "--table")
     table.write_bytes(whole[:8192] + bytes(4096) + whole[12288:])
     assert "is damaged" in refused(*profile)
     table.write_bytes(whole[: len(whole) // 2])
@@ -294,7 +294,7 @@ def test_places_that_cannot_be_written(refused: Refused, tmp_path: Path) -> None
     assert not new.exists()  # said before anything was measured
     said = refused(
         f"plan tests.tiny:model --shape 3,9,9 {DEVICE} --data tests.tiny:data --budget 60% -o", file / "p.json",
-        "--table", table,
+        "--table", table, new=("t.db",),
     )  # fmt: skip
     assert "cannot write" in said
 
@@ -324,17 +324,17 @@ def test_disk_full_while_profiling(refused: Refused, tmp_path: Path, monkeypatch
         return connection
 
     table = tmp_path / "new.db"
-    profile = ("profile", dense_onnx_in(tmp_path), DEVICE, "--table", table)
+    profile = ("profile --complete", dense_onnx_in(tmp_path), DEVICE, "--table")
     with monkeypatch.context() as patch:
         patch.setattr(table_module, "connect", small)
-        said = refused(*profile, new=("new.db", "new.db-bursts"))
+        said = refused(*profile, table, new=("new.db",))
     assert "full" in said
     assert "what was recorded before is kept" in said
     expected = fingerprint_here(Deployment(batch=tiny.BATCH))
     with LatencyTable.open(table, expected) as opened:
         kept = len(opened)
-    assert main(words(*profile)) == 0
-    with LatencyTable.open(table, expected) as opened, LatencyTable.open(table_in(tmp_path), expected) as whole:
+    assert main(words(*profile, table)) == main(words(*profile, tmp_path / "whole.db")) == 0
+    with LatencyTable.open(table, expected) as opened, LatencyTable.open(tmp_path / "whole.db", expected) as whole:
         assert 0 < kept < len(opened)
         assert opened.keys() == whole.keys()
 

@@ -74,7 +74,7 @@ def profile(
         dense, space = to_onnx(captured, example_inputs), find_search_space(read_torch(captured), exclude)
     measured = _profile(dense, deployment, space, table=table, exclude=exclude, methods=methods, complete=complete,
                         elsewhere=elsewhere, minutes=minutes, progress=progress)  # fmt: skip
-    if measured.open and not complete:
+    if not complete and measured.open:
         walk(measured, methods)
     return measured
 

@@ -95,9 +95,11 @@ def test_a_pass_on_a_busy_machine_counts_only_where_there_is_no_other(monkeypatc
     with LatencyTable.create(":memory:", FINGERPRINT) as table:
         bench = bench_on(table, FakeRunner())
         monkeypatch.setattr(Bench, "time", one)
-        plans = [{"conv0": 9, "conv1": 18}, {"conv0": 26, "conv1": 4}]
+        plans = [{"conv0": width, "conv1": 18} for width in (9, 12, 17, 26)]
         truth = [FakeRunner().ms(build_engine(partition, plan)) for plan in plans]
         assert measure_engines(partition, bench, plans) == pytest.approx(truth) and len(done) == 3
+        done.clear()
+        assert len(measure_engines(partition, bench, plans[:3])) == 3 and len(done) == 1  # fewer have one pass
         given[2:] = given[:2]
         done.clear()
         assert measure_engines(partition, bench, plans) == pytest.approx([0.8 * ms for ms in truth])

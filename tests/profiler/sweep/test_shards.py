@@ -64,13 +64,16 @@ def test_the_work_is_divided_and_the_union_is_whole(tmp_path: Path, measure: Cal
 
     # What is left are engines; shards of the merged table divide them, and nothing is left to the last run.
     again = [tmp_path / f"{k} again.db" for k in range(COUNT)]
+    engines = 0
     for k, path in enumerate(again):
         path.write_bytes((tmp_path / "all.db").read_bytes())
         done, built = measure(path, Shard(k + 1, COUNT))
         assert done.complete and done.points == 0
-        assert built == done.engines == len(range(k, ENGINES, COUNT))
+        assert built == done.engines < ENGINES
+        engines += built
         done, built = measure(path, Shard(k + 1, COUNT))
         assert built == done.engines == 0
+    assert engines == ENGINES
     merge_tables(again, tmp_path / "done.db")
     assert measure(tmp_path / "done.db") == (None, 0)
     assert measure(tmp_path / "all.db") == (None, ENGINES)
@@ -118,9 +121,11 @@ def test_a_host_of_another_speed_finishes_in_its_own_time(
     assert content(tmp_path / "all.db") == pytest.approx(content(tmp_path / "alone.db"))
     assert done.latency.dense_ms() == pytest.approx(alone.latency.dense_ms())
     assert f"multiplied by {factor:.4f}" in "\n".join(profile_summary(done, ("filter",))[1])
-    # What lacks nothing is only read.
-    before = (tmp_path / "all.db").read_bytes()
-    assert run("a", 1.0, tmp_path / "all.db", None).moved == 1.0 and (tmp_path / "all.db").read_bytes() == before
+    # A profile may be asked for more, so the table becomes the host's that opens it.
+    back = run("a", 1.0, tmp_path / "all.db", None)
+    assert back.moved == pytest.approx(1 / factor) and back.latency.dense_ms() == pytest.approx(
+        alone.latency.dense_ms() / factor
+    )
     shard = run("a", 1.0, tmp_path / "2.db", Shard(2, 2))
     assert shard.points == 0 and shard.moved == pytest.approx(1 / factor)
     assert f"multiplied by {1 / factor:.4f}" in "\n".join(shard_summary(shard)[1])
@@ -128,8 +133,10 @@ def test_a_host_of_another_speed_finishes_in_its_own_time(
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 40])
 def test_every_point_has_one_owner(count: int) -> None:
-    for position in range(100):
-        assert [k for k in range(1, count + 1) if Shard(k, count).takes(position)] == [position % count + 1]
+    shards = [Shard(k, count) for k in range(1, count + 1)]
+    owners = [[shard.index for shard in shards if shard.takes("key", (k, 7))] for k in range(1000)]
+    assert all(len(found) == 1 for found in owners)
+    assert {found[0] for found in owners} == set(range(1, count + 1))
 
 
 def test_a_shard_without_work_measures_the_dense_network_alone(tmp_path: Path, measure: Callable[..., tuple]) -> None:

@@ -190,7 +190,8 @@ def test_a_quiet_machine_is_waited_for(period: int) -> None:
     """What shares the core slows the reference by half and a session hardly, or the other way round."""
     shared = Shared(lambda burst: burst % period < 0.8 * period)
     sessions = [shared.session(0.4, 1.02), shared.session(0.7, 1.9), shared.session(3.0, 1.3)]
-    found = measure(sessions, rng=rng(), reference=ReferenceEngine(shared.session(0.5, 1.5), 0.5))
+    reference = ReferenceEngine(shared.session(0.5, 1.5), 0.5)
+    found = measure(sessions, rng=rng(), reference=reference, patience_ms=40_000.0)
     assert [m.ms for m in found] == [pytest.approx(ms, rel=0.01) for ms in (0.4, 0.7, 3.0)]
 
 
@@ -282,7 +283,7 @@ def test_sessions_go_on_until_the_anchor_was_calm() -> None:
     sessions = [host.session(name, ms) for name, ms in (("a", 0.6), ("b", 7.0))]
     reference = ReferenceEngine(host.session("*", 0.5), 0.5)
     host.bursts = 990
-    found = measure(sessions, rng=rng(), reference=reference, min_bursts=24)
+    found = measure(sessions, rng=rng(), reference=reference, min_bursts=24, patience_ms=40_000.0)
     assert [m.ms for m in found] == pytest.approx([0.6, 7.0]) and all(m.spread < 0.01 for m in found)
     assert 2000 < host.bursts < 4000
 
@@ -330,7 +331,9 @@ def test_what_was_spent_on_waiting_is_not_counted_against_a_session() -> None:
     noisy = host.session("a", 0.6)
     noisy.noise = 9.0
     reference = ReferenceEngine(host.session("*", 0.5), 0.5)
-    found, witness = measure([noisy], rng=rng(), reference=reference, target_spread=1e-9, with_reference=True)
+    found, witness = measure(
+        [noisy], rng=rng(), reference=reference, target_spread=1e-9, with_reference=True, patience_ms=40_000.0
+    )
     assert 500 < witness.samples < found.samples - 100
 
 
