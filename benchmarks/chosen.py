@@ -9,7 +9,8 @@ the plan and the dense one are built anew and measured once more. Told are
 
 and whether that last measurement is within the budget. Budgets that no plan reaches are left out and counted.
 
-A finished network is kept in ``build/fidelity/chosen`` and not done again. Last line: JSON with fractions.
+A finished network is kept in ``build/fidelity/chosen`` and not done again; its rows take the place of older ones in
+``benchmarks/results/chosen.json``. ``--chosen --show`` prints that file. Last line: JSON with fractions.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ from sluice.profiler.need import neutral_losses
 from sluice.profiler.profile import profile_onnx
 from sluice.solver.options import METHODS
 
-__all__ = ["choose_all", "chosen_summary", "show"]
+__all__ = ["choose_all", "chosen_summary", "published", "show"]
 
 BUDGETS = (90, 75, 60, 50, 40, 30, 25, 20)  # percent
 FOLDER = Path("build/fidelity/chosen")
+RESULT = Path("benchmarks/results/chosen.json")
 
 
 def choose_all(networks: Sequence[str], target: str, threads: int = 1) -> list[dict[str, Any]]:
@@ -53,6 +55,7 @@ def choose_all(networks: Sequence[str], target: str, threads: int = 1) -> list[d
             found = _chosen(network, Deployment(target, BATCHES.get(network, 8), threads))
             kept.write_text(json.dumps(found))
         rows += json.loads(kept.read_text())
+        _publish(rows)
         print(f"{network}: {chosen_summary(rows)}", file=sys.stderr, flush=True)
     return rows
 
@@ -83,6 +86,18 @@ def _chosen(network: str, deployment: Deployment) -> list[dict[str, Any]]:
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
     return rows
+
+
+def published() -> list[dict[str, Any]]:
+    """The rows of the committed result."""
+    return list(json.loads(RESULT.read_text())["rows"]) if RESULT.exists() else []
+
+
+def _publish(rows: Sequence[Mapping[str, Any]]) -> None:
+    new = {(row["target"], row["network"]) for row in rows}
+    kept = [row for row in published() if (row["target"], row["network"]) not in new]
+    together = [*kept, *rows]
+    RESULT.write_text(json.dumps({"rows": together, **chosen_summary(together)}, indent=1) + "\n")
 
 
 def chosen_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -90,9 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--tables", type=Path, default=Path("build/fidelity"), help="tables and finished runs")
     parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("--chosen", action="store_true", help="plans chosen for budgets, in place of random ones")
     parser.add_argument("--target", default="ort-cpu", help="with --chosen")
     only = parser.add_mutually_exclusive_group()
-    only.add_argument("--chosen", action="store_true", help="plans chosen for budgets, in place of random ones")
     only.add_argument("--dry-run", action="store_true", help="only list what is left")
     only.add_argument("--publish", action="store_true", help="only write the result, although runs may be left")
     only.add_argument("--show", action="store_true", help="only print the result")
@@ -109,9 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 1 if a run broke or for a mistake of the user's."""
     options = _parser().parse_args(argv)
     if options.chosen:
-        from benchmarks.chosen import choose_all, show
+        from benchmarks.chosen import choose_all, published, show
 
-        show(choose_all(options.networks, options.target, options.threads[0]))
+        show(published() if options.show else choose_all(options.networks, options.target, options.threads[0]))
         return 0
     asked = product(
         options.networks, options.threads, options.methods, options.plans, options.seed, batch=options.batch
