@@ -43,7 +43,7 @@ def device() -> Iterator[None]:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
-    """Runs a command line that must fail; returns the sentence. The files stay, but ``new`` ones, as tables may grow."""
+    """Runs a command line that must fail; returns the sentence. Files stay, but those in ``new``: tables may grow."""
 
     def run(*parts: object, new: tuple[str, ...] = ()) -> str:
         before = files_of(tmp_path)
