@@ -20,8 +20,8 @@
    no larger in any extent and aligned no better (`SAME`).
 4. At a known point estimate and bound are the measured time.
 
-On a real table of ResNet-20 (one core, 1,291 points of 83 pieces, three draws each): the median error of estimates, and
-the share of points that take less than their bound by more than 5%,
+On a real table of ResNet-20 (one core, 1,291 points of 83 pieces, three draws each; ``python -m benchmarks.law``): the
+median error of estimates, and the share of points that take less than their bound by more than 5%,
 
     known points    the 15 dense ones    3% more     10% more    20% more
     error           21%                  11 to 13%   7 to 9%     4 to 5%
