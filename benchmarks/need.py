@@ -8,7 +8,8 @@ case begins with the dense network alone. Told are the points asked for as a sha
 loss of the plan beyond the optimum, whether the two are equal within the solver's gap, and solver CPU seconds. The
 device is that of `benchmarks.simulated_device`; losses are drawn, spread over sites and kinds by a log-normal.
 
-Last line: JSON with fractions ``worst_share, median_share, worst_loss_excess, equal``.
+The cases of a network with all budgets and scenarios are written to ``benchmarks/results``. Last line: JSON with
+fractions ``worst_share, median_share, worst_loss_excess, equal``.
 """
 
 from __future__ import annotations
@@ -81,6 +82,18 @@ def case(network: str, share: float, seed: int) -> dict[str, float | str]:
     }  # fmt: skip
 
 
+def published() -> list[dict[str, float | str]]:
+    """The cases of the committed result."""
+    return list(json.loads(RESULT.read_text())["cases"]) if RESULT.exists() else []
+
+
+def _publish(network: str, cases: Sequence[dict[str, float | str]]) -> None:
+    """Put the cases of a network in the place of older ones."""
+    kept = [case for case in published() if case["network"] != network]
+    kept += [case for case in cases if case["network"] == network]
+    RESULT.write_text(json.dumps({"cases": kept, **summary(kept)}, indent=1) + "\n")
+
+
 def summary(cases: Sequence[Mapping[str, float | str]]) -> dict[str, float]:
     shares = [float(one["share"]) for one in cases]
     excess = [float(one["loss_excess"]) for one in cases]
@@ -100,7 +113,10 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="print the committed result")
     options = parser.parse_args()
     if options.show:
-        cases = json.loads(RESULT.read_text())["cases"]
+        cases = published()
+        if not cases:
+            print(f"there is no result yet in {RESULT}; run this without --show", file=sys.stderr)
+            return 1
     else:
         cases = []
         for network in options.networks:
@@ -108,8 +124,8 @@ def main() -> int:
                 for share in options.shares:
                     cases.append(case(network, share, seed))
                     print(json.dumps(cases[-1]), file=sys.stderr, flush=True)
-        if set(options.networks) == set(NETWORKS) and tuple(options.shares) == SHARES and options.seeds >= 2:
-            RESULT.write_text(json.dumps({"cases": cases, **summary(cases)}, indent=1) + "\n")
+            if tuple(options.shares) == SHARES and options.seeds == len(SPREADS):
+                _publish(network, cases)
     print(json.dumps(summary(cases)))
     return 0
 
