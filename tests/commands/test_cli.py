@@ -225,6 +225,15 @@ def test_a_complete_profile_leaves_nothing_to_measure(capsys: pytest.CaptureFixt
     assert f"{few['points']} points measured, a complete table has {few['complete']}; " in text
 
 
+def test_minutes_of_a_profile(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    asked = ("profile", dense_onnx_in(tmp_path), DEVICE, "--json --methods filter --minutes 5 --table")
+    found = json.loads(run(capsys, *asked, tmp_path / "t.db"))
+    assert 0 < found["points"] < found["complete"]
+    with pytest.raises(SystemExit) as wrong:
+        main([*words(*asked), str(tmp_path / "t.db"), "--shard", "1/2"])
+    assert wrong.value.code == 2 and "--minutes ends with estimates" in capsys.readouterr().err
+
+
 def test_the_help_of_profile_tells_of_complete_tables(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as asked:
         main(["profile", "--help"])

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sluice.core.errors import Unreachable
+from sluice.core.errors import SluiceError, Unreachable
 from sluice.core.latency import LatencyModel
 from sluice.profiler.need import LAST, ROUNDS, SHARES, Solve, by_need, neutral_losses, solve_by_need, walk
 from sluice.profiler.pieces.engine import build_engine
@@ -233,3 +233,22 @@ def test_neutral_losses() -> None:
         if site not in model.switches:
             assert (np.diff(values) < 0).all()
     assert set(losses) == {site for site, levels in model.levels.items() if len(levels) > 1}
+
+
+def test_after_its_minutes_a_profile_measures_no_more_and_answers_by_estimates() -> None:
+    runner = FakeRunner(staircase(8))
+    profile = profiled(runner, chain([50, 36, 20], batch="N"), minutes=1e-9)
+    model, built = profile.latency, runner.built
+    assert profile.knows(model.dense) and model.dense_ms() == pytest.approx(runner.ms(profile.partition.model))
+    assert not profile.open
+    target = 0.5 * model.dense_ms()
+    choice = solve_by_need(profile, lambda latency: decide(latency, neutral_losses(latency), target))
+    walk(profile, ("filter",))
+    assert runner.built == built and choice.promised_ms <= target * (1 + 1e-6)
+    assert profile.latency.share_estimated(choice.widths) > 0.5
+
+
+@pytest.mark.parametrize("minutes", [0, -1, float("nan")])
+def test_minutes_that_leave_no_time_are_refused(minutes: float) -> None:
+    with pytest.raises(SluiceError, match="leave no time to measure"):
+        profiled(FakeRunner(), chain([50, 36], batch="N"), minutes=minutes)
