@@ -76,7 +76,10 @@ def test_a_device_without_torch(tmp_path: Path) -> None:
         assert found, line
         assert make_runner(f"ort-cpu@127.0.0.1:{found[1]}").build(chain([4, 3])).sample(2) > 0
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0 and process.stdout.read() == ""
+        try:
+            assert process.wait(30) == 0 and process.stdout.read() == ""
+        finally:
+            process.kill()
 
 
 def test_bench_from_afar(served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,15 +57,13 @@ def _exit_with(serve: Callable[[], int]) -> None:
 
 def _waited(child: int) -> int:
     """The exit status of the child, or less than 0 the signal that ended it; what ends the parent ends the child."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: _pass_on(child, number))
+    # By handlers, as a shell starts what runs in the background with SIGINT ignored.
+    before = {number: signal.signal(number, lambda number, frame: _pass_on(child, number)) for number in ASKED}
     try:
-        while True:
-            try:
-                return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            except KeyboardInterrupt:
-                _pass_on(child, signal.SIGINT)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _pass_on(child: int, number: int) -> None:
