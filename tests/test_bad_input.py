@@ -206,7 +206,7 @@ def test_foreign_table(refused: Refused, tmp_path: Path) -> None:
 def test_damaged_tables(refused: Refused, tmp_path: Path) -> None:
     table = table_in(tmp_path)
     whole = table.read_bytes()
-    profile = ("profile --complete", dense_onnx_in(tmp_path), DEVICE, "--table")
+    profile = ("profile", dense_onnx_in(tmp_path), DEVICE, "--table", table)
     table.write_bytes(whole[:8192] + bytes(4096) + whole[12288:])
     assert "is damaged" in refused(*profile)
     table.write_bytes(whole[: len(whole) // 2])
