@@ -101,7 +101,8 @@ def _scenarios(problem: Problem, methods: Sequence[str], target_ms: float) -> li
 def _may_pay(problem: Problem, one: Problem, target_ms: float, most: float) -> bool:
     """Whether the plan that is best if all unknown points are at their bounds has no hopeless price.
 
-    A plan of measured points has no lower price, so nothing is measured for a scenario that has.
+    Nothing is measured for a scenario whose plan has. Of a method alone no plan of measured points has a lower price,
+    as long as the bounds hold. Where structure is priced otherwise, this is a guess.
     """
     profile = problem.profile
     try:

@@ -11,8 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -134,10 +133,7 @@ def profile_onnx(
     if complete:
         with show("all points") as advance:
             measure_slots(replace(limited, progress=advance), complete_points(layout))
-    plans = [dict(layout.dense)]
-    if complete:
-        plans += missing_plans(partition, done.latency, done.options, plans, seed)
-    done.time_engines(plans)
+    done.time_engines(_engines_of_complete(done, seed) if complete else [layout.dense])
     return done if like is None else _limited(done, like)
 
 
@@ -193,7 +189,8 @@ def profile_shard(
     methods, show = check_methods(methods), progress_of(progress)
     fingerprint = fingerprint_here(deployment)
     partition, space = _partition(model, fingerprint, exclude, methods, None)
-    with _bench(table, fingerprint, deployment.place, seed) as bench:
+    bench = _open_bench(table, fingerprint, deployment.place, seed)
+    with bench.table:
         before = len(bench.table)
         with show("dense network") as advance:
             layout = survey(partition, replace(bench, progress=advance), methods=methods, space=space)
@@ -205,8 +202,7 @@ def profile_shard(
         complete = all(bench.table.get(slot.part.key, at) is not None for slot, at in points)
         if complete:
             done = Profile(layout, bench, space, layout.alternatives.options, progress=show)
-            plans = [dict(layout.dense)]
-            plans += missing_plans(partition, done.latency, done.options, plans, seed)  # the same list for all shards
+            plans = _engines_of_complete(done, seed)  # the same list for all shards
             mine = [plan for k, plan in enumerate(plans) if shard.takes(done.model_key, (k,))]
             engines = len(bench.table.engines(done.model_key))
             done.time_engines(mine)
@@ -215,12 +211,13 @@ def profile_shard(
     return ShardDone(shard, added, engines, complete, disturbed, bench.reference.moved)
 
 
-def _open_bench(
-    table: str | os.PathLike[str],
-    fingerprint: Fingerprint,
-    place: str,
-    seed: int,
-) -> Bench:
+def _engines_of_complete(profile: Profile, seed: int) -> list[dict[str, int]]:
+    """The configurations whose engines a complete table has: the dense one and random ones."""
+    dense = [dict(profile.layout.dense)]
+    return dense + missing_plans(profile.partition, profile.latency, profile.options, dense, seed)
+
+
+def _open_bench(table: str | os.PathLike[str], fingerprint: Fingerprint, place: str, seed: int) -> Bench:
     """The table, opened or made, and its runner, with its timing cache and the reference engine."""
     rng, runner = np.random.default_rng(seed), make_runner(place, fingerprint.threads)
     opened = LatencyTable.open_or_create(table, fingerprint)
@@ -230,13 +227,6 @@ def _open_bench(
     except BaseException:
         opened.close()
         raise
-
-
-@contextmanager
-def _bench(table: str | os.PathLike[str], fingerprint: Fingerprint, place: str, seed: int) -> Iterator[Bench]:
-    bench = _open_bench(table, fingerprint, place, seed)
-    with bench.table:
-        yield bench
 
 
 def _partition(

@@ -129,7 +129,7 @@ class Bench:
     def _time_all(self, points: Sequence[PiecePoint | JointPoint], again: bool = False) -> None:
         """Time these points; where the table has a figure already, the lower one is kept."""
         done, call_ms = 0, self.call() if points else 0.0
-        while done < len(points) and time.monotonic() < self.deadline:
+        while done < len(points) and self.open:
             engines: list[_Engines] = []
             for point in points[done:]:
                 engines.append(self._engines(*point))

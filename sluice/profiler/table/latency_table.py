@@ -261,11 +261,6 @@ class LatencyTable:
             return None
         return bytes(self._rows("SELECT content FROM blobs WHERE name = ?", (name,))[0][0])
 
-    def drop_blob(self, name: str) -> None:
-        """Remove it; where there is none, nothing happens."""
-        if name in self.blobs():
-            self._write("DELETE FROM blobs WHERE name = ?", [(name,)])
-
     def blobs(self) -> dict[str, int]:
         """The size in bytes of every blob."""
         if not self._rows("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'blobs'"):
