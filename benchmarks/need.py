@@ -29,6 +29,7 @@ from benchmarks.simulated_device import SimulatedBench, complete_model, simulate
 from sluice.core.latency import LatencyModel
 from sluice.profiler.need import solve_by_need
 from sluice.solver.decide import Choice, decide, restricted
+from sluice.solver.descent import steps_from
 from sluice.solver.options import METHODS
 
 RESULT = Path("benchmarks/results/need-simulated.json")
@@ -66,7 +67,9 @@ def case(network: str, share: float, seed: int) -> dict[str, float | str]:
         return decide(restricted(latency, sites), losses, target, gap=1e-3, time_limit_s=60)
 
     started = time.process_time()
-    chosen = solve_by_need(profile, solve)
+    chosen = solve_by_need(
+        profile, solve, lambda latency, widths: steps_from(restricted(latency, sites), losses, widths)
+    )
     seconds = time.process_time() - started
     truth = complete_model(profile.layout, profile.latency)
     started = time.process_time()

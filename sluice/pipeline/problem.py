@@ -14,6 +14,7 @@ from sluice.passes.graph.groups import Analysis
 from sluice.profiler.need import solve_by_need
 from sluice.profiler.view import Profile
 from sluice.solver.decide import Choice, decide, least_ms, restricted
+from sluice.solver.descent import steps_from
 from sluice.solver.options import chosen_edits
 
 __all__ = ["Problem", "Solution"]
@@ -50,9 +51,7 @@ class Problem:
 
     def choose(self, latency: LatencyModel, target_ms: float) -> Choice:
         """The configuration of least loss that ``latency`` promises within ``target_ms``."""
-        model = restricted(latency, self.sites)
-        free = {site for site, levels in model.levels.items() if len(levels) > 1}
-        return decide(model, {site: v for site, v in self.losses.items() if site in free}, target_ms)
+        return decide(restricted(latency, self.sites), self._open(latency), target_ms)
 
     def solution(self, choice: Choice) -> Solution:
         """The choice with its plan."""
@@ -61,7 +60,17 @@ class Problem:
 
     def solve(self, target_ms: float) -> Solution:
         """The plan of least loss within ``target_ms``; what it needs to know is measured."""
-        return self.solution(solve_by_need(self.profile, lambda latency: self.choose(latency, target_ms)))
+        choice = solve_by_need(self.profile, lambda latency: self.choose(latency, target_ms), self._steps)
+        return self.solution(choice)
+
+    def _steps(self, latency: LatencyModel, widths: Mapping[str, int]) -> list[dict[str, int]]:
+        """Near configurations that the solver might have preferred, the most likely first."""
+        return steps_from(restricted(latency, self.sites), self._open(latency), widths)
+
+    def _open(self, latency: LatencyModel) -> dict[str, np.ndarray]:
+        """The losses of the sites that may move."""
+        levels = restricted(latency, self.sites).levels
+        return {site: values for site, values in self.losses.items() if len(levels[site]) > 1}
 
     def least_from(self, target_ms: float) -> float:
         """The least milliseconds that are reached; where they are far below ``target_ms``, an estimate of them."""

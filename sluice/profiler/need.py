@@ -5,20 +5,23 @@
 2. *End*. A choice all of whose points are measured is promised what it takes, and no other configuration is promised
    more than it takes, as long as the bounds hold. So it is the optimum of the complete table, within the gap that the
    solver proved. This is the argument of A*.
-3. After `ROUNDS` rounds the estimates themselves count: what is chosen under them is measured, and the last choice
+3. *Neighbours*. A bound too high hides a plan, most likely one that is near: the same kernel at the next width. So the
+   `NEAR` best steps of one level from the choice (`sluice.solver.descent.steps_from`) are measured as well, and the
+   solver is asked again, until it stays with its choice.
+4. After `ROUNDS` rounds the estimates themselves count: what is chosen under them is measured, and the last choice
    that is measured stands.
-4. Where nothing can be measured, the table being of another device or the time being up, estimates are all there is.
+5. Where nothing can be measured, the table being of another device or the time being up, estimates are all there is.
 
-5. *Walk*. A profile without a task in view measures the plans of some budgets, the least of all among them, under
+6. *Walk*. A profile without a task in view measures the plans of some budgets, the least of all among them, under
    *neutral* losses: ``(1 - width / size)^2`` for widths and ranks, `STRUCTURE` for a change of structure. Engines of
    these plans calibrate the model along the way from the dense network to the quickest one.
 
-How much of a promise is estimated under rules 3 and 4, `LatencyModel.share_estimated` tells.
+How much of a promise is estimated under rules 4 and 5, `LatencyModel.share_estimated` tells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -30,28 +33,33 @@ from sluice.solver.decide import Choice, decide, least_ms, restricted
 
 __all__ = ["SHARES", "Solve", "by_need", "solve_by_need", "walk"]
 
-ROUNDS, LAST = 24, 4
+ROUNDS, LAST, NEAR = 24, 4, 8
 SHARES = (0.75, 0.5, 0.35, 0.25)  # of the dense milliseconds, of the plans of a walk
 STRUCTURE = 0.3
 Solve = Callable[[LatencyModel], Choice]
+Steps = Callable[[LatencyModel, Mapping[str, int]], list[dict[str, int]]]
 
 
-def solve_by_need(profile: Profile, solve: Solve) -> Choice:
-    """The choice of one solver, its points measured.
+def solve_by_need(profile: Profile, solve: Solve, steps: Steps | None = None) -> Choice:
+    """The choice of one solver, its points measured, and those of the best ``steps`` from it (rule 3).
 
     Raises:
         Unreachable: even at the bounds nothing reaches what is asked.
     """
-    (found,) = by_need(profile, [solve])
-    if isinstance(found, Unreachable):
-        raise found
-    return found
+    for _ in range(LAST):
+        (found,) = by_need(profile, [solve])
+        if isinstance(found, Unreachable):
+            raise found
+        choice = found
+        if steps is None or not profile.open or not profile.ask(steps(profile.latency, choice.widths)[:NEAR]):
+            break
+    return choice
 
 
 def by_need(profile: Profile, solvers: Sequence[Solve], rounds: int = ROUNDS) -> list[Choice | Unreachable]:
     """What every solver chooses, all points of the choices measured; in place of a choice, why there is none.
 
-    Without ``rounds`` the estimates count from the start (rule 3): choices are found sooner, and need not be the best.
+    Without ``rounds`` the estimates count from the start (rule 4): choices are found sooner, and need not be the best.
     """
     found: dict[int, Choice | Unreachable] = {}
     for attempt in range(rounds + LAST):
@@ -81,7 +89,7 @@ def by_need(profile: Profile, solvers: Sequence[Solve], rounds: int = ROUNDS) ->
 
 
 def walk(profile: Profile, methods: Sequence[str], shares: Sequence[float] = SHARES) -> None:
-    """Measure the plans and engines of rule 5; ``shares`` of the dense milliseconds out of reach are left out."""
+    """Measure the plans and engines of rule 6; ``shares`` of the dense milliseconds out of reach are left out."""
     sites = profile.options.sites(profile.latency, methods)
     losses = neutral_losses(restricted(profile.latency, sites))
     dense_ms = profile.latency.dense_ms()
@@ -96,7 +104,7 @@ def walk(profile: Profile, methods: Sequence[str], shares: Sequence[float] = SHA
 
 
 def neutral_losses(model: LatencyModel) -> dict[str, np.ndarray]:
-    """Losses that know no task (rule 5), for every site that may move."""
+    """Losses that know no task (rule 6), for every site that may move."""
     losses = {}
     for site, levels in model.levels.items():
         if len(levels) > 1:

@@ -9,13 +9,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from sluice.core.latency import LatencyModel
 
-__all__ = ["downhill", "is_valid", "loss_of"]
+__all__ = ["downhill", "is_valid", "loss_of", "steps_from"]
+
+Step = tuple[float, str, dict[str, int]]  # what it is worth, its site, where it leads
 
 
 def downhill(
@@ -43,6 +46,30 @@ def downhill(
             if reached < lowest and is_valid(model, after) and model.ms(after) <= target_ms:
                 current, lowest, moved = after, reached, True
     return current
+
+
+def steps_from(
+    model: LatencyModel, losses: Mapping[str, np.ndarray], widths: Mapping[str, int]
+) -> list[dict[str, int]]:
+    """The configurations one level of one width or rank away whose milliseconds were not measured.
+
+    Steps to fewer milliseconds come by what they save per loss, steps to less loss by what they win per millisecond,
+    in turns, the best first; unknown points are at their bounds.
+    """
+    hopeful = model.hopeful()
+    now = hopeful.ms(widths)
+    found: tuple[list[Step], list[Step]] = ([], [])  # to fewer milliseconds, to less loss
+    for site, own in losses.items():
+        levels = model.levels[site]
+        at = levels.index(widths[site])
+        for to in (at - 1, at + 1) if site not in model.switches else ():
+            if 0 <= to < len(levels):
+                after = {**widths, site: levels[to]}
+                saved, lost = now - hopeful.ms(after), float(own[to] - own[at])
+                if saved * lost > 0.0 and not model.measured_at(after):
+                    found[lost < 0.0].append((saved / lost if lost > 0.0 else lost / saved, site, after))
+    ordered = [sorted(steps, key=lambda step: (-step[0], step[1])) for steps in found]
+    return [step[2] for pair in itertools.zip_longest(*ordered) for step in pair if step is not None]
 
 
 def loss_of(model: LatencyModel, losses: Mapping[str, np.ndarray], widths: Mapping[str, int]) -> float:

@@ -18,6 +18,7 @@ from sluice.profiler.pieces.engine import build_engine
 from sluice.profiler.profile import profile_known
 from sluice.profiler.view import Profile
 from sluice.solver.decide import Choice, decide, least_ms
+from sluice.solver.descent import steps_from
 from sluice.solver.options import METHODS, chosen_edits
 from tests.device import Cost, FakeRunner, chain, line, staircase
 from tests.profiler.on_device import profiled, skipping
@@ -252,3 +253,21 @@ def test_after_its_minutes_a_profile_measures_no_more_and_answers_by_estimates()
 def test_minutes_that_leave_no_time_are_refused(minutes: float) -> None:
     with pytest.raises(SluiceError, match="leave no time to measure"):
         profiled(FakeRunner(), chain([50, 36], batch="N"), minutes=minutes)
+
+
+def cliff(into: int, out: int, rest: float) -> float:
+    """Widths that leave a remainder of 16 take three times as long, so the law expects the next width to as well."""
+    return 1e-6 * into * out * rest * (3.0 if into % 16 or out % 16 else 1.0)
+
+
+def test_a_plan_behind_too_high_a_bound_is_found_where_it_is_a_step_away() -> None:
+    found = {}
+    for near in (False, True):
+        profile = profiled(FakeRunner(cliff), chain([40, 56, 40], batch="N"))
+        losses = random_losses(profile.latency, np.random.default_rng(3))
+        target_ms = 0.3 * profile.latency.dense_ms()
+        steps = (lambda latency, widths, losses=losses: steps_from(latency, losses, widths)) if near else None
+        choice = solve_by_need(profile, within(losses, target_ms), steps)
+        assert choice.promised_ms <= target_ms * (1 + 1e-6)
+        found[near] = choice.loss, profile.coverage.points
+    assert found[True][0] < 0.98 * found[False][0] and found[True][1] > found[False][1]

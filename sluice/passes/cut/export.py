@@ -1,8 +1,9 @@
 """Captured network -> ONNX, in two steps.
 
 1. `to_onnx`: ``torch.onnx.export(dynamo=True, optimize=False)``, the one route on which every initialiser keeps its
-   ``state_dict`` name; then constants are folded except where a named tensor would disappear. Plans are applied to this
-   file, and pieces are cut from it. A network in captured form is not captured again.
+   ``state_dict`` name; then constants are folded except where a named tensor would disappear, and pools to one position
+   are written as such (`sluice.passes.cut.pools_onnx`). Plans are applied to this file, and pieces are cut from it. A
+   network in captured form is not captured again.
 2. `sluice.passes.graph.onnx_file.finalize`: fold and clean for deployment (batch norm into convolutions, shape
    arithmetic).
 """
@@ -16,6 +17,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from sluice.core.errors import SluiceError
+from sluice.passes.cut.pools_onnx import with_global_pools
 from sluice.passes.graph.capture import Inputs, capture, clone, export_again, has_captured_form
 from sluice.passes.graph.onnx_file import finalize, note_buffers, quiet, save_onnx
 from sluice.passes.graph.onnx_graph import OnnxGraph
@@ -64,7 +66,7 @@ def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> 
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
             common.ClearMetadataAndDocStringPass(),
         )(ir_model)
-        done = _without_bias(to_proto(ir_model), names)
+        done = with_global_pools(_without_bias(to_proto(ir_model), names))
     note_buffers(done, (name for name, tensor in gm.named_buffers() if tensor.ndim > 1))
     return done
 

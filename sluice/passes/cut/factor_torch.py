@@ -58,7 +58,9 @@ def factorize_torch(gm: fx.GraphModule, edits: Sequence[Factorize], split: Split
         dense = _array(weight)
         made = split(dense.T if _WEIGHTS[kind][1] else dense, edit.form, edit.rank)
         for name, value in zip(names, made, strict=True):
-            stored = np.ascontiguousarray(value.T if _WEIGHTS[kind][1] else value)
+            # A copy has the strides of its shape. A view whose axes have one element may have others, by which torch
+            # takes it for channels last, and an exporter then restores that layout by operators.
+            stored = np.array(value.T if _WEIGHTS[kind][1] else value, order="C")
             tensor = torch.from_numpy(stored).to(device=weight.device, dtype=weight.dtype)
             set_tensor(gm, name, tensor, isinstance(weight, nn.Parameter))
             if isinstance(weight, nn.Parameter):

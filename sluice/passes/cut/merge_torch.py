@@ -136,7 +136,7 @@ def _emit_run(gm: fx.GraphModule, region: MergeRegion, run: Run, x: fx.Node, ten
         raise SluiceError(f"cannot merge into {name!r}: its bias would take the name {bias!r}; rename that tensor")
     like = state[name]
     for key, value in ((name, conv.weight), (bias, conv.bias)):
-        set_tensor(gm, key, torch.from_numpy(np.ascontiguousarray(value)).to(like), parameter=True)
+        set_tensor(gm, key, torch.from_numpy(np.array(value, order="C")).to(like), parameter=True)
     weights = (gm.graph.get_attr(name), gm.graph.get_attr(bias))
     ones = [1] * len(conv.stride)
     args = (x, *weights, list(conv.stride), list(conv.pad), ones, conv.groups)

@@ -1,0 +1,68 @@
+"""Means over all positions become ``GlobalAveragePool``, as a runtime expects them.
+
+The exporter writes a pool to one position as ``ReduceMean`` over the last axes, one of a 1-D network between an
+``Unsqueeze`` and its ``Squeeze``. Runtimes have a kernel for the pool in the layout of convolutions, and change the
+layout for a mean: ONNX Runtime reorders the whole feature map.
+
+1. ``ReduceMean(x)`` over the axes ``2 .. rank - 1`` that keeps them is ``GlobalAveragePool(x)``.
+2. ``Squeeze(ReduceMean(Unsqueeze(x)))`` is ``GlobalAveragePool(x)`` where ``Unsqueeze`` puts in one spatial axis,
+   ``Squeeze`` takes out the same, nobody else reads what lies between, and rule 1 holds for the mean.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import onnx
+from onnx import numpy_helper
+
+from sluice.passes.graph.onnx_graph import OnnxGraph, attributes, reads
+
+__all__ = ["with_global_pools"]
+
+
+def with_global_pools(model: onnx.ModelProto) -> onnx.ModelProto:
+    """``model``, changed in place, with the means of rules 1 and 2 as pools; values keep their names."""
+    nodes, graph = model.graph.node, OnnxGraph(model)
+    ranks = {info.name: len(info.type.tensor_type.shape.dim) for info in (*model.graph.value_info, *model.graph.input)}
+    readers = Counter(name for node in nodes for name in reads(node))
+    readers.update(value.name for value in model.graph.output)
+    made = {node.output[0]: node for node in nodes if len(node.output) == 1}
+    sole = {node.input[0]: node for node in nodes if node.input and readers[node.input[0]] == 1}
+    gone: list[onnx.NodeProto] = []
+    for node in nodes:
+        rank = ranks.get(node.input[0], 0) if node.op_type == "ReduceMean" else 0
+        if rank < 3 or not attributes(node).get("keepdims", 1) or _axes(graph, node, rank) != [*range(2, rank)]:
+            continue
+        before, after = made.get(node.input[0]), sole.get(node.output[0])
+        source, result = node.input[0], node.output[0]
+        if before and after and readers[source] == 1 and _opposite(graph, before, after, rank):
+            gone += [before, after]
+            source, result = before.input[0], after.output[0]
+        node.CopyFrom(onnx.helper.make_node("GlobalAveragePool", [source], [result], name=node.name))
+    for node in gone:
+        nodes.remove(node)
+    _without_unread(model, {name for name in graph.initializers if readers[name]})
+    return model
+
+
+def _opposite(graph: OnnxGraph, before: onnx.NodeProto, after: onnx.NodeProto, rank: int) -> bool:
+    """Whether ``before`` puts in a spatial axis of a value of ``rank`` and ``after`` takes it out again."""
+    axes = _axes(graph, before, rank)
+    kinds = before.op_type == "Unsqueeze" and after.op_type == "Squeeze"
+    return kinds and axes is not None and len(axes) == 1 and axes[0] >= 2 and axes == _axes(graph, after, rank)
+
+
+def _axes(graph: OnnxGraph, node: onnx.NodeProto, rank: int) -> list[int] | None:
+    """The constant axes that a node names of a value of ``rank``, from the front, sorted; None if they are computed."""
+    if len(node.input) < 2:
+        return None
+    init = graph.initializers.get(node.input[1])
+    return None if init is None else sorted(int(axis) % rank for axis in numpy_helper.to_array(init).reshape(-1))
+
+
+def _without_unread(model: onnx.ModelProto, before: set[str]) -> None:
+    """Remove the initializers that were read and no longer are."""
+    now = {name for node in model.graph.node for name in reads(node)}
+    for init in [init for init in model.graph.initializer if init.name in before and init.name not in now]:
+        model.graph.initializer.remove(init)

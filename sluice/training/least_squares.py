@@ -1,0 +1,140 @@
+"""Least squares of one layer from streamed normal equations.
+
+A convolution (of any dimension, in any number of groups) or a linear layer is ``Y = A W^T + b``: the rows of ``A`` are
+the patches of its input, one per position of its output; those of ``Y`` are its output. With weights ``W0`` as they are
+now, targets ``Y`` and means taken off both sides where the layer can mend a constant,
+
+    W = W0 + R^T A (A^T A + l I)^-1,    R = Y - A W0^T,    l = `RIDGE` times the mean diagonal of A^T A
+
+1. ``A^T A`` and ``A^T Y`` are sums over rows, so batches come one after another and nothing but the sums is kept, in
+   float64. Each group of a grouped convolution has sums of its own; a depthwise one has as many as channels.
+2. Of a batch at most `ROWS` positions count, evenly spread.
+3. The ridge pulls towards ``W0``: directions that the inputs do not show stay as they are.
+
+Source: ridge regression of pruned layers, as in He et al. (ICCV 2017), who refit after every layer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+__all__ = ["Geometry", "NormalEquations", "patches"]
+
+ROWS = 8192
+RIDGE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What a layer does to positions; a linear layer has empty ``kernel``.
+
+    ``padding`` is zero padding in front and behind, by spatial axis.
+    """
+
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[tuple[int, int], ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+
+
+def patches(x: Tensor, geometry: Geometry) -> Tensor:
+    """Rows of ``A`` by group, shape ``(groups, rows, columns)``; columns are ordered as ``weight[n].reshape(-1)`` is.
+
+    Args:
+        x: ``(batch, channels, *positions)`` for a convolution, ``(..., features)`` for a linear layer.
+    """
+    if not geometry.kernel:
+        return x.reshape(1, -1, x.shape[-1])
+    pads = [size for pair in reversed(geometry.padding) for size in pair]
+    x = torch.nn.functional.pad(x, pads)
+    for axis, (k, step, apart) in enumerate(zip(geometry.kernel, geometry.stride, geometry.dilation, strict=True)):
+        x = x.unfold(2 + axis, apart * (k - 1) + 1, step)[..., ::apart]
+    dims = len(geometry.kernel)
+    n, c = x.shape[:2]
+    positions, taps = x.shape[2 : 2 + dims], x.shape[2 + dims :]
+    x = x.reshape(n, geometry.groups, c // geometry.groups, *positions, *taps)
+    order = (1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
+    columns = c // geometry.groups * math.prod(taps)
+    return x.permute(order).reshape(geometry.groups, n * math.prod(positions), columns)
+
+
+@dataclass(slots=True)
+class NormalEquations:
+    """The sums of one layer, by group: ``gram`` ``(groups, columns, columns)``, ``cross`` ``(groups, columns, out)``.
+
+    ``centred`` takes the means off both sides.
+    """
+
+    geometry: Geometry
+    centred: bool
+    count: int = 0
+    gram: Tensor = field(default_factory=lambda: torch.zeros(()))
+    cross: Tensor = field(default_factory=lambda: torch.zeros(()))
+    inputs: Tensor = field(default_factory=lambda: torch.zeros(()))
+    outputs: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add(self, x: Tensor, y: Tensor | None) -> None:
+        """One batch: ``x`` as for `patches`, ``y`` ``(batch, out, *positions)`` or ``(..., out)``; no ``y``: gram."""
+        a = patches(x, self.geometry)
+        rows = a.shape[1]
+        step = max(1, math.ceil(rows / ROWS))
+        chosen = slice(rows % step // 2, None, step)
+        a = a[:, chosen]
+        self.count += a.shape[1]
+        self.gram = self.gram + (a.transpose(1, 2) @ a).double()
+        self.inputs = self.inputs + a.sum(1).double()
+        if y is not None:
+            b = _targets(y, self.geometry)[:, chosen]
+            self.cross = self.cross + (a.transpose(1, 2) @ b).double()
+            self.outputs = self.outputs + b.sum(1).double()
+
+    def solve(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The weight of least squares, in the shape of ``weight``, and the bias ``(out,)`` that goes with it.
+
+        The bias is zero where the equations are not centred.
+        """
+        groups = self.geometry.groups
+        before = weight.detach().double().reshape(groups, weight.shape[0] // groups, -1)
+        gram, cross = self.covariance(), self.cross / self.count
+        if self.centred:
+            cross = cross - self._mean(self.inputs).transpose(1, 2) @ self._mean(self.outputs)
+        missed = cross - gram @ before.transpose(1, 2)
+        step = torch.linalg.solve(ridged(gram), missed)
+        after = before + step.transpose(1, 2)
+        bias = torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device)
+        if self.centred:
+            held = self._mean(self.inputs) @ after.transpose(1, 2)
+            bias = (self._mean(self.outputs) - held).reshape(-1)
+        return after.reshape(weight.shape).to(weight.dtype), bias.to(weight.dtype)
+
+    def covariance(self) -> Tensor:
+        """``A^T A`` per row, centred if the equations are, shape ``(groups, columns, columns)``."""
+        gram = self.gram / self.count
+        if self.centred:
+            mean = self._mean(self.inputs)
+            gram = gram - mean.transpose(1, 2) @ mean
+        return gram
+
+    def _mean(self, total: Tensor) -> Tensor:
+        return (total / self.count).unsqueeze(1)
+
+
+def ridged(gram: Tensor) -> Tensor:
+    """The gram with the ridge on its diagonal, positive definite even for inputs that are all zero."""
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    ridge = RIDGE * diagonal.mean(1, keepdim=True).clamp(min=1e-12)
+    return gram + torch.diag_embed(ridge.expand_as(diagonal))
+
+
+def _targets(y: Tensor, geometry: Geometry) -> Tensor:
+    """Rows of ``Y`` by group, shape ``(groups, rows, out per group)``."""
+    if not geometry.kernel:
+        return y.reshape(1, -1, y.shape[-1])
+    n, out = y.shape[:2]
+    flat = y.reshape(n, geometry.groups, out // geometry.groups, -1)
+    return flat.permute(1, 0, 3, 2).reshape(geometry.groups, -1, out // geometry.groups)
