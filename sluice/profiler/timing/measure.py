@@ -67,14 +67,10 @@ class ReferenceEngine:
     """An engine that is measured along with others, and its quiet time ``ms`` (rule 4).
 
     A call that finds a shorter quiet time sets ``ms``, for all users (`sluice.profiler.timing.reference_engine`).
-    ``moved`` is the factor by which the times of a table were multiplied for this engine, ``unproven`` that no call has
-    been made since.
     """
 
     session: Session
     ms: float
-    moved: float = 1.0
-    unproven: bool = False
 
 
 @dataclass(slots=True)
