@@ -212,7 +212,7 @@ def _warm_up(session: Session, burst_ms: float, warmup_ms: float) -> int:
     """Run for ``warmup_ms``; the number of inferences that make a burst."""
     repeats, spent = 1, 0.0
     while True:
-        ms = _sample(session, repeats)
+        ms = _checked(session.sample(repeats))
         spent += ms * repeats
         if spent >= warmup_ms or repeats >= MAX_REPEATS:
             break
@@ -222,10 +222,6 @@ def _warm_up(session: Session, burst_ms: float, warmup_ms: float) -> int:
             f"{repeats} inferences took no time by the {session.clock} clock; use a runner with another clock"
         )
     return max(1, min(MAX_REPEATS, math.ceil(burst_ms / ms)))
-
-
-def _sample(session: Session, repeats: int) -> float:
-    return _checked(session.sample(repeats))
 
 
 def _checked(ms: float) -> float:
