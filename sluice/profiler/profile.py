@@ -32,8 +32,9 @@ from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.table.measurement import UNCERTAIN
 from sluice.profiler.timing import timing_cache
 from sluice.profiler.timing.reference_engine import KEY as REFERENCE_KEY
-from sluice.profiler.timing.reference_engine import make_reference_engine
+from sluice.profiler.timing.reference_engine import is_of_another_host, make_reference_engine
 from sluice.profiler.view import Profile, Seen
+from sluice.runtime.base.runner import Runner
 from sluice.runtime.targets import make_runner
 from sluice.solver.options import EditSpace, check_methods
 
@@ -54,31 +55,34 @@ def fingerprint_here(deployment: Deployment) -> Fingerprint:
     Raises:
         SluiceError: the target is not here, or not there.
     """
-    d = deployment
-    runner = make_runner(d.place, d.threads)
+    return _fingerprint(make_runner(deployment.place, deployment.threads), deployment)
+
+
+def _fingerprint(runner: Runner, d: Deployment) -> Fingerprint:
     return Fingerprint(runner.device, d.target, runner.version, d.threads, d.precision, d.batch, runner.clock)
 
 
 def measured_elsewhere(table: str | os.PathLike[str], deployment: Deployment) -> bool:
-    """Whether there is a table for this deployment that another device, or another version of its runtime, filled."""
+    """Whether another device or host, or another version of the runtime, filled the table for this deployment."""
     if not os.path.exists(table):
         return False
+    d = deployment
     with LatencyTable.open(table) as opened:
         there = opened.fingerprint
-    d = deployment
-    if (there.runtime, there.batch, there.threads, there.precision) != (d.target, d.batch, d.threads, d.precision):
-        return False
-    try:
-        return there != fingerprint_here(deployment)
-    except SluiceError:
-        return True
+        if (there.runtime, there.batch, there.threads, there.precision) != (d.target, d.batch, d.threads, d.precision):
+            return False
+        try:
+            runner = make_runner(d.place, d.threads)
+        except SluiceError:
+            return True
+        return there != _fingerprint(runner, d) or is_of_another_host(opened, runner)
 
 
 @dataclass(frozen=True, slots=True)
 class ShardDone:
     """The points and engines that a shard added to its table, and whether the table now holds all of the network.
 
-    Of the table's points ``disturbed`` were measured on a machine that was never quiet; ``moved`` as in `Profile`.
+    Of the table's points ``disturbed`` were measured on a machine that was never quiet.
     """
 
     shard: Shard
@@ -86,7 +90,6 @@ class ShardDone:
     engines: int
     complete: bool
     disturbed: int = 0
-    moved: float = 1.0
 
 
 def profile_onnx(
@@ -208,7 +211,7 @@ def profile_shard(
             done.time_engines(mine)
             engines = len(bench.table.engines(done.model_key)) - engines
         disturbed, _ = bench.table.beyond(UNCERTAIN, REFERENCE_KEY)
-    return ShardDone(shard, added, engines, complete, disturbed, bench.reference.moved)
+    return ShardDone(shard, added, engines, complete, disturbed)
 
 
 def _engines_of_complete(profile: Profile, seed: int) -> list[dict[str, int]]:

@@ -18,7 +18,7 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
 
     scipy's solver finds the least reachable time; without scipy that time is None and said to be unknown.
     """
-    model, offered = measured.latency, measured.options
+    offered = measured.options
     ranks = {option.rank for option in offered.ranks}
     least, cover = _least(measured, methods), measured.coverage
     model = measured.latency
@@ -30,7 +30,6 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
         "points": cover.points,
         "complete": cover.complete,
         "disturbed": cover.disturbed,
-        "moved": measured.moved,
         "levels": {g: list(v) for g, v in model.levels.items() if g not in model.switches and g not in ranks},
         "ranks": {option.switch: list(model.levels[option.rank]) for option in offered.ranks},
         "blocks": [drop.name for drop in offered.drops.values()],
@@ -50,7 +49,7 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
         "widths on offer",
         *(f"  {group}: {_words(widths)}" for group, widths in data["levels"].items()),
     ]
-    lines[2:2] = _remarks(cover.disturbed, measured.moved)
+    lines[2:2] = _remarks(cover.disturbed)
     if offered.ranks:
         lines += [f"ranks on offer: {len(ranks)}", *(f"  {s}: {_words(v)}" for s, v in data["ranks"].items())]
     if offered.drops:
@@ -63,7 +62,7 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
 def shard_summary(done: ShardDone) -> tuple[dict[str, Any], list[str]]:
     """The points that a shard measured, and what to do next."""
     lines = [f"shard {done.shard}: {done.points} points and {done.engines} engines measured, its share is done"]
-    lines += _remarks(done.disturbed, done.moved)
+    lines += _remarks(done.disturbed)
     if done.complete:
         lines.append("all points are there; engines of other shards, if any, come with `sluice table merge`")
     else:
@@ -71,19 +70,13 @@ def shard_summary(done: ShardDone) -> tuple[dict[str, Any], list[str]]:
     return {**asdict(done), "shard": str(done.shard)}, lines
 
 
-def _remarks(disturbed: int, moved: float) -> list[str]:
-    found = []
-    if disturbed:
-        found.append(
-            f"{disturbed} points are uncertain, the machine was busy; `sluice table forget` makes the next "
-            f"profile take them anew (if the machine is slower for good by now, begin a new table)"
-        )
-    if moved != 1.0:
-        found.append(
-            f"the table was begun on another host; its times were multiplied by {moved:.4f}, as the reference "
-            f"engine takes here and there, and are this host's now"
-        )
-    return found
+def _remarks(disturbed: int) -> list[str]:
+    if not disturbed:
+        return []
+    return [
+        f"{disturbed} points are uncertain, the machine was busy; `sluice table forget` makes the next profile take "
+        f"them anew (if the machine is slower for good by now, begin a new table)"
+    ]
 
 
 def _least(measured: Profile, methods: Sequence[str]) -> tuple[float, dict[str, float]] | None:

@@ -11,27 +11,25 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import onnx
 
 from sluice.passes.search_space import SearchSpace
 from sluice.profiler.fit.alternatives import find_alternatives
 from sluice.profiler.fit.assemble import Layout, Slot, lay_out
 from sluice.profiler.fit.cost_law import Known, fit_law
 from sluice.profiler.pieces.joints import Joint
+from sluice.profiler.pieces.levels import evenly
 from sluice.profiler.pieces.net_time import dense_points, joint_graph, measured_joints, net_ms
 from sluice.profiler.pieces.partition import Partition, Piece
 from sluice.profiler.pieces.variants import Alternatives
 from sluice.profiler.pieces.work import work_of
-from sluice.profiler.sweep.bench import Bench, JointPoint, PiecePoint, Unknown
-from sluice.profiler.table.fingerprint import Fingerprint
+from sluice.profiler.sweep.bench import Bench, JointPoint, PiecePoint
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.timing.measure import ReferenceEngine
-from sluice.runtime.base.runner import Clock, Session
 from sluice.solver.options import EditSpace
 
 __all__ = ["Coverage", "closed_bench", "complete_points", "coverage", "measure_slots", "survey"]
@@ -86,17 +84,10 @@ def complete_points(layout: Layout) -> list[tuple[Slot, tuple[int, ...]]]:
         counts = [min(n, len(values)) for n, values in zip(most, slot.knots, strict=True)]
         while len(counts) > 1 and math.prod(counts) > GRID:
             counts[counts.index(max(counts))] -= 1
-        axes = [_spread(values, count) for values, count in zip(slot.knots, counts, strict=True)]
+        axes = [evenly(values, count) for values, count in zip(slot.knots, counts, strict=True)]
         for at in itertools.product(*axes):
             found.setdefault((slot.part.key, at), (slot, at))
     return list(found.values())
-
-
-def _spread(values: Sequence[int], count: int) -> tuple[int, ...]:
-    """``count`` of the values, both ends among them, evenly by their place."""
-    if count >= len(values):
-        return tuple(values)
-    return tuple(values[round(k * (len(values) - 1) / max(1, count - 1))] for k in range(count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,41 +109,7 @@ def coverage(layout: Layout, table: LatencyTable) -> Coverage:
     return Coverage(len(found), len(complete_points(layout)), sum(measured.uncertain for measured in found))
 
 
-@dataclass(frozen=True, slots=True)
-class _Closed:
-    """A runner that builds nothing, and an engine that does not run."""
-
-    fingerprint: Fingerprint
-
-    @property
-    def clock(self) -> Clock:
-        return self.fingerprint.clock
-
-    @property
-    def device(self) -> str:
-        return self.fingerprint.device
-
-    @property
-    def version(self) -> str:
-        return self.fingerprint.runtime_version
-
-    def build(
-        self,
-        model: onnx.ModelProto | bytes | str | os.PathLike[str],
-        *,
-        batch: int | None = None,
-        feeds_shapes: Mapping[str, Sequence[int]] | None = None,
-    ) -> Session:
-        raise Unknown
-
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        raise Unknown
-
-    def sample(self, repeats: int) -> float:
-        raise Unknown
-
-
 def closed_bench(table: LatencyTable) -> Bench:
     """A bench that only reads: `Unknown` is raised where something would have to be measured."""
-    nothing = _Closed(table.fingerprint)
+    nothing: Any = None  # which is never asked
     return Bench(table, nothing, ReferenceEngine(nothing, math.nan), np.random.default_rng(0), closed=True)

@@ -141,11 +141,6 @@ class Profile:
         """What the table holds of the network by now."""
         return coverage(self.layout, self.bench.table)
 
-    @property
-    def moved(self) -> float:
-        """The factor by which the table's times were multiplied when it was opened, as another host had begun it."""
-        return self.bench.reference.moved
-
     def reference(self, runner: Runner) -> ReferenceEngine:
         """The reference engine that makes times of different moments comparable."""
         return ReferenceEngine(runner.build(reference_model()), self.bench.reference.ms)

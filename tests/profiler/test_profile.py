@@ -24,6 +24,7 @@ from sluice.profiler.view import Profile
 from sluice.runtime.base.compare import assert_close
 from sluice.solver.random_configurations import random_configuration
 from tests.device import REFERENCE_MS, Cost, FakeRunner, FakeSession, chain, line, staircase
+from tests.profiler.timing.test_reference_engine import Host
 
 TWO = Deployment(batch=2)
 
@@ -288,6 +289,22 @@ def test_a_table_of_another_device_is_read(tmp_path: Path, on_fake: Callable[[Fa
         assert found.latency.ms(plan) == expected.latency.ms(plan)
     with pytest.raises(SluiceError, match="device is 'a fake device', not 'another device'"):
         profile_onnx(model, path, deployment=TWO, methods=methods, progress=False)
+
+
+def test_a_table_of_another_host_is_read_and_not_added_to(
+    tmp_path: Path, on_fake: Callable[[FakeRunner], FakeRunner]
+) -> None:
+    path, model = tmp_path / "t.db", chain([26, 18], batch="N")
+    on_fake(Host("a"))
+    expected = profile_onnx(model, path, deployment=TWO, progress=False).latency
+    assert not measured_elsewhere(path, TWO)
+    here, before = on_fake(Host("b")), path.read_bytes()
+    assert measured_elsewhere(path, TWO)
+    with pytest.raises(SluiceError, match=r"t\.db was begun on another host"):
+        profile_onnx(model, path, deployment=TWO, progress=False)
+    found = profile_known(model, path)
+    assert found.latency.dense_ms() == expected.dense_ms() and not found.open
+    assert here.built == 0 and path.read_bytes() == before
 
 
 def test_nothing_to_cut_is_said(on_fake: Callable[[FakeRunner], FakeRunner]) -> None:

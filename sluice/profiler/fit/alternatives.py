@@ -21,7 +21,7 @@ from sluice.passes.merge_sites import MergeSite
 from sluice.passes.search_space import SearchSpace
 from sluice.profiler.fit.cost_law import CostLaw, Estimate, Known
 from sluice.profiler.pieces.levels import width_levels
-from sluice.profiler.pieces.merged import merge_variants
+from sluice.profiler.pieces.merged import merged_runs
 from sluice.profiler.pieces.partition import Partition, Piece, anchor_weight
 from sluice.profiler.pieces.variants import (
     Alternatives,
@@ -106,14 +106,13 @@ def _merges(
     """Rule 2."""
     by_weight = {anchor_weight(piece): dense_ms[piece.name] for piece in partition.pieces}
     best: dict[str, tuple[float, OfferedReplacement, MergeSite]] = {}
-    for variant, shelf in merge_variants(partition, sites):
-        cut = variant.partition
-        for place, site in zip(variant.places, shelf, strict=True):
-            found = _guess(place, cut, law, [cut.dense])
-            replaced = sum(by_weight.get(weight, 0.0) for weight in place.layers)
-            ms, least = float(found.ms[0]), float(found.bound[0])
-            if least < replaced and (place.switch not in best or ms < best[place.switch][0]):
-                best[place.switch] = (ms, OfferedReplacement(place, cut), site)
+    for site, offered in zip(sites, merged_runs(partition, sites) if sites else [], strict=True):
+        place, cut = offered.place, offered.partition
+        found = _guess(place, cut, law, [cut.dense])
+        replaced = sum(by_weight.get(weight, 0.0) for weight in place.layers)
+        ms, least = float(found.ms[0]), float(found.bound[0])
+        if least < replaced and (place.switch not in best or ms < best[place.switch][0]):
+            best[place.switch] = (ms, offered, site)
     return [(shown, site) for _, shown, site in best.values()]
 
 

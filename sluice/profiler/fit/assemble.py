@@ -25,7 +25,7 @@ from sluice.profiler.pieces.joints import Joint
 from sluice.profiler.pieces.levels import sum_levels, width_levels
 from sluice.profiler.pieces.net_time import CALL_KEY, joint_ms, measured_joints, net_ms
 from sluice.profiler.pieces.partition import Partition, Piece, anchor_weight
-from sluice.profiler.pieces.variants import Alternatives, LayerReplacement, OfferedReplacement
+from sluice.profiler.pieces.variants import Alternatives, OfferedReplacement
 from sluice.profiler.pieces.work import Work, work_of
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.solver.options import dense_switch
@@ -217,14 +217,10 @@ def _alive(
             if weight is None or weight not in states:
                 found[tensor] = ()
                 continue
-            ending = [s.place.switch for s in shown if _ends_in(s.place, tensor)]
+            ending = [s.place.switch for s in shown if tensor in s.place.ends]
             made = (n for n in states[weight] if n in forms)
             found[tensor] = (dense_switch(weight), *dict.fromkeys([*made, *ending]))
     return found
-
-
-def _ends_in(place: LayerReplacement, tensor: str) -> bool:
-    return place.rank is None and tensor in place.pieces[-1].outputs
 
 
 def _piece(

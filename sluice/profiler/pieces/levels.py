@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
-__all__ = ["step_of", "sum_levels", "width_levels"]
+__all__ = ["evenly", "step_of", "sum_levels", "width_levels"]
 
 PACK = 16  # bytes that kernels load at once
 ITEM = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # bytes of a value
 TOP, BELOW, OCTAVES = 4, 2, 4
 SUMS = 9
+Value = TypeVar("Value")
 
 
 def step_of(size: int, precision: str) -> int:
@@ -43,10 +45,14 @@ def width_levels(size: int, precision: str, most: int | None = None) -> tuple[in
             if step <= width < size:
                 found.add(width)
         top /= 2
-    levels = sorted(found)
-    if most is not None and len(levels) > most:
-        levels = [levels[round(k * (len(levels) - 1) / (most - 1))] for k in range(most)]
-    return tuple(levels)
+    return evenly(sorted(found), len(found) if most is None else most)
+
+
+def evenly(values: Sequence[Value], count: int) -> tuple[Value, ...]:
+    """``count`` of the values, both ends among them, evenly by their place; all where there are no more."""
+    if count >= len(values):
+        return tuple(values)
+    return tuple(values[round(k * (len(values) - 1) / max(1, count - 1))] for k in range(count))
 
 
 def _roundest(middle: float, reach: float, step: int) -> int:

@@ -41,12 +41,16 @@ SHARE = 0.004
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerReplacement:
-    """What takes the place of ``layers`` (weights) under ``switch``: pieces, and the tensors between them."""
+    """What takes the place of ``layers`` (weights) under ``switch``: pieces, and the tensors between them.
+
+    ``ends`` are the tensors of the dense graph that the pieces of a merged run make.
+    """
 
     switch: str
     layers: tuple[str, ...]
     pieces: tuple[Piece, ...]
     inner: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
     rank: str | None = None
 
 
@@ -122,7 +126,7 @@ def _rank_variant(base: Partition, edits: Sequence[Factorize]) -> RestructuredGr
         option = RankOption(edit.param, edit.form)
         pieces = (by_weight[first_name(edit.param)], by_weight[second_name(edit.param)])
         if option.rank in sizes:  # a rank of one has no axis to choose on
-            places.append(LayerReplacement(option.switch, (edit.param,), pieces, pieces[0].outputs, option.rank))
+            places.append(LayerReplacement(option.switch, (edit.param,), pieces, pieces[0].outputs, rank=option.rank))
     return RestructuredGraph(cut, tuple(places))
 
 

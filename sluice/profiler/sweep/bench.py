@@ -87,7 +87,7 @@ class _Engines:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bench:
-    """Where points are measured and kept; a ``closed`` one has a runner that builds nothing."""
+    """Where points are measured and kept; a ``closed`` one only reads, and has no runner."""
 
     table: LatencyTable
     runner: Runner
@@ -190,10 +190,10 @@ class Bench:
 
     def session(self, model: onnx.ModelProto, *, part: bool = True) -> Session:
         """The engine of a part of a network, or of a whole one, in the precision of the table."""
-        asked = self.table.fingerprint
-        build = getattr(self.runner, "build_part", self.runner.build) if part else self.runner.build
         if self.closed:
             raise Unknown
+        asked = self.table.fingerprint
+        build = getattr(self.runner, "build_part", self.runner.build) if part else self.runner.build
         built = build(to_precision(model, asked.precision, part=part, target=asked.runtime))
         timing_cache.keep(self.runner, self.table)
         return built
@@ -207,7 +207,6 @@ class Bench:
         self.waits.in_vain = witness.ms > (1.0 + QUIET) * self.reference.ms
         if was_slow(self.reference, witness.ms, self.table):
             return self.time(sessions, most)
-        self.reference.unproven = False
         sm_clock.keep(self.runner, self.table)
         return tuple(found)
 

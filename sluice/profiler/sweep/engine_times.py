@@ -23,6 +23,7 @@ import numpy as np
 
 from sluice.core.latency import LatencyModel
 from sluice.profiler.pieces.engine import build_engine, with_ranks_in_reach
+from sluice.profiler.pieces.levels import evenly
 from sluice.profiler.pieces.partition import Partition
 from sluice.profiler.sweep.bench import BURSTS, Bench
 from sluice.profiler.table.measurement import Measurement, best_of
@@ -77,7 +78,8 @@ def measure_engines(
         return []
     found: list[Measurement] = []
     working = _working_bytes(partition)
-    known = _spread(known, AT_ONCE // (partition.model.ByteSize() + working))
+    room = AT_ONCE // (partition.model.ByteSize() + working)
+    known = evenly(sorted(known, key=lambda engine: engine[1].ms), min(REFERENCES, max(FEWEST, room)))
     references = [bench.session(build_engine(partition, plan, options), part=False) for plan, _ in known]
     while len(found) < len(plans):
         sessions: list[Session] = []
@@ -96,15 +98,6 @@ def measure_engines(
     if record:
         bench.table.put_engines(record, zip(plans, found, strict=True))
     return [m.ms for m in found]
-
-
-def _spread(
-    known: Sequence[tuple[Mapping[str, int], Measurement]], most: int
-) -> list[tuple[Mapping[str, int], Measurement]]:
-    """At most `REFERENCES` of the engines, and ``most``, but `FEWEST`, from the quickest to the slowest."""
-    ordered = sorted(known, key=lambda engine: engine[1].ms)
-    count = min(REFERENCES, max(FEWEST, most), len(ordered))
-    return [ordered[round(k * (len(ordered) - 1) / max(1, count - 1))] for k in range(count)]
 
 
 def _passes(bench: Bench, sessions: Sequence[Session]) -> list[Measurement]:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 from dataclasses import dataclass
 
 from sluice.core.errors import SluiceError
 
 __all__ = ["Shard", "shard_argument"]
-
-MOST_DIGITS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +33,10 @@ class Shard:
     @classmethod
     def parse(cls, text: str) -> Shard:
         """``"2/8"``: the second of eight."""
-        index, _, count = text.partition("/")
-        if not (_few(index) and _few(count) and int(count)):
+        found = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text)
+        if found is None or not int(found[2]):
             raise SluiceError(f"{text!r} is no shard; give its number and how many there are, as in 2/8")
-        return cls(int(index), int(count))
+        return cls(int(found[1]), int(found[2]))
 
     def takes(self, key: str, extents: tuple[int, ...]) -> bool:
         """Whether the point is in this share."""
@@ -51,7 +50,3 @@ def shard_argument(text: str) -> Shard:
         return Shard.parse(text)
     except SluiceError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _few(text: str) -> bool:
-    return text.isdecimal() and len(text) <= MOST_DIGITS

@@ -35,12 +35,14 @@ from sluice.profiler.table.table_file import (
     translated,
 )
 
-__all__ = ["MEMORY", "Fit", "LatencyTable", "encode_widths", "scaled"]
+__all__ = ["MEMORY", "Fit", "LatencyTable"]
 
 MEMORY = ":memory:"
-PUT_POINT = "INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?, ?)"
-PUT_FIT = "INSERT OR REPLACE INTO calibrations VALUES (?, ?, ?, ?)"
-PUT_BLOB = "INSERT OR REPLACE INTO blobs VALUES (?, ?)"
+TAKE_OVER = """
+INSERT INTO {kind} SELECT {place}, ms * ?, spread, samples FROM other.{kind} WHERE true
+ON CONFLICT ({place}) DO UPDATE SET ms = excluded.ms, spread = excluded.spread, samples = excluded.samples
+WHERE excluded.spread < spread
+"""
 Points = Iterable[tuple[str, Sequence[int], Measurement]]  # key, extents, time
 Fit = tuple[float, float, dict[str, float]]  # slope, intercept, error
 
@@ -159,7 +161,7 @@ class LatencyTable:
     def put_many(self, points: Points) -> None:
         """Record all points or, where one of them is refused or cannot be written, none."""
         rows = [(key, _encode(extents), *self._columns(found)) for key, extents, found in points]
-        self._write(PUT_POINT, rows)
+        self._write("INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?, ?)", rows)
 
     def points(self, key: str) -> dict[tuple[int, ...], Measurement]:
         """All points of a piece, by extents in increasing order."""
@@ -189,23 +191,20 @@ class LatencyTable:
         for kind in ("points", "engines"):
             self._write(f"UPDATE {kind} SET spread = max(spread, ?)", [(spread,)])
 
-    def move(self, key: str, known: Measurement, own: Measurement, blobs: Mapping[str, bytes]) -> bool:
-        """Multiply all times by ``own / known``, those of the point ``key``, and put these blobs: all of it or nothing.
+    def take_over(self, path: str, ratio: float) -> None:
+        """Add what the table at ``path`` has of points, descriptions and engines, its times multiplied by ``ratio``.
 
-        Nothing, and False, if another process has changed that point from ``known``.
+        Of two times for one point, or one engine, that of the smaller spread stays; of equal ones the present one.
         """
-        ratio = own.ms / known.ms
-        with translated(self.path), transaction(self._connection):
-            if self.get(key, ()) != known:
-                return False
-            fits = [(network, fit) for network in self.networks() if (fit := self.get_calibration(network))]
-            add_blobs(self._connection)
-            for kind in ("points", "engines"):
-                self._connection.execute(f"UPDATE {kind} SET ms = ms * ?", (ratio,))
-            self._connection.executemany(PUT_FIT, [_fit_row(network, *scaled(fit, ratio)) for network, fit in fits])
-            self._connection.execute(PUT_POINT, (key, _encode(()), *self._columns(own)))
-            self._connection.executemany(PUT_BLOB, list(blobs.items()))
-        return True
+        with translated(self.path):
+            self._connection.execute("ATTACH ? AS other", (path,))
+            try:
+                with transaction(self._connection):
+                    for kind, place in (("points", "key, extents"), ("engines", "model_key, widths")):
+                        self._connection.execute(TAKE_OVER.format(kind=kind, place=place), (ratio,))
+                    self._connection.execute("INSERT OR IGNORE INTO pieces SELECT * FROM other.pieces")
+            finally:
+                self._connection.execute("DETACH other")
 
     def describe(self, key: str, text: str) -> None:
         """Say in words which piece ``key`` is, as in ``"Conv 3x3 16x28x28 + Relu"``."""
@@ -223,7 +222,8 @@ class LatencyTable:
         """Record the affine map from the sum of pieces to the whole engine, and its errors by name."""
         if not all(math.isfinite(value) for value in (slope, intercept, *error.values())):
             raise SluiceError(f"the calibration of {model_key!r} is not finite; measure its engines again")
-        self._write(PUT_FIT, [_fit_row(model_key, slope, intercept, error)])
+        row = (model_key, float(slope), float(intercept), json.dumps({k: float(v) for k, v in error.items()}))
+        self._write("INSERT OR REPLACE INTO calibrations VALUES (?, ?, ?, ?)", [row])
 
     def get_calibration(self, model_key: str) -> Fit | None:
         """``(slope, intercept, error)``."""
@@ -238,7 +238,8 @@ class LatencyTable:
         """Record all engines or, where one of them is refused or cannot be written, none."""
         rows = []
         for widths, measurement in engines:
-            rows.append((model_key, encode_widths(widths), *self._columns(measurement)))
+            text = json.dumps({group: int(width) for group, width in widths.items()}, sort_keys=True)
+            rows.append((model_key, text, *self._columns(measurement)))
         self._write("INSERT OR REPLACE INTO engines VALUES (?, ?, ?, ?, ?)", rows)
 
     def engines(self, model_key: str) -> list[tuple[dict[str, int], Measurement]]:
@@ -254,7 +255,7 @@ class LatencyTable:
         """Keep ``content`` under ``name``, replacing an older blob."""
         with translated(self.path), transaction(self._connection):
             add_blobs(self._connection)
-            self._connection.execute(PUT_BLOB, (name, content))
+            self._connection.execute("INSERT OR REPLACE INTO blobs VALUES (?, ?)", (name, content))
 
     def get_blob(self, name: str) -> bytes | None:
         if name not in self.blobs():
@@ -287,21 +288,6 @@ class LatencyTable:
     def _write(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
         with translated(self.path), transaction(self._connection):
             self._connection.executemany(sql, rows)
-
-
-def _fit_row(model_key: str, slope: float, intercept: float, error: Mapping[str, float]) -> tuple[Any, ...]:
-    return model_key, float(slope), float(intercept), json.dumps({k: float(v) for k, v in error.items()})
-
-
-def scaled(fit: Fit, ratio: float) -> Fit:
-    """The calibration of the same pieces and engines, all times multiplied by ``ratio``."""
-    slope, intercept, error = fit
-    return slope, intercept * ratio, {n: v * ratio if n.endswith("_ms_per_mb") else v for n, v in error.items()}
-
-
-def encode_widths(widths: Mapping[str, int]) -> str:
-    """A configuration as text; equal configurations have equal texts."""
-    return json.dumps({group: int(width) for group, width in widths.items()}, sort_keys=True)
 
 
 def _encode(extents: Sequence[int]) -> str:

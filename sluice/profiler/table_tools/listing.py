@@ -11,7 +11,7 @@ from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.timing.reference_engine import KEY as REFERENCE_KEY
 from sluice.profiler.timing.sm_clock import clock_range
 
-__all__ = ["extents_text", "to_csv", "to_data", "to_lines"]
+__all__ = ["to_csv", "to_data", "to_lines"]
 
 
 def to_data(table: LatencyTable) -> dict[str, Any]:
@@ -84,9 +84,5 @@ def to_csv(table: LatencyTable) -> str:
     for key in table.keys():  # noqa: SIM118 (a table is no mapping)
         for extents, found in table.points(key).items():
             times = (repr(found.ms), repr(found.spread), found.samples)
-            rows.writerow([key, table.description(key), extents_text(extents), *times])
+            rows.writerow([key, table.description(key), "x".join(map(str, extents)), *times])
     return text.getvalue()
-
-
-def extents_text(extents: tuple[int, ...]) -> str:
-    return "x".join(map(str, extents))

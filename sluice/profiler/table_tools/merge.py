@@ -5,9 +5,8 @@
    comparable: the times of a table are multiplied by ``reference of the first table / its own``. Hosts whose reference
    engines differ by more than `MAX_RATIO` are not of the same kind.
 3. Of two times for one point, or one engine, the one with the smaller relative spread stays; of equal ones the first.
-4. Of two calibrations of a network the one on more engines stays. It is fitted anew when the network is profiled on the
-   merged table, which costs no measurement if the engines are there. Of two blobs of a name the first stays. The host
-   is that of the first table, whose times the others are brought to.
+4. A calibration is left behind, since the engines are others now: a profile fits its own to all engines of its table.
+   Of two blobs of a name the first stays. The host is that of the first table, whose times the others are brought to.
 5. A table with an impossible time is refused: not finite, or negative where no difference of times is recorded. Joints
    are such differences. Pieces are, too, with their sources' time taken out, which may leave less than nothing by the
    noise of the sources; not more than `NOISE` of the time of the reference engine or of the largest source.
@@ -19,25 +18,22 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from sluice.core.errors import SluiceError
 from sluice.profiler.sweep.bench import SOURCE_KEY
 from sluice.profiler.table.fingerprint import Fingerprint, difference
-from sluice.profiler.table.latency_table import Fit, LatencyTable, scaled
+from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.table.measurement import Measurement
 from sluice.profiler.table.table_file import exists
-from sluice.profiler.timing.reference_engine import HOST, MAX_RATIO
+from sluice.profiler.timing.reference_engine import HOST
 from sluice.profiler.timing.reference_engine import KEY as REFERENCE_KEY
 
 __all__ = ["Merged", "merge_tables"]
 
+MAX_RATIO = 1.15
 NOISE = 0.05
-OLD = ("points timed once", "points to be timed again")  # blobs of former releases
-Engine = tuple[tuple[str, int], ...]
-Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,51 +45,6 @@ class Merged:
     ratios: tuple[float, ...]
 
 
-@dataclass(slots=True)
-class _Content:
-    """The contents of tables while they are put together; times are checked and scaled as they come in."""
-
-    points: dict[tuple[str, tuple[int, ...]], Measurement] = field(default_factory=dict)
-    engines: dict[tuple[str, Engine], Measurement] = field(default_factory=dict)
-    calibrations: dict[str, Fit] = field(default_factory=dict)
-    texts: dict[str, str] = field(default_factory=dict)
-    blobs: dict[str, bytes] = field(default_factory=dict)
-
-    def add(self, table: LatencyTable, ratio: float, *, leads: bool) -> None:
-        reference = table.get(REFERENCE_KEY, ())
-        largest_source = max((found.ms for found in table.points(SOURCE_KEY).values()), default=0.0)
-        for key in table.keys():  # noqa: SIM118 (a table is no mapping)
-            if text := table.description(key):
-                self.texts.setdefault(key, text)
-            least = -math.inf if key.startswith("j") else 0.0
-            if reference is not None and key not in (REFERENCE_KEY, SOURCE_KEY):
-                least = min(least, -NOISE * max(reference.ms, largest_source))
-            for extents, found in table.points(key).items():
-                where = f"{self.texts.get(key) or repr(key)} at extents {extents}"
-                _keep(self.points, (key, extents), _checked(found, least, where, table.path, ratio))
-        for network in table.networks():
-            for widths, found in table.engines(network):
-                engine = tuple(sorted(widths.items()))
-                where = f"an engine of network {network}"
-                _keep(self.engines, (network, engine), _checked(found, 0.0, where, table.path, ratio))
-            if (fit := table.get_calibration(network)) is not None:
-                known = self.calibrations.get(network)
-                if known is None or fit[2].get("n", 0.0) > known[2].get("n", 0.0):
-                    self.calibrations[network] = scaled(fit, ratio)
-        for name in table.blobs().keys() - {*OLD, *([] if leads else [HOST])}:
-            self.blobs.setdefault(name, table.get_blob(name) or b"")
-
-    def write(self, table: LatencyTable) -> None:
-        table.describe_all(self.texts)
-        table.put_many((key, extents, found) for (key, extents), found in self.points.items())
-        for (network, engine), found in self.engines.items():
-            table.put_engine(network, dict(engine), found)
-        for network, fit in self.calibrations.items():
-            table.put_calibration(network, *fit)
-        for name, content in self.blobs.items():
-            table.put_blob(name, content)
-
-
 def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Merged:
     """Write the table ``out``, whole or not at all, from those at ``paths``, in the times of the first.
 
@@ -103,7 +54,7 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
     out = Path(out)
     if exists(str(out)):
         raise SluiceError(f"{str(out)!r} exists already; choose another file to merge into, or remove it")
-    content, ratios = _Content(), []
+    checked: list[tuple[str, float, bool]] = []  # path, factor, whether the times are in its host's
     first: tuple[str, Fingerprint] | None = None
     reference: float | None = None
     for path in paths:
@@ -123,19 +74,30 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
                     f"{table.path} is of a host whose reference engine takes {1 / ratio:.2f} times what it takes in "
                     f"{first[0]}, more than {MAX_RATIO}; measure again on a quiet host or one of that kind"
                 )
-            content.add(table, ratio, leads=leads)
-            ratios.append(ratio)
+            _check_times(table, own)
+            checked.append((table.path, ratio, leads))
     if first is None:
         raise SluiceError("there is no table to merge; give one or more")
     try:
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
             draft = Path(folder) / out.name
-            with LatencyTable.create(draft, first[1]) as table:
-                content.write(table)
+            with LatencyTable.create(draft, first[1]) as merged:
+                for name, ratio, leads in checked:
+                    _add(merged, name, ratio, leads)
+                engines = sum(len(merged.engines(network)) for network in merged.networks())
+                done = Merged(len(merged), engines, tuple(ratio for _, ratio, _ in checked))
             os.replace(draft, out)
     except OSError as error:
         raise SluiceError(f"cannot write {str(out)!r}: {error.strerror or error}; choose another folder") from None
-    return Merged(len(content.points), len(content.engines), tuple(ratios))
+    return done
+
+
+def _add(merged: LatencyTable, path: str, ratio: float, leads: bool) -> None:
+    """Rules 3 and 4."""
+    merged.take_over(path, ratio)
+    with LatencyTable.open(path) as table:
+        for name in table.blobs().keys() - merged.blobs().keys() - (set() if leads else {HOST}):
+            merged.put_blob(name, table.get_blob(name) or b"")
 
 
 def _reference_ms(table: LatencyTable) -> float | None:
@@ -152,15 +114,22 @@ def _reference_ms(table: LatencyTable) -> float | None:
     return reference.ms
 
 
-def _checked(found: Measurement, least: float, where: str, path: str, ratio: float) -> Measurement:
+def _check_times(table: LatencyTable, reference_ms: float | None) -> None:
+    """Rule 5."""
+    largest_source = max((found.ms for found in table.points(SOURCE_KEY).values()), default=0.0)
+    for key in table.keys():  # noqa: SIM118 (a table is no mapping)
+        least = -math.inf if key.startswith("j") else 0.0
+        if reference_ms is not None and key not in (REFERENCE_KEY, SOURCE_KEY):
+            least = min(least, -NOISE * max(reference_ms, largest_source))
+        for extents, found in table.points(key).items():
+            _check(found, least, f"{table.description(key) or repr(key)} at extents {extents}", table.path)
+    for network in table.networks():
+        for _, found in table.engines(network):
+            _check(found, 0.0, f"an engine of network {network}", table.path)
+
+
+def _check(found: Measurement, least: float, where: str, path: str) -> None:
     if not (math.isfinite(found.ms) and found.ms >= least and math.isfinite(found.spread) and found.spread >= 0):
         raise SluiceError(
             f"{path} holds {found.ms} ms, spread {found.spread}, for {where}, which is no time; measure that table anew"
         )
-    return replace(found, ms=found.ms * ratio)
-
-
-def _keep(there: dict[Key, Measurement], key: Key, found: Measurement) -> None:
-    """Rule 3."""
-    if key not in there or found.spread < there[key].spread:
-        there[key] = found

@@ -67,14 +67,10 @@ class ReferenceEngine:
     """An engine that is measured along with others, and its quiet time ``ms`` (rule 4).
 
     A call that finds a shorter quiet time sets ``ms``, for all users (`sluice.profiler.timing.reference_engine`).
-    ``moved`` is the factor by which the times of a table were multiplied for this engine, ``unproven`` that no call has
-    been made since.
     """
 
     session: Session
     ms: float
-    moved: float = 1.0
-    unproven: bool = False
 
 
 @dataclass(slots=True)
@@ -216,7 +212,7 @@ def _warm_up(session: Session, burst_ms: float, warmup_ms: float) -> int:
     """Run for ``warmup_ms``; the number of inferences that make a burst."""
     repeats, spent = 1, 0.0
     while True:
-        ms = _sample(session, repeats)
+        ms = _checked(session.sample(repeats))
         spent += ms * repeats
         if spent >= warmup_ms or repeats >= MAX_REPEATS:
             break
@@ -226,10 +222,6 @@ def _warm_up(session: Session, burst_ms: float, warmup_ms: float) -> int:
             f"{repeats} inferences took no time by the {session.clock} clock; use a runner with another clock"
         )
     return max(1, min(MAX_REPEATS, math.ceil(burst_ms / ms)))
-
-
-def _sample(session: Session, repeats: int) -> float:
-    return _checked(session.sample(repeats))
 
 
 def _checked(ms: float) -> float:

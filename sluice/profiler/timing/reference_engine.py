@@ -8,16 +8,14 @@
    So where the reference engine takes less in a later call, by `QUIET`, its quiet time is taken anew, and counts if it
    is lower by more than `NOISE`. Where it was off by `OFF`, everything in the table by then is marked as uncertain, and
    that call is made again.
-3. A host may go on with a table that another host of its kind began, some percent slower or quicker. Then its own quiet
-   time is measured, all times in the table are multiplied by ``own / known``, and the table is that host's from then
-   on. If the first call after that finds a shorter quiet time, all times are multiplied once more. Beyond `MAX_RATIO`
-   the host is of another kind.
+3. A table belongs to the host that began it. Hosts of one kind differ by some percent, so another host measures nothing
+   into it. It may read the table (`sluice.profiler.profile.profile_known`), or begin one of its own and merge this one
+   into that, in its own time (`sluice.profiler.table_tools.merge`).
 """
 
 from __future__ import annotations
 
 import json
-import os
 
 import numpy as np
 import onnx
@@ -30,12 +28,11 @@ from sluice.profiler.timing.measure import QUIET, ReferenceEngine, measure
 from sluice.runtime.base.host import host_identity
 from sluice.runtime.base.runner import Runner, Session
 
-__all__ = ["MAX_RATIO", "make_reference_engine", "reference_model", "was_slow"]
+__all__ = ["is_of_another_host", "make_reference_engine", "reference_model", "was_slow"]
 
 KEY = "anchor-v1"
 TRIES, ANEW = 8, 2
 OFF, NOISE = 0.03, 0.005
-MAX_RATIO = 1.15
 HOST = "host"
 
 
@@ -60,49 +57,33 @@ def reference_model() -> onnx.ModelProto:
 def make_reference_engine(table: LatencyTable, runner: Runner, rng: np.random.Generator) -> ReferenceEngine:
     """The reference engine with the quiet time that the table knows, or that is measured now and recorded.
 
-    A table of another host becomes this host's.
-
     Raises:
-        SluiceError: the table was begun on a host of another kind.
+        SluiceError: another host began the table.
     """
-    session = runner.build(reference_model())
-    known, here = table.get(KEY, ()), getattr(runner, "host_identity", host_identity)()
+    if is_of_another_host(table, runner):
+        raise SluiceError(
+            f"{table.path} was begun on another host, whose times are not those of this one; begin a new table here, "
+            f"where only what is asked for is measured, and take these points along by `sluice table merge NEW "
+            f"{table.path} -o BOTH` if they are wanted"
+        )
+    session, known = runner.build(reference_model()), table.get(KEY, ())
     if known is None:
         known = _quiet(session, TRIES, rng)
         table.put(KEY, (), known)
         table.describe(KEY, "reference engine measured along with every point")
-        table.put_blob(HOST, _encoded(here))
-    elif _of_another_host(table, here):
-        return _moved(table, known, session, _quiet(session, TRIES, rng), here)
+        table.put_blob(HOST, json.dumps(sorted(_identity(runner))).encode())
     return ReferenceEngine(session, known.ms)
 
 
-def _of_another_host(table: LatencyTable, here: frozenset[str]) -> bool:
-    """Whether another host filled the table; False where the table cannot be written or a host cannot be told."""
-    there = frozenset(json.loads(table.get_blob(HOST) or b"[]"))
-    writable = all(os.access(place, os.W_OK) for place in (table.path, os.path.dirname(table.path) or "."))
-    return bool(there and here) and not there & here and writable
+def is_of_another_host(table: LatencyTable, runner: Runner) -> bool:
+    """Whether another host than that of the runner began the table; False where either cannot be told."""
+    there, here = frozenset(json.loads(table.get_blob(HOST) or b"[]")), _identity(runner)
+    return bool(there and here) and not there & here
 
 
-def _moved(
-    table: LatencyTable, known: Measurement, session: Session, own: Measurement, here: frozenset[str]
-) -> ReferenceEngine:
-    """The reference engine of a table whose times are now those of this host (rule 3)."""
-    ratio = own.ms / known.ms
-    if not 1 / MAX_RATIO <= ratio <= MAX_RATIO:
-        raise SluiceError(
-            f"{table.path} is of a host whose reference engine takes {1 / ratio:.2f} times what it takes here, beyond "
-            f"{MAX_RATIO}; go on when this host is quiet, on that host or one of its kind, or begin a new table here"
-        )
-    if abs(ratio - 1.0) <= NOISE:
-        own = known
-    if table.move(KEY, known, own, {HOST: _encoded(here)}):
-        return ReferenceEngine(session, own.ms, own.ms / known.ms, unproven=True)
-    return ReferenceEngine(session, table.require(KEY, ()).ms)  # another process here was first
-
-
-def _encoded(identity: frozenset[str]) -> bytes:
-    return json.dumps(sorted(identity)).encode()
+def _identity(runner: Runner) -> frozenset[str]:
+    found: frozenset[str] = getattr(runner, "host_identity", host_identity)()
+    return found
 
 
 def was_slow(reference: ReferenceEngine, ms: float, table: LatencyTable) -> bool:
@@ -113,13 +94,9 @@ def was_slow(reference: ReferenceEngine, ms: float, table: LatencyTable) -> bool
     if found.ms > (1.0 - NOISE) * before:
         return False
     off = found.ms < (1.0 - OFF) * before
-    known = table.get(KEY, ())
-    if reference.unproven and known is not None and table.move(KEY, known, found, {}):
-        reference.moved *= found.ms / known.ms
-    else:
-        if off:
-            table.mark_uncertain(UNCERTAIN + before / found.ms - 1.0)
-        table.put(KEY, (), found)
+    if off:
+        table.mark_uncertain(UNCERTAIN + before / found.ms - 1.0)
+    table.put(KEY, (), found)
     reference.ms = found.ms
     return off
 
