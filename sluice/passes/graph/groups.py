@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -109,15 +109,13 @@ def module_of(param: str) -> str:
 def find_groups(coupling: Coupling, values: Mapping[str, Axis | None], shapes: Mapping[str, Shape]) -> Analysis:
     """The analysis of a coupling that has read the whole graph."""
     lies = {key: coupling.roots(atoms) for key, atoms in coupling.axes.items()}
-    on: dict[int, list[tuple[str, int]]] = {}
-    for key, along in lies.items():
-        for root in np.unique(along).tolist():
-            on.setdefault(root, []).append(key)
     order = {key: rank for rank, key in enumerate(coupling.producers)}
-    members: dict[tuple[tuple[str, int], ...], list[int]] = {}
-    for root, keys in on.items():
-        if root not in coupling.frozen and any(key in order for key in keys):
-            members.setdefault(tuple(keys), []).append(root)
+    members = {
+        keys: open_roots
+        for keys, roots in _alike(lies, coupling.count)
+        if any(key in order for key in keys)
+        and (open_roots := [root for root in roots.tolist() if root not in coupling.frozen])
+    }
 
     def lead(signature: tuple[tuple[str, int], ...]) -> tuple[str, int]:
         return min((key for key in signature if key in order), key=order.__getitem__)
@@ -155,6 +153,29 @@ def find_groups(coupling: Coupling, values: Mapping[str, Axis | None], shapes: M
 
     placed = {name: place(axis) for name, axis in values.items() if axis is not None}
     return Analysis(tuple(groups), frozen, placed, dict(shapes), dict(coupling.tensors), tuple(coupling.producers))
+
+
+def _alike(
+    lies: Mapping[tuple[str, int], np.ndarray], count: int
+) -> Iterator[tuple[tuple[tuple[str, int], ...], np.ndarray]]:
+    """The roots that lie on the same axes, with these axes; ``count`` is above all roots.
+
+    Axis by axis a class of roots is split into those on the axis and those off it.
+    """
+    places = {key: np.unique(roots) for key, roots in lies.items()}
+    label, fresh = np.zeros(count, dtype=np.int64), 1
+    for roots in places.values():
+        known, inverse = np.unique(label[roots], return_inverse=True)
+        label[roots] = fresh + inverse
+        fresh += len(known)
+    keys: dict[int, list[tuple[str, int]]] = {}
+    for key, roots in places.items():
+        for own in np.unique(label[roots]).tolist():
+            keys.setdefault(own, []).append(key)
+    order = np.argsort(label, kind="stable")
+    for own, axes in keys.items():
+        first, behind = np.searchsorted(label, [own, own + 1], sorter=order)
+        yield tuple(axes), order[first:behind]
 
 
 def without_groups(analysis: Analysis, reasons: Mapping[str, str]) -> Analysis:
