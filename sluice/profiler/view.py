@@ -121,7 +121,7 @@ class Profile:
         """Take note of an engine that was measured elsewhere: ``ratio`` of its time to that of the dense engine."""
         key, table = self.model_key, self.bench.table
         dense = next((m for plan, m in table.engines(key) if plan == dict(self.latency.dense)), None)
-        if dense is not None and self.open:
+        if dense is not None and not self.bench.closed:
             spread = max(dense.spread, 2 * UNCERTAIN if uncertain else 0.0)
             found = Measurement(ratio * dense.ms, spread, dense.samples, dense.clock)
             table.put_engine(key, widths, found)

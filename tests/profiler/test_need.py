@@ -247,6 +247,10 @@ def test_after_its_minutes_a_profile_measures_no_more_and_answers_by_estimates()
     walk(profile, ("filter",))
     assert runner.built == built and choice.promised_ms <= target * (1 + 1e-6)
     assert profile.latency.share_estimated(choice.widths) > 0.5
+    # An engine that was measured all the same, to verify a plan, is learned.
+    known = len(profile.bench.table.engines(profile.model_key))
+    profile.learn(choice.widths, 0.5)
+    assert len(profile.bench.table.engines(profile.model_key)) == known + 1
 
 
 @pytest.mark.parametrize("minutes", [0, -1, float("nan")])
