@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -347,7 +348,7 @@ def test_methods_end_to_end_with_gates(methods: tuple[str, ...], residual_table:
 @pytest.mark.parametrize("gate_epochs", [0, 2])
 def test_ranks_by_beam_search_end_to_end(gate_epochs: int, residual_table: Path, tmp_path: Path) -> None:
     done = compress(
-        tiny.residual(), tiny.inputs(), budget="75%", data=tiny.data(), table=residual_table, out=tmp_path / "out",
+        tiny.residual(), tiny.inputs(), budget="75%", data=tiny.data()[:2], table=residual_table, out=tmp_path / "out",
         batch=tiny.BATCH, methods=("bsr",), gate_epochs=gate_epochs, epochs=1, progress=False,
     )  # fmt: skip
     assert done.report.met() and (done.report.parity_max_rel or 0.0) < 1e-5
@@ -377,6 +378,11 @@ def test_a_negative_rehearsal_is_refused(residual_table: Path) -> None:
         )  # fmt: skip
 
 
+@functools.cache
+def residual_onnx() -> onnx.ModelProto:
+    return to_onnx(tiny.residual(), tiny.inputs())
+
+
 def check_methods(methods: tuple[str, ...], budget: str, table: Path, folder: Path, gates: int) -> None:
     """Within the budget, no edit of another method, and all forms of what comes out are one network."""
     model, out = tiny.residual(), folder / "out"
@@ -392,7 +398,7 @@ def check_methods(methods: tuple[str, ...], budget: str, table: Path, folder: Pa
     if len(methods) == 1:
         assert used[methods[0]]
     loaded = sluice.load(tiny.residual, out)
-    rewritten = finalize(rewrite_onnx(to_onnx(model, tiny.inputs()), plan))
+    rewritten = finalize(rewrite_onnx(residual_onnx(), plan))
     for batch in (1, tiny.BATCH, 4):
         x = tiny.inputs(batch)
         with torch.no_grad():

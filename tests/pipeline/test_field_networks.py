@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,18 +53,19 @@ def test_a_written_activation_is_merged_away() -> None:
 
 
 @pytest.mark.parametrize("name", ["class_token", "conv_next"])
-def test_widths_of_attention_and_channels_last_networks(name: str) -> None:
+def test_widths_of_attention_and_channels_last_networks(name: str, tmp_path: Path) -> None:
     """Both graphs have the same groups, so every gate has a place; the file runs at any batch."""
     model, inputs = build(name, batch=2)
     with torch.no_grad():
         classes = model.eval()(*inputs).shape[1]
     data = [(*inputs, torch.randint(classes, (2,)))]
-    measured = sluice.profile(model, inputs, batch=2, methods=("filter",), progress=False)
+    table = tmp_path / "t.db"
+    measured = sluice.profile(model, inputs, table, batch=2, methods=("filter",), progress=False)
     gated = sluice.insert_gates(model, inputs, steps=2)
     assert set(sluice.Budget(gated, measured, "70%").gates) == set(gated.gates)
 
     done = sluice.compress(
-        model, inputs, budget="70%", data=data, batch=2, methods=("filter",), epochs=0, progress=False
+        model, inputs, budget="70%", data=data, table=table, batch=2, methods=("filter",), epochs=0, progress=False
     )  # fmt: skip
     assert done.report.met() and done.report.parity_max_rel < 1e-4
     assert any(row.kept < row.dense for row in done.report.groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import onnx
@@ -31,10 +32,16 @@ from sluice.passes.graph.view_torch import view_torch
 from sluice.runtime.base.compare import assert_close, relative_error
 from sluice.runtime.ort.cpu import OrtRunner
 from tests.networks import build, random_kept
-from tests.passes.graph.test_blocks import CASES, REFERENCE, case, reference
+from tests.passes.graph.test_blocks import CASES, LONG, REFERENCE, case, reference
 
 Prepared = tuple[nn.Module, fx.GraphModule, tuple[Tensor, ...], onnx.ModelProto, tuple[Block, ...]]
 DROPPABLE = (*REFERENCE, *(n for n, (_, blocks, _) in CASES.items() if blocks), "tokens", "squeeze_excite")
+SEVERAL = (*REFERENCE, *(n for n, (_, blocks, _) in CASES.items() if len(blocks) > 1), "tokens")  # to choose from
+
+
+def _slow(*pairs: tuple[str, int]) -> list[Any]:
+    """Long networks are marked: nothing is in them that the others lack."""
+    return [pytest.param(*pair, marks=pytest.mark.slow if pair[0] in LONG else ()) for pair in pairs]
 
 
 @functools.cache
@@ -65,8 +72,7 @@ def subset(blocks: tuple[Block, ...], seed: int) -> tuple[Block, ...]:
     return tuple(chosen) or blocks[-1:]
 
 
-@pytest.mark.parametrize("name", DROPPABLE)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("name", "seed"), _slow(*((n, 0) for n in DROPPABLE), *((n, 1) for n in SEVERAL)))
 @torch.no_grad()
 def test_dropping_is_exact(name: str, seed: int) -> None:
     model, gm, inputs, dense, blocks = prepared(name)
@@ -99,27 +105,29 @@ def test_dropping_is_exact(name: str, seed: int) -> None:
     }
 
 
-@pytest.mark.parametrize("name", [*REFERENCE, "nested", "projection", "tokens", "squeeze_excite"])
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    _slow(*((n, seed) for n in (*REFERENCE, "nested", "projection", "tokens", "squeeze_excite") for seed in (1, 2))),
+)
 @torch.no_grad()
-def test_dropping_after_slicing(name: str) -> None:
+def test_dropping_after_slicing(name: str, seed: int) -> None:
     _, gm, inputs, dense, blocks = prepared(name)
-    for seed in (1, 2):
-        plan = make_plan(analysis_of(name), random_kept(analysis_of(name), seed))
-        chosen = subset(blocks, seed)
-        drops = [block.drop() for block in chosen]
-        slim = rewrite_torch(gm, plan, inputs)
-        closed = clone(slim)
-        for block in chosen:
-            close_block(closed, block)
-        drop_torch(slim, drops)
-        out = slim(*inputs)
-        assert_close(out, closed(*inputs), 1e-6, "closed")
-        cut = drop_onnx(rewrite_onnx(dense, plan), drops, named=plan.fingerprint)
-        assert_close(onnx_output(cut, inputs), out, what="ONNX")
-        sizes = {i.name: tuple(i.dims) for i in cut.graph.initializer}
-        assert all(sizes.get(n, tuple(t.shape)) == tuple(t.shape) for n, t in slim.state_dict().items())
-        more = tuple(torch.cat([x, x]) for x in inputs)
-        assert_close(slim(*more), torch.cat([out, out]))
+    plan = make_plan(analysis_of(name), random_kept(analysis_of(name), seed))
+    chosen = subset(blocks, seed)
+    drops = [block.drop() for block in chosen]
+    slim = rewrite_torch(gm, plan, inputs)
+    closed = clone(slim)
+    for block in chosen:
+        close_block(closed, block)
+    drop_torch(slim, drops)
+    out = slim(*inputs)
+    assert_close(out, closed(*inputs), 1e-6, "closed")
+    cut = drop_onnx(rewrite_onnx(dense, plan), drops, named=plan.fingerprint)
+    assert_close(onnx_output(cut, inputs), out, what="ONNX")
+    sizes = {i.name: tuple(i.dims) for i in cut.graph.initializer}
+    assert all(sizes.get(n, tuple(t.shape)) == tuple(t.shape) for n, t in slim.state_dict().items())
+    more = tuple(torch.cat([x, x]) for x in inputs)
+    assert_close(slim(*more), torch.cat([out, out]))
 
 
 def test_what_is_left_of_resnet() -> None:

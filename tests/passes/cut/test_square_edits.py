@@ -26,6 +26,7 @@ from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.cut.rewrite_torch import merge_runs, rewrite_torch
 from sluice.passes.gates.gating import Gated, insert_gates, strip_gates
 from sluice.passes.graph.blocks import Block, dropped_values, find_blocks, match_drops
+from sluice.passes.graph.capture import capture
 from sluice.passes.graph.view import GraphView
 from sluice.passes.graph.view_torch import view_torch
 from sluice.pipeline.close import close
@@ -104,7 +105,8 @@ def corner(name: str) -> Corner:
     with pytest.MonkeyPatch.context() as patch:
         profile_on(lambda target, threads=1: FakeRunner(staircase(8)), patch)
         profile = profile_onnx(exported, deployment=Deployment(batch=2), methods=METHODS, progress=False)
-    return Corner(model, inputs, insert_gates(model, inputs), exported, profile)
+    captured = capture(model, inputs)
+    return Corner(captured, inputs, insert_gates(captured, inputs), exported, profile)
 
 
 def answers(c: Corner) -> list[Solution]:

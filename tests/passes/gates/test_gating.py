@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sluice import models
 from sluice.core.errors import SluiceError
@@ -20,9 +20,14 @@ REFERENCE = ("resnet20", "vgg16_bn", "mobilenet_v2", "densenet", "se_resnet", "r
 
 
 @functools.cache
+def captured(name: str) -> fx.GraphModule:
+    return capture(*build(name))
+
+
+@functools.cache
 def gated(name: str) -> tuple[nn.Module, tuple[Tensor, ...], Gated]:
     model, inputs = build(name)
-    return model, inputs, insert_gates(model, inputs)
+    return model, inputs, insert_gates(captured(name), inputs)
 
 
 def harden(network: Gated, kept: dict[str, list[int]]) -> None:
@@ -40,7 +45,7 @@ def test_closing_is_exact(name: str) -> None:
     assert_close(network(*inputs), model(*inputs), what="gates at their start")
     analysis = network.meta["space"].analysis
     changes = []
-    for seed in range(4):
+    for seed in range(2):
         kept = random_kept(analysis, seed)
         harden(network, kept)
         closed = close_gates(network, kept)
@@ -53,11 +58,11 @@ def test_closing_is_exact(name: str) -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_stripping_gives_the_captured_network_back(name: str) -> None:
-    model, inputs, network = gated(name)
-    captured, stripped = capture(model, inputs), strip_gates(network)
-    assert stripped.code == captured.code
-    assert [n.name for n in stripped.graph.nodes] == [n.name for n in captured.graph.nodes]
-    state = captured.state_dict()
+    _, inputs, network = gated(name)
+    dense, stripped = captured(name), strip_gates(network)
+    assert stripped.code == dense.code
+    assert [n.name for n in stripped.graph.nodes] == [n.name for n in dense.graph.nodes]
+    state = dense.state_dict()
     assert list(stripped.state_dict()) == list(state)
     assert all(torch.equal(value, state[key]) for key, value in stripped.state_dict().items())
     assert capture(stripped, inputs) is not stripped
@@ -70,8 +75,8 @@ def test_stripping_gives_the_captured_network_back(name: str) -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_everything_trains(name: str) -> None:
-    model, inputs, _ = gated(name)
-    network = insert_gates(model, inputs, steps=5).train()
+    inputs = build(name)[1]
+    network = insert_gates(captured(name), inputs, steps=5).train()
     out = network(*inputs)
     sum(o.square().sum() for o in (out.values() if isinstance(out, dict) else [out])).backward()
     assert all(g.logit.grad is not None and g.logit.grad.abs().sum() > 0 for _, g in network.gates.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sluice import models
+from sluice.models.mobilenet import InvertedResidual
 from sluice.models.resnet import ResNet
 from sluice.passes.cut.export import to_onnx
 from sluice.passes.graph.blocks import find_blocks
@@ -144,6 +146,11 @@ CASES: dict[str, tuple[Callable[[], Middle], dict[str, tuple[str, ...] | str], d
         {"middle": ("a.bias", "a.weight", "b.bias", "b.weight")},
         {},
     ),
+    "inverted": (
+        lambda: Middle(lambda m, x: m.a(x), a=InvertedResidual(4, 4, 1, 2)),
+        {"middle.a.conv": ("a.conv.7.bias", "a.conv.7.weight")},
+        {},
+    ),
     "in place": (
         lambda: Middle(_in_place, a=conv(), b=conv(), c=conv()),
         {"middle": ("b.bias", "b.weight")},
@@ -222,12 +229,40 @@ def test_cases(name: str) -> None:
     assert all(reasons[n] in why for n, why in refused.items()), refused
 
 
-@pytest.mark.parametrize("name", [*REFERENCE, *CASES, *NETWORKS])
+class Beside(nn.Module):
+    """Networks side by side, since an export costs more than what is in it; every one has its own inputs."""
+
+    def __init__(self, networks: dict[str, tuple[nn.Module, tuple[Tensor, ...]]]) -> None:
+        super().__init__()
+        self.sides = nn.ModuleDict({f"the {name}": network for name, (network, _) in networks.items()})
+        self.reads = [len(inputs) for _, inputs in networks.values()]
+
+    def forward(self, *xs: Tensor) -> list[Tensor | dict[str, Tensor]]:
+        ends = itertools.accumulate(self.reads)
+        return [side(*xs[end - n : end]) for side, n, end in zip(self.sides.values(), self.reads, ends, strict=True)]
+
+
+def beside(networks: dict[str, tuple[nn.Module, tuple[Tensor, ...]]]) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    return Beside(networks).eval(), tuple(x for _, inputs in networks.values() for x in inputs)
+
+
+EXPORTED: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
+    "cases": lambda: beside({name: case(name) for name in CASES}),
+    "networks": lambda: beside({name: build(name) for name in NETWORKS}),
+    **{name: functools.partial(reference, name) for name in REFERENCE},
+}
+LONG = ("resnet32", "mobilenet_v2")  # nothing is in them that the others lack, but for the number of blocks
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in EXPORTED])
 def test_onnx_says_the_same(name: str) -> None:
-    model, inputs = build(name) if name in NETWORKS else reference(name) if name in REFERENCE else case(name)
+    model, inputs = EXPORTED[name]()
     gm = capture(model, inputs)
     dense = to_onnx(gm, inputs)
     found, refused = find_blocks(view_torch(gm))
+    if name == "cases":
+        assert {b.name.split(".")[1] for b in found} == {f"the {n}" for n, (_, blocks, _) in CASES.items() if blocks}
+        assert len(found) == sum(len(blocks) for _, blocks, _ in CASES.values())
 
     def brief(view: GraphView) -> list[tuple[object, ...]]:
         blocks, _ = find_blocks(view)

@@ -1,0 +1,37 @@
+"""What is the same at every export is worked out once per process."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def exporters_read_their_operators_once() -> Iterator[None]:
+    """For each export torch.onnx reads the sources of 500 ONNX Script functions anew, and torch lists its operators.
+
+    That is a third of the time which the export of a small network takes. Nothing adds operators while tests run, and
+    every export has its own copy of what was read.
+    """
+    if "sluice.passes.graph.capture" not in sys.modules:  # no collected test exports
+        yield
+        return
+    from torch._export import utils
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    read = functools.cache(ONNXRegistry.from_torchlib)
+
+    def from_torchlib(*args: Any, **options: Any) -> ONNXRegistry:
+        registry = copy.copy(read(*args, **options))
+        registry.functions = {target: list(found) for target, found in registry.functions.items()}
+        return registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
+        patch.setattr(utils, "_materialize_cpp_cia_ops", functools.cache(utils._materialize_cpp_cia_ops))
+        yield
