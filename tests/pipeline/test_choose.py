@@ -23,6 +23,7 @@ from sluice.pipeline.problem import Problem, Solution
 from sluice.profiler.profile import profile_onnx
 from sluice.profiler.view import Profile
 from sluice.solver.options import METHODS
+from sluice.training.recovery import Recovery
 from sluice.training.rehearse import HELD, held_out_loss, rehearse
 from tests.device import FakeRunner, profile_on, staircase
 from tests.networks import mixed
@@ -52,7 +53,7 @@ class Case:
     def choose(self, share: float, steps: int, methods: Sequence[str] = METHODS) -> list[Scenario]:
         return choose(
             self.problem, methods, share * self.profile.latency.dense_ms(), self.build, data=data(),
-            teacher=self.stripped, loss=squared, lr=1e-3, steps=steps, progress=False,
+            teacher=self.stripped, loss=squared, recovery=Recovery(1e-3), steps=steps, progress=False,
         )  # fmt: skip
 
 
@@ -114,7 +115,7 @@ def test_one_method_has_one_reading() -> None:
     problem = replace(c.problem, sites=c.profile.options.sites(c.profile.latency, ["rank"]))
     (only,) = choose(
         problem, ("rank",), 0.8 * c.profile.latency.dense_ms(), c.build, data=data(), teacher=c.stripped,
-        loss=squared, lr=1e-3, steps=5, progress=False,
+        loss=squared, recovery=Recovery(1e-3), steps=5, progress=False,
     )  # fmt: skip
     assert only.rehearsed == () and only.problem is problem
 

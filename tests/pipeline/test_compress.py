@@ -192,7 +192,7 @@ def test_what_may_fail_with_a_precision_fails_before_training(tmp_path: Path, mo
     def cannot_judge(model: nn.Module) -> float:
         raise RuntimeError("no such attribute")
 
-    monkeypatch.setattr(pipeline, "fit", lambda *args, **options: pytest.fail("trained"))
+    monkeypatch.setattr(pipeline, "recover", lambda *args, **options: pytest.fail("trained"))
     settings: dict[str, Any] = dict(
         budget=BUDGET, data=tiny.data(), table=tmp_path / "t.db", batch=tiny.BATCH, methods=("filter",),
         precision="int8", rehearsal=0, progress=False,
