@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for seed in options.seeds:
         torch.manual_seed(seed)
         digits = small_digits(seed)
-        model = train(network(), digits, epochs=8, lr=3e-3, batch=BATCH, seed=seed, augment=False, progress=False)
+        model = train(network(), digits, epochs=20, lr=3e-3, batch=BATCH, seed=seed, augment=False, progress=False)
         dense = capture(model.eval(), digits.train_x[:2])
         for cut in CUTS:
             got = one(cut, seed, options.epochs, digits, dense)

@@ -18,7 +18,8 @@ grow by successive halving (Jamieson and Talwalkar, AISTATS 2016):
    loader that shuffles deals anew each time round, so there some of their examples are trained on.
 4. A run whose loss is not finite is out. Of rates within `TIE` of the best the smallest counts, against the bias.
 5. The default setting, logits and labels on plain weights, is left only for one that is better by `HANDICAP`: short
-   runs are partial to what learns fast, and distillation is behind after one epoch where it is ahead after ten.
+   runs are partial to what learns fast, and distillation is behind after one epoch where it is ahead after ten. Both
+   margins are shares of the held-out loss or of what training took off it, whichever is less.
 6. torch's random numbers are put back afterwards, so that the fine-tune draws what it would have drawn without a trial.
    Reading the data may still move the generators of others.
 """
@@ -152,9 +153,9 @@ def try_settings(
             return Trial(default, total)
         measure = "labels" if loss is default_loss and labelled else default.loss
         stream = batches_behind(data, len(held))
-        judge = _Judge(slim, widen, losses, losses[measure], held, stream, teacher, recovery, default)
-        runs: list[Run] = []
         before, dense = (held_out_loss(m, held, teacher, losses[measure]) for m in (slim, teacher))
+        judge = _Judge(slim, widen, losses, losses[measure], held, stream, teacher, recovery, default, before)
+        runs: list[Run] = []
         for number, length in enumerate(steps):
             if number == 1:
                 settings = (
@@ -185,14 +186,18 @@ def quick_rate(
     with _same_random_numbers(module):
         held = list(itertools.islice(data, FEW))
         default, stream = Setting(recovery.middle(), OWN), batches_behind(data, len(held))
-        judge = _Judge(module, None, {OWN: loss}, loss, held, stream, teacher, recovery, default)
+        before = held_out_loss(module, held, teacher, loss)
+        judge = _Judge(module, None, {OWN: loss}, loss, held, stream, teacher, recovery, default, before)
         settings = [replace(default, lr=rate) for rate in recovery.rates()[1:-1]]
         return judge.winner(judge.rung(settings, steps, progress=progress)).lr
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Judge:
-    """Trains copies of ``slim`` and compares them; ``default`` but for its rate is the setting without a handicap."""
+    """Trains copies of ``slim`` and compares them; ``default`` but for its rate is the setting without a handicap.
+
+    ``before`` is the held-out loss without training.
+    """
 
     slim: nn.Module
     widen: Widen | None
@@ -203,6 +208,7 @@ class _Judge:
     teacher: nn.Module
     recovery: Recovery
     default: Setting
+    before: float
 
     def rung(self, settings: Sequence[Setting], steps: int, *, progress: bool) -> list[Run]:
         trainees = [
@@ -223,12 +229,15 @@ class _Judge:
     def winner(self, runs: Sequence[Run]) -> Setting:
         """Rules 4 and 5."""
         best = min(runs, key=self._handicapped)
-        limit = best.held_out + TIE * abs(best.held_out)
+        limit = best.held_out + TIE * self._scale(best)
         level = [run.setting.lr for run in runs if run.held_out <= limit and _but_rate(run, best.setting)]
         return replace(best.setting, lr=min(level))
 
     def _handicapped(self, run: Run) -> float:
-        return run.held_out + HANDICAP * abs(run.held_out) * (not _but_rate(run, self.default))
+        return run.held_out if _but_rate(run, self.default) else run.held_out + HANDICAP * self._scale(run)
+
+    def _scale(self, run: Run) -> float:
+        return min(abs(run.held_out), max(0.0, self.before - run.held_out))
 
     def _copy(self, dense: bool, steps: int) -> nn.Module:
         if dense and self.widen is not None:
