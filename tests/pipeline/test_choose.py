@@ -110,6 +110,24 @@ def test_methods_that_do_not_get_there_alone_are_left_out() -> None:
         c.choose(below, steps=0)
 
 
+def test_a_rate_that_is_to_be_found_is_found_on_the_first_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+
+    def tried(module: nn.Module, *args: object, recovery: Recovery, steps: int, **options: object) -> float:
+        first = case().build(case().choose(0.5, steps=0)[0].solution)
+        assert (recovery, steps) == (Recovery(1e-3), 2) and module.state_dict().keys() == first.state_dict().keys()
+        return 0.0625
+
+    def noted(*args: object, lr: float, **options: object) -> list[list[float]]:
+        rates.append(lr)
+        return [[1.0] for _ in args[0]]  # type: ignore[attr-defined]
+
+    monkeypatch.setattr("sluice.pipeline.choose.quick_rate", tried)
+    monkeypatch.setattr("sluice.pipeline.choose.rehearse", noted)
+    case().choose(0.5, steps=2)
+    assert rates == [0.0625]
+
+
 def test_one_method_has_one_reading() -> None:
     c = case()
     problem = replace(c.problem, sites=c.profile.options.sites(c.profile.latency, ["rank"]))

@@ -1,0 +1,67 @@
+"""What a report says about the training of the slim network, and when it asks for more of it."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, replace
+
+import pytest
+from rich.console import Console
+
+from sluice.artifacts.report_recovery import RecoveryRow, TrialRow, recovery_row
+
+
+def row(*figures: float | None, end: int = 640, **changes: object) -> RecoveryRow:
+    """The chosen rate after 10, 20, 40 ... steps, and another rate after 10."""
+    own = [TrialRow(0.01, "default loss", "plain", 10 * 2**k, value) for k, value in enumerate(figures)]
+    other = TrialRow(0.03, "default loss", "plain", 10, None)
+    made = RecoveryRow(0.01, "default loss", "plain", end, (other, *own), "labels", 3.0, 0.01)
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def test_json_round_trip() -> None:
+    for made in (row(2.0, 1.0), RecoveryRow(0.003, "own loss", "dense", 7)):
+        assert recovery_row(json.loads(json.dumps(asdict(made)))) == made
+    assert recovery_row(None) is None
+
+
+def test_the_fall_is_that_of_the_last_doubling() -> None:
+    made = row(2.0, 1.5, 1.2)
+    assert made.fall() == pytest.approx(0.2) and made.share() == pytest.approx(80 / 640)
+    assert made.at_end() == pytest.approx(1.2 * 0.8**4)
+    assert row(2.0).fall() is row(2.0).at_end() is row().fall() is None
+    assert row(2.0, None, 1.0).fall() is None
+    assert row(2.0, 1.0, end=0).at_end() is None and row(2.0, 1.0, end=0).share() == 0.0
+
+
+def test_more_epochs_are_asked_for_where_they_would_help() -> None:
+    assert row(2.0, 1.5, 1.2).wants_epochs()  # ends at 0.49
+    assert not row(2.0, 0.5, 0.125).wants_epochs()  # recovered: ends at 0.0005
+    assert not row(2.0, 1.5, 1.2, end=640 * 10**4).wants_epochs()
+    assert not row(1.0, 0.99, 0.98).wants_epochs()  # training hardly helps: the plan limits
+    assert not row(2.0, 1.5, 1.2, dense=0.4).wants_epochs()  # the dense network is not much better
+    assert not row(2.0).wants_epochs() and not row(1.0, 1.1).wants_epochs()
+
+
+def test_the_lines_say_what_was_measured() -> None:
+    first, second = row(2.0, 1.5, 1.2).lines()
+    assert first == (
+        "fine-tuned at a learning rate of 0.01 on default loss, plain weights, as tried in 12% of the steps of the "
+        "fine-tune"
+    )
+    assert second.startswith("held-out loss fell 20.0% when the steps of a trial doubled to 40 (fine-tune: 640); ")
+    assert second.endswith("ends at 0.492, the dense network has 0.01: training limits the result more than the plan, "
+                           "so give more epochs")  # fmt: skip
+    assert "epochs" not in " ".join(row(2.0, 0.5, 0.125).lines()) and len([*row(2.0).lines()]) == 1
+    (alone,) = RecoveryRow(0.003, "own loss", "dense", 7).lines()
+    assert alone == "fine-tuned at a learning rate of 0.003 on own loss, dense weights"
+
+
+def test_the_table_has_a_row_for_every_setting() -> None:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(row(2.0, 1.5).table())
+    assert isinstance(console.file, io.StringIO)
+    lines = [line.split() for line in console.file.getvalue().splitlines()]
+    assert ["0.03", "default", "loss", "plain", "not", "finite"] in lines
+    assert ["0.01", "default", "loss", "plain", "2", "1.5"] in lines and len(lines) == 3
