@@ -9,7 +9,9 @@ from dataclasses import asdict, replace
 import pytest
 from rich.console import Console
 
+from sluice.artifacts.report import Report
 from sluice.artifacts.report_recovery import RecoveryRow, TrialRow, recovery_row
+from sluice.core.errors import SluiceError
 
 
 def row(*figures: float | None, end: int = 640, **changes: object) -> RecoveryRow:
@@ -24,6 +26,38 @@ def test_json_round_trip() -> None:
     for made in (row(2.0, 1.0), RecoveryRow(0.003, "own loss", "dense", 7)):
         assert recovery_row(json.loads(json.dumps(asdict(made)))) == made
     assert recovery_row(None) is None
+
+
+def report(recovery: RecoveryRow | None) -> Report:
+    return Report(
+        budget_ms=2.5, dense_ms=5.0, promised_ms=2.4, measured_ms=2.45, parity_max_rel=None, params_dense=9,
+        params_slim=4, macs_dense=9, macs_slim=4, metric_dense=None, metric_slim=None, seconds=1.5, rounds=1,
+        recovery=recovery,
+    )  # fmt: skip
+
+
+def test_a_report_holds_it_and_older_ones_load() -> None:
+    made = report(row(2.0, None, 1.0))
+    assert Report.from_json(made.to_json()) == made
+    older = {k: v for k, v in json.loads(report(None).to_json()).items() if k != "recovery"}
+    assert Report.from_json(json.dumps({**older, "version": 4})) == report(None)
+    with pytest.raises(SluiceError, match=r"lacks or adds \['recovery'\]"):
+        Report.from_json(json.dumps(older))
+
+
+def text_of(made: Report) -> str:
+    console = Console(file=io.StringIO(), width=300)
+    made.render(console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_a_report_tells_it() -> None:
+    text = text_of(report(row(2.0, 1.5, 1.2)))
+    assert "tried rate" in text and "\nfine-tuned at a learning rate of 0.01 on default loss" in text
+    assert "so give more epochs\n" in text
+    assert "tried rate" not in text_of(report(RecoveryRow(0.003, "own loss", "plain", 7)))
+    assert "fine-tuned" not in text_of(report(None))
 
 
 def test_the_fall_is_that_of_the_last_doubling() -> None:
