@@ -5,7 +5,8 @@
 A small network is trained on 2,000 MNIST digits of 14 x 14 pixels, and cut by magnitude to a deep and to a light cut,
 the same plan for every run. Each fine-tune takes the digits ``--epochs`` times in all: at a rate of 1e-3, as it was
 before; with the setting that the trial finds, whose steps shorten its fine-tune; and at every rate of the grid, of
-which the best is the oracle. Accuracy is on 1,000 other digits, one of which is 0.1 points: differences below 0.5 are noise.
+which the best is the oracle. Accuracy is on 1,000 other digits, one of which is 0.1 points: differences below 0.5 are
+noise.
 
 Last line: JSON, by cut the accuracies in percent of every seed, ``auto`` with the setting that was chosen, ``dense``
 that of the network before the cut and ``cut`` right after it.

@@ -8,9 +8,9 @@ grow by successive halving (Jamieson and Talwalkar, AISTATS 2016):
     rung 2     2s steps   the two best rates; the best one with every other loss; dense weights at the rate below it
     rung 3     4s steps   the two best settings
 
-1. ``s`` is such that all runs together take at most `SHARE` of the fine-tune's steps. Where it would be less than
-   `LEAST`, only rates are tried, in two rungs; where even these would be too short, nothing is, and the rate is the
-   middle one of the grid.
+1. ``s`` is such that all runs together take at most `SHARE` of the fine-tune's steps; judging comes on top, `HELD`
+   forward passes a run. Where ``s`` would be less than `LEAST`, only rates are tried, in two rungs; where even these
+   would be too short, nothing is, and the rate is the middle one of the grid.
 2. Every run starts from the slim network and warms up and comes to rest within its own steps. The runs of a rung take
    the same batches, each of which the teacher sees once.
 3. The judge is one measure for all losses: cross-entropy with the labels; without labels the distillation; the user's
@@ -48,7 +48,7 @@ __all__ = ["Run", "Setting", "Trial", "lengths", "losses_for", "quick_rate", "tr
 # Of the steps of the fine-tune. With a third the longest runs are a seventeenth of it; more would cost more than a
 # better rate gains, less would leave runs that tell too little.
 SHARE = 1 / 3
-LEAST = 10
+LEAST = 10  # fewer steps, one of them warming up, leave the optimizer no time to show what a rate does
 HELD = 8  # batches that are judged on, at most a fifth of the data
 TIE = 0.05
 HANDICAP = 0.1
@@ -155,14 +155,12 @@ def try_settings(
         stream = batches_behind(data, len(held))
         before, dense = (held_out_loss(m, held, teacher, losses[measure]) for m in (slim, teacher))
         judge = _Judge(slim, widen, losses, losses[measure], held, stream, teacher, recovery, default, before)
-        runs: list[Run] = []
+        runs, found = list[Run](), list[Run]()
         for number, length in enumerate(steps):
-            if number == 1:
-                settings = (
-                    _second(judge.best(runs), recovery, list(losses)[1:], both) if len(steps) > 2 else judge.best(runs)
-                )
-            elif number == 2:
-                settings = judge.best([run for run in runs if run.steps == steps[1]])
+            if number:
+                settings = judge.best(found)
+            if number == 1 and len(steps) > 2:
+                settings = _second(settings, recovery, list(losses)[1:], both)
             found = judge.rung(settings, length, progress=progress)
             runs += found
             if not judge.best(found):
