@@ -5,9 +5,9 @@ whole schedule of its own, the loss fell by ``1 - b / a`` with a doubling of the
 
     L(n) = b (b / a)^log2(n / 2s)
 
-is read at the end of the fine-tune. Training curves flatten, so this flatters the fine-tune. If it is still far from
-recovered by that law, training and not the plan limits the result, and a doubling of the epochs is worth its time. The
-losses of the fine-tune itself say less: its data are those it is trained on, and a cosine ends flat in any case.
+is read at the end of the fine-tune. It is far off, by up to a factor of three and a half either way where it was tried.
+So the report tells what was measured, and where even by the law the network is far from recovered, that more epochs may
+help. Losses of the fine-tune itself say less: its data are those it is trained on, and a cosine ends flat in any case.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class RecoveryRow:
             return None
         return found[max(found)] * (1 - fall) ** math.log2(self.steps / max(found))
 
-    def wants_epochs(self) -> bool:
-        """Whether training limits the result, by the power law."""
+    def may_want_epochs(self) -> bool:
+        """Whether the fine-tune ends far from recovered, by the power law, and the trial still gained by more steps."""
         fall, end = self.fall(), self.at_end()
         if fall is None or end is None or fall < FALLS:
             return False
@@ -96,10 +96,10 @@ class RecoveryRow:
         told = (
             f"held-out loss fell {fall:.1%} when the steps of a trial doubled to {last:,} (fine-tune: {self.steps:,})"
         )
-        if self.wants_epochs():
+        if self.may_want_epochs():
             yield (
                 f"{told}; going on like that it ends at {end:.3g}, the dense network has {self.dense or 0.0:.3g}: "
-                "training limits the result more than the plan, so give more epochs"
+                "training may limit the result more than the plan, and more epochs may help"
             )
         else:
             yield told
