@@ -26,7 +26,7 @@ from sluice.pipeline.verify import ACCEPTED
 from sluice.profiler.timing.measure import measure
 from sluice.runtime.base.host import host_device
 from sluice.runtime.targets import make_runner
-from sluice.training.train import fit
+from sluice.training.train import LR, fit
 
 __all__ = ["pair_ms", "perform", "widest"]
 
@@ -56,7 +56,7 @@ def perform(job: Job, run: Run, folder: Path) -> Record:
 
 
 def compressed(job: Job, run: Run, table: Path) -> Record:
-    """The run of `sluice.compress`, decided in one shot from scores, then fine-tuned."""
+    """The run of `sluice.compress`, decided in one shot from scores, then fine-tuned as the others are."""
     report = sluice.compress(
         job.model,
         job.example,
@@ -69,6 +69,7 @@ def compressed(job: Job, run: Run, table: Path) -> Record:
         threads=THREADS,
         gate_epochs=0,
         epochs=run.epochs,
+        lr=LR,
         loss=job.loss,
         evaluate=job.evaluate,
     ).report

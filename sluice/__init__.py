@@ -14,6 +14,7 @@ _WHERE = {
     "Budget": "sluice.training.budget",
     "LatencyTable": "sluice.profiler.table.latency_table",
     "Plan": "sluice.core.plan",
+    "Recovery": "sluice.training.recovery",
     "Report": "sluice.artifacts.report",
     "SluiceError": "sluice.core.errors",
     "analyze": "sluice.passes.graph.aten",
@@ -36,6 +37,7 @@ __all__ = [
     "Budget",
     "LatencyTable",
     "Plan",
+    "Recovery",
     "Report",
     "SluiceError",
     "__version__",
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
     from sluice.pipeline.prepare import profile
     from sluice.profiler.table.latency_table import LatencyTable
     from sluice.training.budget import Budget
+    from sluice.training.recovery import Recovery
 
 
 def __getattr__(name: str) -> Any:

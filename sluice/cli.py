@@ -144,7 +144,8 @@ def compress(args: argparse.Namespace) -> int:
     done = run(
         model_of(args.model), inputs_of(args.model, args.shape, args.batch), budget=args.budget,
         data=data_of(args.data), out=args.out, gate_epochs=args.gate_epochs, epochs=args.epochs,
-        rehearsal=args.rehearsal, lr=args.lr, evaluate=evaluate_of(args.evaluate) if args.evaluate else None,
+        rehearsal=args.rehearsal, recovery=options.recovery_settings(args),
+        evaluate=evaluate_of(args.evaluate) if args.evaluate else None,
         **deployment, **settings,
     )  # fmt: skip
     if args.json:

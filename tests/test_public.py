@@ -10,8 +10,8 @@ import pytest
 
 import sluice
 
-PUBLIC = """Budget LatencyTable Plan Report SluiceError __version__ analyze capture close_gates compress export finish
-gate_parameters insert_gates load other_parameters profile rewrite_onnx rewrite_torch sweep""".split()  # noqa: SIM905
+PUBLIC = """Budget LatencyTable Plan Recovery Report SluiceError __version__ analyze capture close_gates compress export
+finish gate_parameters insert_gates load other_parameters profile rewrite_onnx rewrite_torch sweep""".split()  # noqa: SIM905
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -1,8 +1,9 @@
 """The report of a compression: promised and measured figures, and reasons of everything left alone, as a frozen value.
 
-It is JSON (``version`` 4; 1, which knew widths only, 2, which knew fp32 only, and 3, which did not say how often an
-engine was measured, still load) and a terminal table. Times are milliseconds, ``parity_max_rel`` is the largest
-deviation of the slim network's output relative to the dense output's scale. Figures that were not taken are ``None``.
+It is JSON (``version`` 5; 1, which knew widths only, 2, which knew fp32 only, 3, which did not say how often an engine
+was measured, and 4, which did not say how the slim network was trained, still load) and a terminal table. Times are
+milliseconds, ``parity_max_rel`` is the largest deviation of the slim network's output relative to the dense output's
+scale. Figures that were not taken are ``None``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from sluice.artifacts.report_recovery import RecoveryRow, recovery_row
 from sluice.artifacts.report_rows import EditRow, GroupRow, MethodRow, PieceRow, piece_row
 from sluice.core.errors import SluiceError
 from sluice.core.files import write_atomically
@@ -22,16 +24,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Report"]
 
-VERSION = 4
+VERSION = 5
 # Fields that reports of earlier versions lack, by version.
 MEASURING: dict[str, Any] = {
     "runs": None, "dense_runs": None, "uncertainty": None, "quiet": True, "points": None, "complete": None,
     "disturbed": 0, "estimated": 0.0, "gap": None,
 }  # fmt: skip
+TRAINING: dict[str, Any] = {"recovery": None}
 LATER: dict[int, dict[str, Any]] = {
-    1: {"methods": (), "edits": (), "readings": (), "metric_deployed": None, **MEASURING},
-    2: {"metric_deployed": None, **MEASURING},
-    3: MEASURING,
+    1: {"methods": (), "edits": (), "readings": (), "metric_deployed": None, **MEASURING, **TRAINING},
+    2: {"metric_deployed": None, **MEASURING, **TRAINING},
+    3: {**MEASURING, **TRAINING},
+    4: TRAINING,
     VERSION: {},
 }
 
@@ -51,6 +55,8 @@ class Report:
     The table held ``points`` of those that a ``complete`` one holds, ``disturbed`` of them of a machine that was never
     quiet. The part ``estimated`` of the promise rests on points that were not measured. Unless one of these takes less
     than its bound (`sluice.profiler.need`), no plan has a loss that is lower by more than the share ``gap``.
+
+    ``recovery`` says how the slim network was trained, and by what trial; None where it was not.
     """
 
     budget_ms: float
@@ -84,6 +90,7 @@ class Report:
     disturbed: int = 0
     estimated: float = 0.0
     gap: float | None = None
+    recovery: RecoveryRow | None = None
 
     def met(self) -> bool:
         """Whether the measured (where there is none, the promised) time is within the budget."""
@@ -114,6 +121,7 @@ class Report:
         data["methods"] = tuple(MethodRow(**row) for row in data["methods"])
         data["edits"] = tuple(EditRow(**row) for row in data["edits"])
         data["readings"] = tuple((name, ms, tuple(losses)) for name, ms, losses in data["readings"])
+        data["recovery"] = recovery_row(data["recovery"])
         return cls(**data)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -123,8 +131,8 @@ class Report:
     def table(self) -> Group:
         """The report for a ``rich`` console.
 
-        It holds the summary, the methods, the pieces by saved time, the edits, and the reasons of everything left
-        alone.
+        It holds the summary, the methods, the rehearsal, the training, the pieces by saved time, the edits, and the
+        reasons of everything left alone.
         """
         from rich.console import Group
         from rich.text import Text
@@ -138,6 +146,9 @@ class Report:
             parts += [Text(), self._methods()]
         if self.readings:
             parts += [Text(), self._readings()]
+        if self.recovery is not None:
+            tried = [self.recovery.table()] if self.recovery.trials else []
+            parts += [Text(), *tried, *map(Text, self.recovery.lines())]
         if self.pieces:
             parts += [Text(), self._pieces()]
         if self.groups:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sluice.profiler.sweep.shards import Shard
+    from sluice.training.recovery import Recovery
 
 __all__ = [
     "METHODS",
@@ -24,6 +25,8 @@ __all__ = [
     "positive",
     "precision",
     "profiling",
+    "recovery",
+    "recovery_settings",
     "settings",
     "shape",
     "shard",
@@ -118,6 +121,26 @@ def budget(p: argparse.ArgumentParser) -> None:
     p.add_argument("--data", required=True, help="package.module:factory of batches (inputs, labels)")
 
 
+def recovery(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--lr", type=rate, default="auto", metavar="auto|NUMBER", help="learning rate of the weights; auto finds it by "
+        "short runs before the fine-tune (default auto)",
+    )  # fmt: skip
+    p.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="of the fine-tune (default adamw)")
+    p.add_argument("--weight-decay", type=float, default=1e-2, metavar="X", help="of the fine-tune (default 0.01)")
+    p.add_argument(
+        "--warmup", type=float, default=0.05, metavar="SHARE", help="share of the steps of the fine-tune in which the "
+        "rate rises (default 0.05)",
+    )  # fmt: skip
+
+
+def recovery_settings(args: argparse.Namespace) -> Recovery:
+    """What the options of `recovery` say."""
+    from sluice.training.recovery import Recovery
+
+    return Recovery(args.lr, args.optimizer, args.weight_decay, args.warmup)
+
+
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the options of a table, a device and a profile say, as arguments of a profile."""
     from sluice.core.deployment import Deployment
@@ -141,6 +164,20 @@ def shape(text: str) -> tuple[int, ...]:
             f"{text!r} is no shape; give whole numbers of 1 or more, without the batch, as in 3,32,32"
         )
     return tuple(size for size in sizes if size is not None)
+
+
+def rate(text: str) -> float | str:
+    """``auto`` or a number above 0."""
+    try:
+        return text if text == "auto" else _above_zero(float(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no learning rate; give a positive number, or auto") from None
+
+
+def _above_zero(value: float) -> float:
+    if not 0 < value < float("inf"):
+        raise ValueError(value)
+    return value
 
 
 def shard(text: str) -> Shard:

@@ -65,7 +65,7 @@ def _compress(p: argparse.ArgumentParser) -> None:
         "compared before one is chosen; 0 takes the solver's word (default 40)",
     )  # fmt: skip
     p.add_argument("--evaluate", metavar="FUNCTION", help="package.module:function from a module to its accuracy")
-    p.add_argument("--lr", type=float, default=1e-3, help="learning rate of the weights (default 1e-3)")
+    options.recovery(p)
 
 
 def _plan(p: argparse.ArgumentParser) -> None:

@@ -24,8 +24,10 @@ from sluice.pipeline.problem import Problem, Solution
 from sluice.profiler.need import by_need
 from sluice.solver.decide import Choice
 from sluice.solver.options import EditSpace
+from sluice.training.recovery import Recovery
 from sluice.training.rehearse import rehearse
 from sluice.training.train import Data, Loss
+from sluice.training.trial import quick_rate
 
 __all__ = ["Scenario", "choose"]
 
@@ -52,7 +54,7 @@ def choose(
     data: Data,
     teacher: nn.Module,
     loss: Loss,
-    lr: float,
+    recovery: Recovery,
     steps: int,
     progress: bool = True,
 ) -> list[Scenario]:
@@ -61,14 +63,17 @@ def choose(
     Args:
         target_ms: promised milliseconds of every plan.
         build: makes the trainable slim network of a plan.
+        recovery: optimizer, schedule and rate of the rehearsal; a rate to be found is found on the first plan.
         steps: of training in the first round of the rehearsal; 0 trusts the measured losses.
     """
     scenarios = _scenarios(problem, methods, target_ms)
     if len(scenarios) == 1 or not steps:
         return scenarios
+    plans = [build(r.solution) for r in scenarios]
+    lr = quick_rate(plans[0], data, teacher=teacher, loss=loss, recovery=recovery, steps=steps, progress=progress)
     found = rehearse(
-        [build(r.solution) for r in scenarios], data, teacher=teacher, loss=loss, lr=lr, steps=steps, progress=progress
-    )
+        plans, data, teacher=teacher, loss=loss, lr=lr, recovery=recovery, steps=steps, progress=progress
+    )  # fmt: skip
     heard = [replace(r, rehearsed=tuple(losses)) for r, losses in zip(scenarios, found, strict=True)]
     return sorted(heard, key=lambda r: (-len(r.rehearsed), r.rehearsed[-1]))
 

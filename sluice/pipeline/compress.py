@@ -42,11 +42,13 @@ from sluice.pipeline.close import close
 from sluice.pipeline.figures import captured_inputs, count_parameters, example_outputs, make_report, parity
 from sluice.pipeline.prepare import Prepared, check_float32, prepare
 from sluice.pipeline.price import price_problem
-from sluice.pipeline.recipe import Evaluate, Recipe
+from sluice.pipeline.recipe import Evaluate, Recipe, recovery_of
+from sluice.pipeline.recover import recover
 from sluice.pipeline.verify import AIM, final_pair, first_verified
 from sluice.solver.options import METHODS, check_methods
 from sluice.training.budget import Budget
-from sluice.training.train import Data, Loss, check_data, default_loss, fit, split_batch
+from sluice.training.recovery import AUTO, Rate, Recovery
+from sluice.training.train import Data, Loss, check_data, default_loss, split_batch
 
 __all__ = ["Compressed", "compress", "finish", "sweep"]
 
@@ -71,7 +73,8 @@ def compress(
     gate_epochs: int = 0,
     epochs: int = 10,
     rehearsal: int = 40,
-    lr: float = 1e-3,
+    lr: Rate = AUTO,
+    recovery: Recovery | None = None,
     loss: Loss = default_loss,
     evaluate: Evaluate | None = None,
     minutes: float = math.inf,
@@ -89,8 +92,12 @@ def compress(
         precision: of the deployed and timed network: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
         methods: some of ``filter``, ``rank``, ``block``, ``merge``; the edits on offer.
         gate_epochs: epochs of training with gates; 0 scores channels in one shot (Fisher, with or without labels).
-        epochs: epochs of fine-tuning with the dense network as teacher.
+        epochs: epochs of fine-tuning with the dense network as teacher; a trial of settings comes on top.
         rehearsal: training steps after which plans are first compared; 0 trusts the measured losses.
+        lr: learning rate of the fine-tune and the rehearsal; ``"auto"`` finds it by trial on held-out batches, and with
+            it loss and parametrisation (`sluice.training.trial`). Gates train at it too, with ``"auto"`` at 1e-3.
+        recovery: in place of ``lr``: rate, optimizer, weight decay, warm-up, schedule, parametrisation.
+        loss: of (outputs, teacher's outputs, labels or None); no other is tried beside it.
         evaluate: figure of merit of a module, for the report.
         minutes: of profiling; afterwards points that a plan needs are estimated, and the report says how much.
     Raises:
@@ -100,7 +107,7 @@ def compress(
     methods = check_methods(methods)
     asked = BudgetSpec.parse(budget)  # a mistake in an argument is an error before anything is measured
     deployment = Deployment(target, batch, threads, precision)
-    recipe = Recipe(data, loss, lr, gate_epochs, epochs, rehearsal, evaluate, progress)
+    recipe = Recipe(data, loss, recovery_of(lr, recovery), gate_epochs, epochs, rehearsal, evaluate, progress)
     check_float32(model)
     check_data(model, data, loss=loss)
     if out is not None:
@@ -126,7 +133,8 @@ def sweep(
     methods: Sequence[str] = METHODS,
     epochs: int = 10,
     rehearsal: int = 40,
-    lr: float = 1e-3,
+    lr: Rate = AUTO,
+    recovery: Recovery | None = None,
     loss: Loss = default_loss,
     evaluate: Evaluate | None = None,
     minutes: float = math.inf,
@@ -143,7 +151,7 @@ def sweep(
         raise SluiceError("there are no budgets; give at least one, budgets=['50%']")
     asked = {budget: BudgetSpec.parse(budget) for budget in budgets}
     deployment = Deployment(target, batch, threads, precision)
-    recipe = Recipe(data, loss, lr, 0, epochs, rehearsal, evaluate, progress)
+    recipe = Recipe(data, loss, recovery_of(lr, recovery), 0, epochs, rehearsal, evaluate, progress)
     check_float32(model)
     check_data(model, data, loss=loss)
     folders = {budget: None if out is None else Path(out) / budget.strip().removesuffix("%") for budget in budgets}
@@ -169,7 +177,8 @@ def finish(
     data: Data | None = None,
     epochs: int = 0,
     rehearsal: int = 40,
-    lr: float = 1e-3,
+    lr: Rate = AUTO,
+    recovery: Recovery | None = None,
     loss: Loss = default_loss,
     evaluate: Evaluate | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -187,7 +196,7 @@ def finish(
     if budget.profile is None:
         raise SluiceError("this budget has no profile, so no engine can be measured; make it from sluice.profile(...)")
     methods = check_methods(methods)
-    recipe = Recipe(data, loss, lr, 0, epochs, rehearsal, evaluate, progress)
+    recipe = Recipe(data, loss, recovery_of(lr, recovery), 0, epochs, rehearsal, evaluate, progress)
     given = importance if importance is not None else {}
     learned = importance is None and "filter" in methods and gated.meta["space"].analysis.groups
     scores = learned_scores(gated.gates) if learned else given
@@ -214,7 +223,8 @@ def _finish(
         target_ms = max(target_ms, problem.least_from(target_ms))
         scenarios = choose(
             problem, methods, target_ms, lambda solution: _cut(stripped, solution.plan),
-            data=data, teacher=reference, loss=recipe.loss, lr=recipe.lr, steps=recipe.rehearsal, progress=progress,
+            data=data, teacher=reference, loss=recipe.loss, recovery=recipe.recovery, steps=recipe.rehearsal,
+            progress=progress,
         )  # fmt: skip
     with stage("decide and verify on engines", progress) as advance:
         dense_onnx = to_onnx(stripped, inputs) if ready.exported is None else with_values(ready.exported, stripped)
@@ -233,11 +243,7 @@ def _finish(
 
     deploy(cut)  # rule 4
     metric_dense = None if evaluate is None else evaluate(reference)  # before training, so that an error costs little
-    if recipe.epochs and data is not None:
-        fit(
-            slim, data, epochs=recipe.epochs, teacher=reference, loss=recipe.loss, lr=recipe.lr, progress=progress,
-            name="fine-tune",
-        )  # fmt: skip
+    recovered = recover(slim, verified.plan, recipe, dense=stripped, teacher=reference)
     slim = merge_runs(slim, verified.plan).eval()
     with stage("export and measure", progress) as advance:
         slim_onnx = finalize(to_onnx(slim, inputs))
@@ -252,7 +258,7 @@ def _finish(
         metrics=(metric_dense, None if evaluate is None else evaluate(slim), metric_deployed),
         frozen={**measured.space.left_alone, **gated.meta["space"].left_alone},
         seconds=time.perf_counter() - started, losses=ready.problem.losses,
-        readings=[(s.name, s.solution.choice.promised_ms, s.rehearsed) for s in scenarios],
+        readings=[(s.name, s.solution.choice.promised_ms, s.rehearsed) for s in scenarios], recovery=recovered,
     )  # fmt: skip
     done = Compressed(slim, verified.plan, slim_onnx, deployed, report)
     if out is not None:

@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from sluice.artifacts.report import Report
+from sluice.artifacts.report_recovery import RecoveryRow
 from sluice.artifacts.report_rows import GroupRow, MethodRow, PieceRow, edit_rows
 from sluice.core.latency import LatencyModel
 from sluice.passes.graph.capture import MARK, Inputs, normalize_inputs
@@ -111,7 +112,7 @@ def make_report(
     measured: Profile, verified: VerifiedSolution, *, times: PairTimes, worst: float,
     params: tuple[int, int], macs: tuple[int, int], metrics: tuple[float | None, float | None, float | None],
     frozen: Mapping[str, str], seconds: float, losses: Mapping[str, np.ndarray] | None = None,
-    readings: Sequence[tuple[str, float, tuple[float, ...]]] = (),
+    readings: Sequence[tuple[str, float, tuple[float, ...]]] = (), recovery: RecoveryRow | None = None,
 ) -> Report:  # fmt: skip
     """The report of a verified plan.
 
@@ -122,6 +123,7 @@ def make_report(
         metrics: of the dense and of the slim network, and of the file that is deployed.
         losses: of every level of every site.
         readings: of the rehearsed scenarios: name, promised milliseconds, held-out losses.
+        recovery: how the slim network was trained, if it was.
     """
     latency, widths, cover = measured.latency, dict(verified.choice.widths), measured.coverage
     descriptions = {p.name: p.description for p in measured.partition.pieces}
@@ -170,4 +172,5 @@ def make_report(
         dense_runs=times.dense_runs,
         uncertainty=times.uncertainty,
         quiet=times.quiet,
+        recovery=recovery,
     )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from sluice.core.errors import SluiceError
+from sluice.training.recovery import AUTO, Rate, Recovery
 from sluice.training.train import Data, Loss, default_loss
 
-__all__ = ["Evaluate", "Recipe"]
+__all__ = ["Evaluate", "Recipe", "recovery_of"]
 
 Evaluate = Callable[[nn.Module], float]
 
@@ -20,8 +21,9 @@ class Recipe:
     """Data, loss and lengths of every training of one compression.
 
     ``data``: re-iterable batches, None where nothing is trained or priced with them. The gates train for
-    ``gate_epochs``, plans for ``rehearsal`` optimizer steps (0: no rehearsal), the slim network for ``epochs``.
-    ``evaluate`` is the figure of merit of a module, for the report.
+    ``gate_epochs`` at the rate of ``recovery`` (1e-3 where that is found by trial), plans for ``rehearsal`` optimizer
+    steps (0: no rehearsal), the slim network for ``epochs``, both as ``recovery`` says. ``evaluate`` is the figure of
+    merit of a module, for the report.
 
     Raises:
         SluiceError: a negative rehearsal.
@@ -29,7 +31,7 @@ class Recipe:
 
     data: Data | None = None
     loss: Loss = default_loss
-    lr: float = 1e-3
+    recovery: Recovery = field(default_factory=Recovery)
     gate_epochs: int = 0
     epochs: int = 0
     rehearsal: int = 0
@@ -39,3 +41,23 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.rehearsal < 0:
             raise SluiceError(f"rehearsal={self.rehearsal}: give the number of training steps, or 0 for no rehearsal")
+
+    @property
+    def lr(self) -> Rate:
+        """The rate of the weights while gates are trained; ``"auto"`` stands for 1e-3 there."""
+        return self.recovery.lr
+
+
+def recovery_of(lr: Rate, recovery: Recovery | None) -> Recovery:
+    """What the arguments ``lr=`` and ``recovery=`` say together.
+
+    Raises:
+        SluiceError: both say something.
+    """
+    if recovery is None:
+        return Recovery(lr)
+    if lr != AUTO:
+        raise SluiceError(
+            f"lr={lr!r} and recovery= both say how to train; give the rate as recovery=Recovery(lr={lr!r})"
+        )
+    return recovery

@@ -18,15 +18,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from sluice.training.train import WEIGHT_DECAY, Data, Loss, cosine, on_device, split_batch
+from sluice.training.recovery import Recovery
+from sluice.training.train import Data, Loss, on_device, split_batch
 
-__all__ = ["held_out_loss", "rehearse"]
+__all__ = ["Trainee", "batches_behind", "held_out_loss", "rehearse", "train_together"]
 
 HELD = 4  # batches that are not trained on
 
@@ -38,19 +40,27 @@ def rehearse(
     teacher: nn.Module,
     loss: Loss,
     lr: float,
+    recovery: Recovery | None = None,
     steps: int,
     progress: bool = True,
 ) -> list[list[float]]:
     """Held-out loss of every candidate after every round it took part in; the modules are trained in place.
 
     The best is the one with most rounds and, of those, the least last loss.
+
+    Args:
+        lr: peak rate of every round.
+        recovery: its optimizer and its schedule, over each round anew; AdamW if not given.
+        steps: of the first round.
     """
+    recovery = recovery if recovery is not None else Recovery()
     held = list(itertools.islice(data, HELD))
-    stream = _behind(data, len(held))
+    stream = batches_behind(data, len(held))
     found: list[list[float]] = [[] for _ in candidates]
     alive = list(range(len(candidates)))
     while len(alive) > 1:
-        _train([candidates[i] for i in alive], stream, steps, teacher=teacher, loss=loss, lr=lr, progress=progress)
+        trainees = [Trainee(candidates[i], loss, recovery, lr, steps) for i in alive]
+        train_together(trainees, stream, steps, teacher=teacher, name=f"rehearse {len(alive)}", progress=progress)
         for index in alive:
             found[index].append(held_out_loss(candidates[index], held, teacher, loss))
         alive = sorted(alive, key=lambda i: found[i][-1])[: (len(alive) + 1) // 2]
@@ -58,31 +68,51 @@ def rehearse(
     return found
 
 
-def _train(
-    modules: Sequence[nn.Module], stream: Iterator[Any], steps: int, *, teacher: nn.Module, loss: Loss, lr: float,
-    progress: bool,
-) -> None:  # fmt: skip
-    """``steps`` steps of AdamW on half a cosine for all modules, each batch and the teacher's word for it read once."""
+@dataclass(slots=True, eq=False)
+class Trainee:
+    """A module in training for ``steps`` steps; ``finite`` until a loss of its training is not."""
+
+    module: nn.Module
+    loss: Loss
+    recovery: Recovery
+    lr: float
+    steps: int
+    optimizer: torch.optim.Optimizer = field(init=False)
+    schedule: torch.optim.lr_scheduler.LRScheduler = field(init=False)
+    finite: bool = True
+
+    def __post_init__(self) -> None:
+        self.optimizer = self.recovery.optimizer_of(list(self.module.train().parameters()), self.lr)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.recovery.factor(self.steps))
+
+    def step(self, inputs: tuple[Any, ...], taught: Any, labels: Any) -> None:
+        value = self.loss(self.module(*inputs), taught, labels)
+        self.optimizer.zero_grad()
+        if not torch.isfinite(value):  # the held-out loss will say so as well, unless it was one batch alone
+            self.finite = False
+            return
+        value.backward()
+        self.optimizer.step()
+        self.schedule.step()
+
+
+def train_together(
+    trainees: Sequence[Trainee], stream: Iterator[Any], steps: int, *, teacher: nn.Module, name: str, progress: bool
+) -> None:
+    """``steps`` steps of all, each batch and the teacher's word for it read once."""
     from tqdm import tqdm
 
-    optimizers = [torch.optim.AdamW(m.train().parameters(), lr=lr, weight_decay=WEIGHT_DECAY) for m in modules]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(steps)) for optimizer in optimizers]
-    with tqdm(total=steps, desc=f"rehearse {len(modules)}", unit="step", disable=not progress, leave=False) as bar:
+    with tqdm(total=steps, desc=name, unit="step", disable=not progress, leave=False) as bar:
         for batch in itertools.islice(stream, steps):
             inputs, labels = on_device(split_batch(batch), teacher)
             with torch.no_grad():
                 taught = teacher.eval()(*inputs)
-            for module, optimizer, schedule in zip(modules, optimizers, schedules, strict=True):
-                value = loss(module(*inputs), taught, labels)
-                optimizer.zero_grad()
-                if torch.isfinite(value):  # else the held-out loss will say so
-                    value.backward()
-                    optimizer.step()
-                    schedule.step()
+            for trainee in trainees:
+                trainee.step(inputs, taught, labels)
             bar.update()
 
 
-def _behind(data: Data, held: int) -> Iterator[Any]:
+def batches_behind(data: Data, held: int) -> Iterator[Any]:
     """The batches behind the first ``held``, for ever; all of them where there are no others."""
     while True:
         some = False

@@ -1,16 +1,17 @@
 """The built-in training loop, for both stages: learn the gates, then fine-tune the slim network.
 
 ``loss = task + budget.penalty()`` in the first stage, ``task`` in the second. The task is logit distillation from the
-dense network (`sluice.training.distill`) mixed with the labels where there are some. AdamW, learning rate on half a
-cosine; gate logits have a learning rate of their own and no weight decay. Any other loop serves as well: the only calls
-that a loop must make are ``budget.penalty()`` in the loss and ``gated.step()`` after the optimizer's step.
+dense network (`sluice.training.distill`) mixed with the labels where there are some. In the second stage optimizer and
+schedule are those of `sluice.training.recovery`. In the first they are AdamW and half a cosine; gate logits have a
+learning rate of their own and no weight decay. Any other loop serves as well: the only calls that a loop must make are
+``budget.penalty()`` in the loss and ``gated.step()`` after the optimizer's step.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import torch
@@ -21,24 +22,43 @@ from sluice.core.errors import SluiceError, first_line
 from sluice.passes.gates.filter_gates import gate_parameters, other_parameters
 from sluice.training.budget import Budget
 from sluice.training.distill import logit_distillation
+from sluice.training.recovery import AUTO, WEIGHT_DECAY, Rate, Recovery, cosine
 
-__all__ = ["Data", "Loss", "check_data", "fit", "on_device", "split_batch"]
+__all__ = ["LOSSES", "Data", "Loss", "check_data", "default_loss", "fit", "on_device", "split_batch"]
 
 # Batches of (inputs, labels) or of inputs alone; iterated once per epoch.
 Data = Iterable[Any]
 # (model outputs, teacher outputs, labels or None) -> scalar
 Loss = Callable[[Any, Any, Any], Tensor]
 GATE_LR = 0.02
-WEIGHT_DECAY = 1e-2
+LR = 1e-3  # of everything but the gates, while these are trained, and where nothing else is said
 
 
 def default_loss(outputs: Any, taught: Any, labels: Any) -> Tensor:
     """Logit distillation at temperature 4, with a tenth of cross-entropy where there are labels."""
+    return logit_distillation(_logits(outputs), taught, labels)
+
+
+def label_loss(outputs: Any, taught: Any, labels: Any) -> Tensor:
+    """Cross-entropy with the labels, class indices."""
+    return logit_distillation(_logits(outputs), taught, labels, alpha=0.0)
+
+
+def teacher_loss(outputs: Any, taught: Any, labels: Any) -> Tensor:
+    """Logit distillation at temperature 4 alone."""
+    return logit_distillation(_logits(outputs), taught)
+
+
+# The losses of networks that return logits, by their names in reports.
+LOSSES: Mapping[str, Loss] = {"default loss": default_loss, "labels": label_loss, "logits": teacher_loss}
+
+
+def _logits(outputs: Any) -> Tensor:
     if not isinstance(outputs, Tensor):
         raise SluiceError(
             f"the model returns {type(outputs).__name__}, not logits; pass loss=(outputs, taught, labels)"
         )
-    return logit_distillation(outputs, taught, labels)
+    return outputs
 
 
 def split_batch(batch: Any) -> tuple[tuple[Any, ...], Any]:
@@ -99,9 +119,9 @@ def fit(
     teacher: nn.Module,
     budget: Budget | None = None,
     loss: Loss = default_loss,
-    lr: float = 1e-3,
+    lr: Rate = LR,
+    recovery: Recovery | None = None,
     gate_lr: float = GATE_LR,
-    weight_decay: float = WEIGHT_DECAY,
     progress: bool = True,
     name: str = "train",
 ) -> nn.Module:
@@ -111,6 +131,8 @@ def fit(
         data: re-iterable batches.
         teacher: the dense network; kept in eval mode, not trained.
         budget: adds its penalty, and steps the gates of ``model``.
+        lr: of the weights, for AdamW on half a cosine; ``"auto"`` stands for 1e-3, since nothing is tried here.
+        recovery: in place of ``lr``, without a budget: rate, a number, optimizer and schedule.
     Raises:
         SluiceError: the loss is not finite, or there is no data.
     """
@@ -119,13 +141,17 @@ def fit(
     total = epochs * len(data) if isinstance(data, Sized) else None
     if total == 0:
         raise SluiceError(f"cannot train: {epochs} epochs over no batches; give data with at least one batch")
-    groups: list[dict[str, Any]] = [{"params": other_parameters(model), "lr": lr, "weight_decay": weight_decay}]
-    if budget is not None:
+    recovery = recovery if recovery is not None else Recovery(lr, warmup=0.0)
+    rate = LR if recovery.lr == AUTO else float(recovery.lr)
+    if budget is None:
+        optimizer = recovery.optimizer_of(other_parameters(model), rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recovery.factor(total))
+    else:
+        weights = {"params": other_parameters(model), "lr": rate, "weight_decay": WEIGHT_DECAY}
         # A short memory of the second moment: the budget's pull changes within tens of steps.
-        groups.append({"params": gate_parameters(model), "lr": gate_lr, "weight_decay": 0.0, "betas": (0.9, 0.99)})
-    optimizer = torch.optim.AdamW(groups)
-    shape = [cosine, late][: len(groups)]
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [f(total) for f in shape])
+        gates = {"params": gate_parameters(model), "lr": gate_lr, "weight_decay": 0.0, "betas": (0.9, 0.99)}
+        optimizer = torch.optim.AdamW([weights, gates])
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [cosine(total), late(total)])
     teacher.eval()
     model.train()
     done = 0  # a disabled bar does not count
@@ -141,7 +167,7 @@ def fit(
                     value = value + budget.penalty()
                 number = float(value.detach())
                 if not math.isfinite(number):
-                    raise SluiceError(f"the loss became {number} at step {done}; lower the learning rate lr={lr:g}")
+                    raise SluiceError(f"the loss became {number} at step {done}; lower the learning rate lr={rate:g}")
                 optimizer.zero_grad()
                 value.backward()
                 optimizer.step()
@@ -154,11 +180,6 @@ def fit(
             if done == before:
                 raise SluiceError(f"epoch {epoch + 1} had no batches; give data that can be read again, as a list can")
     return model.eval()
-
-
-def cosine(total: int | None) -> Callable[[int], float]:
-    """Half a cosine from 1 to 0 over ``total`` steps; 1 throughout where the length is unknown."""
-    return lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / total))) if total else 1.0
 
 
 def late(total: int | None) -> Callable[[int], float]:

@@ -23,6 +23,7 @@ from sluice.pipeline.problem import Problem, Solution
 from sluice.profiler.profile import profile_onnx
 from sluice.profiler.view import Profile
 from sluice.solver.options import METHODS
+from sluice.training.recovery import Recovery
 from sluice.training.rehearse import HELD, held_out_loss, rehearse
 from tests.device import FakeRunner, profile_on, staircase
 from tests.networks import mixed
@@ -52,7 +53,7 @@ class Case:
     def choose(self, share: float, steps: int, methods: Sequence[str] = METHODS) -> list[Scenario]:
         return choose(
             self.problem, methods, share * self.profile.latency.dense_ms(), self.build, data=data(),
-            teacher=self.stripped, loss=squared, lr=1e-3, steps=steps, progress=False,
+            teacher=self.stripped, loss=squared, recovery=Recovery(1e-3), steps=steps, progress=False,
         )  # fmt: skip
 
 
@@ -109,12 +110,30 @@ def test_methods_that_do_not_get_there_alone_are_left_out() -> None:
         c.choose(below, steps=0)
 
 
+def test_a_rate_that_is_to_be_found_is_found_on_the_first_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+
+    def tried(module: nn.Module, *args: object, recovery: Recovery, steps: int, **options: object) -> float:
+        first = case().build(case().choose(0.5, steps=0)[0].solution)
+        assert (recovery, steps) == (Recovery(1e-3), 2) and module.state_dict().keys() == first.state_dict().keys()
+        return 0.0625
+
+    def noted(*args: object, lr: float, **options: object) -> list[list[float]]:
+        rates.append(lr)
+        return [[1.0] for _ in args[0]]  # type: ignore[attr-defined]
+
+    monkeypatch.setattr("sluice.pipeline.choose.quick_rate", tried)
+    monkeypatch.setattr("sluice.pipeline.choose.rehearse", noted)
+    case().choose(0.5, steps=2)
+    assert rates == [0.0625]
+
+
 def test_one_method_has_one_reading() -> None:
     c = case()
     problem = replace(c.problem, sites=c.profile.options.sites(c.profile.latency, ["rank"]))
     (only,) = choose(
         problem, ("rank",), 0.8 * c.profile.latency.dense_ms(), c.build, data=data(), teacher=c.stripped,
-        loss=squared, lr=1e-3, steps=5, progress=False,
+        loss=squared, recovery=Recovery(1e-3), steps=5, progress=False,
     )  # fmt: skip
     assert only.rehearsed == () and only.problem is problem
 

@@ -25,7 +25,6 @@ from sluice.passes.cut.export import to_onnx
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.gates.gating import insert_gates
 from sluice.passes.graph.onnx_file import buffers_of, finalize
-from sluice.pipeline import compress as pipeline
 from sluice.pipeline import prepare, verify
 from sluice.pipeline.bsr import BeamProblem
 from sluice.pipeline.compress import Compressed, compress, finish, sweep
@@ -135,7 +134,7 @@ def test_the_report_on_disk_is_the_report(compressed: tuple[Compressed, Path]) -
     done, out = compressed
     assert sorted(p.name for p in out.iterdir()) == ["plan.json", "report.json", "slim.onnx", "slim.safetensors"]
     assert Report.from_json((out / "report.json").read_text()) == done.report
-    assert json.loads((out / "report.json").read_text())["version"] == 4
+    assert json.loads((out / "report.json").read_text())["version"] == 5
     assert Plan.load(out / "plan.json") == done.plan
 
 
@@ -193,7 +192,7 @@ def test_what_may_fail_with_a_precision_fails_before_training(tmp_path: Path, mo
     def cannot_judge(model: nn.Module) -> float:
         raise RuntimeError("no such attribute")
 
-    monkeypatch.setattr(pipeline, "fit", lambda *args, **options: pytest.fail("trained"))
+    monkeypatch.setattr("sluice.pipeline.recover.fit", lambda *args, **options: pytest.fail("trained"))
     settings: dict[str, Any] = dict(
         budget=BUDGET, data=tiny.data(), table=tmp_path / "t.db", batch=tiny.BATCH, methods=("filter",),
         precision="int8", rehearsal=0, progress=False,
