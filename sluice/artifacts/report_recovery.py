@@ -40,7 +40,8 @@ class RecoveryRow:
     """The training of the slim network for ``steps`` steps (0: not known), and the runs that chose its setting.
 
     ``measure`` names the loss that all runs were judged by on held-out batches; ``before`` is that of the slim network
-    before training, ``dense`` the dense network's. Without a trial there are none.
+    before training, ``dense`` the dense network's. Without a trial there are none. ``refitted`` layers got weights by
+    least squares before; ``loss`` is empty where nothing was trained.
     """
 
     lr: float
@@ -51,6 +52,7 @@ class RecoveryRow:
     measure: str = ""
     before: float | None = None
     dense: float | None = None
+    refitted: int = 0
 
     def share(self) -> float:
         """Steps of the trial, by those of the fine-tune."""
@@ -85,6 +87,10 @@ class RecoveryRow:
 
     def lines(self) -> Iterator[str]:
         """What the report says below the table of the runs."""
+        if self.refitted:
+            yield f"{self.refitted} layers refitted by least squares on unlabelled inputs"
+        if not self.loss:
+            return
         how = f"fine-tuned at a learning rate of {self.lr:.4g} on {self.loss}, {self.parametrisation} weights"
         if not self.trials:
             yield how

@@ -132,13 +132,17 @@ def recovery(p: argparse.ArgumentParser) -> None:
         "--warmup", type=float, default=0.05, metavar="SHARE", help="share of the steps of the fine-tune in which the "
         "rate rises (default 0.05)",
     )  # fmt: skip
+    p.add_argument(
+        "--compensate", action=argparse.BooleanOptionalAction, default=None, help="refit the weights by least squares "
+        "after the cut (default: where there is no fine-tune)",
+    )  # fmt: skip
 
 
 def recovery_settings(args: argparse.Namespace) -> Recovery:
     """What the options of `recovery` say."""
     from sluice.training.recovery import Recovery
 
-    return Recovery(args.lr, args.optimizer, args.weight_decay, args.warmup)
+    return Recovery(args.lr, args.optimizer, args.weight_decay, args.warmup, compensate=args.compensate)
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

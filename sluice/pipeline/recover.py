@@ -1,4 +1,4 @@
-"""Recovery: the training of the slim network after the cut, with the rate that is given or that a trial finds.
+"""Recovery: the slim network is refitted or trained after the cut, at the rate that is given or that a trial finds.
 
 The network is trained in the form in which it is cut, runs unmerged. Dense weights (`sluice.training.trial`, rung 2)
 are merged at the end, so what comes out has the parameters of the plan in any case.
@@ -15,6 +15,7 @@ from torch import fx, nn
 from sluice.artifacts.report_recovery import RecoveryRow, TrialRow
 from sluice.core.plan import Plan
 from sluice.pipeline.recipe import Recipe
+from sluice.training.compensate import compensate
 from sluice.training.dense_parametrisation import merge_dense, narrowed, widened
 from sluice.training.train import fit
 from sluice.training.trial import Setting, Trial, losses_for, try_settings
@@ -23,9 +24,9 @@ __all__ = ["recover"]
 
 
 def recover(
-    slim: fx.GraphModule, plan: Plan, recipe: Recipe, *, dense: nn.Module, teacher: nn.Module
+    slim: fx.GraphModule, plan: Plan, recipe: Recipe, *, dense: fx.GraphModule, teacher: nn.Module
 ) -> RecoveryRow | None:
-    """Train ``slim`` in place for the epochs of the recipe; None where there are none, or no data.
+    """Refit and train ``slim`` in place as the recipe says; None where there is no data, or nothing to do.
 
     Args:
         dense: the network that was cut by ``plan``, with the weights it was cut with.
@@ -34,8 +35,12 @@ def recover(
         SluiceError: the loss is not finite.
     """
     data, recovery = recipe.data, recipe.recovery
-    if data is None or not recipe.epochs:
+    if data is None:
         return None
+    wanted = recovery.compensate if recovery.compensate is not None else not recipe.epochs
+    refitted = compensate(slim, dense, plan, data) if wanted else 0
+    if not recipe.epochs:
+        return RecoveryRow(0.0, "", "plain", 0, refitted=refitted) if refitted else None
     widen = partial(widened, slim, dense, plan) if narrowed(slim, dense) else None
     trial = try_settings(
         slim, data, teacher=teacher, recovery=recovery, loss=recipe.loss, epochs=recipe.epochs, widen=widen,
@@ -49,7 +54,7 @@ def recover(
     )  # fmt: skip
     if wide is not slim:
         merge_dense(wide, slim)
-    return _row(trial)
+    return replace(_row(trial), refitted=refitted)
 
 
 def _row(trial: Trial) -> RecoveryRow:

@@ -39,7 +39,7 @@ from sluice.training.train import Data, on_device, split_batch
 
 __all__ = ["INPUTS", "compensate"]
 
-INPUTS = 768
+INPUTS = 1024
 COLUMNS = 6000
 _LAYERS = {"conv1d": "weight", "conv2d": "weight", "conv3d": "weight", "linear": "weight"}
 

@@ -54,6 +54,8 @@ class Recovery:
         schedule: ``"cosine"`` or ``"linear"``, both to zero, or ``"constant"``.
         parametrisation: ``"plain"``, ``"dense"`` (`sluice.training.dense_parametrisation`), or ``"auto"``: by trial
             where the rate is, else plain.
+        compensate: refit the weights by least squares on unlabelled inputs right after the cut
+            (`sluice.training.compensate`); None does so where nothing is trained afterwards.
     Raises:
         SluiceError: a value that is none of these.
     """
@@ -64,6 +66,7 @@ class Recovery:
     warmup: float = 0.05
     schedule: str = "cosine"
     parametrisation: str = AUTO
+    compensate: bool | None = None
 
     def __post_init__(self) -> None:
         rate = self.lr

@@ -24,6 +24,7 @@ from sluice.pipeline import recover as stage
 from sluice.pipeline.compress import compress
 from sluice.pipeline.recipe import Recipe
 from sluice.pipeline.recover import recover
+from sluice.runtime.base.compare import relative_error
 from sluice.training.dense_parametrisation import merge_dense, widened
 from sluice.training.recovery import RATES, Recovery
 from sluice.training.train import fit
@@ -80,7 +81,7 @@ def test_the_trial_decides_and_is_told() -> None:
 
 def test_nothing_is_trained_without_epochs() -> None:
     _, slim, _ = cut()
-    made, row = recovered(Recovery(), epochs=0)
+    made, row = recovered(Recovery(compensate=False), epochs=0)
     assert row is None and same(made, slim)
 
 
@@ -143,3 +144,20 @@ def test_the_fine_tune_draws_what_it_would_have_drawn_without_a_trial(monkeypatc
         recovered(recovery, epochs=6, data=Loader())
     assert torch.equal(*seen)
     assert sluice.Recovery is Recovery
+
+
+def test_a_network_that_is_not_trained_is_refitted() -> None:
+    """By default without epochs, and with them where it is asked for; the dense network stays."""
+    dense, slim, _ = cut()
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    made, row = recovered(Recovery(), epochs=0)
+    assert row.refitted > 0 and not same(made, slim)
+    assert [line for line in row.lines()] == [f"{row.refitted} layers refitted by least squares on unlabelled inputs"]
+    plain, none = recovered(Recovery(compensate=False), epochs=0)
+    assert none is None and same(plain, slim)
+    x = tiny.inputs()
+    assert relative_error(made(x), dense(x)) < relative_error(slim(x), dense(x))
+    both = recovered(Recovery(0.01, compensate=True))[1]
+    assert both.refitted == row.refitted and both.steps == 6
+    assert recovered(Recovery(0.01))[1].refitted == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
