@@ -70,7 +70,7 @@ def main() -> int:
     parser.add_argument("--least", action="store_true", help="tell the least latency that is reached, too")
     parser.add_argument("--out", type=Path, default=Path("build/demo"))
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--rehearsal", type=int, default=40)
+    parser.add_argument("--rehearsal", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     started = time.perf_counter()

@@ -178,6 +178,17 @@ def rate(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f"{text!r} is no learning rate; give a positive number, or auto") from None
 
 
+def share(text: str) -> float:
+    """A number from 0 to 10."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 10:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share of the epochs; give a number from 0 to 10")
+    return value
+
+
 def _above_zero(value: float) -> float:
     if not 0 < value < float("inf"):
         raise ValueError(value)

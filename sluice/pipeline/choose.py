@@ -1,11 +1,12 @@
-"""The scenarios of a problem, and the order in which they are trusted.
+"""The portfolio of a problem, and the order in which its plans are trusted.
 
 Losses are of single changes, before training, and changes interact. So the problem is solved under several scenarios:
-all methods at the measured losses, each method alone, structure at half and at twice its loss. Plans that differ are
-cut and trained for a few steps (`sluice.training.rehearse`), but for those of far too large a loss (`HOPELESS`). The
-scenario whose plan trains best comes first.
+all methods at the measured losses, each method alone, structure at half and at twice its loss. Plans that differ, but
+for those of far too large a loss (`HOPELESS`), are joined by candidates whose prices are spread at random, and by
+uniform widths (`sluice.pipeline.candidates`): as many as the steps of the rehearsal can tell apart. All are cut and
+trained for a while (`sluice.training.rehearse`). The plan with the best forecast comes first.
 
-The first scenario is solved by need. The others are solved under estimates (`sluice.profiler.need`, 3), which measures
+The first scenario is solved by need. The others are solved under estimates (`sluice.profiler.need`, 4), which measures
 less: a plan near the best is as good to compare. The one that is settled on is solved by need when it is verified.
 """
 
@@ -19,13 +20,14 @@ from torch import fx, nn
 
 from sluice.core.errors import Unreachable
 from sluice.core.latency import LatencyModel
+from sluice.pipeline.candidates import UniformProblem, perturbed, stratum
 from sluice.pipeline.layermerge import BONUSES, DepthProblem
 from sluice.pipeline.problem import Problem, Solution
 from sluice.profiler.need import by_need
 from sluice.solver.decide import Choice
 from sluice.solver.options import EditSpace
-from sluice.training.recovery import Recovery
-from sluice.training.rehearse import rehearse
+from sluice.training.recovery import AUTO, Recovery
+from sluice.training.rehearse import forecast, rehearsal_cost, rehearse
 from sluice.training.train import Data, Loss
 from sluice.training.trial import quick_rate
 
@@ -33,6 +35,9 @@ __all__ = ["Scenario", "choose"]
 
 PRICES = (0.5, 2.0)
 HOPELESS = 3.0  # times the least loss of a scenario: not worth a rehearsal
+MOST = 12  # candidates
+LEAST, ENOUGH = 8, 20  # steps of a first round: fewer tell nothing, more candidates are asked for beyond
+TRIED = 3  # first rounds that the rate takes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,26 +61,66 @@ def choose(
     loss: Loss,
     recovery: Recovery,
     steps: int,
+    total: int = 0,
     progress: bool = True,
 ) -> list[Scenario]:
-    """All scenarios whose plans differ, the most trusted first.
+    """All candidates whose plans differ, the most trusted first.
 
     Args:
         target_ms: promised milliseconds of every plan.
         build: makes the trainable slim network of a plan.
         recovery: optimizer, schedule and rate of the rehearsal; a rate to be found is found on the first plan.
-        steps: of training in the first round of the rehearsal; 0 trusts the measured losses.
+        steps: of training, of all candidates together; too few, as none, trust the measured losses.
+        total: steps of the fine-tune to come.
     """
     scenarios = _scenarios(problem, methods, target_ms)
-    if len(scenarios) == 1 or not steps:
+    room = _room(steps) - len(scenarios)
+    if room > 0 and type(problem) is Problem:
+        scenarios += _spread(problem, methods, target_ms, room, scenarios)
+    if len(scenarios) == 1:
         return scenarios
-    plans = [build(r.solution) for r in scenarios]
-    lr = quick_rate(plans[0], data, teacher=teacher, loss=loss, recovery=recovery, steps=steps, progress=progress)
+    strata = [stratum(one.solution.plan) for one in scenarios]
+    units = rehearsal_cost(len(scenarios), len(set(strata))) + (TRIED if recovery.lr == AUTO else 0)
+    first = steps // units
+    if first < LEAST:
+        return scenarios
+    plans = [build(one.solution) for one in scenarios]
+    lr = quick_rate(plans[0], data, teacher=teacher, loss=loss, recovery=recovery, steps=first, progress=progress)
     found = rehearse(
-        plans, data, teacher=teacher, loss=loss, lr=lr, recovery=recovery, steps=steps, progress=progress
+        plans, data, teacher=teacher, loss=loss, lr=lr, recovery=recovery, steps=first, total=total, strata=strata,
+        progress=progress,
     )  # fmt: skip
-    heard = [replace(r, rehearsed=tuple(losses)) for r, losses in zip(scenarios, found, strict=True)]
-    return sorted(heard, key=lambda r: (-len(r.rehearsed), r.rehearsed[-1]))
+    heard = [replace(one, rehearsed=tuple(losses)) for one, losses in zip(scenarios, found, strict=True)]
+    return sorted(heard, key=lambda one: (-len(one.rehearsed), forecast(one.rehearsed, first, total)))
+
+
+def _room(steps: int) -> int:
+    """The most candidates, `MOST` at the most, whose first rounds have `ENOUGH` steps each."""
+    counts = range(2, MOST + 1)
+    return max((n for n in counts if (rehearsal_cost(n, (n + 1) // 2) + TRIED) * ENOUGH <= steps), default=0)
+
+
+def _spread(
+    problem: Problem, methods: Sequence[str], target_ms: float, room: int, known: Sequence[Scenario]
+) -> list[Scenario]:
+    """Candidates of `sluice.pipeline.candidates` whose plans are not known yet, ``room`` at the most."""
+    asked: dict[str, Problem] = {}
+    if "filter" in methods:
+        sites = problem.profile.options.sites(problem.profile.latency, ["filter"])
+        asked["uniform widths"] = UniformProblem(
+            problem.profile, problem.analysis, sites, problem.losses, problem.scores, problem.inputs
+        )
+    draws = perturbed(problem)
+    asked |= {f"spread prices {k + 1}": next(draws) for k in range(room - len(asked))}
+    found: list[Scenario] = []
+    solvers = [_solver(one, target_ms) for one in asked.values()]
+    for (name, one), choice in zip(asked.items(), by_need(problem.profile, solvers, rounds=0), strict=True):
+        if isinstance(choice, Unreachable):
+            continue
+        solution = one.solution(choice)
+        if all(solution.plan != other.solution.plan for other in (*known, *found)):
+            found.append(Scenario(name, one, solution))
+    return found
 
 
 def _scenarios(problem: Problem, methods: Sequence[str], target_ms: float) -> list[Scenario]:

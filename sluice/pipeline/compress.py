@@ -72,7 +72,7 @@ def compress(
     methods: Sequence[str] = METHODS,
     gate_epochs: int = 0,
     epochs: int = 10,
-    rehearsal: int = 40,
+    rehearsal: float = 1.0,
     lr: Rate = AUTO,
     recovery: Recovery | None = None,
     loss: Loss = default_loss,
@@ -93,7 +93,8 @@ def compress(
         methods: some of ``filter``, ``rank``, ``block``, ``merge``; the edits on offer.
         gate_epochs: epochs of training with gates; 0 scores channels in one shot (Fisher, with or without labels).
         epochs: epochs of fine-tuning with the dense network as teacher; a trial of settings comes on top.
-        rehearsal: training steps after which plans are first compared; 0 trusts the measured losses.
+        rehearsal: training in which a portfolio of plans is compared, all together, as a share of the epochs of the
+            fine-tune; 0 trusts the measured losses.
         lr: learning rate of the fine-tune and the rehearsal; ``"auto"`` finds it by trial on held-out batches, and with
             it loss and parametrisation (`sluice.training.trial`). Gates train at it too, with ``"auto"`` at 1e-3.
         recovery: in place of ``lr``: rate, optimizer, weight decay, warm-up, schedule, parametrisation.
@@ -132,7 +133,7 @@ def sweep(
     exclude: Sequence[str] = (),
     methods: Sequence[str] = METHODS,
     epochs: int = 10,
-    rehearsal: int = 40,
+    rehearsal: float = 1.0,
     lr: Rate = AUTO,
     recovery: Recovery | None = None,
     loss: Loss = default_loss,
@@ -176,7 +177,7 @@ def finish(
     teacher: nn.Module | None = None,
     data: Data | None = None,
     epochs: int = 0,
-    rehearsal: int = 40,
+    rehearsal: float = 1.0,
     lr: Rate = AUTO,
     recovery: Recovery | None = None,
     loss: Loss = default_loss,
@@ -223,8 +224,8 @@ def _finish(
         target_ms = max(target_ms, problem.least_from(target_ms))
         scenarios = choose(
             problem, methods, target_ms, lambda solution: _cut(stripped, solution.plan),
-            data=data, teacher=reference, loss=recipe.loss, recovery=recipe.recovery, steps=recipe.rehearsal,
-            progress=progress,
+            data=data, teacher=reference, loss=recipe.loss, recovery=recipe.recovery,
+            steps=int(recipe.rehearsal * recipe.steps()), total=recipe.steps(), progress=progress,
         )  # fmt: skip
     with stage("decide and verify on engines", progress) as advance:
         dense_onnx = to_onnx(stripped, inputs) if ready.exported is None else with_values(ready.exported, stripped)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -21,12 +21,12 @@ class Recipe:
     """Data, loss and lengths of every training of one compression.
 
     ``data``: re-iterable batches, None where nothing is trained or priced with them. The gates train for
-    ``gate_epochs`` at the rate of ``recovery`` (1e-3 where that is found by trial), plans for ``rehearsal`` optimizer
-    steps (0: no rehearsal), the slim network for ``epochs``, both as ``recovery`` says. ``evaluate`` is the figure of
-    merit of a module, for the report.
+    ``gate_epochs`` at the rate of ``recovery`` (1e-3 where that is found by trial), the candidate plans, all together,
+    for a share ``rehearsal`` of the epochs (0: no rehearsal), the slim network for ``epochs``, all but the gates as
+    ``recovery`` says. ``evaluate`` is the figure of merit of a module, for the report.
 
     Raises:
-        SluiceError: a negative rehearsal.
+        SluiceError: a rehearsal that is no such share.
     """
 
     data: Data | None = None
@@ -34,13 +34,22 @@ class Recipe:
     recovery: Recovery = field(default_factory=Recovery)
     gate_epochs: int = 0
     epochs: int = 0
-    rehearsal: int = 0
+    rehearsal: float = 0.0
     evaluate: Evaluate | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.rehearsal < 0:
-            raise SluiceError(f"rehearsal={self.rehearsal}: give the number of training steps, or 0 for no rehearsal")
+        if not 0 <= self.rehearsal <= 10:
+            raise SluiceError(
+                f"rehearsal={self.rehearsal!r} is no share of the epochs of the fine-tune; give 1.0 for as many epochs "
+                "again, or 0 for no rehearsal"
+            )
+
+    def steps(self) -> int:
+        """Of the fine-tune; one pass counts the batches where they have no length."""
+        if self.data is None:
+            return 0
+        return self.epochs * (len(self.data) if isinstance(self.data, Sized) else sum(1 for _ in self.data))
 
     @property
     def lr(self) -> Rate:

@@ -10,7 +10,9 @@ Layer after layer in the order of the graph, on unlabelled inputs:
    ``V_r^T H^(-1/2)``, the best of rank r for these inputs. The second factor is a layer as in rule 1.
 3. Batch norm behind them gets statistics anew: the mean moves by what the slim network's differs from the dense one's
    on the same inputs, the variance is multiplied by the ratio of both.
-4. Layers that several operators read, transposed convolutions, recurrent layers and layers with more than `COLUMNS`
+4. In a run that is to be merged all padding stands in front, so layers inside make other positions than the dense
+   network's: they stay as they are, and the last one is refitted.
+5. Layers that several operators read, transposed convolutions, recurrent layers and layers with more than `COLUMNS`
    inputs per output stay as they are.
 
 It lifts a network that was cut and is not trained. Before a fine-tune of several epochs at a good rate it costs
@@ -34,7 +36,7 @@ from sluice.passes.cut.factor import factor_shapes, first_name, matrix, second_n
 from sluice.passes.graph.aten_walk import arguments, operator_name
 from sluice.passes.graph.capture_modes import BatchNorm
 from sluice.training.graph_walk import GraphWalk
-from sluice.training.least_squares import Geometry, NormalEquations, ridged
+from sluice.training.least_squares import Geometry, Misfit, NormalEquations, ridged
 from sluice.training.train import Data, on_device, split_batch
 
 __all__ = ["INPUTS", "compensate"]
@@ -74,8 +76,7 @@ def compensate(slim: fx.GraphModule, dense: fx.GraphModule, plan: Plan, data: Da
             _first_factor(slim, dense, node, edits[name], plan, ours)
             done += 1
         elif twin is not None and operator_name(twin) == operator_name(node):
-            _refit(slim, node, twin, kept.get(seconds.get(name, name)), (ours, theirs))
-            done += 1
+            done += _refit(slim, node, twin, kept.get(seconds.get(name, name)), (ours, theirs))
     return done
 
 
@@ -89,7 +90,7 @@ def _inputs(data: Data, module: nn.Module, count: int) -> Iterable[tuple[Any, ..
 
 
 def _weight_of(gm: fx.GraphModule, node: fx.Node) -> str | None:
-    """The name of the weight of a layer that rule 4 lets refit; None for every other node."""
+    """The name of the weight of a layer that rule 5 lets refit; None for every other node."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
     role = _LAYERS.get(operator_name(node))
@@ -132,19 +133,25 @@ def _along(twin_value: Tensor, kept: Tensor | None, linear: bool) -> Tensor:
 
 def _refit(
     slim: fx.GraphModule, node: fx.Node, twin: fx.Node, kept: Tensor | None, walks: tuple[GraphWalk, GraphWalk]
-) -> None:
+) -> int:
+    """Rule 1; 1 if the layer was refitted."""
     a = arguments(node)
     weight = _tensor(slim, a["weight"])
     bias = None if a["bias"] is None else _tensor(slim, a["bias"])
     geometry, linear = _geometry(node, weight), operator_name(node) == "linear"
     equations = NormalEquations(geometry, centred=bias is not None or _is_normed(slim, node))
-    for x, y in zip(walks[0].values(_source(node), moving=True), walks[1].values(twin, moving=True), strict=True):
-        equations.add(x, _along(y, kept, linear))
+    try:
+        for x, y in zip(walks[0].values(_source(node), moving=True), walks[1].values(twin, moving=True), strict=True):
+            equations.add(x, _along(y, kept, linear))
+    except Misfit:  # rule 4
+        return 0
     values, constant = equations.solve(weight)
-    if torch.isfinite(values).all():
-        weight.copy_(values)
-        if bias is not None:
-            bias.copy_(constant)
+    if not torch.isfinite(values).all():
+        return 0
+    weight.copy_(values)
+    if bias is not None:
+        bias.copy_(constant)
+    return 1
 
 
 def _first_factor(

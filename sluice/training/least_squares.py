@@ -22,10 +22,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Geometry", "NormalEquations", "patches"]
+__all__ = ["Geometry", "Misfit", "NormalEquations", "patches"]
 
 ROWS = 8192
 RIDGE = 1e-3
+
+
+class Misfit(Exception):
+    """The targets have other positions than the layer makes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +86,17 @@ class NormalEquations:
         """One batch: ``x`` as for `patches`, ``y`` ``(batch, out, *positions)`` or ``(..., out)``; no ``y``: gram."""
         a = patches(x, self.geometry)
         rows = a.shape[1]
+        b = None if y is None else _targets(y, self.geometry)
+        if b is not None and b.shape[1] != rows:
+            raise Misfit(f"{rows} rows of inputs, {b.shape[1]} of targets")
         step = max(1, math.ceil(rows / ROWS))
         chosen = slice(rows % step // 2, None, step)
         a = a[:, chosen]
         self.count += a.shape[1]
         self.gram = self.gram + (a.transpose(1, 2) @ a).double()
         self.inputs = self.inputs + a.sum(1).double()
-        if y is not None:
-            b = _targets(y, self.geometry)[:, chosen]
+        if b is not None:
+            b = b[:, chosen]
             self.cross = self.cross + (a.transpose(1, 2) @ b).double()
             self.outputs = self.outputs + b.sum(1).double()
 

@@ -1,9 +1,9 @@
 """Which of several plans trains best: a short training of each, on the same batches, by successive halving.
 
 Losses of single changes (`sluice.importance.sensitivity`) add up only roughly, and a network recovers better from some
-kinds of change than from others: a change with a high loss before training may mend in a hundred steps. So the solver's
-plans of several scenarios are cut and trained for `steps` steps; the better half goes on for twice as many, until one
-is left. (LayerMerge chooses between solutions by a short real fine-tuning in the same way; the halving is Jamieson and
+kinds of change than from others: a change with a high loss before training may mend in a hundred steps. So plans of
+equal milliseconds are cut and trained for a few steps; the better half goes on for twice as many, until one is left.
+(LayerMerge chooses between solutions by a short real fine-tuning in the same way; the halving is Jamieson and
 Talwalkar's, AISTATS 2016.)
 
 1. All candidates take every step together, so that any loader may give a batch once, and nobody keeps it.
@@ -11,6 +11,16 @@ Talwalkar's, AISTATS 2016.)
    the data comes round again. A loader that shuffles deals anew each time round, so there some of their examples are
    trained on.
 3. A candidate whose loss is not finite is out.
+4. *Forecast*. What a plan keeps of the function shows in its first losses, what it can learn again in their slope. With
+   ``a`` and ``b`` the last two losses, after m and n steps in all, candidates are ranked by the power law through both,
+
+       L(N) = b (b / a)^(log(N / n) / log(n / m)),    N = steps of the fine-tune to come
+
+   and after the first round, without a slope, by their loss. Over 24 plans of equal milliseconds, each trained to the
+   end, the ratio b / a of two epochs to one ordered final accuracy by a rank correlation of 0.5 and 0.9 on two
+   networks, the loss after one epoch by -0.2 and 0.8.
+5. *Strata*. The first round is partial to changes that keep the function. So the best candidate of every stratum, for
+   which the caller gives a name, goes through it.
 """
 
 from __future__ import annotations
@@ -28,7 +38,15 @@ from torch import nn
 from sluice.training.recovery import Recovery
 from sluice.training.train import Data, Loss, on_device, split_batch
 
-__all__ = ["Trainee", "batches_behind", "held_out_loss", "rehearse", "train_together"]
+__all__ = [
+    "Trainee",
+    "batches_behind",
+    "forecast",
+    "held_out_loss",
+    "rehearsal_cost",
+    "rehearse",
+    "train_together",
+]
 
 HELD = 4  # batches that are not trained on
 
@@ -42,30 +60,60 @@ def rehearse(
     lr: float,
     recovery: Recovery | None = None,
     steps: int,
+    total: int = 0,
+    strata: Sequence[object] = (),
     progress: bool = True,
 ) -> list[list[float]]:
     """Held-out loss of every candidate after every round it took part in; the modules are trained in place.
 
-    The best is the one with most rounds and, of those, the least last loss.
+    The best is the one with most rounds and, of those, the least `forecast`.
 
     Args:
         lr: peak rate of every round.
         recovery: its optimizer and its schedule, over each round anew; AdamW if not given.
         steps: of the first round.
+        total: of the fine-tune to come (rule 4); 0 ranks by the last losses.
+        strata: of the candidates, in order (rule 5); none where they do not count.
     """
     recovery = recovery if recovery is not None else Recovery()
     held = list(itertools.islice(data, HELD))
     stream = batches_behind(data, len(held))
     found: list[list[float]] = [[] for _ in candidates]
-    alive = list(range(len(candidates)))
+    alive, first = list(range(len(candidates))), steps
     while len(alive) > 1:
         trainees = [Trainee(candidates[i], loss, recovery, lr, steps) for i in alive]
         train_together(trainees, stream, steps, teacher=teacher, name=f"rehearse {len(alive)}", progress=progress)
         for index in alive:
             found[index].append(held_out_loss(candidates[index], held, teacher, loss))
-        alive = sorted(alive, key=lambda i: found[i][-1])[: (len(alive) + 1) // 2]
-        steps *= 2
+        order = sorted(alive, key=lambda i: forecast(found[i], first, total))
+        kept = order[: (len(alive) + 1) // 2]
+        if steps == first and strata:
+            leaders = {strata[i]: i for i in reversed(order) if math.isfinite(found[i][-1])}
+            others = [i for i in order if i not in leaders.values()]
+            through = {*leaders.values(), *others[: max(0, len(kept) - len(leaders))]}
+            kept = [i for i in order if i in through]
+        alive, steps = kept, 2 * steps
     return found
+
+
+def forecast(losses: Sequence[float], first: int, total: int) -> float:
+    """The loss after ``total`` steps by rule 4, from those after ``first``, 3, 7, 15 ... times ``first`` steps."""
+    if len(losses) < 2 or total <= 0 or not 0.0 < losses[-1] < losses[-2]:
+        return losses[-1]
+    before, now = ((2**k - 1) * first for k in (len(losses) - 1, len(losses)))
+    last: float = losses[-1] * (losses[-1] / losses[-2]) ** (math.log(max(1.0, total / now)) / math.log(now / before))
+    return last
+
+
+def rehearsal_cost(candidates: int, strata: int) -> int:
+    """Steps of a rehearsal in units of those of a candidate's first round; ``strata`` at most go through it."""
+    cost, length, alive = 0, 1, candidates
+    while alive > 1:
+        cost, alive = cost + length * alive, (alive + 1) // 2
+        if length == 1:
+            alive = max(alive, min(strata, candidates))
+        length *= 2
+    return cost
 
 
 @dataclass(slots=True, eq=False)

@@ -501,8 +501,12 @@ COMPRESS = "compress x --budget 50% --data a:b --table t.db --out o"
         ),
         *(
             (f"{COMPRESS} {option} {steps}", option, f"{steps!r} is too small or no whole number; give one of 0 or")
-            for option in ("--epochs", "--gate-epochs", "--rehearsal")
+            for option in ("--epochs", "--gate-epochs")
             for steps in ("-1", "many")
+        ),
+        *(
+            (f"{COMPRESS} --rehearsal {share}", "--rehearsal", f"{share!r} is no share of the epochs; give a number")
+            for share in ("-1", "40", "many", "nan")
         ),
     ],
 )

@@ -17,14 +17,15 @@ from sluice.importance.taylor import fisher_scores
 from sluice.passes.cut.export import to_onnx
 from sluice.passes.cut.rewrite_torch import rewrite_torch
 from sluice.passes.gates.gating import Gated, insert_gates, strip_gates
-from sluice.pipeline.choose import Scenario, choose
+from sluice.pipeline.candidates import UniformProblem, perturbed, stratum
+from sluice.pipeline.choose import ENOUGH, LEAST, MOST, TRIED, Scenario, _room, choose
 from sluice.pipeline.price import price_problem
 from sluice.pipeline.problem import Problem, Solution
 from sluice.profiler.profile import profile_onnx
 from sluice.profiler.view import Profile
 from sluice.solver.options import METHODS
 from sluice.training.recovery import Recovery
-from sluice.training.rehearse import HELD, held_out_loss, rehearse
+from sluice.training.rehearse import HELD, forecast, held_out_loss, rehearsal_cost, rehearse
 from tests.device import FakeRunner, profile_on, staircase
 from tests.networks import mixed
 
@@ -50,10 +51,10 @@ class Case:
     def build(self, solution: Solution) -> fx.GraphModule:
         return rewrite_torch(self.stripped, solution.plan, self.inputs, merged=False)
 
-    def choose(self, share: float, steps: int, methods: Sequence[str] = METHODS) -> list[Scenario]:
+    def choose(self, share: float, steps: int, methods: Sequence[str] = METHODS, total: int = 0) -> list[Scenario]:
         return choose(
             self.problem, methods, share * self.profile.latency.dense_ms(), self.build, data=data(),
-            teacher=self.stripped, loss=squared, recovery=Recovery(1e-3), steps=steps, progress=False,
+            teacher=self.stripped, loss=squared, recovery=Recovery(1e-3), steps=steps, total=total, progress=False,
         )  # fmt: skip
 
 
@@ -112,10 +113,12 @@ def test_methods_that_do_not_get_there_alone_are_left_out() -> None:
 
 def test_a_rate_that_is_to_be_found_is_found_on_the_first_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
+    used: list[int] = []
 
     def tried(module: nn.Module, *args: object, recovery: Recovery, steps: int, **options: object) -> float:
+        used.append(steps)
         first = case().build(case().choose(0.5, steps=0)[0].solution)
-        assert (recovery, steps) == (Recovery(1e-3), 2) and module.state_dict().keys() == first.state_dict().keys()
+        assert recovery == Recovery(1e-3) and module.state_dict().keys() == first.state_dict().keys()
         return 0.0625
 
     def noted(*args: object, lr: float, **options: object) -> list[list[float]]:
@@ -124,8 +127,8 @@ def test_a_rate_that_is_to_be_found_is_found_on_the_first_plan(monkeypatch: pyte
 
     monkeypatch.setattr("sluice.pipeline.choose.quick_rate", tried)
     monkeypatch.setattr("sluice.pipeline.choose.rehearse", noted)
-    case().choose(0.5, steps=2)
-    assert rates == [0.0625]
+    case().choose(0.5, steps=300)
+    assert rates == [0.0625] and used[0] >= LEAST
 
 
 def test_one_method_has_one_reading() -> None:
@@ -133,14 +136,17 @@ def test_one_method_has_one_reading() -> None:
     problem = replace(c.problem, sites=c.profile.options.sites(c.profile.latency, ["rank"]))
     (only,) = choose(
         problem, ("rank",), 0.8 * c.profile.latency.dense_ms(), c.build, data=data(), teacher=c.stripped,
-        loss=squared, recovery=Recovery(1e-3), steps=5, progress=False,
+        loss=squared, recovery=Recovery(1e-3), steps=7, progress=False,
     )  # fmt: skip
     assert only.rehearsed == () and only.problem is problem
 
 
+STEPS = 460  # enough for six candidates, strata included
+
+
 @functools.cache
 def rehearsed() -> list[Scenario]:
-    return case().choose(0.5, steps=2)
+    return case().choose(0.5, steps=STEPS, total=90)
 
 
 def test_the_best_comes_first() -> None:
@@ -150,12 +156,15 @@ def test_the_best_comes_first() -> None:
     assert rounds == sorted(rounds, reverse=True) and rounds[-1] >= 1
     finalists = [r for r in readings if len(r.rehearsed) == rounds[0]]
     assert len(finalists) <= 2
-    last = [r.rehearsed[-1] for r in finalists]
+    assert len({r.name for r in readings}) == len(readings)
+    assert any(r.name.startswith("spread prices") for r in readings)
+    cost = rehearsal_cost(len(readings), len({stratum(r.solution.plan) for r in readings}))
+    last = [forecast(r.rehearsed, STEPS // cost, 90) for r in finalists]
     assert last == sorted(last)
 
 
 def test_the_same_data_choose_the_same() -> None:
-    first, second = rehearsed(), case().choose(0.5, steps=2)
+    first, second = rehearsed(), case().choose(0.5, steps=STEPS, total=90)
     assert [(r.name, r.rehearsed) for r in first] == [(r.name, r.rehearsed) for r in second]
 
 
@@ -246,3 +255,108 @@ def test_the_held_out_loss_is_the_mean_in_eval_mode() -> None:
     dropping = nn.Sequential(nn.Dropout(0.5), Scale(2.0)).train()
     expected = np.mean([float((x**2).mean()) for x in batches])
     assert held_out_loss(dropping, batches, Scale(1.0), squared) == pytest.approx(expected)
+
+
+def test_a_forecast_is_the_power_law_through_the_last_two_losses() -> None:
+    """Losses after 10, 30 and 70 steps of ``c n^-p``."""
+    losses = [5.0 * n**-0.7 for n in (10, 30, 70)]
+    assert forecast(losses, 10, 1000) == pytest.approx(5.0 * 1000**-0.7)
+    assert forecast(losses[:2], 10, 500) == pytest.approx(5.0 * 500**-0.7)
+    # Without a slope, a rising loss or a length: the last loss.
+    assert forecast(losses[:1], 10, 1000) == losses[0]
+    assert forecast(losses, 10, 0) == losses[-1]
+    assert forecast([1.0, 2.0], 10, 1000) == 2.0
+    # Never better by going back.
+    assert forecast(losses, 10, 20) == losses[-1]
+
+
+def test_who_falls_faster_is_trusted_more() -> None:
+    """The learner is behind when the last round ends, and ahead by its slope."""
+    slow, fast = Scale(1.05, stuck=True), Scale(1.9)
+    teacher, batches = Scale(1.0), numbers(80)
+    found = rehearse(
+        [slow, fast], batches, teacher=teacher, loss=squared, lr=0.05, steps=10, total=10_000, strata=["a", "b"],
+        progress=False,
+    )  # fmt: skip
+    assert [len(losses) for losses in found] == [2, 2]
+    assert found[1][-1] > found[0][-1] and forecast(found[1], 10, 10_000) < forecast(found[0], 10, 10_000)
+
+
+@pytest.mark.parametrize(
+    ("strata", "rounds"),
+    [
+        ("aaaa", [2, 2, 1, 1]),
+        ("aaab", [2, 1, 1, 2]),
+        ("aabc", [3, 1, 3, 2]),
+        ("abcd", [3, 3, 2, 2]),
+        ("", [2, 2, 1, 1]),
+    ],
+)
+def test_the_best_of_every_stratum_goes_through_the_first_round(strata: str, rounds: list[int]) -> None:
+    candidates = [Scale(1.0 + 0.4 * (k + 1), stuck=True) for k in range(4)]
+    found = rehearse(
+        candidates, numbers(30), teacher=Scale(1.0), loss=squared, lr=0.05, steps=3, strata=strata, progress=False
+    )  # fmt: skip
+    assert [len(losses) for losses in found] == rounds
+
+
+@pytest.mark.parametrize(("count", "strata"), [(2, 1), (2, 2), (3, 1), (5, 2), (6, 4), (8, 8)])
+def test_the_cost_of_a_rehearsal_is_what_it_takes(count: int, strata: int) -> None:
+    candidates = [Listening(1.0 + k) for k in range(count)]
+    rehearse(
+        candidates, numbers(30), teacher=Scale(1.0), loss=squared, lr=0.05, steps=3,
+        strata=[min(k, strata - 1) for k in range(count)], progress=False,
+    )  # fmt: skip
+    assert sum(len(c.trained_on) for c in candidates) == 3 * rehearsal_cost(count, strata)
+
+
+def test_room_follows_the_steps() -> None:
+    assert _room(0) == 0 and _room(100_000) == MOST
+    for steps in (100, 300, 620, 2000):
+        found = _room(steps)
+        assert found == 0 or (rehearsal_cost(found, (found + 1) // 2) + TRIED) * ENOUGH <= steps
+    assert 3 <= _room(300) <= _room(620) < MOST
+
+
+def test_too_few_steps_trust_the_prices() -> None:
+    readings = case().choose(0.5, steps=LEAST)
+    assert readings[0].name == "together" and all(r.rehearsed == () for r in readings)
+
+
+def test_spread_prices_prefer_other_changes_and_come_out_the_same_again() -> None:
+    problem, draws = case().problem, [perturbed(case().problem) for _ in range(2)]
+    options = problem.profile.options
+    merges, widths = options.merges.keys() & problem.losses.keys(), problem.profile.partition.dense.keys()
+    ratios = []
+    for _ in range(5):
+        one, other = next(draws[0]), next(draws[1])
+        assert one.losses.keys() == problem.losses.keys()
+        assert all(np.array_equal(one.losses[s], other.losses[s]) for s in problem.losses)
+        factors = {s: one.losses[s].max() / v.max() for s, v in problem.losses.items() if v.max() > 0}
+        for site, factor in factors.items():
+            assert np.allclose(one.losses[site], factor * problem.losses[site])
+        means = [np.mean([np.log(factors[s]) for s in kind if s in factors]) for kind in (merges, widths)]
+        ratios.append(means[0] - means[1])
+    assert max(ratios) > 1.0 and min(ratios) < -1.0
+
+
+def test_uniform_widths_keep_one_share_of_every_group() -> None:
+    c = case()
+    sites = c.profile.options.sites(c.profile.latency, ["filter"])
+    uniform = UniformProblem(c.profile, c.problem.analysis, sites, c.problem.losses, c.problem.scores)
+    latency = c.profile.latency
+    target = 0.7 * latency.dense_ms()
+    choice = uniform.choose(latency, target)
+    model = uniform.model
+    kept = {g: (choice.widths[g], levels) for g, levels in model.levels.items() if len(levels) > 1}
+    share = choice.retained
+    for width, levels in kept.values():
+        assert width == max((n for n in levels if n <= share * levels[-1]), default=levels[0])
+    assert latency.ms(choice.widths) == choice.promised_ms <= target
+    # No larger share is within the target.
+    above = min(n / levels[-1] for _, levels in kept.values() for n in levels if n / levels[-1] > share)
+    larger = {g: max((n for n in ls if n <= above * ls[-1]), default=ls[0]) for g, (_, ls) in kept.items()}
+    assert latency.ms({**choice.widths, **larger}) > target
+    assert all(choice.widths[s] == latency.dense[s] for s in latency.levels if s not in kept)
+    with pytest.raises(Unreachable):
+        uniform.choose(latency, 0.01 * latency.dense_ms())

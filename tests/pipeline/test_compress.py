@@ -39,6 +39,7 @@ from sluice.runtime.base.runner import Runner
 from sluice.runtime.ort.cpu import OrtRunner
 from sluice.solver.decide import least_ms
 from sluice.solver.options import METHODS
+from sluice.training.recovery import Recovery
 from sluice.training.budget import Budget
 from sluice.training.train import Data
 from tests import tiny
@@ -243,7 +244,10 @@ def test_fine_tuning_moves_the_weights(measured: Profile) -> None:
         gated = insert_gates(tiny.model(), tiny.inputs())
         scores = {site: np.arange(1.0, 1.0 + gate.size) for site, gate in gated.gates.items()}
         budget = Budget(gated, measured, BUDGET)
-        return finish(gated, budget, importance=scores, data=tiny.data(), epochs=epochs, progress=False)
+        recovery = Recovery(compensate=False)
+        return finish(
+            gated, budget, importance=scores, data=tiny.data(), epochs=epochs, recovery=recovery, progress=False
+        )
 
     plain, tuned = finished(0), finished(1)
     assert plain.plan == tuned.plan
@@ -357,7 +361,7 @@ def test_ranks_by_beam_search_end_to_end(gate_epochs: int, residual_table: Path,
 def test_a_sweep_serves_every_budget_from_one_set_of_prices(residual_table: Path, tmp_path: Path) -> None:
     runs = sluice.sweep(
         tiny.residual(), tiny.inputs(), budgets=["80%", "45%"], data=tiny.data(), table=residual_table, out=tmp_path,
-        batch=tiny.BATCH, epochs=1, rehearsal=2, progress=False,
+        batch=tiny.BATCH, epochs=1, rehearsal=10, progress=False,
     )  # fmt: skip
     found = dict(runs)
     assert list(found) == ["80%", "45%"]
@@ -370,7 +374,7 @@ def test_a_sweep_serves_every_budget_from_one_set_of_prices(residual_table: Path
 
 
 def test_a_negative_rehearsal_is_refused(residual_table: Path) -> None:
-    with pytest.raises(SluiceError, match=r"rehearsal=-1: give the number of training steps"):
+    with pytest.raises(SluiceError, match=r"rehearsal=-1 is no share of the epochs of the fine-tune; give 1.0"):
         compress(
             tiny.residual(), tiny.inputs(), budget="50%", data=tiny.data(), table=residual_table, rehearsal=-1,
             batch=tiny.BATCH,
@@ -387,7 +391,7 @@ def check_methods(methods: tuple[str, ...], budget: str, table: Path, folder: Pa
     model, out = tiny.residual(), folder / "out"
     done = compress(
         model, tiny.inputs(), budget=budget, data=tiny.data(), table=table, out=out, batch=tiny.BATCH,
-        methods=methods, gate_epochs=gates, epochs=1, rehearsal=2, progress=False,
+        methods=methods, gate_epochs=gates, epochs=1, rehearsal=10, progress=False,
     )  # fmt: skip
     report, plan = done.report, done.plan
     assert report.met() and report.parity_max_rel is not None and report.parity_max_rel < 1e-5

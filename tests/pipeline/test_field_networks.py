@@ -42,7 +42,7 @@ def test_a_written_activation_is_merged_away() -> None:
     """The profiler offers the merge from the file; the torch graph must know it too."""
     model = enliven(Swish(), 5, (tiny.inputs(),))
     done = sluice.compress(
-        model, tiny.inputs(), budget="45%", data=tiny.data(), batch=tiny.BATCH, epochs=1, rehearsal=2, progress=False,
+        model, tiny.inputs(), budget="45%", data=tiny.data(), batch=tiny.BATCH, epochs=1, rehearsal=10, progress=False,
     )  # fmt: skip
     assert done.report.met() and done.report.parity_max_rel < 1e-4
     only = sluice.compress(

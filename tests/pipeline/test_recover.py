@@ -93,7 +93,7 @@ def table(tmp_path: Path) -> Iterator[Path]:
 
 def test_the_whole_way_says_how_it_was_trained(table: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = dict(
-        budget="60%", data=tiny.data(), table=table, batch=tiny.BATCH, rehearsal=2, progress=False,
+        budget="60%", data=tiny.data(), table=table, batch=tiny.BATCH, rehearsal=10, progress=False,
     )  # fmt: skip
     found = compress(tiny.model(), tiny.inputs(), epochs=50, out=tmp_path / "out", **settings).report
     assert found.recovery is not None and found.recovery.trials and found.recovery.lr in RATES["adamw"]

@@ -57,7 +57,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def test_one_compress(gate_epochs: int, table: Path, calls: Counter[str]) -> None:
     done = sluice.compress(
         tiny.residual(), tiny.inputs(), budget="60%", data=tiny.data(), table=table, batch=tiny.BATCH,
-        gate_epochs=gate_epochs, epochs=1, rehearsal=2, progress=False,
+        gate_epochs=gate_epochs, epochs=1, rehearsal=10, progress=False,
     )  # fmt: skip
     assert done.report.met() and len(done.report.readings) > 1
     assert calls["parse"] == calls["Deployment"] == 1
@@ -79,7 +79,8 @@ def test_one_sweep(tmp_path: Path, calls: Counter[str]) -> None:
                 (network,) = opened.networks()
                 held.append((len(opened), len(opened.engines(network))))
         complete = profile_known(to_onnx(tiny.residual(), tiny.inputs()), path).coverage.complete
-    assert held[0][0] <= held[1][0] < 2 * complete / 3
+    # In a network of this size the best steps from two plans lead nearly everywhere.
+    assert held[0][0] < 0.8 * complete and held[0][0] <= held[1][0] < complete
     assert 2 <= held[0][1] < held[1][1]  # the dense engine, and one at least of every budget
     assert calls["parse"] == 2 and calls["Deployment"] == 1
     assert calls["torch.export"] <= 6 and calls["torch.onnx.export"] <= 4  # one of them this test's
