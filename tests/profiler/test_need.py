@@ -260,15 +260,15 @@ def test_minutes_that_leave_no_time_are_refused(minutes: float) -> None:
 
 
 def cliff(into: int, out: int, rest: float) -> float:
-    """Widths that leave a remainder of 16 take three times as long, so the law expects the next width to as well."""
-    return 1e-6 * into * out * rest * (3.0 if into % 16 or out % 16 else 1.0)
+    """Widths that leave a remainder of 16 take six times as long, so the law expects the next width to as well."""
+    return 1e-6 * into * out * rest * (6.0 if into % 16 or out % 16 else 1.0)
 
 
 def test_a_plan_behind_too_high_a_bound_is_found_where_it_is_a_step_away() -> None:
     found = {}
     for near in (False, True):
         profile = profiled(FakeRunner(cliff), chain([40, 56, 40], batch="N"))
-        losses = random_losses(profile.latency, np.random.default_rng(3))
+        losses = random_losses(profile.latency, np.random.default_rng(5))
         target_ms = 0.3 * profile.latency.dense_ms()
         steps = (lambda latency, widths, losses=losses: steps_from(latency, losses, widths)) if near else None
         choice = solve_by_need(profile, within(losses, target_ms), steps)
