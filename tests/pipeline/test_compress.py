@@ -39,8 +39,8 @@ from sluice.runtime.base.runner import Runner
 from sluice.runtime.ort.cpu import OrtRunner
 from sluice.solver.decide import least_ms
 from sluice.solver.options import METHODS
-from sluice.training.recovery import Recovery
 from sluice.training.budget import Budget
+from sluice.training.recovery import Recovery
 from sluice.training.train import Data
 from tests import tiny
 from tests.device import profile_on
