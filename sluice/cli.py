@@ -8,6 +8,7 @@ The result goes to standard output (``--json``: for programs), progress and erro
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -42,6 +43,8 @@ ENGINES = (".engine", ".plan", ".trt")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the exit status."""
     args = parser().parse_args(argv)
+    if argv is None:
+        keep_stdout()
     try:
         with warnings.catch_warnings():
             # torch 2.13 exports by copying its own pytree specs, which calls what it has itself deprecated.
@@ -60,6 +63,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         # process.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def keep_stdout() -> None:
+    """Keep standard output for results: what libraries in C print to it (HiGHS does) goes to standard error."""
+    try:
+        own = os.dup(sys.stdout.fileno())
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    except (OSError, ValueError):  # no such file: closed, or replaced by something in memory
+        return
+    sys.stdout.flush()
+    encoding, errors = sys.stdout.encoding, sys.stdout.errors
+    sys.stdout = io.TextIOWrapper(os.fdopen(own, "wb"), encoding, errors, line_buffering=os.isatty(own))
 
 
 def inspect(args: argparse.Namespace) -> int:

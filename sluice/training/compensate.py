@@ -43,7 +43,7 @@ __all__ = ["INPUTS", "compensate"]
 
 INPUTS = 1024
 COLUMNS = 6000
-_LAYERS = {"conv1d": "weight", "conv2d": "weight", "conv3d": "weight", "linear": "weight"}
+_LAYERS = frozenset(["conv1d", "conv2d", "conv3d", "linear"])
 
 
 @torch.no_grad()
@@ -93,8 +93,7 @@ def _weight_of(gm: fx.GraphModule, node: fx.Node) -> str | None:
     """The name of the weight of a layer that rule 5 lets refit; None for every other node."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
-    role = _LAYERS.get(operator_name(node))
-    weight = None if role is None else arguments(node)[role]
+    weight = arguments(node)["weight"] if operator_name(node) in _LAYERS else None
     if not isinstance(weight, fx.Node) or weight.op != "get_attr" or len(weight.users) != 1:
         return None
     tensor = gm.state_dict(keep_vars=True)[str(weight.target)]

@@ -687,3 +687,11 @@ def test_plan_keeps_the_best_channels(tmp_path: Path, capsys: pytest.CaptureFixt
         assert mask.sum() == plan.widths[group.name]
         for ref in group.refs:
             assert keep.get((ref.param, ref.axis), tuple(range(group.size))) == tuple(np.flatnonzero(mask))
+
+
+def test_what_libraries_print_stays_out_of_the_results() -> None:
+    code = "import os; from sluice import cli; cli.keep_stdout(); os.write(1, b'noise'); print('{}')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("{}\n", "noise")
+    closed = subprocess.run(["bash", "-c", f'exec >&-; "{sys.executable}" -m sluice --version'], capture_output=True)
+    assert b"Traceback" not in closed.stderr
