@@ -164,6 +164,7 @@ class OpenVinoSession:
         self._outputs = [info.name for info in model.graph.output]
         self._request: Any = None
         self._timed: Any = None
+        self._held: dict[tuple[int, str], np.ndarray] = {}
 
     @property
     def clock(self) -> Clock:
@@ -176,7 +177,7 @@ class OpenVinoSession:
         if self._request is None:
             self._request = self._engine.create_infer_request()
         for name, value in given.items():
-            self._request.set_tensor(name, self._tensor(np.ascontiguousarray(value)))
+            self._give(self._request, name, np.ascontiguousarray(value))
         try:
             with floating_point_mode(flush=True):
                 self._request.infer(share_outputs=True)
@@ -210,16 +211,18 @@ class OpenVinoSession:
             if dtype.hasobject:
                 raise SluiceError(f"cannot time {self._where}: input {name!r} holds text; give it numbers")
             wide = np.dtype(np.float32) if dtype.name == "bfloat16" else dtype
-            request.set_tensor(name, self._tensor(made_up(name, shape, wide, self._where).astype(dtype, copy=False)))
+            self._give(request, name, made_up(name, shape, wide, self._where).astype(dtype, copy=False))
         return request
 
-    def _tensor(self, value: np.ndarray) -> Any:
-        """The array as a tensor of OpenVINO, in the same memory."""
+    def _give(self, request: Any, name: str, value: np.ndarray) -> None:
+        """Set an input. A tensor may lie in the array's memory, and does not keep it, so the session does."""
         from openvino import Tensor, Type
 
+        self._held[id(request), name] = value
         if value.dtype.name == "bfloat16":  # which numpy itself does not know
-            return Tensor(value.view(np.uint16), value.shape, Type.bf16)
-        return Tensor(value, shared_memory=True)
+            request.set_tensor(name, Tensor(value.view(np.uint16), value.shape, Type.bf16))
+        else:
+            request.set_tensor(name, Tensor(value, shared_memory=True))
 
     def _array(self, name: str) -> np.ndarray:
         data, dtype = self._request.get_tensor(name).data, self._types[name]

@@ -300,3 +300,17 @@ def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module, "_core", broken)
     assert module.missing() == "the installed OpenVINO cannot be used (no plugins.xml); install it anew"
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_inputs_live_as_long_as_the_requests_that_read_them(timed: bool) -> None:
+    """OpenVINO reads the array's memory and does not keep it; a large array that is gone is memory unmapped."""
+    session = OpenVinoRunner().build(scaled(3.0, 8, 200))
+    if timed:
+        session.sample(1)
+    else:
+        x = np.random.default_rng(0).standard_normal((1, 8, 200, 200)).astype(np.float32)
+        session.run({"x": x[:, ::-1]})  # a view, of which the session makes a copy of its own
+    request = session._timed if timed else session._request
+    held = [value for (owner, name), value in session._held.items() if owner == id(request)]
+    assert len(held) == 1 and np.shares_memory(request.get_tensor("x").data, held[0])
