@@ -12,6 +12,7 @@ less: a plan near the best is as good to compare. The one that is settled on is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -112,15 +113,7 @@ def _spread(
         )
     draws = perturbed(problem)
     asked |= {f"spread prices {k + 1}": next(draws) for k in range(room - len(asked))}
-    found: list[Scenario] = []
-    solvers = [_solver(one, target_ms) for one in asked.values()]
-    for (name, one), choice in zip(asked.items(), by_need(problem.profile, solvers, rounds=0), strict=True):
-        if isinstance(choice, Unreachable):
-            continue
-        solution = one.solution(choice)
-        if all(solution.plan != other.solution.plan for other in (*known, *found)):
-            found.append(Scenario(name, one, solution))
-    return found
+    return _distinct(problem, asked, target_ms, known)
 
 
 def _scenarios(problem: Problem, methods: Sequence[str], target_ms: float) -> list[Scenario]:
@@ -137,15 +130,23 @@ def _scenarios(problem: Problem, methods: Sequence[str], target_ms: float) -> li
     first = problem.solve(target_ms)
     most = HOPELESS * _price(problem, first.choice)
     likely = {name: one for name, one in list(asked.items())[1:] if _may_pay(problem, one, target_ms, most)}
-    solvers = [_solver(one, target_ms) for one in likely.values()]
     scenarios = [Scenario(next(iter(asked)), problem, first)]
-    for (name, one), choice in zip(likely.items(), by_need(problem.profile, solvers, rounds=0), strict=True):
+    return scenarios + _distinct(problem, likely, target_ms, scenarios, most)
+
+
+def _distinct(
+    problem: Problem, asked: Mapping[str, Problem], target_ms: float, known: Sequence[Scenario], most: float = math.inf
+) -> list[Scenario]:
+    """Those of the problems, solved side by side, whose plans are new and have a price of ``most`` in ``problem``."""
+    found: list[Scenario] = []
+    solvers = [_solver(one, target_ms) for one in asked.values()]
+    for (name, one), choice in zip(asked.items(), by_need(problem.profile, solvers, rounds=0), strict=True):
         if isinstance(choice, Unreachable) or _price(problem, choice) > most:
             continue
         solution = one.solution(choice)
-        if all(solution.plan != other.solution.plan for other in scenarios):
-            scenarios.append(Scenario(name, one, solution))
-    return scenarios
+        if all(solution.plan != other.solution.plan for other in (*known, *found)):
+            found.append(Scenario(name, one, solution))
+    return found
 
 
 def _may_pay(problem: Problem, one: Problem, target_ms: float, most: float) -> bool:

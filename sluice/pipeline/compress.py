@@ -221,11 +221,11 @@ def _finish(
     scenarios: list[Scenario] = []
     if data is not None and recipe.epochs:
         target_ms = AIM * budget.ms(measured.latency.dense_ms())
-        target_ms = max(target_ms, problem.least_from(target_ms))
+        target_ms, total = max(target_ms, problem.least_from(target_ms)), recipe.steps()
         scenarios = choose(
             problem, methods, target_ms, lambda solution: _cut(stripped, solution.plan),
             data=data, teacher=reference, loss=recipe.loss, recovery=recipe.recovery,
-            steps=int(recipe.rehearsal * recipe.steps()), total=recipe.steps(), progress=progress,
+            steps=int(recipe.rehearsal * total), total=total, progress=progress,
         )  # fmt: skip
     with stage("decide and verify on engines", progress) as advance:
         dense_onnx = to_onnx(stripped, inputs) if ready.exported is None else with_values(ready.exported, stripped)

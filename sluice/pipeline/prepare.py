@@ -36,7 +36,7 @@ from sluice.profiler.view import Profile
 from sluice.solver.decide import unreachable
 from sluice.solver.options import BSR, METHODS
 from sluice.training.budget import Budget
-from sluice.training.train import Data, fit
+from sluice.training.train import count_batches, fit
 
 __all__ = ["Prepared", "check_float32", "check_reachable", "prepare", "profile"]
 
@@ -148,7 +148,7 @@ def prepare(
     if recipe.gate_epochs:
         share = budgets[0].ms(measured.latency.dense_ms()) / measured.latency.dense_ms()
         walk(measured, methods, [*(s for s in SHARES if s > share), share])  # the gates' way down
-        steps = max(1, recipe.gate_epochs * _length(data))
+        steps = max(1, recipe.gate_epochs * count_batches(data))
         trained = insert_all(captured, example_inputs, measured, methods, steps=steps, space=space)
     held = None if trained is None else _budget(trained, measured, budgets[0])
     if trained is not None and held is not None:
@@ -193,7 +193,3 @@ def check_float32(model: nn.Module) -> None:
             raise SluiceError(
                 f"parameter {name!r} is {tensor.dtype}; call model.float(), and give the deployment's as precision="
             )
-
-
-def _length(data: Data) -> int:
-    return len(data) if hasattr(data, "__len__") else sum(1 for _ in data)  # type: ignore[arg-type]

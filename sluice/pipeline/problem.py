@@ -51,7 +51,8 @@ class Problem:
 
     def choose(self, latency: LatencyModel, target_ms: float) -> Choice:
         """The configuration of least loss that ``latency`` promises within ``target_ms``."""
-        return decide(restricted(latency, self.sites), self._open(latency), target_ms)
+        model = restricted(latency, self.sites)
+        return decide(model, self._open(model), target_ms)
 
     def solution(self, choice: Choice) -> Solution:
         """The choice with its plan."""
@@ -65,12 +66,12 @@ class Problem:
 
     def _steps(self, latency: LatencyModel, widths: Mapping[str, int]) -> list[dict[str, int]]:
         """Near configurations that the solver might have preferred, the most likely first."""
-        return steps_from(restricted(latency, self.sites), self._open(latency), widths)
+        model = restricted(latency, self.sites)
+        return steps_from(model, self._open(model), widths)
 
-    def _open(self, latency: LatencyModel) -> dict[str, np.ndarray]:
+    def _open(self, model: LatencyModel) -> dict[str, np.ndarray]:
         """The losses of the sites that may move."""
-        levels = restricted(latency, self.sites).levels
-        return {site: values for site, values in self.losses.items() if len(levels[site]) > 1}
+        return {site: values for site, values in self.losses.items() if len(model.levels[site]) > 1}
 
     def least_from(self, target_ms: float) -> float:
         """The least milliseconds that are reached; where they are far below ``target_ms``, an estimate of them."""

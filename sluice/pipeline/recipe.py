@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from sluice.core.errors import SluiceError
 from sluice.training.recovery import AUTO, Rate, Recovery
-from sluice.training.train import Data, Loss, default_loss
+from sluice.training.train import Data, Loss, count_batches, default_loss
 
 __all__ = ["Evaluate", "Recipe", "recovery_of"]
 
@@ -46,10 +46,8 @@ class Recipe:
             )
 
     def steps(self) -> int:
-        """Of the fine-tune; one pass counts the batches where they have no length."""
-        if self.data is None:
-            return 0
-        return self.epochs * (len(self.data) if isinstance(self.data, Sized) else sum(1 for _ in self.data))
+        """Of the fine-tune (`count_batches`)."""
+        return 0 if self.data is None else self.epochs * count_batches(self.data)
 
     @property
     def lr(self) -> Rate:

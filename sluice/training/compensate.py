@@ -33,7 +33,7 @@ from torch import Tensor, fx, nn
 
 from sluice.core.plan import Factorize, Plan
 from sluice.passes.cut.factor import factor_shapes, first_name, matrix, second_name
-from sluice.passes.graph.aten_walk import arguments, operator_name
+from sluice.passes.graph.aten_walk import arguments, each_axis, operator_name
 from sluice.passes.graph.capture_modes import BatchNorm
 from sluice.training.graph_walk import GraphWalk
 from sluice.training.least_squares import Geometry, Misfit, NormalEquations, ridged
@@ -73,8 +73,7 @@ def compensate(slim: fx.GraphModule, dense: fx.GraphModule, plan: Plan, data: Da
         if name is None:
             continue
         if name in edits:
-            _first_factor(slim, dense, node, edits[name], plan, ours)
-            done += 1
+            done += _first_factor(slim, dense, node, edits[name], plan, ours)
         elif twin is not None and operator_name(twin) == operator_name(node):
             done += _refit(slim, node, twin, kept.get(seconds.get(name, name)), (ours, theirs))
     return done
@@ -106,17 +105,13 @@ def _geometry(node: fx.Node, weight: Tensor) -> Geometry:
     if operator_name(node) == "linear":
         return Geometry()
 
-    def each(value: Any) -> tuple[int, ...]:
-        values = (value,) if isinstance(value, int) else tuple(value)
-        return values * dims if len(values) == 1 else values
-
-    kernel, dilation = tuple(weight.shape[2:]), each(a["dilation"])
+    kernel, dilation = tuple(weight.shape[2:]), each_axis(a["dilation"], dims)
     if isinstance(a["padding"], str):  # in words; "same" puts the odd one behind
         total = [d * (k - 1) if a["padding"] == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
         padding = tuple((size // 2, size - size // 2) for size in total)
     else:
-        padding = tuple((size, size) for size in each(a["padding"]))
-    return Geometry(kernel, each(a["stride"]), padding, dilation, a["groups"])
+        padding = tuple((size, size) for size in each_axis(a["padding"], dims))
+    return Geometry(kernel, each_axis(a["stride"], dims), padding, dilation, a["groups"])
 
 
 def _source(node: fx.Node) -> fx.Node:
@@ -155,8 +150,8 @@ def _refit(
 
 def _first_factor(
     slim: fx.GraphModule, dense: fx.GraphModule, node: fx.Node, edit: Factorize, plan: Plan, walk: GraphWalk
-) -> None:
-    """Rule 2: both factors, of which the second is refitted when its turn comes."""
+) -> int:
+    """Rule 2: both factors, of which the second is refitted when its turn comes; 1 if they were made."""
     a = arguments(node)
     first = _tensor(slim, a["weight"])
     second = slim.state_dict(keep_vars=True)[second_name(edit.param)]
@@ -175,9 +170,11 @@ def _first_factor(
     (r, *kernel), (n, _, *other) = factor_shapes(tuple(weight.shape), edit.form, edit.rank)
     root = s[:r].sqrt()
     right, left = root[:, None] * (vt[:r] @ inverse), u[:, :r] * root
-    if torch.isfinite(right).all():
-        first.copy_(right.reshape(r, *kernel))
-        second.copy_(left.reshape(n, *other, r).movedim(-1, 1))
+    if not torch.isfinite(right).all():
+        return 0
+    first.copy_(right.reshape(r, *kernel))
+    second.copy_(left.reshape(n, *other, r).movedim(-1, 1))
+    return 1
 
 
 def _renorm(

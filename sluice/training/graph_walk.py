@@ -30,10 +30,6 @@ class GraphWalk:
         places = [node for node in self._nodes if node.op == "placeholder"]
         self._batches: list[dict[fx.Node, Any]] = [dict(zip(places, one, strict=True)) for one in inputs]
 
-    def before(self, node: fx.Node) -> int:
-        """The place of a node: nodes of lower places have run when it runs."""
-        return self._index[node]
-
     def values(self, wanted: fx.Node, *, moving: bool = False) -> Iterator[Any]:
         """The value of a node for every batch.
 

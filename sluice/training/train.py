@@ -24,7 +24,7 @@ from sluice.training.budget import Budget
 from sluice.training.distill import logit_distillation
 from sluice.training.recovery import AUTO, WEIGHT_DECAY, Rate, Recovery, cosine
 
-__all__ = ["LOSSES", "Data", "Loss", "check_data", "default_loss", "fit", "on_device", "split_batch"]
+__all__ = ["LOSSES", "Data", "Loss", "check_data", "count_batches", "default_loss", "fit", "on_device", "split_batch"]
 
 # Batches of (inputs, labels) or of inputs alone; iterated once per epoch.
 Data = Iterable[Any]
@@ -69,6 +69,13 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], Any]:
         inputs, labels = batch
         return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), labels
     raise SluiceError(f"a batch of data is {type(batch).__name__}; make it inputs, or a pair (inputs, labels)")
+
+
+def count_batches(data: Data) -> int:
+    """Batches of one pass, which counts them where they have no length; 0 where they can be read only once."""
+    if isinstance(data, Sized):
+        return len(data)
+    return 0 if iter(data) is data else sum(1 for _ in data)
 
 
 def on_device(values: Any, model: nn.Module) -> Any:

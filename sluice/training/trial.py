@@ -41,7 +41,7 @@ from sluice.passes.graph.capture import clone
 from sluice.training.recovery import AUTO, Recovery
 from sluice.training.rehearse import HELD as FEW
 from sluice.training.rehearse import Trainee, batches_behind, held_out_loss, train_together
-from sluice.training.train import LOSSES, Data, Loss, default_loss, split_batch
+from sluice.training.train import LOSSES, Data, Loss, count_batches, default_loss, split_batch
 
 __all__ = ["Run", "Setting", "Trial", "lengths", "losses_for", "quick_rate", "try_settings"]
 
@@ -139,7 +139,7 @@ def try_settings(
     form = recovery.parametrisation == "dense" and widen is not None
     default = Setting(recovery.middle(), OWN if loss is not default_loss else DEFAULT, form)
     with _same_random_numbers(slim):
-        batches = _batches(data, count=recovery.lr == AUTO)
+        batches = count_batches(data) if recovery.lr == AUTO or isinstance(data, Sized) else 0
         total = epochs * batches
         if recovery.lr != AUTO or not total:
             return Trial(default, total)
@@ -254,13 +254,6 @@ def _second(best: Sequence[Setting], recovery: Recovery, losses: Sequence[str], 
     found = [*best, *(replace(leader, loss=name) for name in losses)]
     below = rates[max(0, rates.index(leader.lr) - 1)]
     return [*found, replace(leader, lr=below, dense=True)] if both else found
-
-
-def _batches(data: Data, count: bool) -> int:
-    """In one pass; 0 where they have no length and may not be counted, or can be read only once."""
-    if isinstance(data, Sized):
-        return len(data)
-    return sum(1 for _ in data) if count and iter(data) is not data else 0
 
 
 def _but_rate(run: Run, setting: Setting) -> bool:

@@ -437,7 +437,7 @@ def test_every_question_is_settled_once_and_the_last_says_what_is_wrong(
 
 def test_without_gates_nothing_is_decided_before_the_end(residual_table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BeamProblem, "solve", lambda self, target_ms: pytest.fail("decided"))
-    monkeypatch.setattr(prepare, "_length", lambda data: pytest.fail("read to the end"))
+    monkeypatch.setattr(prepare, "count_batches", lambda data: pytest.fail("read to the end"))
     ready = prepare.prepare(
         tiny.residual(), tiny.inputs(), [BudgetSpec.parse(BUDGET)], Deployment(batch=tiny.BATCH),
         Recipe(tiny.data(), progress=False), table=residual_table, exclude=(), methods=("bsr",),

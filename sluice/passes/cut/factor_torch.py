@@ -20,7 +20,7 @@ from sluice.core.errors import SluiceError
 from sluice.core.plan import Factorize
 from sluice.passes.cut.factor import Split, check_form, factors, first_name, per_axis, second_name, truncations
 from sluice.passes.cut.unused_torch import remove_unused
-from sluice.passes.graph.aten_walk import Args, arguments, operator_name
+from sluice.passes.graph.aten_walk import Args, arguments, each_axis, operator_name
 from sluice.passes.graph.capture import set_tensor
 
 __all__ = ["factorize_torch", "truncate_torch", "truncations_torch"]
@@ -155,15 +155,10 @@ def _convolutions(a: Args, form: str, dims: int) -> tuple[list[Any], list[Any]]:
     for key, neutral in (("stride", 1), ("padding", 0), ("dilation", 1)):
         value = a[key]
         # A padding in words adds nothing along an axis with kernel 1, so both layers can have it.
-        both = (value, value) if isinstance(value, str) else per_axis(form, _ints(value, dims), neutral)
+        both = (value, value) if isinstance(value, str) else per_axis(form, each_axis(value, dims), neutral)
         for half, own in zip(halves, both, strict=True):
             half.append(own)
     return halves
-
-
-def _ints(value: int | Sequence[int], dims: int) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value)
-    return values * dims if len(values) == 1 else values
 
 
 def _conv_op(kind: str, settings: list[Any]) -> Any:

@@ -29,10 +29,10 @@ from sluice.passes.cut.merge_region import (
     runs_of,
 )
 from sluice.passes.cut.unused_torch import remove_unused
-from sluice.passes.graph.aten_walk import arguments
+from sluice.passes.graph.aten_walk import arguments, each_axis
 from sluice.passes.graph.capture import mark_as_cut, set_tensor
 from sluice.passes.graph.chains import Span
-from sluice.passes.graph.chains_torch import _each, activation_source, chains_torch
+from sluice.passes.graph.chains_torch import activation_source, chains_torch
 
 __all__ = ["linearize_torch", "merge_torch"]
 
@@ -92,7 +92,7 @@ def _set_padding(node: fx.Node, pad: tuple[int, ...]) -> None:
     a = arguments(node)
     axes = len(pad)
     node.target = _CONVS[axes].default
-    stride, dilation = _each(a["stride"], axes), _each(a["dilation"], axes)
+    stride, dilation = each_axis(a["stride"], axes), each_axis(a["dilation"], axes)
     node.args = (a["input"], a["weight"], a["bias"], list(stride), list(pad), list(dilation), a["groups"])
     node.kwargs = {}
 

@@ -17,6 +17,7 @@ __all__ = [
     "OperatorRule",
     "Walk",
     "arguments",
+    "each_axis",
     "keeps_zero",
     "limits",
     "operator_name",
@@ -89,6 +90,12 @@ def arguments(node: fx.Node) -> Args:
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     given = {**{arg.name: value for arg, value in zip(schema, node.args, strict=False)}, **node.kwargs}
     return {arg.name: given.get(arg.name, arg.default_value) for arg in schema}
+
+
+def each_axis(value: Any, axes: int) -> tuple[int, ...]:
+    """One number per axis, as operators also take one for all."""
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return values * axes if len(values) == 1 else values
 
 
 def limits(row: Operator, node: fx.Node) -> tuple[float, float] | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sluice.passes.graph.aten_walk import arguments, operator_name
+from sluice.passes.graph.aten_walk import arguments, each_axis, operator_name
 from sluice.passes.graph.capture_modes import DROPOUTS, BatchNorm
 from sluice.passes.graph.chains import Chain, ChainOp, Layer, Norm, find_chains
 from sluice.passes.graph.composed import Composed, composed
@@ -119,7 +119,7 @@ def _read_conv(
         return replace(other, label=f"{other.label} with a computed weight")
     name, shape = str(weight.target), tuple(state[str(weight.target)].shape)
     axes = len(shape) - 2
-    padding, stride, dilation = a["padding"], *(_each(a[key], axes) for key in ("stride", "dilation"))
+    padding, stride, dilation = a["padding"], *(each_axis(a[key], axes) for key in ("stride", "dilation"))
     if padding == "same" and all(k % 2 for k in shape[2:]):
         padding = tuple(k // 2 for k in shape[2:])
     elif isinstance(padding, str):
@@ -136,11 +136,5 @@ def _read_conv(
     if reason is not None:
         return replace(other, label=f"convolution {name!r}, which {reason}")
     names = (name, None if bias is None else str(bias.target))
-    layer = Layer(*names, shape, stride, _each(padding, axes), a["groups"], other.inputs[0], node.name)
+    layer = Layer(*names, shape, stride, each_axis(padding, axes), a["groups"], other.inputs[0], node.name)
     return replace(other, kind="conv", label=f"convolution {name!r}", layer=layer)
-
-
-def _each(value: Any, axes: int) -> tuple[int, ...]:
-    """One number per axis, as operators also take one for all."""
-    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    return values * axes if len(values) == 1 else values
