@@ -26,7 +26,8 @@ from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.timing.measure import measure
 from sluice.profiler.timing.reference_engine import make_reference_engine
 from sluice.runtime.base.runner import Runner
-from sluice.solver.decide import amplitude_losses, decide, least_ms
+from sluice.solver.amplitude_losses import amplitude_losses
+from sluice.solver.decide import decide, least_ms
 from sluice.solver.random_configurations import random_configuration
 
 __all__ = ["FULL", "SMALL", "Layer", "Network", "Sizes", "dense", "fidelity", "half", "profiled", "staircase"]
@@ -141,9 +142,11 @@ def half(profile: Profile, share: float = SHARE) -> dict[str, Any]:
     latency, rng = profile.latency, np.random.default_rng(0)
     scores = {group: rng.exponential(size=levels[-1]) for group, levels in latency.levels.items()}
     losses = amplitude_losses(latency.levels, scores)
-    least = solve_by_need(profile, lambda model: least_ms(model, time_limit_s=SOLVER_S))
+    least = solve_by_need(profile, lambda model, near: least_ms(model, time_limit_s=SOLVER_S))
     target_ms = max(share * latency.dense_ms(), least.promised_ms)
-    choice = solve_by_need(profile, lambda model: decide(model, losses, target_ms, time_limit_s=SOLVER_S))
+    choice = solve_by_need(
+        profile, lambda model, near: decide(model, losses, target_ms, time_limit_s=SOLVER_S, near=near)
+    )
     dense_ms, slim_ms = measure_configurations(profile, [latency.dense, choice.widths])
     return {
         "share": share,

@@ -62,9 +62,9 @@ def case(network: str, share: float, seed: int) -> dict[str, float | str]:
     dense, target = bench.counts["asked"], share * profile.latency.dense_ms()
     solves = [0]
 
-    def solve(latency: LatencyModel) -> Choice:
+    def solve(latency: LatencyModel, near: Mapping[str, int] | None = None) -> Choice:
         solves[0] += 1
-        return decide(restricted(latency, sites), losses, target, gap=1e-3, time_limit_s=60)
+        return decide(restricted(latency, sites), losses, target, gap=1e-3, time_limit_s=60, near=near)
 
     started = time.process_time()
     chosen = solve_by_need(

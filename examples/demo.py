@@ -52,7 +52,7 @@ class Batches:
 def say_least(console: Console, profile: Profile, methods: Sequence[str]) -> None:
     """Print the least latency that these methods can reach, promised and measured, and the slowest pieces then."""
     sites = profile.options.sites(profile.latency, methods)
-    least = solve_by_need(profile, lambda latency: least_ms(restricted(latency, sites)))
+    least = solve_by_need(profile, lambda latency, near: least_ms(restricted(latency, sites)))
     latency = profile.latency
     dense_ms, ms = measure_configurations(profile, [latency.dense, least.widths])
     console.print(

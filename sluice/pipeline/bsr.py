@@ -50,7 +50,7 @@ class BeamProblem(Problem):
     steps: Mapping[str, Sequence[Option]]
     score: Callable[[Mapping[str, int]], float]
 
-    def choose(self, latency: LatencyModel, target_ms: float) -> Choice:
+    def choose(self, latency: LatencyModel, target_ms: float, near: Mapping[str, int] | None = None) -> Choice:
         model = restricted(latency, self.sites)
         return tightened(target_ms, lambda asked: self._searched(model, asked))
 

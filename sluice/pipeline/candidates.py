@@ -49,7 +49,7 @@ def perturbed(problem: Problem, seed: int = 0) -> Iterator[Problem]:
 class UniformProblem(Problem):
     """A problem about widths alone, solved by rule 2."""
 
-    def choose(self, latency: LatencyModel, target_ms: float) -> Choice:
+    def choose(self, latency: LatencyModel, target_ms: float, near: Mapping[str, int] | None = None) -> Choice:
         model = restricted(latency, self.sites)
         groups = {site: levels for site, levels in model.levels.items() if len(levels) > 1}
 

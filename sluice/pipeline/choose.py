@@ -20,11 +20,10 @@ import numpy as np
 from torch import fx, nn
 
 from sluice.core.errors import Unreachable
-from sluice.core.latency import LatencyModel
 from sluice.pipeline.candidates import UniformProblem, perturbed, stratum
 from sluice.pipeline.layermerge import BONUSES, DepthProblem
 from sluice.pipeline.problem import Problem, Solution
-from sluice.profiler.need import by_need
+from sluice.profiler.need import Solve, by_need
 from sluice.solver.decide import Choice
 from sluice.solver.options import EditSpace
 from sluice.training.recovery import AUTO, Recovery
@@ -162,8 +161,8 @@ def _may_pay(problem: Problem, one: Problem, target_ms: float, most: float) -> b
         return False  # this method alone does not reach the target
 
 
-def _solver(problem: Problem, target_ms: float) -> Callable[[LatencyModel], Choice]:
-    return lambda latency: problem.choose(latency, target_ms)
+def _solver(problem: Problem, target_ms: float) -> Solve:
+    return lambda latency, near: problem.choose(latency, target_ms, near)
 
 
 def _price(problem: Problem, choice: Choice) -> float:

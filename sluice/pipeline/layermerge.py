@@ -35,7 +35,7 @@ class DepthProblem(Problem):
 
     bonus: float = 0.0
 
-    def choose(self, latency: LatencyModel, target_ms: float) -> Choice:
+    def choose(self, latency: LatencyModel, target_ms: float, near: Mapping[str, int] | None = None) -> Choice:
         model = restricted(latency, self.sites)
         return tightened(target_ms, lambda asked: self._tiled(model, asked))
 

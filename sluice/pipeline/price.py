@@ -22,7 +22,8 @@ from sluice.pipeline.bsr import beam_problem
 from sluice.pipeline.layermerge import DepthProblem
 from sluice.pipeline.problem import Problem
 from sluice.profiler.view import Profile
-from sluice.solver.decide import amplitude_losses, restricted
+from sluice.solver.amplitude_losses import amplitude_losses
+from sluice.solver.decide import restricted
 from sluice.solver.options import BSR
 from sluice.training.train import Data, Loss, default_loss, split_batch
 

@@ -49,10 +49,10 @@ class Problem:
         """The latency model as it is known now, in which sites that may not move have one level."""
         return restricted(self.profile.latency, self.sites)
 
-    def choose(self, latency: LatencyModel, target_ms: float) -> Choice:
-        """The configuration of least loss that ``latency`` promises within ``target_ms``."""
+    def choose(self, latency: LatencyModel, target_ms: float, near: Mapping[str, int] | None = None) -> Choice:
+        """The configuration of least loss that ``latency`` promises within ``target_ms``, or the best ``near`` one."""
         model = restricted(latency, self.sites)
-        return decide(model, self._open(model), target_ms)
+        return decide(model, self._open(model), target_ms, near=near)
 
     def solution(self, choice: Choice) -> Solution:
         """The choice with its plan."""
@@ -61,7 +61,7 @@ class Problem:
 
     def solve(self, target_ms: float) -> Solution:
         """The plan of least loss within ``target_ms``; what it needs to know is measured."""
-        choice = solve_by_need(self.profile, lambda latency: self.choose(latency, target_ms), self._steps)
+        choice = solve_by_need(self.profile, lambda latency, near: self.choose(latency, target_ms, near), self._steps)
         return self.solution(choice)
 
     def _steps(self, latency: LatencyModel, widths: Mapping[str, int]) -> list[dict[str, int]]:
@@ -78,7 +78,7 @@ class Problem:
         guess = least_ms(self.model).promised_ms
         if guess <= SURE * target_ms:
             return guess
-        return solve_by_need(self.profile, lambda latency: least_ms(restricted(latency, self.sites))).promised_ms
+        return solve_by_need(self.profile, lambda latency, near: least_ms(restricted(latency, self.sites))).promised_ms
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,13 +1,14 @@
 """Measure what a solver asks for: solve with unknown points at their bounds, measure what the plan uses, repeat.
 
 1. *Optimism*. Every solver is given the model with its unknown points at their bounds (`LatencyModel.hopeful`). What
-   its choice uses and is unknown is measured, all solvers' points in one call. Then it is asked again.
+   its choice uses and is unknown is measured, all solvers' points in one call. Then it is asked again, first near its
+   last choice, which takes a fraction of the time, and everywhere once its choice there is measured.
 2. *End*. A choice all of whose points are measured is promised what it takes, and no other configuration is promised
    more than it takes, as long as the bounds hold. So it is the optimum of the complete table, within the gap that the
    solver proved. This is the argument of A*.
 3. *Neighbours*. A bound too high hides a plan, most likely one that is near: the same kernel at the next width. So the
-   `NEAR` best steps of one level from the choice (`sluice.solver.descent.steps_from`) are measured as well, and the
-   solver is asked again, until it stays with its choice.
+   `NEAR` best steps of one level from the choice (`sluice.solver.descent.steps_from`) are measured as well. If one of
+   them takes less than its bound, the solver is asked again.
 4. After `ROUNDS` rounds the estimates themselves count: what is chosen under them is measured, and the last choice
    that is measured stands.
 5. Where nothing can be measured, the table being of another device or the time being up, estimates are all there is.
@@ -36,7 +37,9 @@ __all__ = ["SHARES", "Solve", "by_need", "solve_by_need", "walk"]
 ROUNDS, LAST, NEAR = 24, 4, 8
 SHARES = (0.75, 0.5, 0.35, 0.25)  # of the dense milliseconds, of the plans of a walk
 STRUCTURE = 0.3
-Solve = Callable[[LatencyModel], Choice]
+SLACK = 1e-6  # relative, of two sums of the same milliseconds
+# Chooses under a model; near a former choice, if there is one and the solver can.
+Solve = Callable[[LatencyModel, Mapping[str, int] | None], Choice]
 Steps = Callable[[LatencyModel, Mapping[str, int]], list[dict[str, int]]]
 
 
@@ -46,22 +49,39 @@ def solve_by_need(profile: Profile, solve: Solve, steps: Steps | None = None) ->
     Raises:
         Unreachable: even at the bounds nothing reaches what is asked.
     """
+    near: list[Mapping[str, int] | None] = [None]
     for _ in range(LAST):
-        (found,) = by_need(profile, [solve])
+        (found,) = by_need(profile, [solve], near=near)
         if isinstance(found, Unreachable):
             raise found
         choice = found
-        if steps is None or not profile.open or not profile.ask(steps(profile.latency, choice.widths)[:NEAR]):
+        if steps is None or not profile.open or not _surprised(profile, steps(profile.latency, choice.widths)[:NEAR]):
             break
+        near = [choice.widths]
     return choice
 
 
-def by_need(profile: Profile, solvers: Sequence[Solve], rounds: int = ROUNDS) -> list[Choice | Unreachable]:
+def _surprised(profile: Profile, configurations: Sequence[Mapping[str, int]]) -> bool:
+    """Measure what the configurations use; whether one of them takes less than its bound."""
+    hopeful = profile.latency.hopeful()
+    if not profile.ask(configurations):
+        return False
+    return any(profile.latency.ms(widths) < (1.0 - SLACK) * hopeful.ms(widths) for widths in configurations)
+
+
+def by_need(
+    profile: Profile,
+    solvers: Sequence[Solve],
+    rounds: int = ROUNDS,
+    near: Sequence[Mapping[str, int] | None] = (),
+) -> list[Choice | Unreachable]:
     """What every solver chooses, all points of the choices measured; in place of a choice, why there is none.
 
     Without ``rounds`` the estimates count from the start (rule 4): choices are found sooner, and need not be the best.
+    ``near`` are configurations from which the solvers start, one each.
     """
     found: dict[int, Choice | Unreachable] = {}
+    last = dict(enumerate(near))
     for attempt in range(rounds + LAST):
         model = profile.latency
         given = model.hopeful() if attempt < rounds and profile.open else model
@@ -70,17 +90,20 @@ def by_need(profile: Profile, solvers: Sequence[Solve], rounds: int = ROUNDS) ->
             if k in found:
                 continue
             try:
-                choice = solve(given)
+                choice = solve(given, last.get(k))
             except Unreachable as error:
                 found[k] = error
                 continue
-            missing = [choice.widths] if profile.open and not profile.knows(choice.widths) else []
-            wanted += missing
-            if not missing or attempt == rounds + LAST - 1:
+            missing = profile.open and not profile.knows(choice.widths)
+            last[k] = choice.widths if missing else None
+            wanted += [choice.widths] if missing else []
+            final = not missing and not (choice.local and attempt < rounds)
+            if final or attempt == rounds + LAST - 1:
                 found[k] = choice
-        if not wanted:
+        if wanted:
+            profile.ask(wanted)
+        if len(found) == len(solvers):
             break
-        profile.ask(wanted)
     model = profile.latency
     return [
         choice if isinstance(choice, Unreachable) else replace(choice, promised_ms=model.ms(choice.widths))
@@ -95,9 +118,9 @@ def walk(profile: Profile, methods: Sequence[str], shares: Sequence[float] = SHA
     dense_ms = profile.latency.dense_ms()
 
     def plan(share: float) -> Solve:
-        return lambda latency: decide(restricted(latency, sites), losses, share * dense_ms)
+        return lambda latency, near: decide(restricted(latency, sites), losses, share * dense_ms, near=near)
 
-    solvers: list[Solve] = [lambda latency: least_ms(restricted(latency, sites)), *map(plan, shares)]
+    solvers: list[Solve] = [lambda latency, near: least_ms(restricted(latency, sites)), *map(plan, shares)]
     chosen = [choice.widths for choice in by_need(profile, solvers) if not isinstance(choice, Unreachable)]
     if profile.open:
         profile.time_engines(chosen)

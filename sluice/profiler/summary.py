@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sluice.core.latency import LatencyModel
 from sluice.profiler.profile import ShardDone
 from sluice.profiler.view import Profile
 
@@ -82,14 +81,14 @@ def _remarks(disturbed: int) -> list[str]:
 def _least(measured: Profile, methods: Sequence[str]) -> tuple[float, dict[str, float]] | None:
     """The least milliseconds with all methods together, and with each of several alone."""
     try:
-        from sluice.profiler.need import by_need
+        from sluice.profiler.need import Solve, by_need
         from sluice.solver.decide import Choice, least_ms, restricted
     except ImportError:
         return None
 
-    def least_with(names: Sequence[str]) -> Callable[[LatencyModel], Choice]:
+    def least_with(names: Sequence[str]) -> Solve:
         sites = measured.options.sites(measured.latency, names)
-        return lambda latency: least_ms(restricted(latency, sites))
+        return lambda latency, near: least_ms(restricted(latency, sites))
 
     each = [[name] for name in methods] if len(methods) > 1 else []
     found = [choice for choice in by_need(measured, [least_with(n) for n in (methods, *each)])]

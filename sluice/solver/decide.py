@@ -10,8 +10,8 @@
    solved again, tightened.
 2. A gap lets the solver stop at a configuration with needless changes. The solution is therefore walked downhill
    (`sluice.solver.descent`): in loss, then in structural edits, then towards full widths and ranks.
-3. Losses of widths come from scores of channels, squared changes of the loss one channel at a time. The loss of
-   removing channels of a group together is ``D = (sum of sqrt(score) over the removed channels)^2``.
+3. Where a configuration is given to stay `near`, every width and rank has the levels within `REACH` of it, and the
+   dense one: a program of a quarter of the columns, for a choice that is good among its surroundings alone.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from sluice.core.errors import SluiceError, Unreachable
 from sluice.core.latency import LatencyModel
+from sluice.solver.amplitude_losses import by_importance
 from sluice.solver.descent import downhill, is_valid, loss_of
 from sluice.solver.milp import MixedIntegerProgram
 
-__all__ = ["Choice", "amplitude_losses", "decide", "least_ms", "restricted", "tightened", "unreachable"]
+__all__ = ["Choice", "decide", "least_ms", "restricted", "tightened", "unreachable"]
 
 TOLERANCE = 1e-6  # relative excess of the recomputed promise that still counts as met
+REACH, LOCAL_GAP = 2, 1e-2  # levels on either side, and the least gap (rule 3)
 SCALE = 1e3  # of the objective: the solver stops at an absolute gap of 1e-6 as well, and good losses are small
 TIE = 1e-5  # cost of a structural edit in that objective
 # The word for the sites of a method, in messages.
@@ -44,7 +46,7 @@ class Choice:
 
     ``retained`` is ``1 - loss / (sum over the sites of their largest loss)``, in [0, 1]; for ``least_ms``, which knows
     no losses, the kept share of all widths and ranks, and ``loss`` the rest. ``gap`` is the relative distance to the
-    best bound that the solver proved.
+    best bound that the solver proved, among its surroundings alone where the choice is ``local``.
     """
 
     widths: Mapping[str, int]
@@ -53,10 +55,15 @@ class Choice:
     retained: float
     gap: float
     seconds: float
+    local: bool = False
 
     def kept(self, importance: Mapping[str, np.ndarray]) -> Mapping[str, tuple[int, ...]]:
         """Sorted indices of the most important channels of every group scored; of equal scores the first."""
-        return {g: tuple(sorted(_order(importance[g])[:w].tolist())) for g, w in self.widths.items() if g in importance}
+        return {
+            g: tuple(sorted(by_importance(importance[g])[:w].tolist()))
+            for g, w in self.widths.items()
+            if g in importance
+        }
 
 
 class _OutOfTime(SluiceError):
@@ -70,16 +77,18 @@ def decide(
     *,
     gap: float = 1e-2,
     time_limit_s: float = 20.0,
+    near: Mapping[str, int] | None = None,
 ) -> Choice:
     """The configuration of least loss within ``target_ms``; of equal ones that with fewer structural edits.
 
     Args:
         model: the milliseconds of a configuration.
         losses: by site, the increase of the loss at every one of its levels, shape ``(len(levels[g]),)``, in any one
-            unit; sites left out cost nothing at any level. For widths see `amplitude_losses`.
+            unit; sites left out cost nothing at any level. For widths see `sluice.solver.amplitude_losses`.
         target_ms: milliseconds that ``model.ms(widths)`` must not exceed.
         gap: relative distance to the least loss at which the solver may stop.
         time_limit_s: after this many seconds the best configuration found so far is returned, with its gap.
+        near: a configuration whose surroundings are searched (rule 3); everything, if they do not reach the target.
 
     Raises:
         SluiceError: losses of an unknown site, of the wrong shape or sign, a target below what any configuration
@@ -90,19 +99,32 @@ def decide(
     if not math.isfinite(target_ms):
         raise SluiceError(f"budget is {target_ms} ms; give a finite number of milliseconds")
 
-    def chosen(widths: Mapping[str, int], gap: float) -> Choice:
+    def chosen(widths: Mapping[str, int], gap: float, local: bool = False) -> Choice:
         lost = loss_of(model, checked, widths)
         total = sum(float(loss.max()) for loss in checked.values())
         retained = min(max(1.0 - lost / total, 0.0), 1.0) if total > 0 else 1.0
-        return Choice(dict(widths), model.ms(widths), lost, retained, gap, time.perf_counter() - started)
+        return Choice(dict(widths), model.ms(widths), lost, retained, gap, time.perf_counter() - started, local)
 
-    dense_ms = model.dense_ms()
-    if dense_ms <= target_ms and is_valid(model, model.dense) and loss_of(model, checked, model.dense) <= 0:
+    if model.dense_ms() <= target_ms and is_valid(model, model.dense) and loss_of(model, checked, model.dense) <= 0:
         return chosen(model.dense, 0.0)
+    if near is not None:
+        around = _around(model, checked, near)
+        try:
+            return chosen(*_least_loss(*around, target_ms, max(gap, LOCAL_GAP), time_limit_s), local=True)
+        except Unreachable:
+            pass
+    return chosen(*_least_loss(model, checked, target_ms, gap, time_limit_s))
+
+
+def _least_loss(
+    model: LatencyModel, losses: Mapping[str, np.ndarray], target_ms: float, gap: float, time_limit_s: float
+) -> tuple[dict[str, int], float]:
+    """Values of the sites, and the proved gap."""
+    started = time.perf_counter()
     program = MixedIntegerProgram(model)
-    unit = (sum(float(loss.max()) for loss in checked.values()) or 1.0) / SCALE
+    unit = (sum(float(loss.max()) for loss in losses.values()) or 1.0) / SCALE
     altered = program.over_levels({s: TIE * _edits(model, s) for s in model.switches})
-    objective = program.over_levels({g: loss / unit for g, loss in checked.items()}) + altered
+    objective = program.over_levels({g: loss / unit for g, loss in losses.items()}) + altered
     bound = target_ms
     for _ in range(8):
         left = time_limit_s - (time.perf_counter() - started)
@@ -110,15 +132,29 @@ def decide(
         if solved is None:
             least = least_ms(model, time_limit_s=time_limit_s)
             if least.promised_ms > target_ms * (1 + TOLERANCE):
-                raise unreachable(target_ms, least.promised_ms, dense_ms, structure=bool(model.switches))
+                dense_ms, structure = model.dense_ms(), bool(model.switches)
+                raise unreachable(target_ms, least.promised_ms, dense_ms, structure=structure)
             widths, proved = dict(least.widths), 0.0
         else:
             widths, proved = solved
         promised = model.ms(widths)
         if promised <= target_ms + TOLERANCE * abs(target_ms):
-            return chosen(downhill(model, checked, widths, max(target_ms, promised)), proved)
+            return downhill(model, losses, widths, max(target_ms, promised)), proved
         bound -= 2 * (promised - target_ms)
     raise RuntimeError(f"the solver's latency row and the model disagree at {widths}")
+
+
+def _around(
+    model: LatencyModel, losses: Mapping[str, np.ndarray], near: Mapping[str, int]
+) -> tuple[LatencyModel, dict[str, np.ndarray]]:
+    """The model and the losses at the levels of rule 3."""
+    kept: dict[str, list[int]] = {}
+    for site, levels in model.levels.items():
+        at = int(np.searchsorted(levels, near[site]))
+        close = [abs(k - at) <= REACH or site in model.switches for k in range(len(levels))]
+        kept[site] = [k for k, level in enumerate(levels) if close[k] or level == model.dense[site]]
+    narrow = {site: tuple(model.levels[site][k] for k in places) for site, places in kept.items()}
+    return replace(model, levels=narrow), {site: losses[site][places] for site, places in kept.items()}
 
 
 def least_ms(model: LatencyModel, *, time_limit_s: float = 20.0) -> Choice:
@@ -187,38 +223,6 @@ def unreachable(
     )
 
 
-def amplitude_losses(levels: Mapping[str, tuple[int, ...]], scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Losses of widths from scores of channels (rule 3), shape ``(len(levels[g]),)`` each.
-
-    Args:
-        levels: increasing widths of the groups to score, the last one dense; ``model.levels`` or a part of it.
-        scores: by group, squared changes of the loss by channel, shape ``(levels[g][-1],)``.
-
-    Returns:
-        Losses relative to removing all channels of all groups.
-
-    Raises:
-        SluiceError: scores missing, of the wrong shape or sign, or all zero.
-    """
-    sums = {}
-    for group, widths in levels.items():
-        size = widths[-1]
-        if group not in scores:
-            raise SluiceError(f"no importance given for group {group!r}; give scores of shape ({size},)")
-        own = np.asarray(scores[group], dtype=float)
-        if own.shape != (size,):
-            raise SluiceError(f"importance of group {group!r} has shape {own.shape}; it must be ({size},)")
-        if not np.isfinite(own).all() or (own < 0).any():
-            raise SluiceError(f"importance of group {group!r} is negative or not finite; give non-negative scores")
-        # Summed from the least important up, so that small scores are not lost in large sums.
-        removed = np.concatenate([[0.0], np.cumsum(np.sqrt(own[_order(own)[::-1]]))])
-        sums[group] = removed[::-1] ** 2
-    total = sum(float(s[0]) for s in sums.values())
-    if total <= 0:
-        raise SluiceError(f"importance is zero in all of {len(sums)} groups; give at least one positive score")
-    return {group: s[list(levels[group])] / total for group, s in sums.items()}
-
-
 def restricted(model: LatencyModel, groups: frozenset[str]) -> LatencyModel:
     """The same model in which all other sites stay dense."""
     return model.pinned(model.dense.keys() - groups)
@@ -273,10 +277,6 @@ def _checked(model: LatencyModel, losses: Mapping[str, np.ndarray]) -> dict[str,
 def _edits(model: LatencyModel, switch: str) -> np.ndarray:
     """1 at the levels of a switch that change the network's structure, 0 at its dense value."""
     return np.asarray([float(level != model.dense[switch]) for level in model.levels[switch]])
-
-
-def _order(scores: np.ndarray) -> np.ndarray:
-    return np.argsort(-np.asarray(scores, dtype=float), kind="stable")
 
 
 def _ms(value: float, *, up: bool = False) -> str:

@@ -15,7 +15,7 @@ from sluice.pipeline.problem import Problem
 from sluice.profiler.pieces.engine import build_engine
 from sluice.profiler.profile import profile_known, profile_onnx
 from sluice.profiler.view import Profile
-from sluice.solver.decide import amplitude_losses
+from sluice.solver.amplitude_losses import amplitude_losses
 from tests.device import FakeRunner, chain, profile_on, staircase
 
 DENSE = chain([36, 28, 20], batch="N")

@@ -33,7 +33,7 @@ from sluice.pipeline.verify import (
 from sluice.profiler.profile import profile_onnx
 from sluice.profiler.timing.measure import measure
 from sluice.profiler.view import Profile
-from sluice.solver.decide import amplitude_losses
+from sluice.solver.amplitude_losses import amplitude_losses
 from tests.device import Cost, FakeRunner, chain, line, profile_on, staircase
 
 DENSE, SLIM = chain([62, 36, 20], batch="N"), chain([31, 18, 10], batch="N")

@@ -37,7 +37,7 @@ def random_losses(model: LatencyModel, rng: np.random.Generator) -> dict[str, np
 
 
 def within(losses: Losses, target_ms: float) -> Solve:
-    return lambda latency: decide(latency, losses, target_ms, gap=1e-9)
+    return lambda latency, near: decide(latency, losses, target_ms, gap=1e-9, near=near)
 
 
 def loss_of(model: LatencyModel, losses: Losses, widths: Mapping[str, int]) -> float:
@@ -148,12 +148,16 @@ def test_what_cannot_be_reached_is_said_and_stops_no_one_else() -> None:
     profile = profiled(FakeRunner(staircase(8)), chain([26, 20, 28], batch="N"))
     losses = random_losses(profile.latency, np.random.default_rng(1))
     dense_ms = profile.latency.dense_ms()
-    none, some, least = by_need(profile, [within(losses, 1e-3 * dense_ms), within(losses, 0.6 * dense_ms), least_ms])
-    assert isinstance(none, Unreachable) and isinstance(some, Choice) and isinstance(least, Choice)
-    assert profile.knows(some.widths) and profile.knows(least.widths)
-    assert least.promised_ms < some.promised_ms <= 0.6 * dense_ms * (1 + 1e-6)
+
+    def least(latency: LatencyModel, near: Mapping[str, int] | None) -> Choice:
+        return least_ms(latency)
+
+    none, some, quickest = by_need(profile, [within(losses, 1e-3 * dense_ms), within(losses, 0.6 * dense_ms), least])
+    assert isinstance(none, Unreachable) and isinstance(some, Choice) and isinstance(quickest, Choice)
+    assert profile.knows(some.widths) and profile.knows(quickest.widths)
+    assert quickest.promised_ms < some.promised_ms <= 0.6 * dense_ms * (1 + 1e-6)
     with pytest.raises(Unreachable):
-        solve_by_need(profile, within(losses, 0.9 * least.promised_ms))
+        solve_by_need(profile, within(losses, 0.9 * quickest.promised_ms))
 
 
 def test_a_closed_profile_answers_by_estimates(tmp_path: Path) -> None:
@@ -179,7 +183,7 @@ def test_a_solver_that_never_settles_is_asked_so_often_and_no_more() -> None:
     plans = everything(profile.latency)
     rng, given_models = np.random.default_rng(0), []
 
-    def restless(latency: LatencyModel) -> Choice:
+    def restless(latency: LatencyModel, near: Mapping[str, int] | None) -> Choice:
         given_models.append(latency)
         unknown = [k for k in rng.integers(len(plans), size=50) if not profile.knows(plans[int(k)])]
         return Choice(plans[int(unknown[0])], 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -243,7 +247,7 @@ def test_after_its_minutes_a_profile_measures_no_more_and_answers_by_estimates()
     assert profile.knows(model.dense) and model.dense_ms() == pytest.approx(runner.ms(profile.partition.model))
     assert not profile.open
     target = 0.5 * model.dense_ms()
-    choice = solve_by_need(profile, lambda latency: decide(latency, neutral_losses(latency), target))
+    choice = solve_by_need(profile, lambda latency, near: decide(latency, neutral_losses(latency), target, near=near))
     walk(profile, ("filter",))
     assert runner.built == built and choice.promised_ms <= target * (1 + 1e-6)
     assert profile.latency.share_estimated(choice.widths) > 0.5
@@ -275,3 +279,20 @@ def test_a_plan_behind_too_high_a_bound_is_found_where_it_is_a_step_away() -> No
         assert choice.promised_ms <= target_ms * (1 + 1e-6)
         found[near] = choice.loss, profile.coverage.points
     assert found[True][0] < 0.98 * found[False][0] and found[True][1] > found[False][1]
+
+
+def test_a_solver_searches_near_its_last_choice_and_everywhere_at_the_end() -> None:
+    profile = profiled(FakeRunner(staircase(8)), chain([64, 64, 64], batch="N"))
+    losses = random_losses(profile.latency, np.random.default_rng(1))
+    target_ms = 0.4 * profile.latency.dense_ms()
+    asked: list[bool] = []
+
+    def solve(latency: LatencyModel, near: Mapping[str, int] | None) -> Choice:
+        asked.append(near is not None)
+        return decide(latency, losses, target_ms, gap=1e-9, near=near)
+
+    choice = solve_by_need(profile, solve)
+    assert not asked[0] and any(asked) and not asked[-1] and not choice.local
+    asked.clear()
+    (found,) = by_need(profile, [solve], rounds=0, near=[choice.widths])
+    assert asked == [True] and isinstance(found, Choice) and found.local

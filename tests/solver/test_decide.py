@@ -12,7 +12,8 @@ from sluice.core.errors import SluiceError, Unreachable
 from sluice.core.latency import Extent, LatencyModel, Term
 from sluice.solver import decide as decide_module
 from sluice.solver import milp_axes
-from sluice.solver.decide import Choice, amplitude_losses, decide, least_ms, restricted, tightened, unreachable
+from sluice.solver.amplitude_losses import amplitude_losses
+from sluice.solver.decide import Choice, decide, least_ms, restricted, tightened, unreachable
 
 
 def term(rng: np.random.Generator, extents: list[Extent], dense: dict[str, int], name: str, points: int = 4) -> Term:
@@ -76,6 +77,35 @@ def decided(model: LatencyModel, importance: dict[str, np.ndarray], target: floa
 def importance_of(model: LatencyModel, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed + 1000)
     return {g: rng.gamma(0.5, size=n) for g, n in model.dense.items()}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_near_a_configuration_its_surroundings_are_searched(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best of all levels within the reach, and the dense ones; everywhere, if these do not reach the target."""
+    monkeypatch.setattr(decide_module, "REACH", 1)
+    monkeypatch.setattr(decide_module, "LOCAL_GAP", 1e-6)
+    model, rng = random_model(seed), np.random.default_rng(seed)
+    losses = amplitude_losses(model.levels, importance_of(model, seed))
+    middle = {g: levels[len(levels) // 2] for g, levels in model.levels.items()}
+    around = {
+        g: [w for k, w in enumerate(levels) if abs(k - levels.index(middle[g])) <= 1 or w == levels[-1]]
+        for g, levels in model.levels.items()
+    }
+    plans = [dict(zip(around, combo, strict=True)) for combo in itertools.product(*around.values())]
+    target = float(rng.choice([model.ms(plan) for plan in plans]))
+    best = min(
+        sum(losses[g][model.levels[g].index(w)] for g, w in plan.items()) for plan in plans if model.ms(plan) <= target
+    )
+    choice = decide(model, losses, target, gap=1e-6, near=middle)
+    assert choice.local and choice.loss == pytest.approx(best, rel=1e-5)
+    everywhere = [
+        model.ms(dict(zip(model.levels, combo, strict=True))) for combo in itertools.product(*model.levels.values())
+    ]
+    least = min(everywhere)
+    if least < min(model.ms(plan) for plan in plans) * (1 - 1e-6):
+        assert not decide(model, losses, least * (1 + 1e-9), near=middle).local
+    with pytest.raises(Unreachable):
+        decide(model, losses, 0.5 * least, near=middle)
 
 
 @pytest.mark.parametrize("grid_limit", [400, 40, 3])
