@@ -2,7 +2,8 @@
 
 1. *Optimism*. Every solver is given the model with its unknown points at their bounds (`LatencyModel.hopeful`). What
    its choice uses and is unknown is measured, all solvers' points in one call. Then it is asked again, first near its
-   last choice, which takes a fraction of the time, and everywhere once its choice there is measured.
+   last choice, which takes a fraction of the time, and everywhere once its choice there is measured. A choice near the
+   last one whose loss is no larger than that of the choice everywhere, under bounds, is as good as that one.
 2. *End*. A choice all of whose points are measured is promised what it takes, and no other configuration is promised
    more than it takes, as long as the bounds hold. So it is the optimum of the complete table, within the gap that the
    solver proved. This is the argument of A*.
@@ -82,6 +83,7 @@ def by_need(
     """
     found: dict[int, Choice | Unreachable] = {}
     last = dict(enumerate(near))
+    known: dict[int, Choice] = {}  # near the choice before, and measured
     for attempt in range(rounds + LAST):
         model = profile.latency
         given = model.hopeful() if attempt < rounds and profile.open else model
@@ -95,10 +97,14 @@ def by_need(
                 found[k] = error
                 continue
             missing = profile.open and not profile.knows(choice.widths)
+            if missing and not choice.local and k in known and known[k].loss <= choice.loss:
+                found[k] = known[k]
+                continue
             last[k] = choice.widths if missing else None
             wanted += [choice.widths] if missing else []
-            final = not missing and not (choice.local and attempt < rounds)
-            if final or attempt == rounds + LAST - 1:
+            if choice.local and not missing and attempt < rounds:
+                known[k] = choice
+            elif not missing or attempt == rounds + LAST - 1:
                 found[k] = choice
         if wanted:
             profile.ask(wanted)

@@ -10,8 +10,8 @@
    solved again, tightened.
 2. A gap lets the solver stop at a configuration with needless changes. The solution is therefore walked downhill
    (`sluice.solver.descent`): in loss, then in structural edits, then towards full widths and ranks.
-3. Where a configuration is given to stay `near`, every width and rank has the levels within `REACH` of it, and the
-   dense one: a program of a quarter of the columns, for a choice that is good among its surroundings alone.
+3. Where a configuration is given to stay `near`, every width and rank has the levels within `REACH` of it: a program
+   of a quarter of the columns, for a choice that is good among its surroundings alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sluice.solver.milp import MixedIntegerProgram
 __all__ = ["Choice", "decide", "least_ms", "restricted", "tightened", "unreachable"]
 
 TOLERANCE = 1e-6  # relative excess of the recomputed promise that still counts as met
-REACH, LOCAL_GAP = 2, 1e-2  # levels on either side, and the least gap (rule 3)
+REACH, LOCAL_GAP, LOCAL_S = 2, 1e-2, 3.0  # levels on either side, the least gap, the most seconds (rule 3)
 SCALE = 1e3  # of the objective: the solver stops at an absolute gap of 1e-6 as well, and good losses are small
 TIE = 1e-5  # cost of a structural edit in that objective
 # The word for the sites of a method, in messages.
@@ -110,8 +110,9 @@ def decide(
     if near is not None:
         around = _around(model, checked, near)
         try:
-            return chosen(*_least_loss(*around, target_ms, max(gap, LOCAL_GAP), time_limit_s), local=True)
-        except Unreachable:
+            within = min(time_limit_s, LOCAL_S)
+            return chosen(*_least_loss(*around, target_ms, max(gap, LOCAL_GAP), within), local=True)
+        except (Unreachable, _OutOfTime):
             pass
     return chosen(*_least_loss(model, checked, target_ms, gap, time_limit_s))
 
@@ -151,8 +152,7 @@ def _around(
     kept: dict[str, list[int]] = {}
     for site, levels in model.levels.items():
         at = int(np.searchsorted(levels, near[site]))
-        close = [abs(k - at) <= REACH or site in model.switches for k in range(len(levels))]
-        kept[site] = [k for k, level in enumerate(levels) if close[k] or level == model.dense[site]]
+        kept[site] = [k for k in range(len(levels)) if abs(k - at) <= REACH or site in model.switches]
     narrow = {site: tuple(model.levels[site][k] for k in places) for site, places in kept.items()}
     return replace(model, levels=narrow), {site: losses[site][places] for site, places in kept.items()}
 
