@@ -229,7 +229,8 @@ def _finish(
         )  # fmt: skip
     with stage("decide and verify on engines", progress) as advance:
         dense_onnx = to_onnx(stripped, inputs) if ready.exported is None else with_values(ready.exported, stripped)
-        verified = first_verified([*(s.problem for s in scenarios), problem], budget, dense_onnx, advance)
+        rehearsed = {s.problem: s.solution for s in reversed(scenarios)}
+        verified = first_verified([*(s.problem for s in scenarios), problem], budget, dense_onnx, advance, rehearsed)
     slim = _cut(stripped, verified.plan).eval()
     cut = finalize(rewrite_onnx(dense_onnx, verified.plan))
     closed = parity(close(gated, verified.solution).eval(), slim, cut, stripped)

@@ -11,6 +11,7 @@
 4. `ACCEPTED` leaves room, since an engine that is built again differs by 1 to 2% from itself, the choice among several
    engines favours one that was measured too fast, and after training nothing can be chosen anew. Where no engine is
    within it, the fastest is taken if it is within the budget itself.
+5. A solution that was rehearsed is the first one of its problem: what was trained is what is measured.
 """
 
 from __future__ import annotations
@@ -81,13 +82,15 @@ def measure_configurations(profile: Profile, configurations: Sequence[Mapping[st
 
 
 def solve_verified(
-    problem: Problem, budget: BudgetSpec, dense: onnx.ModelProto, pairs: Pairs | None = None
-) -> VerifiedSolution:
+    problem: Problem, budget: BudgetSpec, dense: onnx.ModelProto, pairs: Pairs | None = None,
+    rehearsed: Solution | None = None,
+) -> VerifiedSolution:  # fmt: skip
     """Find a plan whose engine meets the budget.
 
     Args:
         dense: ONNX with parameter names.
         pairs: what was measured for this budget so far; more is added.
+        rehearsed: a solution of the problem to begin with.
     Raises:
         SluiceError: the budget cannot be met.
     """
@@ -96,7 +99,7 @@ def solve_verified(
         pairs = Pairs(profile, profile.engine(finalize(dense)), budget)
     found: list[VerifiedSolution] = []
     try:
-        return _search(problem, budget, dense, pairs, found)
+        return _search(problem, budget, dense, pairs, found, rehearsed)
     finally:
         for one in found:
             ratio = one.times.slim_ms / one.times.dense_ms
@@ -104,8 +107,9 @@ def solve_verified(
 
 
 def _search(
-    problem: Problem, budget: BudgetSpec, dense: onnx.ModelProto, pairs: Pairs, found: list[VerifiedSolution]
-) -> VerifiedSolution:
+    problem: Problem, budget: BudgetSpec, dense: onnx.ModelProto, pairs: Pairs, found: list[VerifiedSolution],
+    rehearsed: Solution | None,
+) -> VerifiedSolution:  # fmt: skip
     """The solution of least loss; what every round found comes into ``found``."""
     profile = problem.profile
     target_ms = AIM * budget.ms(profile.latency.dense_ms())
@@ -113,7 +117,7 @@ def _search(
     engines: list[onnx.ModelProto] = []
     while len(found) < ROUNDS:
         try:
-            solution = problem.solve(max(target_ms, least))
+            solution = rehearsed if rehearsed and not found else problem.solve(max(target_ms, least))
         except Unreachable:
             if not found:
                 raise
@@ -170,20 +174,21 @@ def _best(found: Sequence[VerifiedSolution], engines: Sequence[onnx.ModelProto],
 
 
 def first_verified(
-    problems: Sequence[Problem], budget: BudgetSpec, dense: onnx.ModelProto, advance: Advance | None = None
-) -> VerifiedSolution:
+    problems: Sequence[Problem], budget: BudgetSpec, dense: onnx.ModelProto, advance: Advance | None = None,
+    rehearsed: Mapping[Problem, Solution] | None = None,
+) -> VerifiedSolution:  # fmt: skip
     """The solution of the first problem that has an engine within the budget.
 
     The plan that trained best may miss the budget by little. Where no problem has such an engine, the error is that of
     the last one, which has the most sites to change. What was measured for one problem is known for all; ``advance`` is
-    told where a quiet machine is waited for.
+    told where a quiet machine is waited for. ``rehearsed`` are solutions of some problems to begin with.
     """
     profile = problems[-1].profile
     pairs = Pairs(profile, profile.engine(finalize(dense)), budget, told_to(advance))
     refused: dict[Problem, SluiceError] = {}
     for problem in dict.fromkeys(problems):
         try:
-            return solve_verified(problem, budget, dense, pairs)
+            return solve_verified(problem, budget, dense, pairs, (rehearsed or {}).get(problem))
         except SluiceError as error:
             refused[problem] = error
     raise refused[problems[-1]]

@@ -422,7 +422,7 @@ def test_every_question_is_settled_once_and_the_last_says_what_is_wrong(
     asked: list[Problem] = []
     asked_for, dense = BudgetSpec.parse(BUDGET), to_onnx(tiny.model(), tiny.inputs())
 
-    def refuse(problem: Problem, budget: object, dense: object, pairs: object) -> None:
+    def refuse(problem: Problem, budget: object, dense: object, pairs: object, rehearsed: object) -> None:
         asked.append(problem)
         raise SluiceError("the whole" if problem is whole else "a part")
 

@@ -247,6 +247,18 @@ def test_an_engine_of_the_same_structure_is_not_measured_again(device: Device, c
     assert replace(pairs.settle(weights, ACCEPTED), dense_runs=1) == first and len(calls) == 2
 
 
+def test_what_was_rehearsed_is_measured_first(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the budget it is taken as it is; without a budget that it meets the problem is solved."""
+    budget, problem = BudgetSpec.parse("60%"), device.problem()
+    ours = problem.solve(0.575 * device.profile.latency.dense_ms())
+    monkeypatch.setattr(Problem, "solve", lambda self, target_ms: pytest.fail("solved again"))
+    assert first_verified([problem], budget, DENSE, rehearsed={problem: ours}).solution is ours
+    monkeypatch.undo()
+    dense = problem.solve(device.profile.latency.dense_ms())
+    found = first_verified([problem], budget, DENSE, rehearsed={problem: dense})
+    assert found.solution is not dense and found.times.share <= ACCEPTED
+
+
 def test_problems_share_what_was_measured(
     device: Device, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
