@@ -237,7 +237,7 @@ def _finish(
 
     def deploy(model: onnx.ModelProto) -> tuple[onnx.ModelProto, float | None]:
         if precision == "fp32":
-            return model, None
+            return measured.engine(model), None
         batches = None if data is None else _first(data, CALIBRATION)
         made = deploy_onnx(model, precision, batches, target=measured.target)
         return made, None if evaluate is None else evaluate(as_module(made, example_outputs(slim, stripped)))
@@ -261,7 +261,8 @@ def _finish(
         seconds=time.perf_counter() - started, losses=ready.problem.losses,
         readings=[(s.name, s.solution.choice.promised_ms, s.rehearsed) for s in scenarios], recovery=recovered,
     )  # fmt: skip
-    done = Compressed(slim, verified.plan, slim_onnx, deployed, report)
+    file = deployed if precision == "fp32" else slim_onnx
+    done = Compressed(slim, verified.plan, file, deployed, report)
     if out is not None:
         done.save(out)
     _same(exported)  # last: the trained network is saved even then
