@@ -135,7 +135,7 @@ def test_the_report_on_disk_is_the_report(compressed: tuple[Compressed, Path]) -
     done, out = compressed
     assert sorted(p.name for p in out.iterdir()) == ["plan.json", "report.json", "slim.onnx", "slim.safetensors"]
     assert Report.from_json((out / "report.json").read_text()) == done.report
-    assert json.loads((out / "report.json").read_text())["version"] == 5
+    assert json.loads((out / "report.json").read_text())["version"] == 6
     assert Plan.load(out / "plan.json") == done.plan
 
 
