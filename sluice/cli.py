@@ -188,8 +188,9 @@ def apply(args: argparse.Namespace) -> int:
     from sluice.core.plan import Plan
     from sluice.passes.cut.rewrite_onnx import rewrite_onnx
     from sluice.passes.graph.onnx_file import finalize, load_onnx, save_onnx
+    from sluice.passes.precision.to_precision import to_precision
 
-    slim = finalize(rewrite_onnx(load_onnx(args.model), Plan.load(args.plan)))
+    slim = to_precision(finalize(rewrite_onnx(load_onnx(args.model), Plan.load(args.plan))), "fp32")
     save_onnx(slim, args.out)
     return _print(args, {"out": args.out, "bytes": slim.ByteSize()}, [f"{args.out}: {slim.ByteSize():,} bytes"])
 

@@ -44,6 +44,7 @@ def export(
     precision: str = "fp32",
     calibration: Iterable[Any] | None = None,
     target: str = "ort-cpu",
+    threads: int = 1,
     exclude: Collection[str] = (),
     opset: int = OPSET,
 ) -> onnx.ModelProto:
@@ -51,13 +52,13 @@ def export(
 
     Args:
         precision: one of `sluice.core.deployment.PRECISIONS`.
-        calibration, target, exclude: as for `deploy_onnx`.
+        calibration, target, threads, exclude: as for `deploy_onnx`.
     Raises:
         SluiceError: the model cannot be exported, or not in this precision, or the file cannot be written.
     """
     check_precision(precision)
     fp32 = finalize(to_onnx(model, example_inputs, opset=opset))
-    done = deploy_onnx(fp32, precision, calibration, target=target, exclude=exclude)
+    done = deploy_onnx(fp32, precision, calibration, target=target, exclude=exclude, threads=threads)
     save_onnx(done, path)
     return done
 
@@ -70,13 +71,14 @@ def deploy_onnx(
     target: str = "ort-cpu",
     exclude: Collection[str] = (),
     percentile: float = PERCENTILE,
+    threads: int = 1,
 ) -> onnx.ModelProto:
     """An fp32 network, finalized, as it is deployed in ``precision``.
 
     Args:
         calibration: for int8, some hundred inputs as they occur in deployment, in batches of ``(inputs, labels)`` or of
             inputs alone; a mapping names the file's inputs, anything else gives them in order.
-        target: the runtime that the file is for; int8 has another form for each.
+        target, threads: the runtime that the file is for; int8 and paddings have other forms for others.
         exclude: for int8, names of weights whose layers stay float, often the first and the last.
         percentile: for int8, see `sluice.artifacts.calibration_ranges`.
     Raises:
@@ -85,7 +87,7 @@ def deploy_onnx(
     """
     check_target(target)
     if check_precision(precision) != "int8":
-        return to_precision(model, precision, target=target)
+        return to_precision(model, precision, target=target, threads=threads)
     if calibration is None:
         raise SluiceError(
             "int8 needs to know the ranges of activations; give calibration= some hundred inputs, in batches"

@@ -56,6 +56,10 @@ class BudgetSpec:
         bound = dict(self.bounds)["latency_ms"]
         return bound.number * (dense_ms / 100 if bound.unit == SHARE else UNITS["latency_ms"][bound.unit])
 
+    def of(self, share: float) -> BudgetSpec:
+        """The same budget, a bound in percent being one of ``share`` of what the dense network has."""
+        return BudgetSpec(tuple((k, Bound(b.number * share, b.unit) if b.unit == SHARE else b) for k, b in self.bounds))
+
     def __str__(self) -> str:
         return ", ".join(f"{kind.partition('_')[0]} {bound}" for kind, bound in self.bounds)
 

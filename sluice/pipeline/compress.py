@@ -40,6 +40,7 @@ from sluice.passes.graph.onnx_file import finalize
 from sluice.pipeline.choose import Scenario, choose
 from sluice.pipeline.close import close
 from sluice.pipeline.figures import captured_inputs, count_parameters, example_outputs, make_report, parity
+from sluice.pipeline.plain import counted_from
 from sluice.pipeline.prepare import Prepared, check_float32, prepare
 from sluice.pipeline.price import price_problem
 from sluice.pipeline.recipe import Evaluate, Recipe, recovery_of
@@ -211,6 +212,7 @@ def finish(
 def _finish(
     ready: Prepared, budget: BudgetSpec, recipe: Recipe, *, out: str | os.PathLike[str] | None, started: float
 ) -> Compressed:
+    budget = counted_from(ready.plain, budget)
     gated, measured, methods, reference = ready.gated, ready.measured, ready.methods, ready.teacher
     problem, precision = ready.problem, measured.fingerprint.precision
     data, evaluate, progress = recipe.data, recipe.evaluate, recipe.progress
@@ -238,7 +240,7 @@ def _finish(
 
     def deploy(model: onnx.ModelProto) -> tuple[onnx.ModelProto, float | None]:
         if precision == "fp32":
-            return model, None
+            return measured.engine(model), None
         batches = None if data is None else _first(data, CALIBRATION)
         made = deploy_onnx(model, precision, batches, target=measured.target)
         return made, None if evaluate is None else evaluate(as_module(made, example_outputs(slim, stripped)))
@@ -259,10 +261,11 @@ def _finish(
         macs=(count_macs(dense_engine), count_macs(slim_onnx)),
         metrics=(metric_dense, None if evaluate is None else evaluate(slim), metric_deployed),
         frozen={**measured.space.left_alone, **gated.meta["space"].left_alone},
-        seconds=time.perf_counter() - started, losses=ready.problem.losses,
+        seconds=time.perf_counter() - started, losses=ready.problem.losses, plain=ready.plain,
         readings=[(s.name, s.solution.choice.promised_ms, s.rehearsed) for s in scenarios], recovery=recovered,
     )  # fmt: skip
-    done = Compressed(slim, verified.plan, slim_onnx, deployed, report)
+    file = deployed if precision == "fp32" else slim_onnx
+    done = Compressed(slim, verified.plan, file, deployed, report)
     if out is not None:
         done.save(out)
     _same(exported)  # last: the trained network is saved even then

@@ -19,6 +19,7 @@ from sluice.artifacts.report_rows import GroupRow, MethodRow, PieceRow, edit_row
 from sluice.core.latency import LatencyModel
 from sluice.passes.graph.capture import MARK, Inputs, normalize_inputs
 from sluice.pipeline.pairs import PairTimes
+from sluice.pipeline.plain import is_faster
 from sluice.pipeline.verify import VerifiedSolution
 from sluice.profiler.view import Profile
 from sluice.runtime.base.compare import relative_error
@@ -113,6 +114,7 @@ def make_report(
     params: tuple[int, int], macs: tuple[int, int], metrics: tuple[float | None, float | None, float | None],
     frozen: Mapping[str, str], seconds: float, losses: Mapping[str, np.ndarray] | None = None,
     readings: Sequence[tuple[str, float, tuple[float, ...]]] = (), recovery: RecoveryRow | None = None,
+    plain: PairTimes | None = None,
 ) -> Report:  # fmt: skip
     """The report of a verified plan.
 
@@ -124,6 +126,7 @@ def make_report(
         losses: of every level of every site.
         readings: of the rehearsed scenarios: name, promised milliseconds, held-out losses.
         recovery: how the slim network was trained, if it was.
+        plain: plain export's file beside ours, if it was measured.
     """
     latency, widths, cover = measured.latency, dict(verified.choice.widths), measured.coverage
     descriptions = {p.name: p.description for p in measured.partition.pieces}
@@ -172,5 +175,8 @@ def make_report(
         dense_runs=times.dense_runs,
         uncertainty=times.uncertainty,
         quiet=times.quiet,
+        slower=times.slower,
         recovery=recovery,
+        plain_ms=None if plain is None else plain.share * times.dense_ms,
+        from_plain=is_faster(plain),
     )

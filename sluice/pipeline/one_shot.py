@@ -14,6 +14,7 @@ from sluice.core.budget_spec import BudgetSpec
 from sluice.core.deployment import Deployment
 from sluice.core.plan import Plan
 from sluice.passes.graph.capture import Inputs
+from sluice.pipeline.plain import counted_from
 from sluice.pipeline.prepare import prepare
 from sluice.pipeline.recipe import Recipe
 from sluice.solver.options import METHODS, check_methods
@@ -63,7 +64,7 @@ def plan_one_shot(
         methods=methods, elsewhere=True,
     )  # fmt: skip
     dense_ms = ready.measured.latency.dense_ms()
-    target_ms = asked.ms(dense_ms)
+    target_ms = counted_from(ready.plain, asked).ms(dense_ms)
     solution = ready.problem.solve(target_ms)
     choice, estimated = solution.choice, ready.measured.latency.share_estimated(solution.choice.widths)
     return OneShotPlan(solution.plan, target_ms, dense_ms, choice.promised_ms, choice.retained, estimated)

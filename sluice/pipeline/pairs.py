@@ -55,6 +55,8 @@ class PairTimes:
         uncertainty: of the share of the budget, relative (rule 2).
         quiet: whether the machine was quiet for a moment of these runs, or close to it; otherwise the times are not to
             be relied on.
+        slower: by how much the reference engine exceeded its quiet time in the quietest of these runs, relative; 0
+            where the machine was quiet for a moment.
     """
 
     budget_ms: float
@@ -64,6 +66,7 @@ class PairTimes:
     dense_runs: int
     uncertainty: float
     quiet: bool
+    slower: float = 0.0
 
     @property
     def share(self) -> float:
@@ -75,6 +78,7 @@ class PairTimes:
 class _Run:
     dense: Measurement
     slim: Measurement
+    slower: float
 
     @property
     def uncertainty(self) -> float:
@@ -93,12 +97,14 @@ class Pairs:
     Attributes:
         dense: the file of the dense engine, as it is.
         waiting: told of the waiting for a quiet machine (`sluice.profiler.timing.measure`).
+        patience_ms: how long a run waits for it.
     """
 
     profile: Profile
     dense: onnx.ModelProto
     budget: BudgetSpec
     waiting: Waiting | None = None
+    patience_ms: float = PATIENCE_MS
     _runner: Runner | None = None
     _reference: ReferenceEngine | None = None
     _dense_engines: list[Session] = field(default_factory=list)
@@ -110,6 +116,13 @@ class Pairs:
         runs = self._runs.setdefault(structure(slim), [])
         while not runs or (len(runs) < RUNS and _near(self._times(runs), limit)):
             runs.append(self._run(slim, len(runs)))
+        return self._times(runs)
+
+    def once(self, slim: onnx.ModelProto) -> PairTimes:
+        """The times of a file as it is, from one run, or from those that there are."""
+        runs = self._runs.setdefault(structure(slim), [])
+        if not runs:
+            runs.append(self._run(slim, 0))
         return self._times(runs)
 
     def _times(self, runs: list[_Run]) -> PairTimes:
@@ -129,6 +142,7 @@ class Pairs:
             dense_runs=sum(map(len, self._runs.values())),
             uncertainty=max(one / math.sqrt(len(counted)), apart),
             quiet=counted[0].quiet,
+            slower=min(run.slower for run in counted),
         )
 
     def _run(self, slim: onnx.ModelProto, number: int) -> _Run:
@@ -142,11 +156,12 @@ class Pairs:
         engines = [self._dense_engines[number], self._runner.build(slim, batch=batch)]
         dense_ms, slim_ms, witness = measure(
             engines, min_bursts=BURSTS, target_spread=TARGET_SPREAD, reference=self._reference, with_reference=True,
-            patience_ms=PATIENCE_MS / 4 if self._in_vain else PATIENCE_MS, waiting=self.waiting,
+            patience_ms=self.patience_ms / 4 if self._in_vain else self.patience_ms, waiting=self.waiting,
             rng=np.random.default_rng(sum(map(len, self._runs.values()))),
         )  # fmt: skip
-        self._in_vain = witness.ms > (1.0 + QUIET) * self._reference.ms
-        return _Run(dense_ms, slim_ms)
+        excess = witness.ms / self._reference.ms - 1.0
+        self._in_vain = excess > QUIET
+        return _Run(dense_ms, slim_ms, excess if self._in_vain else 0.0)
 
 
 def _near(times: PairTimes, limit: float) -> bool:

@@ -26,6 +26,8 @@ from sluice.passes.graph.capture import Inputs, capture
 from sluice.passes.search_space import SearchSpace, agreed, find_search_space, read_torch
 from sluice.pipeline.bsr import stable_rank_loss
 from sluice.pipeline.insert import insert_all
+from sluice.pipeline.pairs import PairTimes
+from sluice.pipeline.plain import counted_from, plain_share
 from sluice.pipeline.price import one_shot_scores, price_problem
 from sluice.pipeline.problem import Problem
 from sluice.pipeline.recipe import Recipe
@@ -98,7 +100,7 @@ class Prepared:
     """Everything that budgets of one network share.
 
     ``problem`` holds the losses, ``exported`` the dense network as it was before any training, None if that is not
-    known.
+    known. ``plain`` holds the times of plain export's file and of ours (`sluice.pipeline.plain`).
     """
 
     gated: Gated
@@ -107,6 +109,7 @@ class Prepared:
     teacher: nn.Module
     problem: Problem
     exported: onnx.ModelProto | None = None
+    plain: PairTimes | None = None
 
 
 def prepare(
@@ -126,6 +129,9 @@ def prepare(
         exported, space = to_onnx(captured, example_inputs), find_search_space(read_torch(captured), exclude)
     measured = _profile(exported, deployment, space, table=table, exclude=exclude, methods=methods,
                         elsewhere=elsewhere, minutes=minutes, progress=progress)  # fmt: skip
+    with stage("plain export", progress) as advance:
+        plain = plain_share(measured, model, example_inputs, exported, advance)
+    budgets = [counted_from(plain, each) for each in budgets]
     space = agreed(space, measured.space)  # a site that the file lacks is neither promised nor cut
     for each in budgets:
         check_reachable(measured, methods, each)  # before the training
@@ -143,7 +149,7 @@ def prepare(
                     gated, data, epochs=recipe.gate_epochs, teacher=teacher, lr=recipe.lr,
                     loss=stable_rank_loss(loss, gated, ranks), progress=progress, name="stable ranks",
                 )  # fmt: skip
-        return Prepared(gated, measured, methods, teacher, problem, exported)
+        return Prepared(gated, measured, methods, teacher, problem, exported, plain)
     trained: Gated | None = None
     if recipe.gate_epochs:
         share = budgets[0].ms(measured.latency.dense_ms()) / measured.latency.dense_ms()
@@ -163,7 +169,7 @@ def prepare(
         scores = one_shot_scores(gated, data, loss)
     with stage("price every choice", progress) as advance:
         problem = price_problem(gated, measured, methods, scores, data=data, loss=loss, advance=advance)
-    return Prepared(gated, measured, methods, teacher, problem, exported)
+    return Prepared(gated, measured, methods, teacher, problem, exported, plain)
 
 
 def _budget(gated: Gated, measured: Profile, budget: BudgetSpec) -> Budget | None:

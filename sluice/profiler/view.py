@@ -151,5 +151,6 @@ class Profile:
         return runner
 
     def engine(self, model: onnx.ModelProto) -> onnx.ModelProto:
-        """An fp32 network as its engine is timed: in the profile's precision."""
-        return to_precision(model, self.fingerprint.precision, target=self.target)
+        """An fp32 network as its engine is timed and deployed: in the profile's precision."""
+        form = self.fingerprint
+        return to_precision(model, form.precision, target=form.runtime, threads=form.threads)

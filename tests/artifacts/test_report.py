@@ -55,6 +55,9 @@ reports = st.builds(
     dense_runs=st.none() | count,
     uncertainty=st.none() | number,
     quiet=st.booleans(),
+    slower=number,
+    plain_ms=st.none() | number,
+    from_plain=st.booleans(),
 )
 OLD = """{"version": 1, "budget_ms": 2.5, "dense_ms": 5.0, "promised_ms": 2.4, "measured_ms": 2.45,
 "parity_max_rel": 3e-07, "params_dense": 270, "params_slim": 117, "macs_dense": 3100, "macs_slim": 1090,
@@ -171,12 +174,36 @@ def test_figures_of_a_machine_that_was_never_quiet_say_so(report: Report) -> Non
     assert json.loads(busy.to_json())["quiet"] is False and "quiet" not in text_of(report)
 
 
+def test_a_machine_that_was_nearly_quiet_is_told(report: Report) -> None:
+    near = replace(report, slower=0.032)
+    assert "met as measured on a machine that took 3.2% more than when it is quiet, parity" in text_of(near)
+    assert "measure again" not in text_of(near)
+    assert "met as measured on a machine that was never quiet, parity" in text_of(replace(near, quiet=False))
+
+
+def test_a_promise_above_the_budget_is_told_where_the_measurement_is_below(report: Report) -> None:
+    assert "while" not in text_of(report)
+    above = replace(report, promised_ms=2.6)
+    assert above.met() and "met as measured, while 2.600 ms, which is more, were promised, parity" in text_of(above)
+    assert "while" not in text_of(replace(above, measured_ms=2.55)) and not replace(above, measured_ms=2.55).met()
+    assert "while" not in text_of(replace(above, measured_ms=None))
+
+
+def test_plain_export_is_told(report: Report) -> None:
+    assert "plain export" not in text_of(report)
+    plain = replace(report, plain_ms=4.96)
+    assert "plain export takes 100.0% of the dense time; slim takes 49.6% of it\n" in text_of(plain)
+    faster = replace(report, plain_ms=4.712, from_plain=True)
+    want = "plain export takes 95.0% of the dense time, and budgets in percent count from it; slim takes 52.2% of it\n"
+    assert want in text_of(faster)
+
+
 def test_other_files_are_refused(report: Report) -> None:
     data = json.loads(report.to_json())
     with pytest.raises(SluiceError, match="no report"):
         Report.from_json("{")
-    with pytest.raises(SluiceError, match="version 6"):
-        Report.from_json(json.dumps({**data, "version": 6}))
+    with pytest.raises(SluiceError, match="version 7"):
+        Report.from_json(json.dumps({**data, "version": 7}))
     with pytest.raises(SluiceError, match=r"lacks or adds \['rounds'\]"):
         Report.from_json(json.dumps({k: v for k, v in data.items() if k != "rounds"}))
 
@@ -196,11 +223,11 @@ def test_reports_of_version_1_load() -> None:
 
 def test_reports_of_version_3_load(report: Report) -> None:
     data = json.loads(report.to_json())
-    for name in ("runs", "dense_runs", "uncertainty", "quiet"):
+    for name in ("runs", "dense_runs", "uncertainty", "quiet", "slower", "plain_ms", "from_plain"):
         del data[name]
     loaded = Report.from_json(json.dumps({**data, "version": 3}))
     assert loaded == replace(report, runs=None, dense_runs=None, uncertainty=None, quiet=True)
-    with pytest.raises(SluiceError, match=r"lacks or adds \['dense_runs', 'quiet', 'runs', 'uncertainty'\]"):
+    with pytest.raises(SluiceError, match=r"lacks or adds \['dense_runs', 'from_plain', 'plain_ms', 'quiet'"):
         Report.from_json(json.dumps(data))
 
 

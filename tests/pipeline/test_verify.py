@@ -328,7 +328,7 @@ def test_a_machine_that_is_never_quiet_is_waited_for_once(
     device: Device, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its figures keep their mark, and the next runs wait a quarter of the time."""
-    real, told = device.profile.reference, []
+    real_of_class, real, told = Profile.reference, device.profile.reference, []
     monkeypatch.setattr(
         Profile, "reference", lambda self, runner: replace(real(runner), ms=0.9 * self.bench.reference.ms)
     )  # the reference engine takes 11% longer than it should
@@ -348,7 +348,29 @@ def test_a_machine_that_is_never_quiet_is_waited_for_once(
         pairs_module.PATIENCE_MS / (4 if k else 1) for k in range(len(calls))
     ]
     assert told and "quiet 0% of the time, 2 s of patience left" in told[0]
+    assert found.times.slower == pytest.approx(1 / 0.9 - 1.0)
     assert not final_pair(device.profile, DENSE, SLIM, budget, found).quiet
+
+    # The engine that was verified is measured again, and keeps the mark until the machine is quiet.
+    slim, count = device.profile.engine(finalize(rewrite_onnx(DENSE, found.plan))), len(calls)
+    again = final_pair(device.profile, DENSE, slim, budget, found)
+    assert len(calls) > count and not again.quiet and again.slower == found.times.slower
+    monkeypatch.setattr(Profile, "reference", real_of_class)
+    calm = final_pair(device.profile, DENSE, slim, budget, found)
+    assert calm.quiet and calm.slower == 0.0 and calm.slim_ms == pytest.approx(device.runner.ms(slim))
+
+
+def test_a_machine_that_is_nearly_quiet_is_told(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = device.profile.reference
+    monkeypatch.setattr(
+        Profile, "reference", lambda self, runner: replace(real(runner), ms=0.97 * self.bench.reference.ms)
+    )
+    times = pairs_of(device, "60%").settle(SLIM, ACCEPTED)
+    assert times.quiet and times.slower == pytest.approx(1 / 0.97 - 1.0)
+    monkeypatch.setattr(
+        Profile, "reference", lambda self, runner: replace(real(runner), ms=0.99 * self.bench.reference.ms)
+    )
+    assert pairs_of(device, "60%").settle(SLIM, ACCEPTED).slower == 0.0
 
 
 @pytest.mark.parametrize("budgets", [15, pytest.param(100, marks=pytest.mark.slow)])

@@ -1,4 +1,4 @@
-"""Captured network -> ONNX, in two steps.
+"""Captured network -> ONNX, in two steps. Beside that, what plain export makes of the user's module (`plain_export`).
 
 1. `to_onnx`: ``torch.onnx.export(dynamo=True, optimize=False)``, the one route on which every initialiser keeps its
    ``state_dict`` name; then constants are folded except where a named tensor would disappear, and pools to one position
@@ -10,19 +10,23 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from sluice.core.errors import SluiceError
 from sluice.passes.cut.pools_onnx import with_global_pools
-from sluice.passes.graph.capture import Inputs, capture, clone, export_again, has_captured_form
+from sluice.passes.graph.capture import Inputs, capture, clone, export_again, has_captured_form, normalize_inputs
 from sluice.passes.graph.onnx_file import finalize, note_buffers, quiet, save_onnx
 from sluice.passes.graph.onnx_graph import OnnxGraph
 
-__all__ = ["OPSET", "finalize", "save_onnx", "to_onnx", "with_values"]
+__all__ = ["OPSET", "finalize", "plain_export", "save_onnx", "to_onnx", "with_values"]
 
 OPSET = 20
 
@@ -69,6 +73,28 @@ def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> 
         done = with_global_pools(_without_bias(to_proto(ir_model), names))
     note_buffers(done, (name for name, tensor in gm.named_buffers() if tensor.ndim > 1))
     return done
+
+
+def plain_export(model: nn.Module, example_inputs: Inputs, batch: int) -> onnx.ModelProto | None:
+    """What ``torch.onnx.export(model, dynamo=True)`` writes of ``model`` (eval mode) at ``batch``; None if it fails.
+
+    The example inputs are repeated along axis 0, or cut, to that batch.
+    """
+    args, kwargs = normalize_inputs(example_inputs)
+
+    def at_batch(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0:
+            return leaf
+        return leaf[torch.arange(batch, device=leaf.device) % leaf.shape[0]]
+
+    args, kwargs = pytree.tree_map(at_batch, (args, kwargs))
+    with quiet():
+        try:
+            source = copy.deepcopy(model).eval()
+            exported = torch.onnx.export(source, args, kwargs=kwargs, dynamo=True, verbose=False, external_data=False)
+        except Exception:  # whatever it dies of, there is no such file then
+            return None
+    return None if exported is None else exported.model_proto
 
 
 def with_values(model: onnx.ModelProto, module: nn.Module) -> onnx.ModelProto:

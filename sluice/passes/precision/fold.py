@@ -157,7 +157,7 @@ class _Folder:
         if x not in self.ranks:
             return [norm]
         shape = [-1] + [1] * (self.ranks[x] - 2)
-        scale = self.add(f"{y}:scale", affine.scale.reshape(shape), norm)
+        scale = self.add(f"{y}:factor", affine.scale.reshape(shape), norm)
         shift = self.add(f"{y}:shift", affine.shift.reshape(shape), norm)
         scaled = self.unused(f"{y}:scaled")
         nodes = [helper.make_node("Mul", [x, scale], [scaled]), helper.make_node("Add", [scaled, shift], [y])]

@@ -1,6 +1,8 @@
 """Fp32 networks rewritten for the precision of their deployment. numpy and onnx only.
 
-``fp32``: the network as it is. ``fp16``, ``bf16``: strongly typed in 16 bits (`sluice.passes.precision.half`).
+``fp32``: the network as it is; for ONNX Runtime on the CPU, padded where that is faster
+(`sluice.passes.precision.padded_lines`).
+``fp16``, ``bf16``: strongly typed in 16 bits (`sluice.passes.precision.half`).
 ``int8``: pairs of ``QuantizeLinear`` and ``DequantizeLinear`` around fp32 operators
 (`sluice.passes.precision.quantize`).
 """
@@ -16,6 +18,7 @@ from sluice.core.deployment import check_precision
 from sluice.core.errors import SluiceError, first_line
 from sluice.passes.graph.onnx_file import without_defaults
 from sluice.passes.precision.half import LEAST_OPSET, at_opset, to_half
+from sluice.passes.precision.padded_lines import with_padded_lines
 from sluice.passes.precision.quantize import quantize
 
 __all__ = ["to_precision"]
@@ -29,6 +32,7 @@ def to_precision(
     ranges: Mapping[str, float] | None = None,
     target: str = "ort-cpu",
     exclude: Collection[str] = (),
+    threads: int = 1,
 ) -> onnx.ModelProto:
     """An fp32 network as it is deployed in ``precision``.
 
@@ -38,13 +42,14 @@ def to_precision(
             every scale is the same arbitrary constant, enough for timing, since latency does not depend on scales.
         target: the runtime of the file; it decides on the form of int8 (`sluice.passes.precision.qdq_placement`).
         exclude: for int8, names of weights whose layers stay float.
+        threads: of the runtime; one decides on the form of paddings.
     Raises:
         SluiceError: there is no such precision, or the network cannot be written in it.
     """
     check_precision(precision)
     model = without_defaults(model)
     if precision == "fp32":
-        return model
+        return with_padded_lines(model) if target == "ort-cpu" and threads == 1 else model
     try:
         if precision == "int8":
             return quantize(at_opset(model, LEAST_OPSET), ranges=ranges, part=part, target=target, exclude=exclude)

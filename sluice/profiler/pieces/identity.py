@@ -25,7 +25,7 @@ from sluice.runtime.base.runner import PLAIN
 
 __all__ = ["Composition", "Identity", "composition", "identify"]
 
-SCHEME = 4  # version of how a piece is timed; keys of two schemes never meet
+SCHEME = 5  # version of how a piece is timed; keys of two schemes never meet
 Size = Callable[[str], list[object]]
 
 

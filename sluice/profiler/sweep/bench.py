@@ -194,7 +194,8 @@ class Bench:
             raise Unknown
         asked = self.table.fingerprint
         build = getattr(self.runner, "build_part", self.runner.build) if part else self.runner.build
-        built = build(to_precision(model, asked.precision, part=part, target=asked.runtime))
+        form = to_precision(model, asked.precision, part=part, target=asked.runtime, threads=asked.threads)
+        built = build(form)
         timing_cache.keep(self.runner, self.table)
         return built
 

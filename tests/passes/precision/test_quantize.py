@@ -229,6 +229,20 @@ def test_what_is_not_negative_has_no_lower_bound() -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
+def test_a_norm_between_an_activation_and_a_layer(target: str) -> None:
+    """The norm becomes a product and a sum, whose numbers lie beside the scale of their result."""
+    model = parsed(
+        """(float[N, 3, 9, 7] x) => (float[N, 5, 5, 3] y)
+        { a = Conv(x, w1)  r = Relu(a)  n = BatchNormalization(r, s, b, m, v)  y = Conv(n, w2) }""",
+        w1=weight(4, 3, 3, 3), w2=weight(5, 4, 3, 3), s=weight(4), b=weight(4), m=weight(4), v=np.abs(weight(4)) + 0.1,
+    )  # fmt: skip
+    feeds = random_feeds(model)
+    done = quantize(model, ranges=maxima(model, feeds, target), target=target)
+    onnx.checker.check_model(done, full_check=True)
+    assert relative_error(run(done, feeds), run(model, feeds)) < 0.05
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_scales_do_not_vanish(target: str) -> None:
     tiny = parsed("(float[2, 4] x) => (float[2, 3] y) { y = MatMul(x, w) }", w=np.full((4, 3), 1e-44, np.float32))
     done = quantize(tiny, ranges={"x": 1e-44}, target=target)
