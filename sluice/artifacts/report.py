@@ -1,9 +1,9 @@
 """The report of a compression: promised and measured figures, and reasons of everything left alone, as a frozen value.
 
 It is JSON (``version`` 6; 1, which knew widths only, 2, which knew fp32 only, 3, which did not say how often an engine
-was measured, 4, which did not say how the slim network was trained, and 5, which knew no plain export, still load) and
-a terminal table. Times are milliseconds, ``parity_max_rel`` is the largest deviation of the slim network's output
-relative to the dense output's scale. Figures that were not taken are ``None``.
+was measured, 4, which did not say how the slim network was trained, and 5, which knew no plain export and no search for
+the least latency, still load) and a terminal table. Times are milliseconds, ``parity_max_rel`` is the largest deviation
+of the slim network's output relative to the dense output's scale. Figures that were not taken are ``None``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from sluice.artifacts.report_least import LeastRow, least_row
 from sluice.artifacts.report_recovery import RecoveryRow, recovery_row
 from sluice.artifacts.report_rows import EditRow, GroupRow, MethodRow, PieceRow, piece_row
 from sluice.core.errors import SluiceError
@@ -30,14 +31,14 @@ MEASURING: dict[str, Any] = {
     "runs": None, "dense_runs": None, "uncertainty": None, "quiet": True, "points": None, "complete": None,
     "disturbed": 0, "estimated": 0.0, "gap": None,
 }  # fmt: skip
-PLAIN: dict[str, Any] = {"slower": 0.0, "plain_ms": None, "from_plain": False}
-TRAINING: dict[str, Any] = {"recovery": None, **PLAIN}
+NEWEST: dict[str, Any] = {"slower": 0.0, "plain_ms": None, "from_plain": False, "least": None}
+TRAINING: dict[str, Any] = {"recovery": None, **NEWEST}
 LATER: dict[int, dict[str, Any]] = {
     1: {"methods": (), "edits": (), "readings": (), "metric_deployed": None, **MEASURING, **TRAINING},
     2: {"metric_deployed": None, **MEASURING, **TRAINING},
     3: {**MEASURING, **TRAINING},
     4: TRAINING,
-    5: PLAIN,
+    5: NEWEST,
     VERSION: {},
 }
 
@@ -62,7 +63,8 @@ class Report:
     quiet. The part ``estimated`` of the promise rests on points that were not measured. Unless one of these takes less
     than its bound (`sluice.profiler.need`), no plan has a loss that is lower by more than the share ``gap``.
 
-    ``recovery`` says how the slim network was trained, and by what trial; None where it was not.
+    ``recovery`` says how the slim network was trained, and by what trial; None where it was not. ``least`` is the
+    curve of a search for the least latency, whose result has this report.
     """
 
     budget_ms: float
@@ -100,6 +102,7 @@ class Report:
     slower: float = 0.0
     plain_ms: float | None = None
     from_plain: bool = False
+    least: LeastRow | None = None
 
     def met(self) -> bool:
         """Whether the measured (where there is none, the promised) time is within the budget."""
@@ -131,6 +134,7 @@ class Report:
         data["edits"] = tuple(EditRow(**row) for row in data["edits"])
         data["readings"] = tuple((name, ms, tuple(losses)) for name, ms, losses in data["readings"])
         data["recovery"] = recovery_row(data["recovery"])
+        data["least"] = least_row(data["least"])
         return cls(**data)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -140,8 +144,8 @@ class Report:
     def table(self) -> Group:
         """The report for a ``rich`` console.
 
-        It holds the summary, the methods, the rehearsal, the training, the pieces by saved time, the edits, and the
-        reasons of everything left alone.
+        It holds the summary, the methods, the rehearsal, the training, the curve of a search, the pieces by saved time,
+        the edits, and the reasons of everything left alone.
         """
         from rich.console import Group
         from rich.text import Text
@@ -160,6 +164,8 @@ class Report:
         if self.recovery is not None:
             tried = [self.recovery.table()] if self.recovery.trials else []
             parts += [Text(), *tried, *map(Text, self.recovery.lines())]
+        if self.least is not None:
+            parts += [Text(), self.least.table(), *map(Text, self.least.lines())]
         if self.pieces:
             parts += [Text(), self._pieces()]
         if self.groups:

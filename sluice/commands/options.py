@@ -16,6 +16,7 @@ __all__ = [
     "METHODS",
     "MODEL",
     "budget",
+    "budget_of",
     "count",
     "device",
     "exclude",
@@ -116,8 +117,15 @@ def _profiled(p: argparse.ArgumentParser) -> None:
     p.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-def budget(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--budget", required=True, help="share of the dense latency, 50%%, or 2.4ms")
+def budget(p: argparse.ArgumentParser, drop: bool = False) -> None:
+    """The budget; where a ``drop`` may take its place, also what the figure of merit may lose."""
+    asked = p.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--budget", help="share of the dense latency, 50%%, or 2.4ms")
+    if drop:
+        asked.add_argument(
+            "--max-drop", type=amount, metavar="X", help="in place of a budget: the least latency at which what "
+            "--evaluate gives is at most X below the dense network's",
+        )  # fmt: skip
     p.add_argument("--data", required=True, help="package.module:factory of batches (inputs, labels)")
 
 
@@ -136,6 +144,11 @@ def recovery(p: argparse.ArgumentParser) -> None:
         "--compensate", action=argparse.BooleanOptionalAction, default=None, help="refit the weights by least squares "
         "after the cut (default: where there is no fine-tune)",
     )  # fmt: skip
+
+
+def budget_of(args: argparse.Namespace) -> str:
+    """What the options of `budget` say, as the argument of `sluice.compress`."""
+    return args.budget if args.max_drop is None else repr(-args.max_drop)
 
 
 def recovery_settings(args: argparse.Namespace) -> Recovery:
@@ -186,6 +199,17 @@ def share(text: str) -> float:
         value = -1.0
     if not 0 <= value <= 10:
         raise argparse.ArgumentTypeError(f"{text!r} is no share of the epochs; give a number from 0 to 10")
+    return value
+
+
+def amount(text: str) -> float:
+    """A number of 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no drop of a figure of merit; give a number of 0 or more")
     return value
 
 

@@ -53,7 +53,7 @@ def _profile(p: argparse.ArgumentParser) -> None:
 def _compress(p: argparse.ArgumentParser) -> None:
     options.model(p)
     options.table(p)
-    options.budget(p)
+    options.budget(p, drop=True)
     options.minutes(p)
     p.add_argument("--out", required=True, help="folder for plan, weights, ONNX file and report")
     p.add_argument(

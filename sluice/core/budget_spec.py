@@ -1,7 +1,8 @@
 """A budget is parsed once, where the user hands it in; everything behind takes the parsed value.
 
 A budget is a set of upper bounds, one for each kind of cost that it limits. The one kind so far is ``latency_ms``; a
-further kind is a row of `UNITS` and a method that says what its amount comes to.
+further kind is a row of `UNITS` and a method that says what its amount comes to. A negative number without a unit is no
+budget: it asks for the least latency at which a figure of merit drops by no more than that.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 from sluice.core.errors import SluiceError
 
-__all__ = ["Bound", "BudgetSpec"]
+__all__ = ["AllowedDrop", "Bound", "BudgetSpec", "parse_budget"]
 
 SHARE = "%"
 # By kind, the units that a bound may have; a number without one has the unit that ends the name of the kind.
@@ -42,8 +43,10 @@ class BudgetSpec:
         """From ``"50%"`` (of dense), ``"2.4ms"``, ``"800us"`` or ``{"latency_ms": 2.4 or "50%"}``.
 
         Raises:
-            SluiceError: a kind or a unit that there is not, or an amount out of range.
+            SluiceError: a kind or a unit that there is not, an amount out of range, or a drop (`AllowedDrop`).
         """
+        if (drop := AllowedDrop.parse(spec)) is not None:
+            raise SluiceError(f"budget {spec!r} allows a drop of {drop.amount:g}, which is for sluice.compress; {HOW}")
         if not isinstance(spec, Mapping):
             return cls((("latency_ms", _bound("latency_ms", spec)),))
         unknown = sorted(set(spec) - UNITS.keys())
@@ -62,6 +65,34 @@ class BudgetSpec:
 
     def __str__(self) -> str:
         return ", ".join(f"{kind.partition('_')[0]} {bound}" for kind, bound in self.bounds)
+
+
+@dataclass(frozen=True, slots=True)
+class AllowedDrop:
+    """The least latency is wanted at which a figure of merit is at most ``amount`` below the dense network's."""
+
+    amount: float
+
+    @classmethod
+    def parse(cls, spec: object) -> AllowedDrop | None:
+        """From ``"-1.0"``, a negative number without a unit; None for anything else."""
+        if not isinstance(spec, str) or not spec.strip().startswith("-"):
+            return None
+        try:
+            amount = -float(spec)
+        except ValueError:
+            return None
+        return cls(abs(amount)) if math.isfinite(amount) else None
+
+
+def parse_budget(spec: str | Mapping[str, str | float]) -> BudgetSpec | AllowedDrop:
+    """A budget, or the drop that takes its place.
+
+    Raises:
+        SluiceError: neither.
+    """
+    drop = AllowedDrop.parse(spec)
+    return BudgetSpec.parse(spec) if drop is None else drop
 
 
 def _bound(kind: str, value: object, bare: str = "") -> Bound:

@@ -15,33 +15,34 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
-from torch import fx, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from sluice.artifacts.deploy import as_module, deploy_onnx
 from sluice.artifacts.macs import count_macs
 from sluice.artifacts.result import Compressed, check_writable
-from sluice.core.budget_spec import BudgetSpec
+from sluice.core.budget_spec import AllowedDrop, BudgetSpec, parse_budget
 from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError
-from sluice.core.plan import Plan
 from sluice.core.progress import stage
 from sluice.importance.taylor import learned_scores
-from sluice.passes.cut.export import to_onnx, with_values
+from sluice.passes.cut.export import to_onnx
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
-from sluice.passes.cut.rewrite_torch import merge_runs, rewrite_captured
+from sluice.passes.cut.rewrite_torch import merge_runs
 from sluice.passes.gates.gating import Gated, strip_gates
-from sluice.passes.graph.capture import Inputs, clone
+from sluice.passes.graph.capture import Inputs
 from sluice.passes.graph.onnx_file import finalize
 from sluice.pipeline.choose import Scenario, choose
 from sluice.pipeline.close import close
 from sluice.pipeline.figures import captured_inputs, count_parameters, example_outputs, make_report, parity
+from sluice.pipeline.least import check_least, find_least
 from sluice.pipeline.plain import counted_from
-from sluice.pipeline.prepare import Prepared, check_float32, prepare
+from sluice.pipeline.prepare import Prepared, check_float32, prepare, trainable
 from sluice.pipeline.price import price_problem
 from sluice.pipeline.recipe import Evaluate, Recipe, recovery_of
 from sluice.pipeline.recover import recover
@@ -86,7 +87,8 @@ def compress(
     Args:
         model: trained network; not changed.
         example_inputs: tensor, tuple or mapping; axis 0 is the batch.
-        budget: ``"50%"`` of the dense latency, ``"2.4ms"`` or ``{"latency_ms": 2.4}``, at ``batch`` on ``target``.
+        budget: ``"50%"`` of the dense latency, ``"2.4ms"`` or ``{"latency_ms": 2.4}``, at ``batch`` on ``target``;
+            ``"-1.0"`` for the least latency at which ``evaluate`` gives at most 1.0 less (`sluice.pipeline.least`).
         data: re-iterable batches, ``(inputs, labels)`` or inputs alone.
         table: latency table (SQLite), made or continued.
         out: folder for plan, weights, ONNX and report.
@@ -100,22 +102,27 @@ def compress(
             it loss and parametrisation (`sluice.training.trial`). Gates train at it too, with ``"auto"`` at 1e-3.
         recovery: in place of ``lr``: rate, optimizer, weight decay, warm-up, schedule, parametrisation.
         loss: of (outputs, teacher's outputs, labels or None); no other is tried beside it.
-        evaluate: figure of merit of a module, for the report.
+        evaluate: figure of merit of a module, for the report; the higher the better where a drop is allowed.
         minutes: of profiling; afterwards points that a plan needs are estimated, and the report says how much.
     Raises:
         SluiceError: a mistake that the caller can mend; no half-written file is left behind.
     """
     started = time.perf_counter()
     methods = check_methods(methods)
-    asked = BudgetSpec.parse(budget)  # a mistake in an argument is an error before anything is measured
+    asked = parse_budget(budget)  # a mistake in an argument is an error before anything is measured
     deployment = Deployment(target, batch, threads, precision)
     recipe = Recipe(data, loss, recovery_of(lr, recovery), gate_epochs, epochs, rehearsal, evaluate, progress)
     check_float32(model)
     check_data(model, data, loss=loss)
     if out is not None:
         check_writable(out)
-    ready = prepare(model, example_inputs, [asked], deployment, recipe, table=table, exclude=exclude, methods=methods,
+    if isinstance(asked, AllowedDrop):
+        check_least(asked, recipe)
+    fixed = [asked] if isinstance(asked, BudgetSpec) else []
+    ready = prepare(model, example_inputs, fixed, deployment, recipe, table=table, exclude=exclude, methods=methods,
                     minutes=minutes)  # fmt: skip
+    if isinstance(asked, AllowedDrop):
+        return find_least(ready, asked, recipe, partial(_finish, ready, recipe=recipe, started=started), out=out)
     return _finish(ready, asked, recipe, out=out, started=started)
 
 
@@ -213,27 +220,26 @@ def _finish(
     ready: Prepared, budget: BudgetSpec, recipe: Recipe, *, out: str | os.PathLike[str] | None, started: float
 ) -> Compressed:
     budget = counted_from(ready.plain, budget)
-    gated, measured, methods, reference = ready.gated, ready.measured, ready.methods, ready.teacher
+    gated, measured, reference = ready.gated, ready.measured, ready.teacher
     problem, precision = ready.problem, measured.fingerprint.precision
     data, evaluate, progress = recipe.data, recipe.evaluate, recipe.progress
     if precision == "int8" and data is None:
         raise SluiceError("int8 is calibrated on data; give data= some batches of inputs")
-    stripped = strip_gates(gated, thresholded=True).eval()
-    inputs = captured_inputs(stripped)
+    stripped = ready.captured()
     scenarios: list[Scenario] = []
     if data is not None and recipe.epochs:
         target_ms = AIM * budget.ms(measured.latency.dense_ms())
         target_ms, total = max(target_ms, problem.least_from(target_ms)), recipe.steps()
         scenarios = choose(
-            problem, methods, target_ms, lambda solution: _cut(stripped, solution.plan),
+            problem, ready.methods, target_ms, lambda solution: trainable(stripped, solution.plan),
             data=data, teacher=reference, loss=recipe.loss, recovery=recipe.recovery,
             steps=int(recipe.rehearsal * total), total=total, progress=progress,
         )  # fmt: skip
     with stage("decide and verify on engines", progress) as advance:
-        dense_onnx = to_onnx(stripped, inputs) if ready.exported is None else with_values(ready.exported, stripped)
+        dense_onnx = ready.dense_onnx(stripped)
         rehearsed = {s.problem: s.solution for s in reversed(scenarios)}
         verified = first_verified([*(s.problem for s in scenarios), problem], budget, dense_onnx, advance, rehearsed)
-    slim = _cut(stripped, verified.plan).eval()
+    slim = trainable(stripped, verified.plan)
     cut = finalize(rewrite_onnx(dense_onnx, verified.plan))
     closed = parity(close(gated, verified.solution).eval(), slim, cut, stripped)
     _same(closed)
@@ -250,7 +256,7 @@ def _finish(
     recovered = recover(slim, verified.plan, recipe, dense=stripped, teacher=reference)
     slim = merge_runs(slim, verified.plan).eval()
     with stage("export and measure", progress) as advance:
-        slim_onnx = finalize(to_onnx(slim, inputs))
+        slim_onnx = finalize(to_onnx(slim, captured_inputs(stripped)))
         exported = parity(slim, slim, slim_onnx, stripped)
         dense_engine = finalize(dense_onnx)
         deployed, metric_deployed = deploy(slim_onnx)
@@ -270,13 +276,6 @@ def _finish(
         done.save(out)
     _same(exported)  # last: the trained network is saved even then
     return done
-
-
-def _cut(captured: fx.GraphModule, plan: Plan) -> fx.GraphModule:
-    """A slim copy, its runs unmerged, as it is trained."""
-    slim = clone(captured)
-    rewrite_captured(slim, plan, merged=False)
-    return slim
 
 
 def _first(data: Data, count: int) -> Iterator[object]:

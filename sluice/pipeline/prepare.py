@@ -13,18 +13,21 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 import torch
-from torch import nn
+from torch import fx, nn
 
 from sluice.core.budget_spec import BudgetSpec
 from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError, Unreachable
+from sluice.core.plan import Plan
 from sluice.core.progress import stage
 from sluice.importance.taylor import learned_scores
-from sluice.passes.cut.export import to_onnx
+from sluice.passes.cut.export import to_onnx, with_values
+from sluice.passes.cut.rewrite_torch import rewrite_captured
 from sluice.passes.gates.gating import Gated, absorb_masks, insert_gates, strip_gates
-from sluice.passes.graph.capture import Inputs, capture
+from sluice.passes.graph.capture import Inputs, capture, clone
 from sluice.passes.search_space import SearchSpace, agreed, find_search_space, read_torch
 from sluice.pipeline.bsr import stable_rank_loss
+from sluice.pipeline.figures import captured_inputs
 from sluice.pipeline.insert import insert_all
 from sluice.pipeline.pairs import PairTimes
 from sluice.pipeline.plain import counted_from, plain_share
@@ -40,7 +43,7 @@ from sluice.solver.options import BSR, METHODS
 from sluice.training.budget import Budget
 from sluice.training.train import count_batches, fit
 
-__all__ = ["Prepared", "check_float32", "check_reachable", "prepare", "profile"]
+__all__ = ["Prepared", "check_float32", "check_reachable", "prepare", "profile", "trainable"]
 
 
 def profile(
@@ -111,6 +114,23 @@ class Prepared:
     exported: onnx.ModelProto | None = None
     plain: PairTimes | None = None
 
+    def captured(self) -> fx.GraphModule:
+        """The dense network without gates, as it was captured."""
+        return strip_gates(self.gated, thresholded=True).eval()
+
+    def dense_onnx(self, captured: fx.GraphModule) -> onnx.ModelProto:
+        """The file of `captured`, with parameter names."""
+        if self.exported is None:
+            return to_onnx(captured, captured_inputs(captured))
+        return with_values(self.exported, captured)
+
+
+def trainable(captured: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    """A slim copy, its runs unmerged, as it is trained."""
+    slim = clone(captured)
+    rewrite_captured(slim, plan, merged=False)
+    return slim.eval()
+
 
 def prepare(
     model: nn.Module, example_inputs: Inputs, budgets: Sequence[BudgetSpec], deployment: Deployment, recipe: Recipe, *,
@@ -119,7 +139,8 @@ def prepare(
 ) -> Prepared:  # fmt: skip
     """Profile, train gates (if there are ``gate_epochs``) or score channels, price every level of every site.
 
-    Several budgets may be given where no gates are trained. The recipe has data. ``elsewhere`` as for `profile`.
+    Several budgets, or none, may be given where no gates are trained. The recipe has data. ``elsewhere`` is that of
+    `profile`.
     """
     data, loss, progress = recipe.data, recipe.loss, recipe.progress
     assert data is not None

@@ -484,6 +484,7 @@ def test_wrong_usage_exits_with_2(line: str, capsys: pytest.CaptureFixture[str])
     assert "usage:" in capsys.readouterr().err
 
 
+DROPS = "compress x --data a:b --table t.db --out o"
 COMPRESS = "compress x --budget 50% --data a:b --table t.db --out o"
 
 
@@ -508,6 +509,11 @@ COMPRESS = "compress x --budget 50% --data a:b --table t.db --out o"
             (f"{COMPRESS} --rehearsal {share}", "--rehearsal", f"{share!r} is no share of the epochs; give a number")
             for share in ("-1", "40", "many", "nan")
         ),
+        *(
+            (f"{DROPS} --max-drop {drop}", "--max-drop", f"{drop!r} is no drop of a figure of merit; give a number of")
+            for drop in ("-1", "1%", "nan", "inf")
+        ),
+        (f"{COMPRESS} --max-drop 1", "--max-drop", "not allowed with argument --budget"),
     ],
 )
 def test_wrong_numbers_are_told(line: str, option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -634,6 +640,28 @@ def test_what_compress_is_given_arrives(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert main(words(line, "--evaluate tests.tiny:returns_a_number --table t.db --out", tmp_path / "out")) == 1
     assert given["evaluate"] is tiny.returns_a_number
     assert (given["precision"], given["target"], given["table"]) == ("int8", "tensorrt", "t.db")
+
+
+def wide(model: nn.Module) -> float:
+    """Percent of the parameters of the dense network."""
+    return 100.0 * sum(p.numel() for p in model.parameters()) / sum(p.numel() for p in tiny.model().parameters())
+
+
+def test_the_least_latency_of_a_drop(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    line = f"compress {MODEL} --shape 3,9,9 --data tests.tiny:data --table {table_in(tmp_path)} {DEVICE} --epochs 0"
+    line += f" --methods filter --out {tmp_path / 'out'}"
+    assert "give evaluate= (--evaluate)" in refused(capsys, line, "--max-drop 1.0")
+    judged = f"{line} --evaluate tests.commands.test_cli:wide"
+    found = json.loads(run(capsys, judged, "--max-drop 45 --json"))["least"]
+    assert (found["drop"], found["dense"]) == (45.0, 100.0)
+    assert max(row["metric"] for row in found["tried"] if row["full"]) >= 55.0
+    text = run(capsys, judged, "--max-drop 0", status=1)
+    assert "NO NETWORK FOUND that is at most 0 below the dense 100.0000" in text and (tmp_path / "out").exists()
+
+
+def test_a_drop_is_for_compress_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    line = f"plan {MODEL} --shape 3,9,9 --data tests.tiny:data --table {table_in(tmp_path)} {DEVICE} -o p.json"
+    assert "budget '-1.0' allows a drop of 1, which is for sluice.compress" in refused(capsys, line, "--budget=-1.0")
 
 
 def test_calibration_is_for_int8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
