@@ -83,7 +83,7 @@ def inspect(args: argparse.Namespace) -> int:
     """Show what can be cut, factorised, dropped and merged, and what is left alone and why."""
     from sluice.commands.inspect import inspection
 
-    return _print(args, *inspection(args.model, args.shape, args.exclude))
+    return _print(args, *inspection(args.model, args.shape, args.exclude, args.inputs))
 
 
 def profile(args: argparse.Namespace) -> int:
@@ -135,7 +135,7 @@ def _pack(args: argparse.Namespace) -> int:
 def _dense_onnx(args: argparse.Namespace) -> Any:
     """The dense network with its parameter names, from its file or its factory."""
     if is_onnx(args.model):
-        dense = dense_in(args.model, args.shape)
+        dense = dense_in(args.model, args.shape, args.inputs)
         check_batch(dense, args.batch, args.model)
         return dense
     from sluice.core.progress import stage
@@ -145,7 +145,7 @@ def _dense_onnx(args: argparse.Namespace) -> Any:
     model = model_of(args.model)
     check_float32(model)
     with stage("export", not args.quiet):
-        return to_onnx(model, inputs_of(args.model, args.shape, args.batch))
+        return to_onnx(model, inputs_of(args.model, args.shape, args.batch, args.inputs))
 
 
 def compress(args: argparse.Namespace) -> int:
@@ -159,7 +159,8 @@ def compress(args: argparse.Namespace) -> int:
     deployment = asdict(settings.pop("deployment"))
     deployment["target"] = target_at(deployment["target"], deployment.pop("address"))
     done = run(
-        model_of(args.model), inputs_of(args.model, args.shape, args.batch), budget=options.budget_of(args),
+        model_of(args.model), inputs_of(args.model, args.shape, args.batch, args.inputs),
+        budget=options.budget_of(args),
         data=data_of(args.data), out=args.out, gate_epochs=args.gate_epochs, epochs=args.epochs,
         rehearsal=args.rehearsal, recovery=options.recovery_settings(args),
         evaluate=evaluate_of(args.evaluate) if args.evaluate else None,
@@ -178,7 +179,7 @@ def plan(args: argparse.Namespace) -> int:
     from sluice.pipeline.one_shot import plan_one_shot, plan_summary
 
     settings = options.settings(args)
-    model, inputs = model_of(args.model), inputs_of(args.model, args.shape, args.batch)
+    model, inputs = model_of(args.model), inputs_of(args.model, args.shape, args.batch, args.inputs)
     found = plan_one_shot(model, inputs, budget=args.budget, data=data_of(args.data), **settings)
     found.plan.save(args.out)
     return _print(args, *plan_summary(found, args.out))
@@ -224,7 +225,7 @@ def export(args: argparse.Namespace) -> int:
         check_files(args.out, args.engine)
     asked = None if args.engine is None else Asked(args.engine, known_cache(args.table) if args.table else b"")
     # A network that does not leave its batch free is exported at the batch of these inputs.
-    inputs = inputs_of(args.model, args.shape, args.batch)
+    inputs = inputs_of(args.model, args.shape, args.batch, args.inputs)
     model = load(model_of(args.model), args.plan, example_inputs=inputs) if args.plan else model_of(args.model)
     exported = to_onnx(model, inputs)
     if args.names:

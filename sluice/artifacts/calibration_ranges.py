@@ -112,7 +112,8 @@ def _feeds(batch: Any, names: list[str]) -> Mapping[str, np.ndarray]:
 
     from sluice.training.train import split_batch
 
-    arguments = (batch,) if isinstance(batch, Mapping) else split_batch(batch)[0]
+    inputs, _ = split_batch(batch)
+    arguments = (inputs,) if isinstance(inputs, Mapping) else inputs
     found: dict[str, Tensor] = {}
     unknown: list[str] = []
     for mapping in (x for x in arguments if isinstance(x, Mapping)):

@@ -62,13 +62,16 @@ def check(dense: nn.Module | onnx.ModelProto, folder: str | os.PathLike[str]) ->
 
         from sluice.artifacts.store import load
         from sluice.passes.cut.export import to_onnx
-        from sluice.passes.graph.capture import capture
+        from sluice.passes.graph.capture import capture, named_inputs, normalize_inputs
 
-        inputs = tuple(torch.from_numpy(a) for a in arrays)
+        inputs = named_inputs(_inputs(plan), [torch.from_numpy(a) for a in arrays])
+        args, kwargs = normalize_inputs(inputs)
         exported = capture(exported, inputs)
         slim = load(exported, plan, folder / "slim.safetensors", inputs)
         with torch.no_grad():
-            outputs["torch"] = [t.numpy() for t in pytree.tree_leaves(slim(*inputs)) if isinstance(t, torch.Tensor)]
+            outputs["torch"] = [
+                t.numpy() for t in pytree.tree_leaves(slim(*args, **kwargs)) if isinstance(t, torch.Tensor)
+            ]
         exported = to_onnx(exported, inputs)
     cut = _filled(rewrite_onnx(exported, plan), plan, folder / "slim.safetensors")
     outputs["plan on dense ONNX"] = _run(finalize(cut), arrays)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sluice.commands.specs import dense_in, inputs_of, is_onnx, model_of
+from sluice.commands.specs import NamedInput, dense_in, inputs_of, is_onnx, model_of
 
 if TYPE_CHECKING:
     from sluice.passes.search_space import SearchSpace
@@ -14,18 +14,20 @@ if TYPE_CHECKING:
 __all__ = ["inspection"]
 
 
-def inspection(spec: str, shape: tuple[int, ...] | None, exclude: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def inspection(
+    spec: str, shape: tuple[int, ...] | None, exclude: Sequence[str], inputs: Sequence[NamedInput] = ()
+) -> tuple[dict[str, Any], list[str]]:
     """The search space of the model that ``spec`` names: for programs, and in lines."""
     from sluice.passes.graph.groups import check_cuttable
     from sluice.passes.search_space import find_search_space, read_onnx, read_torch
 
     if is_onnx(spec):
-        reading = read_onnx(dense_in(spec, shape))
+        reading = read_onnx(dense_in(spec, shape, inputs))
     else:
         from sluice import capture
 
         model = model_of(spec)
-        reading = read_torch(capture(model, inputs_of(spec, shape, 2)))
+        reading = read_torch(capture(model, inputs_of(spec, shape, 2, inputs)))
     space = find_search_space(reading, exclude)
     if not space.has_sites:
         check_cuttable(space.analysis)

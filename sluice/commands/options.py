@@ -22,6 +22,7 @@ __all__ = [
     "exclude",
     "minutes",
     "model",
+    "named_input",
     "network",
     "positive",
     "precision",
@@ -36,13 +37,17 @@ __all__ = [
     "threads",
 ]
 
+TYPES = ("float32", "int64", "int32", "uint8", "bool")
 METHODS = "filter,rank,block,merge"
-MODEL = "package.module:factory, or sluice:NAME for a network of sluice.models"
+MODEL = (
+    "package.module:factory, with arguments as factory?width=8&deep=True, or sluice:NAME for a network of sluice.models"
+)
 
 
 def model(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", metavar="MODEL", help=MODEL)
     p.add_argument("--shape", type=shape, help="shape of the input without the batch: 3,32,32")
+    _inputs(p)
 
 
 def network(p: argparse.ArgumentParser) -> None:
@@ -54,6 +59,15 @@ def network(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--shape", type=shape, help="shape of the input without the batch: 3,32,32; an ONNX file has its own"
     )
+    _inputs(p)
+
+
+def _inputs(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--input", dest="inputs", action="append", type=named_input, default=[], metavar="NAME=SIZES[:TYPE]",
+        help="an argument of forward() with all its sizes, the batch included, and its type: ids=2,16:int64; "
+        "float32 without one, once for each argument, in place of --shape",
+    )  # fmt: skip
 
 
 def exclude(p: argparse.ArgumentParser) -> None:
@@ -181,6 +195,18 @@ def shape(text: str) -> tuple[int, ...]:
             f"{text!r} is no shape; give whole numbers of 1 or more, without the batch, as in 3,32,32"
         )
     return tuple(size for size in sizes if size is not None)
+
+
+def named_input(text: str) -> tuple[str, tuple[int, ...], str]:
+    """``ids=2,16:int64``: name, shape and type."""
+    name, equals, rest = text.partition("=")
+    sizes, _, dtype = rest.partition(":")
+    dtype = dtype or "float32"
+    if not (equals and name.isidentifier()) or dtype not in TYPES:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no input; write NAME=1,3,32,32:TYPE with a type of {', '.join(TYPES)}"
+        )
+    return name, () if not sizes else shape(sizes), dtype
 
 
 def rate(text: str) -> float | str:

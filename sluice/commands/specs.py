@@ -1,16 +1,19 @@
 """The values that words of the command line name: a model, its example inputs, its data.
 
-``package.module:factory`` is called without arguments and returns a module, or batches; ``sluice:NAME`` is a network
-of `sluice.models`. The folder in which the command runs is searched for modules, as ``python -m`` does.
+``package.module:factory`` is called without arguments and returns a module, or batches; ``factory?width=8&deep=True``
+is called with these, as Python reads their values, or as words. ``sluice:NAME`` is a network of `sluice.models`. The
+folder in which the command runs is searched for modules, as ``python -m`` does.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
 
 from sluice.core.errors import SluiceError
 
@@ -31,6 +34,7 @@ __all__ = [
 ]
 
 OWN = "sluice:"
+NamedInput = tuple[str, tuple[int, ...], str]  # name, sizes, type
 
 
 def is_onnx(spec: str) -> bool:
@@ -38,7 +42,7 @@ def is_onnx(spec: str) -> bool:
     return spec.endswith(".onnx")
 
 
-def dense_in(path: str, shape: tuple[int, ...] | None) -> onnx.ModelProto:
+def dense_in(path: str, shape: tuple[int, ...] | None, inputs: Sequence[NamedInput] = ()) -> onnx.ModelProto:
     """The dense network of an ONNX file, which says the shapes of its inputs itself.
 
     Raises:
@@ -52,6 +56,8 @@ def dense_in(path: str, shape: tuple[int, ...] | None) -> onnx.ModelProto:
             f"--shape {','.join(map(str, shape))} is for a factory, the ONNX file {path!r} says its shapes itself; "
             f"leave it out"
         )
+    if inputs:
+        raise SluiceError(f"--input is for a factory, the ONNX file {path!r} says its inputs itself; leave it out")
     if reason := _not_float32(model):
         raise SluiceError(
             f"{path!r} is not in fp32: {reason}; give the file that `sluice export --names` writes, and the precision "
@@ -112,18 +118,39 @@ def evaluate_of(spec: str) -> Callable[[Any], float]:
     return found
 
 
-def inputs_of(spec: str, shape: tuple[int, ...] | None, batch: int) -> torch.Tensor:
-    """Standard normal input (batch, *shape), the same on every call; own networks know their shape."""
+def inputs_of(
+    spec: str, shape: tuple[int, ...] | None, batch: int, given: Sequence[NamedInput] = ()
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Standard normal input (batch, *shape), the same on every call; own networks know their shape.
+
+    Args:
+        given: name, sizes with the batch, and type of every argument, in place of a shape; integers are ones.
+    """
     import torch
 
     _refuse_onnx(spec)
+    generator = torch.Generator().manual_seed(0)
+    if given:
+        names = [name for name, _, _ in given]
+        if shape is not None or len(set(names)) < len(names):
+            raise SluiceError(f"--input names {', '.join(names)}; name every argument once, and leave out --shape")
+        types = {name: getattr(torch, dtype) for name, _, dtype in given}
+        return {
+            name: torch.randn(sizes, generator=generator)
+            if types[name].is_floating_point
+            else torch.ones(sizes).to(types[name])
+            for name, sizes, _ in given
+        }
     if shape is None:
         if not spec.startswith(OWN):
-            raise SluiceError(f"the input of {spec!r} is not known; give its shape without the batch, --shape 3,32,32")
+            raise SluiceError(
+                f"the input of {spec!r} is not known; give its shape without the batch, --shape 3,32,32, or every "
+                "argument of forward() by --input NAME=1,3,32,32:float32"
+            )
         from sluice.models import example_inputs
 
-        return example_inputs(spec.removeprefix(OWN), batch)[0]
-    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
+        return example_inputs(spec.removeprefix(OWN).partition("?")[0], batch)[0]
+    return torch.randn(batch, *shape, generator=generator)
 
 
 def _found(spec: str, written: str) -> Any:
@@ -152,13 +179,23 @@ def _found(spec: str, written: str) -> Any:
 
 def _made(spec: str, written: str) -> Any:
     """The result of the factory."""
-    found = _found(spec, written)
+    place, _, words = spec.partition("?")
+    found = _found(place, written)
+    known = dict(parse_qsl(words, keep_blank_values=True))
     try:
-        return found()
+        return found(**{name: _value(word) for name, word in known.items()})
     except SluiceError:
         raise
     except Exception as error:
-        raise SluiceError(f"{written!r} raised {_reason(error)}; it is called without arguments, mend it") from error
+        how = f"with {', '.join(known)}" if known else "without arguments"
+        raise SluiceError(f"{written!r} raised {_reason(error)}; it is called {how}, mend it") from error
+
+
+def _value(word: str) -> Any:
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        return word
 
 
 def _is_fixed(dim: onnx.TensorShapeProto.Dimension) -> bool:

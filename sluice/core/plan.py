@@ -96,10 +96,14 @@ class Merge:
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """Shape (batch included) and dtype name of one example input, enough to capture the model again."""
+    """Shape (batch included) and dtype name of one example input, enough to capture the model again.
+
+    ``name``: of a keyword argument; "" for a positional one.
+    """
 
     shape: tuple[int, ...]
     dtype: str
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +173,9 @@ class Plan:
             "format": "sluice-plan",
             "version": VERSION,
             "fingerprint": {name: list(shape) for name, shape in self.fingerprint.items()},
-            "inputs": [{"shape": list(i.shape), "dtype": i.dtype} for i in self.inputs],
+            "inputs": [
+                {"shape": list(i.shape), "dtype": i.dtype, **({"name": i.name} if i.name else {})} for i in self.inputs
+            ],
             "widths": dict(self.widths),
             "slices": [
                 {"param": s.param, "axis": s.axis, "size": s.size, "keep": [list(r) for r in to_ranges(s.keep)]}
@@ -195,7 +201,7 @@ class Plan:
                 slices=tuple(
                     Slice(s["param"], int(s["axis"]), int(s["size"]), from_ranges(s["keep"])) for s in data["slices"]
                 ),
-                inputs=tuple(InputSpec(tuple(i["shape"]), i["dtype"]) for i in data["inputs"]),
+                inputs=tuple(InputSpec(tuple(i["shape"]), i["dtype"], i.get("name", "")) for i in data["inputs"]),
                 widths={str(k): int(v) for k, v in data["widths"].items()},
                 factorizations=tuple(
                     Factorize(f["param"], f["form"], int(f["rank"])) for f in data.get("factorizations", [])

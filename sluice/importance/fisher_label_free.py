@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 
 from sluice.core.errors import SluiceError
 from sluice.passes.gates.gating import Gated
-from sluice.training.train import Data, on_device, split_batch
+from sluice.training.train import Data, call, on_device, split_batch
 
 __all__ = ["Outputs", "label_free_scores"]
 
@@ -98,7 +98,7 @@ def label_free_scores(
     try:
         for batch in itertools.islice(data, batches):
             inputs, _ = on_device(split_batch(batch), gated)
-            leaves = [t for t in pytree.tree_leaves(gated(*inputs)) if isinstance(t, Tensor) and t.requires_grad]
+            leaves = [t for t in pytree.tree_leaves(call(gated, inputs)) if isinstance(t, Tensor) and t.requires_grad]
             if not leaves:
                 raise SluiceError("no output of the model depends on its gates; give the gated network of the model")
             for left in reversed(range(draws)):

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from sluice.core.errors import SluiceError
 from sluice.passes.graph.capture import clone
 from sluice.passes.graph.capture_modes import BatchNorm
-from sluice.training.train import Data, Loss, on_device, split_batch
+from sluice.training.train import Data, Given, Loss, call, count_rows, in_order, on_device, split_batch
 
 __all__ = ["SAMPLES", "LossIncrease"]
 
@@ -45,8 +45,8 @@ class LossIncrease:
         with torch.no_grad():
             for batch in data:
                 inputs, labels = on_device(_at_most(split_batch(batch), samples - seen), gm)
-                self.batches.append((inputs, teacher(*inputs), labels))
-                seen += len(inputs[0])
+                self.batches.append((in_order(gm, inputs), call(teacher, inputs), labels))
+                seen += count_rows(inputs)
                 if seen >= samples:
                     break
         _batch_statistics(self.gm)
@@ -176,12 +176,12 @@ def _batch_statistics(module: nn.Module) -> None:
             part.momentum = 0.0
 
 
-def _at_most(batch: tuple[tuple[Any, ...], Any], count: int) -> tuple[tuple[Any, ...], Any]:
+def _at_most(batch: tuple[Given, Any], count: int) -> tuple[Given, Any]:
     """The first examples of a batch, if all its tensors have the same number of them; else the whole batch."""
     sizes = {len(t) for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim}
     if len(sizes) != 1 or max(sizes) <= count:
         return batch
-    cut: tuple[tuple[Any, ...], Any] = pytree.tree_map_only(Tensor, lambda t: t[:count] if t.ndim else t, batch)
+    cut: tuple[Given, Any] = pytree.tree_map_only(Tensor, lambda t: t[:count] if t.ndim else t, batch)
     return cut
 
 

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from sluice.core.errors import SluiceError
 from sluice.passes.gates.filter_gates import Gate, Gates
 from sluice.passes.gates.gating import Gated
-from sluice.training.train import Data, Loss, default_loss, on_device, split_batch
+from sluice.training.train import Data, Given, Loss, call, default_loss, on_device, split_batch
 
 __all__ = ["fisher_scores", "learned_scores"]
 
@@ -45,9 +45,9 @@ def fisher_scores(
         gate.train()
         gate.fisher.zero_()
 
-    def collect(inputs: tuple[Any, ...], taught: Any, labels: Any) -> None:
+    def collect(inputs: Given, taught: Any, labels: Any) -> None:
         gated.zero_grad()
-        outputs = gated(*inputs)
+        outputs = call(gated, inputs)
         value = _cross_entropy(outputs, labels) if teacher is None else loss(outputs, taught, labels)
         value.backward()
 
@@ -56,7 +56,7 @@ def fisher_scores(
         for index, batch in enumerate(itertools.islice(data, batches)):
             inputs, labels = on_device(split_batch(batch), gated)
             with torch.no_grad():
-                taught = teacher(*inputs) if teacher is not None else None
+                taught = call(teacher, inputs) if teacher is not None else None
             if teacher is not None and index == 0:
                 collect(inputs, pytree.tree_map_only(Tensor, lambda x: x * (1 + ASIDE), taught), labels)
                 aside = sum(float(gate.fisher.sum()) for _, gate in gated.gates.items())

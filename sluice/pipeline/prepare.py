@@ -25,6 +25,7 @@ from sluice.passes.cut.export import to_onnx, with_values
 from sluice.passes.cut.rewrite_torch import rewrite_captured
 from sluice.passes.gates.gating import Gated, absorb_masks, insert_gates, strip_gates
 from sluice.passes.graph.capture import Inputs, capture, clone
+from sluice.passes.graph.preflight_torch import check_module
 from sluice.passes.search_space import SearchSpace, agreed, find_search_space, read_torch
 from sluice.pipeline.bsr import stable_rank_loss
 from sluice.pipeline.figures import captured_inputs
@@ -214,9 +215,13 @@ def check_reachable(measured: Profile, methods: Sequence[str], budget: BudgetSpe
 
 
 def check_float32(model: nn.Module) -> None:
-    """Raises `SluiceError` unless the network is float32; the precision of its deployment is another matter."""
+    """Raises `SluiceError` unless the network is a module in float32; the deployment's precision is another matter.
+
+    Integers and complex numbers stay as they are: no gate and no edit applies to them.
+    """
+    check_module(model)
     for name, tensor in model.named_parameters():
-        if tensor.dtype != torch.float32:
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise SluiceError(
                 f"parameter {name!r} is {tensor.dtype}; call model.float(), and give the deployment's as precision="
             )

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from sluice.core.plan import Factorize, Plan
 from sluice.passes.cut.factor import factor_shapes, first_name, matrix, second_name
@@ -37,7 +38,7 @@ from sluice.passes.graph.aten_walk import arguments, each_axis, operator_name
 from sluice.passes.graph.capture_modes import BatchNorm
 from sluice.training.graph_walk import GraphWalk
 from sluice.training.least_squares import Geometry, Misfit, NormalEquations, ridged
-from sluice.training.train import Data, on_device, split_batch
+from sluice.training.train import Data, count_rows, in_order, on_device, split_batch
 
 __all__ = ["INPUTS", "compensate"]
 
@@ -82,8 +83,8 @@ def compensate(slim: fx.GraphModule, dense: fx.GraphModule, plan: Plan, data: Da
 def _inputs(data: Data, module: nn.Module, count: int) -> Iterable[tuple[Any, ...]]:
     for batch in data:
         inputs = on_device(split_batch(batch)[0], module)
-        yield inputs
-        count -= len(next(x for x in inputs if isinstance(x, Tensor)))
+        yield tuple(pytree.tree_leaves(in_order(module, inputs)))
+        count -= count_rows(inputs)
         if count <= 0:
             return
 

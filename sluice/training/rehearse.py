@@ -36,7 +36,7 @@ import torch
 from torch import nn
 
 from sluice.training.recovery import Recovery
-from sluice.training.train import Data, Loss, on_device, split_batch
+from sluice.training.train import Data, Given, Loss, call, on_device, split_batch
 
 __all__ = [
     "Trainee",
@@ -133,8 +133,8 @@ class Trainee:
         self.optimizer = self.recovery.optimizer_of(list(self.module.train().parameters()), self.lr)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.recovery.factor(self.steps))
 
-    def step(self, inputs: tuple[Any, ...], taught: Any, labels: Any) -> None:
-        value = self.loss(self.module(*inputs), taught, labels)
+    def step(self, inputs: Given, taught: Any, labels: Any) -> None:
+        value = self.loss(call(self.module, inputs), taught, labels)
         self.optimizer.zero_grad()
         if not torch.isfinite(value):  # the held-out loss will say so as well, unless it was one batch alone
             self.finite = False
@@ -154,7 +154,7 @@ def train_together(
         for batch in itertools.islice(stream, steps):
             inputs, labels = on_device(split_batch(batch), teacher)
             with torch.no_grad():
-                taught = teacher.eval()(*inputs)
+                taught = call(teacher.eval(), inputs)
             for trainee in trainees:
                 trainee.step(inputs, taught, labels)
             bar.update()
@@ -177,6 +177,6 @@ def held_out_loss(module: nn.Module, batches: Sequence[object], teacher: nn.Modu
     with torch.no_grad():
         for batch in batches:
             inputs, labels = on_device(split_batch(batch), module)
-            values.append(float(loss(module.eval()(*inputs), teacher.eval()(*inputs), labels)))
+            values.append(float(loss(call(module.eval(), inputs), call(teacher.eval(), inputs), labels)))
     mean = float(np.mean(values))
     return mean if math.isfinite(mean) else math.inf

@@ -10,6 +10,7 @@ learning rate of their own and no weight decay. Any other loop serves as well: t
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
@@ -24,10 +25,26 @@ from sluice.training.budget import Budget
 from sluice.training.distill import logit_distillation
 from sluice.training.recovery import AUTO, WEIGHT_DECAY, Rate, Recovery, cosine
 
-__all__ = ["LOSSES", "Data", "Loss", "check_data", "count_batches", "default_loss", "fit", "on_device", "split_batch"]
+__all__ = [
+    "LOSSES",
+    "Data",
+    "Given",
+    "Loss",
+    "call",
+    "check_data",
+    "count_batches",
+    "count_rows",
+    "default_loss",
+    "fit",
+    "in_order",
+    "on_device",
+    "split_batch",
+]
 
-# Batches of (inputs, labels) or of inputs alone; iterated once per epoch.
+# Batches of (inputs, labels) or of inputs alone; iterated once per epoch. Inputs are as example inputs: a tensor, a
+# tuple of positional or a mapping of keyword arguments.
 Data = Iterable[Any]
+Given = tuple[Any, ...] | Mapping[str, Any]
 # (model outputs, teacher outputs, labels or None) -> scalar
 Loss = Callable[[Any, Any, Any], Tensor]
 GATE_LR = 0.02
@@ -61,14 +78,45 @@ def _logits(outputs: Any) -> Tensor:
     return outputs
 
 
-def split_batch(batch: Any) -> tuple[tuple[Any, ...], Any]:
+def split_batch(batch: Any) -> tuple[Given, Any]:
     """(arguments of the model, labels or None) of a batch from a data loader."""
     if isinstance(batch, Tensor):
         return (batch,), None
+    if isinstance(batch, Mapping):
+        return batch, None
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         inputs, labels = batch
+        if isinstance(inputs, Mapping):
+            return inputs, labels
         return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), labels
     raise SluiceError(f"a batch of data is {type(batch).__name__}; make it inputs, or a pair (inputs, labels)")
+
+
+def call(model: nn.Module, inputs: Given) -> Any:
+    """The outputs for the inputs of a batch; a mapping is one argument where the model knows no such keywords."""
+    args, kwargs = _arguments(model, inputs)
+    return model(*args, **kwargs)
+
+
+def in_order(model: nn.Module, inputs: Given) -> tuple[Any, ...]:
+    """The inputs of a batch in the order of the arguments of a captured network."""
+    args, kwargs = _arguments(model, inputs)
+    return inspect.signature(model.forward).bind(*args, **kwargs).args
+
+
+def count_rows(inputs: Given) -> int:
+    """The examples of a batch: the entries along axis 0 of its first tensor."""
+    return next(len(t) for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.ndim)
+
+
+def _arguments(model: nn.Module, inputs: Given) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if not isinstance(inputs, Mapping):
+        return inputs, {}
+    try:
+        inspect.signature(model.forward).bind(**inputs)
+    except TypeError:
+        return (inputs,), {}
+    return (), dict(inputs)
 
 
 def count_batches(data: Data) -> int:
@@ -104,14 +152,17 @@ def check_data(model: nn.Module, data: Data, *, loss: Loss | None = None) -> Non
     step = "model does not run"
     try:
         with torch.no_grad():
-            outputs = copy.deepcopy(model).eval()(*on_device(inputs, model))
+            outputs = call(copy.deepcopy(model).eval(), on_device(inputs, model))
             if loss is not None:
                 step = "loss cannot be taken"
                 loss(outputs, outputs, on_device(known, model))
     except SluiceError:
         raise
     except Exception as error:
-        shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
+        named = inputs.items() if isinstance(inputs, Mapping) else (("", x) for x in inputs)
+        shapes = ", ".join(
+            f"{name} {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}".strip() for name, x in named
+        )
         reason = first_line(error)
         raise SluiceError(
             f"the {step} on the first batch of data {shapes}: {reason}; give batches (inputs, labels) as they need"
@@ -168,8 +219,8 @@ def fit(
             for batch in data:
                 inputs, labels = on_device(split_batch(batch), model)
                 with torch.no_grad():
-                    taught = teacher(*inputs)
-                value = loss(model(*inputs), taught, labels)
+                    taught = call(teacher, inputs)
+                value = loss(call(model, inputs), taught, labels)
                 if budget is not None:
                     value = value + budget.penalty()
                 number = float(value.detach())

@@ -102,16 +102,36 @@ def test_damaged_weights_are_refused(folder: Path) -> None:
         load(tiny.model, folder)
 
 
-def test_models_without_positional_tensors_need_example_inputs(tmp_path: Path) -> None:
+def test_keyword_inputs_are_remembered_by_name(tmp_path: Path) -> None:
     model, (x, y) = networks.build("tied")
     slim, plan = cut(model, {"x": x, "y": y})
+    assert plan.inputs == (InputSpec((3, 5), "float32", "x"), InputSpec((3, 5), "float32", "y"))
+    assert Plan.from_json(plan.to_json()).inputs == plan.inputs
+    plan.save(tmp_path / "plan.json")
+    save_weights(slim, tmp_path / "slim.safetensors")
+    loaded = load(networks.NETWORKS["tied"][0], tmp_path)
+    assert_close(loaded(x=x, y=y), slim(x=x, y=y), tol=1e-6)
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.b(torch.relu(self.a(batch["x"])))
+
+
+def test_models_without_plain_tensors_need_example_inputs(tmp_path: Path) -> None:
+    given = ({"x": torch.randn(3, 5)},)
+    slim, plan = cut(Nested(), given)
     assert plan.inputs == ()
     plan.save(tmp_path / "plan.json")
     save_weights(slim, tmp_path / "slim.safetensors")
     with pytest.raises(SluiceError, match="pass example_inputs"):
-        load(networks.NETWORKS["tied"][0], tmp_path)
-    loaded = load(networks.NETWORKS["tied"][0], tmp_path, example_inputs={"x": x, "y": y})
-    assert_close(loaded(x=x, y=y), slim(x=x, y=y), tol=1e-6)
+        load(Nested, tmp_path)
+    loaded = load(Nested, tmp_path, example_inputs=given)
+    assert_close(loaded(*given), slim(*given), tol=1e-6)
 
 
 def test_inputs_are_remembered() -> None:

@@ -12,8 +12,19 @@ from torch import Tensor, nn
 from sluice.core.errors import SluiceError
 from sluice.core.latency import Extent, LatencyModel, Term
 from sluice.passes.gates.gating import insert_gates, strip_gates
+from sluice.passes.graph.capture import capture
 from sluice.training.budget import Budget
-from sluice.training.train import check_data, cosine, default_loss, fit, late, split_batch
+from sluice.training.train import (
+    call,
+    check_data,
+    cosine,
+    count_rows,
+    default_loss,
+    fit,
+    in_order,
+    late,
+    split_batch,
+)
 from tests import tiny
 
 
@@ -137,10 +148,31 @@ def test_batches_are_split() -> None:
     x, y = torch.zeros(2, 3), torch.ones(2)
     assert split_batch(x) == ((x,), None)
     assert split_batch((x, y)) == ((x,), y) and split_batch([x, y]) == ((x,), y)
+    assert split_batch({"x": x}) == ({"x": x}, None) and split_batch(({"x": x}, y)) == ({"x": x}, y)
     assert split_batch(((x, y), y)) == ((x, y), y) and split_batch(([x, y], y))[0] == (x, y)
-    for wrong in ({"x": x}, (x,), (x, y, y), 3):
+    for wrong in ((x,), (x, y, y), 3):
         with pytest.raises(SluiceError, match="make it inputs, or a pair"):
             split_batch(wrong)
+
+
+class Named(nn.Module):
+    def forward(self, *, ids: Tensor, mask: Tensor) -> Tensor:
+        return ids * mask
+
+
+class OneMapping(nn.Module):
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return batch["ids"] * batch["mask"]
+
+
+@pytest.mark.parametrize("model", [Named(), OneMapping()])
+def test_a_mapping_is_keywords_or_one_argument(model: nn.Module) -> None:
+    batch = {"mask": torch.tensor([[0.0, 2.0]]), "ids": torch.tensor([[3.0, 4.0]])}
+    assert call(model, batch).tolist() == [[0.0, 8.0]] and count_rows(batch) == 1
+    given = tuple(batch[name] for name in ("ids", "mask")) if isinstance(model, Named) else (batch,)
+    captured = capture(model, batch if isinstance(model, Named) else (batch,), trained=False)
+    assert call(captured, batch).tolist() == [[0.0, 8.0]]
+    assert all(a is b for a, b in zip(in_order(captured, batch), given, strict=True))
 
 
 def test_data_is_checked_without_touching_the_model() -> None:

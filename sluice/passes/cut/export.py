@@ -11,13 +11,15 @@
 from __future__ import annotations
 
 import copy
+import operator
+from collections.abc import MutableMapping
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from sluice.core.errors import SluiceError
@@ -37,8 +39,9 @@ def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> 
     from onnx_ir.passes import common
     from onnxscript.optimizer import fold_constants_ir
 
-    gm = clone(model, sharing=True) if has_captured_form(model) else capture(model, example_inputs)
+    gm = clone(model, sharing=True) if has_captured_form(model) else capture(model, example_inputs, trained=False)
     gm.eval()
+    _without_numbers(gm)
     names = set(gm.state_dict())
     with quiet():
         program = export_again(gm, example_inputs)
@@ -54,6 +57,7 @@ def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> 
             ) from error
         assert exported is not None
         ir_model = exported.model
+        _first_names(ir_model.graph.initializers, gm)
         read = {name for name in names if name in {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}}
         lost = sorted(read - set(ir_model.graph.initializers))
         if lost:
@@ -117,6 +121,38 @@ def with_values(model: onnx.ModelProto, module: nn.Module) -> onnx.ModelProto:
         init = done.graph.initializer[index]
         init.CopyFrom(numpy_helper.from_array(now, init.name))
     return done
+
+
+def _without_numbers(gm: fx.GraphModule) -> None:
+    """Outputs that are no tensors, a stride or None, stay in the network; a file has tensors alone."""
+    (output,) = gm.graph.find_nodes(op="output")
+    kept = tuple(value for value in output.args[0] if isinstance(value, fx.Node) and not _is_number(value))
+    if len(kept) < len(output.args[0]):
+        output.args = (kept,)
+        code = gm.graph._codegen
+        code.pytree_info = code.pytree_info._replace(out_spec=pytree.tree_structure(kept))  # type: ignore[attr-defined]
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+
+
+def _is_number(node: fx.Node) -> bool:
+    """A size, or computed from sizes; a network that was cut has no example values."""
+    if "val" in node.meta:
+        return not isinstance(node.meta["val"], torch.Tensor)
+    sized = node.target is torch.ops.aten.sym_size.int
+    return sized or (getattr(node.target, "__module__", "") == "_operator" and node.target is not operator.getitem)
+
+
+def _first_names(initializers: MutableMapping[str, Any], gm: fx.GraphModule) -> None:
+    """Of a tensor that has several names the exporter takes the last, capture the first."""
+    state = gm.state_dict(keep_vars=True)
+    first: dict[int, str] = {}
+    for name, tensor in state.items():
+        own = first.setdefault(id(tensor), name)
+        if own != name and name in initializers and own not in initializers:
+            value = initializers.pop(name)
+            value.name = own
+            initializers[own] = value
 
 
 def _without_bias(model: onnx.ModelProto, names: set[str]) -> onnx.ModelProto:

@@ -21,7 +21,7 @@ from sluice.core.plan import Factorize
 from sluice.passes.cut.factor import Split, check_form, factors, first_name, per_axis, second_name, truncations
 from sluice.passes.cut.unused_torch import remove_unused
 from sluice.passes.graph.aten_walk import Args, arguments, each_axis, operator_name
-from sluice.passes.graph.capture import set_tensor
+from sluice.passes.graph.names_torch import set_tensor
 
 __all__ = ["factorize_torch", "truncate_torch", "truncations_torch"]
 

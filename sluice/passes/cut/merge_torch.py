@@ -30,9 +30,10 @@ from sluice.passes.cut.merge_region import (
 )
 from sluice.passes.cut.unused_torch import remove_unused
 from sluice.passes.graph.aten_walk import arguments, each_axis
-from sluice.passes.graph.capture import mark_as_cut, set_tensor
+from sluice.passes.graph.capture import mark_as_cut
 from sluice.passes.graph.chains import Span
 from sluice.passes.graph.chains_torch import activation_source, chains_torch
+from sluice.passes.graph.names_torch import set_tensor
 
 __all__ = ["linearize_torch", "merge_torch"]
 

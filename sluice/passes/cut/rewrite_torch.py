@@ -25,8 +25,9 @@ from sluice.passes.cut.merge_torch import linearize_torch, merge_torch
 from sluice.passes.cut.resolve import masks_of_slices
 from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.aten_walk import arguments, operator_name
-from sluice.passes.graph.capture import Inputs, capture, clone, mark_as_cut, set_tensor
+from sluice.passes.graph.capture import Inputs, capture, clone, mark_as_cut
 from sluice.passes.graph.groups import Analysis
+from sluice.passes.graph.names_torch import set_tensor
 
 __all__ = ["merge_runs", "rewrite_captured", "rewrite_torch", "slice_tensors"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from sluice.passes.graph.coupling import Axis, Coupling, Shape
-from sluice.passes.graph.operators import Operator
+from sluice.passes.graph.operators import ATEN, Operator
 
 __all__ = [
     "Args",
@@ -80,9 +80,13 @@ def static_shape(value: torch.Tensor) -> Shape:
 
 
 def operator_name(node: fx.Node) -> str:
-    """``aten.relu_.default -> relu``."""
-    name = str(node.target).split(".")[1] if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
-    return name if name.startswith("_") else name.removesuffix("_")
+    """``aten.relu_.default -> relu``; with the overload where the table has a row for it: ``max.other``."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target)
+    _, name, overload = str(node.target).split(".")
+    name = name if name.startswith("_") else name.removesuffix("_")
+    full = f"{name}.{overload}"
+    return full if full in ATEN else name
 
 
 def arguments(node: fx.Node) -> Args:
@@ -118,8 +122,7 @@ def keeps_zero(row: Operator, node: fx.Node) -> bool:
         if "exponent" in a:
             return isinstance(a["exponent"], (int, float)) and a["exponent"] > 0
         return not a.get("value")  # the number that pads, or takes the place of small entries
-    two = row.kind == "reduce" and "other" in arguments(node)  # the larger of two values, no maximum over an axis
-    return row.zero == "zero" and not two
+    return row.zero == "zero"
 
 
 def where(node: fx.Node, weight: Any = None) -> str:

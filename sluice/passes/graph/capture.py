@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -24,6 +24,15 @@ from torch.utils import _pytree as pytree
 from sluice.core.errors import SluiceError, first_line
 from sluice.core.plan import InputSpec, Plan
 from sluice.passes.graph.capture_modes import raise_modes
+from sluice.passes.graph.names_torch import all_tensors, read_by_first_name, same_names, with_all_names
+from sluice.passes.graph.preflight_torch import (
+    check_function,
+    check_gradient,
+    check_module,
+    check_runs,
+    copied,
+    own_backwards,
+)
 
 __all__ = [
     "Inputs",
@@ -35,8 +44,8 @@ __all__ = [
     "has_captured_form",
     "input_specs",
     "mark_as_cut",
+    "named_inputs",
     "normalize_inputs",
-    "set_tensor",
 ]
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -52,37 +61,65 @@ def normalize_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str,
     return tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,), {}
 
 
-def capture(model: nn.Module, example_inputs: Inputs, *, dynamic_batch: bool = True) -> fx.GraphModule:
+def capture(
+    model: nn.Module, example_inputs: Inputs, *, dynamic_batch: bool = True, trained: bool = True
+) -> fx.GraphModule:
     """The model as a trainable ``fx.GraphModule`` with the same ``state_dict`` names.
 
     Args:
         model: left unchanged (its tensors are copied); a module that this function returned is copied as it is.
         example_inputs: tensor, tuple of positional or mapping of keyword arguments; axis 0 is the batch.
         dynamic_batch: keep axis 0 of every input free; falls back to the example's size where the model refuses.
+        trained: the graph may be trained, so it must have the model's gradient as well.
     Raises:
-        SluiceError: the example inputs do not fit the model, or it cannot be exported.
+        SluiceError: the example inputs do not fit the model, it cannot be exported, or it is none of the networks that
+            a graph can keep (`sluice.passes.graph.preflight_torch`).
     """
+    check_module(model)
     if isinstance(model, fx.GraphModule) and MARK in model.meta:
         return clone(model)
     args, kwargs = normalize_inputs(example_inputs)
     kwargs = _in_order(model, kwargs)
-    source = copy.deepcopy(model).eval()
+    functions = own_backwards(copied(model), args, kwargs) if trained else ()
+    source = copied(model)
+    check_function(source, args, kwargs)
     exported, dynamic = _export(source, args, kwargs, dynamic_batch)
     gm = exported.module(check_guards=False)
     gm.__dict__.pop("train", None)  # the exporter forbids both; raised modules make them right again
     gm.__dict__.pop("eval", None)
-    raise_modes(gm, source)
+    read_by_first_name(gm)
+    raise_modes(gm, source, _kept_in_eval(model))
     _write_means(gm)
     for node in list(gm.graph.nodes):
         guard = node.op == "call_module" and node.target == "_guards_fn"
         if guard or node.target is torch.ops.aten._assert_tensor_metadata.default:
             gm.graph.erase_node(node)
+    _without_writes(gm)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
-    _same_names(gm, model)
+    same_names(gm, model)
     gm.meta[MARK] = {"args": args, "kwargs": kwargs, "dynamic": dynamic}
+    if functions:
+        check_gradient(gm.eval(), copied(model), args, kwargs, functions)
     return gm.train(model.training)
+
+
+def _kept_in_eval(model: nn.Module) -> frozenset[str]:
+    """Modules that training leaves in eval mode: by a train() of the model's own, or by the user's hand."""
+    names = {name for name, part in model.named_modules() if not part.training} if model.training else set()
+    if any(type(part).train is not nn.Module.train for part in model.modules()):
+        names |= {name for name, part in copied(model).train().named_modules() if not part.training}
+    return frozenset(names)
+
+
+def _without_writes(gm: fx.GraphModule) -> None:
+    """Leave out what forward() writes into tensors of its own; no output depends on it (`check_function`)."""
+    for node in reversed(list(gm.graph.nodes)):
+        target = node.args[0] if node.args and isinstance(node.target, torch._ops.OpOverload) else None
+        owned = isinstance(target, fx.Node) and target.op == "get_attr"
+        if owned and not node.users and node.target._schema.is_mutable:
+            gm.graph.erase_node(node)
 
 
 def _write_means(gm: fx.GraphModule) -> None:
@@ -111,7 +148,9 @@ def export_again(gm: fx.GraphModule, example_inputs: Inputs) -> torch.export.Exp
     """
     if MARK not in gm.meta:
         args, kwargs = normalize_inputs(example_inputs)
-        return _export(gm, args, _in_order(gm, kwargs), dynamic=True)[0]
+        kwargs = _in_order(gm, kwargs)
+        check_runs(gm, args, kwargs)
+        return _export(gm, args, kwargs, dynamic=True)[0]
     args, kwargs, shapes = gm.meta[MARK]["args"], gm.meta[MARK]["kwargs"], None
     if gm.meta[MARK]["dynamic"]:
         args, kwargs, shapes = free_batch(args, kwargs)
@@ -136,42 +175,16 @@ def clone(gm: fx.GraphModule, *, sharing: bool = False) -> fx.GraphModule:
 
     ``sharing``: modules and graph are its own, the tensors that nodes read those of ``gm``.
     """
-    tensors = [*gm.named_parameters(), *gm.named_buffers()]
+    tensors = all_tensors(gm)
     with warnings.catch_warnings():  # copying torch's own tree specifications warns of their next form
         warnings.simplefilter("ignore", FutureWarning)
         result = copy.deepcopy(gm, {id(tensor): tensor for _, tensor in tensors} if sharing else None)
-    for name, tensor in tensors:
-        try:
-            _owner(result, name).__getattr__(name.rpartition(".")[2])
-        except AttributeError:
-            set_tensor(result, name, tensor.detach().clone(), isinstance(tensor, nn.Parameter))
+    with_all_names(result, gm)
     saved = set(gm.state_dict())
     for path, module in result.named_modules():  # copying makes saved buffers of lifted constants and of all buffers
         names = {leaf: f"{path}.{leaf}" if path else leaf for leaf in module._buffers}
         module._non_persistent_buffers_set.update(leaf for leaf, name in names.items() if name not in saved)
     return result.train(gm.training)
-
-
-def set_tensor(module: nn.Module, name: str, value: Tensor, parameter: bool) -> None:
-    """Replace (or create) the parameter or buffer ``name``."""
-    path, _, leaf = name.rpartition(".")
-    owner = module
-    for part in path.split(".") if path else []:
-        if part not in owner._modules:
-            owner.add_module(part, nn.Module())
-        owner = owner.get_submodule(part)
-    old = getattr(owner, leaf, None)
-    if parameter:
-        requires_grad = old.requires_grad if isinstance(old, Tensor) else True
-        setattr(owner, leaf, nn.Parameter(value, requires_grad=requires_grad))
-    elif leaf in owner._buffers:
-        owner._buffers[leaf] = value
-    else:
-        owner.register_buffer(leaf, value)
-
-
-def _owner(module: nn.Module, name: str) -> nn.Module:
-    return module.get_submodule(name.rpartition(".")[0])
 
 
 def _in_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -204,18 +217,12 @@ def free_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any
 
 
 def _export(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> tuple[Any, bool]:
-    try:
-        with torch.no_grad():
-            source(*args, **kwargs)
-    except Exception as error:
-        raise SluiceError(
-            f"the model does not run on the example inputs {_shapes(args, kwargs)}: {first_line(error)}; "
-            "give inputs as its forward() takes them"
-        ) from error
     if dynamic and any(isinstance(leaf, Tensor) and leaf.ndim for leaf in pytree.tree_leaves((args, kwargs))):
         try:
             wide_args, wide_kwargs, shapes = free_batch(args, kwargs)
-            return torch.export.export(source, wide_args, wide_kwargs, dynamic_shapes=shapes, strict=False), True
+            exported = torch.export.export(source, wide_args, wide_kwargs, dynamic_shapes=shapes, strict=False)
+            if _one_batch(exported) or _takes_one(source, args, kwargs):
+                return exported, True
         except Exception:  # the model fixes its batch size, or the static export below raises the fault
             pass
     try:
@@ -227,32 +234,31 @@ def _export(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
         ) from error
 
 
-def _same_names(gm: fx.GraphModule, model: nn.Module) -> None:
-    """Constants that export lifted must not appear in the state_dict; every name of the model must."""
-    want = model.state_dict()
-    for name, tensor in want.items():
-        if name not in gm.state_dict():
-            set_tensor(gm, name, tensor.detach().clone(), parameter=name in dict(model.named_parameters()))
-    for name in [n for n in gm.state_dict() if n not in want]:
-        owner, leaf = _owner(gm, name), name.rpartition(".")[2]
-        if leaf in owner._buffers:
-            owner._non_persistent_buffers_set.add(leaf)
+def _one_batch(exported: torch.export.ExportedProgram) -> bool:
+    """Do all inputs whose first axis is free have the same size there?"""
+    values = [n.meta["val"] for n in exported.graph.find_nodes(op="placeholder")]
+    sizes = [v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim and isinstance(v.shape[0], torch.SymInt)]
+    return len({str(size) for size in sizes}) <= 1
 
 
-def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    leaves = pytree.tree_leaves((args, kwargs))
-    return ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in leaves)
+def _takes_one(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Is axis 0 of every input a batch? Else one that is as long as the batch by chance cannot be cut to one entry."""
+    try:
+        check_runs(source, *pytree.tree_map_only(Tensor, lambda t: t[:1] if t.ndim else t, (args, kwargs)))
+    except SluiceError:
+        return False
+    return True
 
 
 def input_specs(gm: fx.GraphModule) -> tuple[InputSpec, ...]:
-    """Shapes and dtypes of the positional example inputs a graph was captured with; empty if they are not tensors."""
-    args, kwargs = gm.meta[MARK]["args"], gm.meta[MARK]["kwargs"]
-    if kwargs or not all(isinstance(a, Tensor) for a in args):
+    """Shapes and dtypes of the example inputs a graph was captured with; empty if they are not plain tensors."""
+    named = [*(("", x) for x in gm.meta[MARK]["args"]), *gm.meta[MARK]["kwargs"].items()]
+    if not all(isinstance(x, Tensor) for _, x in named):
         return ()
-    return tuple(InputSpec(tuple(a.shape), str(a.dtype).removeprefix("torch.")) for a in args)
+    return tuple(InputSpec(tuple(x.shape), str(x.dtype).removeprefix("torch."), name) for name, x in named)
 
 
-def example_inputs_of(plan: Plan) -> tuple[Tensor, ...]:
+def example_inputs_of(plan: Plan) -> Inputs:
     """Inputs of the shapes that the plan remembers: standard normal, ones for integers."""
     if not plan.inputs:
         raise SluiceError("the plan does not say what inputs the model takes; pass example_inputs")
@@ -262,4 +268,11 @@ def example_inputs_of(plan: Plan) -> tuple[Tensor, ...]:
         made.append(
             torch.randn(spec.shape, dtype=dtype) if dtype.is_floating_point else torch.ones(spec.shape, dtype=dtype)
         )
-    return tuple(made)
+    return named_inputs(plan.inputs, made)
+
+
+def named_inputs(specs: Sequence[InputSpec], tensors: Sequence[Tensor]) -> Inputs:
+    """The tensors as they are given to a model: a mapping where they are keyword arguments."""
+    if specs[0].name:
+        return {spec.name: tensor for spec, tensor in zip(specs, tensors, strict=True)}
+    return tuple(tensors)

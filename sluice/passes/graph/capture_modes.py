@@ -1,11 +1,13 @@
 """Operators whose behaviour depends on the mode, raised to modules at their own path.
 
 Batch norm becomes `BatchNorm`, whose affine tensors stay graph inputs, so that gates can multiply them; dropouts become
-the modules of ``torch.nn``. So ``.train()`` and ``.eval()`` work on a captured graph.
+the modules of ``torch.nn``. So ``.train()`` and ``.eval()`` work on a captured graph. What the user keeps in eval mode
+while the rest trains stays so: such a norm uses its statistics always, such a dropout drops nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -22,24 +24,32 @@ DROPOUTS = {
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over any number of spatial axes whose scale and shift are arguments of ``forward``."""
+    """Batch norm over any number of spatial axes whose scale and shift are arguments of ``forward``.
+
+    ``held``: it uses its running statistics in training as well, and leaves them as they are.
+    """
+
+    held = False
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
 
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        momentum = self.momentum
-        if self.training and self.num_batches_tracked is not None:
+        momentum, training = self.momentum, self.training and not self.held
+        if training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
         return nn.functional.batch_norm(
-            x, self.running_mean, self.running_var, weight, bias, self.training, momentum or 0.0, self.eps
+            x, self.running_mean, self.running_var, weight, bias, training, momentum or 0.0, self.eps
         )
 
 
-def raise_modes(gm: fx.GraphModule, source: nn.Module) -> None:
-    """Batch norm and dropout calls become modules with state and mode of their own."""
+def raise_modes(gm: fx.GraphModule, source: nn.Module, held: Collection[str] = ()) -> None:
+    """Batch norm and dropout calls become modules with state and mode of their own.
+
+    ``held``: the modules of ``source`` that stay in eval mode while it trains.
+    """
     taken = set(dict(gm.named_modules())) | {name for name, _ in gm.named_parameters()}
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
@@ -50,11 +60,15 @@ def raise_modes(gm: fx.GraphModule, source: nn.Module) -> None:
             path = str(mean.target).rpartition(".")[0]
             if not path:
                 continue  # statistics registered on the root: stays functional, in eval mode
-            gm.set_submodule(path, _batch_norm(gm.get_submodule(path), source.get_submodule(path), momentum, eps))
+            norm = _batch_norm(gm.get_submodule(path), source.get_submodule(path), momentum, eps)
+            norm.held = path in held
+            gm.set_submodule(path, norm)
             args: tuple[Any, ...] = (x, weight, bias)
         elif kind in DROPOUTS:
             stack = list((node.meta.get("nn_module_stack") or {}).values())
             parent = str(stack[-1][0]) if stack else ""
+            if parent in held:
+                continue  # the operator, which does nothing in eval mode
             here = parent if parent and parent not in taken else ".".join(p for p in (parent, node.name) if p)
             path = next(name for name in _names(here) if name not in taken)
             taken.add(path)

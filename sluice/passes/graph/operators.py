@@ -1,7 +1,8 @@
 """One row per operator: all that this package knows of it. A literal; no torch, no onnx, no numpy.
 
 1. An operator has a row in `ROWS`, under its names in ATen and in ONNX (in-place variants have the name of their base).
-   A new operator is a new row and a case in its tests; no other list of operators exists.
+   A new operator is a new row and a case in its tests; no other list of operators exists. An ATen name stands for all
+   its overloads but those that have a row of their own, as ``max.other``: the larger of two values is no reduction.
 2. ``kind`` says how it couples channels. Both front ends (`sluice.passes.graph.aten`, `sluice.passes.graph.onnx_axes`)
    have a function for every kind that they can read. An operator whose kind has no function freezes its inputs.
 3. ``zero`` says when its output is zero, in the words of `sluice.passes.graph.view`: "zero" its first input is zero,
@@ -51,7 +52,8 @@ class Operator:
     """One operator, or a family of operators about which the same is true.
 
     Attributes:
-        aten: names in ATen, separated by spaces, without overload and without the underscore of in-place variants.
+        aten: names in ATen, separated by spaces, without the underscore of in-place variants; with their overload where
+            it computes something else than the name alone.
         onnx: operator types of ONNX, separated by spaces.
     """
 
@@ -108,6 +110,8 @@ ROWS = (
     Operator("reciprocal", "Reciprocal", "unary", "", "arithmetic"),
     Operator("square", "", "unary", "zero"),
     Operator("erf", "Erf", "unary", "zero"),
+    Operator("log1p expm1 log2 log10 exp2 erfc logit", "", "unary"),
+    Operator("trunc frac sgn", "", "unary", "zero"),
     Operator("sin", "Sin", "unary", "zero", "arithmetic"),
     Operator("cos", "Cos", "unary", "", "arithmetic"),
     Operator("sign", "Sign", "unary", "zero", "arithmetic"),
@@ -130,12 +134,15 @@ ROWS = (
     Operator("sub rsub subtract", "Sub", "combine", "sum", "arithmetic limit"),
     Operator("mul multiply", "Mul", "combine", "mul", "integer arithmetic"),
     Operator("div true_divide divide", "Div", "combine", "zero", "arithmetic"),
-    Operator("maximum", "Max", "combine", "", "arithmetic limit"),
-    Operator("minimum", "Min", "combine", "", "arithmetic limit"),
+    Operator("maximum max.other clamp_min.Tensor", "Max", "combine", "", "arithmetic limit"),
+    Operator("minimum min.other clamp_max.Tensor", "Min", "combine", "", "arithmetic limit"),
+    Operator("clamp.Tensor clip.Tensor", "", "combine"),
     Operator("where", "Where", "combine", "choice", "arithmetic limit"),
+    Operator("masked_fill", "", "combine", "number"),
     Operator("pow", "Pow", "combine", "number", "arithmetic"),
     Operator("fmod remainder", "Mod", "combine", "zero", "arithmetic"),
-    Operator("lerp addcmul", "", "combine"),
+    Operator("floor_divide", "", "combine", "zero"),
+    Operator("lerp addcmul addcdiv logaddexp", "", "combine"),
     Operator("eq", "Equal", "combine", "", "arithmetic"),
     Operator("ne", "", "combine"),
     Operator("gt", "Greater", "combine", "", "arithmetic"),
@@ -193,6 +200,7 @@ ROWS = (
     Operator("select", "Gather", "select", "zero", "arithmetic"),
     Operator("index_select", "", "index_select", "zero"),
     Operator("unbind", "", "", "zero"),
+    Operator("view.dtype where.default narrow.Tensor", "", ""),
     Operator("roll", "", "roll", "zero"),
     Operator("flip", "", "flip", "zero"),
     Operator("pixel_shuffle", "DepthToSpace", "pixel_shuffle", "zero", "moves"),

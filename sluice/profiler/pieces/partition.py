@@ -124,18 +124,18 @@ def with_small(partition: Partition, model: onnx.ModelProto) -> Partition:
 
 
 def static_at(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
-    """The graph at one batch, all sizes known.
+    """The graph at one batch, all sizes known; an input beside those with the batch may have rows of its own.
 
     Raises:
         SluiceError: the model fixes another batch.
     """
-    for info in model.graph.input:
-        first = next(iter(info.type.tensor_type.shape.dim), None)
-        if first is not None and first.HasField("dim_value") and first.dim_value != batch and _is_static(model):
-            raise SluiceError(
-                f"the model fixes its batch: input {info.name!r} has {first.dim_value} rows, not {batch}; profile it "
-                f"at batch={first.dim_value}, or change its forward() so that the batch stays free"
-            )
+    rows = [(info.name, dims[0].dim_value) for info in model.graph.input if (dims := info.type.tensor_type.shape.dim)]
+    if rows and _is_static(model) and batch not in [fixed for _, fixed in rows]:
+        name, fixed = rows[0]
+        raise SluiceError(
+            f"the model fixes its batch: input {name!r} has {fixed} rows, not {batch}; profile it at batch={fixed}, or "
+            "change its forward() so that the batch stays free"
+        )
     return static_graph(model, batch)
 
 

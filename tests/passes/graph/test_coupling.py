@@ -27,6 +27,7 @@ from sluice.passes.graph.aten import RULES, analyze
 from sluice.passes.graph.aten_walk import operator_name
 from sluice.passes.graph.capture import capture
 from sluice.passes.graph.coupling import Axis, Coupling
+from sluice.passes.graph.operators import ATEN
 from sluice.runtime.base.compare import assert_close, relative_error
 from sluice.runtime.ort.cpu import OrtRunner
 
@@ -133,11 +134,18 @@ UNARY = [
     "positive",
     "rrelu",
     "ones_like",
+    "expm1",
+    "exp2",
+    "erfc",
+    "trunc",
+    "frac",
+    "sgn",
 ]
+POSITIVE = ["log", "log1p", "log2", "log10", "sqrt", "rsqrt", "reciprocal"]
 MEAN = {"dim": (2, 3), "keepdim": True}
 CASES = [
     *(Case(name, getattr(aten, name)) for name in UNARY),
-    *(Case(name, positive(getattr(aten, name))) for name in ("log", "sqrt", "rsqrt", "reciprocal")),
+    *(Case(name, positive(getattr(aten, name))) for name in POSITIVE),
     Case("relu in place", lambda y: y.relu_()),
     Case("hardtanh off zero", lambda y: F.hardtanh(y, 0.25, 2.0)),
     Case("threshold", lambda y: F.threshold(y, 0.1, -0.3)),
@@ -179,6 +187,22 @@ CASES = [
     Case("true_divide", lambda y: torch.true_divide(y, 3.0)),
     Case("maximum", lambda y: torch.maximum(y, y.neg())),
     Case("minimum", lambda y: torch.minimum(y, y.sigmoid())),
+    Case("max of two", lambda y: torch.max(y, y.neg())),
+    Case("min of two, broadcast", lambda y: torch.min(y.mean((2, 3), keepdim=True), y)),
+    Case("max of two and (C, 1, 1)", lambda y, m: torch.max(m.extra["w"], y), extra={"w": torch.rand(6, 1, 1)}),
+    Case("max of two halves", lambda y: torch.max(*y.chunk(2, 1)), after=wide(3)),
+    Case("max of two, of one channel", lambda y, m: torch.max(y, m.layer(y)), extra={"layer": nn.Conv2d(6, 1, 1)}),
+    Case("clamp by values", lambda y: y.clamp(y.sigmoid() - 1.0, y.sigmoid())),
+    Case("clamp by (C, 1, 1)", lambda y, m: y.clamp(max=m.extra["w"]), extra={"w": torch.rand(6, 1, 1)}),
+    Case("clip by values", lambda y: torch.clip(y, min=y.neg())),
+    Case("clamp_min by values", lambda y: y.clamp_min(y.neg())),
+    Case("clamp_max by values", lambda y: y.clamp_max(y.sigmoid())),
+    Case("masked_fill", lambda y: y.masked_fill(y > 0.3, 0.0)),
+    Case("masked_fill off zero", lambda y: y.masked_fill(y.mean(**MEAN) > 0.1, -0.6)),
+    Case("floor_divide", lambda y: torch.floor_divide(y, 0.3)),
+    Case("logit", lambda y: torch.logit(y.sigmoid())),
+    Case("addcdiv", lambda y: torch.addcdiv(y, y, y.abs() + 0.5)),
+    Case("logaddexp", lambda y: torch.logaddexp(y, y.neg())),
     Case("where", lambda y: torch.where(torch.ones(1, dtype=torch.bool), y, y * 2.0)),
     Case("pow", lambda y: y**2),
     Case("pow, negative", lambda y: (y.abs() + 0.5) ** -1.5),
@@ -332,6 +356,7 @@ CASES = [
     rows("mm", lambda y, m: torch.mm(y, m.extra["w"]).relu(), extra={"w": torch.rand(6, 6)}),
     rows("matmul of values", lambda y: y @ y.t() @ y, frozen="unknown operator matmul"),
     # no rule
+    Case("view as another type", lambda y: y.view(torch.int32).view(torch.float32), frozen="unknown operator view.dtype"),  # noqa: E501
     Case("index", lambda y: y[:, [5, 3, 1, 0]], after=wide(4), frozen="unknown operator index"),
 ]  # fmt: skip
 IDS = [case.name for case in CASES]
@@ -355,6 +380,21 @@ def test_every_rule_is_covered() -> None:
                 met.add(operator_name(node))
     raised = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"} & set(IDS)
     assert not set(RULES) - met - raised
+
+
+def test_the_overloads_of_a_name_compute_the_same() -> None:
+    """A row holds for all overloads that have none of their own: they read as many tensors as its rule does."""
+    by_type = {("to", "other"), ("type_as", "default")}  # of their second operand the type alone
+    one = ("unary", "reduce", "along", "spatial", "reshape", "permute", "expand", "slice", "narrow")
+    odd = []
+    for name in (n for n, row in ATEN.items() if "." not in n and row.kind in one):
+        for overload in getattr(aten, name).overloads():
+            arguments = getattr(getattr(aten, name), overload)._schema.arguments
+            apart = any(a.is_out or "Dimname" in str(a.type) for a in arguments)
+            if not apart and f"{name}.{overload}" not in ATEN and (name, overload) not in by_type:
+                odd += [(name, overload)] * (sum("Tensor" in str(a.type) for a in arguments) > 1)
+    assert not odd
+    assert ATEN["max"].kind in one and "Tensor" in str(aten.max.other._schema.arguments[1].type)
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)

@@ -53,6 +53,7 @@ APART = {
     "adaptive_max_pool1d": "torch.onnx does not know it",
     "adaptive_max_pool2d": "torch.onnx does not know it",
     "adaptive_max_pool3d": "torch.onnx does not know it",
+    "view as another type": "torch.onnx does not know it",
     "squeeze the channels": "torch leaves an axis of several entries alone, the exported Squeeze is not well typed",
     "expand_as another": "the export leaves out a layer of which only the shape is read",
 }
@@ -64,6 +65,7 @@ DIFFERENT = {
     "ones_like": "the export leaves out layers that nothing depends on",
     "lerp": _MORE,
     "addcmul": _MORE,
+    "addcdiv": _MORE,
     "zeros": _MORE,
     "empty": _MORE,
     "add a fixed value": _FOLDED,
@@ -75,7 +77,7 @@ DIFFERENT = {
     "upsample nearest-exact": _GATHER,
 }
 # Rows that neither front end has a rule for: what flows into them stays whole.
-WITHOUT_RULE = ("rms_norm", "Tile", "unbind")
+WITHOUT_RULE = ("rms_norm", "Tile", "unbind", "view.dtype")
 
 
 class Residual(nn.Module):

@@ -1,0 +1,90 @@
+"""Tensors by their names in the ``state_dict``, which identify them.
+
+1. A tensor may have several names: layers that stand in the module tree twice, tied weights. It is one tensor: nodes
+   read it by its first name, and a copy keeps the names together, so that a cut changes all of them.
+2. Every name of the model is in the captured network, also of tensors that nothing reads. What is not in the model's
+   ``state_dict``, buffers that are not saved, plain attributes and literals, is none of the captured network's.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, fx, nn
+
+__all__ = ["all_tensors", "read_by_first_name", "same_names", "set_tensor", "with_all_names"]
+
+
+def read_by_first_name(gm: fx.GraphModule) -> None:
+    """One name for every tensor that nodes read: of several, the first in the state_dict, which an exporter keeps."""
+    first: dict[int, str] = {}
+    for name, tensor in all_tensors(gm):
+        first.setdefault(id(tensor), name)
+    named = dict(all_tensors(gm))
+    for node in gm.graph.nodes:
+        if node.op == "get_attr" and node.target in named:
+            node.target = first[id(named[str(node.target)])]
+
+
+def all_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters, then buffers; a tensor that has several names comes once under each."""
+    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+
+
+def set_tensor(module: nn.Module, name: str, value: Tensor, parameter: bool) -> None:
+    """Replace (or create) the parameter or buffer ``name``."""
+    path, _, leaf = name.rpartition(".")
+    owner = module
+    for part in path.split(".") if path else []:
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    old = getattr(owner, leaf, None)
+    if parameter:
+        trains = value.is_floating_point() or value.is_complex()
+        requires_grad = trains and (old.requires_grad if isinstance(old, Tensor) else True)
+        setattr(owner, leaf, nn.Parameter(value, requires_grad=requires_grad))
+    elif leaf in owner._buffers:
+        owner._buffers[leaf] = value
+    else:
+        owner.register_buffer(leaf, value)
+
+
+def _put(module: nn.Module, name: str, twin: Tensor | None, tensor: Tensor) -> None:
+    """A name that is missing: of ``twin``, the same tensor under another name, or of a copy of ``tensor``."""
+    parameter = isinstance(tensor, nn.Parameter)
+    set_tensor(module, name, tensor.detach().clone() if twin is None else twin, parameter)
+    if twin is not None and parameter:
+        _owner(module, name)._parameters[name.rpartition(".")[2]] = twin  # type: ignore[assignment]
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    found = getattr(_owner(module, name), name.rpartition(".")[2])
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _owner(module: nn.Module, name: str) -> nn.Module:
+    return module.get_submodule(name.rpartition(".")[0])
+
+
+def same_names(gm: fx.GraphModule, model: nn.Module) -> None:
+    """Constants that export lifted must not appear in the state_dict; every name of the model must."""
+    want, have = model.state_dict(keep_vars=True), gm.state_dict(keep_vars=True)
+    made = {id(tensor): have[name] for name, tensor in want.items() if name in have}
+    for name, tensor in want.items():
+        if name not in have:
+            _put(gm, name, made.get(id(tensor)), tensor)
+            made[id(tensor)] = _tensor(gm, name)
+    for name in [n for n in gm.state_dict() if n not in want]:
+        owner, leaf = _owner(gm, name), name.rpartition(".")[2]
+        if leaf in owner._buffers:
+            owner._non_persistent_buffers_set.add(leaf)
+
+
+def with_all_names(copy: fx.GraphModule, original: fx.GraphModule) -> None:
+    """Give a copy the names that copying left out, since no node reads them."""
+    tensors, kept = all_tensors(original), dict(all_tensors(copy))
+    made = {id(tensor): kept[name] for name, tensor in tensors if name in kept}
+    for name, tensor in tensors:
+        if name not in kept:
+            _put(copy, name, made.get(id(tensor)), tensor)
+            made[id(tensor)] = _tensor(copy, name)
