@@ -31,7 +31,9 @@ MEASURING: dict[str, Any] = {
     "runs": None, "dense_runs": None, "uncertainty": None, "quiet": True, "points": None, "complete": None,
     "disturbed": 0, "estimated": 0.0, "gap": None,
 }  # fmt: skip
-NEWEST: dict[str, Any] = {"slower": 0.0, "plain_ms": None, "from_plain": False, "least": None}
+NEWEST: dict[str, Any] = {
+    "slower": 0.0, "plain_ms": None, "plain_uncertainty": None, "from_plain": False, "least": None,
+}  # fmt: skip
 TRAINING: dict[str, Any] = {"recovery": None, **NEWEST}
 LATER: dict[int, dict[str, Any]] = {
     1: {"methods": (), "edits": (), "readings": (), "metric_deployed": None, **MEASURING, **TRAINING},
@@ -56,8 +58,9 @@ class Report:
     or close to it, the times are not to be relied on, and neither is the answer of `met`. ``slower`` is by how much it
     was from it, relative, in the quietest moment; 0 where it was quiet.
 
-    The file that plain ``torch.onnx.export`` writes of the dense network takes ``plain_ms``. Where that is clearly less
-    than ``dense_ms``, budgets in percent count from it (``from_plain``).
+    The file that plain ``torch.onnx.export`` writes of the dense network takes ``plain_ms``, within the relative
+    ``plain_uncertainty``. Where that is clearly less than ``dense_ms``, budgets in percent count from it
+    (``from_plain``).
 
     The table held ``points`` of those that a ``complete`` one holds, ``disturbed`` of them of a machine that was never
     quiet. The part ``estimated`` of the promise rests on points that were not measured. Unless one of these takes less
@@ -101,6 +104,7 @@ class Report:
     recovery: RecoveryRow | None = None
     slower: float = 0.0
     plain_ms: float | None = None
+    plain_uncertainty: float | None = None
     from_plain: bool = False
     least: LeastRow | None = None
 
@@ -230,6 +234,7 @@ class Report:
     def _plain(self, plain_ms: float) -> str:
         slim_ms = self.promised_ms if self.measured_ms is None else self.measured_ms
         less = f"plain export takes {plain_ms / self.dense_ms:.1%} of the dense time"
+        less += "" if self.plain_uncertainty is None else f", within {self.plain_uncertainty:.1%}"
         counts = ", and budgets in percent count from it" if self.from_plain else ""
         return f"{less}{counts}; slim takes {slim_ms / plain_ms:.1%} of it"
 

@@ -178,5 +178,6 @@ def make_report(
         slower=times.slower,
         recovery=recovery,
         plain_ms=None if plain is None else plain.share * times.dense_ms,
+        plain_uncertainty=None if plain is None else plain.uncertainty,
         from_plain=is_faster(plain),
     )

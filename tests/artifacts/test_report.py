@@ -57,6 +57,7 @@ reports = st.builds(
     quiet=st.booleans(),
     slower=number,
     plain_ms=st.none() | number,
+    plain_uncertainty=st.none() | number,
     from_plain=st.booleans(),
 )
 OLD = """{"version": 1, "budget_ms": 2.5, "dense_ms": 5.0, "promised_ms": 2.4, "measured_ms": 2.45,
@@ -193,9 +194,9 @@ def test_plain_export_is_told(report: Report) -> None:
     assert "plain export" not in text_of(report)
     plain = replace(report, plain_ms=4.96)
     assert "plain export takes 100.0% of the dense time; slim takes 49.6% of it\n" in text_of(plain)
-    faster = replace(report, plain_ms=4.712, from_plain=True)
-    want = "plain export takes 95.0% of the dense time, and budgets in percent count from it; slim takes 52.2% of it\n"
-    assert want in text_of(faster)
+    faster = replace(report, plain_ms=4.712, plain_uncertainty=0.0174, from_plain=True)
+    want = "plain export takes 95.0% of the dense time, within 1.7%, and budgets in percent count from it"
+    assert f"{want}; slim takes 52.2% of it\n" in text_of(faster)
 
 
 def test_other_files_are_refused(report: Report) -> None:
@@ -223,11 +224,13 @@ def test_reports_of_version_1_load() -> None:
 
 def test_reports_of_version_3_load(report: Report) -> None:
     data = json.loads(report.to_json())
-    for name in ("runs", "dense_runs", "uncertainty", "quiet", "slower", "plain_ms", "from_plain"):
+    for name in ("runs", "dense_runs", "uncertainty", "quiet", "slower", "plain_ms", "plain_uncertainty", "from_plain"):
         del data[name]
     loaded = Report.from_json(json.dumps({**data, "version": 3}))
     assert loaded == replace(report, runs=None, dense_runs=None, uncertainty=None, quiet=True)
-    with pytest.raises(SluiceError, match=r"lacks or adds \['dense_runs', 'from_plain', 'plain_ms', 'quiet'"):
+    with pytest.raises(
+        SluiceError, match=r"lacks or adds \['dense_runs', 'from_plain', 'plain_ms', 'plain_uncertainty', 'quiet'"
+    ):
         Report.from_json(json.dumps(data))
 
 
