@@ -36,6 +36,7 @@ from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.cut.rewrite_torch import merge_runs, rewrite_captured
 from sluice.passes.gates.gating import Gated, strip_gates
 from sluice.passes.graph.capture import Inputs, clone
+from sluice.passes.graph.names_torch import with_own_names
 from sluice.passes.graph.onnx_file import finalize
 from sluice.pipeline.choose import Scenario, choose
 from sluice.pipeline.close import close
@@ -261,7 +262,7 @@ def _finish(
         seconds=time.perf_counter() - started, losses=ready.problem.losses,
         readings=[(s.name, s.solution.choice.promised_ms, s.rehearsed) for s in scenarios], recovery=recovered,
     )  # fmt: skip
-    done = Compressed(slim, verified.plan, slim_onnx, deployed, report)
+    done = Compressed(with_own_names(slim), verified.plan, slim_onnx, deployed, report)
     if out is not None:
         done.save(out)
     _same(exported)  # last: the trained network is saved even then
