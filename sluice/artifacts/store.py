@@ -17,16 +17,17 @@ from sluice.core.files import write_atomically
 from sluice.core.plan import Plan
 from sluice.passes.cut.rewrite_torch import rewrite_torch
 from sluice.passes.graph.capture import example_inputs_of
+from sluice.passes.graph.names_torch import saved_tensors, with_own_names
 
 __all__ = ["load", "read_tensors", "save_weights"]
 
 
 def save_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
-    """The state_dict as safetensors, whole or not at all."""
+    """The state_dict as safetensors, by the names that plan and ONNX file have, whole or not at all."""
     from safetensors.torch import save
 
     write_atomically(
-        path, save({name: t.detach().cpu().contiguous().clone() for name, t in module.state_dict().items()})
+        path, save({name: t.detach().cpu().contiguous().clone() for name, t in saved_tensors(module).items()})
     )
 
 
@@ -76,4 +77,4 @@ def load(
                 f"{own.get(wrong[0], 'absent')} ({len(wrong)} differences); give the weights saved beside the plan"
             )
         slim.load_state_dict(tensors)
-    return slim.eval()
+    return with_own_names(slim).eval()

@@ -36,6 +36,7 @@ from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.cut.rewrite_torch import merge_runs
 from sluice.passes.gates.gating import Gated, strip_gates
 from sluice.passes.graph.capture import Inputs
+from sluice.passes.graph.names_torch import with_own_names
 from sluice.passes.graph.onnx_file import finalize
 from sluice.pipeline.choose import Scenario, choose
 from sluice.pipeline.close import close
@@ -271,7 +272,7 @@ def _finish(
         readings=[(s.name, s.solution.choice.promised_ms, s.rehearsed) for s in scenarios], recovery=recovered,
     )  # fmt: skip
     file = deployed if precision == "fp32" else slim_onnx
-    done = Compressed(slim, verified.plan, file, deployed, report)
+    done = Compressed(with_own_names(slim), verified.plan, file, deployed, report)
     if out is not None:
         done.save(out)
     _same(exported)  # last: the trained network is saved even then

@@ -9,8 +9,10 @@ from torch import Tensor, fx, nn
 from sluice.artifacts.store import load, read_tensors, save_weights
 from sluice.core.errors import SluiceError
 from sluice.core.plan import InputSpec, Plan
+from sluice.passes.cut.export import to_onnx
 from sluice.passes.cut.resolve import make_plan
 from sluice.passes.cut.rewrite_torch import rewrite_torch
+from sluice.passes.gates.gating import close_gates, insert_gates, strip_gates
 from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.capture import capture, example_inputs_of, input_specs
 from sluice.runtime.base.compare import assert_close
@@ -111,6 +113,42 @@ def test_keyword_inputs_are_remembered_by_name(tmp_path: Path) -> None:
     save_weights(slim, tmp_path / "slim.safetensors")
     loaded = load(networks.NETWORKS["tied"][0], tmp_path)
     assert_close(loaded(x=x, y=y), slim(x=x, y=y), tol=1e-6)
+
+
+class Colliding(nn.Module):
+    """Parts called as attributes of an fx.GraphModule, and as ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("meta", nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7)))
+        self.add_module("meta_", nn.Linear(7, 6))
+        self.add_module("gates", nn.Linear(6, 5))
+        self.graph = nn.Parameter(torch.rand(5))
+        self.register_buffer("code", torch.rand(5))
+        self.last = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.meta_(torch.relu(self.meta(x)))
+        return self.last(torch.relu(self.gates(torch.relu(x))) * self.graph + self.code)
+
+
+def test_parts_may_have_any_name(tmp_path: Path) -> None:
+    model, x = Colliding().eval(), torch.randn(3, 5)
+    gated = insert_gates(model, x)
+    groups = {group.name: group.size for group in gated.meta["space"].analysis.groups}
+    assert groups == {"meta__.0": 7, "meta_": 6, "gates_": 5}
+    kept = {name: list(range(1, size)) for name, size in groups.items()}
+    assert_close(gated.eval()(x), model(x), tol=1e-5)
+    plan = make_plan(gated.meta["space"].analysis, kept, input_specs(strip_gates(gated)))
+    slim = rewrite_torch(close_gates(gated, kept), plan, x)
+    plan.save(tmp_path / "plan.json")
+    save_weights(slim, tmp_path / "slim.safetensors")
+    loaded = load(Colliding, tmp_path)
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    assert_close(loaded(x), slim.eval()(x), tol=1e-6)
+    again = load(Colliding, tmp_path)
+    again.load_state_dict(loaded.state_dict())
+    assert [d.name for d in to_onnx(loaded, x).graph.initializer if d.name.startswith("meta__")]
 
 
 class Nested(nn.Module):

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from sluice.core.errors import SluiceError
 from sluice.passes.cut.pools_onnx import with_global_pools
 from sluice.passes.graph.capture import Inputs, capture, clone, export_again, has_captured_form, normalize_inputs
+from sluice.passes.graph.names_torch import saved_tensors
 from sluice.passes.graph.onnx_file import finalize, note_buffers, quiet, save_onnx
 from sluice.passes.graph.onnx_graph import OnnxGraph
 
@@ -42,7 +43,7 @@ def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> 
     gm = clone(model, sharing=True) if has_captured_form(model) else capture(model, example_inputs, trained=False)
     gm.eval()
     _without_numbers(gm)
-    names = set(gm.state_dict())
+    names = set(saved_tensors(gm))
     with quiet():
         program = export_again(gm, example_inputs)
         try:
@@ -145,7 +146,7 @@ def _is_number(node: fx.Node) -> bool:
 
 def _first_names(initializers: MutableMapping[str, Any], gm: fx.GraphModule) -> None:
     """Of a tensor that has several names the exporter takes the last, capture the first."""
-    state = gm.state_dict(keep_vars=True)
+    state = saved_tensors(gm)
     first: dict[int, str] = {}
     for name, tensor in state.items():
         own = first.setdefault(id(tensor), name)

@@ -85,13 +85,13 @@ def insert_gates(
         told = f"{wrong[0]!r} is no kind of gate" if wrong else f"kind {empty[0]!r} has no place to go"
         raise SluiceError(f"{told}; kinds are {list(KINDS)}, and ranks= and blocks= say where the last two go")
     gm = capture(model, example_inputs)
+    if hasattr(gm, "gates"):
+        raise SluiceError("the network has gates already; give the one that they were put into, or that of strip_gates")
     space = space if space is not None else find_search_space(read_torch(gm), exclude)
     analysis = space.analysis
     if "filter" in kinds:
         check_cuttable(analysis)
     placement = place_gates(gm, analysis)
-    if hasattr(gm, "gates"):
-        raise SluiceError("the model already has a submodule or tensor named 'gates'; rename it")
     read = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
     state = gm.state_dict(keep_vars=True)
     for name in (*ranks, *[tensor for tensors in blocks.values() for tensor in tensors]):

@@ -24,7 +24,17 @@ from torch.utils import _pytree as pytree
 from sluice.core.errors import SluiceError, first_line
 from sluice.core.plan import InputSpec, Plan
 from sluice.passes.graph.capture_modes import raise_modes
-from sluice.passes.graph.names_torch import all_tensors, read_by_first_name, same_names, with_all_names
+from sluice.passes.graph.names_torch import (
+    NAMES,
+    all_tensors,
+    free_names,
+    read_by_first_name,
+    renamed,
+    renamed_path,
+    same_names,
+    saved_tensors,
+    with_all_names,
+)
 from sluice.passes.graph.preflight_torch import (
     check_function,
     check_gradient,
@@ -81,14 +91,15 @@ def capture(
     args, kwargs = normalize_inputs(example_inputs)
     kwargs = _in_order(model, kwargs)
     functions = own_backwards(copied(model), args, kwargs) if trained else ()
-    source = copied(model)
+    names = free_names(model)
+    source = renamed(copied(model), names)
     check_function(source, args, kwargs)
     exported, dynamic = _export(source, args, kwargs, dynamic_batch)
     gm = exported.module(check_guards=False)
     gm.__dict__.pop("train", None)  # the exporter forbids both; raised modules make them right again
     gm.__dict__.pop("eval", None)
     read_by_first_name(gm)
-    raise_modes(gm, source, _kept_in_eval(model))
+    raise_modes(gm, source, {renamed_path(path, names) for path in _kept_in_eval(model)})
     _write_means(gm)
     for node in list(gm.graph.nodes):
         guard = node.op == "call_module" and node.target == "_guards_fn"
@@ -98,10 +109,11 @@ def capture(
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
-    same_names(gm, model)
+    same_names(gm, source)
+    gm.meta[NAMES] = {free: name for name, free in names.items()}
     gm.meta[MARK] = {"args": args, "kwargs": kwargs, "dynamic": dynamic}
     if functions:
-        check_gradient(gm.eval(), copied(model), args, kwargs, functions)
+        check_gradient(gm.eval(), renamed(copied(model), names), args, kwargs, functions)
     return gm.train(model.training)
 
 
@@ -180,7 +192,7 @@ def clone(gm: fx.GraphModule, *, sharing: bool = False) -> fx.GraphModule:
         warnings.simplefilter("ignore", FutureWarning)
         result = copy.deepcopy(gm, {id(tensor): tensor for _, tensor in tensors} if sharing else None)
     with_all_names(result, gm)
-    saved = set(gm.state_dict())
+    saved = set(saved_tensors(gm))
     for path, module in result.named_modules():  # copying makes saved buffers of lifted constants and of all buffers
         names = {leaf: f"{path}.{leaf}" if path else leaf for leaf in module._buffers}
         module._non_persistent_buffers_set.update(leaf for leaf, name in names.items() if name not in saved)

@@ -136,9 +136,8 @@ def test_errors() -> None:
     with pytest.raises(SluiceError, match="would lose all 7 channels"):
         close_gates(network, {"conv1": []})
 
-    model.gates = nn.Linear(1, 1)
-    with pytest.raises(SluiceError, match="already has a submodule or tensor named 'gates'"):
-        insert_gates(model, inputs)
+    with pytest.raises(SluiceError, match="has gates already"):
+        insert_gates(network, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
