@@ -1,7 +1,7 @@
 """Fp32 networks rewritten for the precision of their deployment. numpy and onnx only.
 
-``fp32``: the network as it is; for ONNX Runtime on the CPU, padded where that is faster
-(`sluice.passes.precision.padded_lines`).
+``fp32``: the network as it is; for ONNX Runtime on the CPU and one thread, one axis as a row
+(`sluice.passes.precision.lines_as_rows`), padded where that is faster (`sluice.passes.precision.padded_lines`).
 ``fp16``, ``bf16``: strongly typed in 16 bits (`sluice.passes.precision.half`).
 ``int8``: pairs of ``QuantizeLinear`` and ``DequantizeLinear`` around fp32 operators
 (`sluice.passes.precision.quantize`).
@@ -18,6 +18,7 @@ from sluice.core.deployment import check_precision
 from sluice.core.errors import SluiceError, first_line
 from sluice.passes.graph.onnx_file import without_defaults
 from sluice.passes.precision.half import LEAST_OPSET, at_opset, to_half
+from sluice.passes.precision.lines_as_rows import with_lines_as_rows
 from sluice.passes.precision.padded_lines import with_padded_lines
 from sluice.passes.precision.quantize import quantize
 
@@ -42,14 +43,16 @@ def to_precision(
             every scale is the same arbitrary constant, enough for timing, since latency does not depend on scales.
         target: the runtime of the file; it decides on the form of int8 (`sluice.passes.precision.qdq_placement`).
         exclude: for int8, names of weights whose layers stay float.
-        threads: of the runtime; one decides on the form of paddings.
+        threads: of the runtime; one decides on the form of 1-D layers and paddings.
     Raises:
         SluiceError: there is no such precision, or the network cannot be written in it.
     """
     check_precision(precision)
     model = without_defaults(model)
     if precision == "fp32":
-        return with_padded_lines(model) if target == "ort-cpu" and threads == 1 else model
+        if target != "ort-cpu" or threads != 1:
+            return model
+        return with_padded_lines(with_lines_as_rows(model, part=part))
     try:
         if precision == "int8":
             return quantize(at_opset(model, LEAST_OPSET), ranges=ranges, part=part, target=target, exclude=exclude)
