@@ -75,7 +75,7 @@ DIFFERENT = {
     "upsample nearest-exact": _GATHER,
 }
 # Rows that neither front end has a rule for: what flows into them stays whole.
-WITHOUT_RULE = ("rms_norm", "Tile", "unbind")
+WITHOUT_RULE = ("rms_norm", "Tile")
 
 
 class Residual(nn.Module):
