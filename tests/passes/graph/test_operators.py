@@ -77,7 +77,7 @@ DIFFERENT = {
     "upsample nearest-exact": _GATHER,
 }
 # Rows that neither front end has a rule for: what flows into them stays whole.
-WITHOUT_RULE = ("rms_norm", "Tile", "unbind", "view.dtype")
+WITHOUT_RULE = ("rms_norm", "Tile", "view.dtype")
 
 
 class Residual(nn.Module):
