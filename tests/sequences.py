@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sluice.models import enliven
 
-__all__ = ["SEQUENCES", "sequence"]
+__all__ = ["SEQUENCES", "Recurrent", "sequence"]
 
 Inputs = tuple[Tensor, ...]
 
@@ -235,7 +235,7 @@ class Recurrent(nn.Module):
         self.embed = nn.Linear(5, 7)
         self.inner = kind(7, hidden, batch_first=True, **more)
         self.states = nn.ModuleList([nn.Linear(5, hidden), nn.Linear(5, hidden)]) if states else None
-        self.head = nn.Linear(hidden * (2 if more.get("bidirectional") else 1), 3)
+        self.head = nn.Linear(more.get("proj_size", hidden) * (2 if more.get("bidirectional") else 1), 3)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.embed(x).relu()

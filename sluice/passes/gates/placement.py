@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sluice.passes.graph.aten_recurrent import GATES
+from sluice.passes.graph.aten_recurrent import GATES, layer_weights
 from sluice.passes.graph.aten_walk import arguments, keeps_zero, operator_name
 from sluice.passes.graph.capture_modes import BatchNorm
 from sluice.passes.graph.groups import Analysis, ValueAxis
@@ -130,8 +130,7 @@ class _Walk:
         if row.kind == "cell":
             return [((a["input"], -1), (a["w_ih"], 1))]
         if row.kind == "lstm":
-            each = 4 if a["has_biases"] else 2
-            return [((a["input"], 2), (w, 1)) for w in a["params"][: each * (1 + a["bidirectional"]) : each]]
+            return [((a["input"], 2), (weights[0], 1)) for weights in layer_weights(a)[0]]
         return []
 
     def recurrent(self, node: fx.Node) -> frozenset[Ref]:
@@ -139,13 +138,11 @@ class _Walk:
         if not _is(node, *GATES):
             return frozenset()
         a = arguments(node)
-        each = 4 if a.get("has_biases") else 2
-        weights = (
-            [a["w_hh"]]
-            if "w_hh" in a
-            else [*a["params"][1::each], *a["params"][each * (1 + a["bidirectional"]) :: each]]
-        )
-        return frozenset((str(w.target), 1) for w in weights if w.op == "get_attr" and self.groups(w, 1))
+        layers = [[[a["w_ih"], a["w_hh"]]]] if "w_hh" in a else layer_weights(a)
+        first = {id(weights[0]) for weights in layers[0]}
+        read = [w for layer in layers for each in layer for w in each[:2]]
+        found = [w for w in read if id(w) not in first and w.op == "get_attr" and self.groups(w, 1)]
+        return frozenset((str(w.target), 1) for w in found)
 
     def depthwise(self, node: fx.Node) -> bool:
         """Do channels stay apart."""

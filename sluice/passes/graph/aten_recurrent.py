@@ -2,7 +2,8 @@
 
 A hidden unit j owns row j of every gate (4 in an LSTM, 3 in a GRU, 1 in a plain one), column j of the recurrent weight,
 and entry j of the states. An operator has one initial state for all layers and directions, so all of them have one
-width: unit j of one goes with unit j of the others. The outputs of both directions stand one behind the other.
+width: unit j of one goes with unit j of the others. The outputs of both directions stand one behind the other. An LSTM
+that projects its hidden units stays whole: torch knows it by states of two sizes, which a cut may make equal.
 """
 
 from __future__ import annotations
@@ -15,19 +16,26 @@ from torch import fx
 from sluice.passes.graph.aten_walk import Args, Walk, operator_name, unknown, where
 from sluice.passes.graph.coupling import FIXED, Layers, Value
 
-__all__ = ["GATES", "cell", "lstm"]
+__all__ = ["GATES", "cell", "layer_weights", "lstm"]
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1, "lstm_cell": 4, "gru_cell": 3, "rnn_tanh_cell": 1, "rnn_relu_cell": 1}  # noqa: E501 # fmt: skip
+
+
+def layer_weights(a: Args) -> list[list[list[Any]]]:
+    """By layer and direction: input weight, recurrent weight, biases."""
+    params, sides = list(a["params"]), 2 if a["bidirectional"] else 1
+    each = len(params) // (a["num_layers"] * sides)
+    sets = [params[start : start + each] for start in range(0, len(params), each)]
+    return [sets[start : start + sides] for start in range(0, len(sets), sides)]
 
 
 def _unit(w: Walk, n: fx.Node, x: Layers, size: int, weights: list[Any], gates: int) -> Layers:
     """Couples one layer in one direction; returns its hidden units."""
     c, name = w.coupling, where(n, weights[0])
-    w_ih, w_hh, *biases = weights
-    hidden = w.of(w_hh)[1]
+    hidden = w.of(weights[1])[1]
     rows = tuple(np.tile(layer, gates) for layer in hidden)
-    c.match([(x, size), (w.of(w_ih)[1], size)], name, "reads a value whose size is fixed")
-    for tensor in (w_ih, w_hh, *biases):
+    c.match([(x, size), (w.of(weights[0])[1], size)], name, "reads a value whose size is fixed")
+    for tensor in weights:
         c.produce(w.of(tensor)[0])
         c.unite(rows, w.of(tensor)[0], name)
     return hidden
@@ -35,26 +43,24 @@ def _unit(w: Walk, n: fx.Node, x: Layers, size: int, weights: list[Any], gates: 
 
 def lstm(w: Walk, n: fx.Node, a: Args) -> Value:
     """``out, h, c`` of an LSTM, ``out, h`` of the others; axis 2 of all of them is the hidden width."""
-    name, c = operator_name(n), w.coupling
-    gates, params, states = GATES[name], list(a.get("params") or ()), a["hx"]
+    gates, states = GATES[operator_name(n)], a["hx"]
     states = list(states) if isinstance(states, (list, tuple)) else [states]
-    sides, each = 2 if a["bidirectional"] else 1, 4 if a["has_biases"] else 2
-    if len(params) != a["num_layers"] * sides * each or len(w.size(a["input"])) != 3:
+    if "params" not in a or len(w.size(a["input"])) != 3:  # a packed sequence has another form
         return unknown(w, n, a)
-    (x, size), out = w.operand(a["input"]), FIXED
-    into, width = x[2], size[2]
-    for start in range(0, len(params), sides * each):
-        weights = [params[start + k * each : start + (k + 1) * each] for k in range(sides)]
-        units = [_unit(w, n, into, width, own, gates) for own in weights]
+    weights = layer_weights(a)
+    if len(weights[0][0]) % 2:
+        w.coupling.unknown([w.of(v) for v in n.all_input_nodes], f"{where(n)} projects its hidden units")
+        return unknown(w, n, a)
+    (x, size), hidden = w.operand(a["input"]), w.size(states[0])[2]
+    into, width, units = x[2], size[2], [FIXED]
+    for layer in weights:
+        units = [_unit(w, n, into, width, each, gates) for each in layer]
         for state in states:
-            c.match([(w.of(state)[2], len(units[0][0])), *((u, len(u[0])) for u in units)], where(n, params[0]))
-        into = tuple(np.concatenate(parts) for parts in zip(*units, strict=True)) if sides == 2 else units[0]
-        width = sides * len(units[0][0])
-        out = units[0]
+            w.coupling.match([(layers, hidden) for layers in (w.of(state)[2], *units)], where(n, layer[0][0]))
+        into, width = w.coupling.side_by_side([(unit, hidden) for unit in units], where(n)), len(units) * hidden
     for d in (0, 1):
-        c.freeze(x[d], f"{where(n)} runs along the labelled axis")
-    state = (FIXED, FIXED, out)
-    w.parts[n.name] = [(FIXED, FIXED, into), *([state] * len(states))]
+        w.coupling.freeze(x[d], f"{where(n)} runs along the labelled axis")
+    w.parts[n.name] = [(FIXED, FIXED, into), *[(FIXED, FIXED, units[0])] * len(states)]
     return ()
 
 

@@ -69,10 +69,10 @@ class Layout(Atoms):
         dim %= rank
         found = [self.match([(v[d], s[d]) for v, s in parts], where) if d != dim else FIXED for d in range(rank)]
         if any(value[dim] for value, _ in parts):
-            found[dim] = self._joined([(value[dim], shape[dim]) for value, shape in parts], where)
+            found[dim] = self.side_by_side([(value[dim], shape[dim]) for value, shape in parts], where)
         return tuple(found)
 
-    def _joined(self, parts: Sequence[tuple[Layers, int]], where: str) -> Layers:
+    def side_by_side(self, parts: Sequence[tuple[Layers, int]], where: str) -> Layers:
         """One axis behind the other; where a part has fewer layers than another, the rest says nothing."""
         pieces: list[Layers] = []
         for layers, size in parts:

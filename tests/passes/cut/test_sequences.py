@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from sluice.core.errors import SluiceError
 from sluice.core.plan import Plan, Slice
@@ -33,7 +33,7 @@ from sluice.runtime.base.compare import assert_close, relative_error
 from sluice.runtime.ort.cpu import OrtRunner
 from tests.networks import random_kept
 from tests.passes.graph.test_readings_agree import groups
-from tests.sequences import SEQUENCES, sequence
+from tests.sequences import SEQUENCES, Recurrent, sequence
 
 EXACT = 1e-10  # of double precision
 DIMS = ("sdpa", "fused, by hand", "bmm", "cross", "grouped", "vision", "window")  # with the dimensions of heads
@@ -111,6 +111,17 @@ def test_dimensions_of_heads() -> None:
 @pytest.mark.parametrize("name", DIMS)
 def test_dimensions_of_heads_many_plans(name: str) -> None:
     check(name, plans=20, exported=20, dims=True)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_a_projected_lstm_stays_whole_and_is_not_exported() -> None:
+    """torch.onnx drops the projection and writes a file that computes something else."""
+    dense = capture(Recurrent(nn.LSTM, 6, proj_size=4), torch.randn(3, 7, 5))
+    analysis = analyze(dense, needed=False)
+    assert not analysis.groups
+    assert analysis.frozen["inner"] == analysis.frozen["embed"] == "lstm (lstm) projects its hidden units"
+    with pytest.raises(SluiceError, match=r"torch\.onnx leaves 'inner.weight_hr_l0' out of the file"):
+        to_onnx(dense, torch.randn(3, 7, 5))
 
 
 WIDTHS = {

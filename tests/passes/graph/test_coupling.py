@@ -94,6 +94,10 @@ def places(name: str, function: Callable[..., Any], **more: Any) -> Case:
     return rows(name, function, **{"shape": (4, 5), **more})
 
 
+def attended(y: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(y, y * 0.3, y)
+
+
 def wide(n: int) -> Callable[[], nn.Module]:
     return lambda: nn.Conv2d(n, 4, 1)
 
@@ -372,7 +376,7 @@ CASES = [
     rows("einsum", lambda y, m: torch.einsum("bi,oi->bo", y, m.extra["w"]), extra={"w": torch.rand(6, 6)}),
     rows("einsum of values", lambda y: torch.einsum("bi,bi->b", y, y)[:, None] * y),
     rows("einsum of a diagonal", lambda y: y + torch.einsum("ii->i", y.t() @ y), frozen="unknown operator einsum"),
-    places("scaled_dot_product_attention", lambda y: F.scaled_dot_product_attention(y, y * 0.3, y)),
+    places("scaled_dot_product_attention", lambda y: attended(y[:, None])[:, 0]),
     rows("embedding", lambda y, m: y + m.layer(torch.ones(1, dtype=torch.long)), extra={"layer": nn.Embedding(2, 6)}),
     *(places(n, lambda y, m: m.layer(y)[0], extra={"layer": layer}) for n, layer in {
         "lstm": nn.LSTM(6, 6, batch_first=True), "gru": nn.GRU(6, 6), "rnn_tanh": nn.RNN(6, 6),
