@@ -1,17 +1,22 @@
-"""What each way of compressing is worth at a measured latency, and what choosing among them jointly adds.
+"""What ours makes of a network at a measured latency, beside what others make of it at their own best setting.
 
-    python -m benchmarks.methods [--job resnet20-mnist] [--budget 50%] [--method joint] [--seed 0] [--dry-run]
+    python -m benchmarks.methods [--job ds-cnn] [--budget 50%] [--arm ours] [--seed 0] [--dry-run]
     python -m benchmarks.methods --show
 
-Jobs and budgets are in `benchmarks.methods_jobs`. Methods: filters, ranks, residual blocks or merged layers alone,
-ranks by beam search (bsr), the first four jointly, and the control, a uniformly thinner network trained from scratch
-for as many epochs in all (thin). All are fine-tuned alike; two seeds for joint and the best single method, one for the
-rest. All runs together take hours on two cores: a finished run is kept in ``build/methods/runs`` and never done again,
-so the command may be stopped and given again, for a part or for all.
+Jobs are in `benchmarks.methods_jobs`. Budgets are shares of the measured latency of plain export. Arms: ours, the
+default of `sluice.compress`; ``torch-pruning`` and ``thin``, a uniformly thinner network from scratch, each at the best
+of the rates and losses that our trial has, chosen by the accuracy that is told; ours at its old defaults, without
+portfolio, and with gates. Everything that trains counts, and the others get as many epochs in all for *every* setting
+that they try (`benchmarks.methods_runs`). Three seeds for ours and the best other, one for the rest. All runs together
+take many hours on two cores: a finished run is kept in ``build/methods/runs`` and never done again, so the command may
+be stopped and given again, for a part or for all. ``torch-pruning`` is no dependency of ours:
+``pip install --no-deps torch-pruning==1.6.1``.
 
 When nothing is left, or with ``--publish``, the result goes to ``benchmarks/results`` and a plot of it to ``docs``.
-``--show`` prints that result; the last line is JSON with the number of ``points`` (a job at a budget), and the worst
-and the mean of joint minus best single method in points of accuracy (`benchmarks.methods_results` has the rules).
+``--show`` prints that result; the last line is JSON with the number of ``points`` (cells compared),
+``ours_minus_best_other_min_50``, ``_25`` and ``_15`` in points of accuracy, and ``least_share_ratio_worst`` and
+``_median``: the least share of dense latency at no more than a point lost, ours by the best other's
+(`benchmarks.methods_results` has the rules).
 """
 
 from __future__ import annotations
@@ -22,10 +27,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods_results import CELLS, METHODS, Cells, Record, Run, Store, figures, outstanding, summary, table
+from benchmarks.methods_results import ARMS, CELLS, SEEDS, Cells, Record, Run, Store, figures, outstanding, summary
+from benchmarks.methods_table import table
 from sluice.core.errors import SluiceError
 from sluice.core.files import write_atomically
 
@@ -63,12 +70,10 @@ def work(
 
 
 def _outcome(record: Record) -> str:
-    if record.accuracy is None or record.measured_ms is None or record.budget_ms is None:
+    if record.accuracy is None or record.share is None:
         return f"cannot reach: {record.reason}"
-    return (
-        f"{record.accuracy:.2f}% (dense {record.dense_accuracy:.2f}%), {record.measured_ms:.3f} of "
-        f"{record.budget_ms:.3f} ms{'' if record.met else ', MISSED'}"
-    )
+    late = "" if record.met else ", OVER BUDGET"
+    return f"{record.accuracy:.2f}% (dense {record.dense_accuracy:.2f}%) at {record.share:.1%}{late}, {record.detail}"
 
 
 def write_result(records: Sequence[Record], cells: Cells, result: Path, plot: Path) -> None:
@@ -80,7 +85,7 @@ def write_result(records: Sequence[Record], cells: Cells, result: Path, plot: Pa
     write_atomically(result, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
     panels = {f"{job} at {budget}": found for (job, budget), found in figures(used, cells).items()}
     title = "Accuracy against dense at a share of the measured latency, points"
-    write_atomically(plot, dot_plot(title, panels, METHODS).encode())
+    write_atomically(plot, dot_plot(title, panels, ARMS).encode())
 
 
 def read_result(path: Path) -> list[Record]:
@@ -99,9 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--job", action="append", help="only this job (may be repeated, as the next three)")
     parser.add_argument("--budget", action="append", help="only this budget, such as 50%%")
-    parser.add_argument("--method", action="append", choices=METHODS)
+    parser.add_argument("--arm", action="append", choices=ARMS)
     parser.add_argument("--seed", action="append", type=int)
-    parser.add_argument("--epochs", type=int, help="of fine-tuning, to try something out; not part of the result")
+    parser.add_argument("--epochs", type=int, help="in all, to try something out; not part of the result")
     parser.add_argument("--folder", type=Path, default=Path("build/methods"), help="tables, weights, finished runs")
     parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--plot", type=Path, default=PLOT)
@@ -117,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cells = {cell: options.epochs or epochs for cell, epochs in CELLS.items()}
     store = Store(options.folder / "runs")
 
-    parts: dict[str, list[Any] | None] = {key: getattr(options, key) for key in ("job", "budget", "method", "seed")}
+    parts: dict[str, list[Any] | None] = {key: getattr(options, key) for key in ("job", "budget", "arm", "seed")}
 
     def wanted(run: Run) -> bool:
         return all(chosen is None or getattr(run, key) in chosen for key, chosen in parts.items())
@@ -133,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             left = [run for run in outstanding(store.load(), cells) if wanted(run)]
             print("\n".join([*(run.name for run in left), f"{len(left)} runs left that are known by now"]))
             return 0
-        broken = work(store, cells, _performer(options.folder), wanted)
+        broken = work(store, cells, _performer(options.folder, store), wanted)
         records = store.load()
         if options.publish or not outstanding(records, CELLS):
             write_result(records, CELLS, options.result, options.plot)
@@ -153,22 +158,27 @@ def _check(options: argparse.Namespace, cells: Cells) -> None:
         )
 
 
-def _performer(folder: Path) -> Callable[[Run], Record]:
+def _performer(folder: Path, store: Store) -> Callable[[Run], Record]:
     """Makes a job when its first run comes, and keeps one at a time."""
     import torch
 
     from benchmarks.methods_jobs import JOBS, Job
+    from benchmarks.methods_latency import Shares
     from benchmarks.methods_runs import perform
 
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
-    made: dict[str, Job] = {}
+    made: dict[str, tuple[Job, Shares]] = {}
 
     def one(run: Run) -> Record:
         if run.job not in made:
             made.clear()
-            made[run.job] = JOBS[run.job](folder)
-        return perform(made[run.job], run, folder)
+            job = JOBS[run.job](folder)
+            made[run.job] = job, Shares(job.model, job.example, job.batch, folder / f"{job.name}-shares.json")
+        job, shares = made[run.job]
+        first = replace(run, seed=SEEDS[0])
+        known = {} if run == first else {r.run: r for r in store.load() if r.accuracy is not None}
+        return perform(job, run, folder, shares, known.get(first))
 
     return one
 

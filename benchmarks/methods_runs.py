@@ -1,122 +1,185 @@
-"""One run of `benchmarks.methods`: compress a job's network by one method, or train its control.
+"""One run of `benchmarks.methods`: a job's network at a budget, by one arm.
 
-The control is the widest network of the job's scale whose engine, measured in turns with the dense one, meets the
-budget; it is found before training, since latency does not depend on the weights.
+*Epochs in all*: everything that trains counts. With E in all, `sluice.compress` fine-tunes for
+
+    ours              floor(E / (1 + rehearsal + trial)), rehearsal 1, trial at most a third
+    no-portfolio      the same with a rehearsal of 0
+    gates             floor(E / 3) epochs of gates, and of the others as ours
+    ours-old-defaults E, at a rate of 1e-3, without rehearsal and trial
+
+and the others train for E, anew for every rate, loss and variant that they try (`benchmarks.methods_climb`). A further
+seed of theirs begins at what the first one ended with. Files of ours are those that `compress` returns, the others' and
+the dense one are what torch exports.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from torch import nn
 
 import sluice
-from benchmarks.methods_jobs import Job
+from benchmarks.methods_climb import Setting, climb
+from benchmarks.methods_jobs import Job, Silent
+from benchmarks.methods_latency import TARGET, THREADS, Shares, plain_export
+from benchmarks.methods_pruning import VARIANTS, prune, search
 from benchmarks.methods_results import Record, Run
-from sluice.core.budget_spec import BudgetSpec
 from sluice.core.errors import SluiceError
 from sluice.passes.cut.export import finalize, to_onnx
 from sluice.pipeline.figures import count_parameters
 from sluice.pipeline.verify import ACCEPTED
-from sluice.profiler.timing.measure import measure
 from sluice.runtime.base.host import host_device
-from sluice.runtime.targets import make_runner
-from sluice.training.train import LR, fit
+from sluice.training.recovery import RATES, Recovery
+from sluice.training.train import fit
+from sluice.training.trial import SHARE
 
-__all__ = ["pair_ms", "perform", "widest"]
+__all__ = ["arguments", "perform", "widest"]
 
-TARGET, THREADS = "ort-cpu", 1
-TURNS = 3
-PARTS: dict[str, tuple[str, ...]] = {
-    "filter": ("filter",),
-    "rank": ("rank",),
-    "block": ("block",),
-    "merge": ("merge",),
-    "bsr": ("bsr",),
-    "joint": ("filter", "rank", "block", "merge"),
-}
+OLD_RATE = 1e-3
 
 
-def perform(job: Job, run: Run, folder: Path) -> Record:
-    """The record of the run; a budget out of reach is a result, every other error is raised."""
+def perform(job: Job, run: Run, folder: Path, shares: Shares, first: Record | None = None) -> Record:
+    """The record of the run; a budget out of reach is a result, every other error is raised.
+
+    Args:
+        first: of the same arm with the first seed.
+    """
     torch.manual_seed(run.seed)
     started = time.perf_counter()
+    peers: Mapping[str, Callable[..., Record]] = {"torch-pruning": _pruned, "thin": _thin}
     try:
-        return thin(job, run) if run.method == "thin" else compressed(job, run, folder / f"{job.name}.db")
+        if run.arm in peers:
+            found = peers[run.arm](job, run, shares, first)
+        else:
+            found = _compressed(job, run, folder / f"{job.name}.db", shares)
     except SluiceError as error:
         if "cannot be met" not in str(error) and "no engine within" not in str(error):
             raise
-        seconds = time.perf_counter() - started
-        return Record(run, host_device(), job.evaluate(job.model), round(seconds, 1), reason=str(error))
+        found = Record(run, host_device(), job.evaluate(job.model), 0.0, reason=str(error))
+    return replace(found, seconds=round(time.perf_counter() - started, 1))
 
 
-def compressed(job: Job, run: Run, table: Path) -> Record:
-    """The run of `sluice.compress`, decided in one shot from scores, then fine-tuned as the others are."""
-    report = sluice.compress(
-        job.model,
-        job.example,
-        budget=run.budget,
-        data=job.data(run.seed),
-        methods=PARTS[run.method],
-        table=table,
-        batch=job.batch,
-        target=TARGET,
-        threads=THREADS,
-        gate_epochs=0,
-        epochs=run.epochs,
-        lr=LR,
-        loss=job.loss,
-        evaluate=job.evaluate,
-    ).report
+def arguments(arm: str, epochs: int) -> dict[str, Any]:
+    """Of `sluice.compress`, so that all training together takes no more than ``epochs``."""
+    if arm == "ours-old-defaults":
+        return {"epochs": epochs, "rehearsal": 0.0, "lr": OLD_RATE}
+    gates, rehearsal = (epochs // 3 if arm == "gates" else 0), (0.0 if arm == "no-portfolio" else 1.0)
+    return {
+        "gate_epochs": gates, "epochs": math.floor((epochs - gates) / (1 + rehearsal + SHARE) + 1e-9),
+        "rehearsal": rehearsal,
+    }  # fmt: skip
+
+
+def _compressed(job: Job, run: Run, table: Path, shares: Shares) -> Record:
+    # Our budgets are shares of our own dense file.
+    own = run.share / shares.of_ours(_our_file(job, job.model))
+    done = sluice.compress(
+        job.model, job.example, budget=f"{100 * own:.3f}%", data=job.data(run.seed), table=table, batch=job.batch,
+        target=TARGET, threads=THREADS, loss=job.loss, evaluate=job.evaluate, progress=False,
+        **arguments(run.arm, run.epochs),
+    )  # fmt: skip
+    report = done.report
+    dense_ms, ms = shares.measured(done.deployed)
+    told = report.recovery
+    how = "" if told is None else f"{told.lr:g} {told.loss} {told.parametrisation}"
     assert report.metric_dense is not None
     return Record(
-        run,
-        report.fingerprint["device"],
-        report.metric_dense,
-        round(report.seconds, 1),
-        report.metric_slim,
-        report.dense_ms,
-        report.budget_ms,
-        report.measured_ms,
-        report.params_slim,
-    )
+        run, report.fingerprint["device"], report.metric_dense, 0.0, report.metric_slim, dense_ms, ms,
+        report.params_slim, detail=how,
+        log={
+            "share of our dense file": report.measured_ms and report.measured_ms / report.dense_ms,
+            "promised": report.promised_ms / report.dense_ms,
+            "rehearsed": [[name, round(at, 5), list(losses)] for name, at, losses in report.readings],
+            "trial": [] if told is None else [[*_row(row)] for row in told.trials],
+            "before": told and told.before, "dense": told and told.dense,
+            "edits": {row.name: row.sites for row in report.methods},
+        },
+    )  # fmt: skip
 
 
-def thin(job: Job, run: Run) -> Record:
-    """The uniformly thinner network, from random weights: the dense recipe, then the fine-tuning of the others."""
-    started, budget = time.perf_counter(), BudgetSpec.parse(run.budget)
-    dense = _engine(job, job.model)
+def _row(row: Any) -> tuple[Any, ...]:
+    return row.lr, row.loss, row.parametrisation, row.steps, row.held_out
 
-    def ms(model: nn.Module) -> tuple[float, float]:
-        return pair_ms(dense, _engine(job, model), job.batch)
 
-    def fits(share: float) -> bool:
-        dense_ms, slim_ms = ms(job.thin(share).eval())
-        return slim_ms <= ACCEPTED * budget.ms(dense_ms)
+def _pruned(job: Job, run: Run, shares: Shares, first: Record | None) -> Record:
+    ratios: dict[str, float] = {}
+    least = math.inf
+    for variant in VARIANTS if first is None else [first.log["best"][0]]:
+        ratio, seen = search(lambda r, v=variant: shares.about(prune(job, v, r)), run.share)  # type: ignore[misc]
+        least = min(least, seen)
+        if ratio is not None:
+            ratios[variant] = ratio
+    if not ratios:
+        raise SluiceError(f"budget {run.budget} cannot be met by Torch-Pruning; its least share is {least:.1%}")
+    made = {variant: prune(job, variant, ratio) for variant, ratio in ratios.items()}
+    return _tuned(job, run, shares, first, lambda v: copy.deepcopy(made[v]), list(made), {"ratios": ratios})
 
-    share = widest(job.shares, fits)
+
+def _thin(job: Job, run: Run, shares: Shares, first: Record | None) -> Record:
+    """The widest network of uniform width that meets the budget, trained from random weights."""
+    share = widest(job.shares, lambda s: shares.about(job.thin(s), "thin ") <= ACCEPTED * run.share)
     if share is None:
         raise SluiceError(f"budget {run.budget} cannot be met by a network of uniform width; ask for more")
-    model = job.scratch(job.thin(share), run.seed)
-    fit(model, job.data(run.seed), epochs=run.epochs, teacher=job.model, loss=job.loss, name="fine-tune")
-    dense_ms, slim_ms = ms(model)
+
+    def make(variant: str) -> nn.Module:
+        torch.manual_seed(run.seed)
+        return job.thin(share)
+
+    return _tuned(job, run, shares, first, make, [f"width {share:g}"], {})
+
+
+def _tuned(
+    job: Job, run: Run, shares: Shares, first: Record | None, make: Callable[[str], nn.Module], variants: list[str],
+    log: dict[str, Any],
+) -> Record:  # fmt: skip
+    """The best of all that the climb trains."""
+    best: tuple[float, nn.Module | None] = (-math.inf, None)
+
+    def train(setting: Setting) -> float:
+        nonlocal best
+        torch.manual_seed(run.seed)
+        model = make(setting.variant)
+        teacher = Silent() if setting.loss == "labels" else job.model
+        try:
+            fit(
+                model, job.data(run.seed), epochs=run.epochs, teacher=teacher, loss=job.losses[setting.loss],
+                recovery=Recovery(setting.rate), progress=False,
+            )  # fmt: skip
+        except SluiceError as error:
+            if "the loss became" not in str(error):
+                raise
+            return 0.0
+        figure = job.evaluate(model)
+        if figure > best[0]:
+            best = figure, model
+        return figure
+
+    if first is None:
+        found = climb(variants, RATES["adamw"], list(job.losses), train)
+    else:
+        _, rate, loss = first.log["best"]
+        found = climb(variants, RATES["adamw"], [loss], train, start=rate)
+    accuracy, model = best
+    if model is None:
+        raise SluiceError(f"no training of {run.name} has a finite loss; look at the data")
+    setting = max(found, key=lambda one: found[one])
+    dense_ms, ms = shares.measured(plain_export(model, job.example))
     return Record(
-        run,
-        host_device(),
-        job.evaluate(job.model),
-        round(time.perf_counter() - started, 1),
-        job.evaluate(model),
-        dense_ms,
-        budget.ms(dense_ms),
-        slim_ms,
-        count_parameters(model),
-        detail=f"width {share:g}, {job.dense_epochs} + {run.epochs} epochs",
-    )
+        run, host_device(), job.evaluate(job.model), 0.0, accuracy, dense_ms, ms, count_parameters(model),
+        detail=f"{setting.variant}, {setting.rate:g} {setting.loss}, best of {len(found)}",
+        log={
+            **log, "best": [setting.variant, setting.rate, setting.loss],
+            "tried": [[one.variant, one.rate, one.loss, figure] for one, figure in found.items()],
+        },
+    )  # fmt: skip
 
 
 def widest(shares: Sequence[float], fits: Callable[[float], bool]) -> float | None:
@@ -125,15 +188,5 @@ def widest(shares: Sequence[float], fits: Callable[[float], bool]) -> float | No
     return next((share for share in shares if fits(share)), None)
 
 
-def pair_ms(dense: onnx.ModelProto, slim: onnx.ModelProto, batch: int) -> tuple[float, float]:
-    """Milliseconds of both engines, measured in turns; of some such runs the one with the median ratio."""
-    runner, rng, runs = make_runner(TARGET, THREADS), np.random.default_rng(0), []
-    for _ in range(TURNS):
-        sessions = [runner.build(model, batch=batch) for model in (dense, slim)]
-        runs.append(measure(sessions, min_bursts=60, max_bursts=160, target_spread=0.015, rng=rng))
-    first, second = sorted(runs, key=lambda pair: pair[1].ms / pair[0].ms)[TURNS // 2]
-    return first.ms, second.ms
-
-
-def _engine(job: Job, model: nn.Module) -> onnx.ModelProto:
+def _our_file(job: Job, model: nn.Module) -> onnx.ModelProto:
     return finalize(to_onnx(model, job.example))

@@ -1,8 +1,9 @@
-"""Multiply-accumulates of an ONNX graph for one example: convolutions and matrix products, nothing else counted.
+"""Multiply-accumulates of an ONNX graph for one example: convolutions, matrix products and recurrent layers.
 
 Conv            output elements * (in channels / groups) * kernel elements
 ConvTranspose   input elements * (out channels / groups) * kernel elements
 Gemm, MatMul    output elements * contracted size
+LSTM, GRU, RNN  steps * batch * elements of both matrices, over all directions
 """
 
 from __future__ import annotations
@@ -32,4 +33,6 @@ def count_macs(model: onnx.ModelProto) -> int:
         elif node.op_type in ("Gemm", "MatMul"):
             contracted = shapes[node.input[0]][0 if attributes(node).get("transA") else -1]
             total += math.prod(shapes[node.output[0]]) * contracted
+        elif node.op_type in ("LSTM", "GRU", "RNN"):
+            total += math.prod(shapes[node.input[0]][:2]) * sum(math.prod(shapes[name]) for name in node.input[1:3])
     return total

@@ -2,19 +2,32 @@
 
 1. A *slice* keeps some indices of one axis: ``take(w, axis, keep)``. Kept indices travel as half-open ranges, so a
    plan stays small when thousands of columns behind a flatten are cut.
-2. A *reshape* maps one labelled axis onto another. Write the sizes before and after as products; they split into
-   the shortest aligned runs with equal products (row-major order makes the runs independent). Within a run the
-   index of every element is known, so the label of every output position is a gather:
+2. A *reshape* maps one labelled axis onto others. Write the sizes before and after as products; they split into
+   the shortest aligned runs with equal products (row-major order makes the runs independent). Within a run an output
+   axis takes a block of the digits of the input index, so the label of every output position is a gather:
    ``(C, H, W) -> C*H*W`` repeats labels, ``(H, W, C) -> H*W*C`` tiles them, ``C -> (g, C/g)`` splits them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["from_ranges", "reshape_labels", "reshape_runs", "take", "to_ranges"]
+__all__ = ["Part", "from_ranges", "kept_ones", "prime_beside", "reshape_parts", "reshape_runs", "take", "to_ranges"]
+
+_LEAST = 97  # small, since labels of folded axes grow with it; above the sizes of most axes
+
+
+def prime_beside(sizes: Collection[int]) -> int:
+    """A prime that divides none of the sizes: it can stand for a free size, and its products stay recognisable."""
+    prime = _LEAST
+    while any(prime % d == 0 for d in range(2, int(prime**0.5) + 1)) or any(s % prime == 0 for s in sizes if s):
+        prime += 2
+    return prime
 
 
 def take(array: np.ndarray, axis: int, keep: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -69,28 +82,48 @@ def reshape_runs(before: Sequence[int], after: Sequence[int]) -> list[tuple[rang
     return runs
 
 
-def reshape_labels(
-    labels: np.ndarray, axis: int, before: Sequence[int], after: Sequence[int]
-) -> tuple[np.ndarray, tuple[int, ...]] | None:
-    """Labels of the output positions of a row-major reshape.
+def kept_ones(axis: int, before: Sequence[int], after: Sequence[int]) -> list[int]:
+    """The output axes of size 1 that an input axis of size 1 may have become."""
+    outs = next((o for i, o in reshape_runs(before, after) or () if axis in i), range(0))
+    return [k for k in outs if after[k] == 1]
 
-    Args:
-        labels: shape ``(before[axis],)``, any integers.
-        axis: the labelled axis of the input.
-        before, after: full sizes.
-    Returns:
-        An array over the output axes of the labelled run, reduced to size 1 wherever it does not vary, and those
-        output axes; None if the sizes cannot be aligned.
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """What an output axis of a reshape takes of one input axis.
+
+    The input axis is seen as a grid with one axis per part, the outer ones first; this part has ``size`` positions of
+    it. ``index[i]`` is the position at index i of the output axis.
+    """
+
+    axis: int
+    size: int
+    index: np.ndarray
+
+
+def reshape_parts(axis: int, before: Sequence[int], after: Sequence[int]) -> tuple[Part, ...] | None:
+    """How a row-major reshape spreads one input axis over output axes; None if the sizes cannot be aligned.
+
+    Boundaries between axes are numbers of elements, counted from the end. Where each of those that lie inside the input
+    axis divides the next, every output axis takes a block of the digits of the input index.
+
+    >>> [(part.axis, part.size, part.index.tolist()) for part in reshape_parts(1, (3, 6), (6, 3))]
+    [(0, 2, [0, 1, 0, 1, 0, 1]), (1, 3, [0, 1, 2])]
     """
     runs = reshape_runs(before, after)
     if runs is None:
         return None
     ins, outs = next((i, o) for i, o in runs if axis in i)
-    shape = [1] * len(ins)
-    shape[axis - ins.start] = len(labels)
-    full = np.broadcast_to(labels.reshape(shape), [before[i] for i in ins]).reshape([after[o] for o in outs])
-    for k in range(full.ndim):
-        first = full.take([0], axis=k)
-        if (full == first).all():
-            full = first
-    return full, tuple(outs)
+    low, high = math.prod(before[axis + 1 : ins.stop]), math.prod(before[axis : ins.stop])
+    strides = {k: math.prod(after[k + 1 : outs.stop]) for k in outs}
+    inside = sorted({low, high, *(stride for stride in strides.values() if low < stride < high)})
+    if any(large % small for small, large in itertools.pairwise(inside)):
+        return None
+    parts = []
+    for k, stride in strides.items():
+        start, stop = max(low, stride), min(high, stride * after[k])
+        if stop > start:
+            if start % stride:
+                return None
+            parts.append(Part(k, stop // start, np.arange(after[k]) // (start // stride) % (stop // start)))
+    return tuple(parts)

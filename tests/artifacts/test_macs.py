@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from sluice.artifacts.macs import count_macs
 from sluice.models import enliven, example_inputs, resnet20
@@ -53,6 +55,14 @@ def test_formula(
     if attributes.get("transA"):
         x, y = (7, 1), (1, 5)  # the batch is not the first axis
     assert count_macs(single(op, x, weight, y, **attributes)) == macs
+
+
+@pytest.mark.parametrize(("layer", "gates"), [(nn.LSTM, 4), (nn.GRU, 3)])
+def test_recurrent_layers(layer: type[nn.Module], gates: int) -> None:
+    """Two layers of 5, in both directions, on 7 steps of 3 features."""
+    exported = to_onnx(layer(3, 5, 2, bidirectional=True, batch_first=True).eval(), torch.rand(2, 7, 3))
+    first, second = gates * 5 * (3 + 5), gates * 5 * (2 * 5 + 5)
+    assert count_macs(exported) == 7 * 2 * (first + second)
 
 
 def test_a_chain_by_hand() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sluice.core.algebra import from_ranges, reshape_labels, reshape_runs, take, to_ranges
+from sluice.core.algebra import from_ranges, prime_beside, reshape_parts, reshape_runs, take, to_ranges
 
 
 @given(st.sets(st.integers(0, 40)))
@@ -54,8 +54,8 @@ def test_runs(before: tuple[int, ...], after: tuple[int, ...], runs: list[tuple[
 
 
 @given(st.data())
-def test_labels_are_those_of_a_real_reshape(data: st.DataObject) -> None:
-    """Label every element by its index along the axis, reshape, and look."""
+def test_parts_are_those_of_a_real_reshape(data: st.DataObject) -> None:
+    """Label every element by its index along the axis, reshape, and put the index together from the parts."""
     factors = data.draw(st.lists(st.sampled_from([1, 2, 3, 5]), min_size=1, max_size=5))
 
     def grouped() -> tuple[int, ...]:
@@ -65,20 +65,28 @@ def test_labels_are_those_of_a_real_reshape(data: st.DataObject) -> None:
 
     before, after = grouped(), grouped()
     axis = data.draw(st.integers(0, len(before) - 1))
-    labels = np.arange(before[axis]) + 7
-    found = reshape_labels(labels, axis, before, after)
-    assert found is not None
+    parts = reshape_parts(axis, before, after)
+    assert parts is not None and np.prod([part.size for part in parts]) == before[axis]
     shape = [1] * len(before)
     shape[axis] = before[axis]
-    real = np.broadcast_to(labels.reshape(shape), before).reshape(after)
-    values, dims = found
-    spread = [1] * len(after)
-    for d, n in zip(dims, values.shape, strict=True):
-        spread[d] = n
-    np.testing.assert_array_equal(np.broadcast_to(values.reshape(spread), after), real)
-    for k, n in enumerate(values.shape):
-        assert n == 1 or (values != values.take([0], axis=k)).any(), "sizes that do not vary are 1"
+    real = np.broadcast_to(np.arange(before[axis]).reshape(shape), before).reshape(after)
+    found = np.zeros(after, dtype=np.int64)
+    for part in parts:
+        spread = [1] * len(after)
+        spread[part.axis] = after[part.axis]
+        found = found * part.size + part.index.reshape(spread)
+    np.testing.assert_array_equal(found, real)
 
 
-def test_labels_that_cannot_be_aligned() -> None:
-    assert reshape_labels(np.arange(4), 1, (3, 4), (5, 2)) is None
+@pytest.mark.parametrize(
+    ("axis", "before", "after"),
+    [(1, (3, 4), (5, 2)), (0, (6, 4), (8, 3)), (1, (4, 9), (6, 6))],
+    ids=["totals differ", "a boundary inside", "a boundary below"],
+)
+def test_parts_that_cannot_be_aligned(axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> None:
+    assert reshape_parts(axis, before, after) is None
+
+
+def test_a_prime_beside_the_sizes() -> None:
+    assert prime_beside([3, 0, 64]) == 97
+    assert prime_beside([97 * 4, 101]) == 103

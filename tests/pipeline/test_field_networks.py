@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sluice
+from sluice.artifacts.check import check
 from sluice.models import enliven
 from sluice.runtime.base.compare import assert_close
 from sluice.runtime.ort.cpu import OrtRunner
@@ -76,3 +77,45 @@ def test_widths_of_attention_and_channels_last_networks(name: str, tmp_path: Pat
             wanted = done.module(x).numpy()
         (found,) = session.run({done.onnx.graph.input[0].name: x.numpy()}).values()
         assert_close(found, wanted)
+
+
+class Several(nn.Module):
+    """Keywords alone, a state beside the batch, a layer that stands in the tree twice, a number among the outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.Sequential(nn.Conv1d(2, 11, 3), nn.ReLU(), nn.Conv1d(11, 13, 3))
+        self.first, self.second = self.stages[0], self.stages[2]
+        self.steps = nn.Parameter(torch.zeros((), dtype=torch.long), requires_grad=False)
+        self.out = nn.Linear(13, 4)
+
+    def forward(self, *, sound: Tensor, state: Tensor) -> tuple[Tensor, Tensor, int]:
+        y = self.second(torch.relu(self.first(sound))).relu().mean(2)
+        y = self.out(y) + state[0] * state[1]
+        return y, torch.stack([y, state[0]]), sound.shape[-1]
+
+
+def several(batch: int, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"state": (2, batch, 4), "sound": (batch, 2, 12)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_named_inputs_with_a_state_beside_the_batch(batch: int, tmp_path: Path) -> None:
+    model = Several()
+    done = sluice.compress(
+        model, several(batch), budget="80%", data=[several(batch, seed) for seed in range(4)], batch=batch, epochs=1,
+        rehearsal=0, methods=("filter",), progress=False, out=tmp_path,
+        loss=lambda outputs, taught, _: (outputs[0] - taught[0]).square().mean(),
+    )  # fmt: skip
+    state = done.module.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert state["first.weight"].shape == state["stages.0.weight"].shape and done.plan.slices
+    loaded = sluice.load(Several, tmp_path)
+    inputs = several(batch, 9)
+    with torch.no_grad():
+        left, right = loaded(**inputs), done.module(**inputs)
+    assert left[2] == 12
+    assert_close(left[:2], right[:2])
+    assert max(check(Several(), tmp_path).values()) < 1e-5

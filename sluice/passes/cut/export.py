@@ -62,7 +62,10 @@ def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> 
         read = {name for name in names if name in {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}}
         lost = sorted(read - set(ir_model.graph.initializers))
         if lost:
-            raise AssertionError(f"the exporter renamed {lost[:3]}; parameter names are the anchor of every rewrite")
+            raise SluiceError(
+                f"torch.onnx leaves {lost[0]!r} out of the file of {type(model).__name__}, which would then compute "
+                "something else (it knows no projections of an LSTM, for one); write its layer with other operators"
+            )
         # A fold that swallows a named tensor would take its name away (Transpose(weight), for one).
         fold_constants_ir(
             ir_model,

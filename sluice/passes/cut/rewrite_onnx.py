@@ -2,8 +2,9 @@
 
 1. Find every tensor by initialiser name, slice it. A shared initialiser whose readers are cut differently is copied
    first, one copy per reader; exporters share equal tensors between layers.
-2. Mend literal sizes from the labelled axis of their value: Reshape and Expand targets, Split sizes, Slice bounds,
-   Resize sizes, the number of depthwise groups.
+2. Mend literal sizes from the labelled axes of their value: Reshape, Expand and ConstantOfShape targets, Split sizes,
+   Slice bounds, Resize sizes, the number of depthwise groups, hidden sizes. The scale of attention stays that of the
+   dense head.
 3. Forget cached intermediate shapes *before* anything is folded, else stale sizes are folded in; infer them again,
    strictly, and run the checker. Node metadata, which graphsurgeon drops, is put back by output name.
 """
@@ -11,6 +12,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Container, Sequence
 from typing import Any
 
@@ -48,13 +50,13 @@ def rewrite_onnx(model: onnx.ModelProto, plan: Plan) -> onnx.ModelProto:
     if len(present) < len(plan.slices) and not _shared(model, plan):
         plan.check_model(shapes, complete=False)
     try:
-        analysis = analyze_onnx(model)
+        analysis = analyze_onnx(model, dims=True)  # whatever a plan may cut
         keeps = masks_of_slices(analysis, present, plan.fingerprint)
     except SluiceError:
         if not _shared(model, plan):
             raise
         model = _unshare(model, plan)
-        analysis = analyze_onnx(model)
+        analysis = analyze_onnx(model, dims=True)  # whatever a plan may cut
         keeps = masks_of_slices(analysis, present, plan.fingerprint)
     edits = Edits(plan.factorizations, plan.drops, plan.merges)
     slim = restructure(cut_graph(model, analysis, keeps), edits, named=plan.fingerprint)
@@ -100,8 +102,8 @@ def cut_graph(model: onnx.ModelProto, analysis: Analysis, keeps: Sequence[np.nda
         lost = mender.lost(tensor.name)
         if isinstance(tensor, gs.Variable) and id(tensor) not in borders:
             tensor.shape = None
-        elif isinstance(tensor, gs.Variable) and lost is not None:
-            tensor.shape = [int(lost[1].sum()) if d == lost[0] else size for d, size in enumerate(tensor.shape)]
+        elif isinstance(tensor, gs.Variable) and lost:
+            tensor.shape = [int(lost[d].sum()) if d in lost else size for d, size in enumerate(tensor.shape)]
     slim = gs.export_onnx(graph.cleanup().toposort())
     slim.ir_version = model.ir_version
     del slim.metadata_props[:]
@@ -118,57 +120,69 @@ class _Mender:
         self.analysis, self.keeps, self.opset = analysis, keeps, opset
         self.added: list[Any] = []  # nodes that compute sizes
 
-    def lost(self, name: str) -> tuple[int, np.ndarray] | None:
-        axis = self.analysis.values.get(name)
-        mask = None if axis is None else axis.mask(self.keeps)
-        return None if axis is None or mask is None or mask.all() else (axis.dim, mask)
+    def lost(self, name: str) -> dict[int, np.ndarray]:
+        """By axis what is kept of a value, for the axes that lose something."""
+        masks = {axis.dim: axis.mask(self.keeps) for axis in self.analysis.values.get(name, ())}
+        return {dim: mask for dim, mask in masks.items() if not mask.all()}
 
     def mend(self, node: Any) -> None:
-        cut_in = self.lost(node.inputs[0].name) if node.inputs else None
-        cut_out = self.lost(node.outputs[0].name) if node.outputs else None
-        if node.op in ("Reshape", "Expand") and cut_out:
-            self._target(node, *cut_out)
+        cut_in = self.lost(node.inputs[0].name) if node.inputs else {}
+        cut_out = self.lost(node.outputs[0].name) if node.outputs else {}
+        if node.op in ("Reshape", "Expand", "ConstantOfShape") and cut_out:
+            self._target(node, cut_out)
         elif node.op == "Squeeze" and cut_in and len(node.inputs) < 2 and "axes" not in node.attrs:
             self._squeeze(node)
         elif node.op == "Split" and cut_in:
-            self._split(node, *cut_in)
+            self._split(node, cut_in)
         elif node.op == "Slice" and cut_in:
-            self._slice(node, *cut_in)
+            self._slice(node, cut_in)
         elif node.op == "Resize" and cut_out and len(node.inputs) > 3 and not _empty(node.inputs[3]):
             sizes = node.inputs[3].values.copy()
-            sizes[cut_out[0]] = int(cut_out[1].sum())
+            for dim, mask in cut_out.items():
+                sizes[dim] = int(mask.sum())
             node.inputs[3] = constant(f"{node.outputs[0].name}_sizes", sizes)
-        elif node.op in ("Conv", "ConvTranspose") and node.attrs.get("group", 1) > 1 and cut_in:
-            depthwise = self.analysis.tensors[node.inputs[1].name][1] == 1  # one group per input channel
+        elif node.op in ("Conv", "ConvTranspose") and node.attrs.get("group", 1) > 1 and 1 in cut_in:
+            depthwise = self.analysis.shapes[node.inputs[1].name][1] == 1  # one group per input channel
             kept = int(cut_in[1].sum()) if depthwise else len(cut_in[1])
             node.attrs["group"] = node.attrs["group"] * kept // len(cut_in[1])
+        elif node.op in ("LSTM", "GRU", "RNN") and (again := self.lost(node.inputs[2].name)):
+            node.attrs["hidden_size"] = int(again[2].sum())
+        elif node.op == "Attention" and 3 in cut_in and "scale" not in node.attrs:
+            node.attrs["scale"] = 1.0 / math.sqrt(len(cut_in[3]))  # that of the dense head
 
-    def _target(self, node: Any, dim: int, mask: np.ndarray) -> None:
-        """Sizes of the output: the cut one as it is now, dynamic ones copied, inferred or computed."""
-        before, after = self.analysis.shapes[node.inputs[0].name], self.analysis.shapes[node.outputs[0].name]
-        target, old = node.inputs[1], getattr(node.inputs[1], "values", None)
-        expands, kept = node.op == "Expand", int(mask.sum())
-        if not expands and old is not None and int(old.reshape(-1)[dim]) == -1:
-            return
-        if expands and target.inputs and self._follows(target.inputs[0], dim, mask):
+    def _target(self, node: Any, cut: dict[int, np.ndarray]) -> None:
+        """Sizes of the output: the cut ones as they are now, dynamic ones copied, inferred or computed."""
+        place = 0 if node.op == "ConstantOfShape" else 1
+        after = self.analysis.shapes[node.outputs[0].name]
+        before = () if place == 0 else self.analysis.shapes[node.inputs[0].name]
+        target, old = node.inputs[place], getattr(node.inputs[place], "values", None)
+        expands = node.op != "Reshape"
+        if expands and target.inputs and self._follows(target.inputs[0], cut):
             return
         if expands:
             before = (1,) * (len(after) - len(before)) + tuple(before)
         sizes = [self._literal(expands, size, before[d : d + 1]) for d, size in enumerate(after)]
-        sizes[dim] = kept
+        if place == 0:
+            sizes = [None if self._is_dynamic(size) else size for size in after]
+        for dim, mask in cut.items():
+            if expands or old is None or int(old.reshape(-1)[dim]) != -1:
+                sizes[dim] = -1 if self._is_dynamic(after[dim]) else int(mask.sum())
+            else:
+                sizes[dim] = -1
         name = f"{node.outputs[0].name}_shape"
         if None not in sizes and sizes.count(-1) < 2:
             node.attrs.pop("allowzero", None)
-            node.inputs[1] = constant(name, np.array(sizes, dtype=np.int64))
-        else:
-            self.added += with_size(target, dim - len(after), kept, name)
-            node.inputs[1] = self.added[-1].outputs[0]
+            node.inputs[place] = constant(name, np.array(sizes, dtype=np.int64))
+            return
+        for dim, mask in cut.items():
+            self.added += with_size(target, dim - len(after), int(mask.sum()), f"{name}_{dim}")
+            target = node.inputs[place] = self.added[-1].outputs[0]
 
-    def _follows(self, maker: Any, dim: int, mask: np.ndarray) -> bool:
+    def _follows(self, maker: Any, cut: dict[int, np.ndarray]) -> bool:
         """Is a target the shape of a value that is cut in the same way?"""
-        cut = self.lost(maker.inputs[0].name) if maker.op == "Shape" else None
+        other = self.lost(maker.inputs[0].name) if maker.op == "Shape" else {}
         whole = not maker.attrs.get("start") and "end" not in maker.attrs
-        return whole and cut is not None and cut[0] == dim and np.array_equal(cut[1], mask)
+        return whole and cut.keys() == other.keys() and all(np.array_equal(cut[d], other[d]) for d in cut)
 
     def _literal(self, expands: bool, size: int, before: Sequence[int]) -> int | None:
         """One size of a target, if a number can say it; ``before`` is the size of the input in this place, if any."""
@@ -191,20 +205,20 @@ class _Mender:
         else:
             node.inputs.append(constant(f"{node.outputs[0].name}_axes", np.array(axes, dtype=np.int64)))
 
-    def _split(self, node: Any, dim: int, mask: np.ndarray) -> None:
-        rank = len(self.analysis.shapes[node.inputs[0].name])
-        if node.attrs.get("axis", 0) % rank != dim:
+    def _split(self, node: Any, cut: dict[int, np.ndarray]) -> None:
+        dim = node.attrs.get("axis", 0) % len(self.analysis.shapes[node.inputs[0].name])
+        if dim not in cut:
             return
         bounds = np.cumsum([0, *(self.analysis.shapes[out.name][dim] for out in node.outputs)])
-        sizes = np.array([mask[i:j].sum() for i, j in itertools.pairwise(bounds)], dtype=np.int64)
+        sizes = np.array([cut[dim][i:j].sum() for i, j in itertools.pairwise(bounds)], dtype=np.int64)
         node.attrs.pop("num_outputs", None)
         node.inputs = [node.inputs[0], constant(f"{node.outputs[0].name}_sizes", sizes)]
 
-    def _slice(self, node: Any, dim: int, mask: np.ndarray) -> None:
+    def _slice(self, node: Any, cut: dict[int, np.ndarray]) -> None:
         rank = len(self.analysis.shapes[node.inputs[0].name])
         axes = node.inputs[3].values.tolist() if len(node.inputs) > 3 else list(range(rank))
         for k, d in enumerate(axes):
-            if d % rank == dim:
+            if (mask := cut.get(d % rank)) is not None:
                 for index, name in ((1, "starts"), (2, "ends")):
                     values = node.inputs[index].values.copy()
                     bound = slice(int(values[k]), None).indices(len(mask))[0]

@@ -1,8 +1,9 @@
 """Apply a plan to a captured graph: slice the named tensors, mend the literal sizes, then restructure.
 
 1. Every `Slice` acts on the tensor of that name; operators that read the tensor follow from its shape.
-2. Literal sizes belong to no named tensor. Where a node's labelled axis loses positions, its literals are rewritten:
-   a reshape or expand target, a layer norm's shape, split sizes, slice bounds, the number of depthwise groups.
+2. Literal sizes belong to no named tensor. Where an axis of a node loses positions, its literals are rewritten: a
+   reshape or expand target, a layer norm's shape, split sizes, slice bounds, the number of depthwise groups. The scale
+   of attention stays that of the dense head.
 3. Drops, merges and factorizations act on the sliced graph, in this order.
 
 The slim network computes what the closed network computes: removed channels and branches carry nothing, weights have
@@ -12,12 +13,14 @@ the rank of the plan (`sluice.passes.gates.gating`), merged runs are linear with
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx, nn
 
+from sluice.core.errors import SluiceError
 from sluice.core.plan import Plan
 from sluice.passes.cut.drop_torch import drop_torch
 from sluice.passes.cut.factor_torch import factorize_torch
@@ -31,13 +34,21 @@ from sluice.passes.graph.names_torch import set_tensor
 
 __all__ = ["merge_runs", "rewrite_captured", "rewrite_torch", "slice_tensors"]
 
-_RESHAPES = {
+_SIZES = {  # the argument that holds the sizes of the result
     "view": "size",
     "reshape": "shape",
     "_unsafe_view": "size",
     "expand": "size",
     "broadcast_to": "size",
     "unflatten": "sizes",
+    "zeros": "size",
+    "ones": "size",
+    "full": "size",
+    "empty": "size",
+    "new_zeros": "size",
+    "new_ones": "size",
+    "new_full": "size",
+    "new_empty": "size",
 }
 
 
@@ -58,7 +69,7 @@ def rewrite_torch(model: nn.Module, plan: Plan, example_inputs: Inputs, *, merge
 def rewrite_captured(slim: fx.GraphModule, plan: Plan, *, merged: bool = True) -> None:
     """`rewrite_torch` of a captured network, in place."""
     plan.check_model({name: tuple(t.shape) for name, t in slim.state_dict().items()})
-    analysis = analyze(slim, needed=False)
+    analysis = analyze(slim, needed=False, dims=True)  # whatever a plan may cut
     keeps = masks_of_slices(analysis, plan.slices)
     mend_literals(slim, analysis, keeps)
     slice_tensors(slim, plan)
@@ -104,63 +115,83 @@ def slice_tensors(module: nn.Module, plan: Plan) -> None:
 def mend_literals(gm: fx.GraphModule, analysis: Analysis, keeps: list[np.ndarray]) -> None:
     """Rewrite every literal size of a cut axis in ``gm.graph``."""
 
-    def lost(node: Any) -> tuple[int, np.ndarray] | None:
-        axis = analysis.values.get(node.name) if isinstance(node, fx.Node) else None
-        mask = None if axis is None else axis.mask(keeps)
-        return None if axis is None or mask is None or mask.all() else (axis.dim, mask)
+    def lost(node: Any) -> dict[int, np.ndarray]:
+        """By axis what is kept of a value, for the axes that lose something."""
+        axes = analysis.values.get(node.name, ()) if isinstance(node, fx.Node) else ()
+        masks = {axis.dim: axis.mask(keeps) for axis in axes}
+        return {dim: mask for dim, mask in masks.items() if not mask.all()}
 
     for node in list(gm.graph.nodes):
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        name, a = operator_name(node), arguments(node)
-        source: Any = node.args[0] if not isinstance(node.args[0], (list, tuple)) else None
-        if name in _RESHAPES and (cut := lost(node)):
-            sizes = list(a[_RESHAPES[name]])
-            offset = (a["dim"] % len(analysis.shapes[source.name])) if name == "unflatten" else 0
-            where = cut[0] - offset
-            if 0 <= where < len(sizes) and sizes[where] != -1:
-                sizes[where] = int(cut[1].sum())
-                _set(node, _RESHAPES[name], sizes)
-        elif name == "layer_norm" and (cut := lost(source)):
-            sizes = list(a["normalized_shape"])
-            where = cut[0] - (len(analysis.shapes[source.name]) - len(sizes))
-            if where >= 0:
-                sizes[where] = int(cut[1].sum())
-                _set(node, "normalized_shape", sizes)
-        elif name in ("chunk", "split", "split_with_sizes") and (cut := lost(source)):
-            dim, mask = cut
-            if a["dim"] % len(analysis.shapes[source.name]) == dim:
-                _resplit(gm, node, dim, mask, analysis)
-        elif name == "slice" and (cut := lost(source)):
-            dim, mask = cut
-            if a["dim"] % len(analysis.shapes[source.name]) == dim:
-                start, stop, _ = slice(a["start"] or 0, a["end"]).indices(len(mask))
-                node.args = (source, dim, int(mask[:start].sum()), int(mask[:stop].sum()))
-        elif name == "narrow" and (cut := lost(source)):
-            dim, mask = cut
-            if a["dim"] % len(analysis.shapes[source.name]) == dim:
-                start = a["start"] % len(mask)
-                stop = start + a["length"]
-                node.args = (source, dim, int(mask[:start].sum()), int(mask[start:stop].sum()))
-        elif name == "roll" and (cut := lost(source)):
-            dim, mask = cut
-            rank = len(analysis.shapes[source.name])
-            along = sum(s for s, d in zip(a["shifts"], a["dims"], strict=True) if d % rank == dim) % len(mask)
-            shifts = [0 if d % rank == dim else s for s, d in zip(a["shifts"], a["dims"], strict=True)]
-            node.args = (source, [*shifts, int(mask[len(mask) - along :].sum())], [*a["dims"], dim])
-        elif name == "squeeze" and lost(source):  # an axis cut to one channel must not be squeezed away
-            ones = [d for d, size in enumerate(analysis.shapes[source.name]) if size == 1]
-            rank, dims = len(analysis.shapes[source.name]), a.get("dim", ones)
-            dims = [d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
-            node.target = torch.ops.aten.squeeze.dims
-            node.args, node.kwargs = (source, [d for d in dims if d in ones]), {}
-        elif name.startswith("conv") and a["groups"] > 1 and (cut := lost(source)):
-            weight = analysis.shapes[node.args[1].name]
-            if weight[1] == 1:  # depthwise: one group per channel of the input
-                _set(node, "groups", a["groups"] * int(cut[1].sum()) // len(cut[1]))
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+            if operator_name(node) in _SIZES:
+                _resize(node, source, lost(node), analysis)
+            elif source is not None and (cut := lost(source)):
+                _mend(node, source, cut, analysis)
 
 
-def _resplit(gm: fx.GraphModule, node: fx.Node, dim: int, mask: np.ndarray, analysis: Analysis) -> None:
+def _resize(node: fx.Node, source: fx.Node | None, cut: dict[int, np.ndarray], analysis: Analysis) -> None:
+    """The literal sizes of an operator's result; one that holds the batch as well is left to be inferred."""
+    name, a = operator_name(node), arguments(node)
+    sizes = list(a[_SIZES[name]])
+    offset = a["dim"] % len(analysis.shapes[source.name]) if name == "unflatten" and source is not None else 0
+    for dim, mask in cut.items():
+        where = dim - offset
+        if 0 <= where < len(sizes) and sizes[where] != -1:
+            sizes[where] = int(mask.sum()) if isinstance(sizes[where], int) else -1
+    if sizes.count(-1) > 1 and name not in ("expand", "broadcast_to"):
+        raise SluiceError(
+            f"{name} ({node.name}) to {tuple(a[_SIZES[name]])} has several sizes that follow from others; write all of "
+            "them but one as numbers"
+        )
+    if cut:
+        _set(node, _SIZES[name], sizes)
+
+
+def _mend(node: fx.Node, source: fx.Node, cut: dict[int, np.ndarray], analysis: Analysis) -> None:
+    """The literals of an operator whose first operand loses something."""
+    name, a, shape = operator_name(node), arguments(node), analysis.shapes[source.name]
+    rank = len(shape)
+    along = a["dim"] % rank if isinstance(a.get("dim"), int) else None
+    mask = cut.get(along) if along is not None else None
+    if name == "layer_norm":
+        sizes = list(a["normalized_shape"])
+        for dim, kept in cut.items():
+            if dim >= rank - len(sizes):
+                sizes[dim - rank + len(sizes)] = int(kept.sum())
+        _set(node, "normalized_shape", sizes)
+    elif name in ("chunk", "split", "split_with_sizes") and along is not None and mask is not None:
+        _resplit(node, along, mask)
+    elif name == "slice" and mask is not None:
+        start, stop, _ = slice(a["start"] or 0, a["end"]).indices(len(mask))
+        node.args = (source, along, int(mask[:start].sum()), int(mask[:stop].sum()))
+    elif name == "narrow" and mask is not None:
+        start = a["start"] % len(mask)
+        stop = start + a["length"]
+        node.args = (source, along, int(mask[:start].sum()), int(mask[start:stop].sum()))
+    elif name == "roll":
+        shifts, dims = list(a["shifts"]), [d % rank for d in a["dims"]]
+        for dim, kept in cut.items():
+            by = sum(s for s, d in zip(shifts, dims, strict=True) if d == dim) % len(kept)
+            shifts = [0 if d == dim else s for s, d in zip(shifts, dims, strict=True)]
+            shifts, dims = [*shifts, int(kept[len(kept) - by :].sum())], [*dims, dim]
+        node.args = (source, shifts, dims)
+    elif name == "squeeze":  # an axis cut to one channel must not be squeezed away
+        ones = [d for d, size in enumerate(shape) if size == 1]
+        given = a.get("dim", ones)
+        given = [d % rank for d in (given if isinstance(given, (list, tuple)) else [given])]
+        node.target = torch.ops.aten.squeeze.dims
+        node.args, node.kwargs = (source, [d for d in given if d in ones]), {}
+    elif name.startswith("conv") and a["groups"] > 1:
+        weight = analysis.shapes[a["weight"].name]
+        channels = cut.get(rank - len(weight) + 1)
+        if weight[1] == 1 and channels is not None:  # depthwise: one group per channel of the input
+            _set(node, "groups", a["groups"] * int(channels.sum()) // len(channels))
+    elif name == "scaled_dot_product_attention" and a.get("scale") is None and rank - 1 in cut:
+        _set(node, "scale", 1.0 / math.sqrt(shape[-1]))  # that of the dense head
+
+
+def _resplit(node: fx.Node, dim: int, mask: np.ndarray) -> None:
     sizes = [value.shape[dim] for value in node.meta["val"]]
     bounds = np.cumsum([0, *sizes])
     new = [int(mask[i:j].sum()) for i, j in itertools.pairwise(bounds)]

@@ -27,7 +27,7 @@ from sluice.passes.cut.factor_torch import truncate_torch
 from sluice.passes.cut.resolve import tensor_masks
 from sluice.passes.gates.filter_gates import REFRESH, BlockGate, Gate, Gates
 from sluice.passes.gates.insertion import TAG, Inserter, along, mask_norm, masked_norm
-from sluice.passes.gates.placement import Placement, place_gates
+from sluice.passes.gates.placement import Placement, normed_axis, place_gates
 from sluice.passes.gates.rank_gates import RankGate
 from sluice.passes.graph.capture import MARK, Inputs, capture, clone
 from sluice.passes.graph.groups import Analysis, check_cuttable, keep_masks
@@ -156,7 +156,7 @@ def absorb_masks(gated: Gated) -> None:
     """
     analysis, placement = gated.meta["space"].analysis, gated.meta["placement"]
     state = gated.state_dict(keep_vars=True)
-    normed = {int(g) for name in placement.norms for g in analysis.values[name].groups if g >= 0}
+    normed = {g for name in placement.norms for g in normed_axis(analysis, name).groups}
     with torch.no_grad():
         for index, group in enumerate(analysis.groups):
             if index in normed or group.name not in set(gated.gates):
@@ -235,7 +235,7 @@ def bake(
             state[param].zero_()
     nodes = {node.name: node for node in gm.graph.nodes}
     for name in placement.norms:
-        axis_mask = analysis.values[name].mask(keeps)
+        axis_mask = normed_axis(analysis, name).mask(keeps)
         if not axis_mask.all():
             kept = torch.tensor(axis_mask, dtype=torch.float32, device=next(gm.parameters()).device)
             gm.register_buffer(f"kept_{name}", kept, persistent=False)

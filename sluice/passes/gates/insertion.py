@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from sluice.passes.gates.filter_gates import Gates
-from sluice.passes.gates.placement import Placement
+from sluice.passes.gates.placement import Placement, normed_axis
 from sluice.passes.graph.aten_walk import arguments, operator_name
 from sluice.passes.graph.groups import Analysis
 
@@ -58,7 +58,7 @@ def along(vector: Tensor, ndim: int, axis: int) -> Tensor:
 def mask_norm(gm: fx.GraphModule, node: fx.Node, mask: fx.Node, analysis: Analysis) -> fx.Node:
     """Replace a layer or group norm node by `masked_norm`."""
     a, rank = arguments(node), len(analysis.shapes[node.name])
-    dim = analysis.values[node.name].dim
+    dim = normed_axis(analysis, node.name).dim
     grouped = operator_name(node) == "group_norm"
     dims = list(range(2, rank + 1)) if grouped else list(range(rank - len(a["normalized_shape"]), rank))
     with gm.graph.inserting_before(node):
@@ -86,14 +86,12 @@ class Inserter:
     def run(self, placement: Placement) -> None:
         reads = {n: n.target for n in self.gm.graph.nodes if n.op == "get_attr"}
         for param, axis in sorted(placement.refs):
-            groups, channels = self._lies_on(param, axis)
-            vector = self._expanded(groups, channels)
+            vector = self._multiplier(self._lies_on(param, axis))
             for node in [n for n, target in reads.items() if target == param]:
                 self._scale(node, vector, axis)
         for name in placement.norms:
-            value = self.analysis.values[name]
             node = next(n for n in self.gm.graph.nodes if n.name == name)
-            mask_norm(self.gm, node, self._expanded(value.groups, value.channels), self.analysis)
+            mask_norm(self.gm, node, self._multiplier(normed_axis(self.analysis, name).layers), self.analysis)
 
     def scale_blocks(self, blocks: Mapping[str, Sequence[str]]) -> None:
         for name, tensors in blocks.items():
@@ -114,15 +112,29 @@ class Inserter:
             for node in (first, *others):  # a shared weight is thresholded once
                 node.replace_all_uses_with(result, delete_user_cb=lambda user, own=result: user is not own)
 
-    def _lies_on(self, param: str, axis: int) -> tuple[np.ndarray, np.ndarray]:
-        length = self.analysis.tensors[param][axis]
-        groups, channels = np.full(length, -1), np.zeros(length, dtype=np.int64)
+    def _lies_on(self, param: str, axis: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Groups and channels at every index; groups that share an index come one after the other."""
+        layers: list[tuple[np.ndarray, np.ndarray]] = []
         for index, group in enumerate(self.analysis.groups):
             for ref in group.refs:
                 if (ref.param, ref.axis) == (param, axis):
                     mine = ref.channels >= 0
+                    groups, channels = next((own for own in layers if (own[0][mine] < 0).all()), (None, None))
+                    if groups is None or channels is None:
+                        groups, channels = np.full(len(mine), -1), np.zeros(len(mine), dtype=np.int64)
+                        layers.append((groups, channels))
                     groups[mine], channels[mine] = index, ref.channels[mine]
-        return groups, channels
+        return layers
+
+    def _multiplier(self, layers: Iterable[tuple[np.ndarray, np.ndarray]]) -> fx.Node:
+        """The product of the masks of all groups at every index."""
+        vectors = [self._expanded(groups, channels) for groups, channels in layers]
+        found = vectors[0]
+        for vector in vectors[1:]:
+            with self.gm.graph.inserting_before(self.anchor):
+                found = self.gm.graph.call_function(torch.ops.aten.mul.Tensor, (found, vector))
+            found.meta = {TAG: "mask"}
+        return found
 
     def _scale(self, node: fx.Node, vector: fx.Node, axis: int) -> None:
         ndim = len(self.analysis.tensors[str(node.target)])

@@ -1,14 +1,19 @@
 """The tensors that the mask of an axis group multiplies, so that a closed channel carries nothing.
 
 A channel may be cut when, with its gates closed, no consumer of its axis can see it. Walk backwards from every
-consumer (an operator that contracts the axis):
+consumer (an operator that contracts the axis), once for every group that lies on the axis:
 
 1. A norm with an affine stops the walk: scale and shift are multiplied, *after* the normalisation, which would undo
    a mask before it. A weight that produces the axis with no norm behind it is multiplied itself, with its bias.
 2. Operators that map 0 to 0 and leave channels apart (ReLU, pooling, reshapes, concatenation, ...) pass the demand
    on; an addition passes it to all its operands, a product to one of them.
 3. Where the walk meets any other operator, one with f(0) != 0 (sigmoid) for example, the mask goes onto the consumer's
-   own weight, along its input axis. This is exact for all operators before it.
+   own weight, along its input axis. This is exact for all operators before it. So heads are closed by the columns of
+   the projection behind them: rows of zero in q and k would give uniform attention, not none, and masks between 0 and
+   1 on them would change its temperature. A recurrent width is closed by the columns of the recurrent weights, which
+   holds for any initial state, and by its readers.
+4. Where two activations are multiplied and summed over the axis (q and k over the dimensions of a head), one of them
+   is multiplied, the first for which there is a place; both would square the mask.
 
 Masks multiply tensors of the size of a weight, never activations. A layer or group norm over a gated axis takes its
 statistics over the kept channels only; those nodes are listed too.
@@ -16,17 +21,20 @@ statistics over the kept channels only; those nodes are listed too.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
+from sluice.passes.graph.aten_recurrent import GATES, layer_weights
 from sluice.passes.graph.aten_walk import arguments, keeps_zero, operator_name
 from sluice.passes.graph.capture_modes import BatchNorm
-from sluice.passes.graph.groups import Analysis
+from sluice.passes.graph.groups import Analysis, ValueAxis
 from sluice.passes.graph.operators import Operator, aten_operator
 
-__all__ = ["Placement", "place_gates"]
+__all__ = ["Placement", "normed_axis", "place_gates"]
 
 Ref = tuple[str, int]  # (tensor, axis)
 
@@ -44,13 +52,19 @@ def place_gates(gm: fx.GraphModule, analysis: Analysis) -> Placement:
     refs: set[Ref] = set()
     norms: list[str] = []
     for node in gm.graph.nodes:
-        for source, weight, axis in walk.consumed(node):
-            if walk.labelled(source):
-                found = walk.demand(source)
-                refs |= {(weight, axis)} if found is None else found
-        if _is(node, "group_norm", "layer_norm") and walk.labelled(node) and walk.normalised(node):
+        for values in walk.consumed(node):
+            for group in sorted(frozenset.intersection(*(walk.groups(v, dim) for v, dim in values))):
+                found = (walk.demand(value, group) for value, _ in values)
+                refs |= next((own for own in found if own is not None), frozenset())
+        refs |= walk.recurrent(node)
+        if _is(node, "group_norm", "layer_norm") and walk.normalised(node):
             norms.append(node.name)
     return Placement(frozenset(refs), tuple(norms))
+
+
+def normed_axis(analysis: Analysis, norm: str) -> ValueAxis:
+    """The axis over which a norm of `Placement` takes masked statistics: no axis behind it is labelled."""
+    return analysis.values[norm][-1]
 
 
 def _is(node: fx.Node, *names: str) -> bool:
@@ -61,129 +75,154 @@ class _Walk:
     def __init__(self, gm: fx.GraphModule, analysis: Analysis):
         self.analysis = analysis
         self.modules = dict(gm.named_modules())
-        self.memo: dict[str, frozenset[Ref] | None] = {}
+        self.memo: dict[tuple[str, int], frozenset[Ref] | None] = {}
+        self.weights: set[str] = set()  # nodes computed from named tensors alone
+        for node in gm.graph.nodes:
+            inputs = node.all_input_nodes
+            if node.op == "get_attr" or (inputs and all(v.name in self.weights for v in inputs)):
+                self.weights.add(node.name)
+        self.lies: dict[tuple[str, int], list[int]] = {}  # (tensor, group) -> axes of the tensor
+        for index, group in enumerate(analysis.groups):
+            for ref in group.refs:
+                self.lies.setdefault((ref.param, index), []).append(ref.axis)
 
-    def labelled(self, node: Any) -> bool:
-        axis = self.analysis.values.get(node.name) if isinstance(node, fx.Node) else None
-        return axis is not None and bool((axis.groups >= 0).any())
+    def groups(self, node: Any, dim: int | None = None) -> frozenset[int]:
+        """The groups that lie on a value, or on one axis of it."""
+        if not isinstance(node, fx.Node):
+            return frozenset()
+        if dim is None:
+            return self.analysis.groups_on(node.name)
+        axis = self.analysis.axis(node.name, dim % len(self.analysis.shapes.get(node.name, (0,))))
+        return frozenset() if axis is None else axis.groups
 
     def normalised(self, node: fx.Node) -> bool:
-        """Does this layer or group norm mix the labelled axis?"""
-        axis = self.analysis.values[node.name]
-        a = arguments(node)
-        rank = len(self.analysis.shapes[node.name])
+        """Does this layer or group norm mix a labelled axis?"""
+        if not self.groups(node):
+            return False
+        a, rank = arguments(node), len(self.analysis.shapes[node.name])
         first = 1 if "num_groups" in a else rank - len(a["normalized_shape"])
-        return axis.dim >= first
+        return normed_axis(self.analysis, node.name).dim >= first
 
-    def tensor(self, node: Any) -> str | None:
-        is_tensor = isinstance(node, fx.Node) and node.op == "get_attr" and node.target in self.analysis.tensors
-        return str(node.target) if is_tensor else None
-
-    def consumed(self, node: fx.Node) -> list[tuple[Any, str, int]]:
-        """(input, weight, input axis of the weight) if the node contracts an axis with a named weight."""
-        if node.op != "call_function":
+    def consumed(self, node: fx.Node) -> list[tuple[tuple[Any, int], ...]]:
+        """The values, and an axis of each, that the node multiplies and sums over."""
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             return []
-        row = aten_operator(operator_name(node))
-        weight = self.weight(node, row)
-        if weight is None or self.depthwise(node, row):
-            return []
-        return [
-            (arguments(node)["mat1"] if row.kind == "addmm" else node.args[0], weight, 1 - self.out_axis(node, row))
-        ]
+        row, a = aten_operator(operator_name(node)), arguments(node)
+        if row.kind == "conv" and not self.depthwise(node):
+            rank, weight = len(self.analysis.shapes[node.name]), a["weight"]
+            dim = rank - len(self.analysis.shapes[weight.name]) + 1
+            return [((a["input"], dim), (weight, 0 if "transpose" in operator_name(node) else 1))]
+        if row.kind == "linear":
+            return [((a["input"], -1), (a["weight"], 1))]
+        if row.kind in ("addmm", "matmul"):
+            x, y = (a["mat1"], a["mat2"]) if row.kind == "addmm" else node.args[:2]
+            return [((x, -1), (y, -2 if len(self.analysis.shapes[y.name]) > 1 else -1))]  # type: ignore[union-attr,index]
+        if row.kind == "sdpa":
+            return [((a["query"], -1), (a["key"], -1))]
+        if row.kind == "einsum":
+            terms, _, out = a["equation"].replace(" ", "").partition("->")
+            places = [
+                (t, d, c) for t, term in zip(a["tensors"], terms.split(","), strict=True) for d, c in enumerate(term)
+            ]
+            return [
+                tuple((t, d) for t, d, c in places if c == letter) for letter in sorted(set(terms) - set(out) - {","})
+            ]
+        if row.kind == "cell":
+            return [((a["input"], -1), (a["w_ih"], 1))]
+        if row.kind == "lstm":
+            return [((a["input"], 2), (weights[0], 1)) for weights in layer_weights(a)[0]]
+        return []
 
-    def weight(self, node: fx.Node, row: Operator) -> str | None:
-        return self.tensor(arguments(node)[row.weights[0]]) if row.weights else None
+    def recurrent(self, node: fx.Node) -> frozenset[Ref]:
+        """The columns of the recurrent weights, and of those that read the layer before inside the operator."""
+        if not _is(node, *GATES):
+            return frozenset()
+        a = arguments(node)
+        layers = [[[a["w_ih"], a["w_hh"]]]] if "w_hh" in a else layer_weights(a)
+        first = {id(weights[0]) for weights in layers[0]}
+        read = [w for layer in layers for each in layer for w in each[:2]]
+        found = [w for w in read if id(w) not in first and w.op == "get_attr" and self.groups(w, 1)]
+        return frozenset((str(w.target), 1) for w in found)
 
-    def depthwise(self, node: fx.Node, row: Operator) -> bool:
+    def depthwise(self, node: fx.Node) -> bool:
         """Do channels stay apart."""
-        weight = self.weight(node, row)
-        grouped = row.kind == "conv" and arguments(node)["groups"] > 1
-        return weight is not None and grouped and self.analysis.tensors[weight][1] == 1
+        a = arguments(node)
+        return a["groups"] > 1 and self.analysis.shapes[a["weight"].name][1] == 1
 
-    def out_axis(self, node: fx.Node, row: Operator) -> int:
-        """The axis of the weight that makes channels."""
-        if row.kind == "conv":
-            return 1 if "transpose" in operator_name(node) and not self.depthwise(node, row) else 0
-        return 0 if row.kind == "linear" else 1
-
-    def demand(self, node: Any) -> frozenset[Ref] | None:
+    def demand(self, node: Any, group: int) -> frozenset[Ref] | None:
         """Tensors to multiply so that closed channels of this value are zero; None if there are none."""
-        if not isinstance(node, fx.Node):
+        if not isinstance(node, fx.Node) or group not in self.groups(node):
             return None
-        if node.name not in self.memo:
-            self.memo[node.name] = None  # graphs are acyclic; the entry only guards recursion
-            self.memo[node.name] = self._demand(node)
-        return self.memo[node.name]
+        key = (node.name, group)
+        if key not in self.memo:
+            self.memo[key] = None  # graphs are acyclic; the entry only guards recursion
+            self.memo[key] = self._demand(node, group)
+        return self.memo[key]
 
-    def _demand(self, node: fx.Node) -> frozenset[Ref] | None:
+    def _demand(self, node: fx.Node, group: int) -> frozenset[Ref] | None:
         if node.op == "get_attr":
-            return frozenset({(str(node.target), self._axis_of(node))}) if self.labelled(node) else None
+            name = str(node.target)
+            return frozenset((name, axis) for axis in self.lies.get((name, group), ())) or None
         if node.op == "call_module":
             if isinstance(self.modules[str(node.target)], BatchNorm):
-                return self._affine(node.args[1:], 0)
-            return self.demand(node.args[0])
+                return self._affine(node.args[1:], group)
+            return self.demand(node.args[0], group)
         if node.op != "call_function":
             return None
         if node.target.__name__ == "getitem":  # type: ignore[union-attr]
-            return self.demand(node.args[0])
+            return self._demand_of_part(node, group)
         row, a = aten_operator(operator_name(node)), arguments(node)
-        if row.kind == "cat":
-            return self._all([t for t in a["tensors"] if self.labelled(t)])
+        if row.kind in ("cat", "stack"):
+            return self._all([t for t in a["tensors"] if row.kind == "stack" or group in self.groups(t)], group)
         if row.zero == "sum":
-            return self._all([a["self"], a["other"]])
+            return self._all([a["self"], a["other"]], group)
         if row.zero == "mul":
-            found = [r for v in (a["self"], a["other"]) if self.labelled(v) and (r := self.demand(v)) is not None]
-            return min(found, key=len) if found else None
+            return self._least([a["self"], a["other"]], group)
         if row.is_a("norm"):
-            return self._norm(node, a)
+            return self._norm(node, a, group)
+        if row.kind in ("matmul", "einsum"):  # of two activations, the reader's columns are the better place
+            return self._least([v for v in node.all_input_nodes if v.name in self.weights], group)
+        if row.kind == "embedding":
+            return self.demand(a["weight"], group)
         if row.weights:
-            weight = self.weight(node, row)
-            bias = a[row.weights[1]] if len(row.weights) > 1 else None
-            return None if weight is None else self._produced(weight, self.out_axis(node, row), bias)
-        if row.kind == "combine" and not self.labelled(node.args[0]):
+            return self._produced(node, row, a, group)
+        if row.kind == "combine" and group not in self.groups(node.args[0]):
             return None
-        return self.demand(node.args[0]) if keeps_zero(row, node) else None
+        return self.demand(node.args[0], group) if keeps_zero(row, node) else None
 
-    def _all(self, operands: list[Any]) -> frozenset[Ref] | None:
+    def _demand_of_part(self, node: fx.Node, group: int) -> frozenset[Ref] | None:
+        """A part of a split value lies on fewer channels, and the whole is zero where it is."""
+        whole = node.args[0]
+        assert isinstance(whole, fx.Node)
+        row = aten_operator(operator_name(whole))
+        return self.demand(whole.args[0], group) if keeps_zero(row, whole) else None
+
+    def _least(self, operands: Iterable[Any], group: int) -> frozenset[Ref] | None:
+        """One factor of a product must vanish."""
+        found = [refs for v in operands if (refs := self.demand(v, group)) is not None]
+        return min(found, key=len) if found else None
+
+    def _all(self, operands: Iterable[Any], group: int) -> frozenset[Ref] | None:
         """Every operand must vanish; a number or a value without the labelled axis does not."""
         found: set[Ref] = set()
         for operand in operands:
-            tensor = self.tensor(operand)
-            if tensor is None and not self.labelled(operand):
-                return None
-            refs = self._tensor_refs(tensor) if tensor is not None else self.demand(operand)
+            refs = self.demand(operand, group)
             if refs is None:
                 return None
             found |= refs
         return frozenset(found)
 
-    def _tensor_refs(self, tensor: str) -> frozenset[Ref] | None:
-        axes = {ref.axis for g in self.analysis.groups for ref in g.refs if ref.param == tensor}
-        return frozenset({(tensor, axes.pop())}) if len(axes) == 1 else None
+    def _affine(self, tensors: Any, group: int) -> frozenset[Ref] | None:
+        """Scale and shift of a norm, either of which may be absent, but not both."""
+        given = [t for t in tensors if t is not None]
+        return self._all(given, group) if given else None
 
-    def _axis_of(self, node: fx.Node) -> int:
-        return self.analysis.values[node.name].dim
-
-    def _affine(self, tensors: Any, axis: int) -> frozenset[Ref] | None:
-        names = [self.tensor(t) for t in tensors]
-        if all(t is None for t in tensors) or any(
-            n is None and t is not None for n, t in zip(names, tensors, strict=True)
-        ):
-            return None
-        return frozenset((name, axis) for name in names if name is not None)
-
-    def _norm(self, node: fx.Node, a: dict[str, Any]) -> frozenset[Ref] | None:
-        if not self.labelled(node):
-            return None
-        axis = self.analysis.values[node.name].dim
+    def _norm(self, node: fx.Node, a: dict[str, Any], group: int) -> frozenset[Ref] | None:
         first = len(self.analysis.shapes[node.name]) - len(a["normalized_shape"]) if "normalized_shape" in a else 1
-        return self._affine((a["weight"], a["bias"]), axis - first) if axis >= first else None
+        on = [axis.dim for axis in self.analysis.values[node.name] if group in axis.groups]
+        return self._affine((a["weight"], a.get("bias")), group) if min(on) >= first else None
 
-    def _produced(self, weight: str, axis: int, bias: Any) -> frozenset[Ref] | None:
-        refs = {(weight, axis)}
-        if bias is not None:
-            name = self.tensor(bias)
-            if name is None:
-                return None
-            refs.add((name, 0))
-        return frozenset(refs)
+    def _produced(self, node: fx.Node, row: Operator, a: dict[str, Any], group: int) -> frozenset[Ref] | None:
+        """The rows of a weight with its bias."""
+        weight, bias = a[row.weights[0]], a[row.weights[1]] if len(row.weights) > 1 else None
+        return self._all([weight] if bias is None else [weight, bias], group)

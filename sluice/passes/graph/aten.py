@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from sluice.passes.graph import aten_attention as attention
 from sluice.passes.graph import aten_layout as layout
+from sluice.passes.graph import aten_recurrent as recurrent
 from sluice.passes.graph.aten_walk import (
     Args,
     OperatorRule,
@@ -25,122 +27,118 @@ from sluice.passes.graph.aten_walk import (
     where,
 )
 from sluice.passes.graph.capture_modes import BatchNorm
-from sluice.passes.graph.coupling import Axis
+from sluice.passes.graph.coupling import Value, fixed, matmul_letters
 from sluice.passes.graph.exclusion import leave_out
 from sluice.passes.graph.groups import Analysis, check_cuttable, find_groups
 from sluice.passes.graph.operators import ATEN
 
 __all__ = ["RULES", "analyze"]
 
+LETTERS = "abcdefgh"
 
-def _conv(w: Walk, n: fx.Node, a: Args) -> Axis | None:
+
+def _conv(w: Walk, n: fx.Node, a: Args) -> Value:
+    x, weight = w.operand(a["input"]), w.operand(a["weight"])
+    bias = w.operand(a["bias"]) if a["bias"] is not None else None
     transposed = "transpose" in operator_name(n)
-    out, into = (1, 0) if transposed else (0, 1)
-    rank = len(w.size(a["input"]))
-    dim = rank - len(w.size(a["weight"])) + 1
-    bias = w.tensor(a["bias"])
-    return w.coupling.contract(
-        w.of(a["input"]), dim, rank, w.tensor(a["weight"]), out, into, bias, a["groups"], where(n, a["weight"])
-    )
+    return w.coupling.convolve(x, weight, bias, a["groups"], transposed, where(n, a["weight"]))
 
 
-def _linear(w: Walk, n: fx.Node, a: Args) -> Axis | None:
-    rank = len(w.size(a["input"]))
-    bias = w.tensor(a.get("bias"))
-    return w.coupling.contract(
-        w.of(a["input"]), rank - 1, rank, w.tensor(a["weight"]), 0, 1, bias, 1, where(n, a["weight"])
-    )
+def _linear(w: Walk, n: fx.Node, a: Args) -> Value:
+    x, weight, lead = a["input"], a["weight"], LETTERS[: len(w.size(a["input"])) - 1]
+    factors = [(*w.operand(x), f"{lead}i", w.is_weight(x)), (*w.operand(weight), "oi", w.is_weight(weight))]
+    out = w.coupling.contract(factors, f"{lead}o", where(n, weight))
+    return _shifted(w, out, n, a.get("bias"), where(n, weight))
 
 
-def _addmm(w: Walk, n: fx.Node, a: Args) -> Axis | None:
-    return w.coupling.contract(
-        w.of(a["mat1"]), 1, 2, w.tensor(a["mat2"]), 1, 0, w.tensor(a["self"]), 1, where(n, a["mat2"])
-    )
+def _addmm(w: Walk, n: fx.Node, a: Args) -> Value:
+    out = _product(w, n, a["mat1"], a["mat2"])
+    return _shifted(w, out, n, a["self"], where(n, a["mat2"]))
 
 
-def _matmul(w: Walk, n: fx.Node, a: Args) -> Axis | None:
-    x, weight = a["self"], a.get("other", a.get("mat2"))
-    if w.tensor(weight) is None or len(w.size(weight)) != 2:
-        return unknown(w, n, a)
-    rank = len(w.size(x))
-    return w.coupling.contract(w.of(x), rank - 1, rank, w.tensor(weight), 1, 0, None, 1, where(n, weight))
+def _matmul(w: Walk, n: fx.Node, a: Args) -> Value:
+    return _product(w, n, n.args[0], n.args[1])
 
 
-def _computed(w: Walk, tensors: Sequence[Any]) -> bool:
-    """Is one of the tensors of a norm neither absent nor a named tensor?"""
-    return any(t is not None and w.tensor(t) is None for t in tensors)
+def _product(w: Walk, n: fx.Node, x: Any, y: Any) -> Value:
+    left, right, out = matmul_letters(len(w.size(x)), len(w.size(y)))
+    factors = [(*w.operand(x), left, w.is_weight(x)), (*w.operand(y), right, w.is_weight(y))]
+    return w.coupling.contract(factors, out, where(n, y))
 
 
-def _instance_norm(w: Walk, n: fx.Node, a: Args) -> Axis | None:
-    tensors = [a[k] for k in ("weight", "bias", "running_mean", "running_var")]
-    if _computed(w, tensors):
-        return unknown(w, n, a)
-    return w.coupling.per_channel(w.of(a["input"]), 1, [w.tensor(t) for t in tensors], where(n))
+def _shifted(w: Walk, value: Value, n: fx.Node, bias: Any, name: str) -> Value:
+    if bias is None:
+        return value
+    return w.coupling.combine([(value, w.size(n)), w.operand(bias)], len(value), name)
 
 
-def _group_norm(w: Walk, n: fx.Node, a: Args) -> Axis | None:
-    if _computed(w, [a["weight"], a["bias"]]):
-        return unknown(w, n, a)
-    names = [w.tensor(a["weight"]), w.tensor(a["bias"])]
-    return w.coupling.group_norm(w.of(a["input"]), 1, a["num_groups"], names, where(n))
+def _per_channel(w: Walk, n: fx.Node, a: Args) -> Value:
+    vectors = w.operands([a[k] for k in ("weight", "bias", "running_mean", "running_var")])
+    return w.coupling.per_channel(w.operand(a["input"]), 1, vectors, where(n))
 
 
-def _layer_norm(w: Walk, n: fx.Node, a: Args) -> Axis | None:
-    if _computed(w, [a["weight"], a["bias"]]):
-        return unknown(w, n, a)
+def _group_norm(w: Walk, n: fx.Node, a: Args) -> Value:
+    affine = w.operands([a["weight"], a["bias"]])
+    return w.coupling.group_norm(w.operand(a["input"]), 1, a["num_groups"], affine, where(n))
+
+
+def _layer_norm(w: Walk, n: fx.Node, a: Args) -> Value:
     first = len(w.size(a["input"])) - len(a["normalized_shape"])
-    return w.coupling.layer_norm(w.of(a["input"]), first, [w.tensor(a["weight"]), w.tensor(a["bias"])], where(n))
+    affine = w.operands([a["weight"], a.get("bias")])
+    return w.coupling.layer_norm(w.operand(a["input"]), first, affine, where(n))
 
 
-def _combine(w: Walk, n: fx.Node, a: Args) -> Axis | None:
-    operands = [(w.of(v), w.size(v), w.tensor(v)) for v in n.all_input_nodes if w.shape.get(v.name) is not None]
-    return w.coupling.combine(operands, w.size(n), where(n))
+def _combine(w: Walk, n: fx.Node, a: Args) -> Value:
+    tensors = [v for v in n.all_input_nodes if v.name in w.shape]
+    return w.coupling.combine(w.operands(tensors), len(w.size(n)), where(n))
 
 
-def _unary(w: Walk, n: fx.Node, a: Args) -> Axis | None:
+def _unary(w: Walk, n: fx.Node, a: Args) -> Value:
     return w.of(n.args[0])
 
 
-def _prelu(w: Walk, n: fx.Node, a: Args) -> Axis | None:
-    x = w.of(a["self"])
-    if x is not None and w.size(a["weight"]) not in ((1,), ()):
-        if _computed(w, [a["weight"]]):
-            return unknown(w, n, a)
-        return w.coupling.per_channel(x, 1, [w.tensor(a["weight"])], where(n))
-    return x
+def _prelu(w: Walk, n: fx.Node, a: Args) -> Value:
+    x, slope = w.operand(a["self"]), w.operand(a["weight"])
+    if slope[1] in ((1,), ()):
+        return x[0]
+    return w.coupling.per_channel(x, 1, [slope], where(n))
 
 
-def _reduce(w: Walk, n: fx.Node, a: Args) -> Axis | None:
+def _reduce(w: Walk, n: fx.Node, a: Args) -> Value:
+    if isinstance(a.get("other"), fx.Node):  # the larger of two values, no maximum over an axis
+        return _combine(w, n, a)
     rank = len(w.size(a["self"]))
     dims = a.get("dim")
     dims = list(range(rank)) if dims is None or dims == [] else dims if isinstance(dims, Sequence) else [dims]
-    axis = w.coupling.reduce(w.of(a["self"]), dims, rank, bool(a.get("keepdim", False)), where(n))
-    if isinstance(n.meta.get("val"), (tuple, list)):  # max and min with their positions
-        w.parts[n.name] = [axis] * len(n.meta["val"])
-        return None
-    return axis
+    return _several(w, n, w.coupling.reduce(w.of(a["self"]), dims, bool(a.get("keepdim", False)), where(n)))
 
 
-def _spatial(w: Walk, n: fx.Node, a: Args) -> Axis | None:
-    spatial_axes = next(int(c) for c in operator_name(n) if c.isdigit())
-    axis = w.coupling.spatial(w.of(n.args[0]), len(w.size(n.args[0])) - spatial_axes, where(n))
+def _several(w: Walk, n: fx.Node, value: Value) -> Value:
+    """The result, also where its positions come with it."""
     if isinstance(n.meta.get("val"), (tuple, list)):
-        w.parts[n.name] = [axis] * len(n.meta["val"])
-        return None
-    return axis
+        w.parts[n.name] = [value] * len(n.meta["val"])
+        return ()
+    return value
 
 
-def _pad(w: Walk, n: fx.Node, a: Args) -> Axis | None:
+def _spatial(w: Walk, n: fx.Node, a: Args) -> Value:
+    axes = next(int(c) for c in operator_name(n) if c.isdigit())
+    rank = len(w.size(n.args[0]))
+    return _several(w, n, w.coupling.beside(w.of(n.args[0]), range(rank - axes, rank), where(n)))
+
+
+def _pad(w: Walk, n: fx.Node, a: Args) -> Value:
     rank, pads = len(w.size(a["self"])), a["pad"] if "pad" in a else a["padding"]
-    return w.coupling.spatial(w.of(a["self"]), rank - len(pads) // 2, where(n))
+    padded = [rank - 1 - k // 2 for k, size in enumerate(pads) if size != 0]
+    return w.coupling.beside(w.of(a["self"]), padded, where(n))
 
 
-def _along(w: Walk, n: fx.Node, a: Args) -> Axis | None:
+def _along(w: Walk, n: fx.Node, a: Args) -> Value:
     return w.coupling.along(w.of(a["self"]), a["dim"] % len(w.size(a["self"])), where(n))
 
 
-def _fixed(w: Walk, n: fx.Node, a: Args) -> Axis | None:
-    return None
+def _fixed(w: Walk, n: fx.Node, a: Args) -> Value:
+    return fixed(w.size(n))
 
 
 # The rule of every kind of `sluice.passes.graph.operators`.
@@ -152,7 +150,12 @@ KINDS: dict[str, OperatorRule] = {
     "linear": _linear,
     "addmm": _addmm,
     "matmul": _matmul,
-    "instance_norm": _instance_norm,
+    "embedding": attention.embedding,
+    "sdpa": attention.sdpa,
+    "einsum": attention.einsum,
+    "lstm": recurrent.lstm,
+    "cell": recurrent.cell,
+    "instance_norm": _per_channel,
     "group_norm": _group_norm,
     "layer_norm": _layer_norm,
     "spatial": _spatial,
@@ -160,6 +163,9 @@ KINDS: dict[str, OperatorRule] = {
     "reduce": _reduce,
     "along": _along,
     "fixed": _fixed,
+    "full": layout.full,
+    "stack": layout.stack,
+    "unbind": layout.unbind,
     "reshape": layout.reshape,
     "permute": layout.permute,
     "expand": layout.expand,
@@ -175,16 +181,18 @@ KINDS: dict[str, OperatorRule] = {
     "pixel_shuffle": layout.pixel_shuffle,
     "pixel_unshuffle": layout.pixel_unshuffle,
     "channel_shuffle": layout.channel_shuffle,
+    "index": layout.index,
     "index_select": layout.index_select,
 }
 RULES: dict[str, OperatorRule] = {name: KINDS[row.kind] for name, row in ATEN.items() if row.kind in KINDS}
 
 
-def analyze(gm: fx.GraphModule, exclude: Sequence[str] = (), *, needed: bool = True) -> Analysis:
-    """Read a captured graph: groups, what is frozen and why, the labelled axis of every node.
+def analyze(gm: fx.GraphModule, exclude: Sequence[str] = (), *, needed: bool = True, dims: bool = False) -> Analysis:
+    """Read a captured graph: groups, what is frozen and why, the labelled axes of every node.
 
     Args:
         needed: False for a network whose widths may all be fixed, since ranks, blocks or merges are edited instead.
+        dims: the dimensions of attention heads are groups as well.
     Raises:
         SluiceError: no width can be cut, and one is needed.
     """
@@ -193,27 +201,32 @@ def analyze(gm: fx.GraphModule, exclude: Sequence[str] = (), *, needed: bool = T
     for node in gm.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
-            w.shape[node.name] = static_shape(value)
+            w.shape[node.name] = static_shape(value, w.batch)
         if node.op == "get_attr":
-            w.axis[node.name] = w.vector(node)
+            w.weights.add(node.name)
+            w.value[node.name] = w.parameter(node)
         elif node.op == "call_function":
+            inputs = [v for v in node.all_input_nodes if v.name in w.shape or v.name in w.parts]
+            if inputs and all(v.name in w.weights for v in inputs):
+                w.weights.add(node.name)
             if node.target is operator.getitem:
-                w.axis[node.name] = layout.getitem(w, node, {})
+                w.value[node.name] = layout.getitem(w, node, {})
             elif isinstance(node.target, torch._ops.OpOverload):
                 rule = RULES.get(operator_name(node), unknown)
-                w.axis[node.name] = rule(w, node, arguments(node))
-            elif any(w.of(v) is not None for v in node.all_input_nodes):
+                w.value[node.name] = rule(w, node, arguments(node))
+            else:
                 unknown(w, node, {})
         elif node.op == "call_module":
             x = node.args[0]
-            w.axis[node.name] = w.of(x)
+            w.value[node.name] = w.of(x)
             if isinstance(modules[node.target], BatchNorm):
                 own = [f"{node.target}.{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var")]
-                names = [name for name in own if name in w.coupling.tensors]
-                w.axis[node.name] = w.coupling.per_channel(w.of(x), 1, names, str(node.target))
+                vectors = [(w.coupling.value(v), w.coupling.tensors[v]) for v in own if v in w.coupling.tensors]
+                w.value[node.name] = w.coupling.per_channel(w.operand(x), 1, vectors, str(node.target))
         elif node.op == "output":
             w.coupling.unknown([w.of(v) for v in node.all_input_nodes], "is an output of the model")
-    analysis = leave_out(find_groups(w.coupling, w.axis, w.shape), exclude)
+    w.coupling.settle(dims)
+    analysis = leave_out(find_groups(w.coupling, w.value, w.shape), exclude)
     if needed:
         check_cuttable(analysis)
     return analysis

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from sluice.passes.graph.coupling import Axis, Coupling, Shape
+from sluice.core.algebra import prime_beside
+from sluice.passes.graph.coupling import Coupling, Operand, Shape, Value, fixed
 from sluice.passes.graph.operators import ATEN, Operator
 
 __all__ = [
@@ -30,52 +31,84 @@ BATCH = 10_007  # stands for a dynamic size: prime, so that products stay recogn
 
 
 class Walk:
-    """State of one walk over a graph: labelled axes and sizes by node."""
+    """State of one walk over a graph: labels and sizes by node."""
 
     def __init__(self, gm: fx.GraphModule):
         state = gm.state_dict(keep_vars=True)
+        first: dict[int, str] = {}  # one tensor under several names is one tensor
+        read = [str(node.target) for node in gm.graph.nodes if node.op == "get_attr"]
+        self.names = {name: first.setdefault(id(state[name]), name) for name in read if name in state}
         self.coupling = Coupling({name: tuple(t.shape) for name, t in state.items()})
-        self.axis: dict[str, Axis | None] = {}
+        self.batch = stand_in(gm)
+        self.value: dict[str, Value] = {}
         self.shape: dict[str, Shape] = {}
-        self.parts: dict[str, list[Axis | None]] = {}  # nodes with several outputs
+        self.parts: dict[str, list[Value]] = {}  # nodes with several outputs
+        self.weights: set[str] = set()  # nodes computed from named tensors alone
 
-    def of(self, node: Any) -> Axis | None:
-        return self.axis.get(node.name) if isinstance(node, fx.Node) else None
+    def of(self, node: Any) -> Value:
+        """The labels of a node, of a number among the arguments as well."""
+        found = self.value.get(node.name) if isinstance(node, fx.Node) else None
+        return fixed(self.size(node)) if found is None else found
 
     def size(self, node: Any) -> Shape:
         return self.shape.get(node.name, ()) if isinstance(node, fx.Node) else ()
 
-    def tensor(self, node: Any) -> str | None:
-        """Name of the state_dict tensor that the node reads, if it does."""
-        if isinstance(node, fx.Node) and node.op == "get_attr" and node.target in self.coupling.tensors:
-            return str(node.target)
-        return None
+    def operand(self, node: Any) -> Operand:
+        return self.of(node), self.size(node)
 
-    def vector(self, node: fx.Node) -> Axis | None:
-        """A named tensor with one axis longer than 1, read as a value (a bias, a layer scale)."""
-        name = self.tensor(node)
-        long = [] if name is None else [d for d, size in enumerate(self.coupling.tensors[name]) if size > 1]
-        return Axis(long[0], self.coupling.param(name, long[0])) if name is not None and len(long) == 1 else None
+    def operands(self, nodes: Sequence[Any]) -> list[Operand]:
+        """Of those that are tensors."""
+        return [self.operand(node) for node in nodes if isinstance(node, fx.Node)]
+
+    def is_weight(self, node: Any) -> bool:
+        return isinstance(node, fx.Node) and node.name in self.weights
+
+    def free(self, sizes: Sequence[Any]) -> list[int]:
+        """The places of sizes that are plain numbers."""
+        return [d for d, size in enumerate(sizes) if isinstance(size, int) and size > 1]
+
+    def parameter(self, node: fx.Node) -> Value:
+        """A tensor that the network holds; one that it does not save is fixed."""
+        name = self.names.get(str(node.target))
+        return fixed(self.size(node)) if name is None else self.coupling.value(name)
 
 
 Args = dict[str, Any]
-OperatorRule = Callable[[Walk, fx.Node, Args], Axis | None]
+OperatorRule = Callable[[Walk, fx.Node, Args], Value]
 
 
-def unknown(w: Walk, n: fx.Node, a: Args) -> Axis | None:
+def unknown(w: Walk, n: fx.Node, a: Args) -> Value:
+    """Everything that the operator reads stays whole."""
     w.coupling.unknown([w.of(v) for v in n.all_input_nodes], f"unknown operator {operator_name(n)} ({n.name})")
-    return None
+    for weight in (v for v in n.all_input_nodes if w.is_weight(v) and len(w.size(v)) > 1):
+        w.coupling.produce(w.of(weight)[0])
+    return fixed(w.size(n))
 
 
-def static_shape(value: torch.Tensor) -> Shape:
-    """Sizes as ints; every symbol counts as `BATCH`."""
+def stand_in(gm: fx.GraphModule) -> int:
+    """A prime that divides no size of the graph, to stand for a free batch."""
+    sizes: set[int] = set()
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        for tensor in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(tensor, torch.Tensor):
+                sizes.update(size for size in tensor.shape if isinstance(size, int))
+        for argument in node.args:
+            for size in argument if isinstance(argument, (tuple, list)) else (argument,):
+                if isinstance(size, int):
+                    sizes.add(abs(size))
+    return prime_beside(sizes)
+
+
+def static_shape(value: torch.Tensor, batch: int = BATCH) -> Shape:
+    """Sizes as ints; every symbol counts as ``batch``."""
     sizes = []
     for size in value.shape:
         if isinstance(size, int):
             sizes.append(size)
         else:
             expr = size.node.expr
-            sizes.append(int(expr.subs(dict.fromkeys(expr.free_symbols, BATCH))))
+            sizes.append(int(expr.subs(dict.fromkeys(expr.free_symbols, batch))))
     return tuple(sizes)
 
 

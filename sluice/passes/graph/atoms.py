@@ -1,39 +1,54 @@
 """Atoms: the indices of cuttable axes, tied into the channels that go or stay as a whole.
 
-Every index of every cuttable tensor axis is an *atom*. A class of tied atoms is one channel (union-find); a class that
-is frozen may never be cut, and the first reason given for it stays.
+1. Every index of every axis of a named tensor is an *atom*. A class of tied atoms is one channel (union-find); a class
+   that is frozen may never be cut, and the first reason given for it stays.
+2. An axis of a value has *layers* of atoms, each with one atom per index, or -1 where the layer says nothing. Index i
+   stays if and only if the atoms of all layers at i stay. An axis without layers is fixed.
+3. An atom e can be *substituted* by a product ``a & b``, for good: e stays if and only if a and b stay. So row
+   ``h * D + d`` of a weight that is split into heads stays iff head h and dimension d stay. A product that is frozen
+   freezes its factors; a factor that is frozen leaves the others free.
+4. Uniting two axes (`Atoms.unite`): equal layers are one already. Layers that divide the indices alike are united index
+   by index. One layer left against several is substituted by them. Two different splits of one axis keep the last
+   layer of each and freeze the others. A layer that nothing is left to meet is frozen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-__all__ = ["Atoms", "Axis", "Shape"]
+__all__ = ["FIXED", "Atoms", "Layers", "Shape", "Split", "Value"]
 
 Shape = tuple[int, ...]
+Layers = tuple[np.ndarray, ...]
+Value = tuple[Layers, ...]  # the layers of each axis of a value
+FIXED: Layers = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Axis:
-    """The labelled axis of a value: ``atoms[i]`` is the atom of index ``i`` along ``dim``."""
+class Split:
+    """A layer that a reshape split: the factors along each of the axes, from the outer to the inner one."""
 
-    dim: int
-    atoms: np.ndarray
+    factors: Layers
+    where: str
 
 
 class Atoms:
     """Union-find over the atoms of named tensors; ``tensors`` gives the shape of each."""
 
-    def __init__(self, tensors: dict[str, Shape]):
+    def __init__(self, tensors: Mapping[str, Shape]):
         self.tensors = tensors  # name -> shape of every named tensor that may be sliced
         self.axes: dict[tuple[str, int], np.ndarray] = {}  # (tensor, axis) -> atoms, for the axes met so far
-        self.producers: list[tuple[str, int]] = []  # output axes in graph order
+        self.splits: list[Split] = []
+        self._keys: list[tuple[str, int]] = []
         self._parent = np.arange(64)  # of every atom; entries behind the last atom point at themselves
+        self._home = np.full(64, -1)  # the axis that an atom was made for, an index into _keys; -1: none
+        self._factors = np.full((64, 2), -1)  # of every root that is a product
         self._count = 0
-        self._reasons: dict[int, str] = {}  # by root
+        self._reasons: dict[int, str] = {}  # by root that is no product
 
     @property
     def count(self) -> int:
@@ -42,22 +57,56 @@ class Atoms:
 
     def new(self, count: int) -> np.ndarray:
         start, self._count = self._count, self._count + count
-        if self._count > len(self._parent):
+        if (more := 2 * self._count - len(self._parent)) > self._count:
             self._parent = np.concatenate([self._parent, np.arange(len(self._parent), 2 * self._count)])
+            self._home = np.concatenate([self._home, np.full(more, -1)])
+            self._factors = np.concatenate([self._factors, np.full((more, 2), -1)])
         return np.arange(start, self._count)
 
+    def param(self, name: str, axis: int) -> np.ndarray:
+        """The atoms of an axis of a named tensor."""
+        key = (name, axis)
+        if key not in self.axes:
+            self.axes[key] = self.new(self.tensors[name][axis])
+            self._home[self.axes[key]] = len(self._keys)
+            self._keys.append(key)
+        return self.axes[key]
+
+    def value(self, name: str) -> Value:
+        """A named tensor as a value: labelled on all axes."""
+        return tuple((self.param(name, axis),) for axis in range(len(self.tensors[name])))
+
+    def homes(self, layers: Layers) -> list[tuple[str, int]]:
+        """The axes of named tensors whose atoms lie in these layers, in the order in which they appear there."""
+        found = [self._home[layer[layer >= 0]] for layer in layers]
+        return [self._keys[k] for k in dict.fromkeys(k for homes in found for k in homes.tolist()) if k >= 0]
+
     def roots(self, atoms: np.ndarray) -> np.ndarray:
-        """The lowest atom of the class of every one of ``atoms``, same shape."""
+        """The lowest atom of the class of every one of ``atoms``, same shape; -1 where there is none."""
         found = self._parent[atoms]
         while not np.array_equal(above := self._parent[found], found):
             found = above
         self._parent[atoms] = found
-        return found
+        return np.where(atoms < 0, -1, found)
+
+    def resolved(self, layers: Layers) -> Layers:
+        """Layers of roots that are no products, which say the same; none of them twice."""
+        todo, done = list(reversed(layers)), list[np.ndarray]()
+        while todo:
+            roots = self.roots(todo.pop())
+            factors = self._factors[roots]
+            factors[roots < 0] = -1
+            product = factors[:, 0] >= 0
+            if product.any():
+                todo.append(np.where(product, factors[:, 1], -1))
+                todo.append(np.where(product, factors[:, 0], roots))
+            elif (roots >= 0).any() and not any(np.array_equal(roots, other) for other in done):
+                done.append(roots)
+        return tuple(done)
 
     def union(self, a: np.ndarray, b: np.ndarray) -> None:
-        """``a[i]`` and ``b[i]`` are one channel, for every i."""
-        if a.shape != b.shape:
-            raise AssertionError(f"{a.shape} atoms cannot be tied to {b.shape}")
+        """``a[i]`` and ``b[i]`` are one channel, for every i; none of them is a product."""
+        assert a.shape == b.shape, (a.shape, b.shape)
         while True:
             first, second = self.roots(a), self.roots(b)
             apart = first != second
@@ -67,20 +116,85 @@ class Atoms:
             # A root tied to several others goes to the lowest now, and takes the rest along in the next round.
             np.minimum.at(self._parent, high, low)
             for root in [r for r in np.unique(high).tolist() if r in self._reasons]:
-                self._reasons.setdefault(self._root(root), self._reasons.pop(root))
+                self._reasons.setdefault(int(self.roots(np.array([root]))[0]), self._reasons.pop(root))
 
-    def _root(self, atom: int) -> int:
-        return int(self.roots(np.array([atom]))[0])
+    def unite(self, a: Layers, b: Layers, where: str) -> None:
+        """Index i of the one axis stays iff index i of the other does, for every i (rule 4)."""
+        if a is b:
+            return
+        why = f"{where} combines it with an axis that is cut differently"
+        left, right = list(self.resolved(a)), list(self.resolved(b))
+        for layer in list(left):
+            if _take(right, lambda other, own=layer: np.array_equal(own, other)) is not None:
+                _drop(left, layer)
+        for layer in list(left):
+            match = _take(right, lambda other, own=layer: _divides_alike(own, other))
+            if match is not None:
+                self._join(layer, match, why)
+                _drop(left, layer)
+        if len(left) > 1 and len(right) > 1:
+            left, right = (
+                self._without_outer(layers, f"{where} meets another split of it") for layers in (left, right)
+            )
+        if not left or not right:
+            self.freeze((*left, *right), why)
+        elif len(left) == len(right) == 1:
+            self._join(left[0], right[0], why)
+        elif len(left) == 1:
+            self._substitute(left[0], right, why)
+        else:
+            self._substitute(right[0], left, why)
 
-    def tie(self, atoms: np.ndarray) -> np.ndarray:
-        """Union along every axis but the last; returns the representatives (last axis)."""
-        rows = atoms.reshape(-1, atoms.shape[-1])
-        self.union(np.broadcast_to(rows[0], rows.shape), rows)
-        return rows[0]
+    def _without_outer(self, layers: list[np.ndarray], why: str) -> list[np.ndarray]:
+        """One of the layers, an inner one of a split; the others are frozen."""
+        outer = self.resolved(tuple(factor for split in self.splits for factor in split.factors[:-1]))
+        roots = np.concatenate([np.unique(layer) for layer in outer]) if outer else np.empty(0, dtype=np.int64)
+        inner = [layer for layer in layers if not np.isin(layer, roots).any()] or layers
+        self.freeze([layer for layer in layers if layer is not inner[-1]], why)
+        return inner[-1:]
 
-    def freeze(self, axis: Axis | np.ndarray | None, reason: str) -> None:
-        if axis is not None:
-            for root in np.unique(self.roots(axis.atoms if isinstance(axis, Axis) else axis)).tolist():
+    def _join(self, a: np.ndarray, b: np.ndarray, why: str) -> None:
+        """Unite two layers; an atom that meets nothing is frozen."""
+        both = (a >= 0) & (b >= 0)
+        self.union(a[both], b[both])
+        self.freeze((np.where(both, -1, a), np.where(both, -1, b)), why)
+
+    def _substitute(self, single: np.ndarray, many: Sequence[np.ndarray], why: str) -> None:
+        """``single[i] := many[0][i] & many[1][i] & ...``; where one atom stands at several places, these are tied."""
+        atoms, first, inverse = np.unique(single, return_index=True, return_inverse=True)
+        for layer in many:
+            self._join(layer[first][inverse], layer, why)
+        factors = [self.roots(layer[first]) for layer in many]
+        if np.isin(np.concatenate(factors), atoms[atoms >= 0]).any() or (atoms < 0).any():
+            self.freeze((single, *many), why)
+            return
+        self.multiply(atoms, factors)
+
+    def multiply(self, atoms: np.ndarray, factors: Sequence[np.ndarray]) -> None:
+        """``atoms[i]`` stays iff ``factors[k][i]`` does for all k; -1 is no factor. ``atoms`` are different roots."""
+        rest = factors[-1]
+        for layer in factors[-2:0:-1]:
+            both = (layer >= 0) & (rest >= 0)
+            made = np.where(layer >= 0, layer, rest)
+            made[both] = self.new(int(both.sum()))
+            self._factors[made[both]] = np.stack([layer[both], rest[both]], axis=1)
+            rest = made
+        both = (factors[0] >= 0) & (rest >= 0)
+        reasons = {k: self._reasons.pop(a) for k, a in enumerate(atoms.tolist()) if a in self._reasons}
+        self._factors[atoms[both]] = np.stack([factors[0][both], rest[both]], axis=1)
+        one = np.where(factors[0] >= 0, factors[0], rest)
+        for k in np.flatnonzero(~both).tolist():
+            if one[k] < 0:
+                reasons.setdefault(k, "nothing says what it goes with")
+            else:  # the other may be a product of later factors, so it is no union
+                self._factors[atoms[k]] = one[k], one[k]
+        for k, reason in reasons.items():
+            self.freeze((atoms[k : k + 1],), reason)
+
+    def freeze(self, layers: Iterable[np.ndarray], reason: str) -> None:
+        """All indices of an axis must stay."""
+        for layer in self.resolved(tuple(layer.reshape(-1) for layer in layers)):
+            for root in np.unique(layer[layer >= 0]).tolist():
                 self._reasons.setdefault(root, reason)
 
     @property
@@ -88,15 +202,27 @@ class Atoms:
         """Why a class must stay, by its root."""
         return self._reasons
 
-    def reason(self, atom: int) -> str | None:
-        return self._reasons.get(self._root(atom))
+    def reason(self, layers: Layers) -> str | None:
+        """The first reason why indices of an axis must stay."""
+        found = (self._reasons.get(root) for layer in self.resolved(layers) for root in layer.tolist())
+        return next((reason for reason in found if reason is not None), None)
 
-    def param(self, name: str, axis: int) -> np.ndarray:
-        key = (name, axis)
-        if key not in self.axes:
-            self.axes[key] = self.new(self.tensors[name][axis])
-        return self.axes[key]
 
-    def unknown(self, inputs: Iterable[Axis | None], reason: str) -> None:
-        for axis in inputs:
-            self.freeze(axis, reason)
+def _take(layers: list[np.ndarray], fits: Any) -> np.ndarray | None:
+    """The first layer that fits, taken off the list."""
+    for k, layer in enumerate(layers):
+        if fits(layer):
+            return layers.pop(k)
+    return None
+
+
+def _drop(layers: list[np.ndarray], layer: np.ndarray) -> None:
+    layers[:] = [other for other in layers if other is not layer]
+
+
+def _divides_alike(a: np.ndarray, b: np.ndarray) -> bool:
+    """Do two layers divide the indices into the same sets, with nothing said at the same places?"""
+    if ((a < 0) != (b < 0)).any():
+        return False
+    (_, first, place), (_, other, theirs) = (np.unique(x, return_index=True, return_inverse=True) for x in (a, b))
+    return len(first) == len(other) and np.array_equal(first[place], other[theirs])

@@ -166,7 +166,7 @@ def export_again(gm: fx.GraphModule, example_inputs: Inputs) -> torch.export.Exp
     args, kwargs, shapes = gm.meta[MARK]["args"], gm.meta[MARK]["kwargs"], None
     if gm.meta[MARK]["dynamic"]:
         args, kwargs, shapes = free_batch(args, kwargs)
-    return torch.export.export(gm, args, kwargs, dynamic_shapes=shapes, strict=False)
+    return _program(gm, args, kwargs, dynamic_shapes=shapes)
 
 
 def has_captured_form(model: nn.Module) -> TypeGuard[fx.GraphModule]:
@@ -232,18 +232,24 @@ def _export(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
     if dynamic and any(isinstance(leaf, Tensor) and leaf.ndim for leaf in pytree.tree_leaves((args, kwargs))):
         try:
             wide_args, wide_kwargs, shapes = free_batch(args, kwargs)
-            exported = torch.export.export(source, wide_args, wide_kwargs, dynamic_shapes=shapes, strict=False)
+            exported = _program(source, wide_args, wide_kwargs, dynamic_shapes=shapes)
             if _one_batch(exported) or _takes_one(source, args, kwargs):
                 return exported, True
         except Exception:  # the model fixes its batch size, or the static export below raises the fault
             pass
     try:
-        return torch.export.export(source, args, kwargs, strict=False), False
+        return _program(source, args, kwargs), False
     except Exception as error:
         raise SluiceError(
             f"torch.export cannot capture {type(source).__name__}: {first_line(error)}; change its forward() so that "
             "torch.export.export(model, inputs, strict=False) succeeds"
         ) from error
+
+
+def _program(module: nn.Module, args: Any, kwargs: Any, *, dynamic_shapes: Any = None) -> torch.export.ExportedProgram:
+    with warnings.catch_warnings():  # a recurrent layer lists its weights anew, which changes nothing
+        warnings.filterwarnings("ignore", message="The tensor attribute.*_flat_weights")
+        return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
 
 
 def _one_batch(exported: torch.export.ExportedProgram) -> bool:

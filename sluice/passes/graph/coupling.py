@@ -3,11 +3,16 @@
 A rule looks at one operator and says which atoms (`sluice.passes.graph.atoms`) are one and the same channel, and which
 may never be cut, with a reason. After the whole graph has been read, the classes of atoms are the channels.
 
-1. A value has at most one labelled axis, ``Axis(dim, atoms)``; ``None`` means that nothing in it can be cut.
-2. A weight makes new atoms for its output axis and ties its input axis to the axis it contracts.
-3. Element-wise operators tie the axes of their operands. A reshape carries labels by index (`sluice.core.algebra`);
-   where it splits one labelled axis into two, the outer positions are tied, so that the kept entries form a rectangle.
-4. An operator without a rule freezes its inputs. Nothing is guessed.
+1. A value has layers of atoms on every axis; an axis without layers is fixed, an axis of size 1 carries nothing.
+   Named tensors are values like any other, labelled on all axes. What is computed from them needs no rule of its own.
+2. A contraction unites the axes that its operands share and passes the others on. That is one rule for linear layers,
+   matrix products of two activations, attention and einsum.
+3. Element-wise operators unite the axes of their operands. A reshape carries labels by index (`sluice.core.algebra`);
+   where it splits a layer over several axes, every atom becomes a product (`sluice.passes.graph.atoms`, 3).
+4. Of a split, the inner axis can be cut, so that the kept entries form a rectangle. The other axes can be as well where
+   they are *heads*: axes that a product of two activations has in common and keeps. Then the inner ones, which are the
+   dimensions of heads, stay as they are unless they are asked for.
+5. An operator without a rule freezes its inputs. Nothing is guessed.
 
 The two front ends (`sluice.passes.graph.aten`, `sluice.passes.graph.onnx_axes`) only translate operators into these
 rules.
@@ -15,229 +20,170 @@ rules.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from sluice.core.algebra import reshape_labels
-from sluice.passes.graph.atoms import Atoms, Axis, Shape
+from sluice.passes.graph.atoms import FIXED, Layers, Shape, Value
+from sluice.passes.graph.layout import READS, SHAPED, Layout, Operand, fixed
 
-__all__ = ["Axis", "Coupling", "Shape"]
+__all__ = ["FIXED", "Coupling", "Layers", "Operand", "Shape", "Value", "fixed", "matmul_letters"]
 
 
-class Coupling(Atoms):
-    """The rules. Sizes are plain ints (a dynamic batch is given some large prime)."""
+def matmul_letters(left: int, right: int) -> tuple[str, str, str]:
+    """Operands and result of a matrix product of two ranks in letters, as einsum has them; ``k`` is summed over."""
+    batch = "abcdefgh"[: max(left, right, 2) - 2]
+    one = "k" if left == 1 else batch[len(batch) - (left - 2) :] + "mk"
+    two = "k" if right == 1 else batch[len(batch) - (right - 2) :] + "kn"
+    return one, two, batch + "m" * (left > 1) + "n" * (right > 1)
 
-    def contract(
-        self, x: Axis | None, dim: int, rank: int, weight: str | None, out_axis: int, in_axis: int,
-        bias: str | None, groups: int, where: str,
-    ) -> Axis | None:  # fmt: skip
-        """Convolutions, transposed convolutions and matrix products with a named weight.
 
-        ``dim``: the contracted axis of x (for the result: of the output), ``out_axis``/``in_axis``: the weight's.
+class Coupling(Layout):
+    """The rules of operators that compute, beside those of `sluice.passes.graph.layout`."""
+
+    def __init__(self, tensors: Mapping[str, Shape]):
+        super().__init__(tensors)
+        self.heads: list[np.ndarray] = []  # layers on the shared axes of products of two activations
+
+    def contract(self, operands: Sequence[tuple[Value, Shape, str, bool]], out: str, where: str) -> Value:
+        """A sum of products, written as in einsum: a letter per axis of each operand, and those of the result.
+
+        Args:
+            operands: value, shape, letters, and whether it is a weight: computed from named tensors alone. The axes
+                that weights alone have are channels that the layer makes.
         """
-        dim %= rank
-        if weight is None:
-            self.freeze(x, f"the weight of {where} is computed, not a named tensor")
-            return None
-        if x is not None and x.dim != dim:
-            self.freeze(x, f"{where} contracts another axis than the labelled one")
-            x = None
-        if groups == 1:
-            out = self.param(weight, out_axis)
-            if x is None:
-                self.freeze(self.param(weight, in_axis), f"{where} reads a value whose size is fixed")
-            else:
-                self.union(x.atoms, self.param(weight, in_axis))
+        parts: dict[str, list[tuple[Layers, int]]] = {}
+        free: dict[str, list[bool]] = {}
+        for value, shape, letters, is_weight in operands:
+            for layers, size, letter in zip(value, shape, letters, strict=True):
+                parts.setdefault(letter, []).append((layers, size))
+                free.setdefault(letter, []).append(is_weight)
+        found = {}
+        for letter, each in parts.items():
+            reason = SHAPED if letter in out else READS
+            found[letter] = self.match(each, where, reason)
+            if letter in out and free[letter].count(False) > 1:
+                self.heads.extend(found[letter])
+            if letter in out and all(free[letter]):
+                self.produce(found[letter])
+        return tuple(found[letter] for letter in out)
+
+    def attend(self, q: Operand, k: Operand, v: Operand, mask: Operand | None, where: str) -> Value:
+        """Softmax(q k^T + mask) v, with heads in the third axis from the end and positions in the second.
+
+        Where q has several times as many heads, each of k and v serves as many of q, one behind the other.
+        """
+        (value, size), (_, shared) = q, k
+        lead, times = "abcdefg"[: len(size) - 2], size[-3] // shared[-3] if len(size) > 3 else 1
+        grouped = (*size[:-3], shared[-3], times) if times > 1 else size[:-2]
+        letters = lead + "h" * (times > 1)
+
+        def regrouped(x: Value, to: Shape, tail: Shape) -> Value:
+            return (
+                x
+                if times == 1
+                else self.reshape(x, (*(size[:-2] if to is grouped else grouped), *tail), (*to, *tail), where)
+            )
+
+        value, scored = regrouped(value, grouped, size[-2:]), (size[-2], shared[-2])
+        self.heads.extend(value[-3] if times > 1 else ())  # of those, each of k and v serves all
+        factors = [(value, (*grouped, *size[-2:]), f"{letters}qd", False), (*k, f"{lead}kd", False)]
+        scores = self.contract(factors, f"{letters}qk", where)
+        if mask is not None:
+            plain = (regrouped(scores, size[:-2], scored), (*size[:-2], *scored))
+            scores = regrouped(self.combine([plain, mask], len(size), where), grouped, scored)
+        self.along(scores, -1, where)
+        factors = [(scores, (*grouped, *scored), f"{letters}qk", False), (*v, f"{lead}kv", False)]
+        return regrouped(self.contract(factors, f"{letters}qv", where), size[:-2], (size[-2], v[1][-1]))
+
+    def convolve(
+        self, x: Operand, weight: Operand, bias: Operand | None, groups: int, transposed: bool, where: str
+    ) -> Value:  # fmt: skip
+        """Convolutions: axis 1 of x is contracted. The result has the rank of x."""
+        (value, shape), (w, sizes) = x, weight
+        dim = len(shape) - len(sizes) + 1
+        for d, layers in enumerate(value):
+            if d > dim:
+                self.freeze(layers, f"{where} contracts another axis than the labelled one")
+        if groups > 1:
+            out, size = self._grouped(value[dim], w, sizes, groups, transposed, where)
         else:
-            out = self._grouped(x, weight, out_axis, in_axis, groups, where)
-        if (weight, out_axis) not in self.producers:
-            self.producers.append((weight, out_axis))
+            into, out, size = (w[0], w[1], sizes[1]) if transposed else (w[1], w[0], sizes[0])
+            self.match([(value[dim], shape[dim]), (into, shape[dim])], where, READS)
+        self.produce(out)
         if bias is not None:
-            self._along(out, bias)
-        return Axis(dim, out)
+            self.match([(out, size), (bias[0][0], bias[1][0])], where)
+        return (*value[:dim], out, *fixed(shape[dim + 1 :]))
 
-    def _grouped(self, x: Axis | None, weight: str, out_axis: int, in_axis: int, groups: int, where: str) -> np.ndarray:
+    def _grouped(
+        self, x: Layers, w: Value, sizes: Shape, groups: int, transposed: bool, where: str
+    ) -> tuple[Layers, int]:
         """Depthwise: out channel follows in channel. Grouped: the same position of every group is one channel."""
-        transposed = out_axis == 1
-        first = self.param(weight, 0)  # (in channels if transposed else out channels)
-        second = self.param(weight, 1)  # per group
-        per_group = len(second)
-        if x is None:
-            reason = f"{where} reads a value whose size is fixed"
-            self.freeze(first if transposed else second, reason)
-            if per_group == 1 or transposed:
-                self.freeze(first, reason)
-        if per_group == 1:  # depthwise, perhaps with a channel multiplier
-            self.freeze(second, f"{where} is depthwise")
-            rows = first.reshape(groups, -1)
-            self.tie(rows.T.reshape(rows.shape[1], groups))
-            if x is not None:
-                self.union(x.atoms, rows[:, 0])
-            if transposed and rows.shape[1] > 1:
-                self.freeze(first, f"{where} is a depthwise transposed convolution with several inputs per group")
-                return self.new(groups)
-            return first
-        rows = first.reshape(groups, -1)
-        shared = self.tie(rows)
-        if transposed:
-            if x is not None:
-                self.union(x.atoms, first)
-            return np.tile(second, groups)
-        if x is not None:
-            self.union(x.atoms, np.tile(second, groups))
-        return np.tile(shared, groups)
+        first, second, per_group = w[0], w[1], sizes[1]
+        rows, size = sizes[0] // groups, per_group * groups if transposed else sizes[0]
+        if not x:
+            self.freeze(first if transposed or per_group == 1 else second, f"{where} {READS}")
+        if per_group > 1:
+            self.tie(first, np.tile(np.arange(rows), groups))
+            spread = tuple(np.tile(layer, groups) for layer in second)
+            if x:
+                self.unite(x, first if transposed else spread, where)
+            return (spread if transposed else first), size
+        self.freeze(second, f"{where} is depthwise")
+        self.tie(first, np.repeat(np.arange(groups) * rows, rows))  # perhaps with a channel multiplier
+        if x:
+            self.unite(x, tuple(layer[::rows] for layer in first), where)
+        if transposed and rows > 1:
+            self.freeze(first, f"{where} is a depthwise transposed convolution with several inputs per group")
+            return (self.new(groups),), size
+        return first, size
 
-    def _along(self, atoms: np.ndarray, tensor: str) -> None:
-        shape = self.tensors[tensor]
-        axis = next((i for i, n in enumerate(shape) if n == len(atoms) and n > 1), 0 if len(atoms) == 1 else None)
-        if axis is None:
-            self.freeze(atoms, f"{tensor} {shape} does not run along the {len(atoms)} channels")
-        else:
-            self.union(atoms, self.param(tensor, axis))
-
-    def per_channel(self, x: Axis | None, dim: int, tensors: Iterable[str | None], where: str) -> Axis | None:
+    def per_channel(self, x: Operand, dim: int, vectors: Iterable[Operand], where: str) -> Value:
         """Batch and instance norm: vectors along ``dim``, no mixing of channels."""
-        names = [t for t in tensors if t is not None]
-        if x is not None and x.dim != dim:
-            self.freeze(x, f"{where} mixes the labelled axis")
-        elif x is not None:
-            for name in names:
-                self._along(x.atoms, name)
-        return x
+        value, shape = x
+        for d, layers in enumerate(value):
+            if d != dim:
+                self.freeze(layers, f"{where} mixes the labelled axis")
+        for (layers,), (size,) in vectors:
+            self.match([(value[dim], shape[dim]), (layers, size)], where)
+        return (*fixed(shape[:dim]), value[dim], *fixed(shape[dim + 1 :]))
 
-    def group_norm(
-        self, x: Axis | None, dim: int, groups: int, tensors: Iterable[str | None], where: str
-    ) -> Axis | None:
+    def group_norm(self, x: Operand, dim: int, groups: int, vectors: Iterable[Operand], where: str) -> Value:
         """Equal numbers of channels leave every group, so that the number of groups stays."""
-        if x is not None and x.dim == dim:
-            self.tie(x.atoms.reshape(groups, -1))
-        return self.per_channel(x, dim, tensors, where)
+        value, shape = x
+        self.tie(value[dim], np.tile(np.arange(shape[dim] // groups), groups))
+        return self.per_channel(x, dim, vectors, where)
 
-    def layer_norm(self, x: Axis | None, first: int, tensors: Iterable[str | None], where: str) -> Axis | None:
+    def layer_norm(self, x: Operand, first: int, affine: Iterable[Operand], where: str) -> Value:
         """Statistics over the axes from ``first`` on; affine tensors have the shape of those axes."""
-        if x is not None and x.dim >= first:
-            for name in tensors:
-                if name is not None:
-                    self.union(x.atoms, self.param(name, x.dim - first))
-        return x
+        value, shape = x
+        for own, _ in affine:
+            for d, layers in enumerate(own):
+                self.match([(value[first + d], shape[first + d]), (layers, shape[first + d])], where)
+        return value
 
-    def combine(self, operands: Sequence[tuple[Axis | None, Shape, str | None]], out: Shape, where: str) -> Axis | None:
-        """Element-wise operator with broadcasting; an operand is (axis, shape, name of the tensor or None)."""
-        lead = None
-        # The first labelled operand that is not broadcast decides, computed values before parameters.
-        for axis, shape, _ in sorted(operands, key=lambda operand: operand[2] is not None):
-            if axis is not None and len(axis.atoms) == out[axis.dim - len(shape) + len(out)]:
-                lead = Axis(axis.dim - len(shape) + len(out), axis.atoms)
-                break
-        for axis, shape, tensor in operands:
-            if lead is None:
-                self.freeze(axis, f"{where} broadcasts a single channel")
-                continue
-            dim = lead.dim - len(out) + len(shape)
-            if axis is not None:
-                if axis.dim == dim and len(axis.atoms) == len(lead.atoms):
-                    self.union(axis.atoms, lead.atoms)
-                else:
-                    self.freeze(axis, f"{where} broadcasts along another axis")
-                    if dim >= 0 and shape[dim] != 1 and axis.dim != dim:
-                        self.freeze(lead, f"{where} combines it with a value whose size is fixed")
-            elif dim >= 0 and shape[dim] != 1:
-                if tensor is None:
-                    self.freeze(lead, f"{where} combines it with a value whose size is fixed")
-                else:
-                    self.union(self.param(tensor, dim), lead.atoms)
-        return lead
+    def beside(self, x: Value, dims: Iterable[int], where: str) -> Value:
+        """Pooling, padding, resizing: works on the axes ``dims``, leaves the others alone."""
+        gone = set(dims)
+        for d in gone:
+            self.freeze(x[d], f"{where} works along the labelled axis")
+        return tuple(FIXED if d in gone else layers for d, layers in enumerate(x))
 
-    def concat(self, parts: Sequence[tuple[Axis | None, Shape]], dim: int, where: str) -> Axis | None:
-        labelled = [axis for axis, _ in parts if axis is not None]
-        if not labelled:
-            return None
-        dim %= len(parts[0][1])
-        if all(axis.dim == dim for axis in labelled):
-            atoms: list[np.ndarray] = []
-            for axis, shape in parts:
-                if axis is None:
-                    fixed = self.new(shape[dim])
-                    self.freeze(fixed, f"{where} joins a value whose size is fixed")
-                    atoms.append(fixed)
-                else:
-                    atoms.append(axis.atoms)
-            return Axis(dim, np.concatenate(atoms))
-        return self.combine([(a, s, None) for a, s in parts], parts[0][1], where)
-
-    def narrow(self, x: Axis | None, dim: int, start: int, stop: int, where: str) -> Axis | None:
-        """Positions ``start .. stop`` along ``dim``."""
-        return Axis(dim, x.atoms[start:stop]) if x is not None and x.dim == dim else x
-
-    def reshape(self, x: Axis | None, before: Shape, after: Shape, where: str) -> Axis | None:
-        if x is None:
-            return None
-        result = reshape_labels(x.atoms, x.dim, before, after)
-        if result is None:
-            self.freeze(x, f"{where} reshapes {before} to {after}, which cannot be aligned")
-            return None
-        labels, dims = result
-        varying = [k for k, n in enumerate(labels.shape) if n > 1]
-        if not varying:
-            if labels.size == 1 and len(x.atoms) == 1:
-                same = [d for d in dims if after[d] == 1]
-                return Axis(same[0], x.atoms) if same else None
-            self.freeze(x, f"{where} hides the labelled axis")
-            return None
-        last = varying[-1]
-        atoms = self.tie(np.moveaxis(labels, last, -1))
-        if len(atoms) != after[dims[last]]:
-            raise AssertionError(f"{where}: {len(atoms)} labels for size {after[dims[last]]}")
-        return Axis(dims[last], atoms)
-
-    def permute(self, x: Axis | None, order: Sequence[int]) -> Axis | None:
-        """Output axis i is input axis ``order[i]``."""
-        return None if x is None else Axis([d % len(order) for d in order].index(x.dim), x.atoms)
-
-    def reduce(self, x: Axis | None, dims: Iterable[int], rank: int, keepdim: bool, where: str) -> Axis | None:
-        """Sums, means, maxima over ``dims``."""
-        if x is None:
-            return None
-        gone = sorted({d % rank for d in dims})
-        if x.dim in gone:
-            self.freeze(x, f"{where} reduces over the channels")
-            return None
-        return Axis(x.dim if keepdim else x.dim - sum(d < x.dim for d in gone), x.atoms)
-
-    def pick(self, x: Axis | None, dim: int, positions: Axis | None, where: str) -> Axis | None:
-        """Some positions along ``dim``, listed by a value with one axis."""
-        self.freeze(positions, f"{where} reads it as positions")
-        if x is not None and x.dim == dim:
-            self.freeze(x, f"{where} picks channels")
-            return None
-        return x
-
-    def spatial(self, x: Axis | None, first: int, where: str) -> Axis | None:
-        """Pooling, padding, resizing: works on the axes from ``first`` on, leaves the others alone."""
-        if x is not None and x.dim >= first:
-            self.freeze(x, f"{where} works along the labelled axis")
-            return None
-        return x
-
-    def along(self, x: Axis | None, dim: int, where: str) -> Axis | None:
+    def along(self, x: Value, dim: int, where: str) -> Value:
         """Softmax, cumulative sums: mixes ``dim``."""
-        if x is not None and x.dim == dim:
-            self.freeze(x, f"{where} mixes the channels")
+        self.freeze(x[dim], f"{where} mixes the channels")
         return x
 
-    def shuffle(
-        self, x: Axis | None, shape: Shape, inner: Shape, order: Sequence[int], out: Shape, where: str
-    ) -> Axis | None:
-        """Reshape to ``inner``, permute by ``order``, reshape to ``out``: pixel and channel shuffles."""
-        middle = self.permute(self.reshape(x, shape, inner, where), order)
-        return self.reshape(middle, tuple(inner[i] for i in order), out, where)
-
-    def tie_runs(self, x: Axis | None, runs: int) -> Axis | None:
-        """Each of ``runs`` equal stretches of the axis becomes one channel (they stay or go together)."""
-        if x is None:
-            return None
-        rows = x.atoms.reshape(runs, -1)
-        for column in rows.T[1:]:
-            self.union(rows[:, 0], column)
-        return Axis(x.dim, np.repeat(rows[:, 0], rows.shape[1]))
+    def settle(self, dims: bool) -> None:
+        """Freeze the axes of splits that cannot be cut, and dimensions of heads unless ``dims`` (rule 4)."""
+        heads = {root for layer in self.resolved(tuple(self.heads)) for root in layer.tolist()}
+        for split in self.splits:
+            shared = [
+                any(not heads.isdisjoint(layer.tolist()) for layer in self.resolved((factor,)))
+                for factor in split.factors
+            ]
+            for factor, is_head in zip(split.factors, shared, strict=True):
+                if is_head or (dims if any(shared) else factor is split.factors[-1]):
+                    continue
+                what = "keeps the dimensions of its heads" if any(shared) else "splits the axis in equal parts"
+                self.freeze((factor,), f"{split.where} {what}")

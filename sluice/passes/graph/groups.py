@@ -1,8 +1,9 @@
 """From tied atoms to axis groups, the sites of widths.
 
 1. A *channel* is one class of tied atoms that nothing froze. Its *slots* are the (tensor, axis, index) it owns.
-2. Channels whose slots lie on the same set of (tensor, axis) pairs form one `AxisGroup`; the group takes its name
-   from the first weight, in graph order, that produces it.
+2. Channels that lie on the same layers of the same axes form one `AxisGroup`; the group takes its name from the first
+   weight, in graph order, that produces it. Two groups may lie on one axis, heads and their dimensions: an index stays
+   if both of them keep it. A class of atoms that no weight produces is no choice.
 3. Frozen modules are listed with the reason. Parameter names are the only identity that leaves this module.
 """
 
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sluice.core.errors import SluiceError
-from sluice.passes.graph.coupling import Axis, Coupling, Shape
+from sluice.passes.graph.coupling import Coupling, Layers, Shape, Value
 
 __all__ = [
     "Analysis",
@@ -30,6 +31,8 @@ __all__ = [
     "rename_groups",
     "without_groups",
 ]
+
+Place = tuple[str, int, int]  # tensor, axis, layer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,37 +55,50 @@ class AxisGroup:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ValueAxis:
-    """The labelled axis of a value: group index (-1: fixed) and channel of every position."""
+    """One labelled axis of a value: by layer the group index (-1: none) and the channel of every position."""
 
     dim: int
-    groups: np.ndarray
-    channels: np.ndarray
+    layers: tuple[tuple[np.ndarray, np.ndarray], ...]
+
+    @property
+    def groups(self) -> frozenset[int]:
+        """The indices of the groups that lie on the axis."""
+        return frozenset(g for groups, _ in self.layers for g in np.unique(groups).tolist() if g >= 0)
 
     def mask(self, keeps: Sequence[np.ndarray]) -> np.ndarray:
         """Which positions stay, given one boolean mask per group."""
-        mask = np.ones(len(self.groups), dtype=bool)
-        for index in np.unique(self.groups[self.groups >= 0]):
-            mine = self.groups == index
-            mask[mine] = keeps[index][self.channels[mine]]
+        mask = np.ones(len(self.layers[0][0]), dtype=bool)
+        for groups, channels in self.layers:
+            for index in np.unique(groups[groups >= 0]):
+                mine = groups == index
+                mask[mine] &= keeps[index][channels[mine]]
         return mask
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Analysis:
-    """All groups of a graph, the reason of everything frozen, the labelled axis and dense shape of every value.
+    """All groups of a graph, the reason of everything frozen, the labelled axes and dense shape of every value.
 
-    ``producers`` are the (weight, axis) pairs that make a labelled axis, in graph order, with a group or without.
-    ``batch`` stands for the free batch in the ``shapes`` of an ONNX graph: it divides the sizes that hold the batch and
-    no others. It is None where the batch is fixed.
+    ``values`` has no entry for a value without a labelled axis. ``producers`` are the (weight, axis) pairs that make a
+    labelled axis, in graph order, with a group or without. ``batch`` stands for the free batch in the ``shapes`` of an
+    ONNX graph: it divides the sizes that hold the batch and no others. It is None where the batch is fixed.
     """
 
     groups: tuple[AxisGroup, ...]
     frozen: Mapping[str, str]
-    values: Mapping[str, ValueAxis]
+    values: Mapping[str, tuple[ValueAxis, ...]]
     shapes: Mapping[str, Shape]
     tensors: Mapping[str, Shape]
     producers: tuple[tuple[str, int], ...] = ()
     batch: int | None = None
+
+    def axis(self, value: str, dim: int) -> ValueAxis | None:
+        """The axis of a value, None if nothing on it can be cut."""
+        return next((axis for axis in self.values.get(value, ()) if axis.dim == dim), None)
+
+    def groups_on(self, value: str) -> frozenset[int]:
+        """The indices of the groups that lie on a value."""
+        return frozenset(g for axis in self.values.get(value, ()) for g in axis.groups)
 
     def group(self, name: str) -> AxisGroup:
         for group in self.groups:
@@ -106,30 +122,32 @@ def module_of(param: str) -> str:
     return param.rpartition(".")[0] or param
 
 
-def find_groups(coupling: Coupling, values: Mapping[str, Axis | None], shapes: Mapping[str, Shape]) -> Analysis:
+def find_groups(coupling: Coupling, values: Mapping[str, Value], shapes: Mapping[str, Shape]) -> Analysis:
     """The analysis of a coupling that has read the whole graph."""
-    lies = {key: coupling.roots(atoms) for key, atoms in coupling.axes.items()}
+    lies = {
+        (*key, depth): layer
+        for key, atoms in coupling.axes.items()
+        for depth, layer in enumerate(coupling.resolved((atoms,)))
+    }
     order = {key: rank for rank, key in enumerate(coupling.producers)}
     members = {
         keys: open_roots
         for keys, roots in _alike(lies, coupling.count)
-        if any(key in order for key in keys)
+        if any(key[:2] in order for key in keys)
         and (open_roots := [root for root in roots.tolist() if root not in coupling.frozen])
     }
 
-    def lead(signature: tuple[tuple[str, int], ...]) -> tuple[str, int]:
-        return min((key for key in signature if key in order), key=order.__getitem__)
+    def lead(signature: tuple[Place, ...]) -> Place:
+        return min((key for key in signature if key[:2] in order), key=lambda key: order[key[:2]])
 
     frozen: dict[str, str] = {}
     groups: list[AxisGroup] = []
-    group_of = np.full(coupling.count, -1)
-    channel_of = np.zeros(coupling.count, dtype=group_of.dtype)
+    group_of = np.full(coupling.count + 1, -1)  # the last entry is that of no atom, -1
+    channel_of = np.zeros(coupling.count + 1, dtype=group_of.dtype)
     names: dict[str, int] = {}
-    for signature, roots in sorted(members.items(), key=lambda item: (order[lead(item[0])], min(item[1]))):
-        key = lead(signature)
-        found, first = np.unique(lies[key], return_index=True)
-        position = dict(zip(found.tolist(), first.tolist(), strict=True))
-        roots = sorted(roots, key=position.__getitem__)
+    leads = [(key := lead(signature), _first(lies[key], roots), signature) for signature, roots in members.items()]
+    for key, first, signature in sorted(leads, key=lambda one: (order[one[0][:2]], one[0][2], min(one[1].values()))):
+        roots = sorted(first, key=first.__getitem__)
         name = module_of(key[0])
         if len(roots) == 1:
             frozen.setdefault(name, "has a single channel")
@@ -138,37 +156,59 @@ def find_groups(coupling: Coupling, values: Mapping[str, Axis | None], shapes: M
         name += f"#{names[name]}" if names[name] > 1 else ""
         group_of[roots], channel_of[roots] = len(groups), np.arange(len(roots))
         refs = []
-        for param, axis in sorted(signature, key=lambda k: (order.get(k, len(order)), k)):
-            own = lies[param, axis]
-            refs.append(AxisRef(param, axis, np.where(group_of[own] == len(groups), channel_of[own], -1)))
+        for place in sorted(signature, key=lambda k: (order.get(k[:2], len(order)), k)):
+            own = lies[place]
+            refs.append(AxisRef(*place[:2], np.where(group_of[own] == len(groups), channel_of[own], -1)))
         groups.append(AxisGroup(name, len(roots), tuple(refs)))
+    free = {ref.param for group in groups for ref in group.refs if (ref.param, ref.axis) in order}
     for param, axis in coupling.producers:
-        reason = coupling.reason(int(coupling.axes[(param, axis)][0]))
+        reason = None if param in free else coupling.reason((coupling.axes[param, axis],))
         if reason is not None:
             frozen[module_of(param)] = reason
-
-    def place(axis: Axis) -> ValueAxis:
-        roots = coupling.roots(axis.atoms)
-        return ValueAxis(axis.dim, group_of[roots], channel_of[roots])
-
-    placed = {name: place(axis) for name, axis in values.items() if axis is not None}
+    placed = _placed(coupling, values, group_of, channel_of)
     return Analysis(tuple(groups), frozen, placed, dict(shapes), dict(coupling.tensors), tuple(coupling.producers))
 
 
-def _alike(
-    lies: Mapping[tuple[str, int], np.ndarray], count: int
-) -> Iterator[tuple[tuple[tuple[str, int], ...], np.ndarray]]:
+def _first(layer: np.ndarray, roots: Sequence[int]) -> dict[int, int]:
+    """The first index at which each of the roots lies."""
+    found, first = np.unique(layer, return_index=True)
+    position = dict(zip(found.tolist(), first.tolist(), strict=True))
+    return {root: position[root] for root in roots}
+
+
+def _placed(
+    coupling: Coupling, values: Mapping[str, Value], group_of: np.ndarray, channel_of: np.ndarray
+) -> dict[str, tuple[ValueAxis, ...]]:
+    """Where the groups lie on the values of a graph."""
+    known: dict[tuple[int, ...], tuple[tuple[np.ndarray, np.ndarray], ...]] = {}
+
+    def layers(atoms: Layers) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        key = tuple(map(id, atoms))  # the values hold them
+        if key not in known:
+            roots = coupling.resolved(atoms)
+            known[key] = tuple((group_of[r], channel_of[r]) for r in roots if (group_of[r] >= 0).any())
+        return known[key]
+
+    placed = {}
+    for name, value in values.items():
+        axes = tuple(ValueAxis(dim, found) for dim, atoms in enumerate(value) if atoms and (found := layers(atoms)))
+        if axes:
+            placed[name] = axes
+    return placed
+
+
+def _alike(lies: Mapping[Place, np.ndarray], count: int) -> Iterator[tuple[tuple[Place, ...], np.ndarray]]:
     """The roots that lie on the same axes, with these axes; ``count`` is above all roots.
 
     Axis by axis a class of roots is split into those on the axis and those off it.
     """
-    places = {key: np.unique(roots) for key, roots in lies.items()}
+    places = {key: np.unique(roots[roots >= 0]) for key, roots in lies.items()}
     label, fresh = np.zeros(count, dtype=np.int64), 1
     for roots in places.values():
         known, inverse = np.unique(label[roots], return_inverse=True)
         label[roots] = fresh + inverse
         fresh += len(known)
-    keys: dict[int, list[tuple[str, int]]] = {}
+    keys: dict[int, list[Place]] = {}
     for key, roots in places.items():
         for own in np.unique(label[roots]).tolist():
             keys.setdefault(own, []).append(key)
@@ -185,10 +225,7 @@ def without_groups(analysis: Analysis, reasons: Mapping[str, str]) -> Analysis:
     stay = [index for index, group in enumerate(analysis.groups) if group.name not in reasons]
     renumbered = np.full(len(analysis.groups) + 1, -1)  # the last entry is that of a fixed index, -1
     renumbered[stay] = np.arange(len(stay))
-    values = {
-        name: ValueAxis(axis.dim, renumbered[axis.groups], np.where(renumbered[axis.groups] < 0, 0, axis.channels))
-        for name, axis in analysis.values.items()
-    }
+    values = {name: tuple(_renumbered(axis, renumbered) for axis in axes) for name, axes in analysis.values.items()}
     makers = {key: module_of(key[0]) for key in analysis.producers}
     frozen = {
         makers[ref.param, ref.axis]: reasons[group.name]
@@ -199,6 +236,12 @@ def without_groups(analysis: Analysis, reasons: Mapping[str, str]) -> Analysis:
     }
     groups = tuple(analysis.groups[index] for index in stay)
     return replace(analysis, groups=groups, values=values, frozen={**analysis.frozen, **frozen})
+
+
+def _renumbered(axis: ValueAxis, numbers: np.ndarray) -> ValueAxis:
+    return replace(
+        axis, layers=tuple((numbers[g], np.where(numbers[g] < 0, 0, channels)) for g, channels in axis.layers)
+    )
 
 
 def agreeing(analysis: Analysis, like: Analysis, reason: str) -> Analysis:

@@ -16,13 +16,13 @@ import onnx
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from sluice.core.algebra import prime_beside
 from sluice.passes.graph.onnx_graph import OnnxGraph, attributes, with_batch
 
 __all__ = ["stand_in_batch", "static_graph"]
 
 _INTEGERS = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
 _ENTRIES = 16  # of a constant that may speak of sizes: a shape, pads, split sizes
-_LEAST = 97  # small, since labels of folded axes grow with it; above the sizes of most axes
 
 
 def static_graph(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
@@ -48,14 +48,7 @@ def stand_in_batch(model: onnx.ModelProto) -> int | None:
     for array in graph.literals.values():
         if array.size <= _ENTRIES and array.dtype.kind in "iu":
             sizes.update(np.abs(array).reshape(-1).tolist())
-    batch = _LEAST
-    while not _is_prime(batch) or any(size % batch == 0 for size in sizes if size):
-        batch += 2
-    return batch
-
-
-def _is_prime(number: int) -> bool:
-    return all(number % divisor for divisor in range(2, int(number**0.5) + 1))
+    return prime_beside(sizes)
 
 
 def _fold(model: onnx.ModelProto) -> bool:

@@ -23,7 +23,7 @@ from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
 from sluice.profiler.pieces.split import ANCHORS
 from sluice.runtime.base.runner import PLAIN
 
-__all__ = ["Composition", "Identity", "composition", "identify"]
+__all__ = ["Composition", "Identity", "compositions_of", "identify"]
 
 SCHEME = 5  # version of how a piece is timed; keys of two schemes never meet
 Size = Callable[[str], list[object]]
@@ -40,7 +40,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """The labelled ``axis`` of a value: positions per channel of every group on it, and ``fixed`` ones."""
+    """A labelled ``axis`` of a value: positions per channel of every group on it, and ``fixed`` ones."""
 
     axis: int
     coefs: Mapping[str, int]
@@ -57,13 +57,13 @@ def identify(
     """The identity of a piece's graph with these activations; a concatenation made the ``joined`` ones."""
     joined_only = {n for n in inputs if all(node.op_type == "Concat" for node in graph.node if n in node.input)}
     values = [*inputs, *(name for node in graph.node for name in node.output if name)]
-    compositions = {v: c for v in values if (c := composition(analysis, v)) is not None}
+    compositions = {v: c for v in values if (c := compositions_of(analysis, v))}
     classes = _classes(compositions, joined_only)
     symbol = {g: f"e{k}" for k, names in enumerate(classes) for g in names}
 
     def size(value: str) -> list[object]:
         dims: list[object] = list(analysis.shapes[value])
-        if (found := compositions.get(value)) is not None:
+        for found in compositions.get(value, ()):
             terms = sorted({f"{coef}*{symbol[g]}" for g, coef in found.coefs.items()})
             dims[found.axis] = "+".join([*terms, str(found.fixed)])
         return dims
@@ -76,21 +76,26 @@ def identify(
     return Identity(key, _words(graph, inputs, outputs, size), extents)
 
 
-def composition(analysis: Analysis, value: str) -> Composition | None:
-    axis = analysis.values.get(value)
-    if axis is None or not (axis.groups >= 0).any():
-        return None
-    coefs: dict[str, int] = {}
-    for index in np.unique(axis.groups[axis.groups >= 0]):
-        group = analysis.groups[int(index)]
-        channels = axis.channels[axis.groups == index]
-        coefs[group.name] = len(channels) // len(np.unique(channels))
-    return Composition(axis.dim, coefs, int((axis.groups < 0).sum()))
+def compositions_of(analysis: Analysis, value: str) -> tuple[Composition, ...]:
+    """The labelled axes of a value, in order; on none of them may an index belong to two groups."""
+    found = []
+    for axis in analysis.values.get(value, ()):
+        coefs: dict[str, int] = {}
+        free = np.ones(len(axis.layers[0][0]), dtype=bool)
+        for groups, channels in axis.layers:
+            free &= groups < 0
+            for index in np.unique(groups[groups >= 0]):
+                own = channels[groups == index]
+                coefs[analysis.groups[int(index)].name] = len(own) // len(np.unique(own))
+        found.append(Composition(axis.dim, coefs, int(free.sum())))
+    return tuple(found)
 
 
-def _classes(compositions: Mapping[str, Composition], joined_only: Collection[str]) -> list[list[str]]:
+def _classes(compositions: Mapping[str, Sequence[Composition]], joined_only: Collection[str]) -> list[list[str]]:
     """Groups that occur together (rule 1), in the order in which the values show them."""
-    different = {json.dumps(c.coefs, sort_keys=True) for v, c in compositions.items() if v not in joined_only}
+    different = {
+        json.dumps(c.coefs, sort_keys=True) for v, each in compositions.items() if v not in joined_only for c in each
+    }
     incidence: dict[str, list[tuple[int, int]]] = {}
     for position, coefs in enumerate(sorted(different)):
         for group, coef in json.loads(coefs).items():
@@ -98,7 +103,9 @@ def _classes(compositions: Mapping[str, Composition], joined_only: Collection[st
     classes: dict[tuple[tuple[int, int], ...], list[str]] = {}
     for group in incidence:
         classes.setdefault(tuple(incidence[group]), []).append(group)
-    first_seen = {g: i for i, g in reversed(list(enumerate(g for c in compositions.values() for g in c.coefs)))}
+    first_seen = {
+        g: i for i, g in reversed(list(enumerate(g for each in compositions.values() for c in each for g in c.coefs)))
+    }
     return sorted(classes.values(), key=lambda names: min(first_seen[g] for g in names))
 
 

@@ -111,10 +111,7 @@ def find_joints(partition: Partition) -> tuple[Joint, ...]:
 
 
 def _groups(partition: Partition, tensor: str) -> list[str]:
-    axis = partition.analysis.values.get(tensor)
-    if axis is None:
-        return []
-    return sorted({partition.analysis.groups[int(i)].name for i in axis.groups if i >= 0})
+    return sorted(partition.analysis.groups[i].name for i in partition.analysis.groups_on(tensor))
 
 
 def joint_widths(partition: Partition, joint: Joint, own: Mapping[str, int]) -> dict[str, int]:

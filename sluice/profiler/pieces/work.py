@@ -20,7 +20,7 @@ import onnx
 
 from sluice.passes.graph.groups import Analysis
 from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
-from sluice.profiler.pieces.identity import composition
+from sluice.profiler.pieces.identity import compositions_of
 from sluice.profiler.pieces.partition import Partition, Piece
 from sluice.profiler.pieces.split import ANCHORS
 
@@ -118,8 +118,8 @@ class _Sizes:
         self.dense = np.array([[float(extent.at(sizes)) for extent in piece.extents]])
 
     def channels(self, value: str) -> _Affine:
-        """The labelled axis of the value, or else its second, or else nothing to speak of."""
-        found, shape = composition(self.analysis, value), self.shapes[value]
+        """The last labelled axis of the value, or else its second, or else nothing to speak of."""
+        found, shape = next(reversed(compositions_of(self.analysis, value)), None), self.shapes[value]
         if found is None:
             plain = shape[1] if len(shape) > 2 else shape[-1] if shape else 1
             return _Affine(1.0, float(plain), np.zeros(self.dense.shape[1]))

@@ -26,7 +26,7 @@ from sluice.passes.gates.gating import close_gates, insert_gates, strip_gates
 from sluice.passes.graph.aten import RULES, analyze
 from sluice.passes.graph.aten_walk import operator_name
 from sluice.passes.graph.capture import capture
-from sluice.passes.graph.coupling import Axis, Coupling
+from sluice.passes.graph.coupling import Coupling
 from sluice.passes.graph.operators import ATEN
 from sluice.runtime.base.compare import assert_close, relative_error
 from sluice.runtime.ort.cpu import OrtRunner
@@ -87,6 +87,15 @@ def rows(name: str, function: Callable[..., Any], **more: Any) -> Case:
     """(batch, features)."""
     layers = {"before": lambda: nn.Linear(5, 6), "after": lambda: nn.Linear(6, 4)}
     return Case(name, function, **{"shape": (5,), **layers, **more})
+
+
+def places(name: str, function: Callable[..., Any], **more: Any) -> Case:
+    """(batch, positions, features)."""
+    return rows(name, function, **{"shape": (4, 5), **more})
+
+
+def attended(y: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(y, y * 0.3, y)
 
 
 def wide(n: int) -> Callable[[], nn.Module]:
@@ -236,7 +245,7 @@ CASES = [
     Case("unsqueeze", lambda y: y.unsqueeze(1).squeeze(1)),
     Case("view_as", lambda y: y.flatten(2).view_as(y)),
     Case("reshape_as", lambda y: y.flatten(2).reshape_as(y)),
-    Case("reshape_as a fixed value", lambda y: y.flatten(2).reshape_as(torch.ones(3, 6, 6, 5)), frozen="takes its shape"),  # noqa: E501
+    Case("reshape_as a fixed value", lambda y: y.flatten(2).reshape_as(torch.arange(540).view(3, 6, 6, 5)), frozen="takes its shape"),  # noqa: E501
     Case("permute", lambda y: y.permute(0, 2, 3, 1).relu().permute(0, 3, 1, 2)),
     Case("transpose", lambda y: y.transpose(1, 3).relu().transpose(-1, -3)),
     Case("swapaxes", lambda y: y.swapaxes(1, 2).swapaxes(1, 2)),
@@ -250,6 +259,9 @@ CASES = [
     Case("cat beside", lambda y: torch.cat([y, y.neg()], 2)),
     Case("concat", lambda y: torch.concat([y, y.neg()], -3), after=wide(12)),
     Case("concatenate", lambda y: torch.concatenate([y, y.neg()], 1), after=wide(12)),
+    Case("stack", lambda y: torch.stack([y, y.neg()], 2).flatten(2, 3)),
+    Case("unbind", lambda y: sum(y.unbind(3))[..., None]),
+    Case("unbind channels", lambda y: sum(y.unbind(1))[:, None], after=wide(1), frozen="reduces over the channels"),
     Case("chunk", lambda y: y.chunk(2, 1)[1], after=wide(3)),
     Case("chunk unequal", lambda y: torch.cat(y.chunk(4, 1)[::-1], 1)),
     Case("split", lambda y: y.split(4, 1)[1], after=wide(2)),
@@ -265,6 +277,7 @@ CASES = [
     Case("select a channel", lambda y: y.select(1, 2)[:, None], after=wide(1), frozen="reduces over the channels"),
     Case("index_select", lambda y: y.index_select(3, torch.arange(0, 4, 3))),
     Case("index_select of channels", lambda y: y.index_select(1, torch.arange(0, 4, 3)), after=wide(2), frozen="picks channels"),  # noqa: E501
+    Case("index beside", lambda y: y[:, :, [4, 3, 1]]),
     Case("channel_shuffle", lambda y: F.channel_shuffle(y, 3)),
     Case("pixel_shuffle", lambda y: F.pixel_shuffle(y, 2), before=lambda: nn.Conv2d(3, 12, 1), after=wide(3)),
     Case("pixel_unshuffle", lambda y: F.pixel_unshuffle(y[:, :, :, :4], 2), after=wide(24)),
@@ -317,6 +330,10 @@ CASES = [
     Case("softmax over the channels", lambda y: y.softmax(1), frozen="mixes the channels"),
     # values of fixed size
     Case("zeros", lambda y: y + torch.zeros(1, 1, 5)),
+    Case("new_zeros", lambda y: torch.cat([y, y.new_zeros(y.shape[0], 6, 6, 2)], 3)),
+    Case("new_ones", lambda y: y * y.new_ones(6, 1, 1)),
+    Case("new_full", lambda y: y + y.new_full((6, 1, 1), 0.3)),
+    Case("new_empty", lambda y: y + y.new_empty(0, 2).sum()),
     Case("ones", lambda y: y + torch.ones(6, 1)),
     Case("full", lambda y: y + torch.full((1,), 0.4)),
     Case("arange", lambda y: y + torch.arange(5.0)),
@@ -327,7 +344,7 @@ CASES = [
     Case("batch_norm without affine", lambda y, m: m.norm(y), extra={"norm": nn.BatchNorm2d(6, affine=False)}),
     Case("instance_norm", lambda y, m: m.norm(y), extra={"norm": nn.InstanceNorm2d(6, affine=True)}),
     Case("instance_norm, computed scale", lambda y, m: F.instance_norm(y, weight=m.extra["w"] * 2), extra={"w": torch.rand(6)},  # noqa: E501
-         frozen="unknown operator instance_norm"),
+         ),
     Case("group_norm", lambda y, m: m.norm(y), extra={"norm": nn.GroupNorm(3, 6)}),
     Case("group_norm without affine", lambda y: F.group_norm(y, 2)),
     rows("layer_norm", lambda y, m: m.norm(y), extra={"norm": nn.LayerNorm(6)}),
@@ -346,18 +363,32 @@ CASES = [
          after=wide(18)),
     Case("transposed depthwise with a multiplier", lambda y, m: m.layer(y).relu(), after=wide(12),
          extra={"layer": nn.ConvTranspose2d(6, 12, 3, groups=6)}, group="layer"),
-    Case("computed weight", lambda y, m: F.conv2d(y, m.extra["w"] * 2.0), extra={"w": torch.rand(6, 6, 1, 1)},
-         frozen="computed, not a named tensor"),
+    Case("computed weight", lambda y, m: F.conv2d(y, m.extra["w"] * 2.0).relu(), extra={"w": torch.rand(6, 6, 1, 1)}),
+    rows("parts of one weight", lambda y, m: sum(F.linear(y, w) for w in m.extra["w"].chunk(3)), extra={"w": torch.rand(18, 6)}),  # noqa: E501
     Case("conv3d", lambda y, m: m.layer(y), (2, 6, 5, 4), lambda: nn.Conv3d(2, 6, 3), lambda: nn.ConvTranspose3d(5, 4, 2),  # noqa: E501
          {"layer": nn.Conv3d(6, 5, 1)}),
     rows("linear", lambda y, m: m.layer(y).relu(), extra={"layer": nn.Linear(6, 6, bias=False)}),
     rows("addmm", lambda y, m: torch.addmm(m.extra["b"], y, m.extra["w"]), extra={"b": torch.rand(6), "w": torch.rand(6, 6)}),  # noqa: E501
     rows("matmul", lambda y, m: (y @ m.extra["w"]).relu(), extra={"w": torch.rand(6, 6)}),
     rows("mm", lambda y, m: torch.mm(y, m.extra["w"]).relu(), extra={"w": torch.rand(6, 6)}),
-    rows("matmul of values", lambda y: y @ y.t() @ y, frozen="unknown operator matmul"),
+    rows("matmul of values", lambda y: y @ y.t() @ y),
+    rows("bmm", lambda y: y * torch.bmm(y[:, None], y[:, :, None])[:, 0]),
+    rows("einsum", lambda y, m: torch.einsum("bi,oi->bo", y, m.extra["w"]), extra={"w": torch.rand(6, 6)}),
+    rows("einsum of values", lambda y: torch.einsum("bi,bi->b", y, y)[:, None] * y),
+    rows("einsum of a diagonal", lambda y: y + torch.einsum("ii->i", y.t() @ y), frozen="unknown operator einsum"),
+    places("scaled_dot_product_attention", lambda y: attended(y[:, None])[:, 0]),
+    rows("embedding", lambda y, m: y + m.layer(torch.ones(1, dtype=torch.long)), extra={"layer": nn.Embedding(2, 6)}),
+    *(places(n, lambda y, m: m.layer(y)[0], extra={"layer": layer}) for n, layer in {
+        "lstm": nn.LSTM(6, 6, batch_first=True), "gru": nn.GRU(6, 6), "rnn_tanh": nn.RNN(6, 6),
+        "rnn_relu": nn.RNN(6, 6, nonlinearity="relu", bias=False)}.items()),
+    rows("lstm_cell", lambda y, m: m.layer(y)[0], extra={"layer": nn.LSTMCell(6, 6)}),
+    *(rows(n, lambda y, m: m.layer(y), extra={"layer": layer}) for n, layer in {
+        "gru_cell": nn.GRUCell(6, 6), "rnn_tanh_cell": nn.RNNCell(6, 6),
+        "rnn_relu_cell": nn.RNNCell(6, 6, nonlinearity="relu")}.items()),
+    Case("index", lambda y: y[:, [5, 3, 1, 0]], after=wide(4), frozen="picks channels"),
     # no rule
     Case("view as another type", lambda y: y.view(torch.int32).view(torch.float32), frozen="unknown operator view.dtype"),  # noqa: E501
-    Case("index", lambda y: y[:, [5, 3, 1, 0]], after=wide(4), frozen="unknown operator index"),
+    Case("index by a mask", lambda y: y[:, torch.tensor([True] * 4 + [False] * 2)], after=wide(4), frozen="unknown operator index"),  # noqa: E501
 ]  # fmt: skip
 IDS = [case.name for case in CASES]
 
@@ -465,7 +496,7 @@ def test_nothing_to_cut() -> None:
 def test_unions_keep_the_first_reason() -> None:
     coupling = Coupling({"w": (4, 3)})
     first, second = coupling.param("w", 0), coupling.new(4)
-    coupling.freeze(Axis(0, second), "because")
+    coupling.freeze((second,), "because")
     coupling.union(first, second)
-    assert [coupling.reason(int(a)) for a in first] == ["because"] * 4
-    assert coupling.reason(int(coupling.param("w", 1)[0])) is None
+    assert [coupling.reason((first[k : k + 1],)) for k in range(4)] == ["because"] * 4
+    assert coupling.reason((coupling.param("w", 1),)) is None

@@ -25,6 +25,9 @@ from sluice.runtime.base.compare import assert_close, relative_error
 from sluice.runtime.ort.cpu import OrtRunner
 
 INT = np.int64
+# From (batch, channels, 4, 3) to (positions, batch, channels), and back to images.
+IN = "a = ReduceMean<keepdims=0>(y, t)  i = Transpose<perm=[2, 0, 1]>(a)"
+OUT = "o = Squeeze(r, u)  p = Transpose<perm=[1, 2, 0]>(o)  z = Unsqueeze(p, t)"
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,7 @@ CASES = [
     case("ConvTranspose", "z = ConvTranspose(y, w)", columns=5, w=weight(6, 5, 2, 2)),
     case("BatchNormalization", "z = BatchNormalization(y, s, b, m, v)", s=weight(6), b=weight(6) + 1, m=weight(6) + 2,
          v=weight(6) + 3),
-    case("BatchNormalization, computed", "t = Neg(s)  z = BatchNormalization(y, t, s, s, s)", s=weight(6),
-         frozen="unknown operator BatchNormalization"),
+    case("BatchNormalization, computed", "t = Neg(s)  z = BatchNormalization(y, t, s, s, s)", s=weight(6)),
     case("InstanceNormalization", "z = InstanceNormalization(y, s, b)", s=weight(6), b=weight(6) + 1),
     case("Reshape", "a = Reshape(y, t)  z = Reshape(a, u)", t=ints(0, 6, 12), u=ints(0, 0, 3, 4)),
     case("Reshape, batch inferred", "a = Reshape(y, t)  z = Reshape(a, u)", t=ints(-1, 2, 3, 4, 3), u=ints(-1, 6, 4, 3)),  # noqa: E501
@@ -168,20 +170,36 @@ CASES = [
          frozen="reduces over the channels"),
     case("Gather channels", "z = Gather<axis=1>(y, k)", columns=2, k=ints(3, 0), frozen="picks channels"),
     case("Gather by a table", "a = Gather<axis=3>(y, k)  z = ReduceSum<keepdims=0>(a, t)", t=ints(4),
-         k=np.array([[0, 2], [1, 1]]), frozen="unknown operator Gather"),
+         k=np.array([[0, 2], [1, 1]])),
     case("an open size", "m = ReduceMax<keepdims=0>(x)  i = Cast<to=7>(m)  j = Unsqueeze(i, a)  z = Slice(y, a, j, t)",
          a=ints(0), t=ints(2), frozen="works on a size that is not known"),
     case("Pad", "z = Pad(y, p)", p=ints(0, 0, 1, 0, 0, 0, 0, 2)),
-    case("Pad the channels", "z = Pad(y, p)", columns=7, p=ints(0, 1, 0, 0, 0, 0, 0, 0), frozen="unknown operator Pad"),
+    case("Pad the channels", "z = Pad(y, p)", columns=7, p=ints(0, 1, 0, 0, 0, 0, 0, 0),
+         frozen="works along the labelled axis"),
     case("DepthToSpace CRD", 'a = Conv(y, w)  z = DepthToSpace<blocksize=2, mode="CRD">(a)', columns=3,
          w=weight(12, 6, 1, 1)),
     case("DepthToSpace DCR", "a = Concat<axis=1>(y, y)  z = DepthToSpace<blocksize=2>(a)", columns=3),
     case("Gemm", "z = Gemm<transB=1>(y, w, b)", columns=5, rows=True, w=weight(5, 6), b=weight(5)),
     case("Gemm, not transposed", "z = Gemm(y, w, b)", columns=5, rows=True, w=weight(6, 5), b=weight(5)),
-    case("Gemm, scaled", "z = Gemm<alpha=0.5>(y, w)", columns=5, rows=True, w=weight(6, 5), frozen="unknown operator Gemm"),  # noqa: E501
+    case("Gemm, scaled", "z = Gemm<alpha=0.5>(y, w)", columns=5, rows=True, w=weight(6, 5)),
     case("MatMul", "z = MatMul(y, w)", columns=5, rows=True, w=weight(6, 5)),
     case("MatMul, transposed weight", "t = Transpose(w)  z = MatMul(y, t)", columns=5, rows=True, w=weight(5, 6)),
-    case("Shape", "s = Shape(y)  r = ConstantOfShape(s)  z = Add(y, r)", frozen="fixed"),
+    case("Shape", "s = Shape(y)  r = ConstantOfShape(s)  z = Add(y, r)"),
+    case("ConstantOfShape", "n = Shape<end=1>(y)  s = Concat<axis=0>(n, k)  r = ConstantOfShape(s)"
+         "  z = Concat<axis=3>(y, r)", k=ints(6, 4, 2)),
+    case("GatherND", "a = Transpose<perm=[2, 0, 1, 3]>(y)  b = GatherND(a, k)  z = Transpose<perm=[1, 2, 0, 3]>(b)",
+         k=np.array([[3], [1]])),
+    case("GatherND, several axes", "a = GatherND<batch_dims=1>(y, k)  z = Unsqueeze(a, t)", columns=4, t=ints(2),
+         k=np.array([[2]] * 2), frozen="unknown operator GatherND"),
+    case("Einsum", 'z = Einsum<equation="nchw,oc->nohw">(y, w)', columns=5, w=weight(5, 6)),
+    case("Einsum of a diagonal", 'b = Slice(y, k, s, u)  a = Einsum<equation="ncii->nci">(b)  z = Unsqueeze(a, t)',
+         t=ints(2), k=ints(0), s=ints(3), u=ints(2), frozen="unknown operator Einsum"),
+    case("Attention", "z = Attention(y, y, y)", opset=23),
+    case("Attention, scores too", "z, , , q = Attention(y, y, y)", opset=23, frozen="unknown operator Attention"),
+    *(case(op, f"{IN}  r = {op}<hidden_size=5>(i, w, k, d)  {OUT}", columns=5, w=weight(1, 5 * n, 6), k=weight(1, 5 * n, 5),  # noqa: E501
+           d=weight(1, 10 * n), t=ints(3), u=ints(1)) for op, n in (("LSTM", 4), ("GRU", 3), ("RNN", 1))),
+    case("LSTM, other activations", f"{IN}  r = LSTM<hidden_size=5, clip=3.0>(i, w, k)  {OUT}", columns=5,
+         w=weight(1, 20, 6), k=weight(1, 20, 5), t=ints(3), u=ints(1), frozen="unknown operator LSTM"),
     case("Size", "s = Size(y)  t = Cast<to=1>(s)  z = Div(y, t)", frozen="unknown operator Size"),
     case("Constant", "c = Constant<value_float=2.0>()  z = Mul(y, c)"),
     case("Range", "r = Range(i, j, k)  z = Add(y, r)", i=np.float32(0), j=np.float32(3), k=np.float32(1)),
