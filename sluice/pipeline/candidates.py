@@ -7,7 +7,7 @@ training of `sluice.training.rehearse` chooses.
 1. *Perturbed prices*. The losses of a kind of change (widths, ranks, drops, merges) are multiplied by
    ``exp(N(0, KIND))``, those of every site by ``exp(N(0, SITE))`` on top. The solver then prefers other kinds.
 2. *Uniform widths*. Every group keeps the same share of its channels, on the levels of the table: what a user without a
-   solver would cut. The largest share within the target counts.
+   solver would cut. The largest share within the target counts, and groups go one step beyond while that fits.
 3. *Strata*. Two plans are of one stratum if they have as many layers merged, factorised and dropped, each in three
    classes: none, up to half of the layers with a weight, more.
 
@@ -65,6 +65,10 @@ class UniformProblem(Problem):
         if not within:
             raise unreachable(target_ms, least_ms(model).promised_ms, model.dense_ms(), methods=["filter"])
         widths = at(within[-1])
+        beyond = at(next((share for share in shares if share > within[-1]), 1.0))
+        for group in groups:
+            wider = {**widths, group: beyond[group]}
+            widths = wider if model.ms(wider) <= target_ms else widths
         losses = {site: values for site, values in self.losses.items() if site in groups}
         return Choice(widths, model.ms(widths), loss_of(model, losses, widths), within[-1], 0.0, 0.0)
 

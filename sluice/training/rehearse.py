@@ -43,6 +43,7 @@ __all__ = [
     "batches_behind",
     "forecast",
     "held_out_loss",
+    "power_law",
     "rehearsal_cost",
     "rehearse",
     "train_together",
@@ -98,11 +99,19 @@ def rehearse(
 
 def forecast(losses: Sequence[float], first: int, total: int) -> float:
     """The loss after ``total`` steps by rule 4, from those after ``first``, 3, 7, 15 ... times ``first`` steps."""
-    if len(losses) < 2 or total <= 0 or not 0.0 < losses[-1] < losses[-2]:
+    if len(losses) < 2 or total <= 0:
         return losses[-1]
     before, now = ((2**k - 1) * first for k in (len(losses) - 1, len(losses)))
-    last: float = losses[-1] * (losses[-1] / losses[-2]) ** (math.log(max(1.0, total / now)) / math.log(now / before))
-    return last
+    return power_law((before, losses[-2]), (now, losses[-1]), total)
+
+
+def power_law(before: tuple[int, float], now: tuple[int, float], total: int) -> float:
+    """The loss after ``total`` steps, from two of ``(steps, loss)``, by rule 4; the last one where it does not fall."""
+    (m, a), (n, b) = before, now
+    if not 0.0 < b < a:
+        return b
+    found: float = b * (b / a) ** (math.log(max(1.0, total / n)) / math.log(n / m))
+    return found
 
 
 def rehearsal_cost(candidates: int, strata: int) -> int:

@@ -1,12 +1,14 @@
 """Rate, loss and parametrisation of the fine-tune, found by short runs on copies of the slim network.
 
-The rate decides more than anything else about the training, and no constant serves light and deep cuts alike. A run of
-a tenth of the epochs, with a whole schedule of its own, already ranks rates rightly, but for a bias upwards. So runs
-grow by successive halving (Jamieson and Talwalkar, AISTATS 2016):
+The rate decides more than anything else about the training, and no constant serves light and deep cuts alike. Runs of
+a few dozen steps, each with a whole schedule of its own, rank rates, but with a bias downwards: a larger rate spoils at
+first what it wins later. So runs grow by successive halving (Jamieson and Talwalkar, AISTATS 2016), and the slope of a
+rate's losses counts:
 
     rung 1      s steps   all rates of the grid
-    rung 2     2s steps   the two best rates; the best one with every other loss; dense weights at the rate below it
-    rung 3     4s steps   the two best settings
+    rung 2     2s steps   the best rate and the one above it; the best one with every other loss; dense weights at the
+                          rate below it
+    rung 3     4s steps   the rate with the best forecast, and the best other setting
 
 1. ``s`` is such that all runs together take at most `SHARE` of the fine-tune's steps; judging comes on top, `HELD`
    forward passes a run. Where ``s`` would be less than `LEAST`, only rates are tried, in two rungs; where even these
@@ -16,7 +18,8 @@ grow by successive halving (Jamieson and Talwalkar, AISTATS 2016):
 3. The judge is one measure for all losses: cross-entropy with the labels; without labels the distillation; the user's
    own loss where there is one. It is taken in eval mode on the first batches of the data, over which training passes. A
    loader that shuffles deals anew each time round, so there some of their examples are trained on.
-4. A run whose loss is not finite is out. Of rates within `TIE` of the best the smallest counts, against the bias.
+4. A run whose loss is not finite is out. Of two rates of one setting that with the lower *forecast* counts: the loss
+   at the end of the fine-tune by the power law through its last two runs (`sluice.training.rehearse`, rule 4).
 5. The default setting, logits and labels on plain weights, is left only for one that is better by `HANDICAP`: short
    runs are partial to what learns fast, and distillation is behind after one epoch where it is ahead after ten. Both
    margins are shares of the held-out loss or of what training took off it, whichever is less.
@@ -40,7 +43,7 @@ from sluice.core.errors import SluiceError
 from sluice.passes.graph.capture import clone
 from sluice.training.recovery import AUTO, Recovery
 from sluice.training.rehearse import HELD as FEW
-from sluice.training.rehearse import Trainee, batches_behind, held_out_loss, train_together
+from sluice.training.rehearse import Trainee, batches_behind, held_out_loss, power_law, train_together
 from sluice.training.train import LOSSES, Data, Loss, count_batches, default_loss, split_batch
 
 __all__ = ["Run", "Setting", "Trial", "lengths", "losses_for", "quick_rate", "try_settings"]
@@ -50,7 +53,6 @@ __all__ = ["Run", "Setting", "Trial", "lengths", "losses_for", "quick_rate", "tr
 SHARE = 1 / 3
 LEAST = 10  # fewer steps, one of them warming up, leave the optimizer no time to show what a rate does
 HELD = 8  # batches that are judged on, at most a fifth of the data
-TIE = 0.05
 HANDICAP = 0.1
 FINALISTS = 2
 OWN, DEFAULT = "own loss", next(iter(LOSSES))
@@ -157,10 +159,11 @@ def try_settings(
         judge = _Judge(slim, widen, losses, losses[measure], held, stream, teacher, recovery, default, before)
         runs, found = list[Run](), list[Run]()
         for number, length in enumerate(steps):
-            if number:
-                settings = judge.best(found)
-            if number == 1 and len(steps) > 2:
-                settings = _second(settings, recovery, list(losses)[1:], both)
+            if number == 1:
+                others = list(losses)[1:] if len(steps) > 2 else []
+                settings = _second(judge.best(found)[0], recovery, others, both and len(steps) > 2)
+            elif number == 2:
+                settings = judge.finalists(runs, found, total)
             found = judge.rung(settings, length, progress=progress)
             runs += found
             if not judge.best(found):
@@ -168,7 +171,7 @@ def try_settings(
                     f"training at the learning rates {sorted({s.lr for s in settings})} gives no finite loss on the "
                     "first batches of data; check the data and the loss, or give a smaller rate as lr="
                 )
-        return Trial(judge.winner(found), total, tuple(runs), measure, before, dense)
+        return Trial(judge.winner(runs, found, total), total, tuple(runs), measure, before, dense)
 
 
 def quick_rate(
@@ -187,7 +190,7 @@ def quick_rate(
         before = held_out_loss(module, held, teacher, loss)
         judge = _Judge(module, None, {OWN: loss}, loss, held, stream, teacher, recovery, default, before)
         settings = [replace(default, lr=rate) for rate in recovery.rates()[1:-1]]
-        return judge.winner(judge.rung(settings, steps, progress=progress)).lr
+        return judge.best(judge.rung(settings, steps, progress=progress))[0].lr
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -220,16 +223,20 @@ class _Judge:
         return [Run(setting, steps, figure) for setting, figure in zip(settings, figures, strict=True)]
 
     def best(self, runs: Sequence[Run]) -> list[Setting]:
-        """The settings of the two best runs, the best first; fewer where fewer are finite."""
-        finite = sorted((run for run in runs if math.isfinite(run.held_out)), key=self._handicapped)
-        return [run.setting for run in finite[:FINALISTS]]
+        """The settings of the runs, the best first; those that are not finite are left out."""
+        return [run.setting for run in sorted(filter(_finite, runs), key=self._handicapped)]
 
-    def winner(self, runs: Sequence[Run]) -> Setting:
-        """Rules 4 and 5."""
-        best = min(runs, key=self._handicapped)
-        limit = best.held_out + TIE * self._scale(best)
-        level = [run.setting.lr for run in runs if run.held_out <= limit and _but_rate(run, best.setting)]
-        return replace(best.setting, lr=min(level))
+    def finalists(self, runs: Sequence[Run], rung: Sequence[Run], total: int) -> list[Setting]:
+        """The best setting of a rung, at its rate by rule 4, and the best one of the others."""
+        first = self.winner(runs, rung, total)
+        others = [setting for setting in self.best(rung) if replace(setting, lr=first.lr) != first]
+        return [first, *(others or [one for one in self.best(rung) if one != first])[: FINALISTS - 1]]
+
+    def winner(self, runs: Sequence[Run], rung: Sequence[Run], total: int) -> Setting:
+        """Rules 4 and 5, of the last rung of all runs."""
+        best = self.best(rung)[0]
+        rates = [run for run in rung if _finite(run) and _but_rate(run, best)]
+        return min(rates, key=lambda run: _forecast(runs, run, total)).setting
 
     def _handicapped(self, run: Run) -> float:
         return run.held_out if _but_rate(run, self.default) else run.held_out + HANDICAP * self._scale(run)
@@ -248,12 +255,25 @@ class _Judge:
         return made
 
 
-def _second(best: Sequence[Setting], recovery: Recovery, losses: Sequence[str], both: bool) -> list[Setting]:
+def _second(leader: Setting, recovery: Recovery, losses: Sequence[str], both: bool) -> list[Setting]:
     """The settings of rung 2. Dense weights do best at a smaller rate, since three factors move at once."""
-    leader, rates = best[0], recovery.rates()
-    found = [*best, *(replace(leader, loss=name) for name in losses)]
-    below = rates[max(0, rates.index(leader.lr) - 1)]
+    rates = recovery.rates()
+    at = rates.index(leader.lr)
+    above, below = rates[at + 1] if at + 1 < len(rates) else rates[at - 1], rates[max(0, at - 1)]
+    found = [leader, replace(leader, lr=above), *(replace(leader, loss=name) for name in losses)]
     return [*found, replace(leader, lr=below, dense=True)] if both else found
+
+
+def _forecast(runs: Sequence[Run], last: Run, total: int) -> float:
+    """Rule 4; the last loss where the setting has no run before."""
+    before = [run for run in runs if run.setting == last.setting and run.steps < last.steps and _finite(run)]
+    if not before:
+        return last.held_out
+    return power_law((before[-1].steps, before[-1].held_out), (last.steps, last.held_out), total)
+
+
+def _finite(run: Run) -> bool:
+    return math.isfinite(run.held_out)
 
 
 def _but_rate(run: Run, setting: Setting) -> bool:

@@ -350,13 +350,17 @@ def test_uniform_widths_keep_one_share_of_every_group() -> None:
     model = uniform.model
     kept = {g: (choice.widths[g], levels) for g, levels in model.levels.items() if len(levels) > 1}
     share = choice.retained
-    for width, levels in kept.values():
-        assert width == max((n for n in levels if n <= share * levels[-1]), default=levels[0])
-    assert latency.ms(choice.widths) == choice.promised_ms <= target
-    # No larger share is within the target.
     above = min(n / levels[-1] for _, levels in kept.values() for n in levels if n / levels[-1] > share)
-    larger = {g: max((n for n in ls if n <= above * ls[-1]), default=ls[0]) for g, (_, ls) in kept.items()}
+    base, larger = (
+        {g: max((n for n in ls if n <= s * ls[-1]), default=ls[0]) for g, (_, ls) in kept.items()}
+        for s in (share, above)
+    )
+    assert all(width in (base[g], larger[g]) for g, (width, _) in kept.items())
+    assert latency.ms({**choice.widths, **base}) <= latency.ms(choice.widths) == choice.promised_ms <= target
+    # No larger share is within the target, nor is any group that might go a step beyond.
     assert latency.ms({**choice.widths, **larger}) > target
+    steps = [{**choice.widths, g: larger[g]} for g, (width, _) in kept.items() if width < larger[g]]
+    assert steps and all(latency.ms(step) > target for step in steps)
     assert all(choice.widths[s] == latency.dense[s] for s in latency.levels if s not in kept)
     with pytest.raises(Unreachable):
         uniform.choose(latency, 0.01 * latency.dense_ms())

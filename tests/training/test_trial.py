@@ -17,7 +17,18 @@ from sluice.core.errors import SluiceError
 from sluice.training.recovery import RATES, Recovery
 from sluice.training.rehearse import held_out_loss
 from sluice.training.train import default_loss, fit, label_loss
-from sluice.training.trial import FINALISTS, LEAST, SHARE, Run, Setting, _Judge, lengths, quick_rate, try_settings
+from sluice.training.trial import (
+    FINALISTS,
+    LEAST,
+    SHARE,
+    Run,
+    Setting,
+    _Judge,
+    _second,
+    lengths,
+    quick_rate,
+    try_settings,
+)
 
 EPOCHS = 6
 
@@ -159,6 +170,12 @@ def test_three_rungs_try_losses_and_weights() -> None:
     assert len(third) == 2 and set(third) <= set(second) and found.chosen in third and found.measure == "labels"
 
 
+def test_the_rival_of_the_best_rate_is_the_one_above_it() -> None:
+    rates = RATES["adamw"]
+    rivals = {lr: _second(Setting(lr, "a"), Recovery(), [], False)[1].lr for lr in rates}
+    assert rivals == {**dict(itertools.pairwise(rates)), rates[-1]: rates[-2]}
+
+
 @pytest.mark.parametrize("seed", [7, 8])
 def test_a_teacher_that_is_wrong_is_not_followed(seed: int) -> None:
     assert trial(deep(), loss=default_loss, epochs=40, teacher=network(8, seed, 9.0)).chosen.loss == "labels"
@@ -202,19 +219,25 @@ def test_runs_that_are_not_finite_are_out() -> None:
         trial(deep(), [(x * math.nan, y) for x, y in data()])
 
 
-def test_ties_go_to_the_smaller_rate_and_the_default_has_a_margin() -> None:
+def test_the_slope_decides_between_rates_and_the_default_has_a_margin() -> None:
     judge = _Judge(deep(), None, {}, own, [], iter(()), teacher(), Recovery(), Setting(1.0, "a"), 9.0)
-
-    def winner(*runs: tuple[Setting, float]) -> Setting:
-        return judge.winner([Run(setting, 8, value) for setting, value in runs])
-
     small, large, other = Setting(1e-3, "a"), Setting(1e-2, "a"), Setting(1e-2, "b")
-    assert winner((large, 1.0), (small, 1.04)) == small and winner((large, 1.0), (small, 1.06)) == large
-    assert winner((large, -1.0), (small, -0.97)) == small
+
+    def winner(*runs: tuple[Setting, float], before: dict[Setting, float] | None = None, total: int = 64) -> Setting:
+        rung = [Run(setting, 8, value) for setting, value in runs]
+        return judge.winner([*(Run(one, 4, value) for one, value in (before or {}).items()), *rung], rung, total)
+
+    # At 64 steps the small rate has 1.0 * (1.0 / 1.1)^3 = 0.75, the large one 1.2 * (1.2 / 1.6)^3 = 0.51.
+    falling = {small: 1.1, large: 1.6}
+    assert winner((small, 1.0), (large, 1.2), before=falling) == large
+    assert winner((small, 1.0), (large, 1.2), before=falling, total=8) == small
+    assert winner((small, 1.0), (large, 1.2), before={small: 1.1, large: 1.1}) == small  # it does not fall
+    assert winner((small, -1.0), (large, -0.9), before={small: -0.5, large: 3.0}) == small
+    assert winner((small, 1.0), (large, 1.2)) == small and winner((large, 1.0), (small, math.inf)) == large
     assert winner((small, 1.0), (other, 0.92)) == small and winner((small, 1.0), (other, 0.9)) == other
-    assert winner((large, 1.0), (small, math.inf)) == large
-    assert winner((large, 8.9), (small, 8.904)) == small and winner((large, 8.9), (small, 8.906)) == large  # gains
-    assert winner((large, 9.1), (small, 9.2)) == large
+    finalists = judge.finalists([], [Run(small, 8, 1.0), Run(large, 8, 1.2), Run(other, 8, 1.4)], 64)
+    assert finalists == [small, other]
+    assert judge.finalists([], [Run(small, 8, 1.0), Run(large, 8, 1.2)], 64) == [small, large]
 
 
 def test_the_same_seed_finds_the_same_and_draws_what_it_drew() -> None:
