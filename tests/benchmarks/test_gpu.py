@@ -248,9 +248,9 @@ def test_no_question_to_the_solver_takes_long(
     for name in ("decide", "least_ms"):
         solver = getattr(gpu_stages, name)
 
-        def watched(*arguments: Any, solver: Any = solver, time_limit_s: float = 20.0) -> Any:
+        def watched(*arguments: Any, solver: Any = solver, time_limit_s: float = 20.0, **options: Any) -> Any:
             limits.append(time_limit_s)
-            return solver(*arguments, time_limit_s=time_limit_s)
+            return solver(*arguments, time_limit_s=time_limit_s, **options)
 
         monkeypatch.setattr(gpu_stages, name, watched)
     assert called(tmp_path, "--target", "torch-cuda", "--batch", "2", "--skip-staircases") == 0
