@@ -258,9 +258,10 @@ def _finish(
     slim = merge_runs(slim, verified.plan).eval()
     with stage("export and measure", progress) as advance:
         slim_onnx = finalize(to_onnx(slim, captured_inputs(stripped)))
-        exported = parity(slim, slim, slim_onnx, stripped)
         dense_engine = finalize(dense_onnx)
         deployed, metric_deployed = deploy(slim_onnx)
+        file = deployed if precision == "fp32" else slim_onnx
+        exported = parity(slim, slim, file, stripped)
         times = final_pair(measured, measured.engine(dense_engine), deployed, budget, verified, advance)
     report = make_report(
         measured, verified, times=times, worst=max(closed, exported),
@@ -271,7 +272,6 @@ def _finish(
         seconds=time.perf_counter() - started, losses=ready.problem.losses, plain=ready.plain,
         readings=[(s.name, s.solution.choice.promised_ms, s.rehearsed) for s in scenarios], recovery=recovered,
     )  # fmt: skip
-    file = deployed if precision == "fp32" else slim_onnx
     done = Compressed(with_own_names(slim), verified.plan, file, deployed, report)
     if out is not None:
         done.save(out)
