@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import chain, islice
@@ -21,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from sluice.commands import options
+from sluice.commands.bench import bench
 from sluice.commands.parser import make_parser
+from sluice.commands.report import report
 from sluice.commands.serve import serve
 from sluice.commands.specs import (
     check_batch,
@@ -32,12 +33,10 @@ from sluice.commands.specs import (
     is_onnx,
     model_of,
 )
+from sluice.commands.words import print_report, print_result
 from sluice.core.errors import SluiceError
-from sluice.core.files import read_bytes
 
 __all__ = ["main", "parser"]
-
-ENGINES = (".engine", ".plan", ".trt")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,7 +82,7 @@ def inspect(args: argparse.Namespace) -> int:
     """Show what can be cut, factorised, dropped and merged, and what is left alone and why."""
     from sluice.commands.inspect import inspection
 
-    return _print(args, *inspection(args.model, args.shape, args.exclude, args.inputs))
+    return print_result(args, *inspection(args.model, args.shape, args.exclude, args.inputs, args.verbose))
 
 
 def profile(args: argparse.Namespace) -> int:
@@ -106,7 +105,7 @@ def profile(args: argparse.Namespace) -> int:
         check_inspector(args.target)
     dense = _dense_onnx(args)
     if args.shard is not None:
-        return _print(args, *shard_summary(profile_shard(dense, shard=args.shard, **settings)))
+        return print_result(args, *shard_summary(profile_shard(dense, shard=args.shard, **settings)))
     measured = profile_onnx(dense, complete=args.complete, **settings)
     if not args.complete:
         walk(measured, settings["methods"])
@@ -114,7 +113,7 @@ def profile(args: argparse.Namespace) -> int:
     if args.layers:
         placed = place_profile(measured)
         data, lines = {**data, "layers": asdict(placed)}, [*lines, *placement_lines(placed)]
-    return _print(args, data, lines)
+    return print_result(args, data, lines)
 
 
 def _pack(args: argparse.Namespace) -> int:
@@ -129,7 +128,7 @@ def _pack(args: argparse.Namespace) -> int:
     known = known_table(args.table, job) if args.table else None
     size = write_job(args.out, _dense_onnx(args), job, known)
     lines = [f"{args.out}: {size:,} bytes; on the device: python {Path(args.out).name} -o TABLE.db"]
-    return _print(args, {"out": args.out, "bytes": size}, lines)
+    return print_result(args, {"out": args.out, "bytes": size}, lines)
 
 
 def _dense_onnx(args: argparse.Namespace) -> Any:
@@ -150,8 +149,6 @@ def _dense_onnx(args: argparse.Namespace) -> Any:
 
 def compress(args: argparse.Namespace) -> int:
     """Make the network fit the budget, or as fast as its accuracy allows: profile, decide, cut, train, export."""
-    from rich.console import Console
-
     from sluice import compress as run
     from sluice.core.address import target_at
 
@@ -166,10 +163,7 @@ def compress(args: argparse.Namespace) -> int:
         evaluate=evaluate_of(args.evaluate) if args.evaluate else None,
         **deployment, **settings,
     )  # fmt: skip
-    if args.json:
-        print(done.report.to_json(), end="")
-    else:
-        done.report.render(Console(width=None if sys.stdout.isatty() else 160))
+    print_report(args, done.report)
     least = done.report.least
     return 0 if done.report.met() and (least is None or least.met()) else 1
 
@@ -182,7 +176,7 @@ def plan(args: argparse.Namespace) -> int:
     model, inputs = model_of(args.model), inputs_of(args.model, args.shape, args.batch, args.inputs)
     found = plan_one_shot(model, inputs, budget=args.budget, data=data_of(args.data), **settings)
     found.plan.save(args.out)
-    return _print(args, *plan_summary(found, args.out))
+    return print_result(args, *plan_summary(found, args.out))
 
 
 def apply(args: argparse.Namespace) -> int:
@@ -194,7 +188,7 @@ def apply(args: argparse.Namespace) -> int:
 
     slim = to_precision(finalize(rewrite_onnx(load_onnx(args.model), Plan.load(args.plan))), "fp32")
     save_onnx(slim, args.out)
-    return _print(args, {"out": args.out, "bytes": slim.ByteSize()}, [f"{args.out}: {slim.ByteSize():,} bytes"])
+    return print_result(args, {"out": args.out, "bytes": slim.ByteSize()}, [f"{args.out}: {slim.ByteSize():,} bytes"])
 
 
 def export(args: argparse.Namespace) -> int:
@@ -231,7 +225,7 @@ def export(args: argparse.Namespace) -> int:
     if args.names:
         save_onnx(exported, args.out)
         size = exported.ByteSize()
-        return _print(args, {"out": args.out, "bytes": size}, [f"{args.out}: {size:,} bytes"])
+        return print_result(args, {"out": args.out, "bytes": size}, [f"{args.out}: {size:,} bytes"])
     target = args.target or ("tensorrt" if args.engine else "ort-cpu")
     batches = iter(data_of(args.calibration)) if args.calibration else iter(())
     first = list(islice(batches, 1))  # also of data that can be read only once
@@ -244,7 +238,7 @@ def export(args: argparse.Namespace) -> int:
         with suppress(SluiceError):  # a file that this machine cannot run is of use on another
             error = rounding_error(done, wide, first or [inputs])
     found = outcome(done, args.out, asked, precision=args.precision, target=target, batch=args.batch, error=error)
-    _print(args, found.data, found.lines)
+    print_result(args, found.data, found.lines)
     if found.refusal is not None:
         raise found.refusal
     return 0
@@ -267,51 +261,10 @@ def check(args: argparse.Namespace) -> int:
         )
         lines.append(f"tolerance of its rounding {found.tolerance:.1e}; by chance {found.by_chance:.1e}")
     data = {"errors": errors, "worst": worst, "tolerance": args.tolerance}
-    _print(args, {**data, "deployed": {name: asdict(found) for name, found in deployed.items()}}, lines)
+    print_result(args, {**data, "deployed": {name: asdict(found) for name, found in deployed.items()}}, lines)
     return 0 if worst <= args.tolerance and all(found.same for found in deployed.values()) else 1
-
-
-def bench(args: argparse.Namespace) -> int:
-    """Measure one engine or several in turns: ONNX files, or engines of TensorRT."""
-    import numpy as np
-
-    from sluice.core.address import split_target
-    from sluice.profiler.timing.measure import measure
-    from sluice.runtime.base.inputs import parsed
-    from sluice.runtime.targets import make_runner
-
-    built = [path for path in args.models if path.endswith(ENGINES)]
-    if built and split_target(args.target)[0] != "tensorrt":
-        raise SluiceError(f"{built[0]!r} is an engine of TensorRT, --target is {args.target}; give --target tensorrt")
-    for path in args.models:
-        if path not in built:
-            check_batch(parsed(path), args.batch, path)
-    if built and split_target(args.target)[1]:
-        raise SluiceError(f"{built[0]!r} would be run as it is on another machine; give the ONNX file, built there")
-    runner = make_runner(args.target, args.threads)
-    sessions = [_loaded(runner, p) if p in built else runner.build(p, batch=args.batch) for p in args.models]
-    found = measure(sessions, min_bursts=60, max_bursts=240, target_spread=0.01, rng=np.random.default_rng(0))
-    data: dict[str, Any] = {
-        "engines": [{"file": f, "ms": m.ms, "spread": m.spread} for f, m in zip(args.models, found, strict=True)],
-        "clock": found[0].clock,
-    }
-    lines = [f"{f}: {m.ms:.4g} ms (spread {m.spread:.1%})" for f, m in zip(args.models, found, strict=True)]
-    if len(found) == 2:
-        data["ratio"] = found[1].ms / found[0].ms
-        lines.append(f"second/first {data['ratio']:.1%}")
-    return _print(args, data, lines)
 
 
 def parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
-    return make_parser((inspect, profile, compress, plan, apply, export, check, bench, serve))
-
-
-def _loaded(runner: Any, path: str) -> Any:
-    """A session of an engine that was built before, with the batch that it was built for."""
-    return runner.load(read_bytes(path, "an engine"), path)
-
-
-def _print(args: argparse.Namespace, data: Any, lines: Iterable[str]) -> int:
-    print(json.dumps(data, indent=2) if args.json else "\n".join(lines))
-    return 0
+    return make_parser((inspect, profile, compress, plan, apply, export, check, report, bench, serve))

@@ -7,12 +7,18 @@ from typing import Any
 
 from sluice.core.plan import Plan
 
-__all__ = ["EditRow", "GroupRow", "MethodRow", "PieceRow", "edit_rows", "piece_row"]
+__all__ = ["JOINT", "EditRow", "GroupRow", "MethodRow", "PieceRow", "edit_rows", "piece_row"]
+
+JOINT = "joint"  # describes the time that neighbouring pieces save together
 
 
 @dataclass(frozen=True, slots=True)
 class PieceRow:
-    """One measured piece of the graph; ``ms`` of one occurrence, ``count`` occurrences."""
+    """One measured piece of the graph; ``ms`` of one occurrence, ``count`` occurrences.
+
+    ``layer`` is the layer or the run of layers that the piece is, or takes the place of; empty where the piece was
+    neither replaced nor replaces one.
+    """
 
     name: str
     description: str
@@ -21,6 +27,7 @@ class PieceRow:
     ms_after: float
     extents_before: tuple[int, ...]
     extents_after: tuple[int, ...]
+    layer: str = ""
 
     def saved_ms(self) -> float:
         return self.count * (self.ms_before - self.ms_after)

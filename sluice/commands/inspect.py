@@ -1,4 +1,4 @@
-"""The search space of a model, printed: as JSON for programs, and in lines."""
+"""The search space of a model, printed: as JSON for programs, and as a summary with a line per site."""
 
 from __future__ import annotations
 
@@ -9,29 +9,42 @@ from typing import TYPE_CHECKING, Any
 from sluice.commands.specs import NamedInput, dense_in, inputs_of, is_onnx, model_of
 
 if TYPE_CHECKING:
-    from sluice.passes.search_space import SearchSpace
+    from torch import nn
+
+    from sluice.passes.search_space import Reading, SearchSpace
 
 __all__ = ["inspection"]
 
+BATCH = 2  # that a network from Python is captured with
+WIDTH = 100
+
 
 def inspection(
-    spec: str, shape: tuple[int, ...] | None, exclude: Sequence[str], inputs: Sequence[NamedInput] = ()
+    spec: str,
+    shape: tuple[int, ...] | None,
+    exclude: Sequence[str],
+    inputs: Sequence[NamedInput] = (),
+    verbose: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
-    """The search space of the model that ``spec`` names: for programs, and in lines."""
+    """The search space of the model that ``spec`` names: for programs, and in lines (``verbose``: of any length)."""
+    from sluice.artifacts.macs import count_macs
     from sluice.passes.graph.groups import check_cuttable
     from sluice.passes.search_space import find_search_space, read_onnx, read_torch
 
     if is_onnx(spec):
-        reading = read_onnx(dense_in(spec, shape, inputs))
+        dense = dense_in(spec, shape, inputs)
+        reading, macs = read_onnx(dense), count_macs(dense)
     else:
         from sluice import capture
 
         model = model_of(spec)
-        reading = read_torch(capture(model, inputs_of(spec, shape, 2, inputs)))
+        example = inputs_of(spec, shape, BATCH, inputs)
+        reading, macs = read_torch(capture(model, example)), _macs(model.eval(), example)
     space = find_search_space(reading, exclude)
     if not space.has_sites:
         check_cuttable(space.analysis)
-    return _data(space), _lines(space)
+    data, summary = _summary(space, reading, macs)
+    return {**data, **_data(space)}, [*summary, *_lines(space, verbose)]
 
 
 def _data(space: SearchSpace) -> dict[str, Any]:
@@ -64,26 +77,78 @@ def _runs(space: SearchSpace) -> dict[tuple[str, ...], list[str]]:
     }
 
 
-def _lines(space: SearchSpace) -> list[str]:
+def _summary(space: SearchSpace, reading: Reading, macs: int) -> tuple[dict[str, Any], list[str]]:
+    """Sizes of the network, and the share of its parameters that each method can take from."""
+    sizes = {n: t.size for n, t in reading.tensors.items() if n not in reading.buffers and t.dtype.kind == "f"}
+    total = sum(sizes.values())
+    within = {
+        "filter": {ref.param for group in space.analysis.groups for ref in group.refs},
+        "rank": set(space.ranks),
+        "block": {name for block in space.blocks for name in block.layers},
+        "merge": {name for site in space.merges for name in site.segment.layers},
+    }
+    shares = {
+        method: sum(sizes.get(name, 0) for name in names) / total if total else 0.0 for method, names in within.items()
+    }
+    channels = sum(group.size for group in space.analysis.groups)
+    counts = {
+        "filter": f"{len(space.analysis.groups)} groups, {channels:,} channels that can be cut",
+        "rank": f"{len(space.ranks)} weights that can be factorised",
+        "block": f"{len(space.blocks)} residual blocks that can be dropped",
+        "merge": f"{len(_runs(space))} runs that can be merged",
+    }
+    lines = [f"{total:,} parameters, {macs:,} multiply-accumulates per example"]
+    lines += [f"  {method:6} {text}, on {shares[method]:.1%} of the parameters" for method, text in counts.items()]
+    return {"parameters": total, "macs": macs, "shares": shares}, lines
+
+
+def _lines(space: SearchSpace, verbose: bool) -> list[str]:
     groups, runs = space.analysis.groups, _runs(space)
-    lines = [f"{len(groups)} groups, {sum(g.size for g in groups)} channels that can be cut"]
-    lines += [f"  {g.name}: {g.size} in {', '.join(f'{r.param}[{r.axis}]' for r in g.refs)}" for g in groups]
-    lines.append(f"{len(space.ranks)} weights that can be factorised, with the rank at which nothing is lost")
+    lines = ["", "groups"]
+    for group in groups:
+        names = [f"{ref.param}[{ref.axis}]" for ref in group.refs]
+        lines.append(_one_line(f"  {group.name}: {group.size} in ", names, verbose))
+    lines += ["", "weights that can be factorised, with the rank at which nothing is lost"] if space.ranks else []
     for name, site in space.ranks.items():
-        forms = ", ".join(f"{form} {rank}" for form, rank in site.forms.items())
-        lines.append(f"  {name} {'x'.join(map(str, site.shape))}: {forms}")
-    lines.append(f"{len(space.blocks)} residual blocks that can be dropped")
+        forms = [f"{form} {rank}" for form, rank in site.forms.items()]
+        lines.append(_one_line(f"  {name} {'x'.join(map(str, site.shape))}: ", forms, verbose))
+    lines += ["", "residual blocks"] if space.blocks else []
     for block in space.blocks:
-        closes = f"no gate can close it: {block.reason}" if block.closing is None else "a gate can close it"
-        lines.append(f"  {block.name}: {', '.join(block.layers)}; {closes}")
-    lines.append(f"{len(runs)} runs that can be merged, with the kernels that are possible")
-    lines += [f"  {layers[0]}..{layers[-1]}: {' '.join(kernels)}" for layers, kernels in runs.items()]
+        closes = f"; no gate can close it: {block.reason}" if block.closing is None else ""
+        lines.append(_one_line(f"  {block.name}: ", [*block.layers], verbose) + closes)
+    lines += ["", "runs, with the kernels that are possible"] if runs else []
+    lines += [_one_line(f"  {a[0]} to {a[-1]}: ", kernels, verbose) for a, kernels in runs.items()]
     for title, reasons in (
         ("left alone", space.left_alone),
         ("not factorised", space.unfactorised),
         ("additions that are no residual block", space.undropped),
         ("not merged", space.unmerged),
     ):
-        if reasons or title == "left alone":
-            lines += [f"{title}: {len(reasons)}", *(f"  {name}: {reason}" for name, reason in reasons.items())]
-    return lines
+        if reasons:
+            lines += ["", f"{title}: {len(reasons)}", *(f"  {name}: {reason}" for name, reason in reasons.items())]
+    return lines if verbose else [*lines, "", "-v has all tensors of every line, --json everything for programs"]
+
+
+def _one_line(head: str, names: Sequence[str], verbose: bool) -> str:
+    """The names behind ``head``, as many as fit on a line of `WIDTH`."""
+    whole = head + ", ".join(names)
+    if verbose or len(whole) <= WIDTH:
+        return whole
+    for shown in range(len(names) - 1, 0, -1):
+        line = head + ", ".join(names[:shown]) + f" and {len(names) - shown} more"
+        if len(line) <= WIDTH:
+            return line
+    return f"{head}{len(names)} of them"[:WIDTH]
+
+
+def _macs(model: nn.Module, inputs: Any) -> int:
+    """Multiply-accumulates of one example."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from sluice.passes.graph.capture import normalize_inputs
+
+    args, kwargs = normalize_inputs(inputs)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(*args, **kwargs)
+    return int(counter.get_total_flops()) // (2 * BATCH)

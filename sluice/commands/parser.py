@@ -41,6 +41,7 @@ def make_parser(verbs: Iterable[Verb]) -> argparse.ArgumentParser:
 def _inspect(p: argparse.ArgumentParser) -> None:
     options.network(p)
     options.exclude(p)
+    p.add_argument("-v", "--verbose", action="store_true", help="name all tensors, however long a line gets")
 
 
 def _profile(p: argparse.ArgumentParser) -> None:
@@ -66,6 +67,7 @@ def _compress(p: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     p.add_argument("--evaluate", metavar="FUNCTION", help="package.module:function from a module to its accuracy")
     options.recovery(p)
+    _full(p)
 
 
 def _plan(p: argparse.ArgumentParser) -> None:
@@ -112,6 +114,15 @@ def _check(p: argparse.ArgumentParser) -> None:
     p.add_argument("--tolerance", type=float, default=TOLERANCE, help=f"relative, in fp32 (default {TOLERANCE:g})")
 
 
+def _report(p: argparse.ArgumentParser) -> None:
+    p.add_argument("report", metavar="DIR", help="folder that `sluice compress` wrote, or a report.json")
+    _full(p)
+
+
+def _full(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--full", action="store_true", help="print every piece, joint and layer left alone")
+
+
 def _bench(p: argparse.ArgumentParser) -> None:
     options.device(p)
     p.add_argument(
@@ -143,6 +154,7 @@ _ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "apply": _apply,
     "export": _export,
     "check": _check,
+    "report": _report,
     "bench": _bench,
     "serve": _serve,
 }

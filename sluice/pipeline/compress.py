@@ -271,6 +271,7 @@ def _finish(
         frozen={**measured.space.left_alone, **gated.meta["space"].left_alone},
         seconds=time.perf_counter() - started, losses=ready.problem.losses, plain=ready.plain,
         readings=[(s.name, s.solution.choice.promised_ms, s.rehearsed) for s in scenarios], recovery=recovered,
+        methods=ready.methods,
     )  # fmt: skip
     done = Compressed(with_own_names(slim), verified.plan, file, deployed, report)
     if out is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from sluice.artifacts.report import Report
 from sluice.artifacts.report_recovery import RecoveryRow
-from sluice.artifacts.report_rows import GroupRow, MethodRow, PieceRow, edit_rows
+from sluice.artifacts.report_rows import JOINT, GroupRow, MethodRow, PieceRow, edit_rows
 from sluice.core.latency import LatencyModel
 from sluice.passes.graph.capture import MARK, Inputs, normalize_inputs
 from sluice.pipeline.pairs import PairTimes
@@ -66,6 +67,7 @@ def contributions(
     options: EditSpace,
     configuration: Mapping[str, int],
     losses: Mapping[str, np.ndarray] | None = None,
+    methods: Sequence[str] = METHODS,
 ) -> tuple[MethodRow, ...]:
     """The contribution of every method to a configuration.
 
@@ -79,6 +81,7 @@ def contributions(
 
     Args:
         losses: of every level of every site (`sluice.pipeline.problem.Problem.losses`).
+        methods: those that were asked for; others have no row.
     """
     ranks = {option.rank for option in options.ranks}
     chosen = {
@@ -90,7 +93,7 @@ def contributions(
     rank_of = {option.switch: option.rank for option in options.ranks}
     promised = model.ms(configuration)
     rows = []
-    for method in METHODS:
+    for method in methods:
         sites = chosen[method]
         priced = [s for site in sites for s in (site, rank_of.get(site)) if s is not None]
         # The rules of a switch name the layers that it covers, and the other states of these layers.
@@ -104,6 +107,56 @@ def contributions(
     return tuple(rows)
 
 
+def piece_rows(
+    latency: LatencyModel, widths: Mapping[str, int], descriptions: Mapping[str, str]
+) -> tuple[PieceRow, ...]:
+    """The pieces and joints of the dense network and of a configuration.
+
+    Args:
+        descriptions: of the dense network's pieces, by name, with the symbols of `sluice.profiler.pieces.identity` for
+            sizes that vary; the rows have the dense sizes there.
+    """
+    places, rows = _places(latency, widths), []
+    for term in latency.terms:
+        if not (term.on(latency.dense) or term.on(widths)):
+            continue
+        before, after = (tuple(int(e.at(w)) for e in term.extents) for w in (latency.dense, widths))
+        layer = next((places[s] for s in term.when if s in places), "")
+        what = JOINT if term.weight < 0 else f"in place of {layer}" if layer else "in place of a layer"
+        rows.append(PieceRow(
+            term.name, _with_sizes(descriptions.get(term.name, what), before), 1,
+            term.on(latency.dense) * term.weight * term.at(latency.dense),
+            term.on(widths) * term.weight * term.at(widths), before, after, "" if term.weight < 0 else layer,
+        ))  # fmt: skip
+    again = latency.reload_ms(latency.dense), latency.reload_ms(widths)
+    if any(again):
+        rows.append(PieceRow("read again", "weights beyond what the caches hold", 1, *again, (), ()))
+    return tuple(rows)
+
+
+def _places(latency: LatencyModel, widths: Mapping[str, int]) -> dict[str, str]:
+    """The layers that every switch stands for which the configuration turned, its own layer or a run of several."""
+    places: dict[str, str] = {}
+    for switch in sorted(s for s in latency.switches if widths[s] and not latency.dense[s]):
+        rules = [dict(rule.coefs) for rule in latency.rules if switch in dict(rule.coefs)]
+        covered = [name for coefs in rules for name in coefs if latency.dense[name] and not widths[name]]
+        layers = [name.rpartition("|")[0].removesuffix(".weight") for name in covered]
+        if layers:
+            label = layers[0] if len(layers) == 1 else f"{layers[0]} to {layers[-1]}"
+            places |= dict.fromkeys([*covered, switch], label)
+    return places
+
+
+def _with_sizes(description: str, sizes: Sequence[int]) -> str:
+    """The description with numbers in place of ``2*e0+1*e1+3``."""
+
+    def total(found: re.Match[str]) -> str:
+        terms = [part.partition("*") for part in found[0].split("+")]
+        return str(sum(int(count) * (sizes[int(symbol[1:])] if symbol else 1) for count, _, symbol in terms))
+
+    return re.sub(r"\d+\*e\d+(\+\d+\*e\d+)*\+\d+", total, description)
+
+
 def _finite(metric: float | None) -> float | None:
     """The figure of merit, None where it overflows: the report must be saved all the same."""
     return metric if metric is not None and math.isfinite(metric) else None
@@ -114,7 +167,7 @@ def make_report(
     params: tuple[int, int], macs: tuple[int, int], metrics: tuple[float | None, float | None, float | None],
     frozen: Mapping[str, str], seconds: float, losses: Mapping[str, np.ndarray] | None = None,
     readings: Sequence[tuple[str, float, tuple[float, ...]]] = (), recovery: RecoveryRow | None = None,
-    plain: PairTimes | None = None,
+    plain: PairTimes | None = None, methods: Sequence[str] = METHODS,
 ) -> Report:  # fmt: skip
     """The report of a verified plan.
 
@@ -127,22 +180,10 @@ def make_report(
         readings: of the rehearsed scenarios: name, promised milliseconds, held-out losses.
         recovery: how the slim network was trained, if it was.
         plain: plain export's file beside ours, if it was measured.
+        methods: those that were asked for.
     """
     latency, widths, cover = measured.latency, dict(verified.choice.widths), measured.coverage
     descriptions = {p.name: p.description for p in measured.partition.pieces}
-    before = {t.name: t.on(latency.dense) * t.weight * t.at(latency.dense) for t in latency.terms}
-    after = {t.name: t.on(widths) * t.weight * t.at(widths) for t in latency.terms}
-    rows = [
-        PieceRow(
-            t.name, descriptions.get(t.name, "joint" if t.weight < 0 else "instead of a dense layer"), 1,
-            before[t.name], after[t.name],
-            tuple(int(e.at(latency.dense)) for e in t.extents), tuple(int(e.at(widths)) for e in t.extents),
-        )
-        for t in latency.terms if t.on(latency.dense) or t.on(widths)
-    ]  # fmt: skip
-    again = latency.reload_ms(latency.dense), latency.reload_ms(widths)
-    if any(again):
-        rows.append(PieceRow("read again", "weights beyond what the caches hold", 1, *again, (), ()))
     return Report(
         budget_ms=times.budget_ms,
         dense_ms=times.dense_ms,
@@ -159,11 +200,11 @@ def make_report(
         seconds=seconds,
         rounds=verified.rounds,
         fingerprint=asdict(measured.fingerprint),
-        pieces=tuple(rows),
+        pieces=piece_rows(latency, widths, descriptions),
         groups=tuple(GroupRow(g, n, widths[g]) for g, n in measured.partition.dense.items()),
         skipped=tuple(frozen.items()),
         error=dict(latency.error),
-        methods=contributions(latency, measured.options, widths, losses),
+        methods=contributions(latency, measured.options, widths, losses, methods),
         edits=edit_rows(verified.plan),
         readings=tuple(readings),
         points=cover.points,

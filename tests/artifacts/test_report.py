@@ -18,6 +18,7 @@ from rich.console import Console
 
 from sluice.artifacts.report import Report
 from sluice.artifacts.report_rows import EditRow, GroupRow, MethodRow, PieceRow, edit_rows
+from sluice.artifacts.report_text import FEW, first_line
 from sluice.core.errors import SluiceError
 from sluice.core.latency import Extent, LatencyModel, Rule, Term
 from sluice.core.plan import Drop, Factorize, Merge, Plan
@@ -91,7 +92,7 @@ def report() -> Report:
         ),
         groups=(GroupRow("layer1", 64, 48), GroupRow("stem", 64, 64)),
         skipped=(("fc", "the model's output is never cut"),),
-        error={"p95": 0.052},
+        error={"median_abs_err": 0.011, "p95_abs_err": 0.052, "spearman": 0.9, "n": 9.0},
         methods=(MethodRow("filter", 3, 1.234, 0.0625), MethodRow("block", 1, 0.777)),
         edits=(EditRow("block", "layer2.0", "dropped, 6 tensors"),),
         readings=(("[together]", 2.437, (0.5, 0.25)), ("filter alone", 2.431, ())),
@@ -101,9 +102,9 @@ def report() -> Report:
     )
 
 
-def text_of(report: Report) -> str:
+def text_of(report: Report, full: bool = False) -> str:
     console = Console(file=io.StringIO(), width=140)
-    report.render(console)
+    report.render(console, full)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -134,15 +135,26 @@ def test_failed_save_leaves_the_old_file(tmp_path: Path, report: Report, monkeyp
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
 
 
-def test_table_has_the_figures_in_order(report: Report) -> None:
+def test_the_first_line_says_what_was_reached(report: Report) -> None:
+    made_for = {"device": "Some CPU", "runtime": "ort-cpu", "threads": 2, "precision": "fp16", "batch": 8}
+    whole = replace(report, fingerprint=made_for, metric_deployed=0.9461)
+    want = "4.96 -> 2.461 ms (49.6% of dense, budget 50.4% met, promised 2.437), accuracy 0.9512 -> 0.9467 (-0.0045), "
+    assert first_line(whole) == f"{want}in fp16 0.9461 (-0.0051), batch 8, ort-cpu, 2 threads, fp16, Some CPU"
+    assert first_line(whole) in text_of(whole).replace("\n", " ").replace("  ", " ")
+    missed = replace(whole, measured_ms=2.6)
+    assert not missed.met() and "(52.4% of dense, budget 50.4% MISSED, promised 2.437)" in first_line(missed)
+    bare = replace(report, measured_ms=None, parity_max_rel=None, metric_dense=None, metric_slim=None, pieces=())
+    assert bare.met() and "budget 50.4% met, as promised, not measured), fp32, cpu" in first_line(bare)
+    assert "accuracy" not in text_of(bare) and "differ by" not in text_of(bare)
+
+
+def test_what_follows_has_the_figures_in_order(report: Report) -> None:
     text = text_of(report)
-    for figure in ("4.960", "2.437", "2.461", "49.1%", "11,173,962", "30.3%", "201,334,455", "0.9467", "-0.0045"):
-        assert figure in text
-    assert "budget 2.500 ms met as measured, parity" in text
+    assert "parameters 11,173,962 -> 3,391,234 (30.3%)\n" in text
+    assert "multiply-accumulates 555,422,720 -> 201,334,455 (36.2%)\n" in text
     assert "engine measured once, the dense one 3 times in 2 rounds, within 1.1%\n" in text
-    assert "parity 3.2e-07" in text
-    assert "512x511 -> 512x160" in text
-    assert "1.800" in text
+    assert "differ by 3.2e-07 of the output\n" in text
+    assert "promises against engines of this network: median error 1.1%, 95th percentile 5.2%, on 9 engines\n" in text
     assert "1 of 2 groups cut, 112 of 128 channels kept" in text
     words = [line.split() for line in text.splitlines()]
     assert ["filter", "3", "1.234", "0.0625"] in words
@@ -150,44 +162,71 @@ def test_table_has_the_figures_in_order(report: Report) -> None:
     assert ["[together]", "2.437", "0.5", "0.25"] in words
     assert ["filter", "alone", "2.431", "-"] in words
     assert "  block layer2.0: dropped, 6 tensors\n" in text
-    marks = ["parameters", "ms saved by it", "rehearsed", "[layer4.conv]", "layer1.conv", "channels kept"]
+    marks = ["ms saved by it", "parameters", "channels kept", "rehearsed", "[layer4.conv]", "layer1.conv"]
     marks += ["restructured", "fc: the model's output is never cut"]
     assert [text.index(m) for m in marks] == sorted(text.index(m) for m in marks)
 
 
-def test_missing_figures_and_missed_budgets_are_said(report: Report) -> None:
-    missed = replace(report, measured_ms=2.6)
-    assert not missed.met()
-    assert "MISSED as measured" in text_of(missed)
-    bare = replace(report, measured_ms=None, parity_max_rel=None, metric_dense=None, metric_slim=None, pieces=())
-    assert bare.met()
-    text = text_of(bare)
-    assert "met as promised" in text
-    assert "metric" not in text
+def layers_of(report: Report) -> list[list[str]]:
+    lines = text_of(report).splitlines()
+    start = next(k for k, line in enumerate(lines) if line.startswith("layer "))
+    return [line.split("  ") for line in lines[start + 1 : lines.index("", start)]]
+
+
+def test_a_layer_saves_what_is_left_after_what_took_its_place(report: Report) -> None:
+    replaced = PieceRow("a", "Conv 3x3", 1, 0.8, 0.0, (16, 16), (16, 16), "a")
+    factors = [PieceRow(f"a|{k}", "in place of a", 1, 0.0, ms, (), (), "a") for k, ms in enumerate((0.1, 0.2))]
+    joint = PieceRow("joint", "joint", 1, -0.05, -0.52, (), ())
+    others = [PieceRow(f"p{k}", "Conv 1x1", 1, 0.01 * (k + 2), 0.01, (8,), (4,)) for k in range(12)]
+    made = replace(report, pieces=(*others, joint, *factors, replaced))
+    rows = layers_of(made)
+    assert [cell.strip() for cell in rows[0] if cell] == ["a", "Conv 3x3, replaced", "0.800", "0.300", "0.500"]
+    assert [cell.strip() for cell in rows[1] if cell] == ["p11", "Conv 1x1, 8 -> 4", "0.130", "0.010", "0.120"]
+    assert len(rows) == FEW + 1 and rows[-1][0] == "everything else" and "joint" not in [row[0] for row in rows]
+    # Three pieces of 0.01, 0.02 and 0.03 are left, and the joint.
+    assert float(rows[-1][-1]) == pytest.approx(sum(p.saved_ms() for p in made.pieces) - 0.5 - sum(
+        0.01 * (k + 1) for k in range(3, 12)), abs=6e-4)  # fmt: skip
+    full = text_of(made, full=True)
+    for row in made.pieces:
+        assert f"\n{row.name} " in full
+    assert "8 -> 4" in full and "everything else" not in full
+
+
+def test_long_lists_are_shortened_unless_all_is_asked_for(report: Report) -> None:
+    many = replace(report, skipped=tuple((f"layer{k}", "its reason") for k in range(FEW + 3)))
+    assert "layer8: its reason" in text_of(many) and "layer9: its reason" not in text_of(many)
+    assert "  and 4 more; `sluice report DIR --full` has them all\n" in text_of(many)
+    assert f"layer{FEW + 2}: its reason" in text_of(many, full=True) and "more;" not in text_of(many, full=True)
+    just = replace(many, skipped=many.skipped[:FEW])
+    assert f"layer{FEW - 1}: its reason" in text_of(just) and "more;" not in text_of(just)
+
+
+def test_a_network_that_fits_as_it_is_says_so(report: Report) -> None:
+    whole = tuple(replace(group, kept=group.dense) for group in report.groups)
+    text = text_of(replace(report, groups=whole, edits=()))
+    assert "the dense network already fits; nothing was cut\n" in text and "ms saved by it" not in text
+    for cut in (replace(report, groups=whole), replace(report, edits=())):
+        assert "already fits" not in text_of(cut)
 
 
 def test_figures_of_a_machine_that_was_never_quiet_say_so(report: Report) -> None:
     busy = replace(report, runs=3, dense_runs=1, rounds=1, uncertainty=0.2, quiet=False)
     text = text_of(busy)
-    assert busy.met() and "met as measured on a machine that was never quiet, parity" in text
-    assert "engine measured 3 times, the dense one once in 1 round, within 20.0%; measure again\n" in text
-    assert "MISSED as measured on a machine that was never quiet" in text_of(replace(busy, measured_ms=2.6))
+    assert busy.met() and "\nmeasured on a machine that was never quiet: do not rely on these times" in text
+    assert "engine measured 3 times, the dense one once in 1 round, within 20.0%\n" in text
     assert json.loads(busy.to_json())["quiet"] is False and "quiet" not in text_of(report)
-
-
-def test_a_machine_that_was_nearly_quiet_is_told(report: Report) -> None:
     near = replace(report, slower=0.032)
-    assert "met as measured on a machine that took 3.2% more than when it is quiet, parity" in text_of(near)
-    assert "measure again" not in text_of(near)
-    assert "met as measured on a machine that was never quiet, parity" in text_of(replace(near, quiet=False))
+    assert "\nmeasured on a machine that took 3.2% more than when it is quiet\n" in text_of(near)
+    assert "never quiet" not in text_of(near) and "3.2%" not in text_of(replace(near, quiet=False))
 
 
 def test_a_promise_above_the_budget_is_told_where_the_measurement_is_below(report: Report) -> None:
-    assert "while" not in text_of(report)
+    want = "the measurement is within the budget of 2.5 ms, the promise is above it\n"
+    assert want not in text_of(report)
     above = replace(report, promised_ms=2.6)
-    assert above.met() and "met as measured, while 2.600 ms, which is more, were promised, parity" in text_of(above)
-    assert "while" not in text_of(replace(above, measured_ms=2.55)) and not replace(above, measured_ms=2.55).met()
-    assert "while" not in text_of(replace(above, measured_ms=None))
+    assert above.met() and want in text_of(above)
+    assert want not in text_of(replace(above, measured_ms=2.55)) and not replace(above, measured_ms=2.55).met()
+    assert want not in text_of(replace(above, measured_ms=None))
 
 
 def test_plain_export_is_told(report: Report) -> None:
@@ -300,9 +339,27 @@ def test_contributions() -> None:
     assert [row.loss for row in contributions(model, options, chosen, part)] == [0.5, None, 0.0, 4.0]
 
     dropped = {**model.dense, "block|drop": 1, "a|dense": 0, "b|dense": 0}
+    assert [row.name for row in contributions(model, options, dropped, methods=("rank", "block"))] == ["rank", "block"]
     rows = {row.name: row for row in contributions(model, options, dropped)}
     assert rows["block"] == MethodRow("block", 1, pytest.approx(2 * 20))  # type: ignore[arg-type]
     assert [(row.sites, row.saved_ms) for row in rows.values() if row.name != "block"] == [(0, 0.0)] * 3
+
+
+def test_the_rows_of_pieces_say_whose_place_they_take() -> None:
+    from sluice.pipeline.figures import piece_rows
+
+    model, options = structured()
+    (option,) = options.ranks
+    chosen = {**model.dense, "g": 5, option.rank: 2, option.switch: 1, "a|dense": 0}
+    chosen |= {"c|dense": 0, "d|dense": 0, "c..d|merge": 1}
+    rows = {r.name: r for r in piece_rows(model, chosen, {"b": "Conv 8x2*e0+3 -> 8x1*e0+1*e1+0, Add 8x4"})}
+    assert {name: row.layer for name, row in rows.items()} == {
+        "a": "a", option.switch: "a", "b": "", "c": "c to d", "d": "c to d", "c..d|merge": "c to d",
+    }  # fmt: skip
+    assert rows["b"].description == "Conv 8x23 -> 8x20, Add 8x4"
+    assert rows["c..d|merge"].description == "in place of c to d" and rows["c..d|merge"].ms_before == 0.0
+    assert rows["b"].ms_before == pytest.approx(10.0) and rows["b"].ms_after == pytest.approx(5.0)
+    assert rows["b"].extents_before == (10, 10) and rows["b"].extents_after == (5, 10)
 
 
 def test_torch_is_not_imported() -> None:

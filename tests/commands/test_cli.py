@@ -21,6 +21,7 @@ import sluice
 from sluice import __version__
 from sluice.artifacts.deploy import deploy_onnx
 from sluice.artifacts.report import Report
+from sluice.artifacts.report_text import first_line
 from sluice.artifacts.store import load, read_tensors, save_weights
 from sluice.cli import main, parser
 from sluice.commands import options as options
@@ -108,7 +109,7 @@ def outputs(path: Path) -> np.ndarray:
 def test_inspect(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     text = run(capsys, "inspect", MODEL, "--shape 3,9,9")
     assert "conv1: 10 in conv1.weight[0], conv1.bias[0], conv2.weight[1]" in text
-    assert "2 groups, 23 channels" in text
+    assert "filter 2 groups, 23 channels that can be cut, on 99.7% of the parameters" in text
     assert "fc: is an output of the model" in text
     found = json.loads(run(capsys, "inspect", MODEL, "--shape 3,9,9 --json --exclude conv1"))
     assert list(found["groups"]) == ["conv2"]
@@ -116,6 +117,18 @@ def test_inspect(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert found["frozen"]["conv1"] == "excluded by 'conv1'"
     graph = json.loads(run(capsys, "inspect", dense_onnx_in(tmp_path), "--json"))
     assert {name: group["size"] for name, group in graph["groups"].items()} == {"conv1": 10, "conv2": 13}
+    assert graph["parameters"] == found["parameters"] == sum(p.numel() for p in tiny.model().parameters())
+    assert graph["macs"] == found["macs"] > 0
+
+
+def test_inspect_has_a_line_of_a_hundred_columns_per_group(capsys: pytest.CaptureFixture[str]) -> None:
+    text, whole = (run(capsys, "inspect", BRANCHED, "--shape 3,9,9", more) for more in ("", "-v"))
+    assert text.splitlines()[0] == whole.splitlines()[0]
+    (short,) = (line for line in text.splitlines() if line.startswith("  stem: 9 in "))
+    (full,) = (line for line in whole.splitlines() if line.startswith("  stem: 9 in "))
+    shown, _, more = short.partition(" and ")
+    assert len(short) <= 100 < len(full) and full.startswith(shown)
+    assert int(more.split()[0]) == full.count("[") - shown.count("[")
 
 
 def test_inspect_shows_what_can_be_restructured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -146,10 +159,10 @@ def test_inspect_shows_what_can_be_restructured(capsys: pytest.CaptureFixture[st
     assert [b["layers"] for b in graph["blocks"]] == [b["layers"] for b in found["blocks"]]
 
     text = run(capsys, "inspect", BRANCHED, "--shape 3,9,9")
-    assert "  a: a.conv1.weight, a.conv2.weight; a gate can close it\n" in text
+    assert "  a: a.conv1.weight, a.conv2.weight\n" in text
     assert "soft.weight; no gate can close it: " in text
     assert "  mid.weight 13x12: kxk-1x1 12\n" in text
-    assert "  b.conv1.weight..b.conv2.weight: 3x3 5x5\n" in text
+    assert "  b.conv1.weight to b.conv2.weight: 3x3, 5x5\n" in text
     assert "  grouped.weight: is the weight of 3 groups\n" in text
 
     rest = json.loads(run(capsys, "inspect", BRANCHED, "--shape 3,9,9 --json --exclude b.*"))
@@ -422,6 +435,17 @@ def test_check_of_the_deployed_file(
     file.write_bytes(b"")
     assert main(words("check", dense, folder)) == 1
     assert "is not an ONNX file" in capsys.readouterr().err
+
+
+def test_report_prints_what_compress_saved(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = compressed_in(tmp_path)
+    saved = Report.load(folder / "report.json")
+    text = run(capsys, "report", folder)
+    assert text.replace("\n", " ").startswith(first_line(saved)[:100]) and "\nlayer " in text and "\njoint " not in text
+    assert "\npiece " in run(capsys, "report", folder / "report.json", "--full")
+    assert Report.from_json(run(capsys, "report", folder, "--json")) == saved
+    (tmp_path / "report.json").write_bytes(b"\xff\xfe")
+    assert main(words("report", tmp_path)) == main(words("report", tmp_path / "none")) == 1
 
 
 def test_plan_apply_export_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
