@@ -21,6 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 import sluice
+from sluice.artifacts.report_text import report_text
 from sluice.models import resnet20_mnist
 from sluice.models.mnist import Digits, accuracy, load_digits, random_affine
 from sluice.pipeline.verify import measure_configurations
@@ -97,7 +98,7 @@ def main() -> int:
         reports.append(done.report)
     for budget, report in zip(options.budgets, reports, strict=True):
         console.rule(f"at most {budget} of the dense latency")
-        report.render(console)
+        console.print(report_text(report))
     if options.least:
         profile = sluice.profile(dense, example, table, batch=BATCH, threads=THREADS)
         for methods in (("filter",), METHODS):

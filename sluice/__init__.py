@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sluice.core.version import __version__
+from sluice.core.version import INSTALL_TORCH, __version__
 
 _WHERE = {
     "Budget": "sluice.training.budget",
@@ -79,7 +79,12 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'sluice' has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    try:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ModuleNotFoundError(f"sluice.{name} needs PyTorch; {INSTALL_TORCH}", name="torch") from None
 
 
 def __dir__() -> list[str]:

@@ -35,6 +35,7 @@ from sluice.commands.specs import (
 )
 from sluice.commands.words import print_report, print_result
 from sluice.core.errors import SluiceError
+from sluice.core.version import INSTALL_TORCH
 
 __all__ = ["main", "parser"]
 
@@ -53,6 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except SluiceError as error:
         print(f"sluice: error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        print(f"sluice: error: this needs PyTorch; {INSTALL_TORCH}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("sluice: interrupted; what was measured is kept", file=sys.stderr)
@@ -195,10 +201,11 @@ def export(args: argparse.Namespace) -> int:
     """Write deployment-ready ONNX of the dense network or, with --plan, of the slim one; with --engine, build it."""
     from sluice import load
     from sluice.artifacts.deploy import deploy_onnx, rounding_error
+    from sluice.artifacts.labels import labelled, provenance
     from sluice.commands.export import Asked, check_files, known_cache, outcome
     from sluice.core.address import split_target
     from sluice.core.deployment import check_fit, check_precision
-    from sluice.passes.cut.export import finalize, save_onnx, to_onnx
+    from sluice.passes.cut.export import check_opset, finalize, save_onnx, to_onnx
 
     check_precision(args.precision)
     if args.calibration and args.precision != "int8":
@@ -221,7 +228,7 @@ def export(args: argparse.Namespace) -> int:
     # A network that does not leave its batch free is exported at the batch of these inputs.
     inputs = inputs_of(args.model, args.shape, args.batch, args.inputs)
     model = load(model_of(args.model), args.plan, example_inputs=inputs) if args.plan else model_of(args.model)
-    exported = to_onnx(model, inputs)
+    exported = to_onnx(model, inputs, opset=check_opset(args.opset))
     if args.names:
         save_onnx(exported, args.out)
         size = exported.ByteSize()
@@ -232,6 +239,7 @@ def export(args: argparse.Namespace) -> int:
     calibration = chain(first, batches) if args.calibration else None
     wide = finalize(exported)
     done = deploy_onnx(wide, args.precision, calibration, target=target)
+    done = labelled(done, provenance(_plan_in(args.plan)), args.input_names, args.output_names)
     save_onnx(done, args.out)
     error = None
     if args.precision != "fp32":
@@ -263,6 +271,15 @@ def check(args: argparse.Namespace) -> int:
     data = {"errors": errors, "worst": worst, "tolerance": args.tolerance}
     print_result(args, {**data, "deployed": {name: asdict(found) for name, found in deployed.items()}}, lines)
     return 0 if worst <= args.tolerance and all(found.same for found in deployed.values()) else 1
+
+
+def _plan_in(path: str | None) -> Any:
+    """The plan of a folder that `compress` wrote, or of a file."""
+    from sluice.core.plan import Plan
+
+    if path is None:
+        return None
+    return Plan.load(Path(path) / "plan.json" if Path(path).is_dir() else path)
 
 
 def parser() -> argparse.ArgumentParser:

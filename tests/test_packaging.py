@@ -46,6 +46,15 @@ def test_command_calls_the_command_line() -> None:
     assert callable(main)
 
 
+def test_extras_hold_what_not_everybody_needs() -> None:
+    named, always = PROJECT["project"]["optional-dependencies"], PROJECT["project"]["dependencies"]
+    assert {"torch", "cpu", "gpu", "openvino", "trt"} <= set(named)
+    assert not [name for name in always if name.startswith(("torch", "onnxruntime", "tensorrt", "openvino"))]
+    assert (ROOT / "sluice/py.typed").exists() and PROJECT["tool"]["setuptools"]["package-data"]["sluice"] == [
+        "py.typed"
+    ]
+
+
 def test_setup_is_only_a_shim() -> None:
     assert (ROOT / "setup.py").read_text().split() == ["from", "setuptools", "import", "setup", "setup()"]
 
@@ -58,7 +67,9 @@ def test_every_requirement_of_the_tests_is_pinned() -> None:
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
     pinned = {normal(line) for line in lines}
     extras = PROJECT["project"]["optional-dependencies"]
-    wanted = [*PROJECT["project"]["dependencies"], *extras["dev"], *extras["demo"], "setuptools"]
+    named = ("torch", "cpu", "openvino", "dev", "demo")
+    wanted = [*PROJECT["project"]["dependencies"], *(name for extra in named for name in extras[extra]), "setuptools"]
+    wanted.remove("torch-sluice[torch,cpu,openvino]")
     assert [name for name in wanted if normal(name) not in pinned] == []
 
 

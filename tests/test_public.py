@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import sluice
+from sluice.core.version import INSTALL_TORCH
+from tests.tiny import dense_onnx_in
 
 PUBLIC = """Budget LatencyTable Plan Recovery Report SluiceError __version__ analyze capture close_gates compress export
 finish gate_parameters insert_gates load other_parameters profile rewrite_onnx rewrite_torch sweep""".split()  # noqa: SIM905
@@ -52,3 +54,24 @@ def test_lean_imports() -> None:
     assert loaded("import sluice\nsluice.Plan, sluice.SluiceError, sluice.Report") == ["numpy"]
     assert "torch" not in loaded("import sluice\nsluice.LatencyTable, sluice.rewrite_onnx")
     assert "torch" in loaded("import sluice\nsluice.capture")
+
+
+def test_without_torch_files_are_inspected_and_the_rest_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    model = dense_onnx_in(tmp_path)
+    code = f"""
+import sys
+sys.modules["torch"] = None
+import sluice
+from sluice.cli import main
+assert main(["inspect", {str(model)!r}]) == 0
+assert main(["inspect", "sluice:resnet20"]) == 1
+try:
+    sluice.compress
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "2 groups, 23 channels that can be cut" in done.stdout
+    assert done.stderr == f"sluice: error: this needs PyTorch; {INSTALL_TORCH}\n"
+    assert done.stdout.splitlines()[-1] == f"sluice.compress needs PyTorch; {INSTALL_TORCH}"

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 import sluice
 from examples.crepe.model import crepe_tiny
 from examples.crepe.tones import Frames, Tones, make_tones, raw_pitch_accuracy
+from sluice.artifacts.report_text import report_text
 from sluice.pipeline.compress import Compressed
 from sluice.solver.options import METHODS
 
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     console = Console()
-    done.report.render(console)
+    console.print(report_text(done.report))
     console.print(
         f"metric: percent of {TEST_FRAMES} unseen frames with the pitch within 50 cents; artefacts in {options.out}"
     )

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import onnx
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sluice.artifacts.calibration_ranges import PERCENTILE, activation_ranges, slices
+from sluice.artifacts.labels import labelled, provenance
 from sluice.core.deployment import check_precision, check_target
 from sluice.core.errors import SluiceError
-from sluice.passes.cut.export import OPSET, to_onnx
+from sluice.passes.cut.export import OPSET, check_opset, to_onnx
 from sluice.passes.graph.capture import Inputs
 from sluice.passes.graph.onnx_file import finalize, save_onnx
 from sluice.passes.graph.onnx_graph import OnnxGraph
@@ -47,18 +48,23 @@ def export(
     threads: int = 1,
     exclude: Collection[str] = (),
     opset: int = OPSET,
+    input_names: Sequence[str] = (),
+    output_names: Sequence[str] = (),
 ) -> onnx.ModelProto:
     """Write the network as deployment-ready ONNX and return it.
 
     Args:
         precision: one of `sluice.core.deployment.PRECISIONS`.
         calibration, target, threads, exclude: as for `deploy_onnx`.
+        input_names, output_names: in the order of the file; by default those of ``forward()``.
     Raises:
         SluiceError: the model cannot be exported, or not in this precision, or the file cannot be written.
     """
     check_precision(precision)
+    check_opset(opset)
     fp32 = finalize(to_onnx(model, example_inputs, opset=opset))
     done = deploy_onnx(fp32, precision, calibration, target=target, exclude=exclude, threads=threads)
+    done = labelled(done, provenance(), input_names, output_names)
     save_onnx(done, path)
     return done
 

@@ -12,16 +12,13 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sluice.artifacts.report_least import LeastRow, least_row
 from sluice.artifacts.report_recovery import RecoveryRow, recovery_row
 from sluice.artifacts.report_rows import EditRow, GroupRow, MethodRow, PieceRow, piece_row
 from sluice.core.errors import SluiceError
 from sluice.core.files import read_bytes, write_atomically
-
-if TYPE_CHECKING:
-    from rich.console import Console, Group
 
 __all__ = ["Report"]
 
@@ -154,12 +151,3 @@ class Report:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the JSON whole or not at all: an old file at ``path`` stays until the new one is complete."""
         write_atomically(path, self.to_json().encode())
-
-    def table(self, full: bool = False) -> Group:
-        """The report for a ``rich`` console (`sluice.artifacts.report_text`); ``full`` leaves no row out."""
-        from sluice.artifacts.report_text import report_text
-
-        return report_text(self, full)
-
-    def render(self, console: Console, full: bool = False) -> None:
-        console.print(self.table(full))

@@ -11,16 +11,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from sluice.artifacts.report import Report
 from sluice.artifacts.report_rows import JOINT, PieceRow
-
-if TYPE_CHECKING:
-    from sluice.artifacts.report import Report
 
 __all__ = ["first_line", "report_text"]
 
@@ -32,7 +30,7 @@ ERRORS = {
 }  # of the figures of `sluice.core.latency.LatencyModel.error`, those that a reader of a report needs
 
 
-def report_text(report: Report, full: bool) -> Group:
+def report_text(report: Report, full: bool = False) -> Group:
     """The report for a ``rich`` console; ``full`` leaves no row out."""
     # Text, not str: a name in brackets would be read as markup.
     parts: list[Any] = [Text(first_line(report)), *map(Text, _marks(report))]

@@ -263,6 +263,14 @@ def positive(text: str) -> int:
     return _at_least(1, text)
 
 
+def names(text: str) -> tuple[str, ...]:
+    """Names, with commas between them."""
+    found = tuple(part.strip() for part in text.split(","))
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name; give names with commas between them")
+    return found
+
+
 def count(text: str) -> int:
     """A whole number of 0 or more."""
     return _at_least(0, text)

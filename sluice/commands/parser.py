@@ -87,6 +87,12 @@ def _export(p: argparse.ArgumentParser) -> None:
     options.model(p)
     options.precision(p)
     p.add_argument("--plan", metavar="DIR", help="folder that `sluice compress` wrote, or a plan")
+    p.add_argument("--opset", type=options.positive, default=20, help="of the file (default 20)")
+    for side in ("input", "output"):
+        p.add_argument(
+            f"--{side}-names", type=options.names, default=(), metavar="A,B", help=f"what its {side}s are called, in "
+            "order (default: as in forward())",
+        )  # fmt: skip
     p.add_argument("--names", action="store_true", help="fold nothing: what `sluice apply` and `sluice profile` take")
     p.add_argument("-o", "--out", required=True, help="the ONNX file to write")
     p.add_argument(

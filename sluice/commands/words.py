@@ -21,9 +21,12 @@ def print_result(args: argparse.Namespace, data: Any, lines: Iterable[str]) -> i
 
 
 def print_report(args: argparse.Namespace, report: Report) -> None:
+    """Print a report, as its file is or to be read."""
     from rich.console import Console
+
+    from sluice.artifacts.report_text import report_text
 
     if args.json:
         print(report.to_json(), end="")
     else:
-        report.render(Console(width=None if sys.stdout.isatty() else 160), args.full)
+        Console(width=None if sys.stdout.isatty() else 160).print(report_text(report, args.full))

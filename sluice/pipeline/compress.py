@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from sluice.artifacts.deploy import as_module, deploy_onnx
+from sluice.artifacts.labels import labelled, provenance
 from sluice.artifacts.macs import count_macs
 from sluice.artifacts.result import Compressed, check_writable
 from sluice.core.budget_spec import AllowedDrop, BudgetSpec, parse_budget
@@ -273,7 +274,9 @@ def _finish(
         readings=[(s.name, s.solution.choice.promised_ms, s.rehearsed) for s in scenarios], recovery=recovered,
         methods=ready.methods,
     )  # fmt: skip
-    done = Compressed(with_own_names(slim), verified.plan, file, deployed, report)
+    origin = provenance(verified.plan, report)
+    named, deployed = labelled(file, origin), labelled(deployed, origin)
+    done = Compressed(with_own_names(slim), verified.plan, named, deployed, report)
     if out is not None:
         done.save(out)
     _same(exported)  # last: the trained network is saved even then

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from sluice.artifacts.report import Report
 from sluice.artifacts.report_rows import EditRow, GroupRow, MethodRow, PieceRow, edit_rows
-from sluice.artifacts.report_text import FEW, first_line
+from sluice.artifacts.report_text import FEW, first_line, report_text
 from sluice.core.errors import SluiceError
 from sluice.core.latency import Extent, LatencyModel, Rule, Term
 from sluice.core.plan import Drop, Factorize, Merge, Plan
@@ -104,7 +104,7 @@ def report() -> Report:
 
 def text_of(report: Report, full: bool = False) -> str:
     console = Console(file=io.StringIO(), width=140)
-    report.render(console, full)
+    console.print(report_text(report, full))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 

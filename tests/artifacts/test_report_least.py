@@ -11,6 +11,7 @@ from rich.console import Console
 
 from sluice.artifacts.report import Report
 from sluice.artifacts.report_least import CurveRow, LeastRow, least_row
+from sluice.artifacts.report_text import report_text
 
 SHORT = CurveRow(0.5, 0.48, 0.49, 95.0, 98.2, 1.5)
 FAILED = CurveRow(0.1, reason="no engine within 0.1 ms was found")
@@ -32,7 +33,7 @@ def report(least: LeastRow | None) -> Report:
 
 def text_of(made: Report) -> str:
     console = Console(file=io.StringIO(), width=300)
-    made.render(console)
+    console.print(report_text(made))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 

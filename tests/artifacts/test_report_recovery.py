@@ -11,6 +11,7 @@ from rich.console import Console
 
 from sluice.artifacts.report import Report
 from sluice.artifacts.report_recovery import RecoveryRow, TrialRow, recovery_row
+from sluice.artifacts.report_text import report_text
 from sluice.core.errors import SluiceError
 
 
@@ -47,7 +48,7 @@ def test_a_report_holds_it_and_older_ones_load() -> None:
 
 def text_of(made: Report) -> str:
     console = Console(file=io.StringIO(), width=300)
-    made.render(console)
+    console.print(report_text(made))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 

@@ -53,7 +53,7 @@ def test_a_written_activation_is_merged_away() -> None:
     assert only.plan.merges and only.report.parity_max_rel < 1e-4
 
 
-@pytest.mark.parametrize("name", ["class_token", "conv_next"])
+@pytest.mark.parametrize("name", ["conv_next", pytest.param("class_token", marks=pytest.mark.slow)])
 def test_widths_of_attention_and_channels_last_networks(name: str, tmp_path: Path) -> None:
     """Both graphs have the same groups, so every gate has a place; the file runs at any batch."""
     model, inputs = build(name, batch=2)

@@ -93,6 +93,7 @@ def test_all_methods_without_any_other_package(tmp_path: Path, residual: onnx.Mo
     assert runner.built == 0 and here.latency.dense_ms() == data["dense_ms"]
 
 
+@pytest.mark.slow
 def test_in_the_real_runtime(tmp_path: Path) -> None:
     """As the user types it; the table is that of the command line here."""
     write_job(tmp_path / "job.zip", chain([2], batch="N", size=5), Job(Deployment(batch=2)))

@@ -29,9 +29,10 @@ from sluice.passes.graph.names_torch import saved_tensors
 from sluice.passes.graph.onnx_file import finalize, note_buffers, quiet, save_onnx
 from sluice.passes.graph.onnx_graph import OnnxGraph
 
-__all__ = ["OPSET", "finalize", "plain_export", "save_onnx", "to_onnx", "with_values"]
+__all__ = ["OPSET", "check_opset", "finalize", "plain_export", "save_onnx", "to_onnx", "with_values"]
 
 OPSET = 20
+LEAST_OPSET = 18  # that torch.onnx writes
 
 
 def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> onnx.ModelProto:
@@ -81,6 +82,15 @@ def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> 
         done = with_global_pools(_without_bias(to_proto(ir_model), names))
     note_buffers(done, (name for name, tensor in gm.named_buffers() if tensor.ndim > 1))
     return done
+
+
+def check_opset(opset: int) -> int:
+    """``opset``, or `SluiceError` where the exporter writes no such file."""
+    if not LEAST_OPSET <= opset <= onnx.defs.onnx_opset_version():
+        raise SluiceError(
+            f"opset {opset} is not written; give one from {LEAST_OPSET} to {onnx.defs.onnx_opset_version()}"
+        )
+    return opset
 
 
 def plain_export(model: nn.Module, example_inputs: Inputs, batch: int) -> onnx.ModelProto | None:
