@@ -2,7 +2,7 @@
 
 *Epochs in all*: everything that trains counts. With E in all, `sluice.compress` fine-tunes for
 
-    ours              floor(E / (1 + rehearsal + trial)), rehearsal 1, trial at most a third
+    ours              floor(E / (1 + rehearsal + trial)), by default a rehearsal of 0.25 and a trial of 0.15
     no-portfolio      the same with a rehearsal of 0
     gates             floor(E / 3) epochs of gates, and of the others as ours
     ours-old-defaults E, at a rate of 1e-3, without rehearsal and trial
@@ -35,6 +35,7 @@ from benchmarks.methods_results import Record, Run
 from sluice.core.errors import SluiceError
 from sluice.passes.cut.export import finalize, to_onnx
 from sluice.pipeline.figures import count_parameters
+from sluice.pipeline.recipe import REHEARSAL
 from sluice.pipeline.verify import ACCEPTED
 from sluice.runtime.base.host import host_device
 from sluice.training.recovery import RATES, Recovery
@@ -71,7 +72,7 @@ def arguments(arm: str, epochs: int) -> dict[str, Any]:
     """Of `sluice.compress`, so that all training together takes no more than ``epochs``."""
     if arm == "ours-old-defaults":
         return {"epochs": epochs, "rehearsal": 0.0, "lr": OLD_RATE}
-    gates, rehearsal = (epochs // 3 if arm == "gates" else 0), (0.0 if arm == "no-portfolio" else 1.0)
+    gates, rehearsal = (epochs // 3 if arm == "gates" else 0), (0.0 if arm == "no-portfolio" else REHEARSAL)
     return {
         "gate_epochs": gates, "epochs": math.floor((epochs - gates) / (1 + rehearsal + SHARE) + 1e-9),
         "rehearsal": rehearsal,

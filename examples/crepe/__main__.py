@@ -58,7 +58,7 @@ def compress_tracker(
     methods: Sequence[str] = METHODS,
     gate_epochs: int = 0,
     epochs: int = 6,
-    rehearsal: float = 1.0,
+    rehearsal: float = 0.25,
     batch: int = 64,
     seed: int = 0,
     progress: bool = True,

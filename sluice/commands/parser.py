@@ -62,8 +62,8 @@ def _compress(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--epochs", type=options.count, default=10, help="epochs of fine-tuning (default 10)")
     p.add_argument(
-        "--rehearsal", type=options.share, default=1.0, metavar="SHARE", help="training in which plans are compared "
-        "before one is chosen, as a share of the epochs; 0 takes the solver's word (default 1.0)",
+        "--rehearsal", type=options.share, default=0.25, metavar="SHARE", help="training in which plans are compared "
+        "before one is chosen, as a share of the epochs; 0 takes the solver's word (default 0.25)",
     )  # fmt: skip
     p.add_argument("--evaluate", metavar="FUNCTION", help="package.module:function from a module to its accuracy")
     options.recovery(p)

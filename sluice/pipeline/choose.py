@@ -36,7 +36,7 @@ __all__ = ["Scenario", "choose"]
 PRICES = (0.5, 2.0)
 HOPELESS = 3.0  # times the least loss of a scenario: not worth a rehearsal
 MOST = 12  # candidates
-LEAST, ENOUGH = 8, 20  # steps of a first round: fewer tell nothing, more candidates are asked for beyond
+LEAST, ENOUGH = 8, 12  # steps of a first round: fewer tell nothing, more candidates are asked for beyond
 TRIED = 3  # first rounds that the rate takes
 
 

@@ -46,7 +46,7 @@ from sluice.pipeline.least import check_least, find_least
 from sluice.pipeline.plain import counted_from
 from sluice.pipeline.prepare import Prepared, check_float32, prepare, trainable
 from sluice.pipeline.price import price_problem
-from sluice.pipeline.recipe import Evaluate, Recipe, recovery_of
+from sluice.pipeline.recipe import REHEARSAL, Evaluate, Recipe, recovery_of
 from sluice.pipeline.recover import recover
 from sluice.pipeline.verify import AIM, final_pair, first_verified
 from sluice.solver.options import METHODS, check_methods
@@ -76,7 +76,7 @@ def compress(
     methods: Sequence[str] = METHODS,
     gate_epochs: int = 0,
     epochs: int = 10,
-    rehearsal: float = 1.0,
+    rehearsal: float = REHEARSAL,
     lr: Rate = AUTO,
     recovery: Recovery | None = None,
     loss: Loss = default_loss,
@@ -143,7 +143,7 @@ def sweep(
     exclude: Sequence[str] = (),
     methods: Sequence[str] = METHODS,
     epochs: int = 10,
-    rehearsal: float = 1.0,
+    rehearsal: float = REHEARSAL,
     lr: Rate = AUTO,
     recovery: Recovery | None = None,
     loss: Loss = default_loss,
@@ -187,7 +187,7 @@ def finish(
     teacher: nn.Module | None = None,
     data: Data | None = None,
     epochs: int = 0,
-    rehearsal: float = 1.0,
+    rehearsal: float = REHEARSAL,
     lr: Rate = AUTO,
     recovery: Recovery | None = None,
     loss: Loss = default_loss,

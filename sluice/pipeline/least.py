@@ -18,9 +18,9 @@ least share that plans reach (over `sluice.pipeline.verify.AIM`, so that there i
 4. The fastest network that was fine-tuned and keeps the figure is the result; if none does, the one that loses least,
    and the report says so.
 
-With ``E`` epochs of fine-tuning, short trainings take at most ``SHORT * 3/10 E``, and trials of their rates a third as
-much again, 2 E in all. A fine-tune takes E, its trial E/3 and its rehearsal the share that the user gives, with the
-usual 1.0 therefore up to 14/3 E for two.
+With ``E`` epochs of fine-tuning, short trainings take at most ``SHORT * 3/10 E``, and trials of their rates at most a
+third as much again, 2 E in all. A fine-tune takes E, its trial mostly 0.15 E and its rehearsal the share that the user
+gives, with the usual 0.25 therefore 2.8 E for two.
 """
 
 from __future__ import annotations

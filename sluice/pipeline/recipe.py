@@ -11,8 +11,9 @@ from sluice.core.errors import SluiceError
 from sluice.training.recovery import AUTO, Rate, Recovery
 from sluice.training.train import Data, Loss, count_batches, default_loss
 
-__all__ = ["Evaluate", "Recipe", "recovery_of"]
+__all__ = ["REHEARSAL", "Evaluate", "Recipe", "recovery_of"]
 
+REHEARSAL = 0.25  # of the epochs of the fine-tune: where the sum is given, epochs are worth more than a better plan
 Evaluate = Callable[[nn.Module], float]
 
 
@@ -41,8 +42,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 <= self.rehearsal <= 10:
             raise SluiceError(
-                f"rehearsal={self.rehearsal!r} is no share of the epochs of the fine-tune; give 1.0 for as many epochs "
-                "again, or 0 for no rehearsal"
+                f"rehearsal={self.rehearsal!r} is no share of the epochs of the fine-tune; give 0.25 for a quarter "
+                "as many on top, or 0 for no rehearsal"
             )
 
     def steps(self) -> int:

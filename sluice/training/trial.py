@@ -11,8 +11,9 @@ rate's losses counts:
     rung 3     4s steps   the rate with the best forecast, and the best other setting
 
 1. ``s`` is such that all runs together take at most `SHARE` of the fine-tune's steps; judging comes on top, `HELD`
-   forward passes a run. Where ``s`` would be less than `LEAST`, only rates are tried, in two rungs; where even these
-   would be too short, nothing is, and the rate is the middle one of the grid.
+   forward passes a run. Rates come first: where ``s`` would be less than `WHOLE`, they alone are tried, in two rungs
+   of longer runs. A short fine-tune gives up to `UTMOST` of its steps for runs of `LEAST` steps; where even these are
+   too many, nothing is tried, and the rate is the middle one of the grid.
 2. Every run starts from the slim network and warms up and comes to rest within its own steps. The runs of a rung take
    the same batches, each of which the teacher sees once.
 3. The judge is one measure for all losses: cross-entropy with the labels; without labels the distillation; the user's
@@ -48,10 +49,11 @@ from sluice.training.train import LOSSES, Data, Loss, count_batches, default_los
 
 __all__ = ["Run", "Setting", "Trial", "lengths", "losses_for", "quick_rate", "try_settings"]
 
-# Of the steps of the fine-tune. With a third the longest runs are a seventeenth of it; more would cost more than a
-# better rate gains, less would leave runs that tell too little.
-SHARE = 1 / 3
+# Of the steps of the fine-tune. What a trial takes is missing there, where total effort is given.
+SHARE = 0.15
+UTMOST = 1 / 3
 LEAST = 10  # fewer steps, one of them warming up, leave the optimizer no time to show what a rate does
+WHOLE = 20
 HELD = 8  # batches that are judged on, at most a fifth of the data
 HANDICAP = 0.1
 FINALISTS = 2
@@ -105,17 +107,17 @@ def losses_for(loss: Loss, labelled: bool) -> dict[str, Loss]:
 
 
 def lengths(total: int, rates: int, others: int) -> tuple[int, ...]:
-    """Steps of a run of every rung, of ``total`` steps of the fine-tune; none where they would be too few.
+    """Steps of a run of every rung, of ``total`` steps of the fine-tune, by rule 1; none where nothing is tried.
 
     Args:
         others: settings besides the rates.
     """
-    most = int(SHARE * total)
-    whole = most // (rates + 2 * (FINALISTS + others) + 4 * FINALISTS)
-    if whole >= LEAST:
+    most, units = int(SHARE * total), rates + 2 * FINALISTS
+    whole = most // (units + 2 * others + 4 * FINALISTS)
+    if whole >= WHOLE:
         return whole, 2 * whole, 4 * whole
-    short = most // (rates + 2 * FINALISTS)
-    return (short, 2 * short) if short >= LEAST else ()
+    short = max(most // units, LEAST)
+    return (short, 2 * short) if short * units <= max(most, UTMOST * total) else ()
 
 
 def try_settings(

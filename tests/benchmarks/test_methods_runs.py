@@ -39,7 +39,7 @@ def test_no_arm_of_ours_trains_for_more_epochs_than_the_others(arm: str, epochs:
 
 
 def test_every_part_that_an_arm_is_named_after_is_there() -> None:
-    assert arguments("ours", 7) == {"gate_epochs": 0, "epochs": 3, "rehearsal": 1.0}
+    assert arguments("ours", 7) == {"gate_epochs": 0, "epochs": 5, "rehearsal": 0.25}
     assert arguments("no-portfolio", 7)["rehearsal"] == 0.0 and arguments("gates", 7)["gate_epochs"] == 2
     assert arguments("ours-old-defaults", 7) == {"epochs": 7, "rehearsal": 0.0, "lr": 1e-3}
 
@@ -179,7 +179,7 @@ def test_ours_is_told_the_budget_in_shares_of_its_own_dense_file(
     (tmp_path / "shares.json").write_text('{"ours": 0.8}')
     monkeypatch.setattr(methods_runs.sluice, "compress", compress)
     found = perform(job, Run("tiny", "20%", "ours", 0, 7), tmp_path, shares_of(job, tmp_path))
-    assert asked["budget"] == "25.000%" and asked["epochs"] == 3 and found.reason.endswith("made up")
+    assert asked["budget"] == "25.000%" and asked["epochs"] == 5 and found.reason.endswith("made up")
 
 
 @pytest.mark.parametrize("variant", ["taylor", "l2 4"])

@@ -141,7 +141,7 @@ def test_one_method_has_one_reading() -> None:
     assert only.rehearsed == () and only.problem is problem
 
 
-STEPS = 460  # enough for six candidates, strata included
+STEPS = 290  # enough for six candidates, strata included
 
 
 @functools.cache

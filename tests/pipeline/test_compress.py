@@ -402,7 +402,7 @@ def test_a_sweep_serves_every_budget_from_one_set_of_prices(residual_table: Path
 
 
 def test_a_negative_rehearsal_is_refused(residual_table: Path) -> None:
-    with pytest.raises(SluiceError, match=r"rehearsal=-1 is no share of the epochs of the fine-tune; give 1.0"):
+    with pytest.raises(SluiceError, match=r"rehearsal=-1 is no share of the epochs of the fine-tune; give 0.25"):
         compress(
             tiny.residual(), tiny.inputs(), budget="50%", data=tiny.data(), table=residual_table, rehearsal=-1,
             batch=tiny.BATCH,
