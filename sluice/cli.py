@@ -35,6 +35,7 @@ from sluice.commands.specs import (
 )
 from sluice.commands.words import print_report, print_result
 from sluice.core.errors import SluiceError
+from sluice.core.files import JOB, ONNX, PLAN, check_output
 from sluice.core.version import INSTALL_TORCH
 
 __all__ = ["main", "parser"]
@@ -129,6 +130,7 @@ def _pack(args: argparse.Namespace) -> int:
         args.wrong("--pack writes one job for all shards: give -o JOB.zip, and --shard where the job is run")
     if args.layers:
         args.wrong("--layers asks the runtime of this machine, --pack is for another; leave out one of the two")
+    check_output(args.out, {"the network": args.model, "the latency table": args.table}, JOB)
     settings = options.settings(args)
     job = Job(settings["deployment"], settings["methods"], tuple(args.exclude))
     known = known_table(args.table, job) if args.table else None
@@ -178,6 +180,7 @@ def plan(args: argparse.Namespace) -> int:
     """Make a plan in one shot, without training."""
     from sluice.pipeline.one_shot import plan_one_shot, plan_summary
 
+    check_output(args.out, {"the latency table": args.table}, PLAN)
     settings = options.settings(args)
     model, inputs = model_of(args.model), inputs_of(args.model, args.shape, args.batch, args.inputs)
     found = plan_one_shot(model, inputs, budget=args.budget, data=data_of(args.data), **settings)
@@ -192,6 +195,7 @@ def apply(args: argparse.Namespace) -> int:
     from sluice.passes.graph.onnx_file import finalize, load_onnx, save_onnx
     from sluice.passes.precision.to_precision import to_precision
 
+    check_output(args.out, {"the dense network": args.model, "the plan": args.plan}, ONNX)
     slim = to_precision(finalize(rewrite_onnx(load_onnx(args.model), Plan.load(args.plan))), "fp32")
     save_onnx(slim, args.out)
     return print_result(args, {"out": args.out, "bytes": slim.ByteSize()}, [f"{args.out}: {slim.ByteSize():,} bytes"])
@@ -222,8 +226,7 @@ def export(args: argparse.Namespace) -> int:
     if args.target:
         check_fit(args.target, args.precision)
         args.target, _ = split_target(args.target)  # a file is the same wherever its runtime is
-    if args.engine:
-        check_files(args.out, args.engine)
+    check_files(args.out, args.engine, args.plan, args.table)
     asked = None if args.engine is None else Asked(args.engine, known_cache(args.table) if args.table else b"")
     # A network that does not leave its batch free is exported at the batch of these inputs.
     inputs = inputs_of(args.model, args.shape, args.batch, args.inputs)

@@ -218,7 +218,7 @@ def test_damaged_tables(refused: Refused, tmp_path: Path) -> None:
     connection.commit()
     connection.close()
     assert "is not a latency table" in refused(*profile[:-1], tmp_path / "other.db")
-    assert "cannot create" in refused(*profile[:-1], tmp_path / "other.db" / "t.db")
+    assert "cannot write" in refused(*profile[:-1], tmp_path / "other.db" / "t.db")
     assert "Is a directory; check the path" in refused(*profile[:-1], tmp_path)
 
 
@@ -269,6 +269,8 @@ def test_weights_of_another_plan(refused: Refused, tmp_path: Path) -> None:
         replace(s, keep=s.keep[:-1]) if s.size == changed.size and s.keep == changed.keep else s for s in plan.slices
     )
     replace(plan, slices=fewer).save(folder / "plan.json")
+    assert "plan.json' is not the file that was saved with the others" in refused("check", dense, folder)
+    (folder / "manifest.json").unlink()
     for model in ("tests.tiny:model", dense):
         said = refused("check", model, folder)
         assert "slim.safetensors' does not belong to this plan: 'conv1." in said

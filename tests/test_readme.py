@@ -64,7 +64,7 @@ def test_python_blocks(chosen: tuple[int, ...], tmp_path: Path, monkeypatch: pyt
     assert report.measured_ms <= 0.5 * report.dense_ms
     assert {row.name for row in report.methods if row.sites} <= ({"filter"} if 0 in chosen else set(METHODS))
     assert any(row.sites for row in report.methods)
-    files = {"plan.json", "report.json", "slim.onnx", "slim.safetensors"}
+    files = {"manifest.json", "plan.json", "report.json", "slim.onnx", "slim.safetensors"}
     small = chosen == (2,)
     found = {path.name for path in (tmp_path / ("small" if small else "slim")).iterdir()}
     assert found == (files | {"slim.int8.onnx"} if small else files)

@@ -26,6 +26,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from sluice.artifacts.folder import held
 from sluice.artifacts.rounding_check import RoundingCheck, compare_precisions, drawn, outputs_of
 from sluice.core.deployment import PRECISIONS
 from sluice.core.errors import SluiceError
@@ -52,9 +53,9 @@ def check(dense: nn.Module | onnx.ModelProto, folder: str | os.PathLike[str]) ->
         SluiceError: files are missing, or do not belong to each other or to ``dense``.
     """
     folder = Path(folder)
-    plan = Plan.load(folder / "plan.json")
+    plan = Plan.load(held(folder / "plan.json"))
     arrays = drawn(_inputs(plan))
-    outputs = {"slim.onnx": _run(load_onnx(folder / "slim.onnx"), arrays)}
+    outputs = {"slim.onnx": _run(load_onnx(held(folder / "slim.onnx")), arrays)}
     exported = dense
     if not isinstance(exported, onnx.ModelProto):
         import torch
@@ -73,7 +74,7 @@ def check(dense: nn.Module | onnx.ModelProto, folder: str | os.PathLike[str]) ->
                 t.numpy() for t in pytree.tree_leaves(slim(*args, **kwargs)) if isinstance(t, torch.Tensor)
             ]
         exported = to_onnx(exported, inputs)
-    cut = _filled(rewrite_onnx(exported, plan), plan, folder / "slim.safetensors")
+    cut = _filled(rewrite_onnx(exported, plan), plan, held(folder / "slim.safetensors"))
     outputs["plan on dense ONNX"] = _run(finalize(cut), arrays)
     return {f"{a} and {b}": relative_error(outputs[a], outputs[b]) for a, b in itertools.combinations(outputs, 2)}
 
@@ -85,10 +86,12 @@ def check_deployed(folder: str | os.PathLike[str]) -> dict[str, RoundingCheck]:
         SluiceError: files are missing, are no networks, or do not take the same inputs and return the same shapes.
     """
     folder = Path(folder)
-    specs = _inputs(Plan.load(folder / "plan.json"))
+    specs = _inputs(Plan.load(held(folder / "plan.json")))
     names = {p: f"slim.{p}.onnx" for p in PRECISIONS if p != "fp32"}
     return {
-        name: compare_precisions(load_onnx(folder / name), load_onnx(folder / "slim.onnx"), precision, specs)
+        name: compare_precisions(
+            load_onnx(held(folder / name)), load_onnx(held(folder / "slim.onnx")), precision, specs
+        )
         for precision, name in names.items()
         if (folder / name).exists()
     }

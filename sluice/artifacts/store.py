@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor, fx, nn
 
+from sluice.artifacts.folder import held
 from sluice.core.errors import SluiceError
 from sluice.core.files import write_atomically
 from sluice.core.plan import Plan
@@ -55,19 +56,19 @@ def load(
         plan: a plan, the path of one, or the folder that `compress` wrote (then ``weights`` is found there).
         example_inputs: needed only for models whose inputs are not plain tensors.
     Raises:
-        SluiceError: plan, weights and model do not belong together.
+        SluiceError: plan, weights and model do not belong together, or a file is not the one of its folder's manifest.
     """
     if not isinstance(plan, Plan):
         path = Path(plan)
         if path.is_dir():
             weights = weights if weights is not None else path / "slim.safetensors"
             path = path / "plan.json"
-        plan = Plan.load(path)
+        plan = Plan.load(held(path))
     dense = model if isinstance(model, nn.Module) else model()
     inputs = example_inputs if example_inputs is not None else example_inputs_of(plan)
     slim = rewrite_torch(dense, plan, inputs)  # type: ignore[arg-type]
     if weights is not None:
-        tensors = read_tensors(weights)
+        tensors = read_tensors(held(weights))
         own = {name: tuple(t.shape) for name, t in slim.state_dict().items()}
         wrong = [n for n in {**own, **tensors} if n not in tensors or own.get(n) != tuple(tensors[n].shape)]
         if wrong:

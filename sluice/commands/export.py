@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from sluice.commands.specs import fixed_rows
 from sluice.core.errors import SluiceError
+from sluice.core.files import ONNX, check_output
 
 if TYPE_CHECKING:
     import onnx
@@ -78,18 +79,26 @@ class Outcome:
     refusal: SluiceError | None
 
 
-def check_files(path: str, engine: str) -> None:
-    """Check that the file, its engine and the timing cache beside that are three files.
+def check_files(path: str, engine: str | None, plan: str | None = None, table: str | None = None) -> None:
+    """Check that the file, its engine and the timing cache beside that are three files that can be written.
 
     Raises:
-        SluiceError: two of them are one file.
+        SluiceError: two of them are one file, or one is no file, of another kind, or read by the same command.
     """
+    read = {"the plan": plan, "the latency table": table}
+    if plan is not None and os.path.isdir(plan):
+        read |= {"the plan": os.path.join(plan, "plan.json"), "the weights": os.path.join(plan, "slim.safetensors")}
+    check_output(path, read, ONNX)
+    if engine is None:
+        return
     files = {"-o": path, "--engine": engine, "the timing cache beside the engine": _cache_of(engine)}
     for (one, first), (other, second) in combinations(files.items(), 2):
         if Path(first).resolve() == Path(second).resolve():
             raise SluiceError(
                 f"{one} and {other} are both {second!r}; give each a file of its own, the engine *.engine"
             )
+    check_output(engine, read)
+    check_output(_cache_of(engine), read)
 
 
 def outcome(

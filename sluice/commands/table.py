@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterable
 from typing import Any
-
-from sluice.core.errors import SluiceError
 
 __all__ = ["add_table"]
 
@@ -94,13 +91,13 @@ def forget(args: argparse.Namespace) -> int:
 
 def csv(args: argparse.Namespace) -> int:
     """Write one row per point: key, description, extents, ms, spread, samples."""
-    from sluice.core.files import write_atomically
+    from sluice.core.files import ROWS, check_output, write_atomically
     from sluice.profiler.table.latency_table import LatencyTable
     from sluice.profiler.table_tools.listing import to_csv
 
     with LatencyTable.open(args.table) as table:
-        if args.out and os.path.exists(args.out) and os.path.samefile(args.out, args.table):
-            raise SluiceError(f"{args.out} is the latency table itself; give another file for the rows")
+        if args.out:
+            check_output(args.out, {"the latency table": args.table}, ROWS)
         text = to_csv(table)
     if args.out:
         write_atomically(args.out, text.encode())

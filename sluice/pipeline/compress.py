@@ -24,9 +24,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from sluice.artifacts.deploy import as_module, deploy_onnx
+from sluice.artifacts.folder import check_writable
 from sluice.artifacts.labels import labelled, provenance
 from sluice.artifacts.macs import count_macs
-from sluice.artifacts.result import Compressed, check_writable
+from sluice.artifacts.result import Compressed
 from sluice.core.budget_spec import AllowedDrop, BudgetSpec, parse_budget
 from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError
@@ -117,7 +118,7 @@ def compress(
     check_float32(model)
     check_data(model, data, loss=loss)
     if out is not None:
-        check_writable(out)
+        check_writable(out, _room(model), {"the latency table": table})
     if isinstance(asked, AllowedDrop):
         check_least(asked, recipe)
     fixed = [asked] if isinstance(asked, BudgetSpec) else []
@@ -168,7 +169,7 @@ def sweep(
     folders = {budget: None if out is None else Path(out) / budget.strip().removesuffix("%") for budget in budgets}
     for folder in folders.values():
         if folder is not None:
-            check_writable(folder)
+            check_writable(folder, _room(model), {"the latency table": table})
     ready = prepare(
         model, example_inputs, list(asked.values()), deployment, recipe, table=table, exclude=exclude,
         methods=methods, minutes=minutes,
@@ -281,6 +282,11 @@ def _finish(
         done.save(out)
     _same(exported)  # last: the trained network is saved even then
     return done
+
+
+def _room(model: nn.Module) -> int:
+    """Bytes that are enough for weights and files of a result."""
+    return 3 * sum(t.numel() * t.element_size() for t in model.state_dict().values())
 
 
 def _first(data: Data, count: int) -> Iterator[object]:

@@ -31,10 +31,9 @@ import onnx
 
 from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError
-from sluice.core.files import read_bytes, write_atomically
+from sluice.core.files import JOB, check_output, write_atomically
 from sluice.profiler.table.fingerprint import difference
 from sluice.profiler.table.latency_table import LatencyTable
-from sluice.profiler.table.table_file import exists
 from sluice.solver.options import check_methods
 
 __all__ = ["SITE", "Job", "known_table", "read_job", "write_job"]
@@ -90,8 +89,7 @@ def write_job(path: str | Path, model: onnx.ModelProto, job: Job, table: bytes |
     Raises:
         SluiceError: another kind of file is there, or it cannot be written.
     """
-    if exists(str(path)) and not read_bytes(path, "a job").startswith(b"PK"):  # a job that was cut off may go
-        raise SluiceError(f"{str(path)!r} exists and is no job; give another file for the job, it was left as it is")
+    check_output(path, {}, JOB)  # a job that was cut off may go
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as file:
         settings = {"format": VERSION, **job.settings()}

@@ -203,7 +203,7 @@ def test_nothing_is_written_over_what_it_is_made_from(
     assert "No such file" in run(capsys, "table csv", tmp_path / "missing.db", "-o", a, status=1)
     for taken in (a, dense):
         pack = words("profile --pack", dense, f"--batch {tiny.BATCH} --methods filter -o", taken)
-        assert main(pack) == 1 and "exists and is no job; give another file" in capsys.readouterr().err
+        assert main(pack) == 1 and "not a zip file, as jobs are; choose another file" in capsys.readouterr().err
     assert (a.read_bytes(), Path(dense).read_bytes()) == before
 
 

@@ -272,7 +272,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SluiceError, match="No space left on device"):
-        write_atomically(path, b"half")
+        write_atomically(path, before[:-9])
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["plan.json"]
 

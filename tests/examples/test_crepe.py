@@ -298,7 +298,7 @@ def test_the_whole_way_on_a_simulated_device(tmp_path: Path) -> None:
     assert report.met() and report.parity_max_rel is not None and report.parity_max_rel < 1e-4
     assert report.metric_dense is not None and 0.0 <= report.metric_dense <= 100.0
     assert sorted(p.name for p in (tmp_path / "slim").iterdir()) == [
-        "plan.json", "report.json", "slim.onnx", "slim.safetensors"
+        "manifest.json", "plan.json", "report.json", "slim.onnx", "slim.safetensors"
     ]  # fmt: skip
     x = tones[1].frames
     with torch.no_grad():

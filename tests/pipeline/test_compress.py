@@ -133,7 +133,8 @@ def test_every_field_of_the_report_is_filled(compressed: tuple[Compressed, Path]
 
 def test_the_report_on_disk_is_the_report(compressed: tuple[Compressed, Path]) -> None:
     done, out = compressed
-    assert sorted(p.name for p in out.iterdir()) == ["plan.json", "report.json", "slim.onnx", "slim.safetensors"]
+    names = ["manifest.json", "plan.json", "report.json", "slim.onnx", "slim.safetensors"]
+    assert sorted(p.name for p in out.iterdir()) == names
     assert Report.from_json((out / "report.json").read_text()) == done.report
     assert json.loads((out / "report.json").read_text())["version"] == 6
     assert Plan.load(out / "plan.json") == done.plan

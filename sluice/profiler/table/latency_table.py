@@ -15,12 +15,12 @@ import math
 import os
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from sluice.core.drafts import draft_beside, sweep
 from sluice.core.errors import SluiceError
+from sluice.core.files import check_output
 from sluice.profiler.table.fingerprint import Fingerprint, difference
 from sluice.profiler.table.measurement import Measurement
 from sluice.profiler.table.table_file import (
@@ -65,22 +65,17 @@ class LatencyTable:
             return cls(connection, name, fingerprint)
         if exists(name):
             raise SluiceError(f"{name} exists already; open it, or remove it to measure anew")
-        # Built aside and moved, so that a kill in between leaves no half-made table under the name.
-        draft = Path(name).with_name(f".{Path(name).name}.{os.getpid()}")
+        check_output(name, {})
         try:
-            draft.parent.mkdir(parents=True, exist_ok=True)
-            draft.unlink(missing_ok=True)
-            connection = connect(name, draft)
-            try:
-                lay_out(connection, name, fingerprint)
-            finally:
-                connection.close()
-            place(draft, name)
+            with draft_beside(name) as folder:
+                connection = connect(name, folder / "table.db")
+                try:
+                    lay_out(connection, name, fingerprint)
+                finally:
+                    connection.close()
+                place(folder / "table.db", name)
         except OSError as error:
             raise SluiceError(f"cannot create {name}: {error}; choose a place that can be written") from error
-        finally:
-            with suppress(OSError):
-                draft.unlink(missing_ok=True)
         return cls(connect(name), name, fingerprint)
 
     @classmethod
@@ -110,6 +105,8 @@ class LatencyTable:
     def open_or_create(cls, path: str | os.PathLike[str], fingerprint: Fingerprint) -> LatencyTable:
         """The table at ``path`` if there is one (it must have this fingerprint), else a new one."""
         name = os.fspath(path)
+        if name != MEMORY:
+            sweep(name)
         if name == MEMORY or not exists(name):
             try:
                 return cls.create(name, fingerprint)

@@ -31,6 +31,7 @@ __all__ = [
 
 APPLICATION_ID = 0x736C7569  # "slui"
 FIRST_VERSION, VERSION = 1, 2
+JOURNALS = ("-journal", "-wal", "-shm")
 
 SCHEMA = """
 CREATE TABLE fingerprint (json TEXT NOT NULL);
@@ -48,7 +49,17 @@ BLOBS = "CREATE TABLE blobs (name TEXT PRIMARY KEY, content BLOB NOT NULL)"
 
 
 def connect(name: str, draft: Path | None = None) -> sqlite3.Connection:
-    """A connection to the table, or to the draft that is to become the table."""
+    """A connection to the table, or to the draft that is to become the table.
+
+    Raises:
+        SluiceError: a link lies where SQLite would write its journal, through the link.
+    """
+    for suffix in JOURNALS:
+        if os.path.islink(journal := f"{os.path.realpath(name)}{suffix}"):
+            raise SluiceError(
+                f"cannot use the latency table {name}: {journal} is a link, through which the journal of the "
+                f"table would be written; remove the link"
+            )
     with translated(name):
         return sqlite3.connect(draft or name, timeout=30.0, isolation_level=None)
 

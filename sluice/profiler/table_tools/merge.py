@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sluice.core.drafts import draft_beside
 from sluice.core.errors import SluiceError
+from sluice.core.files import check_output
 from sluice.profiler.sweep.bench import SOURCE_KEY
 from sluice.profiler.table.fingerprint import Fingerprint, difference
 from sluice.profiler.table.latency_table import LatencyTable
@@ -52,6 +53,7 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
         SluiceError: the tables do not belong together, one of them is unsound, or ``out`` exists or cannot be written.
     """
     out = Path(out)
+    check_output(out, {})
     if exists(str(out)):
         raise SluiceError(f"{str(out)!r} exists already; choose another file to merge into, or remove it")
     checked: list[tuple[str, float, bool]] = []  # path, factor, whether the times are in its host's
@@ -79,8 +81,8 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
     if first is None:
         raise SluiceError("there is no table to merge; give one or more")
     try:
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-            draft = Path(folder) / out.name
+        with draft_beside(out) as folder:
+            draft = folder / "table.db"
             with LatencyTable.create(draft, first[1]) as merged:
                 for name, ratio, leads in checked:
                     _add(merged, name, ratio, leads)
