@@ -11,27 +11,40 @@ from sluice.commands.specs import NamedInput, dense_in, inputs_of, is_onnx, mode
 if TYPE_CHECKING:
     from sluice.passes.search_space import SearchSpace
 
-__all__ = ["inspection"]
+__all__ = ["inspection", "known_networks"]
 
 
 def inspection(
-    spec: str, shape: tuple[int, ...] | None, exclude: Sequence[str], inputs: Sequence[NamedInput] = ()
+    spec: str,
+    shape: tuple[int, ...] | None,
+    exclude: Sequence[str],
+    inputs: Sequence[NamedInput] = (),
+    weights: str | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """The search space of the model that ``spec`` names: for programs, and in lines."""
     from sluice.passes.graph.groups import check_cuttable
     from sluice.passes.search_space import find_search_space, read_onnx, read_torch
 
     if is_onnx(spec):
-        reading = read_onnx(dense_in(spec, shape, inputs))
+        reading = read_onnx(dense_in(spec, shape, inputs, weights))
     else:
         from sluice import capture
 
-        model = model_of(spec)
+        model = model_of(spec, weights)
         reading = read_torch(capture(model, inputs_of(spec, shape, 2, inputs)))
     space = find_search_space(reading, exclude)
     if not space.has_sites:
         check_cuttable(space.analysis)
     return _data(space), _lines(space)
+
+
+def known_networks() -> tuple[dict[str, Any], list[str]]:
+    """The reference networks with the shapes of their inputs, and the packages whose networks have names."""
+    from sluice.commands.zoos import ZOOS
+    from sluice.models import EXAMPLE_SHAPES
+
+    lines = [f"sluice:{name}  {','.join(map(str, shape))}" for name, shape in EXAMPLE_SHAPES.items()]
+    return {"sluice": EXAMPLE_SHAPES, "packages": ZOOS}, [*lines, *(f"{zoo}:NAME" for zoo in ZOOS)]
 
 
 def _data(space: SearchSpace) -> dict[str, Any]:
