@@ -8,7 +8,6 @@ The result goes to standard output (``--json``: for programs), progress and erro
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import sys
 import warnings
@@ -33,6 +32,7 @@ from sluice.commands.specs import (
     is_onnx,
     model_of,
 )
+from sluice.commands.stdout import keep_stdout
 from sluice.commands.words import print_report, print_result
 from sluice.core.errors import SluiceError
 from sluice.core.files import JOB, ONNX, PLAN, check_output
@@ -71,25 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
-def keep_stdout() -> None:
-    """Keep standard output for results: what libraries in C print to it (HiGHS does) goes to standard error."""
-    if sys.stdout is None or sys.stderr is None:  # closed
-        return
-    try:
-        sys.stdout.flush()
-        own = os.dup(sys.stdout.fileno())
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    except (OSError, ValueError):  # no file, but something in memory
-        return
-    encoding, errors = sys.stdout.encoding, sys.stdout.errors
-    sys.stdout = io.TextIOWrapper(os.fdopen(own, "wb"), encoding, errors, line_buffering=os.isatty(own))
-
-
 def inspect(args: argparse.Namespace) -> int:
     """Show what can be cut, factorised, dropped and merged, and what is left alone and why."""
     from sluice.commands.inspect import inspection
 
-    return print_result(args, *inspection(args.model, args.shape, args.exclude, args.inputs, args.verbose))
+    return print_result(
+        args, *inspection(args.model, args.shape, args.exclude, args.inputs, args.weights, args.verbose)
+    )
 
 
 def profile(args: argparse.Namespace) -> int:
@@ -142,14 +130,14 @@ def _pack(args: argparse.Namespace) -> int:
 def _dense_onnx(args: argparse.Namespace) -> Any:
     """The dense network with its parameter names, from its file or its factory."""
     if is_onnx(args.model):
-        dense = dense_in(args.model, args.shape, args.inputs)
+        dense = dense_in(args.model, args.shape, args.inputs, args.weights)
         check_batch(dense, args.batch, args.model)
         return dense
     from sluice.core.progress import stage
     from sluice.passes.cut.export import to_onnx
     from sluice.pipeline.prepare import check_float32
 
-    model = model_of(args.model)
+    model = model_of(args.model, args.weights)
     check_float32(model)
     with stage("export", not args.quiet):
         return to_onnx(model, inputs_of(args.model, args.shape, args.batch, args.inputs))
@@ -164,7 +152,7 @@ def compress(args: argparse.Namespace) -> int:
     deployment = asdict(settings.pop("deployment"))
     deployment["target"] = target_at(deployment["target"], deployment.pop("address"))
     done = run(
-        model_of(args.model), inputs_of(args.model, args.shape, args.batch, args.inputs),
+        model_of(args.model, args.weights), inputs_of(args.model, args.shape, args.batch, args.inputs),
         budget=options.budget_of(args),
         data=data_of(args.data), out=args.out, gate_epochs=args.gate_epochs, epochs=args.epochs,
         rehearsal=args.rehearsal, recovery=options.recovery_settings(args),
@@ -182,7 +170,7 @@ def plan(args: argparse.Namespace) -> int:
 
     check_output(args.out, {"the latency table": args.table}, PLAN)
     settings = options.settings(args)
-    model, inputs = model_of(args.model), inputs_of(args.model, args.shape, args.batch, args.inputs)
+    model, inputs = model_of(args.model, args.weights), inputs_of(args.model, args.shape, args.batch, args.inputs)
     found = plan_one_shot(model, inputs, budget=args.budget, data=data_of(args.data), **settings)
     found.plan.save(args.out)
     return print_result(args, *plan_summary(found, args.out))
@@ -230,7 +218,9 @@ def export(args: argparse.Namespace) -> int:
     asked = None if args.engine is None else Asked(args.engine, known_cache(args.table) if args.table else b"")
     # A network that does not leave its batch free is exported at the batch of these inputs.
     inputs = inputs_of(args.model, args.shape, args.batch, args.inputs)
-    model = load(model_of(args.model), args.plan, example_inputs=inputs) if args.plan else model_of(args.model)
+    model = model_of(args.model, args.weights)
+    if args.plan:
+        model = load(model, args.plan, example_inputs=inputs)
     exported = to_onnx(model, inputs, opset=check_opset(args.opset))
     if args.names:
         save_onnx(exported, args.out)
@@ -261,7 +251,8 @@ def check(args: argparse.Namespace) -> int:
     from sluice.artifacts.check import check_deployed
     from sluice.passes.graph.onnx_file import load_onnx
 
-    errors = run(load_onnx(args.model) if is_onnx(args.model) else model_of(args.model), args.folder)
+    of_file = is_onnx(args.model) and not args.weights
+    errors = run(load_onnx(args.model) if of_file else model_of(args.model, args.weights), args.folder)
     worst = max(errors.values())
     lines = [*(f"{pair}: {value:.1e}" for pair, value in errors.items()), f"tolerance {args.tolerance:.1e}"]
     deployed = check_deployed(args.folder)
@@ -285,6 +276,13 @@ def _plan_in(path: str | None) -> Any:
     return Plan.load(Path(path) / "plan.json" if Path(path).is_dir() else path)
 
 
+def models(args: argparse.Namespace) -> int:
+    """List the reference networks, with the shapes of their inputs, and the packages whose networks have names."""
+    from sluice.commands.inspect import known_networks
+
+    return print_result(args, *known_networks())
+
+
 def parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
-    return make_parser((inspect, profile, compress, plan, apply, export, check, report, bench, serve))
+    return make_parser((inspect, profile, compress, plan, apply, export, check, report, bench, serve, models))

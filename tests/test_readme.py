@@ -23,7 +23,20 @@ from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-VERBS = ["apply", "bench", "check", "compress", "export", "inspect", "plan", "profile", "report", "serve", "table"]
+VERBS = [
+    "apply",
+    "bench",
+    "check",
+    "compress",
+    "export",
+    "inspect",
+    "models",
+    "plan",
+    "profile",
+    "report",
+    "serve",
+    "table",
+]
 
 
 def blocks(language: str) -> list[str]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from sluice.passes.search_space import Reading, SearchSpace
 
-__all__ = ["inspection"]
+__all__ = ["inspection", "known_networks"]
 
 BATCH = 2  # that a network from Python is captured with
 WIDTH = 100
@@ -24,6 +24,7 @@ def inspection(
     shape: tuple[int, ...] | None,
     exclude: Sequence[str],
     inputs: Sequence[NamedInput] = (),
+    weights: str | None = None,
     verbose: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """The search space of the model that ``spec`` names: for programs, and in lines (``verbose``: of any length)."""
@@ -32,12 +33,12 @@ def inspection(
     from sluice.passes.search_space import find_search_space, read_onnx, read_torch
 
     if is_onnx(spec):
-        dense = dense_in(spec, shape, inputs)
+        dense = dense_in(spec, shape, inputs, weights)
         reading, macs = read_onnx(dense), count_macs(dense)
     else:
         from sluice import capture
 
-        model = model_of(spec)
+        model = model_of(spec, weights)
         example = inputs_of(spec, shape, BATCH, inputs)
         reading, macs = read_torch(capture(model, example)), _macs(model.eval(), example)
     space = find_search_space(reading, exclude)
@@ -45,6 +46,15 @@ def inspection(
         check_cuttable(space.analysis)
     data, summary = _summary(space, reading, macs)
     return {**data, **_data(space)}, [*summary, *_lines(space, verbose)]
+
+
+def known_networks() -> tuple[dict[str, Any], list[str]]:
+    """The reference networks with the shapes of their inputs, and the packages whose networks have names."""
+    from sluice.commands.zoos import ZOOS
+    from sluice.models import EXAMPLE_SHAPES
+
+    lines = [f"sluice:{name}  {','.join(map(str, shape))}" for name, shape in EXAMPLE_SHAPES.items()]
+    return {"sluice": EXAMPLE_SHAPES, "packages": ZOOS}, [*lines, *(f"{zoo}:NAME" for zoo in ZOOS)]
 
 
 def _data(space: SearchSpace) -> dict[str, Any]:

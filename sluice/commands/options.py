@@ -35,12 +35,14 @@ __all__ = [
     "table",
     "target",
     "threads",
+    "weights",
 ]
 
 TYPES = ("float32", "int64", "int32", "uint8", "bool")
 METHODS = "filter,rank,block,merge"
 MODEL = (
-    "package.module:factory, with arguments as factory?width=8&deep=True, or sluice:NAME for a network of sluice.models"
+    "package.module:factory, with arguments as factory?width=8&deep=True, sluice:NAME for a network of sluice.models, "
+    "or timm:NAME, torchvision:NAME, hf:CONFIG, diffusers:CLASS, ultralytics:NAME of those packages"
 )
 
 
@@ -68,6 +70,11 @@ def _inputs(p: argparse.ArgumentParser) -> None:
         help="an argument of forward() with all its sizes, the batch included, and its type: ids=2,16:int64; "
         "float32 without one, once for each argument, in place of --shape",
     )  # fmt: skip
+    weights(p)
+
+
+def weights(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--weights", metavar="FILE.safetensors", help="tensors of MODEL, by the names of its state_dict")
 
 
 def exclude(p: argparse.ArgumentParser) -> None:

@@ -117,6 +117,7 @@ def _export(p: argparse.ArgumentParser) -> None:
 def _check(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", metavar="MODEL", help=f"{options.MODEL}, or its dense ONNX with parameter names")
     p.add_argument("folder", metavar="DIR", help="folder that `sluice compress` wrote")
+    options.weights(p)
     p.add_argument("--tolerance", type=float, default=TOLERANCE, help=f"relative, in fp32 (default {TOLERANCE:g})")
 
 
@@ -152,6 +153,10 @@ def _serve(p: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _models(p: argparse.ArgumentParser) -> None:
+    """Nothing is chosen."""
+
+
 _ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "inspect": _inspect,
     "profile": _profile,
@@ -163,4 +168,5 @@ _ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "report": _report,
     "bench": _bench,
     "serve": _serve,
+    "models": _models,
 }

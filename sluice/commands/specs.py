@@ -1,8 +1,9 @@
 """The values that words of the command line name: a model, its example inputs, its data.
 
 ``package.module:factory`` is called without arguments and returns a module, or batches; ``factory?width=8&deep=True``
-is called with these, as Python reads their values, or as words. ``sluice:NAME`` is a network of `sluice.models`. The
-folder in which the command runs is searched for modules, as ``python -m`` does.
+is called with these, as Python reads their values, or as words. ``sluice:NAME`` is a network of `sluice.models`, and
+``timm:NAME``, ``torchvision:NAME``, ``hf:CONFIG``, ``diffusers:CLASS`` and ``ultralytics:NAME`` are those of other
+packages (`sluice.commands.zoos`). The folder in which the command runs is searched for modules, as ``python -m`` does.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
+from sluice.commands.zoos import ZOOS, make_published, published_inputs
 from sluice.core.errors import SluiceError
 
 if TYPE_CHECKING:
@@ -42,7 +44,9 @@ def is_onnx(spec: str) -> bool:
     return spec.endswith(".onnx")
 
 
-def dense_in(path: str, shape: tuple[int, ...] | None, inputs: Sequence[NamedInput] = ()) -> onnx.ModelProto:
+def dense_in(
+    path: str, shape: tuple[int, ...] | None, inputs: Sequence[NamedInput] = (), weights: str | None = None
+) -> onnx.ModelProto:
     """The dense network of an ONNX file, which says the shapes of its inputs itself.
 
     Raises:
@@ -50,6 +54,8 @@ def dense_in(path: str, shape: tuple[int, ...] | None, inputs: Sequence[NamedInp
     """
     from sluice.passes.graph.onnx_file import load_onnx
 
+    if weights is not None:
+        raise SluiceError(f"--weights is for a factory, the ONNX file {path!r} holds its tensors itself; leave it out")
     model = load_onnx(path)
     if shape is not None:
         raise SluiceError(
@@ -90,17 +96,20 @@ def check_batch(model: onnx.ModelProto, batch: int, path: str) -> None:
         )
 
 
-def model_of(spec: str) -> nn.Module:
-    """The module that the factory makes.
+def model_of(spec: str, weights: str | None = None) -> nn.Module:
+    """The module that the factory makes, with the tensors of the safetensors file ``weights``, if one is given.
 
     Raises:
-        SluiceError: there is no such module or factory, it raises, or its result is no ``nn.Module``.
+        SluiceError: there is no such module or factory, it raises, its result is no ``nn.Module``, or the file does
+            not have the tensors of that module.
     """
     from torch import nn
 
     made = _made(f"sluice.models:{spec.removeprefix(OWN)}" if spec.startswith(OWN) else spec, spec)
     if not isinstance(made, nn.Module):
         raise SluiceError(f"{spec!r} returned {type(made).__name__}; let the factory return a torch.nn.Module")
+    if weights is not None:
+        _fill(made, weights, spec)
     return made
 
 
@@ -141,6 +150,10 @@ def inputs_of(
             else torch.ones(sizes).to(types[name])
             for name, sizes, _ in given
         }
+    zoo, name = _published(spec)
+    if zoo:
+        place, arguments = _with_arguments(name)
+        return published_inputs(zoo, place, arguments, shape, batch)
     if shape is None:
         if not spec.startswith(OWN):
             raise SluiceError(
@@ -177,18 +190,45 @@ def _found(spec: str, written: str) -> Any:
     return found
 
 
+def _published(spec: str) -> tuple[str, str]:
+    """The package and what it is asked for; empty where the word means a factory."""
+    zoo, _, name = spec.partition(":")
+    return (zoo, name) if zoo in ZOOS else ("", spec)
+
+
+def _with_arguments(spec: str) -> tuple[str, dict[str, Any]]:
+    place, _, words = spec.partition("?")
+    return place, {name: _value(word) for name, word in parse_qsl(words, keep_blank_values=True)}
+
+
 def _made(spec: str, written: str) -> Any:
     """The result of the factory."""
-    place, _, words = spec.partition("?")
-    found = _found(place, written)
-    known = dict(parse_qsl(words, keep_blank_values=True))
+    zoo, rest = _published(spec)
+    place, known = _with_arguments(rest)
+    found = None if zoo else _found(place, written)
     try:
-        return found(**{name: _value(word) for name, word in known.items()})
+        return make_published(zoo, place, known) if found is None else found(**known)
     except SluiceError:
         raise
     except Exception as error:
         how = f"with {', '.join(known)}" if known else "without arguments"
         raise SluiceError(f"{written!r} raised {_reason(error)}; it is called {how}, mend it") from error
+
+
+def _fill(made: nn.Module, path: str, spec: str) -> None:
+    """Give the module the tensors of a file; of a tensor with several names the file may have one."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model
+
+    try:
+        missing, unknown = load_model(made, path, strict=False)
+    except (OSError, SafetensorError) as error:
+        raise SluiceError(f"cannot read the weights {path!r}: {_reason(error)}; give a safetensors file") from error
+    except RuntimeError as error:  # a tensor of another shape; the first line names the class alone
+        said = str(error).strip().splitlines()[-1].strip()
+        raise SluiceError(f"{path!r} has not the weights of {spec!r}: {said}; give those of that network") from error
+    for name, what in (*((n, "lacks") for n in sorted(missing)), *((n, "has also") for n in sorted(unknown))):
+        raise SluiceError(f"{path!r} has not the weights of {spec!r}: it {what} {name!r}; give those of that network")
 
 
 def _value(word: str) -> Any:

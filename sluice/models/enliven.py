@@ -17,7 +17,7 @@ they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -32,11 +32,13 @@ _Affine = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _SMALLEST_VARIANCE = 1e-3
 
 
-def enliven(model: M, seed: int, example_inputs: Sequence[torch.Tensor] | None = None) -> M:
+def enliven(
+    model: M, seed: int, example_inputs: Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | None = None
+) -> M:
     """Overwrite norms and biases of ``model`` in place, the same for the same seed; returns it, in eval mode.
 
     Args:
-        example_inputs: positional arguments of ``model``, a batch of at least two.
+        example_inputs: positional or keyword arguments of ``model``, a batch of at least two.
     """
     generator = torch.Generator().manual_seed(seed)
     model.eval()
@@ -56,7 +58,9 @@ def enliven(model: M, seed: int, example_inputs: Sequence[torch.Tensor] | None =
     return model
 
 
-def _set_in_order(model: nn.Module, example_inputs: Sequence[torch.Tensor], generator: torch.Generator) -> None:
+def _set_in_order(
+    model: nn.Module, example_inputs: Sequence[torch.Tensor] | Mapping[str, torch.Tensor], generator: torch.Generator
+) -> None:
     """One forward pass in which every layer is set from its own input just before it runs."""
 
     def before_norm(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -77,7 +81,10 @@ def _set_in_order(model: nn.Module, example_inputs: Sequence[torch.Tensor], gene
         elif isinstance(module, _Affine) and module.bias is not None:
             handles.append(module.register_forward_hook(after_affine))
     try:
-        model(*example_inputs)
+        if isinstance(example_inputs, Mapping):
+            model(**example_inputs)
+        else:
+            model(*example_inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -714,6 +714,7 @@ def test_every_verb_has_a_description() -> None:
         "report",
         "bench",
         "serve",
+        "models",
         "table",
     ]
     assert all(verb.description for verb in verbs.values())
@@ -743,9 +744,11 @@ def test_plan_keeps_the_best_channels(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_what_libraries_print_stays_out_of_the_results() -> None:
-    code = "import os; from sluice import cli; cli.keep_stdout(); os.write(1, b'noise'); print('{}')"
+    code = (
+        "import os; from sluice.commands.stdout import keep_stdout; keep_stdout(); os.write(1, b'noise'); print('{}')"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("{}\n", "noise")
-    closed = f"""exec >&-; "{sys.executable}" -c 'from sluice import cli; cli.keep_stdout()'"""
+    closed = f"""exec >&-; "{sys.executable}" -c 'from sluice.commands.stdout import keep_stdout; keep_stdout()'"""
     done = subprocess.run(["bash", "-c", closed], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -213,7 +213,7 @@ def test_options_that_do_not_go_together(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sluice.cli.model_of", lambda _: pytest.fail("the model was made"))
+    monkeypatch.setattr("sluice.cli.model_of", lambda *_: pytest.fail("the model was made"))
     calibration = "--calibration tests.tiny:data" if "int8" in options else ""
     run(MODEL, "-o a.onnx", options, calibration, status=1, error=message)
     assert list(tmp_path.iterdir()) == []
