@@ -25,7 +25,7 @@ TORCH_FILES = ("_torch", "aten", "capture", "export", "deploy", "result", "store
 TORCH_ROOMS = ("passes/gates",)
 # These need no more than numpy: neither onnx nor scipy, which is for the modules that solve.
 NUMPY_ONLY = ("core", "solver", "passes/graph", "passes/cut")
-SOLVES = ("decide", "descent", "milp", "milp_axes", "milp_rows", "random_configurations")
+SOLVES = ("decide", "descent", "milp", "milp_axes", "milp_highs", "milp_rows", "random_configurations")
 READS_ONNX = ("onnx", "static_shapes", "resolve")
 LAZY = (
     "tensorrt",

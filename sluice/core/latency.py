@@ -28,7 +28,7 @@ solver and the report.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -173,6 +173,10 @@ class LatencyModel:
         """The same model in which these sites stay dense."""
         levels = {site: (self.dense[site],) if site in sites else tuple(v) for site, v in self.levels.items()}
         return replace(self, levels=levels)
+
+    def narrowed(self, places: Mapping[str, Sequence[int]]) -> LatencyModel:
+        """The same model with the levels at these places alone, by site."""
+        return replace(self, levels={site: tuple(v[k] for k in places[site]) for site, v in self.levels.items()})
 
     def calibrated(self, slope: float, intercept: float, error: Mapping[str, float]) -> LatencyModel:
         return replace(self, slope=slope, intercept=intercept, error=dict(error))

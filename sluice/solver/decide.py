@@ -5,13 +5,15 @@
                the model's rules over the switches
                LatencyModel.ms(widths) <= target
 
-1. The latency row (`sluice.solver.milp`) is the model itself up to the solver's tolerance. ``promised_ms`` is
+1. A price per millisecond and a search of what it leaves find the optimum (`sluice.solver.lagrangian`). Where layers
+   share too much for that, the same program is a mixed-integer one.
+2. Its latency row (`sluice.solver.milp`) is the model itself up to the solver's tolerance. ``promised_ms`` is
    nevertheless recomputed from ``LatencyModel.ms``; a solution that exceeds the target by more than a millionth is
    solved again, tightened.
-2. A gap lets the solver stop at a configuration with needless changes. The solution is therefore walked downhill
+3. A gap lets the solver stop at a configuration with needless changes. The solution is therefore walked downhill
    (`sluice.solver.descent`): in loss, then in structural edits, then towards full widths and ranks.
-3. Where a configuration is given to stay `near`, every width and rank has the levels within `REACH` of it: a program
-   of a quarter of the columns, for a choice that is good among its surroundings alone.
+4. Where a configuration is given to stay `near`, every width and rank of a mixed-integer program has the levels within
+   `REACH` of it: a quarter of the columns, for a choice that is good among its surroundings alone.
 """
 
 from __future__ import annotations
@@ -19,21 +21,22 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from sluice.core.errors import SluiceError, Unreachable
 from sluice.core.latency import LatencyModel
 from sluice.solver.amplitude_losses import by_importance
 from sluice.solver.descent import downhill, is_valid, loss_of
+from sluice.solver.lagrangian import fastest, least_loss
 from sluice.solver.milp import MixedIntegerProgram
+from sluice.solver.milp_highs import OutOfTime, solve
 
 __all__ = ["Choice", "decide", "least_ms", "restricted", "tightened", "unreachable"]
 
 TOLERANCE = 1e-6  # relative excess of the recomputed promise that still counts as met
-REACH, LOCAL_GAP, LOCAL_S = 2, 1e-2, 3.0  # levels on either side, the least gap, the most seconds (rule 3)
+REACH, LOCAL_GAP, LOCAL_S = 2, 1e-2, 3.0  # levels on either side, the least gap, the most seconds (rule 4)
 SCALE = 1e3  # of the objective: the solver stops at an absolute gap of 1e-6 as well, and good losses are small
 TIE = 1e-5  # cost of a structural edit in that objective
 # The word for the sites of a method, in messages.
@@ -66,10 +69,6 @@ class Choice:
         }
 
 
-class _OutOfTime(SluiceError):
-    """The solver has neither found a configuration nor proved that there is none."""
-
-
 def decide(
     model: LatencyModel,
     losses: Mapping[str, np.ndarray],
@@ -88,7 +87,7 @@ def decide(
         target_ms: milliseconds that ``model.ms(widths)`` must not exceed.
         gap: relative distance to the least loss at which the solver may stop.
         time_limit_s: after this many seconds the best configuration found so far is returned, with its gap.
-        near: a configuration whose surroundings are searched (rule 3); everything, if they do not reach the target.
+        near: a configuration whose surroundings are searched (rule 4); everything, if they do not reach the target.
 
     Raises:
         SluiceError: losses of an unknown site, of the wrong shape or sign, a target below what any configuration
@@ -107,29 +106,40 @@ def decide(
 
     if model.dense_ms() <= target_ms and is_valid(model, model.dense) and loss_of(model, checked, model.dense) <= 0:
         return chosen(model.dense, 0.0)
-    if near is not None:
-        around = _around(model, checked, near)
-        try:
-            within = min(time_limit_s, LOCAL_S)
-            return chosen(*_least_loss(*around, target_ms, max(gap, LOCAL_GAP), within), local=True)
-        except (Unreachable, _OutOfTime):
-            pass
-    return chosen(*_least_loss(model, checked, target_ms, gap, time_limit_s))
+    unit = (sum(float(loss.max()) for loss in checked.values()) or 1.0) / SCALE
+    costs = {g: loss / unit + (TIE * _edits(model, g) if g in model.switches else 0.0) for g, loss in checked.items()}
+    exact = least_loss(model, costs, target_ms)
+    if exact is not None and exact.gap <= gap:
+        return chosen(downhill(model, checked, exact.widths, max(target_ms, model.ms(exact.widths))), exact.gap)
+    if exact is None:
+        _check_reached(model, target_ms)
+        if near is not None:
+            around = _narrowed(model, costs, checked, _around(model, near))
+            try:
+                within = min(time_limit_s, LOCAL_S)
+                return chosen(*_least_loss(*around, target_ms, max(gap, LOCAL_GAP), within), local=True)
+            except (Unreachable, OutOfTime):
+                pass
+        return chosen(*_least_loss(model, costs, checked, target_ms, gap, time_limit_s))
+    left = _narrowed(model, costs, checked, exact.levels)
+    return chosen(*_least_loss(*left, target_ms, gap, time_limit_s))
 
 
 def _least_loss(
-    model: LatencyModel, losses: Mapping[str, np.ndarray], target_ms: float, gap: float, time_limit_s: float
+    model: LatencyModel,
+    costs: Mapping[str, np.ndarray],
+    losses: Mapping[str, np.ndarray],
+    target_ms: float,
+    gap: float,
+    time_limit_s: float,
 ) -> tuple[dict[str, int], float]:
     """Values of the sites, and the proved gap."""
     started = time.perf_counter()
     program = MixedIntegerProgram(model)
-    unit = (sum(float(loss.max()) for loss in losses.values()) or 1.0) / SCALE
-    altered = program.over_levels({s: TIE * _edits(model, s) for s in model.switches})
-    objective = program.over_levels({g: loss / unit for g, loss in losses.items()}) + altered
-    bound = target_ms
+    objective, bound = program.over_levels(costs), target_ms
     for _ in range(8):
         left = time_limit_s - (time.perf_counter() - started)
-        solved = _solve(program, objective, bound, gap, max(left, 0.1))
+        solved = solve(program, objective, bound, gap, max(left, 0.1))
         if solved is None:
             least = least_ms(model, time_limit_s=time_limit_s)
             if least.promised_ms > target_ms * (1 + TOLERANCE):
@@ -145,16 +155,31 @@ def _least_loss(
     raise RuntimeError(f"the solver's latency row and the model disagree at {widths}")
 
 
-def _around(
-    model: LatencyModel, losses: Mapping[str, np.ndarray], near: Mapping[str, int]
-) -> tuple[LatencyModel, dict[str, np.ndarray]]:
-    """The model and the losses at the levels of rule 3."""
+def _around(model: LatencyModel, near: Mapping[str, int]) -> dict[str, list[int]]:
+    """The places of the levels of rule 4."""
     kept: dict[str, list[int]] = {}
     for site, levels in model.levels.items():
         at = int(np.searchsorted(levels, near[site]))
         kept[site] = [k for k in range(len(levels)) if abs(k - at) <= REACH or site in model.switches]
-    narrow = {site: tuple(model.levels[site][k] for k in places) for site, places in kept.items()}
-    return replace(model, levels=narrow), {site: losses[site][places] for site, places in kept.items()}
+    return kept
+
+
+def _narrowed(
+    model: LatencyModel,
+    costs: Mapping[str, np.ndarray],
+    losses: Mapping[str, np.ndarray],
+    places: Mapping[str, Sequence[int]],
+) -> tuple[LatencyModel, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The model, the costs and the losses at the places of these levels."""
+    at = [{site: own[list(places[site])] for site, own in values.items()} for values in (costs, losses)]
+    return model.narrowed(places), at[0], at[1]
+
+
+def _check_reached(model: LatencyModel, target_ms: float) -> None:
+    """Where it is known without a program that nothing is within the target, say so."""
+    quickest = fastest(model)
+    if quickest is not None and model.ms(quickest) > target_ms * (1 + TOLERANCE):
+        raise unreachable(target_ms, model.ms(quickest), model.dense_ms(), structure=bool(model.switches))
 
 
 def least_ms(model: LatencyModel, *, time_limit_s: float = 20.0) -> Choice:
@@ -163,24 +188,39 @@ def least_ms(model: LatencyModel, *, time_limit_s: float = 20.0) -> Choice:
     Of equally fast ones the one with fewest structural edits, then that which keeps most of widths and ranks.
     """
     started = time.perf_counter()
-    program = MixedIntegerProgram(model)
-    solved = _solve(program, program.cost, None, 1e-6, time_limit_s)
-    if solved is None:
-        raise RuntimeError("a program without a budget has no solution")
-    widths, proved = solved
-    fastest = model.ms(widths)
+    quickest = fastest(model)
+    widths, proved = (quickest, 0.0) if quickest is not None else _fewest_ms(model, time_limit_s)
     sizes = {g: size for g, size in model.dense.items() if g not in model.switches}
     channels = sum(sizes.values()) or 1
-    keep = {g: -np.asarray(model.levels[g], float) / channels for g in sizes}
-    altered = {s: _edits(model, s) for s in model.switches}
-    try:
-        fuller = _solve(program, program.over_levels(keep | altered), fastest, 1e-6, time_limit_s)
-    except _OutOfTime:  # no reason to fail: the configuration is the fastest already
-        fuller, widths = None, downhill(model, {}, widths, fastest)
-    if fuller is not None and model.ms(fuller[0]) <= fastest + 1e-9 * abs(fastest):
-        widths = fuller[0]
+    costs = {g: -np.asarray(model.levels[g], float) / channels for g in sizes}
+    costs |= {s: _edits(model, s) for s in model.switches}
+    widths = _filled(model, costs, widths, time_limit_s)
     share = sum(widths[g] for g in sizes) / channels if sizes else 1.0
     return Choice(widths, model.ms(widths), 1.0 - share, share, proved, time.perf_counter() - started)
+
+
+def _fewest_ms(model: LatencyModel, time_limit_s: float) -> tuple[Mapping[str, int], float]:
+    program = MixedIntegerProgram(model)
+    solved = solve(program, program.cost, None, 1e-6, time_limit_s)
+    if solved is None:
+        raise RuntimeError("a program without a budget has no solution")
+    return solved
+
+
+def _filled(
+    model: LatencyModel, costs: Mapping[str, np.ndarray], widths: Mapping[str, int], time_limit_s: float
+) -> Mapping[str, int]:
+    """Of the configurations that are as fast, that of the least costs."""
+    most = model.ms(widths)
+    exact = least_loss(model, costs, most)
+    if exact is not None and exact.gap <= 1e-6:
+        return exact.widths
+    program = MixedIntegerProgram(model)
+    try:
+        fuller = solve(program, program.over_levels(costs), most, 1e-6, time_limit_s)
+    except OutOfTime:  # no reason to fail: the configuration is the fastest already
+        return downhill(model, {}, widths, most)
+    return fuller[0] if fuller is not None and model.ms(fuller[0]) <= most + 1e-9 * abs(most) else widths
 
 
 def tightened(target_ms: float, solve: Callable[[float], Choice]) -> Choice:
@@ -226,36 +266,6 @@ def unreachable(
 def restricted(model: LatencyModel, groups: frozenset[str]) -> LatencyModel:
     """The same model in which all other sites stay dense."""
     return model.pinned(model.dense.keys() - groups)
-
-
-def _solve(
-    program: MixedIntegerProgram, objective: np.ndarray, bound_ms: float | None, gap: float, time_limit_s: float
-) -> tuple[dict[str, int], float] | None:
-    """Values of the sites and proved gap, or None where none satisfy the bound."""
-    model = program.model
-    constraints = [program.rows()]
-    # Milliseconds may be tiny; HiGHS' feasibility tolerance is absolute, so both rows are put on a scale of one.
-    unit = max(abs(model.slope) * float(np.abs(program.cost).max(initial=0.0)), 1e-12)
-    if bound_ms is not None:
-        room = bound_ms - model.intercept - model.slope * program.constant
-        constraints.append(LinearConstraint(model.slope / unit * program.cost[None, :], -np.inf, room / unit))
-    else:
-        objective = model.slope / unit * objective
-    result = milp(
-        objective,
-        integrality=program.integrality,
-        bounds=Bounds(0, program.most),
-        constraints=constraints,
-        options={"mip_rel_gap": gap, "time_limit": time_limit_s},
-    )
-    if result.x is None and "nfeasible" in result.message:
-        return None
-    if result.x is None:
-        raise _OutOfTime(
-            f"no configuration found in {time_limit_s:.0f} s for {len(model.dense)} sites ({result.message.strip()}); "
-            "raise time_limit_s or offer fewer levels per group"
-        )
-    return program.widths(result.x), float(result.mip_gap or 0.0)
 
 
 def _checked(model: LatencyModel, losses: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

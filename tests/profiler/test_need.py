@@ -17,6 +17,7 @@ from sluice.profiler.need import LAST, ROUNDS, SHARES, Solve, by_need, neutral_l
 from sluice.profiler.pieces.engine import build_engine
 from sluice.profiler.profile import profile_known
 from sluice.profiler.view import Profile
+from sluice.solver import lagrangian
 from sluice.solver.decide import Choice, decide, least_ms
 from sluice.solver.descent import steps_from
 from sluice.solver.options import METHODS, chosen_edits
@@ -281,7 +282,8 @@ def test_a_plan_behind_too_high_a_bound_is_found_where_it_is_a_step_away() -> No
     assert found[True][0] < 0.98 * found[False][0] and found[True][1] > found[False][1]
 
 
-def test_a_solver_searches_near_its_last_choice_and_everywhere_at_the_end() -> None:
+def test_a_program_is_solved_near_its_last_choice_and_everywhere_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lagrangian, "COMBINATIONS", 0)
     profile = profiled(FakeRunner(staircase(8)), chain([64, 64, 64], batch="N"))
     losses = random_losses(profile.latency, np.random.default_rng(1))
     target_ms = 0.4 * profile.latency.dense_ms()

@@ -1,4 +1,4 @@
-"""The program against brute force, its refusals, and the choice it hands on."""
+"""Both ways to solve against brute force, refusals, and the choice that is handed on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from sluice.core.errors import SluiceError, Unreachable
 from sluice.core.latency import Extent, LatencyModel, Term
 from sluice.solver import decide as decide_module
-from sluice.solver import milp_axes
+from sluice.solver import lagrangian, milp_axes
 from sluice.solver.amplitude_losses import amplitude_losses
 from sluice.solver.decide import Choice, decide, least_ms, restricted, tightened, unreachable
 
@@ -79,9 +79,23 @@ def importance_of(model: LatencyModel, seed: int) -> dict[str, np.ndarray]:
     return {g: rng.gamma(0.5, size=n) for g, n in model.dense.items()}
 
 
+def by_program(monkeypatch: pytest.MonkeyPatch, grid_limit: int = milp_axes.GRID_LIMIT) -> None:
+    """Too many combinations for anything but the mixed-integer program."""
+    monkeypatch.setattr(lagrangian, "COMBINATIONS", 0)
+    monkeypatch.setattr(milp_axes, "GRID_LIMIT", grid_limit)
+
+
+def without_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("a mixed-integer program was solved")
+
+    monkeypatch.setattr(decide_module, "solve", fail)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_near_a_configuration_its_surroundings_are_searched(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The best of all levels within the reach; everywhere, if these do not reach the target."""
+    by_program(monkeypatch)
     monkeypatch.setattr(decide_module, "REACH", 1)
     monkeypatch.setattr(decide_module, "LOCAL_GAP", 1e-6)
     model, rng = random_model(seed), np.random.default_rng(seed)
@@ -108,10 +122,14 @@ def test_near_a_configuration_its_surroundings_are_searched(seed: int, monkeypat
         decide(model, losses, 0.5 * least, near=middle)
 
 
-@pytest.mark.parametrize("grid_limit", [400, 40, 3])
+@pytest.mark.parametrize("grid_limit", [None, 400, 40, 3])
 @pytest.mark.parametrize("seed", range(8))
-def test_equals_brute_force(seed: int, grid_limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(milp_axes, "GRID_LIMIT", grid_limit)  # 3 sends every joint term through interpolation
+def test_equals_brute_force(seed: int, grid_limit: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a program, and by one: a limit of 3 sends every joint term through interpolation."""
+    if grid_limit is None:
+        without_program(monkeypatch)
+    else:
+        by_program(monkeypatch, grid_limit)
     model = random_model(seed)
     importance = importance_of(model, seed)
     combos = brute(model, importance)
@@ -128,10 +146,13 @@ def test_equals_brute_force(seed: int, grid_limit: int, monkeypatch: pytest.Monk
         assert choice.retained == pytest.approx(1 - best / worst, rel=1e-5)
 
 
-@pytest.mark.parametrize("grid_limit", [400, 3])
+@pytest.mark.parametrize("grid_limit", [None, 400, 3])
 @pytest.mark.parametrize("seed", range(4))
-def test_least_equals_brute_force(seed: int, grid_limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(milp_axes, "GRID_LIMIT", grid_limit)
+def test_least_equals_brute_force(seed: int, grid_limit: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if grid_limit is None:
+        without_program(monkeypatch)
+    else:
+        by_program(monkeypatch, grid_limit)
     model = random_model(seed)
     combos = brute(model, {g: np.ones(n) for g, n in model.dense.items()})
     least = least_ms(model)
@@ -196,15 +217,16 @@ def test_least_keeps_what_costs_nothing_and_dense_needs_no_solver() -> None:
 
 def test_least_is_found_when_there_is_no_time_to_fill_it_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second program only chooses among equally fast configurations; the first must not be out of time."""
-    found, calls = decide_module._solve, [0]
+    by_program(monkeypatch)
+    found, calls = decide_module.solve, [0]
 
     def out_of_time(*args: object) -> object:
         calls[0] += 1
         if calls[0] == failing:
-            raise decide_module._OutOfTime("no configuration found in 20 s")
+            raise decide_module.OutOfTime("no configuration found in 20 s")
         return found(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(decide_module, "_solve", out_of_time)
+    monkeypatch.setattr(decide_module, "solve", out_of_time)
     failing = 2
     assert dict(least_ms(line()).widths) == {"a": 2, "b": 3}
     assert calls == [2]

@@ -1,4 +1,4 @@
-"""Switches, ranks and rules in the program, against brute force over every configuration that obeys the rules."""
+"""Switches, ranks and rules, by both ways to solve, against brute force over every configuration within the rules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 
 from sluice.core.errors import SluiceError
 from sluice.core.latency import Extent, LatencyModel, Rule, Term
-from sluice.solver import milp_axes
+from sluice.solver import decide as decide_module
+from sluice.solver import lagrangian, milp_axes
 from sluice.solver.decide import decide, least_ms, restricted
 from sluice.solver.milp import MixedIntegerProgram
 
@@ -115,11 +116,18 @@ def loss_of(model: LatencyModel, losses: dict[str, np.ndarray], widths: dict[str
 
 
 @pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("grid_limit", [400, 3])
+@pytest.mark.parametrize("grid_limit", [None, 400, 3])
 @pytest.mark.parametrize("seed", range(6))
-def test_equals_brute_force(seed: int, grid_limit: int, again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(milp_axes, "GRID_LIMIT", grid_limit)  # 3 sends every product through interpolation
+def test_equals_brute_force(seed: int, grid_limit: int | None, again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a program, where all rules are of one kind, and by one; a limit of 3 sends products through knots."""
     model = reading_again(random_model(seed), seed, 0.3 + 0.1 * seed) if again else random_model(seed)
+    if grid_limit is None:
+        model = replace(model, rules=RULES[:2])
+        # Where the cache penalty makes the fewest milliseconds a program, the least loss still is none.
+        monkeypatch.setattr(decide_module, "_least_loss", None)
+    else:
+        monkeypatch.setattr(lagrangian, "COMBINATIONS", 0)
+        monkeypatch.setattr(milp_axes, "GRID_LIMIT", grid_limit)
     losses = random_losses(model, seed)
     every = [(model.ms(w), loss_of(model, losses, w)) for w in configurations(model)]
     fastest = min(ms for ms, _ in every)
@@ -134,8 +142,34 @@ def test_equals_brute_force(seed: int, grid_limit: int, again: bool, monkeypatch
         assert choice.loss == loss_of(model, losses, dict(choice.widths)) == pytest.approx(best, rel=1e-5, abs=1e-6)
         assert 0.0 <= choice.retained <= 1.0
     assert least_ms(model).promised_ms == pytest.approx(fastest, rel=1e-6)
-    with pytest.raises(SluiceError, match="widths, ranks and depth together reach"):
-        decide(model, losses, fastest * 0.99)
+    if not (again and grid_limit is None):
+        with pytest.raises(SluiceError, match="widths, ranks and depth together reach"):
+            decide(model, losses, fastest * 0.99)
+
+
+@pytest.mark.parametrize("labels", [0, 12])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_search_that_is_too_long_leaves_few_levels_to_a_program(
+    seed: int, labels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = replace(random_model(seed), rules=RULES[:2])
+    losses = random_losses(model, seed)
+    every = [(model.ms(w), loss_of(model, losses, w)) for w in configurations(model)]
+    monkeypatch.setattr(lagrangian, "LABELS", labels)
+    fewer, program = [], decide_module.MixedIntegerProgram
+
+    def counted(left: LatencyModel) -> MixedIntegerProgram:
+        fewer.append(sum(map(len, left.levels.values())) < sum(map(len, model.levels.values())))
+        return program(left)
+
+    monkeypatch.setattr(decide_module, "MixedIntegerProgram", counted)
+    dense_ms, fastest = model.dense_ms(), min(ms for ms, _ in every)
+    for share in (0.3, 0.7):
+        target = fastest + share * (dense_ms - fastest)
+        choice = decide(model, losses, target, gap=1e-6)
+        assert choice.loss == pytest.approx(min(lost for ms, lost in every if ms <= target), rel=1e-5, abs=1e-6)
+    assert all(fewer)
+    assert fewer or labels
 
 
 @pytest.mark.parametrize("share", [None, 0.0, 0.5, 0.9])
