@@ -33,7 +33,7 @@ from sluice.solver.site_tables import RELOAD, TIME, SiteTables
 
 __all__ = ["Least", "fastest", "least_loss"]
 
-COMBINATIONS, LABELS = 4e6, 1_000_000  # of all cliques together, and of one: beyond them another way is quicker
+COMBINATIONS, LABELS = 4e6, 200_000  # of all cliques together, and of one: beyond them another way is quicker
 STEPS = 40
 AIMS = (1 / 16, 1 / 4, 1.0)  # from the bound to the best loss that was met, the highest if none was
 CLOSE = 1e-9  # relative, of sums of the same numbers in another order
