@@ -3,7 +3,7 @@
 Losses are of single changes, before training, and changes interact. So the problem is solved under several scenarios:
 all methods at the measured losses, each method alone, structure at half and at twice its loss. Plans that differ, but
 for those of far too large a loss (`HOPELESS`), are joined by candidates whose prices are spread at random, and by
-uniform widths (`sluice.pipeline.candidates`): as many as the steps of the rehearsal can tell apart. All are cut and
+uniform widths (`sluice.pipeline.candidates`): as many as the steps of the rehearsal can tell apart. These are cut and
 trained for a while (`sluice.training.rehearse`). The plan with the best forecast comes first.
 
 The first scenario is solved by need. The others are solved under estimates (`sluice.profiler.need`, 4), which measures
@@ -64,7 +64,7 @@ def choose(
     total: int = 0,
     progress: bool = True,
 ) -> list[Scenario]:
-    """All candidates whose plans differ, the most trusted first.
+    """All candidates whose plans differ, the most trusted first; behind them those for which there were no steps.
 
     Args:
         target_ms: promised milliseconds of every plan.
@@ -77,21 +77,24 @@ def choose(
     room = _room(steps) - len(scenarios)
     if room > 0 and type(problem) is Problem:
         scenarios += _spread(problem, methods, target_ms, room, scenarios)
-    if len(scenarios) == 1:
-        return scenarios
     strata = [stratum(one.solution.plan) for one in scenarios]
-    units = rehearsal_cost(len(scenarios), len(set(strata))) + (TRIED if recovery.lr == AUTO else 0)
-    first = steps // units
-    if first < LEAST:
+    firsts = {
+        count: steps // (rehearsal_cost(count, len(set(strata[:count]))) + (TRIED if recovery.lr == AUTO else 0))
+        for count in range(2, len(scenarios) + 1)
+    }
+    count = max((count for count, first in firsts.items() if first >= LEAST), default=0)
+    if not count:
         return scenarios
-    plans = [build(one.solution) for one in scenarios]
+    first, strata = firsts[count], strata[:count]
+    plans = [build(one.solution) for one in scenarios[:count]]
     lr = quick_rate(plans[0], data, teacher=teacher, loss=loss, recovery=recovery, steps=first, progress=progress)
     found = rehearse(
         plans, data, teacher=teacher, loss=loss, lr=lr, recovery=recovery, steps=first, total=total, strata=strata,
         progress=progress,
     )  # fmt: skip
-    heard = [replace(one, rehearsed=tuple(losses)) for one, losses in zip(scenarios, found, strict=True)]
-    return sorted(heard, key=lambda one: (-len(one.rehearsed), forecast(one.rehearsed, first, total)))
+    heard = [replace(one, rehearsed=tuple(losses)) for one, losses in zip(scenarios, found, strict=False)]
+    heard = sorted(heard, key=lambda one: (-len(one.rehearsed), forecast(one.rehearsed, first, total)))
+    return [*heard, *scenarios[count:]]
 
 
 def _room(steps: int) -> int:

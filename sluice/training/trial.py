@@ -2,13 +2,12 @@
 
 The rate decides more than anything else about the training, and no constant serves light and deep cuts alike. Runs of
 a few dozen steps, each with a whole schedule of its own, rank rates, but with a bias downwards: a larger rate spoils at
-first what it wins later. So runs grow by successive halving (Jamieson and Talwalkar, AISTATS 2016), and the slope of a
-rate's losses counts:
+first what it wins later. So runs grow by successive halving (Jamieson and Talwalkar, AISTATS 2016), and larger rates
+have a bonus:
 
     rung 1      s steps   all rates of the grid
-    rung 2     2s steps   the best rate and the one above it; the best one with every other loss; dense weights at the
-                          rate below it
-    rung 3     4s steps   the rate with the best forecast, and the best other setting
+    rung 2     2s steps   the best two rates; the best one with every other loss; dense weights at the rate below it
+    rung 3     4s steps   the best rate, and the best other setting
 
 1. ``s`` is such that all runs together take at most `SHARE` of the fine-tune's steps; judging comes on top, `HELD`
    forward passes a run. Rates come first: where ``s`` would be less than `WHOLE`, they alone are tried, in two rungs
@@ -19,11 +18,13 @@ rate's losses counts:
 3. The judge is one measure for all losses: cross-entropy with the labels; without labels the distillation; the user's
    own loss where there is one. It is taken in eval mode on the first batches of the data, over which training passes. A
    loader that shuffles deals anew each time round, so there some of their examples are trained on.
-4. A run whose loss is not finite is out. Of two rates of one setting that with the lower *forecast* counts: the loss
-   at the end of the fine-tune by the power law through its last two runs (`sluice.training.rehearse`, rule 4).
+4. A run whose loss is not finite is out. A rate may be behind the one below it by a factor of `BONUS` for every
+   doubling from the steps of the run to those of the fine-tune, but for the largest rate, which has no lead on the one
+   below. Dense weights count as plain ones at the rate above.
 5. The default setting, logits and labels on plain weights, is left only for one that is better by `HANDICAP`: short
-   runs are partial to what learns fast, and distillation is behind after one epoch where it is ahead after ten. Both
-   margins are shares of the held-out loss or of what training took off it, whichever is less.
+   runs are partial to what learns fast, and distillation is behind after one epoch where it is ahead after ten. All
+   margins are shares of the held-out loss or of what training took off it, whichever is less. So a rate that spoils
+   what the cut left has no bonus.
 6. torch's random numbers are put back afterwards, so that the fine-tune draws what it would have drawn without a trial.
    Reading the data may still move the generators of others.
 """
@@ -44,7 +45,7 @@ from sluice.core.errors import SluiceError
 from sluice.passes.graph.capture import clone
 from sluice.training.recovery import AUTO, Recovery
 from sluice.training.rehearse import HELD as FEW
-from sluice.training.rehearse import Trainee, batches_behind, held_out_loss, power_law, train_together
+from sluice.training.rehearse import Trainee, batches_behind, held_out_loss, train_together
 from sluice.training.train import LOSSES, Data, Loss, count_batches, default_loss, split_batch
 
 __all__ = ["Run", "Setting", "Trial", "lengths", "losses_for", "quick_rate", "try_settings"]
@@ -56,6 +57,7 @@ LEAST = 10  # fewer steps, one of them warming up, leave the optimizer no time t
 WHOLE = 20
 HELD = 8  # batches that are judged on, at most a fifth of the data
 HANDICAP = 0.1
+BONUS = 1.12  # the lead that rates of 1e-3 to 1e-2 win back: 1.05 to 1.27, on two networks after one epoch and ten
 FINALISTS = 2
 OWN, DEFAULT = "own loss", next(iter(LOSSES))
 Widen = Callable[[], nn.Module]
@@ -158,14 +160,14 @@ def try_settings(
         measure = "labels" if loss is default_loss and labelled else default.loss
         stream = batches_behind(data, len(held))
         before, dense = (held_out_loss(m, held, teacher, losses[measure]) for m in (slim, teacher))
-        judge = _Judge(slim, widen, losses, losses[measure], held, stream, teacher, recovery, default, before)
+        judge = _Judge(slim, widen, losses, losses[measure], held, stream, teacher, recovery, default, before, total)
         runs, found = list[Run](), list[Run]()
         for number, length in enumerate(steps):
             if number == 1:
                 others = list(losses)[1:] if len(steps) > 2 else []
-                settings = _second(judge.best(found)[0], recovery, others, both and len(steps) > 2)
+                settings = _second(judge.best(found), recovery, others, both and len(steps) > 2)
             elif number == 2:
-                settings = judge.finalists(runs, found, total)
+                settings = judge.finalists(found)
             found = judge.rung(settings, length, progress=progress)
             runs += found
             if not judge.best(found):
@@ -173,7 +175,7 @@ def try_settings(
                     f"training at the learning rates {sorted({s.lr for s in settings})} gives no finite loss on the "
                     "first batches of data; check the data and the loss, or give a smaller rate as lr="
                 )
-        return Trial(judge.winner(runs, found, total), total, tuple(runs), measure, before, dense)
+        return Trial(judge.best(found)[0], total, tuple(runs), measure, before, dense)
 
 
 def quick_rate(
@@ -190,7 +192,7 @@ def quick_rate(
         held = list(itertools.islice(data, FEW))
         default, stream = Setting(recovery.middle(), OWN), batches_behind(data, len(held))
         before = held_out_loss(module, held, teacher, loss)
-        judge = _Judge(module, None, {OWN: loss}, loss, held, stream, teacher, recovery, default, before)
+        judge = _Judge(module, None, {OWN: loss}, loss, held, stream, teacher, recovery, default, before, steps)
         settings = [replace(default, lr=rate) for rate in recovery.rates()[1:-1]]
         return judge.best(judge.rung(settings, steps, progress=progress))[0].lr
 
@@ -199,7 +201,7 @@ def quick_rate(
 class _Judge:
     """Trains copies of ``slim`` and compares them; ``default`` but for its rate is the setting without a handicap.
 
-    ``before`` is the held-out loss without training.
+    ``before`` is the held-out loss without training, ``total`` are the steps of the training to come.
     """
 
     slim: nn.Module
@@ -212,6 +214,7 @@ class _Judge:
     recovery: Recovery
     default: Setting
     before: float
+    total: int
 
     def rung(self, settings: Sequence[Setting], steps: int, *, progress: bool) -> list[Run]:
         trainees = [
@@ -226,25 +229,22 @@ class _Judge:
 
     def best(self, runs: Sequence[Run]) -> list[Setting]:
         """The settings of the runs, the best first; those that are not finite are left out."""
-        return [run.setting for run in sorted(filter(_finite, runs), key=self._handicapped)]
+        return [run.setting for run in sorted(filter(_finite, runs), key=self._figure)]
 
-    def finalists(self, runs: Sequence[Run], rung: Sequence[Run], total: int) -> list[Setting]:
-        """The best setting of a rung, at its rate by rule 4, and the best one of the others."""
-        first = self.winner(runs, rung, total)
-        others = [setting for setting in self.best(rung) if replace(setting, lr=first.lr) != first]
-        return [first, *(others or [one for one in self.best(rung) if one != first])[: FINALISTS - 1]]
+    def finalists(self, rung: Sequence[Run]) -> list[Setting]:
+        """The best setting of a rung, and the best one that differs in more than its rate, if there is any."""
+        first, *rest = self.best(rung)
+        others = [setting for setting in rest if replace(setting, lr=first.lr) != first]
+        return [first, *(others or rest)[: FINALISTS - 1]]
 
-    def winner(self, runs: Sequence[Run], rung: Sequence[Run], total: int) -> Setting:
-        """Rules 4 and 5, of the last rung of all runs."""
-        best = self.best(rung)[0]
-        rates = [run for run in rung if _finite(run) and _but_rate(run, best)]
-        return min(rates, key=lambda run: _forecast(runs, run, total)).setting
-
-    def _handicapped(self, run: Run) -> float:
-        return run.held_out if _but_rate(run, self.default) else run.held_out + HANDICAP * self._scale(run)
-
-    def _scale(self, run: Run) -> float:
-        return min(abs(run.held_out), max(0.0, self.before - run.held_out))
+    def _figure(self, run: Run) -> float:
+        """The held-out loss under rules 4 and 5."""
+        rates = self.recovery.rates()
+        step = min(rates.index(run.setting.lr) + run.setting.dense, len(rates) - 2)
+        lead = step * math.log2(max(1.0, self.total / run.steps))
+        handicap = 1.0 if _but_rate(run, self.default) else 1.0 + HANDICAP
+        scale = min(abs(run.held_out), max(0.0, self.before - run.held_out))
+        return run.held_out + scale * (BONUS**-lead * handicap - 1.0)
 
     def _copy(self, dense: bool, steps: int) -> nn.Module:
         if dense and self.widen is not None:
@@ -257,21 +257,12 @@ class _Judge:
         return made
 
 
-def _second(leader: Setting, recovery: Recovery, losses: Sequence[str], both: bool) -> list[Setting]:
+def _second(best: Sequence[Setting], recovery: Recovery, losses: Sequence[str], both: bool) -> list[Setting]:
     """The settings of rung 2. Dense weights do best at a smaller rate, since three factors move at once."""
-    rates = recovery.rates()
-    at = rates.index(leader.lr)
-    above, below = rates[at + 1] if at + 1 < len(rates) else rates[at - 1], rates[max(0, at - 1)]
-    found = [leader, replace(leader, lr=above), *(replace(leader, loss=name) for name in losses)]
+    rates, leader = recovery.rates(), best[0]
+    found = [*best[:FINALISTS], *(replace(leader, loss=name) for name in losses)]
+    below = rates[max(0, rates.index(leader.lr) - 1)]
     return [*found, replace(leader, lr=below, dense=True)] if both else found
-
-
-def _forecast(runs: Sequence[Run], last: Run, total: int) -> float:
-    """Rule 4; the last loss where the setting has no run before."""
-    before = [run for run in runs if run.setting == last.setting and run.steps < last.steps and _finite(run)]
-    if not before:
-        return last.held_out
-    return power_law((before[-1].steps, before[-1].held_out), (last.steps, last.held_out), total)
 
 
 def _finite(run: Run) -> bool:

@@ -323,6 +323,21 @@ def test_too_few_steps_trust_the_prices() -> None:
     assert readings[0].name == "together" and all(r.rehearsed == () for r in readings)
 
 
+def test_those_that_the_steps_do_not_suffice_for_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = [replace(one, rehearsed=()) for one in rehearsed()]
+    strata = [stratum(one.solution.plan) for one in known]
+    monkeypatch.setattr("sluice.pipeline.choose._scenarios", lambda *_: list(known))
+    monkeypatch.setattr(
+        "sluice.pipeline.choose.rehearse", lambda plans, *_, **__: [[1.0 / (k + 1)] for k in range(len(plans))]
+    )
+    for count in (2, len(known) - 1):
+        cost = rehearsal_cost(count, len(set(strata[:count])))
+        found = case().choose(0.5, steps=LEAST * cost)
+        heard = [one.name for one in found if one.rehearsed]
+        assert heard == [one.name for one in known[: len(heard)]][::-1] and count <= len(heard) < len(known)
+        assert [one.name for one in found[len(heard) :]] == [one.name for one in known[len(heard) :]]
+
+
 def test_spread_prices_prefer_other_changes_and_come_out_the_same_again() -> None:
     problem, draws = case().problem, [perturbed(case().problem) for _ in range(2)]
     options = problem.profile.options

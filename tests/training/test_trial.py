@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,7 @@ from sluice.training.recovery import RATES, Recovery
 from sluice.training.rehearse import held_out_loss
 from sluice.training.train import default_loss, fit, label_loss
 from sluice.training.trial import (
+    BONUS,
     FINALISTS,
     LEAST,
     SHARE,
@@ -178,10 +180,12 @@ def test_three_rungs_try_losses_and_weights() -> None:
     assert len(third) == 2 and set(third) <= set(second) and found.chosen in third and found.measure == "labels"
 
 
-def test_the_rival_of_the_best_rate_is_the_one_above_it() -> None:
-    rates = RATES["adamw"]
-    rivals = {lr: _second(Setting(lr, "a"), Recovery(), [], False)[1].lr for lr in rates}
-    assert rivals == {**dict(itertools.pairwise(rates)), rates[-1]: rates[-2]}
+def test_the_best_two_rates_go_on() -> None:
+    best = [Setting(lr, "a") for lr in (1e-2, 3e-2, 3e-3)]
+    assert _second(best, Recovery(), ["b"], True) == [
+        *best[:2], Setting(1e-2, "b"), Setting(3e-3, "a", dense=True),
+    ]  # fmt: skip
+    assert _second(best[:1], Recovery(), [], False) == best[:1]
 
 
 @pytest.mark.parametrize("seed", [7, 8])
@@ -227,25 +231,37 @@ def test_runs_that_are_not_finite_are_out() -> None:
         trial(deep(), [(x * math.nan, y) for x, y in data()])
 
 
-def test_the_slope_decides_between_rates_and_the_default_has_a_margin() -> None:
-    judge = _Judge(deep(), None, {}, own, [], iter(()), teacher(), Recovery(), Setting(1.0, "a"), 9.0)
-    small, large, other = Setting(1e-3, "a"), Setting(1e-2, "a"), Setting(1e-2, "b")
+def judge(total: int = 64, before: float = 9.0) -> _Judge:
+    return _Judge(deep(), None, {}, own, [], iter(()), teacher(), Recovery(), Setting(3e-3, "a"), before, total)
 
-    def winner(*runs: tuple[Setting, float], before: dict[Setting, float] | None = None, total: int = 64) -> Setting:
-        rung = [Run(setting, 8, value) for setting, value in runs]
-        return judge.winner([*(Run(one, 4, value) for one, value in (before or {}).items()), *rung], rung, total)
 
-    # At 64 steps the small rate has 1.0 * (1.0 / 1.1)^3 = 0.75, the large one 1.2 * (1.2 / 1.6)^3 = 0.51.
-    falling = {small: 1.1, large: 1.6}
-    assert winner((small, 1.0), (large, 1.2), before=falling) == large
-    assert winner((small, 1.0), (large, 1.2), before=falling, total=8) == small
-    assert winner((small, 1.0), (large, 1.2), before={small: 1.1, large: 1.1}) == small  # it does not fall
-    assert winner((small, -1.0), (large, -0.9), before={small: -0.5, large: 3.0}) == small
-    assert winner((small, 1.0), (large, 1.2)) == small and winner((large, 1.0), (small, math.inf)) == large
+def test_larger_rates_have_a_bonus_and_the_default_a_margin() -> None:
+    small, large, largest, other = (
+        Setting(lr, name) for lr, name in zip((3e-3, 1e-2, 3e-2, 3e-3), "aaab", strict=True)
+    )
+    dense = replace(small, dense=True)
+
+    def winner(*runs: tuple[Setting, float], total: int = 64, before: float = 9.0) -> Setting:
+        return judge(total, before).best([Run(setting, 8, value) for setting, value in runs])[0]
+
+    allowed = BONUS**3  # three doublings from 8 to 64 steps
+    assert (
+        winner((small, 1.0), (large, 0.99 * allowed)) == large
+        and winner((small, 1.0), (large, 1.01 * allowed)) == small
+    )
+    assert winner((small, 1.0), (large, 1.01), total=8) == small
+    assert winner((large, 1.0), (largest, 1.01)) == large and winner((large, 1.0), (dense, 1.01)) == large
+    # Of a loss below zero, or where little was to be won, shares of it or of what was won count.
+    assert winner((small, -1.0), (large, -0.99)) == large and winner((small, -1.0), (large, -0.6)) == small
+    assert winner((small, 1.0), (large, 1.2), before=1.2) == small
+    assert winner((large, 1.0), (small, math.inf)) == large
     assert winner((small, 1.0), (other, 0.92)) == small and winner((small, 1.0), (other, 0.9)) == other
-    finalists = judge.finalists([], [Run(small, 8, 1.0), Run(large, 8, 1.2), Run(other, 8, 1.4)], 64)
-    assert finalists == [small, other]
-    assert judge.finalists([], [Run(small, 8, 1.0), Run(large, 8, 1.2)], 64) == [small, large]
+
+
+def test_the_last_rung_compares_the_best_with_another_loss() -> None:
+    small, large, other = Setting(3e-3, "a"), Setting(1e-2, "a"), Setting(3e-3, "b")
+    rung = [Run(small, 8, 1.0), Run(large, 8, 1.6), Run(other, 8, 1.8)]
+    assert judge().finalists(rung) == [small, other] and judge().finalists(rung[:2]) == [small, large]
 
 
 def test_the_same_seed_finds_the_same_and_draws_what_it_drew() -> None:
@@ -299,6 +315,6 @@ def test_a_short_run_forgets_the_old_statistics() -> None:
     with torch.no_grad():
         norm.running_mean.add_(50.0)  # type: ignore[union-attr]
     judge = _Judge(norm, None, {"own": lambda o, t, y: 0 * o.sum()}, lambda o, t, y: o.abs().mean(),
-                   data()[:1], iter(data()[1:]), nn.Identity(), Recovery(), Setting(1.0, "own"), 9.0)  # fmt: skip
+                   data()[:1], iter(data()[1:]), nn.Identity(), Recovery(), Setting(1e-3, "own"), 9.0, 15)  # fmt: skip
     (run,) = judge.rung([Setting(1e-3, "own")], 15, progress=False)
     assert run.held_out < 3.0 and norm.momentum == 0.1
