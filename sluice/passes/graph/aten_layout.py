@@ -147,6 +147,8 @@ def permute(w: Walk, n: fx.Node, a: Args) -> Value:
     rank = len(w.size(n.args[0]))
     if "dims" in a:
         order = [d % rank for d in a["dims"]]
+    elif operator_name(n) == "numpy_T":
+        order = list(reversed(range(rank)))
     else:
         order = list(range(rank))
         i, j = (a["dim0"], a["dim1"]) if "dim0" in a else (0, 1)

@@ -250,6 +250,7 @@ CASES = [
     Case("transpose", lambda y: y.transpose(1, 3).relu().transpose(-1, -3)),
     Case("swapaxes", lambda y: y.swapaxes(1, 2).swapaxes(1, 2)),
     rows("t", lambda y: y.t().relu().t()),
+    rows("numpy_T", lambda y, m: (y @ m.extra["w"].T).relu(), extra={"w": torch.rand(6, 6)}),
     Case("expand", lambda y: y.mean(**MEAN).expand(-1, 6, 6, 5)),
     Case("expand_as", lambda y: y.mean(**MEAN).expand_as(y)),
     Case("expand_as another", lambda y, m: y.mean(**MEAN).expand_as(m.other(y.relu())), extra={"other": nn.Conv2d(6, 6, 1)}),  # noqa: E501
@@ -373,6 +374,7 @@ CASES = [
     rows("mm", lambda y, m: torch.mm(y, m.extra["w"]).relu(), extra={"w": torch.rand(6, 6)}),
     rows("matmul of values", lambda y: y @ y.t() @ y),
     rows("bmm", lambda y: y * torch.bmm(y[:, None], y[:, :, None])[:, 0]),
+    rows("baddbmm", lambda y: y * torch.baddbmm(y[:, None, :1], y[:, None], y[:, :, None], alpha=0.3)[:, 0]),
     rows("einsum", lambda y, m: torch.einsum("bi,oi->bo", y, m.extra["w"]), extra={"w": torch.rand(6, 6)}),
     rows("einsum of values", lambda y: torch.einsum("bi,bi->b", y, y)[:, None] * y),
     rows("einsum of a diagonal", lambda y: y + torch.einsum("ii->i", y.t() @ y), frozen="unknown operator einsum"),
