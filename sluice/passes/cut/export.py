@@ -148,7 +148,7 @@ def _copy_attention(gm: fx.GraphModule) -> None:
     """
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default):
         with gm.graph.inserting_after(node):
-            layout = {"memory_format": torch.contiguous_format}
+            layout: dict[str, Any] = {"memory_format": torch.contiguous_format}
             copied = gm.graph.call_function(torch.ops.aten.clone.default, (node,), layout)
         node.replace_all_uses_with(copied, lambda user, copied=copied: user is not copied)
     gm.recompile()
