@@ -390,6 +390,8 @@ CASES = [
     Case("index", lambda y: y[:, [5, 3, 1, 0]], after=wide(4), frozen="picks channels"),
     # no rule
     Case("view as another type", lambda y: y.view(torch.int32).view(torch.float32), frozen="unknown operator view.dtype"),  # noqa: E501
+    places("index, a position each", lambda y: y[torch.arange(y.shape[0]), torch.arange(y.shape[0]) % 4]),
+    Case("index of axes apart", lambda y: y[:, [0, 1], :, [2, 3]].movedim(0, 1), after=lambda: nn.Conv1d(2, 4, 1), frozen="unknown operator index"),  # noqa: E501
     Case("index by a mask", lambda y: y[:, torch.tensor([True] * 4 + [False] * 2)], after=wide(4), frozen="unknown operator index"),  # noqa: E501
 ]  # fmt: skip
 IDS = [case.name for case in CASES]
