@@ -72,9 +72,9 @@ timm:tnt_s_patch16_224?img_size=64&depth=2 timm:twins_pcpvt_small?img_size=64 ti
 timm:volo_d1_224?img_size=64 timm:xcit_nano_12_p16_224?img_size=64&depth=2
 timm:mixer_s32_224?img_size=64&num_blocks=2 timm:gmlp_ti16_224?img_size=64&num_blocks=2
 timm:resmlp_12_224?img_size=64&num_blocks=2 timm:flexivit_small?img_size=60&depth=2
-timm:vit_small_patch16_dinov3?img_size=64&depth=2 timm:sam2_hiera_tiny@3,256,256
+timm:vit_small_patch16_dinov3?img_size=64&depth=2
 torchvision:vit_b_16?image_size=64 torchvision:swin_t@3,64,64 torchvision:swin_v2_t@3,64,64
-torchvision:mvit_v2_s@3,16,224,224 torchvision:swin3d_t@3,4,64,64
+torchvision:swin3d_t@3,4,64,64
 diffusers:DiTTransformer2DModel?num_attention_heads=3&attention_head_dim=16&num_layers=2&sample_size=8&in_channels=4&num_embeds_ada_norm=10
 """
 
@@ -94,15 +94,16 @@ IJepaConfig?{_VIT}&image_size=64
 
 HYBRIDS = """
 timm:botnet26t_256@3,128,128 timm:halonet26t@3,128,128 timm:lambda_resnet26t@3,128,128 timm:bat_resnext26ts@3,128,128
-timm:gcresnext26ts@3,64,64 timm:coat_lite_tiny@3,64,64 timm:coatnet_nano_rw_224?img_size=64
-timm:maxvit_pico_rw_256?img_size=64
-timm:maxxvit_rmlp_nano_rw_256?img_size=64 timm:efficientformer_l1@3,224,224 timm:efficientformerv2_s0@3,224,224
-timm:efficientvit_b0@3,64,64 timm:efficientvit_m0@3,224,224 timm:edgenext_x_small@3,64,64 timm:fastvit_sa12@3,64,64
-timm:levit_128s@3,224,224 timm:mobilevit_xxs@3,64,64 timm:mobilevitv2_050@3,64,64 timm:mobilenetv4_hybrid_medium@3,64,64
-timm:nextvit_small@3,64,64 timm:swiftformer_xs@3,224,224 timm:tiny_vit_5m_224@3,64,64 timm:visformer_tiny?img_size=64
-timm:vit_small_r26_s32_224?img_size=64&depth=2 timm:caformer_s18@3,64,64 timm:repvit_m1_0@3,64,64
-timm:vitamin_small_224?img_size=64 timm:efficientvim_m1@3,64,64 timm:iformer_t@3,64,64 timm:lowformer_b0@3,64,64
-torchvision:maxvit_t@3,224,224
+timm:gcresnext26ts@3,64,64 timm:coat_lite_tiny?serial_depths=[1,1,1,1]@3,64,64 timm:coatnet_nano_rw_224?img_size=64
+timm:maxvit_pico_rw_256?img_size=64 timm:maxxvit_rmlp_nano_rw_256?img_size=64
+timm:efficientformer_l1?depths=[1,1,1,2]@3,224,224 timm:efficientformerv2_s0@3,224,224 timm:efficientvit_b0@3,64,64
+timm:efficientvit_m0@3,224,224 timm:edgenext_x_small?depths=[1,1,2,1]@3,64,64
+timm:fastvit_sa12?layers=[1,1,1,1]@3,64,64 timm:levit_128s?depth=[1,1,1]@3,224,224 timm:mobilevit_xxs@3,64,64
+timm:mobilevitv2_050@3,64,64 timm:mobilenetv4_hybrid_medium@3,64,64 timm:nextvit_small@3,64,64
+timm:swiftformer_xs?layers=[1,1,1,1]@3,224,224 timm:tiny_vit_5m_224?depths=[1,1,1,1]@3,64,64
+timm:visformer_tiny?img_size=64 timm:vit_small_r26_s32_224?img_size=64&depth=2 timm:caformer_s18@3,64,64
+timm:repvit_m1_0@3,64,64 timm:vitamin_small_224?img_size=64 timm:efficientvim_m1@3,64,64 timm:iformer_t@3,64,64
+timm:lowformer_b0@3,64,64
 hf:SegformerConfig?hidden_sizes=[16,24,32,48]&num_attention_heads=[1,2,4,6]&depths=[1,1,1,1]&decoder_hidden_size=32&architecture=SegformerForSemanticSegmentation@3,64,64
 hf:MobileViTConfig?hidden_sizes=[32,40,48]&num_attention_heads=2&image_size=64&architecture=MobileViTForImageClassification
 hf:CvtConfig?embed_dim=[16,32,48]&num_heads=[1,2,3]&depth=[1,1,1]&architecture=CvtForImageClassification@3,64,64
