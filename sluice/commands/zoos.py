@@ -5,7 +5,8 @@
    the same on every call, unless the user gives a file.
 2. Words behind ``?`` are arguments of the package's own factory, of its configuration for ``hf:``. There
    ``architecture=BertForMaskedLM`` chooses the class, the model without a head by default, ``attn_implementation`` how
-   attention is written. ``hf:./folder`` reads ``config.json``, which names its class.
+   attention is written, and ``outputs=logits`` returns that output alone. ``hf:./folder`` reads ``config.json``, which
+   names its class.
 3. The example inputs are those that the configuration speaks of: image sizes, channels, a context of 32 tokens.
    A network is taken as it is deployed: no cache of keys and values, a detection head that returns its boxes.
 """

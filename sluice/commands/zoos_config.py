@@ -9,6 +9,7 @@ import inspect
 import math
 import os
 from collections.abc import Mapping
+from functools import wraps
 from typing import TYPE_CHECKING, Any, cast
 
 from sluice.core.errors import SluiceError
@@ -26,18 +27,33 @@ SECOND = 16_000  # samples of audio
 
 
 def hf(transformers: Any, name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    arguments = dict(arguments)
+    outputs = arguments.pop("outputs", None)
     config, architecture, more = _parts(transformers, name, arguments)
     if architecture is None:
         made: nn.Module = transformers.AutoModel.from_config(config, **more)
     else:
         made = architecture._from_config(config, **more)
-    return made
+    return made if outputs is None else _returning(made, outputs)
+
+
+def _returning(model: nn.Module, output: str) -> nn.Module:
+    """The model itself, with a forward() that returns one of its outputs alone."""
+    kind = type(model)
+
+    @wraps(kind.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return getattr(kind.forward(self, *args, **kwargs), output)
+
+    model.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    return model
 
 
 def _parts(transformers: Any, name: str, arguments: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     """The configuration, the class that it names, if any, and how attention is written."""
     given = {"use_cache": False, **arguments}
     architecture = given.pop("architecture", None)
+    given.pop("outputs", None)
     more = {"attn_implementation": given.pop("attn_implementation")} if "attn_implementation" in given else {}
     if os.path.isdir(name):
         config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)

@@ -44,6 +44,7 @@ models = Some(
 """
 TRANSFORMERS = """
 import json, os
+from types import SimpleNamespace as Some
 from torch import nn
 class TinyConfig:
     architectures = None
@@ -55,7 +56,7 @@ class Tiny(nn.Module):
         super().__init__()
         self.config, self.how = config, how
         self.table, self.up = nn.Embedding(config.vocab_size, config.width), nn.Linear(config.width, 9)
-    def forward(self, input_ids, attention_mask=None): return self.up(self.table(input_ids))
+    def forward(self, input_ids, attention_mask=None): return Some(logits=self.up(self.table(input_ids)))
     @classmethod
     def _from_config(cls, config, attn_implementation="sdpa"): return cls(config, attn_implementation)
 class TinyForMaskedLM(Tiny): pass
@@ -157,6 +158,7 @@ def test_transformers(install: Install, tmp_path: Path) -> None:
     assert int(found["input_ids"].min()) >= 3 and int(found["input_ids"].max()) < 20
     assert inputs_of("hf:TinyConfig", (9,), 2)["input_ids"].shape == (2, 9)  # type: ignore[index]
     assert type(model_of("hf:TinyConfig?architecture=TinyForMaskedLM")).__name__ == "TinyForMaskedLM"
+    assert model_of("hf:TinyConfig?outputs=logits")(**found).shape == (2, 32, 9)
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "config.json").write_text('{"width": 11, "architectures": ["TinyForMaskedLM"]}')
     saved = model_of(f"hf:{tmp_path / 'saved'}")

@@ -44,6 +44,7 @@ def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> 
     gm = clone(model, sharing=True) if has_captured_form(model) else capture(model, example_inputs, trained=False)
     gm.eval()
     _without_numbers(gm)
+    _copy_attention(gm)
     names = set(saved_tensors(gm))
     with quiet():
         program = export_again(gm, example_inputs)
@@ -147,6 +148,20 @@ def _without_numbers(gm: fx.GraphModule) -> None:
         code.pytree_info = code.pytree_info._replace(out_spec=pytree.tree_structure(kept))  # type: ignore[attr-defined]
         gm.graph.eliminate_dead_code()
         gm.recompile()
+
+
+def _copy_attention(gm: fx.GraphModule) -> None:
+    """A copy behind attention, which is no operator of the file.
+
+    The exporter makes views of reshapes by the strides that attention has before it is written out, and attention with
+    a mask has others after that.
+    """
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default):
+        with gm.graph.inserting_after(node):
+            layout: dict[str, Any] = {"memory_format": torch.contiguous_format}
+            copied = gm.graph.call_function(torch.ops.aten.clone.default, (node,), layout)
+        node.replace_all_uses_with(copied, lambda user, copied=copied: user is not copied)
+    gm.recompile()
 
 
 def _is_number(node: fx.Node) -> bool:

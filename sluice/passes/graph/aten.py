@@ -56,6 +56,10 @@ def _addmm(w: Walk, n: fx.Node, a: Args) -> Value:
     return _shifted(w, out, n, a["self"], where(n, a["mat2"]))
 
 
+def _baddbmm(w: Walk, n: fx.Node, a: Args) -> Value:
+    return _shifted(w, _product(w, n, a["batch1"], a["batch2"]), n, a["self"], where(n))
+
+
 def _matmul(w: Walk, n: fx.Node, a: Args) -> Value:
     return _product(w, n, n.args[0], n.args[1])
 
@@ -149,6 +153,7 @@ KINDS: dict[str, OperatorRule] = {
     "conv": _conv,
     "linear": _linear,
     "addmm": _addmm,
+    "baddbmm": _baddbmm,
     "matmul": _matmul,
     "embedding": attention.embedding,
     "sdpa": attention.sdpa,

@@ -131,12 +131,16 @@ def index_select(w: Walk, n: fx.Node, a: Args) -> Value:
 
 
 def index(w: Walk, n: fx.Node, a: Args) -> Value:
-    """Along one axis, by one tensor of numbers."""
+    """Along one axis, or some in a row, by a tensor of numbers for each."""
     given = [(d, tensor) for d, tensor in enumerate(a["indices"]) if tensor is not None]
-    if len(given) != 1 or given[0][1].meta["val"].dtype is torch.bool:
+    (first, longest), (last, _) = given[0], given[-1]
+    if last - first >= len(given) or any(tensor.meta["val"].dtype is torch.bool for _, tensor in given):
         return unknown(w, n, a)
-    (dim, tensor), table = given[0], w.is_weight(a["self"])
-    return w.coupling.pick(w.of(a["self"]), dim, w.of(tensor), where(n, a["self"]), table=table)
+    for _, tensor in given:
+        w.coupling.unknown([w.of(tensor)], f"{where(n)} reads it as positions")
+        longest = max(longest, tensor, key=lambda t: len(w.of(t)))
+    table = w.is_weight(a["self"])
+    return w.coupling.pick(w.of(a["self"]), first, w.of(longest), where(n, a["self"]), table=table, dims=len(given))
 
 
 def reshape(w: Walk, n: fx.Node, a: Args) -> Value:
@@ -147,6 +151,8 @@ def permute(w: Walk, n: fx.Node, a: Args) -> Value:
     rank = len(w.size(n.args[0]))
     if "dims" in a:
         order = [d % rank for d in a["dims"]]
+    elif operator_name(n) == "numpy_T":
+        order = list(reversed(range(rank)))
     else:
         order = list(range(rank))
         i, j = (a["dim0"], a["dim1"]) if "dim0" in a else (0, 1)

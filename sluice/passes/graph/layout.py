@@ -150,17 +150,17 @@ class Layout(Atoms):
             self.freeze(x[d], f"{where} reduces over the channels")
         return tuple(FIXED if d in gone else layers for d, layers in enumerate(x) if keepdim or d not in gone)
 
-    def pick(self, x: Value, dim: int, positions: Value, where: str, *, table: bool = False) -> Value:
-        """Some positions along ``dim``, listed by a value whose axes take the place of ``dim``.
+    def pick(self, x: Value, dim: int, positions: Value, where: str, *, table: bool = False, dims: int = 1) -> Value:
+        """Some positions along ``dims`` axes from ``dim`` on, listed by a value whose axes take the place of these.
 
         ``table``: x is a weight, whose other axes are channels that the layer makes: an embedding.
         """
         self.unknown([positions], f"{where} reads it as positions")
-        self.freeze(x[dim], f"{where} picks channels by number")
-        for d in range(len(x) if table else 0):
-            if d != dim:
-                self.produce(x[d])
-        return (*x[:dim], *(FIXED for _ in positions), *x[dim + 1 :])
+        for layers in x[dim : dim + dims]:
+            self.freeze(layers, f"{where} picks channels by number")
+        for layers in (*x[:dim], *x[dim + dims :]) if table else ():
+            self.produce(layers)
+        return (*x[:dim], *(FIXED for _ in positions), *x[dim + dims :])
 
     def shuffle(self, x: Value, shape: Shape, inner: Shape, order: Sequence[int], out: Shape, where: str) -> Value:
         """Reshape to ``inner``, permute by ``order``, reshape to ``out``: pixel and channel shuffles."""

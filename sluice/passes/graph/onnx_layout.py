@@ -89,13 +89,13 @@ def gather(w: OnnxWalk, n: Node, a: Attributes) -> Value:
 
 
 def gather_nd(w: OnnxWalk, n: Node, a: Attributes) -> Value:
-    """Positions of the first axis only, each written as a list of one number."""
-    data, indices = w.of(n.input[0]), w.of(n.input[1])
-    if a.get("batch_dims", 0) or w.shape[n.input[1]][-1] != 1:
+    """Positions of the first axes, each written as a list of one number for each of these axes."""
+    data, indices, dims = w.of(n.input[0]), w.of(n.input[1]), w.shape[n.input[1]][-1]
+    if a.get("batch_dims", 0) or dims > len(data):
         return unknown(w, n, a)
     w.coupling.unknown([indices], f"{n.name} reads it as positions")
     table = n.input[0] in w.weights
-    return w.coupling.pick(data, 0, indices[:-1], n.input[0] if table else n.name, table=table)
+    return w.coupling.pick(data, 0, indices[:-1], n.input[0] if table else n.name, table=table, dims=dims)
 
 
 def pad(w: OnnxWalk, n: Node, a: Attributes) -> Value:

@@ -157,6 +157,7 @@ ROWS = (
     Operator("matmul", "MatMul", "matmul", weights=("other",)),
     Operator("mm", "", "matmul", weights=("mat2",)),
     Operator("bmm", "", "matmul"),
+    Operator("baddbmm", "", "baddbmm"),
     Operator("einsum", "Einsum", "einsum"),
     Operator("scaled_dot_product_attention", "Attention", "sdpa"),
     Operator("embedding", "", "embedding"),
@@ -197,7 +198,7 @@ ROWS = (
     Operator("cumsum", "CumSum", "along", "", "arithmetic"),
     # Operators that move channels about and compute nothing.
     Operator("view reshape flatten unflatten squeeze unsqueeze _unsafe_view", "Reshape Flatten Squeeze Unsqueeze", "reshape", "zero", "layout moves arithmetic"),  # noqa: E501
-    Operator("permute transpose t swapaxes", "Transpose", "permute", "zero", "layout moves arithmetic"),
+    Operator("permute transpose t swapaxes numpy_T", "Transpose", "permute", "zero", "layout moves arithmetic"),
     Operator("expand broadcast_to", "Expand", "expand", "zero", "layout arithmetic"),
     Operator("", "Tile", "", "zero", "layout arithmetic"),
     Operator("expand_as view_as reshape_as", "", "like", "zero"),

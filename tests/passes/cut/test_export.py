@@ -102,6 +102,30 @@ def test_convolutions_with_any_number_of_axes(axes: int, bias: bool) -> None:
             assert_close(next(iter(OrtRunner().build(onnx_model).run(feeds).values())), model(x))
 
 
+class Biased(nn.Module):
+    """Attention with a learned mask, given its shape before or after its axes are exchanged."""
+
+    def __init__(self, at_once: bool):
+        super().__init__()
+        self.qkv, self.proj, self.at_once = nn.Linear(5, 18), nn.Linear(6, 4), at_once
+        self.bias = nn.Parameter(torch.randn(1, 3, 7, 7))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).view(-1, 7, 3, 3, 2).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias * 2)
+        y = y if self.at_once else y.reshape(-1, 3, 7, 2)
+        return self.proj(y.transpose(1, 2).reshape(-1, 7, 6))
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_attention_with_a_learned_mask(at_once: bool) -> None:
+    """The exporter writes it out with other strides than it had, and then finds no view of them."""
+    model, x = Biased(at_once).eval(), torch.randn(2, 7, 5)
+    (out,) = OrtRunner().build(to_onnx(model, x)).run({"x": x.numpy()}).values()
+    with torch.no_grad():
+        assert_close(out, model(x))
+
+
 def test_what_onnx_has_no_operator_for() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -250,6 +250,7 @@ CASES = [
     Case("transpose", lambda y: y.transpose(1, 3).relu().transpose(-1, -3)),
     Case("swapaxes", lambda y: y.swapaxes(1, 2).swapaxes(1, 2)),
     rows("t", lambda y: y.t().relu().t()),
+    rows("numpy_T", lambda y, m: (y @ m.extra["w"].T).relu(), extra={"w": torch.rand(6, 6)}),
     Case("expand", lambda y: y.mean(**MEAN).expand(-1, 6, 6, 5)),
     Case("expand_as", lambda y: y.mean(**MEAN).expand_as(y)),
     Case("expand_as another", lambda y, m: y.mean(**MEAN).expand_as(m.other(y.relu())), extra={"other": nn.Conv2d(6, 6, 1)}),  # noqa: E501
@@ -373,6 +374,7 @@ CASES = [
     rows("mm", lambda y, m: torch.mm(y, m.extra["w"]).relu(), extra={"w": torch.rand(6, 6)}),
     rows("matmul of values", lambda y: y @ y.t() @ y),
     rows("bmm", lambda y: y * torch.bmm(y[:, None], y[:, :, None])[:, 0]),
+    rows("baddbmm", lambda y: y * torch.baddbmm(y[:, None, :1], y[:, None], y[:, :, None], alpha=0.3)[:, 0]),
     rows("einsum", lambda y, m: torch.einsum("bi,oi->bo", y, m.extra["w"]), extra={"w": torch.rand(6, 6)}),
     rows("einsum of values", lambda y: torch.einsum("bi,bi->b", y, y)[:, None] * y),
     rows("einsum of a diagonal", lambda y: y + torch.einsum("ii->i", y.t() @ y), frozen="unknown operator einsum"),
@@ -388,6 +390,8 @@ CASES = [
     Case("index", lambda y: y[:, [5, 3, 1, 0]], after=wide(4), frozen="picks channels"),
     # no rule
     Case("view as another type", lambda y: y.view(torch.int32).view(torch.float32), frozen="unknown operator view.dtype"),  # noqa: E501
+    places("index, a position each", lambda y: y[torch.arange(y.shape[0]), torch.arange(y.shape[0]) % 4]),
+    Case("index of axes apart", lambda y: y[:, [0, 1], :, [2, 3]].movedim(0, 1), after=lambda: nn.Conv1d(2, 4, 1), frozen="unknown operator index"),  # noqa: E501
     Case("index by a mask", lambda y: y[:, torch.tensor([True] * 4 + [False] * 2)], after=wide(4), frozen="unknown operator index"),  # noqa: E501
 ]  # fmt: skip
 IDS = [case.name for case in CASES]
