@@ -44,7 +44,7 @@ __all__ = [
 OURS = "ours"
 OTHERS = ("torch-pruning", "thin")
 # Budgets that are reached step by step would be an arm "progressive".
-ARMS = (OURS, *OTHERS, "ours-old-defaults", "no-portfolio", "gates")
+ARMS = (OURS, *OTHERS, "ours-old-defaults", "no-portfolio", "gates", "gates-first")
 SEEDS = (0, 1, 2)
 LIMIT = 1.02
 LOST = 1.0

@@ -4,7 +4,8 @@
 
     ours              floor(E / (1 + rehearsal + trial)), by default a rehearsal of 0.25 and a trial of 0.15
     no-portfolio      the same with a rehearsal of 0
-    gates             floor(E / 3) epochs of gates, and of the others as ours
+    gates             floor(E / (1 + rehearsal + trial + 1/3)), the third for gates that start at a plan
+    gates-first       floor(E / 3) epochs of gates, and of the others as ours
     ours-old-defaults E, at a rate of 1e-3, without rehearsal and trial
 
 and the others train for E, anew for every rate, loss and variant that they try (`benchmarks.methods_climb`). A further
@@ -34,6 +35,7 @@ from benchmarks.methods_pruning import VARIANTS, prune, search
 from benchmarks.methods_results import Record, Run
 from sluice.core.errors import SluiceError
 from sluice.passes.cut.export import finalize, to_onnx
+from sluice.pipeline.choose import GATES
 from sluice.pipeline.figures import count_parameters
 from sluice.pipeline.recipe import REHEARSAL
 from sluice.pipeline.verify import ACCEPTED
@@ -72,10 +74,11 @@ def arguments(arm: str, epochs: int) -> dict[str, Any]:
     """Of `sluice.compress`, so that all training together takes no more than ``epochs``."""
     if arm == "ours-old-defaults":
         return {"epochs": epochs, "rehearsal": 0.0, "lr": OLD_RATE}
-    gates, rehearsal = (epochs // 3 if arm == "gates" else 0), (0.0 if arm == "no-portfolio" else REHEARSAL)
+    first, rehearsal = (epochs // 3 if arm == "gates-first" else 0), (0.0 if arm == "no-portfolio" else REHEARSAL)
+    parts = 1 + rehearsal + SHARE + (GATES if arm == "gates" else 0.0)
     return {
-        "gate_epochs": gates, "epochs": math.floor((epochs - gates) / (1 + rehearsal + SHARE) + 1e-9),
-        "rehearsal": rehearsal,
+        "gate_epochs": first, "epochs": math.floor((epochs - first) / parts + 1e-9),
+        "rehearsal": rehearsal, "gates": arm == "gates",
     }  # fmt: skip
 
 

@@ -155,7 +155,7 @@ def compress(args: argparse.Namespace) -> int:
         model_of(args.model, args.weights), inputs_of(args.model, args.shape, args.batch, args.inputs),
         budget=options.budget_of(args),
         data=data_of(args.data), out=args.out, gate_epochs=args.gate_epochs, epochs=args.epochs,
-        rehearsal=args.rehearsal, recovery=options.recovery_settings(args),
+        rehearsal=args.rehearsal, gates=args.gates, recovery=options.recovery_settings(args),
         evaluate=evaluate_of(args.evaluate) if args.evaluate else None,
         **deployment, **settings,
     )  # fmt: skip

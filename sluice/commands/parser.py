@@ -65,6 +65,9 @@ def _compress(p: argparse.ArgumentParser) -> None:
         "--rehearsal", type=options.share, default=0.25, metavar="SHARE", help="training in which plans are compared "
         "before one is chosen, as a share of the epochs; 0 takes the solver's word (default 0.25)",
     )  # fmt: skip
+    p.add_argument(
+        "--gates", action="store_true", help="gates make one more plan of the best one, in a third of the epochs on top"
+    )
     p.add_argument("--evaluate", metavar="FUNCTION", help="package.module:function from a module to its accuracy")
     options.recovery(p)
     _full(p)

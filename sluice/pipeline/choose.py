@@ -6,6 +6,10 @@ for those of far too large a loss (`HOPELESS`), are joined by candidates whose p
 uniform widths (`sluice.pipeline.candidates`): as many as the steps of the rehearsal can tell apart. These are cut and
 trained for a while (`sluice.training.rehearse`). The plan with the best forecast comes first.
 
+Where gates are asked for, they start at that plan (`sluice.pipeline.gate_candidate`), and what they make of it is
+trained beside it anew, both from the cut. That takes a third of the steps of the fine-tune on top of the rehearsal, and
+this comparison a third of these; its losses are those that both are told with. Without a rehearsal there are no gates.
+
 The first scenario is solved by need. The others are solved under estimates (`sluice.profiler.need`, 4), which measures
 less: a plan near the best is as good to compare. The one that is settled on is solved by need when it is verified.
 """
@@ -21,13 +25,14 @@ from torch import fx, nn
 
 from sluice.core.errors import Unreachable
 from sluice.pipeline.candidates import UniformProblem, perturbed, stratum
+from sluice.pipeline.gate_candidate import GateCandidate
 from sluice.pipeline.layermerge import BONUSES, DepthProblem
 from sluice.pipeline.problem import Problem, Solution
 from sluice.profiler.need import Solve, by_need
 from sluice.solver.decide import Choice
 from sluice.solver.options import EditSpace
 from sluice.training.recovery import AUTO, Recovery
-from sluice.training.rehearse import forecast, rehearsal_cost, rehearse
+from sluice.training.rehearse import HELD, batches_behind, forecast, rehearsal_cost, rehearse
 from sluice.training.train import Data, Loss
 from sluice.training.trial import quick_rate
 
@@ -38,6 +43,9 @@ HOPELESS = 3.0  # times the least loss of a scenario: not worth a rehearsal
 MOST = 12  # candidates
 LEAST, ENOUGH = 8, 12  # steps of a first round: fewer tell nothing, more candidates are asked for beyond
 TRIED = 3  # first rounds that the rate takes
+# Of the steps of the fine-tune: for gates and for the comparison of their plan with the one they started at; of these
+# the comparison's.
+GATES, DUEL = 1 / 3, 1 / 3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,6 +70,7 @@ def choose(
     recovery: Recovery,
     steps: int,
     total: int = 0,
+    gates: GateCandidate | None = None,
     progress: bool = True,
 ) -> list[Scenario]:
     """All candidates whose plans differ, the most trusted first; behind them those for which there were no steps.
@@ -72,7 +81,10 @@ def choose(
         recovery: optimizer, schedule and rate of the rehearsal; a rate to be found is found on the first plan.
         steps: of training, of all candidates together; too few, as none, trust the measured losses.
         total: steps of the fine-tune to come.
+        gates: makes one more candidate of the first one, where ``total`` leaves it steps enough; None for none.
     """
+    once = int(DUEL * GATES * total) // rehearsal_cost(2, 2)
+    with_gates = gates is not None and type(problem) is Problem and once >= LEAST
     scenarios = _scenarios(problem, methods, target_ms)
     room = _room(steps) - len(scenarios)
     if room > 0 and type(problem) is Problem:
@@ -82,19 +94,39 @@ def choose(
         count: steps // (rehearsal_cost(count, len(set(strata[:count]))) + (TRIED if recovery.lr == AUTO else 0))
         for count in range(2, len(scenarios) + 1)
     }
-    count = max((count for count, first in firsts.items() if first >= LEAST), default=0)
+    alone = min(ENOUGH, steps // TRIED)  # for the rate of gates at a plan without others
+    count = max(
+        (count for count, first in firsts.items() if first >= LEAST), default=int(with_gates and alone >= LEAST)
+    )
     if not count:
         return scenarios
-    first, strata = firsts[count], strata[:count]
+    first, strata = firsts.get(count, alone), strata[:count]
     plans = [build(one.solution) for one in scenarios[:count]]
     lr = quick_rate(plans[0], data, teacher=teacher, loss=loss, recovery=recovery, steps=first, progress=progress)
-    found = rehearse(
-        plans, data, teacher=teacher, loss=loss, lr=lr, recovery=recovery, steps=first, total=total, strata=strata,
-        progress=progress,
-    )  # fmt: skip
-    heard = [replace(one, rehearsed=tuple(losses)) for one, losses in zip(scenarios, found, strict=False)]
-    heard = sorted(heard, key=lambda one: (-len(one.rehearsed), forecast(one.rehearsed, first, total)))
-    return [*heard, *scenarios[count:]]
+
+    def trained(plans: Sequence[nn.Module], steps: int, strata: Sequence[object]) -> list[tuple[float, ...]]:
+        found = rehearse(
+            plans, data, teacher=teacher, loss=loss, lr=lr, recovery=recovery, steps=steps, total=total, strata=strata,
+            progress=progress,
+        )  # fmt: skip
+        return [tuple(losses) for losses in found]
+
+    found = trained(plans, first, strata)
+    heard = [replace(one, rehearsed=losses) for one, losses in zip(scenarios, found, strict=False)]
+    if count > 1:
+        heard.sort(key=lambda one: (-len(one.rehearsed), forecast(one.rehearsed, first, total)))
+    heard += scenarios[count:]
+    if gates is None or not with_gates:
+        return heard
+    leader, stream = heard[0], batches_behind(data, HELD)
+    own = gates.learn(problem, leader.solution, target_ms, stream, int(GATES * total) - int(DUEL * GATES * total), lr)
+    learned = [] if own is None else _distinct(problem, {"gates": own}, target_ms, heard)
+    if not learned:
+        return heard
+    before, after = trained([build(one.solution) for one in (leader, *learned)], once, strata=(0, 1))
+    better = forecast(after, once, total) < forecast(before, once, total)
+    first_two = [replace(learned[0], rehearsed=after), replace(leader, rehearsed=before)]
+    return [*(first_two if better else reversed(first_two)), *heard[1:]]
 
 
 def _room(steps: int) -> int:

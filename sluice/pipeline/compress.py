@@ -43,6 +43,7 @@ from sluice.passes.graph.onnx_file import finalize
 from sluice.pipeline.choose import Scenario, choose
 from sluice.pipeline.close import close
 from sluice.pipeline.figures import captured_inputs, count_parameters, example_outputs, make_report, parity
+from sluice.pipeline.gate_candidate import GateCandidate
 from sluice.pipeline.least import check_least, find_least
 from sluice.pipeline.plain import counted_from
 from sluice.pipeline.prepare import Prepared, check_float32, prepare, trainable
@@ -78,6 +79,7 @@ def compress(
     gate_epochs: int = 0,
     epochs: int = 10,
     rehearsal: float = REHEARSAL,
+    gates: bool = False,
     lr: Rate = AUTO,
     recovery: Recovery | None = None,
     loss: Loss = default_loss,
@@ -101,6 +103,8 @@ def compress(
         epochs: epochs of fine-tuning with the dense network as teacher; a trial of settings comes on top.
         rehearsal: training in which a portfolio of plans is compared, all together, as a share of the epochs of the
             fine-tune; 0 trusts the measured losses.
+        gates: let gates make one more candidate of the best plan that was rehearsed, in a third of the epochs of the
+            fine-tune on top (`sluice.pipeline.gate_candidate`).
         lr: learning rate of the fine-tune and the rehearsal; ``"auto"`` finds it by trial on held-out batches, and with
             it loss and parametrisation (`sluice.training.trial`). Gates train at it too, with ``"auto"`` at 1e-3.
         recovery: in place of ``lr``: rate, optimizer, weight decay, warm-up, schedule, parametrisation.
@@ -114,7 +118,8 @@ def compress(
     methods = check_methods(methods)
     asked = parse_budget(budget)  # a mistake in an argument is an error before anything is measured
     deployment = Deployment(target, batch, threads, precision)
-    recipe = Recipe(data, loss, recovery_of(lr, recovery), gate_epochs, epochs, rehearsal, evaluate, progress)
+    recipe = Recipe(data, loss, recovery_of(lr, recovery), gate_epochs, epochs, rehearsal, evaluate, progress,
+                    gates)  # fmt: skip
     check_float32(model)
     check_data(model, data, loss=loss)
     if out is not None:
@@ -145,6 +150,7 @@ def sweep(
     methods: Sequence[str] = METHODS,
     epochs: int = 10,
     rehearsal: float = REHEARSAL,
+    gates: bool = False,
     lr: Rate = AUTO,
     recovery: Recovery | None = None,
     loss: Loss = default_loss,
@@ -154,8 +160,8 @@ def sweep(
 ) -> Iterator[tuple[str, Compressed]]:
     """`compress` for several budgets, one after the other: every choice is priced once, and no point measured twice.
 
-    No gates are trained, since gates are trained for one budget. Arguments and errors are those of `compress`. The
-    first budget that fails ends the sweep; a budget out of reach is an error before anything is priced. The folder
+    No gates are trained before the prices, since these serve all budgets. Arguments and errors are those of `compress`.
+    The first budget that fails ends the sweep; a budget out of reach is an error before anything is priced. The folder
     ``out/<budget without its %>`` holds the files of a budget.
     """
     methods = check_methods(methods)
@@ -163,7 +169,7 @@ def sweep(
         raise SluiceError("there are no budgets; give at least one, budgets=['50%']")
     asked = {budget: BudgetSpec.parse(budget) for budget in budgets}
     deployment = Deployment(target, batch, threads, precision)
-    recipe = Recipe(data, loss, recovery_of(lr, recovery), 0, epochs, rehearsal, evaluate, progress)
+    recipe = Recipe(data, loss, recovery_of(lr, recovery), 0, epochs, rehearsal, evaluate, progress, gates)
     check_float32(model)
     check_data(model, data, loss=loss)
     folders = {budget: None if out is None else Path(out) / budget.strip().removesuffix("%") for budget in budgets}
@@ -233,10 +239,14 @@ def _finish(
     if data is not None and recipe.epochs:
         target_ms = AIM * budget.ms(measured.latency.dense_ms())
         target_ms, total = max(target_ms, problem.least_from(target_ms)), recipe.steps()
+        candidate = GateCandidate(
+            stripped, gated.meta["space"], ready.methods, reference, recipe.loss, recipe.recovery, progress
+        )  # fmt: skip
         scenarios = choose(
             problem, ready.methods, target_ms, lambda solution: trainable(stripped, solution.plan),
             data=data, teacher=reference, loss=recipe.loss, recovery=recipe.recovery,
-            steps=int(recipe.rehearsal * total), total=total, progress=progress,
+            steps=int(recipe.rehearsal * total), total=total, gates=candidate if recipe.gates else None,
+            progress=progress,
         )  # fmt: skip
     with stage("decide and verify on engines", progress) as advance:
         dense_onnx = ready.dense_onnx(stripped)

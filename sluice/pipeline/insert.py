@@ -21,24 +21,31 @@ ENERGY = 0.9
 
 def insert_all(
     gm: fx.GraphModule, example_inputs: Inputs, measured: Profile, methods: Sequence[str], *, steps: int,
-    space: SearchSpace,
+    space: SearchSpace, forms: Mapping[str, str] | None = None, merges: bool = False,
 ) -> Gated | None:  # fmt: skip
     """A copy of a captured network with gates for the methods on offer; None where no site has a gate.
 
-    Filters, ranks and blocks are gated together, as in DF; merges have no gates. A weight is thresholded in the form
-    that is fastest among ranks that keep `ENERGY` of it. A block whose output no tensor can close has no gate.
+    Filters, ranks and blocks are gated together, as in DF. A weight is thresholded in its form in ``forms``, else in
+    that which is fastest among ranks that keep `ENERGY` of it. A block whose output no tensor can close has no gate.
+
+    Args:
+        merges: gate these as well.
     """
     options = measured.options
-    ranks = _best_forms(measured, dict(gm.named_parameters())) if "rank" in methods else {}
+    ranks = {**_best_forms(measured, dict(gm.named_parameters())), **(forms or {})} if "rank" in methods else {}
     blocks: dict[str, tuple[str, ...]] = {}
     if "block" in methods:
         known = measured.latency.switches.intersection(options.drops)
         blocks = {b.name: b.closing for b in space.blocks if b.closing and f"{b.name}|drop" in known}
     filters = "filter" in methods and space.analysis.groups
-    kinds = [k for k, on in (("filter", filters), ("rank", ranks), ("block", blocks)) if on]
+    levels = measured.latency.levels
+    offered = {s: m for s, m in options.merges.items() if 1 in levels[s]} if merges and "merge" in methods else {}
+    kinds = [k for k, on in (("filter", filters), ("rank", ranks), ("block", blocks), ("merge", offered)) if on]
     if not kinds:
         return None
-    return insert_gates(gm, example_inputs, steps=steps, space=space, kinds=kinds, ranks=ranks, blocks=blocks)
+    return insert_gates(
+        gm, example_inputs, steps=steps, space=space, kinds=kinds, ranks=ranks, blocks=blocks, merges=offered
+    )  # fmt: skip
 
 
 def _best_forms(measured: Profile, weights: Mapping[str, torch.Tensor]) -> dict[str, str]:

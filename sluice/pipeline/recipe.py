@@ -24,7 +24,8 @@ class Recipe:
     ``data``: re-iterable batches, None where nothing is trained or priced with them. The gates train for
     ``gate_epochs`` at the rate of ``recovery`` (1e-3 where that is found by trial), the candidate plans, all together,
     for a share ``rehearsal`` of the epochs (0: no rehearsal), the slim network for ``epochs``, all but the gates as
-    ``recovery`` says. ``evaluate`` is the figure of merit of a module, for the report.
+    ``recovery`` says. ``evaluate`` is the figure of merit of a module, for the report. With ``gates`` there is one
+    more candidate, that gates make of the best one (`sluice.pipeline.gate_candidate`).
 
     Raises:
         SluiceError: a rehearsal that is no such share.
@@ -38,6 +39,7 @@ class Recipe:
     rehearsal: float = 0.0
     evaluate: Evaluate | None = None
     progress: bool = True
+    gates: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.rehearsal <= 10:

@@ -132,7 +132,7 @@ class Budget:
             raise SluiceError(
                 f"steps={steps}, warmup_fraction={warmup_fraction}; need steps >= 1 and a share in [0, 1]"
             )
-        self.model = restricted(model, _movable(model, frozenset(gates)))
+        self.model = restricted(model, movable(model, frozenset(gates)))
         self._layers = alternatives(self.model, frozenset(gates))
         self.gates = dict(gates)
         self.steps, self.warmup_fraction = steps, warmup_fraction
@@ -296,7 +296,7 @@ def _with_a_place(gates: Gates, profile: Profile | None) -> dict[str, GateLike]:
     return placed
 
 
-def _movable(model: LatencyModel, gated: frozenset[str]) -> frozenset[str]:
+def movable(model: LatencyModel, gated: frozenset[str]) -> frozenset[str]:
     """The gated sites, the switches of their forms, and the dense switches of their layers."""
     moving = gated | {site.removesuffix(RANK) for site in gated if site.endswith(RANK)}
     touched = [rule for rule in model.rules if any(s in moving for s, _ in rule.coefs)]

@@ -21,6 +21,7 @@ from benchmarks.methods_pruning import prune, search
 from benchmarks.methods_results import Run
 from benchmarks.methods_runs import arguments, perform, widest
 from benchmarks.methods_words import SPEAKERS, make_words
+from sluice.pipeline.choose import GATES
 from sluice.runtime.base.compare import relative_error
 from sluice.training.train import default_loss
 from sluice.training.trial import SHARE
@@ -30,17 +31,19 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
 @pytest.mark.parametrize("epochs", [6, 7, 10, 14])
-@pytest.mark.parametrize("arm", ["ours", "no-portfolio", "gates", "ours-old-defaults"])
+@pytest.mark.parametrize("arm", ["ours", "no-portfolio", "gates", "gates-first", "ours-old-defaults"])
 def test_no_arm_of_ours_trains_for_more_epochs_than_the_others(arm: str, epochs: int) -> None:
     own = arguments(arm, epochs)
     trial = 0.0 if "lr" in own else SHARE
-    total = own.get("gate_epochs", 0) + own["epochs"] * (1 + own["rehearsal"] + trial)
-    assert epochs - 1 - own["rehearsal"] - trial < total <= epochs + 1e-9
+    parts = 1 + own["rehearsal"] + trial + (GATES if own.get("gates") else 0.0)
+    total = own.get("gate_epochs", 0) + own["epochs"] * parts
+    assert epochs - parts < total <= epochs + 1e-9
 
 
 def test_every_part_that_an_arm_is_named_after_is_there() -> None:
-    assert arguments("ours", 7) == {"gate_epochs": 0, "epochs": 5, "rehearsal": 0.25}
-    assert arguments("no-portfolio", 7)["rehearsal"] == 0.0 and arguments("gates", 7)["gate_epochs"] == 2
+    assert arguments("ours", 7) == {"gate_epochs": 0, "epochs": 5, "rehearsal": 0.25, "gates": False}
+    assert arguments("gates", 7) == {**arguments("ours", 7), "epochs": 4, "gates": True}
+    assert arguments("no-portfolio", 7)["rehearsal"] == 0.0 and arguments("gates-first", 7)["gate_epochs"] == 2
     assert arguments("ours-old-defaults", 7) == {"epochs": 7, "rehearsal": 0.0, "lr": 1e-3}
 
 

@@ -549,7 +549,8 @@ def test_wrong_numbers_are_told(line: str, option: str, message: str, capsys: py
 
 def test_zero_steps_are_steps() -> None:
     args = parser().parse_args(f"{COMPRESS} --epochs 0 --gate-epochs 0 --rehearsal 0".split())
-    assert (args.epochs, args.gate_epochs, args.rehearsal) == (0, 0, 0)
+    assert (args.epochs, args.gate_epochs, args.rehearsal) == (0, 0, 0) and not args.gates
+    assert parser().parse_args(f"{COMPRESS} --gates".split()).gates
 
 
 def fixed_in(folder: Path, batch: int) -> Path:

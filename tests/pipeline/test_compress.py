@@ -377,6 +377,17 @@ def test_methods_end_to_end_with_gates(methods: tuple[str, ...], residual_table:
     check_methods(methods, "50%", residual_table, tmp_path, gates=2)
 
 
+@pytest.mark.slow
+def test_gates_make_one_more_candidate_end_to_end(residual_table: Path) -> None:
+    done = compress(
+        tiny.residual(), tiny.inputs(), budget="50%", data=tiny.data() * 6, table=residual_table, batch=tiny.BATCH,
+        epochs=12, rehearsal=1, gates=True, progress=False,
+    )  # fmt: skip
+    names = [name for name, _, _ in done.report.readings]
+    assert names.count("gates") == 1 and names.index("gates") < 2
+    assert done.report.met() and (done.report.parity_max_rel or 0.0) < 1e-5
+
+
 @pytest.mark.parametrize("gate_epochs", [0, 2])
 def test_ranks_by_beam_search_end_to_end(gate_epochs: int, residual_table: Path, tmp_path: Path) -> None:
     done = compress(

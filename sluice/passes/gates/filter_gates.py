@@ -17,7 +17,8 @@ A filter gate has one learned logit per channel of an axis group:
    loss and comparable between groups.
 6. A block gate is a filter gate of one channel, the whole residual branch, and may close.
 
-Rank gates, which put a thresholded weight in the weight's place, are in `sluice.passes.gates.rank_gates`.
+Rank gates, which put a thresholded weight in the weight's place, are in `sluice.passes.gates.rank_gates`, gates over
+merges in `sluice.passes.gates.merge_gates`.
 
 The paper (DF) names the mask and the schedule, but its formulas were not readable: a reconstruction.
 """
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from sluice.core.errors import SluiceError
+from sluice.passes.gates.merge_gates import MergeGate
 from sluice.passes.gates.rank_gates import MEMORY, RankGate, renew
 
 __all__ = ["MEMORY", "REFRESH", "BlockGate", "Gate", "Gates", "RankGate", "gate_parameters", "other_parameters"]
@@ -148,7 +150,7 @@ class BlockGate(nn.Module):
         self.open.sharpen(beta)
 
 
-AnyGate = Gate | RankGate | BlockGate
+AnyGate = Gate | RankGate | BlockGate | MergeGate
 
 
 class Gates(nn.Module):
@@ -159,6 +161,7 @@ class Gates(nn.Module):
         steps: optimizer steps over which the gates harden.
         ranks: rank gates.
         blocks: names of residual branches.
+        merges: gates over merges.
         refresh: steps between two computations of singular directions; 1 is exact.
     """
 
@@ -170,6 +173,7 @@ class Gates(nn.Module):
         steps: int,
         ranks: Iterable[RankGate] = (),
         blocks: Iterable[str] = (),
+        merges: Iterable[MergeGate] = (),
         refresh: int = REFRESH,
     ):
         super().__init__()
@@ -183,7 +187,7 @@ class Gates(nn.Module):
         self.register_buffer("progress", torch.zeros((), dtype=torch.long))
         self._listener: tuple[Callable[[], None], Callable[[], None]] | None = None
         gates: list[AnyGate] = [Gate(site, size) for site, size in sizes.items()]
-        gates += [*ranks, *[BlockGate(block) for block in blocks]]
+        gates += [*ranks, *[BlockGate(block) for block in blocks], *merges]
         self._keys = {
             gate.site: f"g{index}_{re.sub(r'[^A-Za-z0-9_-]', '_', gate.site)}" for index, gate in enumerate(gates)
         }
@@ -248,7 +252,8 @@ class Gates(nn.Module):
 
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Logits and thresholds of every gate in ``model``: they need their own learning rate and no weight decay."""
-    return [m.logit if isinstance(m, Gate) else m.theta for m in model.modules() if isinstance(m, Gate | RankGate)]
+    own = [m for m in model.modules() if isinstance(m, Gate | MergeGate | RankGate)]
+    return [m.theta if isinstance(m, RankGate) else m.logit for m in own]
 
 
 def other_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -22,11 +22,13 @@ import torch
 from torch import fx, nn
 
 from sluice.core.errors import SluiceError
-from sluice.core.plan import Factorize
+from sluice.core.plan import Factorize, Merge
 from sluice.passes.cut.factor_torch import truncate_torch
 from sluice.passes.cut.resolve import tensor_masks
+from sluice.passes.gates.fading import fade, fading_values
 from sluice.passes.gates.filter_gates import REFRESH, BlockGate, Gate, Gates
 from sluice.passes.gates.insertion import TAG, Inserter, along, mask_norm, masked_norm
+from sluice.passes.gates.merge_gates import exclude_each_other
 from sluice.passes.gates.placement import Placement, normed_axis, place_gates
 from sluice.passes.gates.rank_gates import RankGate
 from sluice.passes.graph.capture import MARK, Inputs, capture, clone
@@ -35,7 +37,7 @@ from sluice.passes.search_space import SearchSpace, find_search_space, read_torc
 
 __all__ = ["Gated", "absorb_masks", "bake", "close_gates", "insert_gates", "masked_norm", "strip_gates"]
 
-KINDS = ("filter", "rank", "block")
+KINDS = ("filter", "rank", "block", "merge")
 
 
 class Gated(fx.GraphModule):
@@ -58,6 +60,7 @@ def insert_gates(
     kinds: Collection[str] = ("filter",),
     ranks: Mapping[str, str] | None = None,
     blocks: Mapping[str, Sequence[str]] | None = None,
+    merges: Mapping[str, Merge] | None = None,
     refresh: int = REFRESH,
     space: SearchSpace | None = None,
 ) -> Gated:
@@ -68,22 +71,28 @@ def insert_gates(
         example_inputs: tensor, tuple or mapping; axis 0 is the batch.
         steps: optimizer steps over which the gates harden.
         exclude: module names or shell patterns whose widths must not change.
-        kinds: without ``"filter"`` no filter gates; ``"rank"`` and ``"block"`` follow from the next two.
+        kinds: without ``"filter"`` no filter gates; the others follow from the next three.
         ranks: by name of a weight the form of `sluice.core.plan.FORMS` whose matrix is thresholded.
         blocks: by name of a residual branch the tensors that make it zero: weight and bias of its last norm, or of its
             last convolution.
+        merges: by its switch in the latency model a merge (`sluice.passes.gates.merge_gates`).
         refresh: steps between two computations of singular directions; 1 is exact.
         space: the network's search space where it is known already, exclusions applied.
     Raises:
-        SluiceError: the model cannot be captured, has no width to cut where filters are to be gated, or ``ranks`` and
-            ``blocks`` do not fit it.
+        SluiceError: the model cannot be captured, has no width to cut where filters are to be gated, or ``ranks``,
+            ``blocks`` and ``merges`` do not fit it.
     """
     ranks, blocks = dict(ranks or {}), {name: tuple(tensors) for name, tensors in (blocks or {}).items()}
+    merges = dict(merges or {})
     wrong = [kind for kind in kinds if kind not in KINDS]
-    empty = [kind for kind, places in (("rank", ranks), ("block", blocks)) if kind in kinds and not places]
+    empty = [
+        kind for kind, places in zip(KINDS[1:], (ranks, blocks, merges), strict=True) if kind in kinds and not places
+    ]
     if wrong or empty:
         told = f"{wrong[0]!r} is no kind of gate" if wrong else f"kind {empty[0]!r} has no place to go"
-        raise SluiceError(f"{told}; kinds are {list(KINDS)}, and ranks= and blocks= say where the last two go")
+        raise SluiceError(
+            f"{told}; kinds are {list(KINDS)}, and ranks=, blocks= and merges= say where the last three go"
+        )
     gm = capture(model, example_inputs)
     if hasattr(gm, "gates"):
         raise SluiceError("the network has gates already; give the one that they were put into, or that of strip_gates")
@@ -98,13 +107,17 @@ def insert_gates(
         if name not in read or not isinstance(state.get(name), nn.Parameter):
             raise SluiceError(f"cannot gate {name!r}: the model computes with no parameter of this name")
     sizes = {g.name: g.size for g in analysis.groups} if "filter" in kinds else {}
-    gates = Gates(sizes, steps, [RankGate(name, form, state[name]) for name, form in ranks.items()], blocks, refresh)
+    fading, merged = fading_values(gm, merges), exclude_each_other(merges)
+    ranked = [RankGate(name, form, state[name]) for name, form in ranks.items()]
+    gates = Gates(sizes, steps, ranked, blocks, merged, refresh)
     gm.add_module("gates", gates.to(next(gm.parameters()).device))
     inserter = Inserter(gm, analysis, gates)
     if sizes:
         inserter.run(placement)
     inserter.scale_blocks(blocks)
     inserter.threshold(ranks)
+    if fading:
+        fade(gm, gates, merged, fading)
     gm.graph.lint()
     gated = Gated(gm, gm.graph)
     _adopt(gated, gm)
@@ -133,7 +146,7 @@ def strip_gates(gated: Gated, *, thresholded: bool = False) -> fx.GraphModule:
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
     for node in list(gm.graph.nodes):
-        if node.meta.get(TAG) in ("scale", "rank"):
+        if node.meta.get(TAG) in ("scale", "rank", "fade"):
             node.replace_all_uses_with(node.args[0])
     for node in reversed(list(gm.graph.nodes)):
         if node.meta.get(TAG):
