@@ -20,7 +20,8 @@ Talwalkar's, AISTATS 2016.)
    end, the ratio b / a of two epochs to one ordered final accuracy by a rank correlation of 0.5 and 0.9 on two
    networks, the loss after one epoch by -0.2 and 0.8.
 5. *Strata*. The first round is partial to changes that keep the function. So the best candidate of every stratum, for
-   which the caller gives a name, goes through it.
+   which the caller gives a name, goes through it, if its loss is not `FAR` times the least: a light cut by widths then
+   has rivals of its own kind.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ __all__ = [
 ]
 
 HELD = 4  # batches that are not trained on
+FAR = 4.0
 
 
 def rehearse(
@@ -89,12 +91,17 @@ def rehearse(
         order = sorted(alive, key=lambda i: forecast(found[i], first, total))
         kept = order[: (len(alive) + 1) // 2]
         if steps == first and strata:
-            leaders = {strata[i]: i for i in reversed(order) if math.isfinite(found[i][-1])}
+            leaders = {strata[i]: i for i in reversed(order) if _near(found[i], found[order[0]])}
             others = [i for i in order if i not in leaders.values()]
             through = {*leaders.values(), *others[: max(0, len(kept) - len(leaders))]}
             kept = [i for i in order if i in through]
         alive, steps = kept, 2 * steps
     return found
+
+
+def _near(losses: Sequence[float], least: Sequence[float]) -> bool:
+    """Rule 5, by the last losses."""
+    return math.isfinite(losses[-1]) and losses[-1] <= FAR * abs(least[-1])
 
 
 def forecast(losses: Sequence[float], first: int, total: int) -> float:

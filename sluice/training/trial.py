@@ -19,8 +19,7 @@ have a bonus:
    own loss where there is one. It is taken in eval mode on the first batches of the data, over which training passes. A
    loader that shuffles deals anew each time round, so there some of their examples are trained on.
 4. A run whose loss is not finite is out. A rate may be behind the one below it by a factor of `BONUS` for every
-   doubling from the steps of the run to those of the fine-tune, but for the largest rate, which has no lead on the one
-   below. Dense weights count as plain ones at the rate above.
+   doubling from the steps of the run to those of the fine-tune. Dense weights count as plain ones at the rate above.
 5. The default setting, logits and labels on plain weights, is left only for one that is better by `HANDICAP`: short
    runs are partial to what learns fast, and distillation is behind after one epoch where it is ahead after ten. All
    margins are shares of the held-out loss or of what training took off it, whichever is less. So a rate that spoils
@@ -57,7 +56,7 @@ LEAST = 10  # fewer steps, one of them warming up, leave the optimizer no time t
 WHOLE = 20
 HELD = 8  # batches that are judged on, at most a fifth of the data
 HANDICAP = 0.1
-BONUS = 1.12  # the lead that rates of 1e-3 to 1e-2 win back: 1.05 to 1.27, on two networks after one epoch and ten
+BONUS = 1.12  # what rates up to 1e-2 won on the one below from one epoch to ten, per doubling: 0.88 to 1.50
 FINALISTS = 2
 OWN, DEFAULT = "own loss", next(iter(LOSSES))
 Widen = Callable[[], nn.Module]
@@ -240,7 +239,7 @@ class _Judge:
     def _figure(self, run: Run) -> float:
         """The held-out loss under rules 4 and 5."""
         rates = self.recovery.rates()
-        step = min(rates.index(run.setting.lr) + run.setting.dense, len(rates) - 2)
+        step = min(rates.index(run.setting.lr) + run.setting.dense, len(rates) - 1)
         lead = step * math.log2(max(1.0, self.total / run.steps))
         handicap = 1.0 if _but_rate(run, self.default) else 1.0 + HANDICAP
         scale = min(abs(run.held_out), max(0.0, self.before - run.held_out))

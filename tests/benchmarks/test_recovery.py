@@ -31,5 +31,5 @@ def test_all_fine_tunes_of_a_cut() -> None:
     batches = recovery.Shuffled(data, torch.Generator().manual_seed(1))
     assert len(batches) == len(list(batches)) == 12
     found = recovery.one("deep", 0, 5, data, dense)
-    assert found["epochs"] == {"fine-tune": 3, "trial": 0.0} and found["setting"]["lr"] == 3e-3 and not found["runs"]
+    assert found["epochs"] == {"fine-tune": 4, "trial": 0.0} and found["setting"]["lr"] == 3e-3 and not found["runs"]
     assert found["before"] == found["rates"]["0.001"] and found["oracle"] == max(found["rates"].values())

@@ -25,7 +25,7 @@ from sluice.profiler.profile import profile_onnx
 from sluice.profiler.view import Profile
 from sluice.solver.options import METHODS
 from sluice.training.recovery import Recovery
-from sluice.training.rehearse import HELD, forecast, held_out_loss, rehearsal_cost, rehearse
+from sluice.training.rehearse import FAR, HELD, forecast, held_out_loss, rehearsal_cost, rehearse
 from tests.device import FakeRunner, profile_on, staircase
 from tests.networks import mixed
 
@@ -272,10 +272,10 @@ def test_a_forecast_is_the_power_law_through_the_last_two_losses() -> None:
 
 def test_who_falls_faster_is_trusted_more() -> None:
     """The learner is behind when the last round ends, and ahead by its slope."""
-    slow, fast = Scale(1.05, stuck=True), Scale(1.9)
+    slow, fast = Scale(1.25, stuck=True), Scale(1.6)
     teacher, batches = Scale(1.0), numbers(80)
     found = rehearse(
-        [slow, fast], batches, teacher=teacher, loss=squared, lr=0.05, steps=10, total=10_000, strata=["a", "b"],
+        [slow, fast], batches, teacher=teacher, loss=squared, lr=0.02, steps=10, total=10_000, strata=["a", "b"],
         progress=False,
     )  # fmt: skip
     assert [len(losses) for losses in found] == [2, 2]
@@ -293,16 +293,24 @@ def test_who_falls_faster_is_trusted_more() -> None:
     ],
 )
 def test_the_best_of_every_stratum_goes_through_the_first_round(strata: str, rounds: list[int]) -> None:
-    candidates = [Scale(1.0 + 0.4 * (k + 1), stuck=True) for k in range(4)]
+    candidates = [Scale(3.0 + 0.4 * k, stuck=True) for k in range(4)]
     found = rehearse(
         candidates, numbers(30), teacher=Scale(1.0), loss=squared, lr=0.05, steps=3, strata=strata, progress=False
     )  # fmt: skip
     assert [len(losses) for losses in found] == rounds
 
 
+def test_a_kind_that_is_far_behind_has_no_claim() -> None:
+    candidates = [Scale(value, stuck=True) for value in (1.4, 1.5, 1.6, 1.0 + 0.4 * (FAR**0.5 + 0.1))]
+    found = rehearse(
+        candidates, numbers(30), teacher=Scale(1.0), loss=squared, lr=0.05, steps=3, strata="aaab", progress=False
+    )
+    assert [len(losses) for losses in found] == [2, 2, 1, 1]
+
+
 @pytest.mark.parametrize(("count", "strata"), [(2, 1), (2, 2), (3, 1), (5, 2), (6, 4), (8, 8)])
 def test_the_cost_of_a_rehearsal_is_what_it_takes(count: int, strata: int) -> None:
-    candidates = [Listening(1.0 + k) for k in range(count)]
+    candidates = [Listening(9.0 + k) for k in range(count)]
     rehearse(
         candidates, numbers(30), teacher=Scale(1.0), loss=squared, lr=0.05, steps=3,
         strata=[min(k, strata - 1) for k in range(count)], progress=False,

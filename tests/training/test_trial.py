@@ -250,7 +250,7 @@ def test_larger_rates_have_a_bonus_and_the_default_a_margin() -> None:
         and winner((small, 1.0), (large, 1.01 * allowed)) == small
     )
     assert winner((small, 1.0), (large, 1.01), total=8) == small
-    assert winner((large, 1.0), (largest, 1.01)) == large and winner((large, 1.0), (dense, 1.01)) == large
+    assert winner((large, 1.0), (largest, 1.01)) == largest and winner((large, 1.0), (dense, 1.01)) == large
     # Of a loss below zero, or where little was to be won, shares of it or of what was won count.
     assert winner((small, -1.0), (large, -0.99)) == large and winner((small, -1.0), (large, -0.6)) == small
     assert winner((small, 1.0), (large, 1.2), before=1.2) == small
