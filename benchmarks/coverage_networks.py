@@ -70,8 +70,8 @@ timm:pvt_v2_b0@3,64,64 timm:samvit_base_patch16?img_size=64&depth=2 timm:swin_ti
 timm:swinv2_tiny_window8_256?img_size=64 timm:swinv2_cr_tiny_ns_224?img_size=64&window_size=2
 timm:tnt_s_patch16_224?img_size=64&depth=2 timm:twins_pcpvt_small?img_size=64 timm:twins_svt_small?img_size=64
 timm:volo_d1_224?img_size=64 timm:xcit_nano_12_p16_224?img_size=64&depth=2
-timm:mixer_s32_224?img_size=64&num_blocks=2 timm:gmlp_ti16_224?img_size=64&num_blocks=2
-timm:resmlp_12_224?img_size=64&num_blocks=2 timm:flexivit_small?img_size=60&depth=2
+timm:mixer_s32_224?img_size=64 timm:gmlp_ti16_224?img_size=64
+timm:resmlp_12_224?img_size=64 timm:flexivit_small?img_size=60&depth=2
 timm:vit_small_patch16_dinov3?img_size=64&depth=2
 torchvision:vit_b_16?image_size=64 torchvision:swin_t@3,64,64 torchvision:swin_v2_t@3,64,64
 torchvision:swin3d_t@3,4,64,64
@@ -93,8 +93,8 @@ IJepaConfig?{_VIT}&image_size=64
 """
 
 HYBRIDS = """
-timm:botnet26t_256@3,128,128 timm:halonet26t@3,128,128 timm:lambda_resnet26t@3,128,128 timm:bat_resnext26ts@3,128,128
-timm:gcresnext26ts@3,64,64 timm:coat_lite_tiny?serial_depths=[1,1,1,1]@3,64,64 timm:coatnet_nano_rw_224?img_size=64
+timm:botnet26t_256@3,128,128 timm:halonet26t@3,128,128 timm:lambda_resnet26t@3,128,128
+timm:gcresnext26ts@3,64,64 timm:coat_lite_tiny?img_size=64&serial_depths=[1,1,1,1] timm:coatnet_nano_rw_224?img_size=64
 timm:maxvit_pico_rw_256?img_size=64 timm:maxxvit_rmlp_nano_rw_256?img_size=64
 timm:efficientformer_l1?depths=[1,1,1,2]@3,224,224 timm:efficientformerv2_s0@3,224,224 timm:efficientvit_b0@3,64,64
 timm:efficientvit_m0@3,224,224 timm:edgenext_x_small?depths=[1,1,2,1]@3,64,64

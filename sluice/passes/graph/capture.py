@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from sluice.core.errors import SluiceError, first_line
 from sluice.core.plan import InputSpec, Plan
 from sluice.passes.graph.capture_modes import raise_modes
+from sluice.passes.graph.capture_regions import inline_regions
 from sluice.passes.graph.names_torch import (
     NAMES,
     all_tensors,
@@ -98,6 +99,7 @@ def capture(
     gm = exported.module(check_guards=False)
     gm.__dict__.pop("train", None)  # the exporter forbids both; raised modules make them right again
     gm.__dict__.pop("eval", None)
+    inline_regions(gm)
     read_by_first_name(gm)
     raise_modes(gm, source, {renamed_path(path, names) for path in _kept_in_eval(model)})
     _write_means(gm)

@@ -10,7 +10,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from sluice.core.errors import SluiceError
+from sluice.passes.cut.resolve import make_plan
+from sluice.passes.cut.rewrite_torch import rewrite_torch
 from sluice.passes.gates.gating import insert_gates, strip_gates
+from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.capture import capture, clone
 from sluice.passes.graph.capture_modes import BatchNorm
 from sluice.runtime.base.compare import assert_close
@@ -227,3 +230,42 @@ def test_keyword_inputs_in_any_order_do_not_swap_positional_ones() -> None:
     assert_close(gated(right=right, left=left), model(left, right))
     assert_close(strip_gates(gated)(left, right), model(left, right))
     assert_close(capture(model, example)(right=right, left=left), model(left, right))
+
+
+class Tabled(nn.Module):
+    """Positions and a constant of the class, computed without gradients, as sinusoidal tables are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.one, self.two = nn.Embedding(7, 6), nn.Linear(5, 6), nn.Linear(6, 4)
+        self.scale = torch.tensor([0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5])
+
+    @torch.no_grad()
+    def positions(self, count: int) -> Tensor:
+        return self.table(torch.arange(count)) * self.scale[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x).tanh() * self.positions(x.shape[1]) + self.table.weight)
+
+
+def test_operators_without_gradients_are_read() -> None:
+    """They stand in the graph itself, the widths behind them can be cut, and their gradient stays zero."""
+    torch.manual_seed(0)
+    model, x = Tabled(), torch.randn(3, 7, 5)
+    captured = capture(model, x)
+    assert all(isinstance(n.target, torch._ops.OpOverload) for n in captured.graph.nodes if n.op == "call_function")
+    assert captured.state_dict().keys() == model.state_dict().keys()
+    analysis = analyze(captured)
+    (group,) = analysis.groups
+    refs = {(ref.param, ref.axis) for ref in group.refs}
+    assert refs == {("one.weight", 0), ("one.bias", 0), ("table.weight", 1), ("two.weight", 1)}
+    for made in (model, captured):
+        made(x).square().sum().backward()
+    wanted = dict(model.named_parameters())
+    assert_close([p.grad for p in captured.parameters()], [wanted[n].grad for n, _ in captured.named_parameters()])
+    plan = make_plan(analysis, {group.name: [0, 2, 5]})
+    with torch.no_grad():
+        slim = rewrite_torch(captured, plan, x)(x)
+        gone = [1, 3, 4]
+        model.two.weight[:, gone] = 0
+        assert_close(slim, model(x))
