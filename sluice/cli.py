@@ -8,7 +8,6 @@ The result goes to standard output (``--json``: for programs), progress and erro
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 from sluice.commands import options
 from sluice.commands.bench import bench
+from sluice.commands.blame import blamed
 from sluice.commands.parser import make_parser
 from sluice.commands.report import report
 from sluice.commands.serve import serve
@@ -30,12 +30,13 @@ from sluice.commands.specs import (
     evaluate_of,
     inputs_of,
     is_onnx,
+    loss_given,
     model_of,
 )
-from sluice.commands.stdout import keep_stdout
 from sluice.commands.words import print_report, print_result
 from sluice.core.errors import SluiceError
 from sluice.core.files import JOB, ONNX, PLAN, check_output
+from sluice.core.stdout import Unwritable, give_up, keep_stdout
 from sluice.core.version import INSTALL_TORCH
 
 __all__ = ["main", "parser"]
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             # torch 2.13 exports by copying its own pytree specs, which calls what it has itself deprecated.
             warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", category=FutureWarning)
-            status = int(args.run(args))
+            with blamed([args.model] if hasattr(args, "model") else getattr(args, "models", [])):
+                status = int(args.run(args))
         sys.stdout.flush()  # an output that cannot be written is an error here rather than at exit
         return status
     except SluiceError as error:
@@ -65,10 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("sluice: interrupted; what was measured is kept", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # `sluice table csv t.db | head` stops reading. The rest of the buffer would be written again at the end of the
-        # process.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        give_up()  # `sluice table csv t.db | head` stops reading
         return 141
+    except Unwritable as error:
+        give_up()
+        print(f"sluice: error: {error}", file=sys.stderr)
+        return 1
 
 
 def inspect(args: argparse.Namespace) -> int:
@@ -156,7 +160,7 @@ def compress(args: argparse.Namespace) -> int:
         budget=options.budget_of(args),
         data=data_of(args.data), out=args.out, gate_epochs=args.gate_epochs, epochs=args.epochs,
         rehearsal=args.rehearsal, gates=args.gates, recovery=options.recovery_settings(args),
-        evaluate=evaluate_of(args.evaluate) if args.evaluate else None,
+        evaluate=evaluate_of(args.evaluate) if args.evaluate else None, loss=loss_given(args.loss),
         **deployment, **settings,
     )  # fmt: skip
     print_report(args, done.report)
@@ -171,7 +175,9 @@ def plan(args: argparse.Namespace) -> int:
     check_output(args.out, {"the latency table": args.table}, PLAN)
     settings = options.settings(args)
     model, inputs = model_of(args.model, args.weights), inputs_of(args.model, args.shape, args.batch, args.inputs)
-    found = plan_one_shot(model, inputs, budget=args.budget, data=data_of(args.data), **settings)
+    found = plan_one_shot(
+        model, inputs, budget=args.budget, data=data_of(args.data), loss=loss_given(args.loss), **settings
+    )
     found.plan.save(args.out)
     return print_result(args, *plan_summary(found, args.out))
 
@@ -194,6 +200,7 @@ def export(args: argparse.Namespace) -> int:
     from sluice import load
     from sluice.artifacts.deploy import deploy_onnx, rounding_error
     from sluice.artifacts.labels import labelled, provenance
+    from sluice.artifacts.rounding_check import compare_precisions, specs_at
     from sluice.commands.export import Asked, check_files, known_cache, outcome
     from sluice.core.address import split_target
     from sluice.core.deployment import check_fit, check_precision
@@ -234,12 +241,18 @@ def export(args: argparse.Namespace) -> int:
     done = deploy_onnx(wide, args.precision, calibration, target=target)
     done = labelled(done, provenance(_plan_in(args.plan)), args.input_names, args.output_names)
     save_onnx(done, args.out)
-    error = None
+    error, rounding = None, None
     if args.precision != "fp32":
         with suppress(SluiceError):  # a file that this machine cannot run is of use on another
             error = rounding_error(done, wide, first or [inputs])
+            rounding = compare_precisions(done, wide, args.precision, specs_at(wide, args.batch))
     found = outcome(done, args.out, asked, precision=args.precision, target=target, batch=args.batch, error=error)
     print_result(args, found.data, found.lines)
+    if rounding is not None and not rounding.same:
+        raise SluiceError(
+            f"{args.out} computes another network than the one in fp32: by its weights the relative error is "
+            f"{rounding.error:.1e}, of which rounding explains {rounding.tolerance:.1e}; choose another precision"
+        )
     if found.refusal is not None:
         raise found.refusal
     return 0

@@ -231,7 +231,7 @@ def test_damaged_plans(refused: Refused, tmp_path: Path) -> None:
         ("[]", "is not a readable sluice plan"),
         (text.replace('"version": 2', '"version": 99'), "has version 99"),
         (text.replace('"size": 10', '"size": 9'), "damaged, make it again"),
-        (text.replace('"slices"', '"slice"'), "KeyError: 'slices'"),
+        (text.replace('"slices"', '"slice"'), "it has the unknown 'slice'"),
         ("\x00\xff", "is not a readable sluice plan"),
     ):
         assert damaged != text
@@ -309,11 +309,13 @@ def test_disk_full_while_saving(refused: Refused, tmp_path: Path, monkeypatch: p
         raise SluiceError("cannot write 'slim.onnx': No space left on device; choose another folder or make room")
 
     monkeypatch.setattr("sluice.artifacts.result.save_onnx", full)
+    trained = [f"slim.trained/{name}" for name in ("manifest.json", "plan.json", "slim.safetensors")]
     said = refused(
         f"compress tests.tiny:model {COMPRESS} --gate-epochs 0 --data tests.tiny:data --budget 80% --out", folder,
-        "--table", table, new=("t.db",),
+        "--table", table, new=("t.db", *trained),
     )  # fmt: skip
-    assert "No space left" in said
+    assert "No space left" in said and "what was trained is kept in" in said
+    assert [name for name in files_of(tmp_path) if ".trained" in name] == trained
 
 
 def test_disk_full_while_profiling(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,7 +405,7 @@ def test_a_network_that_is_not_float32_is_refused_before_anything_is_measured() 
 
 def test_labels_that_the_loss_cannot_take_are_said_at_once() -> None:
     wrong = [(x, y + 100) for x, y in tiny.data()]
-    with pytest.raises(SluiceError, match="the loss cannot be taken on the first batch"):
+    with pytest.raises(SluiceError, match="labels of the first batch of data go from 100 to 104"):
         sluice.compress(tiny.model(), tiny.inputs(), budget="50%", data=wrong)
 
 
@@ -419,3 +421,11 @@ def test_a_budget_needs_measured_latencies() -> None:
     gated = sluice.insert_gates(tiny.model(), tiny.inputs())
     with pytest.raises(SluiceError, match=r"a budget needs measured latencies, not .table\.db."):
         sluice.Budget(gated, "table.db", "50%")  # type: ignore[arg-type]
+
+
+def test_a_plan_whose_inputs_are_empty_shows_nothing(refused: Refused, tmp_path: Path) -> None:
+    folder, dense = compressed_in(tmp_path), dense_onnx_in(tmp_path)
+    (folder / "manifest.json").unlink()
+    plan = Plan.load(folder / "plan.json")
+    replace(plan, inputs=tuple(replace(i, shape=(0, *i.shape[1:])) for i in plan.inputs)).save(folder / "plan.json")
+    assert "on which all networks agree" in refused("check", dense, folder)

@@ -50,7 +50,7 @@ def check(dense: nn.Module | onnx.ModelProto, folder: str | os.PathLike[str]) ->
         dense: the network that was compressed (its weights do not matter), or its ONNX with parameter names.
         folder: with ``plan.json``, ``slim.safetensors`` and ``slim.onnx``.
     Raises:
-        SluiceError: files are missing, or do not belong to each other or to ``dense``.
+        SluiceError: files are missing, do not belong to each other or to ``dense``, or the inputs are empty.
     """
     folder = Path(folder)
     plan = Plan.load(held(folder / "plan.json"))
@@ -100,6 +100,11 @@ def check_deployed(folder: str | os.PathLike[str]) -> dict[str, RoundingCheck]:
 def _inputs(plan: Plan) -> tuple[InputSpec, ...]:
     if not plan.inputs:
         raise SluiceError("the plan does not say what inputs the model takes; compress with plain tensors as inputs")
+    for spec in plan.inputs:
+        if 0 in spec.shape:
+            raise SluiceError(
+                f"the plan's input has shape {spec.shape}, on which all networks agree; give the plan that was saved"
+            )
     return plan.inputs
 
 

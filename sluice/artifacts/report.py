@@ -14,11 +14,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from sluice.artifacts.report_least import LeastRow, least_row
-from sluice.artifacts.report_recovery import RecoveryRow, recovery_row
-from sluice.artifacts.report_rows import EditRow, GroupRow, MethodRow, PieceRow, piece_row
+from sluice.artifacts.report_least import LeastRow
+from sluice.artifacts.report_recovery import RecoveryRow
+from sluice.artifacts.report_rows import EditRow, GroupRow, MethodRow, PieceRow
 from sluice.core.errors import SluiceError
 from sluice.core.files import read_bytes, write_atomically
+from sluice.core.schema import Misfit, parse, typed
 
 __all__ = ["Report"]
 
@@ -116,27 +117,19 @@ class Report:
     @classmethod
     def from_json(cls, text: str) -> Report:
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise SluiceError(f"this is no report: {error}; give the JSON that Report.save wrote") from None
-        version = data.pop("version", None) if isinstance(data, dict) else None
-        if version not in LATER:
+            data = parse(text)
+            version = data.pop("version", None) if isinstance(data, dict) else None
+            if type(version) is not int or version not in LATER:
+                raise Misfit(f"its version is {version!r:.20}, this package reads 1 to {VERSION}")
+            data = {**LATER[version], **data}
+            if lacks := sorted({f.name for f in fields(cls)} ^ data.keys()):
+                raise Misfit(f"it lacks or adds {lacks[:3]}")
+            found: Report = typed(cls, {name: list(v) if v == () else v for name, v in data.items()})
+        except Misfit as error:
             raise SluiceError(
-                f"report has version {version!r}, this package reads 1 to {VERSION}; make the report again"
-            )
-        data = {**LATER[version], **data}
-        names = {f.name for f in fields(cls)}
-        if set(data) != names:
-            raise SluiceError(f"report lacks or adds {sorted(set(data) ^ names)}; make the report again")
-        data["pieces"] = tuple(piece_row(row) for row in data["pieces"])
-        data["groups"] = tuple(GroupRow(**row) for row in data["groups"])
-        data["skipped"] = tuple((name, reason) for name, reason in data["skipped"])
-        data["methods"] = tuple(MethodRow(**row) for row in data["methods"])
-        data["edits"] = tuple(EditRow(**row) for row in data["edits"])
-        data["readings"] = tuple((name, ms, tuple(losses)) for name, ms, losses in data["readings"])
-        data["recovery"] = recovery_row(data["recovery"])
-        data["least"] = least_row(data["least"])
-        return cls(**data)
+                f"this is no report: {error}; give the JSON that Report.save wrote, or make it again"
+            ) from None
+        return found
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Report:

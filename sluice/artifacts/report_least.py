@@ -7,11 +7,11 @@ network's. Only networks that were fine-tuned to the end count; short trainings 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CurveRow", "LeastRow", "least_row"]
+__all__ = ["CurveRow", "LeastRow"]
 
 ROUNDING = 1e-9  # of the dense figure: 0.28 - 0.18 is more than 0.1 in floating point
 
@@ -104,11 +104,6 @@ class LeastRow:
             forecast = "fine-tuned" if row.full else _figure(row.forecast, ".4f")
             table.add_row(*shares, f"{row.epochs:.3g}", _figure(row.metric, ".4f"), _figure(below, ".4g"), forecast)
         return table
-
-
-def least_row(data: Mapping[str, Any] | None) -> LeastRow | None:
-    """The row of a report's JSON."""
-    return None if data is None else LeastRow(**{**data, "tried": tuple(CurveRow(**row) for row in data["tried"])})
 
 
 def _share(row: CurveRow) -> float:

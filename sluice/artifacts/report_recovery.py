@@ -13,11 +13,11 @@ help. Losses of the fine-tune itself say less: its data are those it is trained 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["RecoveryRow", "TrialRow", "recovery_row"]
+__all__ = ["RecoveryRow", "TrialRow"]
 
 FALLS = 0.05  # with a doubling; less is not worth one
 NEAR = 2.0  # times the dense network's loss: recovered
@@ -124,13 +124,6 @@ class RecoveryRow:
             cells = ["" if n not in found else _figure(found[n]) for n in steps]
             table.add_row(f"{lr:.4g}", loss, form, *cells)
         return table
-
-
-def recovery_row(data: Mapping[str, Any] | None) -> RecoveryRow | None:
-    """The row of a report's JSON."""
-    if data is None:
-        return None
-    return RecoveryRow(**{**data, "trials": tuple(TrialRow(**row) for row in data["trials"])})
 
 
 def _figure(value: float | None) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from sluice.core.plan import Plan
 
-__all__ = ["JOINT", "EditRow", "GroupRow", "MethodRow", "PieceRow", "edit_rows", "piece_row"]
+__all__ = ["JOINT", "EditRow", "GroupRow", "MethodRow", "PieceRow", "edit_rows"]
 
 JOINT = "joint"  # describes the time that neighbouring pieces save together
 
@@ -75,8 +74,3 @@ def edit_rows(plan: Plan) -> tuple[EditRow, ...]:
             for m in plan.merges
         ),
     )
-
-
-def piece_row(row: dict[str, Any]) -> PieceRow:
-    extents: dict[str, Any] = {key: tuple(row.pop(key)) for key in ("extents_before", "extents_after")}
-    return PieceRow(**row, **extents)

@@ -39,7 +39,7 @@ from sluice.passes.precision.emulation import emulated
 from sluice.runtime.base.compare import relative_error
 from sluice.runtime.targets import make_runner
 
-__all__ = ["RoundingCheck", "compare_precisions", "drawn", "outputs_of"]
+__all__ = ["RoundingCheck", "compare_precisions", "drawn", "outputs_of", "specs_at"]
 
 EPS = {"fp16": 2.0**-10, "bf16": 2.0**-7, "int8": 1 / 127}
 ROUNDINGS = 16.0
@@ -83,6 +83,16 @@ def compare_precisions(
         within = [drawn(specs, seed, _input_ranges(narrow)) for seed in range(DRAWS)]
         as_run = relative_error(list(outputs_of(narrow, within)), list(outputs_of(wide, within)))
     return RoundingCheck(error, tolerance, by_chance, as_run)
+
+
+def specs_at(model: onnx.ModelProto, batch: int) -> list[InputSpec]:
+    """Shape and type of every input of a file, its batch and other free sizes being ``batch``."""
+    found = []
+    for name, info in OnnxGraph(model).inputs.items():
+        kind = info.type.tensor_type
+        shape = tuple(d.dim_value if d.HasField("dim_value") else batch for d in kind.shape.dim)
+        found.append(InputSpec(shape, str(helper.tensor_dtype_to_np_dtype(kind.elem_type)), name))
+    return found
 
 
 def drawn(

@@ -20,6 +20,7 @@ __all__ = [
     "count",
     "device",
     "exclude",
+    "loss",
     "minutes",
     "model",
     "named_input",
@@ -148,6 +149,14 @@ def budget(p: argparse.ArgumentParser, drop: bool = False) -> None:
             "--evaluate gives is at most X below the dense network's",
         )  # fmt: skip
     p.add_argument("--data", required=True, help="package.module:factory of batches (inputs, labels)")
+
+
+def loss(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--loss", metavar="LOSS", help="cross-entropy (of outputs (N, classes, ...), per position), bce, mse, cosine, "
+        "logits (distillation along the last axis), or package.module:function of (outputs, teacher's outputs, labels) "
+        "or (outputs, labels); default: for logits of classes (N, classes)",
+    )  # fmt: skip
 
 
 def recovery(p: argparse.ArgumentParser) -> None:

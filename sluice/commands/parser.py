@@ -69,6 +69,7 @@ def _compress(p: argparse.ArgumentParser) -> None:
         "--gates", action="store_true", help="gates make one more plan of the best one, in a third of the epochs on top"
     )
     p.add_argument("--evaluate", metavar="FUNCTION", help="package.module:function from a module to its accuracy")
+    options.loss(p)
     options.recovery(p)
     _full(p)
 
@@ -77,6 +78,7 @@ def _plan(p: argparse.ArgumentParser) -> None:
     options.model(p)
     options.table(p)
     options.budget(p)
+    options.loss(p)
     p.add_argument("-o", "--out", required=True, help="the plan to write")
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "fixed_rows",
     "inputs_of",
     "is_onnx",
+    "loss_given",
     "model_of",
 ]
 
@@ -124,6 +125,14 @@ def data_of(spec: str) -> Iterable[Any]:
 def evaluate_of(spec: str) -> Callable[[Any], float]:
     """The function itself, from a module to a number; it is not called."""
     found: Callable[[Any], float] = _found(spec, spec)
+    return found
+
+
+def loss_given(spec: str | None) -> str | Callable[..., Any] | None:
+    """A ready loss by its name, or the function itself; None where none is given."""
+    if spec is None or ":" not in spec:
+        return spec
+    found: Callable[..., Any] = _found(spec, spec)
     return found
 
 

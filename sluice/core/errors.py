@@ -10,7 +10,10 @@ __all__ = ["LostLine", "SluiceError", "Unreachable", "first_line"]
 
 
 class SluiceError(Exception):
-    """A mistake of the user's that the message explains and tells how to mend."""
+    """A mistake of the user's that the message explains and tells how to mend, in one line whatever it quotes."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(" ".join(line.strip() for line in str(message).splitlines()))
 
 
 class Unreachable(SluiceError):

@@ -13,19 +13,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from sluice.core.algebra import from_ranges, to_ranges
 from sluice.core.errors import SluiceError
-from sluice.core.files import write_atomically
+from sluice.core.files import read_text, write_atomically
+from sluice.core.schema import Misfit, parse, typed
 
 __all__ = ["FORMS", "Drop", "Edits", "Factorize", "InputSpec", "Merge", "Plan", "Slice"]
 
 VERSION = 2
+MOST_KEPT = 2**23  # indices of all slices of a file together: a network of 10^9 weights keeps some 10^6
 FORMS = ("kxk-1x1", "1x1-kxk", "kx1-1xk")
 
 
@@ -83,7 +85,8 @@ class Merge:
 
     def __post_init__(self) -> None:
         kept = [name for run in self.runs for name in run]
-        if not kept or not all(self.runs) or [n for n in self.layers if n in set(kept)] != kept:
+        known = set(kept)
+        if not kept or not all(self.runs) or [n for n in self.layers if n in known] != kept:
             raise SluiceError(
                 f"bad merge of {list(self.layers)}: its runs {[list(r) for r in self.runs]} must be non-empty and name "
                 "its layers in order; make the plan again with `sluice plan`"
@@ -119,9 +122,9 @@ class Plan:
     merges: tuple[Merge, ...] = ()
 
     def __post_init__(self) -> None:
-        seen = [(s.param, s.axis) for s in self.slices]
-        if len(set(seen)) != len(seen):
-            twice = next(p for p in seen if seen.count(p) > 1)
+        seen = Counter((s.param, s.axis) for s in self.slices)
+        if len(seen) != len(self.slices):
+            twice = next(at for at, count in seen.items() if count > 1)
             raise SluiceError(f"the plan slices {twice[0]!r} axis {twice[1]} twice; make it again with `sluice plan`")
         for s in self.slices:
             shape = self.fingerprint.get(s.param)
@@ -132,14 +135,21 @@ class Plan:
                 )
         named = [f.param for f in self.factorizations]
         named += [p for drop in self.drops for p in drop.params] + [p for merge in self.merges for p in merge.layers]
+        counts = Counter(named)
         for name in named:
             if name not in self.fingerprint:
                 raise SluiceError(
                     f"the plan changes {name!r}, which its own model lacks; the file is damaged, make it again with "
                     "`sluice plan`"
                 )
-            if named.count(name) > 1:
+            if counts[name] > 1:
                 raise SluiceError(f"the plan changes {name!r} twice; make it again with `sluice plan`")
+        for f in self.factorizations:
+            if f.rank > (most := _full_rank(self.fingerprint[f.param])):
+                raise SluiceError(
+                    f"the plan gives {f.param!r} {self.fingerprint[f.param]} the rank {f.rank}, above {most}, which "
+                    "no factorization of it has; the file is damaged, make it again with `sluice plan`"
+                )
         for kind in ("slices", "factorizations", "drops", "merges"):
             object.__setattr__(self, kind, tuple(sorted(getattr(self, kind))))
 
@@ -189,46 +199,85 @@ class Plan:
 
     @staticmethod
     def from_json(text: str, source: str = "the plan") -> Plan:
-        try:
-            data: dict[str, Any] = json.loads(text)
-            if data["format"] != "sluice-plan":
-                raise KeyError("format")
-            version = data["version"]
-            if not isinstance(version, int) or version > VERSION:
-                raise SluiceError(f"{source} has version {version}, this sluice reads up to {VERSION}; upgrade sluice")
-            return Plan(
-                fingerprint={name: tuple(shape) for name, shape in data["fingerprint"].items()},
-                slices=tuple(
-                    Slice(s["param"], int(s["axis"]), int(s["size"]), from_ranges(s["keep"])) for s in data["slices"]
-                ),
-                inputs=tuple(InputSpec(tuple(i["shape"]), i["dtype"], i.get("name", "")) for i in data["inputs"]),
-                widths={str(k): int(v) for k, v in data["widths"].items()},
-                factorizations=tuple(
-                    Factorize(f["param"], f["form"], int(f["rank"])) for f in data.get("factorizations", [])
-                ),
-                drops=tuple(Drop(d["name"], tuple(d["params"])) for d in data.get("drops", [])),
-                merges=tuple(
-                    Merge(tuple(m["layers"]), tuple(tuple(r) for r in m["runs"])) for m in data.get("merges", [])
-                ),
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SluiceError(
-                f"{source} is not a readable sluice plan ({type(error).__name__}: {error}); "
-                "make it again with `sluice plan`"
-            ) from None
+        return read_plan(text, source)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         write_atomically(path, self.to_json().encode())
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:
-        try:
-            text = Path(path).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise SluiceError(
-                f"cannot read the plan {os.fspath(path)!r}: {error}; give the path of a plan.json"
-            ) from None
+        text = read_text(path, "a plan.json")
         return Plan.from_json(text, source=f"{os.fspath(path)!r}")
+
+
+def _full_rank(shape: tuple[int, ...]) -> int:
+    """An upper bound of the rank of a weight in any form: that of the sizes of its first two axes with the kernel."""
+    if len(shape) < 2:
+        return 0
+    kernel = math.prod(shape[2:])
+    return min(math.prod(shape[:1]), math.prod(shape[1:2])) * kernel
+
+
+@dataclass(frozen=True, slots=True)
+class _SliceRow:
+    param: str
+    axis: int
+    size: int
+    keep: tuple[tuple[int, int], ...]
+
+    def indices(self) -> tuple[int, ...]:
+        """The kept indices, of ranges that lie within the axis."""
+        for start, stop in self.keep:
+            if not 0 <= start < stop <= self.size:
+                raise Misfit(f"the slice of {self.param!r} axis {self.axis} keeps {start} to {stop} of {self.size}")
+        return from_ranges(self.keep)
+
+
+@dataclass(frozen=True, slots=True)
+class _PlanFile:
+    """The file as it is written; the fields that have a default came later."""
+
+    format: str
+    version: int
+    fingerprint: Mapping[str, tuple[int, ...]]
+    inputs: tuple[InputSpec, ...]
+    widths: Mapping[str, int]
+    slices: tuple[_SliceRow, ...]
+    drops: tuple[Drop, ...] = ()
+    merges: tuple[Merge, ...] = ()
+    factorizations: tuple[Factorize, ...] = ()
+
+
+def read_plan(text: str, source: str) -> Plan:
+    """The plan in a file.
+
+    Raises:
+        SluiceError: the text is no plan of these versions, or one of sizes that no model has.
+    """
+    try:
+        data = parse(text)
+        version = data.get("version") if isinstance(data, dict) and data.get("format") == "sluice-plan" else None
+        if type(version) is int and version > VERSION:
+            raise SluiceError(f"{source} has version {version}, this sluice reads up to {VERSION}; upgrade sluice")
+        if type(version) is not int or version < 1:
+            raise Misfit(f"its version is {version!r:.20}" if isinstance(data, dict) else "it is no object")
+        file: _PlanFile = typed(_PlanFile, data)
+        sizes = [size for shape in file.fingerprint.values() for size in shape]
+        rows = [*sizes, *(size for spec in file.inputs for size in spec.shape)]
+        if any(not 0 <= size < 2**31 for size in rows):
+            raise Misfit("it holds sizes that no tensor has")
+        for s in file.slices:
+            shape = file.fingerprint.get(s.param, ())
+            if not 0 <= s.axis < len(shape) or shape[s.axis] != s.size:
+                raise Misfit(f"it slices {s.param!r:.60} axis {s.axis} of length {s.size}, its own model has {shape}")
+        if (kept := sum(stop - start for s in file.slices for start, stop in s.keep)) > MOST_KEPT:
+            raise Misfit(f"it keeps {kept:,} channels of all tensors together, more than {MOST_KEPT:,}")
+        slices = tuple(Slice(s.param, s.axis, s.size, s.indices()) for s in file.slices)
+        return Plan(file.fingerprint, slices, file.inputs, file.widths, file.factorizations, file.drops, file.merges)
+    except Misfit as error:
+        raise SluiceError(
+            f"{source} is not a readable sluice plan ({error}); it is damaged, make it again with `sluice plan`"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from sluice.artifacts.folder import check_writable
 from sluice.artifacts.labels import labelled, provenance
 from sluice.artifacts.macs import count_macs
 from sluice.artifacts.result import Compressed
+from sluice.artifacts.store_trained import kept
 from sluice.core.budget_spec import AllowedDrop, BudgetSpec, parse_budget
 from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError
@@ -40,21 +41,23 @@ from sluice.passes.gates.gating import Gated, strip_gates
 from sluice.passes.graph.capture import Inputs
 from sluice.passes.graph.names_torch import with_own_names
 from sluice.passes.graph.onnx_file import finalize
+from sluice.pipeline.arguments import check_paths, numeric, patterns, recipe_of, room_for
 from sluice.pipeline.choose import Scenario, choose
 from sluice.pipeline.close import close
 from sluice.pipeline.figures import captured_inputs, count_parameters, example_outputs, make_report, parity
 from sluice.pipeline.gate_candidate import GateCandidate
 from sluice.pipeline.least import check_least, find_least
 from sluice.pipeline.plain import counted_from
-from sluice.pipeline.prepare import Prepared, check_float32, prepare, trainable
+from sluice.pipeline.prepare import Prepared, prepare, trainable
 from sluice.pipeline.price import price_problem
 from sluice.pipeline.recipe import REHEARSAL, Evaluate, Recipe, recovery_of
 from sluice.pipeline.recover import recover
 from sluice.pipeline.verify import AIM, final_pair, first_verified
 from sluice.solver.options import METHODS, check_methods
 from sluice.training.budget import Budget
+from sluice.training.losses import loss_of
 from sluice.training.recovery import AUTO, Rate, Recovery
-from sluice.training.train import Data, Loss, check_data, default_loss, split_batch
+from sluice.training.train import Data, Loss, split_batch
 
 __all__ = ["Compressed", "compress", "finish", "sweep"]
 
@@ -82,7 +85,7 @@ def compress(
     gates: bool = False,
     lr: Rate = AUTO,
     recovery: Recovery | None = None,
-    loss: Loss = default_loss,
+    loss: Loss | str | None = None,
     evaluate: Evaluate | None = None,
     minutes: float = math.inf,
     progress: bool = True,
@@ -108,22 +111,27 @@ def compress(
         lr: learning rate of the fine-tune and the rehearsal; ``"auto"`` finds it by trial on held-out batches, and with
             it loss and parametrisation (`sluice.training.trial`). Gates train at it too, with ``"auto"`` at 1e-3.
         recovery: in place of ``lr``: rate, optimizer, weight decay, warm-up, schedule, parametrisation.
-        loss: of (outputs, teacher's outputs, labels or None); no other is tried beside it.
-        evaluate: figure of merit of a module, for the report; the higher the better where a drop is allowed.
+        loss: a function of (outputs, teacher's outputs, labels or None), or of (outputs, labels), to a scalar tensor,
+            or the name of a ready one (`sluice.training.losses`): ``cross-entropy`` (of (N, classes, ...)), ``bce``,
+            ``mse``, ``cosine``, ``logits``. The default is for logits of classes (N, classes): distillation, and
+            cross-entropy where there are labels; no other is tried beside a given one.
+        evaluate: figure of merit of a module, a number, for the report; the higher the better where a drop is allowed.
+            It is called once before anything is measured.
         minutes: of profiling; afterwards points that a plan needs are estimated, and the report says how much.
     Raises:
         SluiceError: a mistake that the caller can mend; no half-written file is left behind.
     """
     started = time.perf_counter()
-    methods = check_methods(methods)
+    methods, exclude = check_methods(methods), patterns(exclude)
     asked = parse_budget(budget)  # a mistake in an argument is an error before anything is measured
     deployment = Deployment(target, batch, threads, precision)
-    recipe = Recipe(data, loss, recovery_of(lr, recovery), gate_epochs, epochs, rehearsal, evaluate, progress,
-                    gates)  # fmt: skip
-    check_float32(model)
-    check_data(model, data, loss=loss)
+    check_paths(table=table, **({} if out is None else {"out": out}))
+    recipe = recipe_of(
+        model, example_inputs, data, loss=loss, lr=lr, recovery=recovery, gate_epochs=gate_epochs, epochs=epochs,
+        rehearsal=rehearsal, evaluate=evaluate, minutes=minutes, progress=progress, gates=gates,
+    )  # fmt: skip
     if out is not None:
-        check_writable(out, _room(model), {"the latency table": table})
+        check_writable(out, room_for(model), {"the latency table": table})
     if isinstance(asked, AllowedDrop):
         check_least(asked, recipe)
     fixed = [asked] if isinstance(asked, BudgetSpec) else []
@@ -153,7 +161,7 @@ def sweep(
     gates: bool = False,
     lr: Rate = AUTO,
     recovery: Recovery | None = None,
-    loss: Loss = default_loss,
+    loss: Loss | str | None = None,
     evaluate: Evaluate | None = None,
     minutes: float = math.inf,
     progress: bool = True,
@@ -164,18 +172,20 @@ def sweep(
     The first budget that fails ends the sweep; a budget out of reach is an error before anything is priced. The folder
     ``out/<budget without its %>`` holds the files of a budget.
     """
-    methods = check_methods(methods)
+    methods, exclude = check_methods(methods), patterns(exclude)
     if not budgets:
         raise SluiceError("there are no budgets; give at least one, budgets=['50%']")
     asked = {budget: BudgetSpec.parse(budget) for budget in budgets}
     deployment = Deployment(target, batch, threads, precision)
-    recipe = Recipe(data, loss, recovery_of(lr, recovery), 0, epochs, rehearsal, evaluate, progress, gates)
-    check_float32(model)
-    check_data(model, data, loss=loss)
+    check_paths(table=table, **({} if out is None else {"out": out}))
+    recipe = recipe_of(
+        model, example_inputs, data, loss=loss, lr=lr, recovery=recovery, gate_epochs=0, epochs=epochs,
+        rehearsal=rehearsal, evaluate=evaluate, minutes=minutes, progress=progress, gates=gates,
+    )  # fmt: skip
     folders = {budget: None if out is None else Path(out) / budget.strip().removesuffix("%") for budget in budgets}
     for folder in folders.values():
         if folder is not None:
-            check_writable(folder, _room(model), {"the latency table": table})
+            check_writable(folder, room_for(model), {"the latency table": table})
     ready = prepare(
         model, example_inputs, list(asked.values()), deployment, recipe, table=table, exclude=exclude,
         methods=methods, minutes=minutes,
@@ -197,7 +207,7 @@ def finish(
     rehearsal: float = REHEARSAL,
     lr: Rate = AUTO,
     recovery: Recovery | None = None,
-    loss: Loss = default_loss,
+    loss: Loss | str | None = None,
     evaluate: Evaluate | None = None,
     out: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -213,13 +223,14 @@ def finish(
     """
     if budget.profile is None:
         raise SluiceError("this budget has no profile, so no engine can be measured; make it from sluice.profile(...)")
-    methods = check_methods(methods)
-    recipe = Recipe(data, loss, recovery_of(lr, recovery), 0, epochs, rehearsal, evaluate, progress)
+    methods, taken = check_methods(methods), loss_of(loss)
+    figure = None if evaluate is None else numeric(evaluate)
+    recipe = Recipe(data, taken, recovery_of(lr, recovery), 0, epochs, rehearsal, figure, progress)
     given = importance if importance is not None else {}
     learned = importance is None and "filter" in methods and gated.meta["space"].analysis.groups
     scores = learned_scores(gated.gates) if learned else given
     with stage("price every choice", progress) as advance:
-        problem = price_problem(gated, budget.profile, methods, scores, data=data, loss=loss, advance=advance)
+        problem = price_problem(gated, budget.profile, methods, scores, data=data, loss=taken, advance=advance)
     reference = teacher if teacher is not None else strip_gates(gated, thresholded=True).eval()
     ready = Prepared(gated, budget.profile, methods, reference, problem)
     return _finish(ready, budget.target, recipe, out=out, started=time.perf_counter())
@@ -265,38 +276,34 @@ def _finish(
         return made, None if evaluate is None else evaluate(as_module(made, example_outputs(slim, stripped)))
 
     deploy(cut)  # rule 4
-    metric_dense = None if evaluate is None else evaluate(reference)  # before training, so that an error costs little
+    metric_dense = ready.metric if evaluate is None or ready.metric is not None else evaluate(reference)
     recovered = recover(slim, verified.plan, recipe, dense=stripped, teacher=reference)
     slim = merge_runs(slim, verified.plan).eval()
-    with stage("export and measure", progress) as advance:
-        slim_onnx = finalize(to_onnx(slim, captured_inputs(stripped)))
-        dense_engine = finalize(dense_onnx)
-        deployed, metric_deployed = deploy(slim_onnx)
-        file = deployed if precision == "fp32" else slim_onnx
-        exported = parity(slim, slim, file, stripped)
-        times = final_pair(measured, measured.engine(dense_engine), deployed, budget, verified, advance)
-    report = make_report(
-        measured, verified, times=times, worst=max(closed, exported),
-        params=(count_parameters(stripped), count_parameters(slim)),
-        macs=(count_macs(dense_engine), count_macs(slim_onnx)),
-        metrics=(metric_dense, None if evaluate is None else evaluate(slim), metric_deployed),
-        frozen={**measured.space.left_alone, **gated.meta["space"].left_alone},
-        seconds=time.perf_counter() - started, losses=ready.problem.losses, plain=ready.plain,
-        readings=[(s.name, s.solution.choice.promised_ms, s.rehearsed) for s in scenarios], recovery=recovered,
-        methods=ready.methods,
-    )  # fmt: skip
-    origin = provenance(verified.plan, report)
-    named, deployed = labelled(file, origin), labelled(deployed, origin)
-    done = Compressed(with_own_names(slim), verified.plan, named, deployed, report)
-    if out is not None:
-        done.save(out)
+    with kept(out, slim, verified.plan):
+        with stage("export and measure", progress) as advance:
+            slim_onnx = finalize(to_onnx(slim, captured_inputs(stripped)))
+            dense_engine = finalize(dense_onnx)
+            deployed, metric_deployed = deploy(slim_onnx)
+            file = deployed if precision == "fp32" else slim_onnx
+            exported = parity(slim, slim, file, stripped)
+            times = final_pair(measured, measured.engine(dense_engine), deployed, budget, verified, advance)
+        report = make_report(
+            measured, verified, times=times, worst=max(closed, exported),
+            params=(count_parameters(stripped), count_parameters(slim)),
+            macs=(count_macs(dense_engine), count_macs(slim_onnx)),
+            metrics=(metric_dense, None if evaluate is None else evaluate(slim), metric_deployed),
+            frozen={**measured.space.left_alone, **gated.meta["space"].left_alone},
+            seconds=time.perf_counter() - started, losses=ready.problem.losses, plain=ready.plain,
+            readings=[(s.name, s.solution.choice.promised_ms, s.rehearsed) for s in scenarios], recovery=recovered,
+            methods=ready.methods,
+        )  # fmt: skip
+        origin = provenance(verified.plan, report)
+        named, deployed = labelled(file, origin), labelled(deployed, origin)
+        done = Compressed(with_own_names(slim), verified.plan, named, deployed, report)
+        if out is not None:
+            done.save(out)
     _same(exported)  # last: the trained network is saved even then
     return done
-
-
-def _room(model: nn.Module) -> int:
-    """Bytes that are enough for weights and files of a result."""
-    return 3 * sum(t.numel() * t.element_size() for t in model.state_dict().values())
 
 
 def _first(data: Data, count: int) -> Iterator[object]:

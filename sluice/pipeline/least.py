@@ -91,7 +91,7 @@ def find_least(
             f"no plan is faster than the dense network ({dense_ms:.4g} ms) by more than {1 - AIM:.1%}, so there is no "
             f"latency to seek; allow more methods= than {list(ready.methods)}, or exclude fewer layers"
         )
-    dense = float(recipe.evaluate(ready.teacher))
+    dense = float(recipe.evaluate(ready.teacher)) if ready.metric is None else ready.metric
     if not math.isfinite(dense):
         raise SluiceError(f"evaluate gives {dense} for the dense network; let it return a number, higher the better")
     captured = ready.captured()

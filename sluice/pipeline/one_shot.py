@@ -15,10 +15,12 @@ from sluice.core.deployment import Deployment
 from sluice.core.plan import Plan
 from sluice.passes.graph.capture import Inputs
 from sluice.pipeline.plain import counted_from
-from sluice.pipeline.prepare import prepare
+from sluice.pipeline.prepare import check_float32, prepare
 from sluice.pipeline.recipe import Recipe
 from sluice.solver.options import METHODS, check_methods
-from sluice.training.train import Data, check_data
+from sluice.training.batches import check_data, checked
+from sluice.training.losses import loss_of
+from sluice.training.train import Data, Loss
 
 __all__ = ["OneShotPlan", "plan_one_shot", "plan_summary"]
 
@@ -49,6 +51,7 @@ def plan_one_shot(
     table: str | os.PathLike[str] = ":memory:",
     exclude: Sequence[str] = (),
     methods: Sequence[str] = METHODS,
+    loss: Loss | str | None = None,
     progress: bool = True,
 ) -> OneShotPlan:
     """A plan in one shot: Fisher scores on a few labelled batches of ``data``, then the solver; nothing is trained.
@@ -58,9 +61,12 @@ def plan_one_shot(
     """
     methods = check_methods(methods)
     asked = BudgetSpec.parse(budget)
-    check_data(model, data)
+    check_float32(model)
+    taken = loss_of(loss)
+    check_data(model, data, loss=taken)
+    recipe = Recipe(checked(model, data, taken), taken, progress=progress)
     ready = prepare(
-        model, example_inputs, [asked], deployment, Recipe(data, progress=progress), table=table, exclude=exclude,
+        model, example_inputs, [asked], deployment, recipe, table=table, exclude=exclude,
         methods=methods, elsewhere=True,
     )  # fmt: skip
     dense_ms = ready.measured.latency.dense_ms()

@@ -104,7 +104,8 @@ class Prepared:
     """Everything that budgets of one network share.
 
     ``problem`` holds the losses, ``exported`` the dense network as it was before any training, None if that is not
-    known. ``plain`` holds the times of plain export's file and of ours (`sluice.pipeline.plain`).
+    known. ``plain`` holds the times of plain export's file and of ours (`sluice.pipeline.plain`), ``metric`` the dense
+    network's figure of merit, if there is one.
     """
 
     gated: Gated
@@ -114,6 +115,7 @@ class Prepared:
     problem: Problem
     exported: onnx.ModelProto | None = None
     plain: PairTimes | None = None
+    metric: float | None = None
 
     def captured(self) -> fx.GraphModule:
         """The dense network without gates, as it was captured."""
@@ -149,6 +151,8 @@ def prepare(
     with stage("export", progress):
         captured = capture(model, example_inputs)
         exported, space = to_onnx(captured, example_inputs), find_search_space(read_torch(captured), exclude)
+    # Before anything is measured, and of the network as it was captured: what is wrong with it costs nothing then.
+    metric = None if recipe.evaluate is None else recipe.evaluate(clone(captured).eval())
     measured = _profile(exported, deployment, space, table=table, exclude=exclude, methods=methods,
                         elsewhere=elsewhere, minutes=minutes, progress=progress)  # fmt: skip
     with stage("plain export", progress) as advance:
@@ -171,7 +175,7 @@ def prepare(
                     gated, data, epochs=recipe.gate_epochs, teacher=teacher, lr=recipe.lr,
                     loss=stable_rank_loss(loss, gated, ranks), progress=progress, name="stable ranks",
                 )  # fmt: skip
-        return Prepared(gated, measured, methods, teacher, problem, exported, plain)
+        return Prepared(gated, measured, methods, teacher, problem, exported, plain, metric)
     trained: Gated | None = None
     if recipe.gate_epochs:
         share = budgets[0].ms(measured.latency.dense_ms()) / measured.latency.dense_ms()
@@ -191,7 +195,7 @@ def prepare(
         scores = one_shot_scores(gated, data, loss)
     with stage("price every choice", progress) as advance:
         problem = price_problem(gated, measured, methods, scores, data=data, loss=loss, advance=advance)
-    return Prepared(gated, measured, methods, teacher, problem, exported, plain)
+    return Prepared(gated, measured, methods, teacher, problem, exported, plain, metric)
 
 
 def _budget(gated: Gated, measured: Profile, budget: BudgetSpec) -> Budget | None:

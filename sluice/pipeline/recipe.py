@@ -28,7 +28,7 @@ class Recipe:
     more candidate, that gates make of the best one (`sluice.pipeline.gate_candidate`).
 
     Raises:
-        SluiceError: a rehearsal that is no such share.
+        SluiceError: a rehearsal that is no such share, or epochs that are no whole numbers.
     """
 
     data: Data | None = None
@@ -42,7 +42,11 @@ class Recipe:
     gates: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rehearsal <= 10:
+        for name in ("gate_epochs", "epochs"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise SluiceError(f"{name}={value!r} is no number of epochs; give a whole number of 0 or more")
+        if not isinstance(self.rehearsal, (int, float)) or not 0 <= self.rehearsal <= 10:
             raise SluiceError(
                 f"rehearsal={self.rehearsal!r} is no share of the epochs of the fine-tune; give 0.25 for a quarter "
                 "as many on top, or 0 for no rehearsal"
@@ -62,10 +66,12 @@ def recovery_of(lr: Rate, recovery: Recovery | None) -> Recovery:
     """What the arguments ``lr=`` and ``recovery=`` say together.
 
     Raises:
-        SluiceError: both say something.
+        SluiceError: both say something, or it is no recovery.
     """
     if recovery is None:
         return Recovery(lr)
+    if not isinstance(recovery, Recovery):
+        raise SluiceError(f"recovery={recovery!r} is no sluice.Recovery; give recovery=Recovery(lr=..., optimizer=...)")
     if lr != AUTO:
         raise SluiceError(
             f"lr={lr!r} and recovery= both say how to train; give the rate as recovery=Recovery(lr={lr!r})"

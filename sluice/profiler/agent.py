@@ -23,6 +23,7 @@ from typing import Any
 
 from sluice.core.errors import SluiceError
 from sluice.core.files import write_atomically
+from sluice.core.stdout import Unwritable, give_up, keep_stdout
 from sluice.profiler.job import SITE, read_job
 from sluice.profiler.profile import fingerprint_here, profile_onnx, profile_shard
 from sluice.profiler.summary import profile_summary, shard_summary
@@ -37,6 +38,8 @@ __all__ = ["main", "run_job"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one job; the exit status."""
     args = _parser().parse_args(argv)
+    if argv is None:
+        keep_stdout()
     try:
         data, text = run_job(args.job, args.out, args.shard, quiet=args.quiet)
     except SluiceError as error:
@@ -45,7 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("sluice: interrupted; what was measured is kept", file=sys.stderr)
         return 130
-    print(json.dumps(data, indent=2) if args.json else "\n".join(text))
+    try:
+        print(json.dumps(data, indent=2) if args.json else "\n".join(text), flush=True)
+    except (BrokenPipeError, Unwritable) as error:
+        give_up()
+        if isinstance(error, Unwritable):
+            print(f"sluice: error: {error}", file=sys.stderr)
+        return 141 if isinstance(error, BrokenPipeError) else 1
     return 0
 
 

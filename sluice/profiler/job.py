@@ -53,10 +53,12 @@ if sys.version_info < (3, 11):
     sys.exit("sluice: error: a job needs Python 3.11 or later, not %d.%d; run it with that" % sys.version_info[:2])
 sys.path.insert(0, sys.path[0] + "/{SITE}")
 try:
+    from sluice.core.stdout import keep_stdout
     from sluice.profiler.agent import main
 except ModuleNotFoundError as error:
     sys.exit("sluice: error: %s; a job needs numpy, onnx and the runtime, install them on this device" % error)
 
+keep_stdout()
 sys.exit(main([sys.path[1], *sys.argv[1:]]))
 '''
 

@@ -85,10 +85,10 @@ def check_methods(methods: Sequence[str]) -> tuple[str, ...]:
     Raises:
         SluiceError: an unknown one, or none.
     """
-    if tuple(methods) == (BSR,):
+    known = isinstance(methods, (tuple, list, set, frozenset)) and bool(methods)
+    if known and tuple(methods) == (BSR,):
         return (BSR,)
-    unknown = [m for m in methods if m not in METHODS]
-    if unknown or not methods or isinstance(methods, str):
+    if not known or any(m not in METHODS for m in methods):
         raise SluiceError(f"methods {methods!r} are not understood; give some of {list(METHODS)}, or {BSR!r} alone")
     return tuple(m for m in METHODS if m in methods)
 

@@ -9,7 +9,6 @@ learning rate of their own and no weight decay. Any other loop serves as well: t
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sized
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sluice.core.errors import SluiceError, first_line
+from sluice.core.errors import SluiceError
 from sluice.passes.gates.filter_gates import gate_parameters, other_parameters
 from sluice.training.budget import Budget
 from sluice.training.distill import logit_distillation
@@ -31,7 +30,6 @@ __all__ = [
     "Given",
     "Loss",
     "call",
-    "check_data",
     "count_batches",
     "count_rows",
     "default_loss",
@@ -39,6 +37,7 @@ __all__ = [
     "in_order",
     "on_device",
     "split_batch",
+    "teacher_loss",
 ]
 
 # Batches of (inputs, labels) or of inputs alone; iterated once per epoch. Inputs are as example inputs: a tensor, a
@@ -130,43 +129,6 @@ def on_device(values: Any, model: nn.Module) -> Any:
     """Tensors moved to where the model is."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return pytree.tree_map_only(Tensor, lambda t: t.to(device), values)
-
-
-def check_data(model: nn.Module, data: Data, *, loss: Loss | None = None) -> None:
-    """Run the first batch through a copy of ``model``, so that a misfit is said before hours of work.
-
-    Args:
-        loss: evaluated once, the model as its own teacher; None if nothing is trained.
-    Raises:
-        SluiceError: there is no batch, it can be read only once, the model or the loss refuses it, or there is nothing
-            to train.
-    """
-    if loss is not None and not any(p.requires_grad for p in model.parameters()):
-        raise SluiceError("no parameter of the model requires a gradient, so it cannot be trained; unfreeze some")
-    if iter(data) is data:
-        raise SluiceError(f"data is a {type(data).__name__}, which can be read only once; give a list or a DataLoader")
-    first = next(iter(data), None)
-    if first is None:
-        raise SluiceError("data has no batches; give at least one")
-    inputs, known = split_batch(first)
-    step = "model does not run"
-    try:
-        with torch.no_grad():
-            outputs = call(copy.deepcopy(model).eval(), on_device(inputs, model))
-            if loss is not None:
-                step = "loss cannot be taken"
-                loss(outputs, outputs, on_device(known, model))
-    except SluiceError:
-        raise
-    except Exception as error:
-        named = inputs.items() if isinstance(inputs, Mapping) else (("", x) for x in inputs)
-        shapes = ", ".join(
-            f"{name} {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}".strip() for name, x in named
-        )
-        reason = first_line(error)
-        raise SluiceError(
-            f"the {step} on the first batch of data {shapes}: {reason}; give batches (inputs, labels) as they need"
-        ) from error
 
 
 def fit(

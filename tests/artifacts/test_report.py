@@ -242,7 +242,7 @@ def test_other_files_are_refused(report: Report) -> None:
     data = json.loads(report.to_json())
     with pytest.raises(SluiceError, match="no report"):
         Report.from_json("{")
-    with pytest.raises(SluiceError, match="version 7"):
+    with pytest.raises(SluiceError, match="its version is 7"):
         Report.from_json(json.dumps({**data, "version": 7}))
     with pytest.raises(SluiceError, match=r"lacks or adds \['rounds'\]"):
         Report.from_json(json.dumps({k: v for k, v in data.items() if k != "rounds"}))
@@ -267,9 +267,7 @@ def test_reports_of_version_3_load(report: Report) -> None:
         del data[name]
     loaded = Report.from_json(json.dumps({**data, "version": 3}))
     assert loaded == replace(report, runs=None, dense_runs=None, uncertainty=None, quiet=True)
-    with pytest.raises(
-        SluiceError, match=r"lacks or adds \['dense_runs', 'from_plain', 'plain_ms', 'plain_uncertainty', 'quiet'"
-    ):
+    with pytest.raises(SluiceError, match=r"lacks or adds \['dense_runs', 'from_plain', 'plain_ms'"):
         Report.from_json(json.dumps(data))
 
 

@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 
 from sluice.artifacts.report import Report
-from sluice.artifacts.report_least import CurveRow, LeastRow, least_row
+from sluice.artifacts.report_least import CurveRow, LeastRow
 from sluice.artifacts.report_text import report_text
+from sluice.core.schema import typed
 
 SHORT = CurveRow(0.5, 0.48, 0.49, 95.0, 98.2, 1.5)
 FAILED = CurveRow(0.1, reason="no engine within 0.1 ms was found")
@@ -40,8 +41,8 @@ def text_of(made: Report) -> str:
 
 def test_json_round_trip_and_older_reports() -> None:
     made = report(curve(SHORT, FAILED, KEPT))
-    assert Report.from_json(made.to_json()) == made and least_row(None) is None
-    assert least_row(json.loads(json.dumps(asdict(curve(SHORT))))) == curve(SHORT)
+    assert Report.from_json(made.to_json()) == made
+    assert typed(LeastRow | None, json.loads(json.dumps(asdict(curve(SHORT))))) == curve(SHORT)
     older = {k: v for k, v in json.loads(report(None).to_json()).items() if k != "least"}
     assert Report.from_json(json.dumps({**older, "version": 5})) == report(None)
 

@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from sluice.artifacts.report import Report
-from sluice.artifacts.report_recovery import RecoveryRow, TrialRow, recovery_row
+from sluice.artifacts.report_recovery import RecoveryRow, TrialRow
 from sluice.artifacts.report_text import report_text
 from sluice.core.errors import SluiceError
+from sluice.core.schema import typed
 
 
 def row(*figures: float | None, end: int = 640, **changes: object) -> RecoveryRow:
@@ -25,8 +26,7 @@ def row(*figures: float | None, end: int = 640, **changes: object) -> RecoveryRo
 
 def test_json_round_trip() -> None:
     for made in (row(2.0, 1.0), RecoveryRow(0.003, "own loss", "dense", 7)):
-        assert recovery_row(json.loads(json.dumps(asdict(made)))) == made
-    assert recovery_row(None) is None
+        assert typed(RecoveryRow | None, json.loads(json.dumps(asdict(made)))) == made
 
 
 def report(recovery: RecoveryRow | None) -> Report:

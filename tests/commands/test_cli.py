@@ -389,6 +389,9 @@ def test_check_fails_for_a_changed_file(capsys: pytest.CaptureFixture[str], tmp_
     values[0, 0] += 0.01
     weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
     onnx.save(model, folder / "slim.onnx")
+    assert main(words("check", MODEL, folder)) == 1
+    assert "slim.onnx' is not the file that was saved with the others" in capsys.readouterr().err
+    (folder / "manifest.json").unlink()
     text = run(capsys, "check", MODEL, folder, "--json", status=1)
     assert json.loads(text)["worst"] > 1e-4
     run(capsys, "check", MODEL, folder, "--tolerance 1", status=0)
@@ -745,11 +748,9 @@ def test_plan_keeps_the_best_channels(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_what_libraries_print_stays_out_of_the_results() -> None:
-    code = (
-        "import os; from sluice.commands.stdout import keep_stdout; keep_stdout(); os.write(1, b'noise'); print('{}')"
-    )
+    code = "import os; from sluice.core import stdout; stdout.keep_stdout(); os.write(1, b'noise'); print('{}')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("{}\n", "noise")
-    closed = f"""exec >&-; "{sys.executable}" -c 'from sluice.commands.stdout import keep_stdout; keep_stdout()'"""
+    closed = f"""exec >&-; "{sys.executable}" -c 'from sluice.core import stdout; stdout.keep_stdout()'"""
     done = subprocess.run(["bash", "-c", closed], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -342,3 +342,28 @@ def test_a_real_engine(tmp_path: Path, precision: str) -> None:
     assert done.returncode == 0, done.stderr
     engine = json.loads(done.stdout)["engine"]
     assert engine["builder"].startswith("TensorRT-RTX ") and engine["bytes"] == (tmp_path / "a.engine").stat().st_size
+
+
+def test_a_file_of_another_network_is_a_failure(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp16 whose weights are all zero, as an overflow would leave them."""
+    import sluice.artifacts.deploy as deploy
+
+    own = deploy.to_precision
+
+    def broken(model: onnx.ModelProto, *args: object, **kwargs: object) -> onnx.ModelProto:
+        made = own(model, *args, **kwargs)  # type: ignore[arg-type]
+        for init in made.graph.initializer:
+            if len(init.dims) > 1:
+                init.raw_data = bytes(len(init.raw_data))
+        return made
+
+    words = tiny.words("export tests.tiny:model --shape 3,9,9 --precision fp16 -o", tmp_path / "x.onnx")
+    assert main(words) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(deploy, "to_precision", broken)
+    assert main(words) == 1
+    out, err = capsys.readouterr()
+    assert "relative error to fp32" in out and (tmp_path / "x.onnx").exists()
+    assert "computes another network than the one in fp32" in err and err.count("\n") == 1

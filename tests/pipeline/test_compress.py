@@ -227,7 +227,7 @@ def test_what_may_fail_with_a_precision_fails_before_training(tmp_path: Path, mo
         budget=BUDGET, data=tiny.data(), table=tmp_path / "t.db", batch=tiny.BATCH, methods=("filter",),
         precision="int8", rehearsal=0, progress=False,
     )  # fmt: skip
-    with pytest.raises(RuntimeError, match="no such attribute"):
+    with pytest.raises(SluiceError, match="evaluate raised RuntimeError: no such attribute"):
         compress(tiny.model(), tiny.inputs(), epochs=1, evaluate=cannot_judge, **settings)
     done = compress(
         tiny.model(), tiny.inputs(), epochs=0, evaluate=lambda model: float("nan"), out=tmp_path / "out", **settings
@@ -239,7 +239,7 @@ def test_what_may_fail_with_a_precision_fails_before_training(tmp_path: Path, mo
 def test_a_file_of_another_precision_does_not_stay(compressed: tuple[Compressed, Path], tmp_path: Path) -> None:
     done, _ = compressed
     stale = tmp_path / "slim.int8.onnx"
-    stale.write_bytes(b"of another plan")
+    stale.write_bytes(b"\x08\x0a\x12of another plan")
     done.save(tmp_path)
     assert not stale.exists() and (tmp_path / "slim.onnx").exists()
 

@@ -13,10 +13,10 @@ from sluice.core.errors import SluiceError
 from sluice.core.latency import Extent, LatencyModel, Term
 from sluice.passes.gates.gating import insert_gates, strip_gates
 from sluice.passes.graph.capture import capture
+from sluice.training.batches import check_data
 from sluice.training.budget import Budget
 from sluice.training.train import (
     call,
-    check_data,
     cosine,
     count_rows,
     default_loss,

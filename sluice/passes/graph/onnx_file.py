@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import onnx
+import onnx.inliner
 
 from sluice.core.errors import SluiceError, first_line
 from sluice.core.files import write_atomically
@@ -27,8 +28,10 @@ BUFFERS = "sluice.buffers"
 def load_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
     """The model in a file; its initialisers are constants (`without_defaults`).
 
+    Local functions are written out.
+
     Raises:
-        SluiceError: the file cannot be read, or is no ONNX file.
+        SluiceError: the file cannot be read, is no sound ONNX file, or holds branches or loops.
     """
     name = os.fspath(path)
     try:
@@ -41,6 +44,20 @@ def load_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
         ) from None
     if not model.graph.node:  # an empty file is a valid message
         raise SluiceError(f"{name!r} is not an ONNX file (it holds no operator); give one that `sluice export` wrote")
+    try:
+        if model.functions:
+            model = onnx.inliner.inline_local_functions(model)
+        onnx.checker.check_model(model)
+    except Exception as error:  # the checker's and protobuf's errors share no public base class
+        raise SluiceError(
+            f"{name!r} is not a sound ONNX file ({first_line(error)}); give one that `sluice export` wrote"
+        ) from None
+    for node in model.graph.node:
+        if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
+            raise SluiceError(
+                f"{name!r} holds {node.op_type} {node.name!r}, whose graph inside is run or not by what is computed; "
+                f"export the network without branches and loops that depend on its inputs"
+            )
     return without_defaults(model)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from sluice.core.drafts import draft_beside, sweep
 from sluice.core.errors import SluiceError
 from sluice.core.files import check_output
+from sluice.core.schema import Misfit, parse, typed
 from sluice.profiler.table.fingerprint import Fingerprint, difference
 from sluice.profiler.table.measurement import Measurement
 from sluice.profiler.table.table_file import (
@@ -163,12 +164,19 @@ class LatencyTable:
     def points(self, key: str) -> dict[tuple[int, ...], Measurement]:
         """All points of a piece, by extents in increasing order."""
         rows = self._rows("SELECT extents, ms, spread, samples FROM points WHERE key = ?", (key,))
-        found = {tuple(json.loads(row[0])): self._measurement(row[1:]) for row in rows}
+        found = {self._json(tuple[int, ...], row[0]): self._measurement(row[1:]) for row in rows}
         return dict(sorted(found.items()))
 
     def keys(self) -> tuple[str, ...]:
         """The pieces that have points."""
-        return tuple(row[0] for row in self._rows("SELECT DISTINCT key FROM points ORDER BY key"))
+        return self._texts(self._rows("SELECT DISTINCT key FROM points ORDER BY key"))
+
+    def _texts(self, rows: Sequence[Any]) -> tuple[str, ...]:
+        """The first column, of texts."""
+        for value, *_ in rows:
+            if not isinstance(value, str):
+                raise self._damaged(f"a key is {value!r:.60}")
+        return tuple(row[0] for row in rows)
 
     def beyond(self, spread: float, but: str) -> tuple[int, int]:
         """How many points, ``but`` those of one key, and engines have a larger spread."""
@@ -225,7 +233,12 @@ class LatencyTable:
     def get_calibration(self, model_key: str) -> Fit | None:
         """``(slope, intercept, error)``."""
         rows = self._rows("SELECT slope, intercept, error FROM calibrations WHERE model_key = ?", (model_key,))
-        return (rows[0][0], rows[0][1], json.loads(rows[0][2])) if rows else None
+        if not rows:
+            return None
+        slope, intercept, error = rows[0]
+        if not all(isinstance(value, float) and math.isfinite(value) for value in (slope, intercept)):
+            raise self._damaged(f"a calibration is {rows[0][:2]!r:.60}")
+        return slope, intercept, self._json(Mapping[str, float], error)
 
     def put_engine(self, model_key: str, widths: Mapping[str, int], measurement: Measurement) -> None:
         """Record the time of a whole engine at ``widths`` by group."""
@@ -241,12 +254,12 @@ class LatencyTable:
 
     def engines(self, model_key: str) -> list[tuple[dict[str, int], Measurement]]:
         rows = self._rows("SELECT widths, ms, spread, samples FROM engines WHERE model_key = ?", (model_key,))
-        return [(json.loads(row[0]), self._measurement(row[1:])) for row in rows]
+        return [(self._json(Mapping[str, int], row[0]), self._measurement(row[1:])) for row in rows]
 
     def networks(self) -> tuple[str, ...]:
         """The model keys that have engines or a calibration."""
         sql = "SELECT model_key FROM engines UNION SELECT model_key FROM calibrations ORDER BY model_key"
-        return tuple(row[0] for row in self._rows(sql))
+        return self._texts(self._rows(sql))
 
     def put_blob(self, name: str, content: bytes) -> None:
         """Keep ``content`` under ``name``, replacing an older blob."""
@@ -276,7 +289,23 @@ class LatencyTable:
         return float(measurement.ms), float(measurement.spread), int(measurement.samples)
 
     def _measurement(self, row: Sequence[Any]) -> Measurement:
-        return Measurement(row[0], row[1], row[2], self.fingerprint.clock)
+        ms, spread, samples = row
+        # SQLite lets a value be of any type, and gives NULL for NaN. What times are possible is asked where they count.
+        if not all(type(value) in (int, float) for value in (ms, spread)) or type(samples) is not int:
+            raise self._damaged(f"a time is {row!r:.60}")
+        return Measurement(float(ms), float(spread), samples, self.fingerprint.clock)
+
+    def _json(self, kind: Any, text: object) -> Any:
+        """A text of a row as the type that it must have."""
+        try:
+            return typed(kind, parse(text if isinstance(text, str) else b""))
+        except Misfit as error:
+            raise self._damaged(str(error)) from None
+
+    def _damaged(self, reason: str) -> SluiceError:
+        return SluiceError(
+            f"the latency table {self.path} is damaged ({reason}); restore a copy, or remove it and measure again"
+        )
 
     def _rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         with translated(self.path):

@@ -4,11 +4,13 @@
 2. A file is of version 1 until it holds a *blob*, which makes it version 2 (`add_blobs`). So a table is never newer
    than its contents require, and a table that is only read stays as it is.
 3. A file that is not a table of these formats is refused before SQLite may write to it.
+4. A file that holds anything but the tables of `SCHEMA`, a view or a trigger for one, is refused before it is queried.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,7 +63,9 @@ def connect(name: str, draft: Path | None = None) -> sqlite3.Connection:
                 f"table would be written; remove the link"
             )
     with translated(name):
-        return sqlite3.connect(draft or name, timeout=30.0, isolation_level=None)
+        connection = sqlite3.connect(draft or name, timeout=30.0, isolation_level=None)
+        connection.execute("PRAGMA trusted_schema = OFF")
+        return connection
 
 
 def place(draft: Path, name: str) -> None:
@@ -120,6 +124,9 @@ def _big_endian(data: bytes) -> int:
 
 def check_content(connection: sqlite3.Connection, name: str) -> Fingerprint:
     try:
+        foreign = _foreign(connection)
+        if foreign:
+            raise SluiceError(f"{name} holds {foreign}, which no latency table does; restore a copy, or measure again")
         sound = connection.execute("PRAGMA quick_check(1)").fetchall() == [("ok",)]
         rows = connection.execute("SELECT json FROM fingerprint").fetchall()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -139,6 +146,21 @@ def check_content(connection: sqlite3.Connection, name: str) -> Fingerprint:
     if not sound or len(rows) != 1:
         raise SluiceError(f"the latency table {name} is damaged; restore a copy, or remove it and measure again")
     return Fingerprint.from_json(rows[0][0])
+
+
+def _foreign(connection: sqlite3.Connection) -> str:
+    """What the file holds beside tables with the columns of `SCHEMA`: views and triggers are programs (rule 4)."""
+    known = {re.split(r"\W+", each)[2]: _words(each) for each in (*SCHEMA.strip().split(";\n"), BLOBS)}
+    for kind, name, sql in connection.execute("SELECT type, name, sql FROM sqlite_master"):
+        if kind == "index" and sql is None:  # of a primary key
+            continue
+        if kind != "table" or known.get(name) != _words(str(sql)):
+            return f"the {kind} {name!r:.60}"
+    return ""
+
+
+def _words(sql: str) -> str:
+    return " ".join(sql.strip().rstrip(";").split())
 
 
 @contextmanager

@@ -112,7 +112,7 @@ def test_open_or_create(tmp_path: Path) -> None:
 def test_a_table_is_made_with_its_folder_and_a_mistake_names_the_path_that_was_given(tmp_path: Path) -> None:
     with_weights(tmp_path / "new" / "folder" / "t.db")
     (tmp_path / "file").touch()
-    with pytest.raises(SluiceError, match=re.escape(f"cannot create {tmp_path / 'file' / 't.db'}: ")):
+    with pytest.raises(SluiceError, match=re.escape(f"cannot write '{tmp_path / 'file' / 't.db'}': ")):
         LatencyTable.create(tmp_path / "file" / "t.db", ORIGIN)
 
 
@@ -208,7 +208,7 @@ def damaged(kind: str, path: Path) -> None:
         ("truncated", "is damaged"),
         ("cut inside a page", "is damaged"),
         ("garbled", "is damaged"),
-        ("no schema", "is damaged"),
+        ("no schema", "holds the table"),
         ("newer", "is of version 3, this program knows up to 2"),
     ],
 )
@@ -416,3 +416,68 @@ def test_a_version_2_without_its_blobs_is_damaged(tmp_path: Path) -> None:
     connection.close()
     with pytest.raises(SluiceError, match="is damaged"):
         LatencyTable.open(path)
+
+
+PROGRAMS = [
+    "CREATE VIEW v AS WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x FROM c) SELECT x FROM c",
+    "CREATE TRIGGER t AFTER INSERT ON points BEGIN DELETE FROM points; END",
+    "CREATE TABLE mine (x)",
+    "CREATE INDEX i ON points (ms)",
+    "ALTER TABLE points ADD COLUMN more TEXT",
+    "DROP TABLE points; CREATE VIEW points AS SELECT 'a' AS key, '[]' AS extents, 1.0 AS ms, 0.1 AS spread, 1 AS n",
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_views_and_triggers_are_refused(program: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.db"
+    LatencyTable.create(path, ORIGIN).close()
+    connection = sqlite3.connect(path)
+    connection.executescript(program)
+    connection.close()
+    before = path.read_bytes()
+    with pytest.raises(SluiceError, match="which no latency table does"):
+        LatencyTable.open(path)
+    assert path.read_bytes() == before
+
+
+ROWS = [
+    ("points", ("k", "[1", 1.0, 0.1, 3)),
+    ("points", ("k", "{}", 1.0, 0.1, 3)),
+    ("points", ("k", "[1.5]", 1.0, 0.1, 3)),
+    ("points", ("k", b"[1]", 1.0, 0.1, 3)),
+    ("points", ("k", "[1]", "fast", 0.1, 3)),
+    ("points", ("k", "[1]", b"x", 0.1, 3)),
+    ("points", ("k", "[1]", 1.0, "wide", 3)),
+    ("points", ("k", "[1]", 1.0, 0.1, "many")),
+    ("points", (b"k", "[1]", 1.0, 0.1, 3)),
+    ("engines", ("k", "[1]", 1.0, 0.1, 3)),
+    ("engines", ("k", '{"a": "b"}', 1.0, 0.1, 3)),
+    ("engines", ("k", "{}", 1.0, 0.1, 2.5)),
+    ("calibrations", ("k", "x", 1.0, "{}")),
+    ("calibrations", ("k", 1.0, 1.0, "[]")),
+    ("calibrations", ("k", 1.0, 1.0, "NaN")),
+]
+
+
+@pytest.mark.parametrize(("table", "row"), ROWS, ids=range(len(ROWS)))
+def test_rows_of_other_types_are_told(table: str, row: tuple[object, ...], tmp_path: Path) -> None:
+    path = tmp_path / "t.db"
+    LatencyTable.create(path, ORIGIN).close()
+    connection = sqlite3.connect(path)
+    connection.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
+    connection.commit()
+    connection.close()
+    with LatencyTable.open(path) as opened, pytest.raises(SluiceError, match="is damaged"):
+        for key in (*opened.keys(), *opened.networks()):
+            opened.points(key), opened.engines(key), opened.get_calibration(key)
+
+
+def test_a_journal_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
+    path, own = tmp_path / "t.db", tmp_path / "thesis"
+    LatencyTable.create(path, ORIGIN).close()
+    own.write_text("mine")
+    (tmp_path / "t.db-journal").symlink_to(own)
+    with pytest.raises(SluiceError, match=r"t\.db-journal is a link"):
+        LatencyTable.open(path)
+    assert own.read_text() == "mine" and (tmp_path / "t.db-journal").is_symlink()
