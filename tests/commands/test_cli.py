@@ -281,7 +281,7 @@ def test_compress_and_check(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
         DEVICE, "--table", table, "--out", out,
     )  # fmt: skip
     assert " met, promised " in text
-    assert sorted(files_of(out)) == ["plan.json", "report.json", "slim.onnx", "slim.safetensors"]
+    assert sorted(files_of(out)) == ["manifest.json", "plan.json", "report.json", "slim.onnx", "slim.safetensors"]
     report = Report.from_json((out / "report.json").read_text())
     assert report.met()
     assert report.measured_ms is not None
