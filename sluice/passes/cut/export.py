@@ -24,6 +24,8 @@ from torch.utils import _pytree as pytree
 
 from sluice.core.errors import SluiceError
 from sluice.passes.cut.pools_onnx import with_global_pools
+from sluice.passes.graph.aten_walk import arguments
+from sluice.passes.graph.attention_forms import SDPA, can_be_written, write_attention
 from sluice.passes.graph.capture import Inputs, capture, clone, export_again, has_captured_form, normalize_inputs
 from sluice.passes.graph.names_torch import saved_tensors
 from sluice.passes.graph.onnx_file import finalize, note_buffers, quiet, save_onnx
@@ -46,6 +48,7 @@ def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> 
     names = set(saved_tensors(gm))
     with quiet():
         program = export_again(gm, example_inputs)
+        _as_exported(program.graph)
         try:
             exported = torch.onnx.export(
                 program, dynamo=True, optimize=False, external_data=False, verbose=False, opset_version=opset
@@ -137,6 +140,20 @@ def _without_numbers(gm: fx.GraphModule) -> None:
         code.pytree_info = code.pytree_info._replace(out_spec=pytree.tree_structure(kept))  # type: ignore[attr-defined]
         gm.graph.eliminate_dead_code()
         gm.recompile()
+
+
+def _as_exported(graph: fx.Graph) -> None:
+    """Attention that the exporter cannot take, written out.
+
+    It takes attention of four axes, and with a mask it believes the result to lie otherwise in memory than it does. For
+    the same reason a view behind it becomes a reshape.
+    """
+    found = [node for node in graph.nodes if node.target is SDPA and can_be_written(node)]
+    wrong = [n for n in found if n.args[0].meta["val"].ndim != 4 or arguments(n)["attn_mask"] is not None]
+    for node in wrong:
+        write_attention(node)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default) if wrong else ():
+        node.target = torch.ops.aten.reshape.default
 
 
 def _is_number(node: fx.Node) -> bool:

@@ -24,6 +24,7 @@ __all__ = [
     "permute",
     "pixel_shuffle",
     "pixel_unshuffle",
+    "repeat",
     "reshape",
     "roll",
     "select",
@@ -131,12 +132,18 @@ def index_select(w: Walk, n: fx.Node, a: Args) -> Value:
 
 
 def index(w: Walk, n: fx.Node, a: Args) -> Value:
-    """Along one axis, by one tensor of numbers."""
+    """Along one axis or several in a row, by as many tensors of numbers, which are broadcast."""
     given = [(d, tensor) for d, tensor in enumerate(a["indices"]) if tensor is not None]
-    if len(given) != 1 or given[0][1].meta["val"].dtype is torch.bool:
+    dims, tensors = [d for d, _ in given], [tensor for _, tensor in given]
+    apart = dims != list(range(dims[0], dims[-1] + 1))
+    if apart or any(tensor.meta["val"].dtype in (torch.bool, torch.uint8) for tensor in tensors):
         return unknown(w, n, a)
-    (dim, tensor), table = given[0], w.is_weight(a["self"])
-    return w.coupling.pick(w.of(a["self"]), dim, w.of(tensor), where(n, a["self"]), table=table)
+    x, name, table = w.of(a["self"]), where(n, a["self"]), w.is_weight(a["self"])
+    for d in dims[1:]:
+        w.coupling.freeze(x[d], f"{name} picks channels by number")
+    rank = max(len(w.size(tensor)) for tensor in tensors)
+    positions = w.coupling.combine(w.operands(tensors), rank, name)
+    return w.coupling.pick((*x[: dims[0] + 1], *x[dims[-1] + 1 :]), dims[0], positions, name, table=table)
 
 
 def reshape(w: Walk, n: fx.Node, a: Args) -> Value:
@@ -158,6 +165,10 @@ def permute(w: Walk, n: fx.Node, a: Args) -> Value:
 def expand(w: Walk, n: fx.Node, a: Args) -> Value:
     sizes = a.get("size") or ()
     return w.coupling.expand(w.of(n.args[0]), w.size(n.args[0]), w.size(n), w.free(sizes))
+
+
+def repeat(w: Walk, n: fx.Node, a: Args) -> Value:
+    return w.coupling.repeat(w.of(a["self"]), w.size(a["self"]), w.size(n))
 
 
 def full(w: Walk, n: fx.Node, a: Args) -> Value:
