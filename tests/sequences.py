@@ -5,7 +5,7 @@ Every network has widths of all kinds that its form offers: heads, hidden units,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sluice.models import enliven
 
-__all__ = ["SEQUENCES", "Recurrent", "sequence"]
+__all__ = ["SEQUENCES", "Attention", "Block", "Inputs", "Network", "Recurrent", "rows", "sequence", "words"]
 
 Inputs = tuple[Tensor, ...]
 
@@ -285,7 +285,8 @@ def words() -> Inputs:
     return (torch.arange(21).view(3, 7) % 17,)
 
 
-SEQUENCES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs]]] = {
+Network = tuple[Callable[[], nn.Module], Callable[[], Inputs]]
+SEQUENCES: dict[str, Network] = {
     "sdpa": (lambda: Block(lambda e: Attention(e, F.scaled_dot_product_attention)), rows),
     "fused": (lambda: Block(lambda e: Attention(e, F.scaled_dot_product_attention, fused=True)), rows),
     "fused, by hand": (lambda: Block(lambda e: Attention(e, by_hand, fused=True, norm=True)), rows),
@@ -323,9 +324,9 @@ SEQUENCES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs]]] = {
 }
 
 
-def sequence(name: str) -> tuple[nn.Module, Inputs]:
+def sequence(name: str, networks: Mapping[str, Network] = SEQUENCES) -> tuple[nn.Module, Inputs]:
     """The network in eval mode with every channel alive, and inputs of batch 3."""
-    factory, inputs = SEQUENCES[name]
+    factory, inputs = networks[name]
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model, given = factory(), inputs()

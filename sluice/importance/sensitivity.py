@@ -30,7 +30,7 @@ from sluice.passes.cut.merge_torch import linearize_torch
 from sluice.passes.cut.resolve import tensor_masks
 from sluice.passes.gates.gating import bake
 from sluice.passes.gates.insertion import along
-from sluice.passes.gates.placement import Placement, normed_axis
+from sluice.passes.gates.placement import Placement, normed_axes
 from sluice.passes.graph.groups import Analysis, keep_masks
 from sluice.solver.options import EditSpace, RankOption
 from sluice.training.train import Data, Loss
@@ -106,7 +106,7 @@ class _Change(NamedTuple):
 def _width(judge: LossIncrease, analysis: Analysis, placement: Placement, group: str, scores: np.ndarray) -> _Change:
     order = np.argsort(-scores, kind="stable")
     index = next(i for i, g in enumerate(analysis.groups) if g.name == group)
-    normed = any(index in normed_axis(analysis, name).groups for name in placement.norms)
+    normed = any(index in axis.groups for norm in placement.norms for axis in normed_axes(analysis, norm))
     state = judge.gm.state_dict()
 
     def masks(width: int) -> dict[tuple[str, int], np.ndarray]:

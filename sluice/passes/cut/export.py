@@ -24,6 +24,8 @@ from torch.utils import _pytree as pytree
 
 from sluice.core.errors import SluiceError
 from sluice.passes.cut.pools_onnx import with_global_pools
+from sluice.passes.graph.aten_walk import arguments
+from sluice.passes.graph.attention_forms import SDPA, can_be_written, write_attention
 from sluice.passes.graph.capture import Inputs, capture, clone, export_again, has_captured_form, normalize_inputs
 from sluice.passes.graph.names_torch import saved_tensors
 from sluice.passes.graph.onnx_file import finalize, note_buffers, quiet, save_onnx
@@ -44,10 +46,10 @@ def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> 
     gm = clone(model, sharing=True) if has_captured_form(model) else capture(model, example_inputs, trained=False)
     gm.eval()
     _without_numbers(gm)
-    _copy_attention(gm)
     names = set(saved_tensors(gm))
     with quiet():
         program = export_again(gm, example_inputs)
+        _as_exported(program.graph)
         try:
             exported = torch.onnx.export(
                 program, dynamo=True, optimize=False, external_data=False, verbose=False, opset_version=opset
@@ -150,18 +152,18 @@ def _without_numbers(gm: fx.GraphModule) -> None:
         gm.recompile()
 
 
-def _copy_attention(gm: fx.GraphModule) -> None:
-    """A copy behind attention, which is no operator of the file.
+def _as_exported(graph: fx.Graph) -> None:
+    """Attention that the exporter cannot take, written out.
 
-    The exporter makes views of reshapes by the strides that attention has before it is written out, and attention with
-    a mask has others after that.
+    It takes attention of four axes, and with a mask it believes the result to lie otherwise in memory than it does. For
+    the same reason a view behind it becomes a reshape.
     """
-    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default):
-        with gm.graph.inserting_after(node):
-            layout: dict[str, Any] = {"memory_format": torch.contiguous_format}
-            copied = gm.graph.call_function(torch.ops.aten.clone.default, (node,), layout)
-        node.replace_all_uses_with(copied, lambda user, copied=copied: user is not copied)
-    gm.recompile()
+    found = [node for node in graph.nodes if node.target is SDPA and can_be_written(node)]
+    wrong = [n for n in found if n.args[0].meta["val"].ndim != 4 or arguments(n)["attn_mask"] is not None]
+    for node in wrong:
+        write_attention(node)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default) if wrong else ():
+        node.target = torch.ops.aten.reshape.default
 
 
 def _is_number(node: fx.Node) -> bool:

@@ -7,6 +7,7 @@ layout for a mean: ONNX Runtime reorders the whole feature map.
 1. ``ReduceMean(x)`` over the axes ``2 .. rank - 1`` that keeps them is ``GlobalAveragePool(x)``.
 2. ``Squeeze(ReduceMean(Unsqueeze(x)))`` is ``GlobalAveragePool(x)`` where ``Unsqueeze`` puts in one spatial axis,
    ``Squeeze`` takes out the same, nobody else reads what lies between, and rule 1 holds for the mean.
+3. A mean that goes into a sum, a quotient or a root is a step of a norm that is written by hand, and stays.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from onnx import numpy_helper
 from sluice.passes.graph.onnx_graph import OnnxGraph, attributes, reads
 
 __all__ = ["with_global_pools"]
+
+_NORM = ("Add", "Sub", "Div", "Sqrt")
 
 
 def with_global_pools(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -33,6 +36,8 @@ def with_global_pools(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in nodes:
         rank = ranks.get(node.input[0], 0) if node.op_type == "ReduceMean" else 0
         if rank < 3 or not attributes(node).get("keepdims", 1) or _axes(graph, node, rank) != [*range(2, rank)]:
+            continue
+        if any(reader.op_type in _NORM for reader in graph.readers.get(node.output[0], ())):
             continue
         before, after = made.get(node.input[0]), sole.get(node.output[0])
         source, result = node.input[0], node.output[0]

@@ -137,16 +137,17 @@ class _Mender:
         elif node.op == "Slice" and cut_in:
             self._slice(node, cut_in)
         elif node.op == "Resize" and cut_out and len(node.inputs) > 3 and not _empty(node.inputs[3]):
-            sizes = node.inputs[3].values.copy()
-            for dim, mask in cut_out.items():
-                sizes[dim] = int(mask.sum())
-            node.inputs[3] = constant(f"{node.outputs[0].name}_sizes", sizes)
+            self._resize(node, cut_out)
         elif node.op in ("Conv", "ConvTranspose") and node.attrs.get("group", 1) > 1 and 1 in cut_in:
             depthwise = self.analysis.shapes[node.inputs[1].name][1] == 1  # one group per input channel
             kept = int(cut_in[1].sum()) if depthwise else len(cut_in[1])
             node.attrs["group"] = node.attrs["group"] * kept // len(cut_in[1])
         elif node.op in ("LSTM", "GRU", "RNN") and (again := self.lost(node.inputs[2].name)):
             node.attrs["hidden_size"] = int(again[2].sum())
+        elif node.op == "Pad" and cut_out:
+            self._pad(node, cut_out)
+        elif node.op == "ReduceMean" and cut_in:
+            self._unbiased(node)
         elif node.op == "Attention" and 3 in cut_in and "scale" not in node.attrs:
             node.attrs["scale"] = 1.0 / math.sqrt(len(cut_in[3]))  # that of the dense head
 
@@ -177,6 +178,47 @@ class _Mender:
         for dim, mask in cut.items():
             self.added += with_size(target, dim - len(after), int(mask.sum()), f"{name}_{dim}")
             target = node.inputs[place] = self.added[-1].outputs[0]
+
+    def _pad(self, node: Any, cut: dict[int, np.ndarray]) -> None:
+        """As many entries of the padding as readers still take."""
+        shape, pads = self.analysis.shapes[node.inputs[0].name], node.inputs[1].values.copy()
+        given = len(node.inputs) > 3 and not _empty(node.inputs[3])
+        axes = [int(d) % len(shape) for d in node.inputs[3].values] if given else list(range(len(shape)))
+        for k, dim in enumerate(axes):
+            if dim in cut:
+                front, mask = int(pads[k]), cut[dim]
+                pads[k], pads[k + len(axes)] = mask[:front].sum(), mask[front + shape[dim] :].sum()
+        node.inputs[1] = constant(f"{node.outputs[0].name}_pads", pads)
+
+    def _resize(self, node: Any, cut: dict[int, np.ndarray]) -> None:
+        """Sizes of the output, numbers or computed."""
+        sizes, name = node.inputs[3], f"{node.outputs[0].name}_sizes"
+        if hasattr(sizes, "values"):
+            numbers = sizes.values.copy()
+            for dim, mask in cut.items():
+                numbers[dim] = int(mask.sum())
+            node.inputs[3] = constant(name, numbers)
+            return
+        rank = len(self.analysis.shapes[node.outputs[0].name])
+        for dim, mask in cut.items():
+            self.added += with_size(node.inputs[3], dim - rank, int(mask.sum()), f"{name}_{dim}")
+            node.inputs[3] = self.added[-1].outputs[0]
+
+    def _unbiased(self, node: Any) -> None:
+        """A variance that is ``mean * n / (n - c)``: n counts the entries that the mean is of, c is 1 as a rule."""
+        shape, kept = self.analysis.shapes[node.inputs[0].name], self.lost(node.inputs[0].name)
+        axes = node.attrs.get("axes", node.inputs[1].values.tolist() if len(node.inputs) > 1 else range(len(shape)))
+        axes = [d % len(shape) for d in axes]
+        before = math.prod(shape[d] for d in axes)
+        after = math.prod(int(kept[d].sum()) if d in kept else shape[d] for d in axes)
+        times = next((n for n in node.outputs[0].outputs if n.op == "Mul" and _number(n.inputs[1]) == before), None)
+        over = next((n for n in times.outputs[0].outputs if n.op == "Div"), None) if times else None
+        if times is not None and over is not None and after != before:
+            by = _number(over.inputs[1])
+            assert by is not None
+            for n, number in ((times, after), (over, by - before + after)):
+                like = n.inputs[1].values
+                n.inputs[1] = constant(f"{n.outputs[0].name}_count", np.full(like.shape, number, like.dtype))
 
     def _follows(self, maker: Any, cut: dict[int, np.ndarray]) -> bool:
         """Is a target the shape of a value that is cut in the same way?"""
@@ -224,6 +266,11 @@ class _Mender:
                     bound = slice(int(values[k]), None).indices(len(mask))[0]
                     values[k] = int(mask[:bound].sum())
                     node.inputs[index] = constant(f"{node.outputs[0].name}_{name}", values)
+
+
+def _number(tensor: Any) -> float | None:
+    values = getattr(tensor, "values", None)
+    return float(values.reshape(-1)[0]) if values is not None and values.size == 1 else None
 
 
 def _empty(tensor: Any) -> bool:

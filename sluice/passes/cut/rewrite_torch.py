@@ -27,7 +27,7 @@ from sluice.passes.cut.factor_torch import factorize_torch
 from sluice.passes.cut.merge_torch import linearize_torch, merge_torch
 from sluice.passes.cut.resolve import masks_of_slices
 from sluice.passes.graph.aten import analyze
-from sluice.passes.graph.aten_walk import arguments, operator_name
+from sluice.passes.graph.aten_walk import arguments, operator_name, padding
 from sluice.passes.graph.capture import Inputs, capture, clone, mark_as_cut
 from sluice.passes.graph.groups import Analysis
 from sluice.passes.graph.names_torch import set_tensor
@@ -126,6 +126,8 @@ def mend_literals(gm: fx.GraphModule, analysis: Analysis, keeps: list[np.ndarray
             source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
             if operator_name(node) in _SIZES:
                 _resize(node, source, lost(node), analysis)
+            elif source is not None and "pad" in arguments(node) and (cut := lost(node)):
+                _repad(node, source, cut, analysis)
             elif source is not None and (cut := lost(source)):
                 _mend(node, source, cut, analysis)
 
@@ -154,7 +156,7 @@ def _mend(node: fx.Node, source: fx.Node, cut: dict[int, np.ndarray], analysis: 
     rank = len(shape)
     along = a["dim"] % rank if isinstance(a.get("dim"), int) else None
     mask = cut.get(along) if along is not None else None
-    if name == "layer_norm":
+    if name in ("layer_norm", "rms_norm"):
         sizes = list(a["normalized_shape"])
         for dim, kept in cut.items():
             if dim >= rank - len(sizes):
@@ -182,13 +184,24 @@ def _mend(node: fx.Node, source: fx.Node, cut: dict[int, np.ndarray], analysis: 
         given = [d % rank for d in (given if isinstance(given, (list, tuple)) else [given])]
         node.target = torch.ops.aten.squeeze.dims
         node.args, node.kwargs = (source, [d for d in given if d in ones]), {}
-    elif name.startswith("conv") and a["groups"] > 1:
+    elif name.startswith("conv") and a["groups"] != 1:
         weight = analysis.shapes[a["weight"].name]
         channels = cut.get(rank - len(weight) + 1)
         if weight[1] == 1 and channels is not None:  # depthwise: one group per channel of the input
             _set(node, "groups", a["groups"] * int(channels.sum()) // len(channels))
     elif name == "scaled_dot_product_attention" and a.get("scale") is None and rank - 1 in cut:
         _set(node, "scale", 1.0 / math.sqrt(shape[-1]))  # that of the dense head
+
+
+def _repad(node: fx.Node, source: fx.Node, cut: dict[int, np.ndarray], analysis: Analysis) -> None:
+    """As many entries of the padding as readers still take."""
+    a, shape = arguments(node), analysis.shapes[source.name]
+    pads = list(a["pad"])
+    for dim, (front, _) in padding(a, len(shape)).items():
+        if dim in cut:
+            mask, k = cut[dim], 2 * (len(shape) - 1 - dim)
+            pads[k : k + 2] = [int(mask[:front].sum()), int(mask[front + shape[dim] :].sum())]
+    _set(node, "pad", pads)
 
 
 def _resplit(node: fx.Node, dim: int, mask: np.ndarray) -> None:

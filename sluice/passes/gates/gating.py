@@ -7,8 +7,8 @@
    mask of the block. Layer and group norms over gated axes get masked statistics. Parameter names do not change; the
    gates live under ``gates``.
 2. `close_gates` does the same to the weights, with 0/1 masks and hard ranks, and removes the gates. The closed network
-   has the user's own architecture and computes what the gated network computes under those decisions. Only a layer or
-   group norm keeps its (constant) mask, because no weight can make it leave a channel out of its statistics.
+   has the user's own architecture and computes what the gated network computes under those decisions. Only a norm, or a
+   mean over channels, keeps its (constant) mask, because no weight can make it leave a channel out of its statistics.
 3. A rank is cut after masking, from the remaining rows and columns: the others take no rank.
 4. `strip_gates`: the dense network with the trained weights, nothing baked.
 """
@@ -27,9 +27,10 @@ from sluice.passes.cut.factor_torch import truncate_torch
 from sluice.passes.cut.resolve import tensor_masks
 from sluice.passes.gates.fading import fade, fading_values
 from sluice.passes.gates.filter_gates import REFRESH, BlockGate, Gate, Gates
-from sluice.passes.gates.insertion import TAG, Inserter, along, mask_norm, masked_norm
+from sluice.passes.gates.insertion import TAG, Inserter, along
+from sluice.passes.gates.masked_statistics import mask_norm, masked_norm, unmask_norm
 from sluice.passes.gates.merge_gates import exclude_each_other
-from sluice.passes.gates.placement import Placement, normed_axis, place_gates
+from sluice.passes.gates.placement import Placement, normed_axes, place_gates
 from sluice.passes.gates.rank_gates import RankGate
 from sluice.passes.graph.capture import MARK, Inputs, capture, clone
 from sluice.passes.graph.groups import Analysis, check_cuttable, keep_masks
@@ -135,16 +136,8 @@ def strip_gates(gated: Gated, *, thresholded: bool = False) -> fx.GraphModule:
     gm.meta.update(gated.meta)
     gm = clone(gm)
     for node in reversed(list(gm.graph.nodes)):
-        tag = node.meta.get(TAG)
-        if tag == "norm":
-            x, _, weight, bias = node.args[:4]
-            a = {**node.meta["original"], "input": x, "weight": weight, "bias": bias}
-            with gm.graph.inserting_before(node):
-                new = gm.graph.call_function(node.meta["operator"], tuple(a.values()))
-            new.meta = {"val": node.meta["val"]}
-            new._rename(node.meta["name"])
-            node.replace_all_uses_with(new)
-            gm.graph.erase_node(node)
+        if node.meta.get(TAG) == "norm":
+            unmask_norm(gm, node)
     for node in list(gm.graph.nodes):
         if node.meta.get(TAG) in ("scale", "rank", "fade"):
             node.replace_all_uses_with(node.args[0])
@@ -169,7 +162,7 @@ def absorb_masks(gated: Gated) -> None:
     """
     analysis, placement = gated.meta["space"].analysis, gated.meta["placement"]
     state = gated.state_dict(keep_vars=True)
-    normed = {g for name in placement.norms for g in normed_axis(analysis, name).groups}
+    normed = {g for norm in placement.norms for axis in normed_axes(analysis, norm) for g in axis.groups}
     with torch.no_grad():
         for index, group in enumerate(analysis.groups):
             if index in normed or group.name not in set(gated.gates):
@@ -247,14 +240,18 @@ def bake(
         for param in zeroed:
             state[param].zero_()
     nodes = {node.name: node for node in gm.graph.nodes}
-    for name in placement.norms:
-        axis_mask = normed_axis(analysis, name).mask(keeps)
-        if not axis_mask.all():
-            kept = torch.tensor(axis_mask, dtype=torch.float32, device=next(gm.parameters()).device)
-            gm.register_buffer(f"kept_{name}", kept, persistent=False)
-            with gm.graph.inserting_before(nodes[name]):
-                mask = gm.graph.get_attr(f"kept_{name}")
-            mask_norm(gm, nodes[name], mask, analysis)
+    for norm in placement.norms:
+        found = {axis.dim: axis.mask(keeps) for axis in normed_axes(analysis, norm)}
+        vectors = {}
+        for dim, mask in found.items():
+            if not mask.all():
+                name = f"kept_{norm.node}_{dim}"
+                kept = torch.tensor(mask, dtype=torch.float32, device=next(gm.parameters()).device)
+                gm.register_buffer(name, kept, persistent=False)
+                with gm.graph.inserting_before(nodes[norm.node]):
+                    vectors[dim] = gm.graph.get_attr(name)
+        if vectors:
+            mask_norm(gm, nodes[norm.node], vectors, len(analysis.shapes[norm.value]))
     gm.meta.pop(MARK, None)
     gm.recompile()
     return gm

@@ -17,61 +17,16 @@ import torch
 from torch import Tensor, fx
 
 from sluice.passes.gates.filter_gates import Gates
-from sluice.passes.gates.placement import Placement, normed_axis
-from sluice.passes.graph.aten_walk import arguments, operator_name
+from sluice.passes.gates.masked_statistics import TAG, mask_norm
+from sluice.passes.gates.placement import Placement, normed_axes
 from sluice.passes.graph.groups import Analysis
 
-__all__ = ["TAG", "Inserter", "along", "mask_norm", "masked_norm"]
-
-TAG = "sluice_gate"
-
-
-def masked_norm(
-    x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, dims: list[int], groups: int, eps: float
-) -> Tensor:
-    """Layer norm (``groups == 0``) or group norm with statistics weighted by ``mask``, which broadcasts against x.
-
-    ``mean = sum(m x) / sum(m)``, ``var = sum(m (x - mean)^2) / sum(m)`` over ``dims``; with a 0/1 mask these are the
-    statistics of the kept channels.
-    """
-    shape, dtype = x.shape, x.dtype
-    mask = mask.to(torch.promote_types(dtype, torch.float32))  # half precision would lose the statistics
-    if groups:
-        x = x.reshape(shape[0], groups, -1, *shape[2:])
-        mask = mask.reshape(1, groups, -1, *[1] * (len(shape) - 2))
-    m = mask.expand(x.shape)
-    total = m.sum(dims, keepdim=True).clamp(min=1e-6)
-    mean = (m * x).sum(dims, keepdim=True) / total
-    var = (m * (x - mean) ** 2).sum(dims, keepdim=True) / total
-    x = ((x - mean) * torch.rsqrt(var + eps)).reshape(shape)
-    tail = [1] * (len(shape) - 2) if groups else []
-    x = x if weight is None else x * weight.reshape(*weight.shape, *tail)
-    x = x if bias is None else x + bias.reshape(*bias.shape, *tail)
-    return x.to(dtype)
+__all__ = ["TAG", "Inserter", "along"]
 
 
 def along(vector: Tensor, ndim: int, axis: int) -> Tensor:
     """A vector shaped to broadcast along one axis of a tensor with ``ndim`` axes."""
     return vector.reshape([-1 if i == axis else 1 for i in range(ndim)])
-
-
-def mask_norm(gm: fx.GraphModule, node: fx.Node, mask: fx.Node, analysis: Analysis) -> fx.Node:
-    """Replace a layer or group norm node by `masked_norm`."""
-    a, rank = arguments(node), len(analysis.shapes[node.name])
-    dim = normed_axis(analysis, node.name).dim
-    grouped = operator_name(node) == "group_norm"
-    dims = list(range(2, rank + 1)) if grouped else list(range(rank - len(a["normalized_shape"]), rank))
-    with gm.graph.inserting_before(node):
-        shaped = gm.graph.call_function(
-            torch.ops.aten.view.default, (mask, [-1 if i == dim else 1 for i in range(rank)])
-        )
-        args = (a["input"], shaped, a["weight"], a["bias"], dims, a["num_groups"] if grouped else 0, a["eps"])
-        new = gm.graph.call_function(masked_norm, args)
-    shaped.meta = {TAG: "mask"}
-    new.meta = {"val": node.meta["val"], TAG: "norm", "original": a, "operator": node.target, "name": node.name}
-    node.replace_all_uses_with(new)
-    gm.graph.erase_node(node)
-    return new
 
 
 class Inserter:
@@ -89,9 +44,10 @@ class Inserter:
             vector = self._multiplier(self._lies_on(param, axis))
             for node in [n for n, target in reads.items() if target == param]:
                 self._scale(node, vector, axis)
-        for name in placement.norms:
-            node = next(n for n in self.gm.graph.nodes if n.name == name)
-            mask_norm(self.gm, node, self._multiplier(normed_axis(self.analysis, name).layers), self.analysis)
+        nodes = {node.name: node for node in self.gm.graph.nodes}
+        for norm in placement.norms:
+            vectors = {axis.dim: self._multiplier(axis.layers) for axis in normed_axes(self.analysis, norm)}
+            mask_norm(self.gm, nodes[norm.node], vectors, len(self.analysis.shapes[norm.value]))
 
     def scale_blocks(self, blocks: Mapping[str, Sequence[str]]) -> None:
         for name, tensors in blocks.items():

@@ -15,8 +15,9 @@ consumer (an operator that contracts the axis), once for every group that lies o
 4. Where two activations are multiplied and summed over the axis (q and k over the dimensions of a head), one of them
    is multiplied, the first for which there is a place; both would square the mask.
 
-Masks multiply tensors of the size of a weight, never activations. A layer or group norm over a gated axis takes its
-statistics over the kept channels only; those nodes are listed too.
+Masks multiply tensors of the size of a weight, never activations. A layer, group or RMS norm over a gated axis takes
+its statistics over the kept channels only, and so does a mean, sum, variance or norm over them, as in norms that are
+written by hand; those nodes are listed too.
 """
 
 from __future__ import annotations
@@ -29,42 +30,50 @@ import torch
 from torch import fx
 
 from sluice.passes.graph.aten_recurrent import GATES, layer_weights
-from sluice.passes.graph.aten_walk import arguments, keeps_zero, operator_name
+from sluice.passes.graph.aten_walk import arguments, factors_of, keeps_zero, operator_name, reduced
 from sluice.passes.graph.capture_modes import BatchNorm
 from sluice.passes.graph.groups import Analysis, ValueAxis
 from sluice.passes.graph.operators import Operator, aten_operator
 
-__all__ = ["Placement", "normed_axis", "place_gates"]
+__all__ = ["Norm", "Placement", "normed_axes", "place_gates"]
 
 Ref = tuple[str, int]  # (tensor, axis)
 
 
 @dataclass(frozen=True, slots=True)
+class Norm:
+    """A node that takes statistics over axes that can be cut, and the value and axes that it takes them of."""
+
+    node: str
+    value: str
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Placement:
-    """Tensors whose axes are multiplied by masks, and norm nodes that need masked statistics."""
+    """Tensors whose axes are multiplied by masks, and nodes that need masked statistics."""
 
     refs: frozenset[Ref]
-    norms: tuple[str, ...]
+    norms: tuple[Norm, ...]
 
 
 def place_gates(gm: fx.GraphModule, analysis: Analysis) -> Placement:
     walk = _Walk(gm, analysis)
     refs: set[Ref] = set()
-    norms: list[str] = []
+    norms: list[Norm] = []
     for node in gm.graph.nodes:
         for values in walk.consumed(node):
             for group in sorted(frozenset.intersection(*(walk.groups(v, dim) for v, dim in values))):
                 found = (walk.demand(value, group) for value, _ in values)
                 refs |= next((own for own in found if own is not None), frozenset())
         refs |= walk.recurrent(node)
-        if _is(node, "group_norm", "layer_norm") and walk.normalised(node):
-            norms.append(node.name)
+        norms += walk.normalised(node)
     return Placement(frozenset(refs), tuple(norms))
 
 
-def normed_axis(analysis: Analysis, norm: str) -> ValueAxis:
-    """The axis over which a norm of `Placement` takes masked statistics: no axis behind it is labelled."""
-    return analysis.values[norm][-1]
+def normed_axes(analysis: Analysis, norm: Norm) -> list[ValueAxis]:
+    """The axes over which the node takes its statistics and which can be cut."""
+    return [axis for axis in analysis.values[norm.value] if axis.dim in norm.dims]
 
 
 def _is(node: fx.Node, *names: str) -> bool:
@@ -95,13 +104,20 @@ class _Walk:
         axis = self.analysis.axis(node.name, dim % len(self.analysis.shapes.get(node.name, (0,))))
         return frozenset() if axis is None else axis.groups
 
-    def normalised(self, node: fx.Node) -> bool:
-        """Does this layer or group norm mix a labelled axis?"""
-        if not self.groups(node):
-            return False
-        a, rank = arguments(node), len(self.analysis.shapes[node.name])
-        first = 1 if "num_groups" in a else rank - len(a["normalized_shape"])
-        return normed_axis(self.analysis, node.name).dim >= first
+    def normalised(self, node: fx.Node) -> list[Norm]:
+        """The node, if it takes statistics over axes that can be cut."""
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            return []
+        kind, x = aten_operator(operator_name(node)).kind, node.args[0] if node.args else None
+        if kind not in ("layer_norm", "group_norm", "rms_norm", "statistic") or not isinstance(x, fx.Node):
+            return []
+        a, rank = arguments(node), len(self.analysis.shapes[x.name])
+        if kind == "statistic":
+            over = reduced(a, rank)
+        else:
+            over = list(range(1 if kind == "group_norm" else rank - len(a["normalized_shape"]), rank))
+        dims = tuple(d for d in sorted(over) if self.groups(x, d))
+        return [Norm(node.name, x.name, dims)] if dims else []
 
     def consumed(self, node: fx.Node) -> list[tuple[tuple[Any, int], ...]]:
         """The values, and an axis of each, that the node multiplies and sums over."""
@@ -115,7 +131,7 @@ class _Walk:
         if row.kind == "linear":
             return [((a["input"], -1), (a["weight"], 1))]
         if row.kind in ("addmm", "matmul"):
-            x, y = (a["mat1"], a["mat2"]) if row.kind == "addmm" else node.args[:2]
+            x, y = factors_of(a) if row.kind == "addmm" else node.args[:2]
             return [((x, -1), (y, -2 if len(self.analysis.shapes[y.name]) > 1 else -1))]  # type: ignore[union-attr,index]
         if row.kind == "sdpa":
             return [((a["query"], -1), (a["key"], -1))]
@@ -147,7 +163,7 @@ class _Walk:
     def depthwise(self, node: fx.Node) -> bool:
         """Do channels stay apart."""
         a = arguments(node)
-        return a["groups"] > 1 and self.analysis.shapes[a["weight"].name][1] == 1
+        return a["groups"] != 1 and self.analysis.shapes[a["weight"].name][1] == 1
 
     def demand(self, node: Any, group: int) -> frozenset[Ref] | None:
         """Tensors to multiply so that closed channels of this value are zero; None if there are none."""
@@ -186,6 +202,8 @@ class _Walk:
             return self.demand(a["weight"], group)
         if row.weights:
             return self._produced(node, row, a, group)
+        if row.kind == "pad" and keeps_zero(row, node) and group not in self.groups(node.args[0]):
+            return frozenset()  # zeros that stand beside what is padded
         if row.kind == "combine" and group not in self.groups(node.args[0]):
             return None
         return self.demand(node.args[0], group) if keeps_zero(row, node) else None

@@ -6,6 +6,7 @@ in-place variant has the rule of its base. An operator without a rule freezes it
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,11 @@ from sluice.passes.graph.aten_walk import (
     OperatorRule,
     Walk,
     arguments,
+    correction_of,
+    factors_of,
     operator_name,
+    padding,
+    reduced,
     static_shape,
     unknown,
     where,
@@ -40,6 +45,8 @@ LETTERS = "abcdefgh"
 def _conv(w: Walk, n: fx.Node, a: Args) -> Value:
     x, weight = w.operand(a["input"]), w.operand(a["weight"])
     bias = w.operand(a["bias"]) if a["bias"] is not None else None
+    if not isinstance(a["groups"], int):
+        return unknown(w, n, a, f"{where(n)} has a weight of its own for every entry of the batch")
     transposed = "transpose" in operator_name(n)
     return w.coupling.convolve(x, weight, bias, a["groups"], transposed, where(n, a["weight"]))
 
@@ -52,8 +59,8 @@ def _linear(w: Walk, n: fx.Node, a: Args) -> Value:
 
 
 def _addmm(w: Walk, n: fx.Node, a: Args) -> Value:
-    out = _product(w, n, a["mat1"], a["mat2"])
-    return _shifted(w, out, n, a["self"], where(n, a["mat2"]))
+    x, y = factors_of(a)
+    return _shifted(w, _product(w, n, x, y), n, a["self"], where(n, y))
 
 
 def _baddbmm(w: Walk, n: fx.Node, a: Args) -> Value:
@@ -111,10 +118,18 @@ def _prelu(w: Walk, n: fx.Node, a: Args) -> Value:
 def _reduce(w: Walk, n: fx.Node, a: Args) -> Value:
     if isinstance(a.get("other"), fx.Node):  # the larger of two values, no maximum over an axis
         return _combine(w, n, a)
-    rank = len(w.size(a["self"]))
-    dims = a.get("dim")
-    dims = list(range(rank)) if dims is None or dims == [] else dims if isinstance(dims, Sequence) else [dims]
-    return _several(w, n, w.coupling.reduce(w.of(a["self"]), dims, bool(a.get("keepdim", False)), where(n)))
+    value = w.coupling.reduce(w.of(a["self"]), reduced(a, len(w.size(a["self"]))), bool(a.get("keepdim")), where(n))
+    return _several(w, n, value)
+
+
+def _statistic(w: Walk, n: fx.Node, a: Args) -> Value:
+    x, order = w.of(a["self"]), a.get("ord", a.get("p", 2))
+    dims = reduced(a, len(x))
+    if order is not None and not (isinstance(order, (int, float)) and 0 < order < math.inf):
+        return _reduce(w, n, a)
+    if operator_name(n) in ("var", "std"):
+        w.coupling.unbiased(w.operand(a["self"]), dims, correction_of(a), where(n))
+    return w.coupling.statistic(x, dims, bool(a.get("keepdim")))
 
 
 def _several(w: Walk, n: fx.Node, value: Value) -> Value:
@@ -132,9 +147,11 @@ def _spatial(w: Walk, n: fx.Node, a: Args) -> Value:
 
 
 def _pad(w: Walk, n: fx.Node, a: Args) -> Value:
-    rank, pads = len(w.size(a["self"])), a["pad"] if "pad" in a else a["padding"]
-    padded = [rank - 1 - k // 2 for k, size in enumerate(pads) if size != 0]
-    return w.coupling.beside(w.of(a["self"]), padded, where(n))
+    x, pads = w.of(a["self"]), padding(a, len(w.size(a["self"])))
+    known = all(isinstance(size, int) and size >= 0 for pair in pads.values() for size in pair)
+    if known and "padding" not in a and a.get("mode", "constant") == "constant":
+        return w.coupling.pad(x, pads)
+    return w.coupling.beside(x, pads, where(n))
 
 
 def _along(w: Walk, n: fx.Node, a: Args) -> Value:
@@ -163,9 +180,11 @@ KINDS: dict[str, OperatorRule] = {
     "instance_norm": _per_channel,
     "group_norm": _group_norm,
     "layer_norm": _layer_norm,
+    "rms_norm": _layer_norm,
     "spatial": _spatial,
     "pad": _pad,
     "reduce": _reduce,
+    "statistic": _statistic,
     "along": _along,
     "fixed": _fixed,
     "full": layout.full,
@@ -174,6 +193,7 @@ KINDS: dict[str, OperatorRule] = {
     "reshape": layout.reshape,
     "permute": layout.permute,
     "expand": layout.expand,
+    "repeat": layout.repeat,
     "like": layout.like,
     "cat": layout.cat,
     "split": layout.split,
@@ -221,7 +241,7 @@ def analyze(gm: fx.GraphModule, exclude: Sequence[str] = (), *, needed: bool = T
                 w.value[node.name] = rule(w, node, arguments(node))
             else:
                 unknown(w, node, {})
-        elif node.op == "call_module":
+        elif node.op == "call_module" and node.args:
             x = node.args[0]
             w.value[node.name] = w.of(x)
             if isinstance(modules[node.target], BatchNorm):

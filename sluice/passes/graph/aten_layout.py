@@ -24,6 +24,7 @@ __all__ = [
     "permute",
     "pixel_shuffle",
     "pixel_unshuffle",
+    "repeat",
     "reshape",
     "roll",
     "select",
@@ -164,6 +165,10 @@ def permute(w: Walk, n: fx.Node, a: Args) -> Value:
 def expand(w: Walk, n: fx.Node, a: Args) -> Value:
     sizes = a.get("size") or ()
     return w.coupling.expand(w.of(n.args[0]), w.size(n.args[0]), w.size(n), w.free(sizes))
+
+
+def repeat(w: Walk, n: fx.Node, a: Args) -> Value:
+    return w.coupling.repeat(w.of(a["self"]), w.size(a["self"]), w.size(n))
 
 
 def full(w: Walk, n: fx.Node, a: Args) -> Value:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,14 @@ __all__ = [
     "OperatorRule",
     "Walk",
     "arguments",
+    "correction_of",
     "each_axis",
+    "factors_of",
     "keeps_zero",
     "limits",
     "operator_name",
+    "padding",
+    "reduced",
     "static_shape",
     "unknown",
     "where",
@@ -77,9 +81,10 @@ Args = dict[str, Any]
 OperatorRule = Callable[[Walk, fx.Node, Args], Value]
 
 
-def unknown(w: Walk, n: fx.Node, a: Args) -> Value:
+def unknown(w: Walk, n: fx.Node, a: Args, why: str = "") -> Value:
     """Everything that the operator reads stays whole."""
-    w.coupling.unknown([w.of(v) for v in n.all_input_nodes], f"unknown operator {operator_name(n)} ({n.name})")
+    why = why or f"unknown operator {operator_name(n)} ({n.name})"
+    w.coupling.unknown([w.of(v) for v in n.all_input_nodes], why)
     for weight in (v for v in n.all_input_nodes if w.is_weight(v) and len(w.size(v)) > 1):
         w.coupling.produce(w.of(weight)[0])
     return fixed(w.size(n))
@@ -127,6 +132,32 @@ def arguments(node: fx.Node) -> Args:
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     given = {**{arg.name: value for arg, value in zip(schema, node.args, strict=False)}, **node.kwargs}
     return {arg.name: given.get(arg.name, arg.default_value) for arg in schema}
+
+
+def correction_of(a: Mapping[str, Any]) -> float:
+    """By how much a variance divides by less than the number of entries, of the arguments of its operator."""
+    correction = a.get("correction", a.get("unbiased", True))
+    return 1.0 if correction is None else float(correction)
+
+
+def factors_of(a: Args) -> tuple[fx.Node, fx.Node]:
+    """The two factors of an operator that adds their product to something."""
+    return (a["mat1"], a["mat2"]) if "mat1" in a else (a["batch1"], a["batch2"])
+
+
+def padding(a: Args, rank: int) -> dict[int, tuple[int, int]]:
+    """By axis what an operator pads it with in front and behind, of its arguments; only where it does."""
+    pads = a["pad"] if "pad" in a else a["padding"]
+    pairs = {rank - 1 - k: (pads[2 * k], pads[2 * k + 1]) for k in range(len(pads) // 2)}
+    return {d: pair for d, pair in pairs.items() if pair != (0, 0)}
+
+
+def reduced(a: Mapping[str, Any], rank: int) -> list[int]:
+    """The axes that a sum, a mean or a maximum runs over, of the arguments of its operator."""
+    dims = a.get("dim")
+    if dims is None or dims == []:
+        return list(range(rank))
+    return [d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])] if rank else []
 
 
 def each_axis(value: Any, axes: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -23,8 +23,9 @@ from torch.utils import _pytree as pytree
 
 from sluice.core.errors import SluiceError, first_line
 from sluice.core.plan import InputSpec, Plan
-from sluice.passes.graph.capture_modes import raise_modes
-from sluice.passes.graph.capture_regions import inline_regions
+from sluice.passes.graph.capture_forms import inline, write_out
+from sluice.passes.graph.capture_modes import raise_attention, raise_modes
+from sluice.passes.graph.capture_recurrent import split_layers
 from sluice.passes.graph.names_torch import (
     NAMES,
     all_tensors,
@@ -61,7 +62,6 @@ __all__ = [
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 MARK = "sluice_capture"
-_POOLS = {torch.ops.aten.adaptive_avg_pool1d.default: [-1], torch.ops.aten.adaptive_avg_pool2d.default: [-2, -1]}
 CUT = "sluice_cut"
 
 
@@ -99,10 +99,14 @@ def capture(
     gm = exported.module(check_guards=False)
     gm.__dict__.pop("train", None)  # the exporter forbids both; raised modules make them right again
     gm.__dict__.pop("eval", None)
-    inline_regions(gm)
+    inline(gm)
     read_by_first_name(gm)
-    raise_modes(gm, source, {renamed_path(path, names) for path in _kept_in_eval(model)})
-    _write_means(gm)
+    split_layers(gm)
+    held = _kept_in_eval(model)
+    raise_modes(gm, source, {renamed_path(path, names) for path in held})
+    if trained:
+        raise_attention(gm, _in_training(model, held), args, kwargs)
+    write_out(gm)
     for node in list(gm.graph.nodes):
         guard = node.op == "call_module" and node.target == "_guards_fn"
         if guard or node.target is torch.ops.aten._assert_tensor_metadata.default:
@@ -127,6 +131,14 @@ def _kept_in_eval(model: nn.Module) -> frozenset[str]:
     return frozenset(names)
 
 
+def _in_training(model: nn.Module, held: Collection[str]) -> nn.Module:
+    """A copy in training mode, but for the modules that stay in eval mode."""
+    copy = copied(model).train()
+    for name in held:
+        copy.get_submodule(name).eval()
+    return copy
+
+
 def _without_writes(gm: fx.GraphModule) -> None:
     """Leave out what forward() writes into tensors of its own; no output depends on it (`check_function`)."""
     for node in reversed(list(gm.graph.nodes)):
@@ -134,22 +146,6 @@ def _without_writes(gm: fx.GraphModule) -> None:
         owned = isinstance(target, fx.Node) and target.op == "get_attr"
         if owned and not node.users and node.target._schema.is_mutable:
             gm.graph.erase_node(node)
-
-
-def _write_means(gm: fx.GraphModule) -> None:
-    """Pools to one position as means, where their input lies channels last.
-
-    An exporter restores the strides of such a pool with a Gather by computed positions. It computes nothing, and no
-    reader could follow it.
-    """
-    for node in gm.graph.nodes:
-        axes = _POOLS.get(node.target)
-        if (
-            axes is not None
-            and all(size == 1 for size in node.args[1])
-            and not node.args[0].meta["val"].is_contiguous()
-        ):
-            node.target, node.args = torch.ops.aten.mean.dim, (node.args[0], axes, True)
 
 
 def export_again(gm: fx.GraphModule, example_inputs: Inputs) -> torch.export.ExportedProgram:

@@ -1,19 +1,22 @@
 """Operators whose behaviour depends on the mode, raised to modules at their own path.
 
 Batch norm becomes `BatchNorm`, whose affine tensors stay graph inputs, so that gates can multiply them; dropouts become
-the modules of ``torch.nn``. So ``.train()`` and ``.eval()`` work on a captured graph. What the user keeps in eval mode
-while the rest trains stays so: such a norm uses its statistics always, such a dropout drops nothing.
+the modules of ``torch.nn``. The dropout of attention weights is a number among the arguments of an operator, 0 in eval
+mode; a module, `AttentionDropout`, gives it, and a call in training mode tells how much it is. So ``.train()`` and
+``.eval()`` work on a captured graph. What the user keeps in eval mode while the rest trains stays so: such a norm uses
+its statistics always, such a dropout drops nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["DROPOUTS", "BatchNorm", "raise_modes"]
+__all__ = ["DROPOUTS", "AttentionDropout", "BatchNorm", "raise_attention", "raise_modes"]
 
 DROPOUTS = {
     "dropout": nn.Dropout,
@@ -21,6 +24,17 @@ DROPOUTS = {
     "alpha_dropout": nn.AlphaDropout,
     "feature_alpha_dropout": nn.FeatureAlphaDropout,
 }
+
+
+class AttentionDropout(nn.Module):
+    """Gives the share of attention weights that are dropped: ``p`` in training, else none."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self) -> float:
+        return self.p if self.training else 0.0
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -82,6 +96,50 @@ def raise_modes(gm: fx.GraphModule, source: nn.Module, held: Collection[str] = (
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
+
+
+def raise_attention(gm: fx.GraphModule, training: nn.Module, args: Any, kwargs: Any) -> None:
+    """Give attention its dropout; ``training`` is a copy of the model in training mode, which is used up.
+
+    Where it does not run on the example inputs, or attends more or less often than in eval mode, nothing is dropped.
+    """
+    nodes = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)
+    if not nodes:
+        return
+    try:
+        with torch.random.fork_rng(), torch.no_grad(), _shares() as found:
+            training(*args, **kwargs)
+    except Exception:  # of any kind: it is the user's own code, in a mode that nothing else needs
+        return
+    taken = set(dict(gm.named_modules()))
+    for node, p in zip(nodes, found if len(found) == len(nodes) else (), strict=False):
+        if p:
+            stack = list((node.meta.get("nn_module_stack") or {}).values())
+            here = ".".join(part for part in (str(stack[-1][0]) if stack else "", "attention_dropout") if part)
+            path = next(name for name in _names(here) if name not in taken)
+            taken.add(path)
+            _parents(gm, path)
+            gm.set_submodule(path, AttentionDropout(p))
+            with gm.graph.inserting_before(node):
+                share = gm.graph.call_module(path)
+            share.meta = {"val": 0.0}
+            node.args = (*node.args[:3], *[*node.args[3:], None][:1], share, *node.args[5:])
+
+
+@contextmanager
+def _shares() -> Iterator[list[float]]:
+    """The dropout of every attention that is computed meanwhile, also inside functions of torch."""
+    original, found = nn.functional.scaled_dot_product_attention, list[float]()
+
+    def told(*args: Any, **kwargs: Any) -> Tensor:
+        found.append(float(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)))
+        return original(*args, **kwargs)
+
+    nn.functional.scaled_dot_product_attention = told
+    try:
+        yield found
+    finally:
+        nn.functional.scaled_dot_product_attention = original
 
 
 def _batch_norm(holder: nn.Module, original: nn.Module, momentum: float, eps: float) -> BatchNorm:

@@ -13,6 +13,8 @@ may never be cut, with a reason. After the whole graph has been read, the classe
    they are *heads*: axes that a product of two activations has in common and keeps. Then the inner ones, which are the
    dimensions of heads, stay as they are unless they are asked for.
 5. An operator without a rule freezes its inputs. Nothing is guessed.
+6. Means, sums and variances over channels are those of the channels that are kept, as in norms. A variance that divides
+   by n - 1 needs two entries wherever one channel is left.
 
 The two front ends (`sluice.passes.graph.aten`, `sluice.passes.graph.onnx_axes`) only translate operators into these
 rules.
@@ -44,6 +46,7 @@ class Coupling(Layout):
     def __init__(self, tensors: Mapping[str, Shape]):
         super().__init__(tensors)
         self.heads: list[np.ndarray] = []  # layers on the shared axes of products of two activations
+        self.variances: list[tuple[list[tuple[Layers, int]], float, str]] = []  # unbiased ones: axes, correction, where
 
     def contract(self, operands: Sequence[tuple[Value, Shape, str, bool]], out: str, where: str) -> Value:
         """A sum of products, written as in einsum: a letter per axis of each operand, and those of the result.
@@ -174,6 +177,25 @@ class Coupling(Layout):
         self.freeze(x[dim], f"{where} mixes the channels")
         return x
 
+    def unbiased(self, x: Operand, dims: Sequence[int], correction: float, where: str) -> None:
+        """A variance over ``dims``, divided by the number of entries less ``correction`` (rule 6)."""
+        value, shape = x
+        if correction:
+            self.variances.append(([(value[d], shape[d]) for d in dims], correction, where))
+
+    def _without_few_entries(self) -> None:
+        made = np.concatenate([np.unique(self.axes[key]) for key in self.producers] or [np.empty(0, dtype=np.int64)])
+        roots = np.concatenate([np.unique(layer) for layer in self.resolved((made,))] or [made])
+        roots = np.setdiff1d(roots, [-1, *self.frozen])
+        for axes, correction, where in self.variances:
+            least = 1
+            for layers, size in axes:
+                cut = [layer for layer in self.resolved(layers) if np.isin(layer, roots).any()]
+                one = int(np.unique(cut[0], return_counts=True)[1].min()) if cut else size
+                least *= 1 if len(cut) > 1 else one
+            for layers, _ in axes if least <= correction else ():
+                self.freeze(layers, f"{where} takes an unbiased variance over the channels")
+
     def settle(self, dims: bool) -> None:
         """Freeze the axes of splits that cannot be cut, and dimensions of heads unless ``dims`` (rule 4)."""
         heads = {root for layer in self.resolved(tuple(self.heads)) for root in layer.tolist()}
@@ -187,3 +209,4 @@ class Coupling(Layout):
                     continue
                 what = "keeps the dimensions of its heads" if any(shared) else "splits the axis in equal parts"
                 self.freeze((factor,), f"{split.where} {what}")
+        self._without_few_entries()

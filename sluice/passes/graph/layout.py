@@ -143,11 +143,38 @@ class Layout(Atoms):
             found.append(x[d - lead] if same else (self.new(size),) if d in free else FIXED)
         return tuple(found)
 
-    def reduce(self, x: Value, dims: Iterable[int], keepdim: bool, where: str) -> Value:
-        """Sums, means, maxima over ``dims``."""
-        gone = {d % len(x) for d in dims} if x else set()
-        for d in gone:
+    def reduce(self, x: Value, dims: Sequence[int], keepdim: bool, where: str) -> Value:
+        """Maxima, products and others over ``dims``, or one position of each."""
+        for d in {d % len(x) for d in dims} if x else ():
             self.freeze(x[d], f"{where} reduces over the channels")
+        return self.statistic(x, dims, keepdim)
+
+    def pad(self, x: Value, pads: Mapping[int, tuple[int, int]]) -> Value:
+        """By axis how many entries of one number come in front and behind; they follow whatever they meet."""
+        found = list(x)
+        for d, (front, behind) in pads.items():
+            rest = (np.full(front, -1), np.full(behind, -1))
+            ends = (self.new(front), self.new(behind))
+            found[d] = tuple(
+                np.concatenate([ends[0], layer, ends[1]] if k == 0 else [rest[0], layer, rest[1]])
+                for k, layer in enumerate(x[d])
+            )
+        return tuple(found)
+
+    def repeat(self, x: Value, before: Shape, after: Shape) -> Value:
+        """Every axis several times behind itself: all copies of an index stay or go together."""
+        lead, found = len(after) - len(before), []
+        for d, size in enumerate(after):
+            layers, own = (x[d - lead], before[d - lead]) if d >= lead else (FIXED, 1)
+            if own == 1 and size != 1:
+                self.freeze(layers, "is repeated from a single channel")
+                layers = FIXED
+            found.append(tuple(np.tile(layer, size // own) for layer in layers) if size != own else layers)
+        return tuple(found)
+
+    def statistic(self, x: Value, dims: Sequence[int], keepdim: bool) -> Value:
+        """Sums, means and variances over ``dims``; where channels are cut, they are those of the channels kept."""
+        gone = {d % len(x) for d in dims} if x else set()
         return tuple(FIXED if d in gone else layers for d, layers in enumerate(x) if keepdim or d not in gone)
 
     def pick(self, x: Value, dim: int, positions: Value, where: str, *, table: bool = False, dims: int = 1) -> Value:

@@ -7,6 +7,7 @@ folded, so that sizes are numbers. An operator with a size that stays open freez
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -79,13 +80,35 @@ def _unary(w: OnnxWalk, n: Node, a: Attributes) -> Value:
     return w.of(n.input[0])
 
 
-def _reduce(w: OnnxWalk, n: Node, a: Attributes) -> Value:
+def _reduced(w: OnnxWalk, n: Node, a: Attributes) -> list[int]:
     rank = len(w.shape[n.input[0]])
-    axes = a.get("axes") or (w.ints(entry(n, 1)) if entry(n, 1) else None) or list(range(rank))
-    return w.coupling.reduce(w.of(n.input[0]), axes, bool(a.get("keepdims", 1)), n.name)
+    return a.get("axes") or (w.ints(entry(n, 1)) if entry(n, 1) else None) or list(range(rank))
+
+
+def _reduce(w: OnnxWalk, n: Node, a: Attributes) -> Value:
+    return w.coupling.reduce(w.of(n.input[0]), _reduced(w, n, a), bool(a.get("keepdims", 1)), n.name)
+
+
+def _statistic(w: OnnxWalk, n: Node, a: Attributes) -> Value:
+    if n.op_type == "ReduceMean":
+        w.coupling.unbiased(w.operand(n.input[0]), _reduced(w, n, a), _correction(w, n, a), n.name)
+    return w.coupling.statistic(w.of(n.input[0]), _reduced(w, n, a), bool(a.get("keepdims", 1)))
+
+
+def _correction(w: OnnxWalk, n: Node, a: Attributes) -> float:
+    """Of a variance that is written ``mean * n / (n - c)``, with n the number of entries that the mean is of: c."""
+    entries = math.prod(w.shape[n.input[0]][d] for d in _reduced(w, n, a))
+    for times in w.graph.readers.get(n.output[0], ()):
+        if times.op_type == "Mul" and w.graph.scalar(times.input[1]) == entries:
+            for over in w.graph.readers.get(times.output[0], ()):
+                if over.op_type == "Div" and (by := w.graph.scalar(over.input[1])) is not None:
+                    return entries - by
+    return 0.0
 
 
 def _spatial(w: OnnxWalk, n: Node, a: Attributes) -> Value:
+    if n.op_type == "GlobalAveragePool":  # a mean over whatever stands there
+        return w.coupling.statistic(w.of(n.input[0]), range(2, len(w.shape[n.input[0]])), True)
     return w.coupling.beside(w.of(n.input[0]), range(2, len(w.shape[n.input[0]])), n.name)
 
 
@@ -111,15 +134,18 @@ KINDS: dict[str, OnnxRule] = {
     "batch_norm": _per_channel,
     "instance_norm": _per_channel,
     "layer_norm": _layer_norm,
+    "rms_norm": _layer_norm,
     "spatial": _spatial,
     "pad": layout.pad,
     "reduce": _reduce,
+    "statistic": _statistic,
     "along": _along,
     "fixed": _fixed,
     "full": layout.full,
     "reshape": layout.reshape,
     "permute": layout.transpose,
     "expand": layout.expand,
+    "repeat": layout.tile,
     "cat": layout.concat,
     "split": layout.split,
     "slice": layout.slice_,

@@ -17,8 +17,9 @@ from onnx import helper, numpy_helper
 
 from sluice.core.errors import SluiceError
 
-__all__ = ["LITERAL", "OnnxGraph", "attributes", "is_whole_shape", "reads", "with_batch"]
+__all__ = ["INTEGERS", "LITERAL", "OnnxGraph", "attributes", "is_whole_shape", "reads", "with_batch"]
 
+INTEGERS = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
 LITERAL = 1024  # elements; a shape, a scale or a list of axes has no more
 
 
@@ -170,11 +171,18 @@ class OnnxGraph:
         value = next(iter(attributes(node).values()))
         return numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else np.asarray(value)
 
+    def scalar(self, name: str) -> float | None:
+        """The number that a constant of one entry is; None for any other value."""
+        init = self.initializers.get(name)
+        if init is not None and math.prod(init.dims) != 1:
+            return None
+        array = self.array(name)
+        return None if array is None or array.size != 1 else float(array.reshape(-1)[0])
+
     @cached_property
     def literals(self) -> dict[str, np.ndarray]:
         """Constants that may describe shapes: integer initialisers, and all Constant nodes."""
-        integers = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
-        names = [name for name, init in self.initializers.items() if init.data_type in integers]
+        names = [name for name, init in self.initializers.items() if init.data_type in INTEGERS]
         names += [node.output[0] for node in self.graph.node if node.op_type == "Constant"]
         return {name: array for name in names if (array := self.array(name)) is not None}
 

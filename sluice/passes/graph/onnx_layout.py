@@ -16,6 +16,7 @@ __all__ = [
     "reshape",
     "slice_",
     "split",
+    "tile",
     "transpose",
 ]
 
@@ -44,10 +45,11 @@ def slice_(w: OnnxWalk, n: Node, a: Attributes) -> Value:
     for k, dim in enumerate(d % len(shape) for d in axes):
         if not x[dim]:
             continue
-        if starts is None or ends is None or steps is None or steps[k] not in (1, -1):
+        if starts is None or ends is None or steps is None:
             return unknown(w, n, a)
-        if steps[k] == -1:
-            w.coupling.freeze(x[dim], f"{n.name} reverses the channels")
+        if steps[k] != 1:
+            how = "reverses the channels" if steps[k] == -1 else f"takes every {steps[k]}th channel"
+            w.coupling.freeze(x[dim], f"{n.name} {how}")
             x = (*x[:dim], FIXED, *x[dim + 1 :])
         else:
             start, stop, _ = slice(starts[k], ends[k]).indices(shape[dim])
@@ -69,6 +71,10 @@ def expand(w: OnnxWalk, n: Node, a: Attributes) -> Value:
     if n.input[1] in w.whole_shape_of and len(before) == before.count(1):  # zeros_like: cut as that value is
         return w.of(w.whole_shape_of[n.input[1]])
     return w.coupling.expand(x, before, after, [d for d, size in enumerate(after) if w.is_free(size)])
+
+
+def tile(w: OnnxWalk, n: Node, a: Attributes) -> Value:
+    return w.coupling.repeat(w.of(n.input[0]), w.shape[n.input[0]], w.shape[n.output[0]])
 
 
 def full(w: OnnxWalk, n: Node, a: Attributes) -> Value:
@@ -103,8 +109,11 @@ def pad(w: OnnxWalk, n: Node, a: Attributes) -> Value:
     pads, axes = w.ints(entry(n, 1)), w.ints(entry(n, 3)) if entry(n, 3) else list(range(len(x)))
     if pads is None or axes is None:
         return unknown(w, n, a)
-    padded = [axis % len(x) for k, axis in enumerate(axes) if pads[k] or pads[k + len(axes)]]
-    return w.coupling.beside(x, padded, n.name)
+    pairs = {axis % len(x): (pads[k], pads[k + len(axes)]) for k, axis in enumerate(axes)}
+    pairs = {d: pair for d, pair in pairs.items() if pair != (0, 0)}
+    if a.get("mode", b"constant") in (b"constant", "constant") and all(min(pair) >= 0 for pair in pairs.values()):
+        return w.coupling.pad(x, pairs)
+    return w.coupling.beside(x, pairs, n.name)
 
 
 def depth_to_space(w: OnnxWalk, n: Node, a: Attributes) -> Value:

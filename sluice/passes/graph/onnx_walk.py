@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 from sluice.passes.graph.coupling import FIXED, Coupling, Operand, Shape, Value, fixed
-from sluice.passes.graph.onnx_graph import OnnxGraph, is_whole_shape, reads
+from sluice.passes.graph.onnx_graph import INTEGERS, OnnxGraph, is_whole_shape, reads
 
 __all__ = ["Attributes", "Node", "OnnxRule", "OnnxWalk", "entry", "open_size", "unknown"]
 
@@ -21,7 +21,7 @@ class OnnxWalk:
     """Labels and sizes by name. Every initialiser is a named tensor, and a value like any other."""
 
     def __init__(self, model: onnx.ModelProto, graph: OnnxGraph, batch: int | None):
-        self.constants = graph.literals
+        self.graph, self.constants = graph, graph.literals
         self.coupling = Coupling({init.name: tuple(init.dims) for init in model.graph.initializer})
         self.whole_shape_of = {n.output[0]: n.input[0] for n in model.graph.node if is_whole_shape(n)}
         self.batch = batch
@@ -63,7 +63,9 @@ def unknown(w: OnnxWalk, n: Node, a: Attributes, why: str = "") -> Value:
     """Everything that the operator reads stays whole."""
     w.coupling.unknown([w.of(i) for i in reads(n) if i], why or f"unknown operator {n.op_type} ({n.name})")
     for name in n.input:
-        if name in w.weights and len(value := w.of(name)) > 1:
+        init = w.graph.initializers.get(name)
+        whole = init is not None and init.data_type in (onnx.TensorProto.BOOL, *INTEGERS)
+        if name in w.weights and len(value := w.of(name)) > 1 and not whole:
             w.coupling.produce(value[0])
     return tuple(FIXED for _ in w.shape.get(n.output[0], ()))
 

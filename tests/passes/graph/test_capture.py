@@ -269,3 +269,57 @@ def test_operators_without_gradients_are_read() -> None:
         gone = [1, 3, 4]
         model.two.weight[:, gone] = 0
         assert_close(slim, model(x))
+
+
+@pytest.mark.parametrize("kind", ["attention", "lstm", "gru"])
+def test_training_drops_what_the_model_drops(kind: str) -> None:
+    """Attention weights and the outputs between stacked layers, with the same random numbers."""
+    layers = {
+        "attention": lambda: nn.TransformerEncoderLayer(10, 5, 13, dropout=0.4, batch_first=True),
+        "lstm": lambda: nn.LSTM(10, 6, num_layers=2, dropout=0.4, batch_first=True),
+        "gru": lambda: nn.GRU(10, 6, num_layers=3, dropout=0.4, bidirectional=True),
+    }
+    model, x = layers[kind](), torch.randn(3, 7, 10)
+    gm = capture(model, x)
+    for training in (True, False):
+        found = []
+        for network in (model, gm):
+            torch.manual_seed(0)
+            out = network.train(training)(x)
+            found.append(out if kind == "attention" else out[0])
+        assert_close(found[1], found[0], 1e-6)
+
+
+def test_the_last_states_of_stacked_layers() -> None:
+    """Of all layers at once, and of given ones; and states that are given."""
+
+    class States(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.LSTM(5, 6, num_layers=2, bidirectional=True, batch_first=True)
+
+        def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+            y, (h, c) = self.inner(x, (h.transpose(0, 1).contiguous(), torch.zeros_like(h.transpose(0, 1))))
+            return y, h, c[-3], h[1]
+
+    model, inputs = States().eval(), (torch.randn(3, 7, 5), torch.randn(3, 4, 6))
+    for ours, theirs in zip(capture(model, inputs)(*inputs), model(*inputs), strict=True):
+        assert_close(ours, theirs, 1e-6)
+
+
+def test_what_is_computed_without_gradients_has_none() -> None:
+    class Without(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 6), nn.Linear(5, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                scale = self.a(x).sigmoid()
+            return self.b(x) * scale
+
+    model, x = Without(), torch.randn(3, 5)
+    gm = capture(model, x)
+    assert_close(gm(x), model(x), 1e-6)
+    gm(x).sum().backward()
+    assert gm.a.weight.grad is None and gm.b.weight.grad is not None

@@ -313,7 +313,9 @@ CASES = [
     ),
     Case("pad", lambda y: F.pad(y, (1, 0, 2, 1))),
     Case("pad with a value", lambda y: F.pad(y, (1, 0, 2, 1), value=0.6)),
-    Case("pad the channels", lambda y: F.pad(y, (0, 0, 0, 0, 1, 1)), after=wide(8), frozen="labelled axis"),
+    Case("pad the channels", lambda y: F.pad(y, (0, 0, 0, 0, 1, 1)), after=wide(8)),
+    Case("pad the channels with a value", lambda y: F.pad(y, (0, 0, 0, 0, 1, 1), value=0.6), after=wide(8)),
+    Case("pad some channels away", lambda y: F.pad(y, (0, 0, 0, 0, 1, -1)), frozen="labelled axis"),
     Case("pad reflect", lambda y: F.pad(y, (1, 0, 2, 1), mode="reflect")),
     Case("constant_pad_nd", lambda y: aten.constant_pad_nd(y, [1, 2])),
     Case("reflection_pad2d", lambda y: aten.reflection_pad2d(y, [1, 0, 2, 1])),
@@ -325,7 +327,16 @@ CASES = [
     Case("max over the channels", lambda y: y.max(1, keepdim=True)[0], after=wide(1), frozen="over the channels"),
     Case("norm", lambda y: aten.norm(y, 2, [3], True)),
     Case("linalg_vector_norm", lambda y: torch.linalg.vector_norm(y, dim=(2, 3), keepdim=True)),
-    Case("mean over the channels", lambda y: y.mean(1, keepdim=True), after=wide(1), frozen="over the channels"),
+    *(Case(f"{n} over the channels", lambda y, n=n: getattr(y, n)(1, keepdim=True), after=wide(1)) for n in ("mean", "sum")),  # noqa: E501
+    Case("var over the channels", lambda y: y.var(1, keepdim=True), after=wide(1), frozen="unbiased variance"),
+    Case("std over the channels", lambda y: y.std(1, keepdim=True, correction=0), after=wide(1)),
+    Case("var over channels and places", lambda y: y / y.var((1, 2, 3), keepdim=True)),
+    Case("norm of the channels", lambda y: y / (aten.norm(y, 2, [1], True) + 0.1)),
+    Case("mean over channels and places", lambda y: y - y.mean((1, 2, 3), keepdim=True)),
+    Case("mean over everything", lambda y: y - y.mean()),
+    Case("repeat", lambda y: y.repeat(1, 2, 1, 1), after=wide(12)),
+    Case("isnan", lambda y: y.masked_fill(y.sqrt().isnan(), 0.3)),
+    Case("rms_norm", lambda y: F.rms_norm(y.transpose(1, 3), (6,)).transpose(1, 3)),
     *(Case(n, lambda y, n=n: getattr(y, n)(2)) for n in ("softmax", "log_softmax", "cumsum")),
     Case("_softmax", lambda y: aten._softmax(y, 2, False)),
     Case("softmax over the channels", lambda y: y.softmax(1), frozen="mixes the channels"),
@@ -376,6 +387,8 @@ CASES = [
     rows("bmm", lambda y: y * torch.bmm(y[:, None], y[:, :, None])[:, 0]),
     rows("baddbmm", lambda y: y * torch.baddbmm(y[:, None, :1], y[:, None], y[:, :, None], alpha=0.3)[:, 0]),
     rows("einsum", lambda y, m: torch.einsum("bi,oi->bo", y, m.extra["w"]), extra={"w": torch.rand(6, 6)}),
+    rows("baddbmm", lambda y: torch.baddbmm(y[:, None], y[:, None], y[:, :, None] * y[:, None, :])[:, 0]),
+    rows("numpy_T", lambda y, m: F.linear(y, m.extra["w"].T), extra={"w": torch.rand(6, 6)}),
     rows("einsum of values", lambda y: torch.einsum("bi,bi->b", y, y)[:, None] * y),
     rows("einsum of a diagonal", lambda y: y + torch.einsum("ii->i", y.t() @ y), frozen="unknown operator einsum"),
     places("scaled_dot_product_attention", lambda y: attended(y[:, None])[:, 0]),
@@ -387,6 +400,7 @@ CASES = [
     *(rows(n, lambda y, m: m.layer(y), extra={"layer": layer}) for n, layer in {
         "gru_cell": nn.GRUCell(6, 6), "rnn_tanh_cell": nn.RNNCell(6, 6),
         "rnn_relu_cell": nn.RNNCell(6, 6, nonlinearity="relu")}.items()),
+    Case("index by two", lambda y: y + y.permute(2, 3, 0, 1)[torch.tensor([0, 2]), torch.tensor([1, 0])].mean(0)[:, :, None, None]),  # noqa: E501
     Case("index", lambda y: y[:, [5, 3, 1, 0]], after=wide(4), frozen="picks channels"),
     # no rule
     Case("view as another type", lambda y: y.view(torch.int32).view(torch.float32), frozen="unknown operator view.dtype"),  # noqa: E501
