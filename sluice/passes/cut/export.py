@@ -25,8 +25,8 @@ from torch.utils import _pytree as pytree
 from sluice.core.errors import SluiceError
 from sluice.passes.cut.pools_onnx import with_global_pools
 from sluice.passes.graph.aten_walk import arguments
-from sluice.passes.graph.attention_forms import SDPA, can_be_written, write_attention
 from sluice.passes.graph.capture import Inputs, capture, clone, export_again, has_captured_form, normalize_inputs
+from sluice.passes.graph.capture_attention import SDPA, can_be_written, write_attention
 from sluice.passes.graph.names_torch import saved_tensors
 from sluice.passes.graph.onnx_file import finalize, note_buffers, quiet, save_onnx
 from sluice.passes.graph.onnx_graph import OnnxGraph

@@ -162,6 +162,8 @@ def _mend(node: fx.Node, source: fx.Node, cut: dict[int, np.ndarray], analysis: 
             if dim >= rank - len(sizes):
                 sizes[dim - rank + len(sizes)] = int(kept.sum())
         _set(node, "normalized_shape", sizes)
+    elif name == "group_norm" and 1 in cut and a["num_groups"] == shape[1]:  # a group of its own for every channel
+        _set(node, "num_groups", int(cut[1].sum()))
     elif name in ("chunk", "split", "split_with_sizes") and along is not None and mask is not None:
         _resplit(node, along, mask)
     elif name == "slice" and mask is not None:

@@ -115,6 +115,8 @@ class _Walk:
         if kind == "statistic":
             over = reduced(a, rank)
         else:
+            if a.get("num_groups") == self.analysis.shapes[x.name][1]:
+                return []  # every channel by itself
             over = list(range(1 if kind == "group_norm" else rank - len(a["normalized_shape"]), rank))
         dims = tuple(d for d in sorted(over) if self.groups(x, d))
         return [Norm(node.name, x.name, dims)] if dims else []

@@ -245,8 +245,10 @@ def _export(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
 
 
 def _program(module: nn.Module, args: Any, kwargs: Any, *, dynamic_shapes: Any = None) -> torch.export.ExportedProgram:
-    with warnings.catch_warnings():  # a recurrent layer lists its weights anew, which changes nothing
-        warnings.filterwarnings("ignore", message="The tensor attribute.*_flat_weights")
+    with (
+        warnings.catch_warnings()
+    ):  # layers list or compute their weights anew, which changes nothing (`check_function`)
+        warnings.filterwarnings("ignore", message="The tensor attribute")
         return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
 
 

@@ -152,8 +152,10 @@ class Coupling(Layout):
         return (*fixed(shape[:dim]), value[dim], *fixed(shape[dim + 1 :]))
 
     def group_norm(self, x: Operand, dim: int, groups: int, vectors: Iterable[Operand], where: str) -> Value:
-        """Equal numbers of channels leave every group, so that the number of groups stays."""
+        """Equal numbers of channels leave every group, so that the number of groups stays; one of one goes with it."""
         value, shape = x
+        if groups == shape[dim]:
+            return self.per_channel(x, dim, vectors, where)
         self.tie(value[dim], np.tile(np.arange(shape[dim] // groups), groups))
         return self.per_channel(x, dim, vectors, where)
 

@@ -29,6 +29,7 @@ from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.capture import capture, clone
 from sluice.passes.graph.groups import Analysis, keep_masks
 from sluice.passes.graph.onnx_axes import analyze_onnx
+from sluice.passes.search_space import find_search_space, read_torch
 from sluice.runtime.base.compare import assert_close, relative_error
 from sluice.runtime.ort.cpu import OrtRunner
 from tests.networks import random_kept
@@ -150,8 +151,13 @@ WIDTHS = {
 def test_what_can_be_cut(name: str) -> None:
     """Without one reason for a matrix that is left alone, but the last, whose rows are the output."""
     model, inputs = sequence(name, ALL)
-    analysis = analyze(capture(model, inputs))
+    dense = capture(model, inputs)
+    space = find_search_space(read_torch(dense))
+    analysis = space.analysis
     assert {g.name: g.size for g in analysis.groups} == WIDTHS[name]
+    told = {*space.left_alone, *(ref.param for group in analysis.groups for ref in group.refs)}
+    silent = [n for n, p in dense.named_parameters() if p.ndim > 1 and told.isdisjoint((n, n.rpartition(".")[0]))]
+    assert not silent
     outputs = {} if name == "columns" else {"head": "is an output of the model"}  # of a table that is cut elsewhere
     assert analysis.frozen == outputs
 

@@ -359,6 +359,7 @@ CASES = [
          ),
     Case("group_norm", lambda y, m: m.norm(y), extra={"norm": nn.GroupNorm(3, 6)}),
     Case("group_norm without affine", lambda y: F.group_norm(y, 2)),
+    Case("group_norm of every channel", lambda y, m: m.norm(y), extra={"norm": nn.GroupNorm(6, 6)}),
     rows("layer_norm", lambda y, m: m.norm(y), extra={"norm": nn.LayerNorm(6)}),
     rows("layer_norm without affine", lambda y: F.layer_norm(y, (6,))),
     Case("layer_norm C x H x W", lambda y, m: m.norm(y), extra={"norm": nn.LayerNorm((6, 6, 5))}),

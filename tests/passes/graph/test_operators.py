@@ -78,7 +78,7 @@ DIFFERENT = {
     "upsample nearest-exact": _GATHER,
 }
 # Rows that neither front end has a rule for: what flows into them stays whole.
-WITHOUT_RULE = ("rms_norm", "Tile", "view.dtype")
+WITHOUT_RULE = ("view.dtype",)
 
 
 class Residual(nn.Module):
