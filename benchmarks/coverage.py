@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         save(args.results, (row for spec, row in load(args.results).items() if spec not in gone))
     rows = load(args.results) if args.show else sweep(wanted, args.results, args.again)
     if args.write:
-        write_atomically(DOCUMENT, document(list(rows.values()), KINDS).encode())
+        write_atomically(DOCUMENT, document(list(rows.values()), KINDS, len(NETWORKS)).encode())
     print("\n".join(lines(list(rows.values()), KINDS)))
     print(json.dumps(summary(list(rows.values()))))
     return 0

@@ -83,7 +83,7 @@ ViTConfig?{_VIT}&image_size=64
 DeiTConfig?{_VIT}&image_size=64
 Dinov2Config?{_VIT}&image_size=56
 Dinov2WithRegistersConfig?{_VIT}&image_size=56
-CLIPVisionConfig?{_VIT}&image_size=64&architecture=CLIPVisionModelWithProjection
+CLIPVisionConfig?{_VIT}&image_size=64&architecture=CLIPVisionModelWithProjection&outputs=image_embeds
 BeitConfig?{_VIT}&image_size=64
 SwinConfig?image_size=64&embed_dim=24&depths=[1,1,1]&num_heads=[2,3,4]&window_size=4
 Swinv2Config?image_size=64&embed_dim=24&depths=[1,1,1]&num_heads=[2,3,4]&window_size=4
@@ -93,7 +93,7 @@ IJepaConfig?{_VIT}&image_size=64
 """
 
 HYBRIDS = """
-timm:botnet26t_256@3,128,128 timm:halonet26t@3,128,128 timm:lambda_resnet26t@3,128,128
+timm:botnet26t_256@3,256,256 timm:halonet26t@3,256,256 timm:lambda_resnet26t@3,128,128
 timm:gcresnext26ts@3,64,64 timm:coat_lite_tiny?img_size=64&serial_depths=[1,1,1,1] timm:coatnet_nano_rw_224?img_size=64
 timm:maxvit_pico_rw_256?img_size=64 timm:maxxvit_rmlp_nano_rw_256?img_size=64
 timm:efficientformer_l1?depths=[1,1,1,2]@3,224,224 timm:efficientformerv2_s0@3,224,224 timm:efficientvit_b0@3,64,64
@@ -135,7 +135,7 @@ ModernBertConfig?{_BERT}&pad_token_id=0&cls_token_id=1&sep_token_id=2 EuroBertCo
 EsmConfig?{_BERT}&pad_token_id=1&mask_token_id=4 MegatronBertConfig?{_BERT}
 RemBertConfig?{_BERT}&input_embedding_size=32 LayoutLMConfig?{_BERT}
 NomicBertConfig?{_BERT}&architecture=NomicBertForMaskedLM
-CLIPTextConfig?{_BERT}&architecture=CLIPTextModelWithProjection
+CLIPTextConfig?{_BERT}&architecture=CLIPTextModelWithProjection&outputs=text_embeds
 FunnelConfig?d_model=48&block_sizes=[1,1]&block_repeats=[1,1]&n_head=3&d_head=16&d_inner=96&vocab_size=200
 """
 

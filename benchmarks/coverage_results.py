@@ -48,8 +48,8 @@ def lines(rows: Sequence[Row], kinds: Sequence[str]) -> list[str]:
     return out
 
 
-def document(rows: Sequence[Row], kinds: Sequence[str]) -> str:
-    """``docs/coverage.md``."""
+def document(rows: Sequence[Row], kinds: Sequence[str], listed: int) -> str:
+    """``docs/coverage.md``; ``listed`` is the number of networks, run or not."""
     found = summary(rows)
     cells = table(rows, kinds)
     text = [
@@ -59,6 +59,11 @@ def document(rows: Sequence[Row], kinds: Sequence[str]) -> str:
         "`python -m benchmarks.coverage --show --write` of `benchmarks/results/coverage.json`. Weights are random and",
         "images small; `benchmarks/coverage_networks.py` has the arguments of every network.",
         "",
+        *(
+            [f"Of {listed} networks that are listed, {found['n']} have been run so far.", ""]
+            if found["n"] < listed
+            else []
+        ),
         f"Of {found['n']} networks {found['captured']} are captured. {found['cut_with_parity']} are cut by a random",
         "plan that halves every group, with parity of the slim network with the closed one in torch, and of the cut",
         "ONNX file with the slim network, at two batch sizes where the file leaves its batch free. The share is of",

@@ -80,7 +80,8 @@ def test_figures_of_rows(tmp_path: Path) -> None:
     said = lines(ROWS, ("text", "detection"))
     assert said[1].split() == ["text", "2", "2", "1", "0.750", "0.500", "1", "1.5"]
     assert said[-2:] == ["timm:b: cut: a | b", "timm:d: capture: no"]
-    page = document(ROWS, ("text", "detection"))
+    page = document(ROWS, ("text", "detection"), 5)
+    assert "Of 5 networks that are listed, 4 have been run" in page
     assert "| `timm:b` | cut | a \\| b |" in page and "| `timm:c` | 0.900 | 10.0%: picks rows (c.weight) |" in page
     path = tmp_path / "rows.json"
     rows = [Row(network.spec, network.kind, share=0.5) for network in NETWORKS[:2]]
