@@ -79,6 +79,9 @@ def identify(
     lines = _structure(graph, analysis, inputs, outputs, compositions, size)
     if plain := [f"i{k}" for k, name in enumerate(inputs) if name in joined]:
         lines.append([PLAIN, *plain])
+    normed = {node.input[0] for node in graph.node if node.op_type == "LayerNormalization"}
+    if any(node.op_type == "Add" and node.output[0] in normed for node in graph.node):
+        lines.append(["plain sums"])  # which is how ONNX Runtime's files have them
     if bare := [f"i{k}" for k, name in enumerate(inputs) if name in unlaid]:
         lines.append(["unlaid", *bare])
     key = hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()[:24]

@@ -24,7 +24,7 @@ from sluice.core.latency import Extent
 from sluice.passes.cut.rewrite_onnx import cut_graph
 from sluice.passes.graph.groups import Analysis, agreeing, rename_groups
 from sluice.passes.graph.onnx_axes import analyze_onnx
-from sluice.passes.graph.onnx_graph import OnnxGraph
+from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
 from sluice.passes.graph.static_shapes import static_graph
 from sluice.profiler.pieces.identity import identify
 from sluice.profiler.pieces.split import ANCHORS, RECURRENT, Part, anchored_pads, split
@@ -117,7 +117,8 @@ def partition_graph(
 def partition_static(static: onnx.ModelProto, analysis: Analysis, batch: int) -> Partition:
     """All pieces of what `static_at` returned; ``analysis`` is of that graph."""
     graph = OnnxGraph(static)
-    parts = split(static.graph.node, {info.name for info in static.graph.input}, set(graph.outputs))
+    entering, leaving = {info.name for info in static.graph.input}, set(graph.outputs)
+    parts = split(static.graph.node, entering, leaving, _means(static.graph.node, graph))
     pieces = cut_out(parts, range(len(parts)), static, analysis, graph.initializers, graph.infos)
     return Partition(static, analysis, pieces, batch)
 
@@ -261,6 +262,18 @@ def _laid(nodes: Iterable[onnx.NodeProto]) -> set[str]:
             not anchor and node.op_type not in PLAINLY and found.intersection(node.input)
         ):
             found.update(node.output)
+    return found
+
+
+def _means(nodes: Sequence[onnx.NodeProto], graph: OnnxGraph) -> set[str]:
+    """Reductions over positions of what no convolution laid out; those over the last axis belong to norms."""
+    laid, found = _laid(nodes), set[str]()
+    for node in nodes:
+        if node.op_type.startswith("Reduce") and node.input[0] not in laid and node.input[0] in graph.infos:
+            axes = attributes(node).get("axes", graph.literals.get(node.input[1] if len(node.input) > 1 else ""))
+            rank = len(graph.infos[node.input[0]].type.tensor_type.shape.dim)
+            if axes is not None and rank - 1 not in {int(axis) % rank for axis in axes}:
+                found.add(node.output[0])
     return found
 
 
