@@ -28,7 +28,7 @@ from sluice.passes.graph.capture import capture
 from sluice.passes.search_space import find_search_space, read_onnx
 from sluice.profiler.fit.assemble import known_of
 from sluice.profiler.fit.cost_law import Known, fit_law
-from sluice.profiler.pieces.net_time import CALL_KEY
+from sluice.profiler.pieces.net_time import known_call
 from sluice.profiler.pieces.partition import Piece, partition_static, static_at, with_small
 from sluice.profiler.survey import closed_bench, survey
 from sluice.profiler.table.latency_table import LatencyTable
@@ -53,7 +53,9 @@ def known_points() -> tuple[dict[str, Known], dict[str, np.ndarray]]:
         path.write_bytes(lzma.decompress(TABLE.read_bytes()))
         with LatencyTable.open(path) as table:
             layout = survey(partition, closed_bench(table), methods=METHODS, space=space)
-            call_ms = table.require(CALL_KEY, ()).ms
+            known = known_call(table)
+            assert known is not None
+            call_ms = known.ms
             pieces = [slot for slot in layout.slots if isinstance(slot.part, Piece)]
             found = {slot.part.key: known_of(slot, table, call_ms) for slot in pieces}
     sizes = {p.key: np.array([float(e.at(partition.dense)) for e in p.extents]) for p in partition.pieces}

@@ -28,7 +28,7 @@ from sluice.core.progress import silent
 from sluice.passes.search_space import find_search_space, read_onnx
 from sluice.profiler.fit.assemble import Layout, Slot
 from sluice.profiler.pieces.joints import Joint
-from sluice.profiler.pieces.net_time import calls_in
+from sluice.profiler.pieces.net_time import CALL_KEY, calls_in
 from sluice.profiler.pieces.partition import Piece, partition_static, static_at, with_small
 from sluice.profiler.pieces.work import Work, work_of
 from sluice.profiler.profile import Profile
@@ -111,7 +111,7 @@ def simulated_profile(model: onnx.ModelProto, batch: int, methods: tuple[str, ..
     table = LatencyTable.create(":memory:", Fingerprint("simulated", "ort-cpu", "1", 1, "fp32", batch, "thread_cpu"))
     nothing: object = _Nothing()
     bench = SimulatedBench(table, nothing, ReferenceEngine(nothing, 1.0), np.random.default_rng(0))  # type: ignore[arg-type]
-    table.put("call-v3", (), Measurement(CALL_MS, 0.0, 1, "thread_cpu"))
+    table.put(CALL_KEY, (), Measurement(CALL_MS, 0.0, 1, "thread_cpu"))
     static = static_at(model, batch)
     space = find_search_space(read_onnx(static), ())
     partition = with_small(partition_static(static, space.analysis, batch), model)

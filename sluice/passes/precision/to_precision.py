@@ -1,7 +1,8 @@
 """Fp32 networks rewritten for the precision of their deployment. numpy and onnx only.
 
-``fp32``: the network as it is; for ONNX Runtime on the CPU and one thread, one axis as a row
-(`sluice.passes.precision.lines_as_rows`), padded where that is faster (`sluice.passes.precision.padded_lines`).
+``fp32``: the network as it is; for ONNX Runtime on the CPU with sums that are not fused with layer norms
+(`sluice.passes.precision.plain_sums`), and with one thread one axis as a row (`sluice.passes.precision.lines_as_rows`),
+padded where that is faster (`sluice.passes.precision.padded_lines`).
 ``fp16``, ``bf16``: strongly typed in 16 bits (`sluice.passes.precision.half`).
 ``int8``: pairs of ``QuantizeLinear`` and ``DequantizeLinear`` around fp32 operators
 (`sluice.passes.precision.quantize`).
@@ -20,6 +21,7 @@ from sluice.passes.graph.onnx_file import without_defaults
 from sluice.passes.precision.half import LEAST_OPSET, at_opset, to_half
 from sluice.passes.precision.lines_as_rows import with_lines_as_rows
 from sluice.passes.precision.padded_lines import with_padded_lines
+from sluice.passes.precision.plain_sums import with_plain_sums
 from sluice.passes.precision.quantize import quantize
 
 __all__ = ["to_precision"]
@@ -50,9 +52,10 @@ def to_precision(
     check_precision(precision)
     model = without_defaults(model)
     if precision == "fp32":
-        if target != "ort-cpu" or threads != 1:
+        if target != "ort-cpu":
             return model
-        return with_padded_lines(with_lines_as_rows(model, part=part))
+        model = with_plain_sums(model)
+        return model if threads != 1 else with_padded_lines(with_lines_as_rows(model, part=part))
     try:
         if precision == "int8":
             return quantize(at_opset(model, LEAST_OPSET), ranges=ranges, part=part, target=target, exclude=exclude)

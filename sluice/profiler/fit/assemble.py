@@ -22,8 +22,8 @@ import numpy as np
 from sluice.core.latency import Extent, LatencyModel, Rule, Term
 from sluice.profiler.fit.cost_law import CostLaw, Estimate, Known, fit_law
 from sluice.profiler.pieces.joints import Joint
-from sluice.profiler.pieces.levels import sum_levels, width_levels
-from sluice.profiler.pieces.net_time import CALL_KEY, joint_ms, measured_joints, net_ms
+from sluice.profiler.pieces.levels import group_levels, sum_levels
+from sluice.profiler.pieces.net_time import joint_ms, known_call, measured_joints, net_ms
 from sluice.profiler.pieces.partition import Partition, Piece, anchor_weight
 from sluice.profiler.pieces.variants import Alternatives, OfferedReplacement
 from sluice.profiler.pieces.work import Work, work_of
@@ -82,7 +82,7 @@ def lay_out(partition: Partition, alternatives: Alternatives, precision: str) ->
     """The slots of a dense graph and of what is offered in the place of its layers."""
     shown, drops = alternatives.shown, alternatives.options.drops
     known = partition.dense
-    levels = {group: width_levels(size, precision) for group, size in known.items()}
+    levels = group_levels(partition, precision)
     # A piece without a weight goes by its own name where a dropped branch takes it along.
     alone = {name for names in alternatives.without_weight.values() for name in names}
     anchors = {p.name: p.name if p.name in alone else anchor_weight(p) for p in partition.pieces}
@@ -123,7 +123,7 @@ def lay_out(partition: Partition, alternatives: Alternatives, precision: str) ->
 
 def fill(layout: Layout, table: LatencyTable) -> LatencyModel:
     """The uncalibrated model, as the table knows it now; the table holds one point of a piece or more."""
-    found = table.get(CALL_KEY, ())
+    found = known_call(table)
     call_ms = found.ms if found is not None else 0.0
     pieces = {slot.part.key: known_of(slot, table, call_ms) for slot in layout.slots if isinstance(slot.part, Piece)}
     law = fit_law(list(pieces.values()))

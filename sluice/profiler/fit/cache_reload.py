@@ -53,6 +53,17 @@ class CachePenalty:
 
         return replace(model, terms=tuple(map(cold, model.terms)), cached_ms=self.ms_per_mb * self.cache_mb)
 
+    def folded(self, model: LatencyModel, weights: Mapping[str, np.ndarray]) -> LatencyModel:
+        """The model with this penalty in the milliseconds of its terms; for caches that hold nothing (C = 0)."""
+
+        def slower(term: Term) -> Term:
+            if term.name not in weights:
+                return term
+            more = np.minimum(self.ms_per_mb * weights[term.name], np.maximum(term.ms, 0.0))
+            return replace(term, ms=term.ms + more, bound=None if term.bound is None else term.bound + more)
+
+        return replace(model, terms=tuple(map(slower, model.terms)))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PenaltyFit:

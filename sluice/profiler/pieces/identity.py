@@ -20,10 +20,10 @@ from onnx import numpy_helper
 from sluice.core.latency import Extent
 from sluice.passes.graph.groups import Analysis
 from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
-from sluice.profiler.pieces.split import ANCHORS
+from sluice.profiler.pieces.split import ANCHORS, RECURRENT
 from sluice.runtime.base.runner import PLAIN
 
-__all__ = ["Composition", "Identity", "compositions_of", "identify"]
+__all__ = ["Composition", "Identity", "compositions_of", "identify", "weights_only"]
 
 SCHEME = 5  # version of how a piece is timed; keys of two schemes never meet
 Size = Callable[[str], list[object]]
@@ -40,10 +40,14 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """A labelled ``axis`` of a value: positions per channel of every group on it, and ``fixed`` ones."""
+    """A labelled ``axis`` of a value: ``fixed`` positions, and those that groups keep.
+
+    ``coefs`` holds positions per channel of a group, or of several groups that lie on the same positions, as heads and
+    their dimensions do: the axis has ``fixed + sum coef * width * width ...`` positions.
+    """
 
     axis: int
-    coefs: Mapping[str, int]
+    coefs: Mapping[tuple[str, ...], int]
     fixed: int
 
 
@@ -53,8 +57,12 @@ def identify(
     inputs: Sequence[str],
     outputs: Sequence[str],
     joined: Collection[str],
+    unlaid: Collection[str] = (),
 ) -> Identity:
-    """The identity of a piece's graph with these activations; a concatenation made the ``joined`` ones."""
+    """The identity of a piece's graph with these activations; a concatenation made the ``joined`` ones.
+
+    The ``unlaid`` ones have no source, although they meet another operator than an anchor.
+    """
     joined_only = {n for n in inputs if all(node.op_type == "Concat" for node in graph.node if n in node.input)}
     values = [*inputs, *(name for node in graph.node for name in node.output if name)]
     compositions = {v: c for v in values if (c := compositions_of(analysis, v))}
@@ -64,48 +72,54 @@ def identify(
     def size(value: str) -> list[object]:
         dims: list[object] = list(analysis.shapes[value])
         for found in compositions.get(value, ()):
-            terms = sorted({f"{coef}*{symbol[g]}" for g, coef in found.coefs.items()})
+            terms = sorted({"*".join([str(c), *(symbol[g] for g in names)]) for names, c in found.coefs.items()})
             dims[found.axis] = "+".join([*terms, str(found.fixed)])
         return dims
 
     lines = _structure(graph, analysis, inputs, outputs, compositions, size)
     if plain := [f"i{k}" for k, name in enumerate(inputs) if name in joined]:
         lines.append([PLAIN, *plain])
+    normed = {node.input[0] for node in graph.node if node.op_type == "LayerNormalization"}
+    if any(node.op_type == "Add" and node.output[0] in normed for node in graph.node):
+        lines.append(["plain sums"])  # which is how ONNX Runtime's files have them
+    if bare := [f"i{k}" for k, name in enumerate(inputs) if name in unlaid]:
+        lines.append(["unlaid", *bare])
     key = hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()[:24]
     extents = tuple(Extent(tuple((g, 1) for g in sorted(names))) for names in classes)
     return Identity(key, _words(graph, inputs, outputs, size), extents)
 
 
 def compositions_of(analysis: Analysis, value: str) -> tuple[Composition, ...]:
-    """The labelled axes of a value, in order; on none of them may an index belong to two groups."""
+    """The labelled axes of a value, in order."""
     found = []
     for axis in analysis.values.get(value, ()):
-        coefs: dict[str, int] = {}
-        free = np.ones(len(axis.layers[0][0]), dtype=bool)
-        for groups, channels in axis.layers:
-            free &= groups < 0
-            for index in np.unique(groups[groups >= 0]):
-                own = channels[groups == index]
-                coefs[analysis.groups[int(index)].name] = len(own) // len(np.unique(own))
-        found.append(Composition(axis.dim, coefs, int(free.sum())))
+        groups, channels = (np.stack(each) for each in zip(*axis.layers, strict=True))
+        coefs: dict[tuple[str, ...], int] = {}
+        for column in np.unique(groups, axis=1).T:
+            here = (groups == column[:, None]).all(0)
+            if names := tuple(sorted({analysis.groups[int(g)].name for g in column if g >= 0})):
+                own = channels[:, here][column >= 0]
+                coefs[names] = coefs.get(names, 0) + own.shape[1] // len(np.unique(own, axis=1).T)
+        found.append(Composition(axis.dim, coefs, int((groups < 0).all(0).sum())))
     return tuple(found)
 
 
 def _classes(compositions: Mapping[str, Sequence[Composition]], joined_only: Collection[str]) -> list[list[str]]:
     """Groups that occur together (rule 1), in the order in which the values show them."""
-    different = {
-        json.dumps(c.coefs, sort_keys=True) for v, each in compositions.items() if v not in joined_only for c in each
-    }
-    incidence: dict[str, list[tuple[int, int]]] = {}
-    for position, coefs in enumerate(sorted(different)):
-        for group, coef in json.loads(coefs).items():
-            incidence.setdefault(group, []).append((position, coef))
-    classes: dict[tuple[tuple[int, int], ...], list[str]] = {}
+    different = sorted(
+        {tuple(sorted(c.coefs.items())) for v, each in compositions.items() if v not in joined_only for c in each}
+    )
+    incidence: dict[str, list[tuple[int, int, tuple[str, ...]]]] = {}
+    for position, coefs in enumerate(different):
+        for names, coef in coefs:
+            for group in names:
+                others = tuple(n for n in names if n != group)
+                incidence.setdefault(group, []).append((position, coef, others))
+    classes: dict[tuple[tuple[int, int, tuple[str, ...]], ...], list[str]] = {}
     for group in incidence:
         classes.setdefault(tuple(incidence[group]), []).append(group)
-    first_seen = {
-        g: i for i, g in reversed(list(enumerate(g for each in compositions.values() for c in each for g in c.coefs)))
-    }
+    shown = [g for each in compositions.values() for c in each for names in c.coefs for g in names]
+    first_seen = {g: i for i, g in reversed(list(enumerate(shown)))}
     return sorted(classes.values(), key=lambda names: min(first_seen[g] for g in names))
 
 
@@ -127,7 +141,9 @@ def _structure(
         if own.get("group", "1") != "1" and node.input[0] in compositions:
             own["group"] = "depthwise" if initial[node.input[1]].dims[1] == 1 else own["group"]
         weight = initial.get(node.input[1]) if node.op_type in ANCHORS and len(node.input) > 1 else None
-        kernel = list(weight.dims[2:]) if weight is not None else []
+        kernel = list(weight.dims[2:]) if weight is not None and node.op_type not in RECURRENT else []
+        if node.op_type in RECURRENT:
+            own.pop("hidden_size", None)  # a width, which the extents tell
         for k, out in enumerate(node.output):
             rename[out] = f"n{index}.{k}"
         shapes = [size(out) for out in node.output if out in analysis.shapes]
@@ -140,8 +156,8 @@ def _words(graph: onnx.GraphProto, inputs: Sequence[str], outputs: Sequence[str]
     """The anchor operator, its kernel, the sizes of its input and output, and the operators behind it."""
     initial = OnnxGraph(graph).initializers
     anchor = next((n for n in graph.node if n.op_type in ANCHORS), graph.node[0])
-    weights_only = _weights_only(graph, inputs)
-    epilogue = " + ".join(n.op_type for n in graph.node if n is not anchor and n.output[0] not in weights_only)
+    prepared = weights_only(graph, inputs)
+    epilogue = " + ".join(n.op_type for n in graph.node if n is not anchor and n.output[0] not in prepared)
     weight = initial.get(anchor.input[1]) if anchor.input[1:] else None
     kernel = "x".join(map(str, weight.dims[2:])) if weight is not None else ""
     into = "x".join(map(str, size(inputs[0]))) if inputs else ""
@@ -150,7 +166,7 @@ def _words(graph: onnx.GraphProto, inputs: Sequence[str], outputs: Sequence[str]
     return " ".join(text.split())
 
 
-def _weights_only(graph: onnx.GraphProto, inputs: Sequence[str]) -> set[str]:
+def weights_only(graph: onnx.GraphProto, inputs: Sequence[str]) -> set[str]:
     """Outputs of operators that depend on weights only."""
     active = set(inputs)
     prepared: set[str] = set()

@@ -3,9 +3,11 @@
 1. A piece is an anchor operator and what a runtime fuses with it (`sluice.profiler.pieces.split`).
 2. Pieces of one identity (`sluice.profiler.pieces.identity`), in one network or in several, are timed once.
 3. A piece at given widths is the same sub-graph, cut by the rewriter that will cut the whole graph.
-4. A source (`sluice.profiler.pieces.sources`) makes each input that meets another operator than an anchor. A
-   concatenated input has no source. It is plain in the network too, unless all widths are whole blocks, and then its
-   joint tells the difference. So it is marked as plain (`sluice.runtime.base.runner`, 6).
+4. A source (`sluice.profiler.pieces.sources`) makes each input that meets another operator than an anchor, if a
+   convolution laid it out in the network. What a matrix product, a norm over the last axis or a reshape made is plain
+   there, and needs none. A concatenated input has no source either. It is plain in the network too, unless all widths
+   are whole blocks, and then its joint tells the difference. So it is marked as plain
+   (`sluice.runtime.base.runner`, 6).
 """
 
 from __future__ import annotations
@@ -22,14 +24,18 @@ from sluice.core.latency import Extent
 from sluice.passes.cut.rewrite_onnx import cut_graph
 from sluice.passes.graph.groups import Analysis, agreeing, rename_groups
 from sluice.passes.graph.onnx_axes import analyze_onnx
-from sluice.passes.graph.onnx_graph import OnnxGraph
+from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
 from sluice.passes.graph.static_shapes import static_graph
 from sluice.profiler.pieces.identity import identify
-from sluice.profiler.pieces.split import ANCHORS, Part, anchored_pads, split
+from sluice.profiler.pieces.split import ANCHORS, RECURRENT, Part, anchored_pads, split
 from sluice.profiler.pieces.weightless import with_weights
 from sluice.runtime.base.runner import PLAIN
 
 FEWER = 4
+CONVOLUTIONS = frozenset(["Conv", "ConvTranspose"])
+LAYS_OUT = frozenset(["Concat", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"])
+PLAINLY = frozenset(["Einsum", "Expand", "Flatten", "Gather", "LayerNormalization", "Reshape", "Squeeze", "Transpose",
+                     "Unsqueeze"])  # fmt: skip
 
 __all__ = [
     "Partition",
@@ -41,6 +47,7 @@ __all__ = [
     "partition_static",
     "spread_widths",
     "static_at",
+    "weights_of",
     "with_small",
 ]
 
@@ -110,7 +117,8 @@ def partition_graph(
 def partition_static(static: onnx.ModelProto, analysis: Analysis, batch: int) -> Partition:
     """All pieces of what `static_at` returned; ``analysis`` is of that graph."""
     graph = OnnxGraph(static)
-    parts = split(static.graph.node, {info.name for info in static.graph.input}, set(graph.outputs))
+    entering, leaving = {info.name for info in static.graph.input}, set(graph.outputs)
+    parts = split(static.graph.node, entering, leaving, _means(static.graph.node, graph))
     pieces = cut_out(parts, range(len(parts)), static, analysis, graph.initializers, graph.infos)
     return Partition(static, analysis, pieces, batch)
 
@@ -154,8 +162,11 @@ def cut_out(
         infos: types and sizes of the graph's activations.
     """
     anchors = [next((n for n in part.nodes if n.op_type in ANCHORS), part.nodes[0]) for part in parts]
-    names = [next((n for n in node.input if n in tensors), node.output[0]).removesuffix(".weight") for node in anchors]
+    producers = {name: node for part in parts for node in part.nodes for name in node.output}
+    behind = [weights_of(node, producers, tensors) if node.op_type in ANCHORS else () for node in anchors]
+    names = [(w[0] if w else n.output[0]).removesuffix(".weight") for w, n in zip(behind, anchors, strict=True)]
     joined = _concatenated(node for part in parts for node in part.nodes)
+    laid = _laid(node for part in parts for node in part.nodes)
     pieces = []
     for index in wanted:
         part, name = parts[index], names[index]
@@ -173,21 +184,32 @@ def cut_out(
         model = helper.make_model(graph, opset_imports=like.opset_import, ir_version=like.ir_version)
         before = names[:index].count(name)  # one weight, used again
         own = name if not before else f"{name}#{before + 1}"
-        same = identify(graph, analysis, part.inputs, part.outputs, joined)
-        bare = _bare(part, joined)
+        meets = _bare(part, joined)
+        bare = tuple(n for n in meets if n in laid)
+        same = identify(graph, analysis, part.inputs, part.outputs, joined, unlaid=set(meets) - laid)
         pieces.append(Piece(own, same.key, same.description, model, same.extents, part.inputs, part.outputs, bare))
     return tuple(pieces)
 
 
 def anchor_weight(piece: Piece) -> str | None:
-    """The named tensor that the piece's anchor reads, directly or through a transpose; None where there is none."""
+    """The named tensor that the piece's anchor reads, directly or as part of a packed one; None where there is none."""
     graph = OnnxGraph(piece.model)
     for node in piece.model.graph.node:
         if node.op_type in ANCHORS and len(node.input) > 1:
-            maker = graph.producers.get(node.input[1])
-            name = maker.input[0] if maker is not None and maker.op_type == "Transpose" else node.input[1]
-            return name if name in graph.initializers else None
+            return next(iter(weights_of(node, graph.producers, graph.initializers)), None)
     return None
+
+
+def weights_of(node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto], tensors: Collection[str]) -> list[str]:
+    """The named tensors behind an anchor's weights, through operators that lay them out."""
+    found, names = dict[str, None](), list(reversed(node.input[1:3] if node.op_type in RECURRENT else node.input[1:2]))
+    while names:
+        name = names.pop()
+        if name in tensors:
+            found[name] = None
+        elif (maker := producers.get(name)) is not None and maker.op_type in LAYS_OUT:
+            names += reversed(maker.input if maker.op_type == "Concat" else maker.input[:1])
+    return list(found)
 
 
 def _is_static(model: onnx.ModelProto) -> bool:
@@ -225,10 +247,34 @@ def spread_widths(piece: Piece, values: Sequence[int], sizes: Mapping[str, int])
 
 
 def _bare(part: Part, joined: Collection[str]) -> tuple[str, ...]:
-    """Inputs that need a source (rule 4)."""
+    """Inputs that need a source (rule 4) if they are laid out in blocks."""
     padded = anchored_pads(part.nodes, part.outputs)
     others = [n for n in part.nodes if n.op_type not in ANCHORS and not padded.keys() & set(n.output)]
     return tuple(n for n in part.inputs if n not in joined and any(n in node.input for node in others))
+
+
+def _laid(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    """Activations that a convolution made, directly or through operators that keep its layout."""
+    found: set[str] = set()
+    for node in nodes:
+        anchor = node.op_type in ANCHORS
+        if node.op_type in CONVOLUTIONS or (
+            not anchor and node.op_type not in PLAINLY and found.intersection(node.input)
+        ):
+            found.update(node.output)
+    return found
+
+
+def _means(nodes: Sequence[onnx.NodeProto], graph: OnnxGraph) -> set[str]:
+    """Reductions over positions of what no convolution laid out; those over the last axis belong to norms."""
+    laid, found = _laid(nodes), set[str]()
+    for node in nodes:
+        if node.op_type.startswith("Reduce") and node.input[0] not in laid and node.input[0] in graph.infos:
+            axes = attributes(node).get("axes", graph.literals.get(node.input[1] if len(node.input) > 1 else ""))
+            rank = len(graph.infos[node.input[0]].type.tensor_type.shape.dim)
+            if axes is not None and rank - 1 not in {int(axis) % rank for axis in axes}:
+                found.add(node.output[0])
+    return found
 
 
 def _concatenated(nodes: Iterable[onnx.NodeProto]) -> set[str]:

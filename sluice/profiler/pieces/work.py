@@ -1,18 +1,19 @@
 """The work of a piece as a function of its extents: multiply-accumulates, elements moved, channels at its ends.
 
-Every value of a piece has a number of elements that is affine in the extents, as one axis of it is labelled at most:
+Every labelled axis of a value has a number of positions that is a sum of products of extents, nearly always affine;
+heads and their dimensions share an axis, and their product counts there. The elements of a value are
 
-    elements(v) = rest(v) * (const(v) + sum_k coef_k(v) * extent_k)
+    elements(v) = rest(v) * prod over labelled axes of (const + sum_S coef_S * prod_{k in S} extent_k)
 
 An anchor operator multiplies the elements of its output by the channels that each of them reads (for a depthwise
-convolution one). What a runtime fuses or does not, no number here knows: the cost law
-(`sluice.profiler.fit.cost_law`) finds the milliseconds of work.
+convolution one); a recurrent layer those of every gate by its input and its state. What a runtime fuses or does not, no
+number here knows: the cost law (`sluice.profiler.fit.cost_law`) finds the milliseconds of work.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,26 +21,31 @@ import onnx
 
 from sluice.passes.graph.groups import Analysis
 from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
-from sluice.profiler.pieces.identity import compositions_of
-from sluice.profiler.pieces.partition import Partition, Piece
-from sluice.profiler.pieces.split import ANCHORS
+from sluice.profiler.pieces.identity import Composition, compositions_of, weights_only
+from sluice.profiler.pieces.partition import CONVOLUTIONS, Partition, Piece
+from sluice.profiler.pieces.split import ANCHORS, RECURRENT
 
 __all__ = ["Work", "work_of"]
 
 
+Sum = Mapping[tuple[int, ...], float]  # by extents that are multiplied, their coefficient; the constant at ()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class _Affine:
-    """``scale * (const + points @ coefs)``."""
+class _Count:
+    """``scale`` times the product of sums of products of extents."""
 
     scale: float
-    const: float
-    coefs: np.ndarray
+    factors: tuple[Sum, ...] = ()
 
     def at(self, points: np.ndarray) -> np.ndarray:
-        return self.scale * (self.const + points @ self.coefs)
+        found = np.full(len(points), self.scale)
+        for factor in self.factors:
+            found *= sum(coef * points[:, list(extents)].prod(1) for extents, coef in factor.items())
+        return found
 
-    def times(self, factor: float) -> _Affine:
-        return _Affine(self.scale * factor, self.const, self.coefs)
+    def times(self, factor: float) -> _Count:
+        return _Count(self.scale * factor, self.factors)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,10 +61,10 @@ class Work:
     """
 
     kind: str
-    macs: tuple[tuple[_Affine, _Affine], ...]
-    moved: tuple[_Affine, ...]
-    weights: tuple[tuple[_Affine, _Affine], ...]
-    ends: tuple[_Affine, _Affine] | None
+    macs: tuple[tuple[_Count, _Count], ...]
+    moved: tuple[_Count, ...]
+    weights: tuple[tuple[_Count, _Count], ...]
+    ends: tuple[_Count, _Count] | None
 
     def at(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Multiply-accumulates and elements moved, shape ``(n,)`` each, at points of shape ``(n, extents)``."""
@@ -86,30 +92,36 @@ class Work:
 def work_of(piece: Piece, partition: Partition) -> Work:
     """The work of one piece of a partition."""
     size = _Sizes(piece, partition.analysis)
-    graph = OnnxGraph(piece.model)
-    macs: list[tuple[_Affine, _Affine]] = []
-    weights: list[tuple[_Affine, _Affine]] = []
+    held = weights_only(piece.model.graph, piece.inputs) | OnnxGraph(piece.model).initializers.keys()
+    macs: list[tuple[_Count, _Count]] = []
+    weights: list[tuple[_Count, _Count]] = []
     kind, ends = "", None
     for node in piece.model.graph.node:
         if node.op_type not in ANCHORS or node.input[0] not in size.shapes:
             continue
-        out, into = size.of(node.output[0]), _reads(node, size, graph)
-        macs.append((out, into))
-        made = size.channels(node.output[0])
+        made = size.channels(next(filter(None, node.output)))
         if not kind:
-            kind, ends = _kind(node, graph), (size.channels(node.input[0]), made)
-        weight = graph.initializers.get(node.input[1])
-        if weight is not None:
-            per_pair = math.prod(weight.dims) / max(1.0, math.prod(float(e.at(size.dense)[0]) for e in (made, into)))
+            kind, ends = _kind(node, size, held), (size.channels(node.input[0]), made)
+        if node.op_type in RECURRENT:
+            out, rows = _gates(node, size)
+            for read in (size.channels(node.input[0]), made):
+                macs.append((out, read))
+                weights.append((rows, read))
+            continue
+        into = _reads(node, size, held)
+        macs.append((size.of(node.output[0]), into))
+        if node.input[1] in held:
+            dims = size.shapes[node.input[1]]
+            per_pair = math.prod(dims) / max(1.0, math.prod(float(e.at(size.dense)[0]) for e in (made, into)))
             weights.append((made.times(per_pair), into))
     kind = kind or piece.model.graph.node[0].op_type
     seen = {n: None for node in piece.model.graph.node for n in (*node.input, *node.output) if n in size.shapes}
-    active = [n for n in seen if n not in graph.initializers]
+    active = [n for n in seen if n not in held]
     return Work(kind, tuple(macs), tuple(size.of(n) for n in active), tuple(weights), ends)
 
 
 class _Sizes:
-    """Sizes of a piece's values as affine functions of its extents."""
+    """Sizes of a piece's values by its extents."""
 
     def __init__(self, piece: Piece, analysis: Analysis) -> None:
         self.analysis, self.shapes = analysis, analysis.shapes
@@ -117,47 +129,61 @@ class _Sizes:
         sizes: Mapping[str, int] = {group.name: group.size for group in analysis.groups}
         self.dense = np.array([[float(extent.at(sizes)) for extent in piece.extents]])
 
-    def channels(self, value: str) -> _Affine:
+    def axis(self, value: str, axis: int) -> _Count:
+        """The positions on one axis of the value."""
+        for found in compositions_of(self.analysis, value):
+            if found.axis == axis % len(self.shapes[value]):
+                return _Count(1.0, (self._sum(found),))
+        return _Count(float(self.shapes[value][axis]))
+
+    def channels(self, value: str) -> _Count:
         """The last labelled axis of the value, or else its second, or else nothing to speak of."""
         found, shape = next(reversed(compositions_of(self.analysis, value)), None), self.shapes[value]
         if found is None:
-            plain = shape[1] if len(shape) > 2 else shape[-1] if shape else 1
-            return _Affine(1.0, float(plain), np.zeros(self.dense.shape[1]))
-        coefs = np.zeros(self.dense.shape[1])
-        for group, coef in found.coefs.items():
-            coefs[self.place[group]] = coef
-        return _Affine(1.0, float(found.fixed), coefs)
+            return _Count(float(shape[1] if len(shape) > 2 else shape[-1] if shape else 1))
+        return _Count(1.0, (self._sum(found),))
 
-    def of(self, value: str) -> _Affine:
+    def of(self, value: str) -> _Count:
         """The elements of the value."""
-        channels = self.channels(value)
-        return channels.times(math.prod(self.shapes[value]) / max(1.0, float(channels.at(self.dense)[0])))
+        factors = tuple(self._sum(found) for found in compositions_of(self.analysis, value))
+        labelled = float(_Count(1.0, factors).at(self.dense)[0])
+        return _Count(math.prod(self.shapes[value]) / max(1.0, labelled), factors)
+
+    def _sum(self, found: Composition) -> Sum:
+        """Groups of one extent, whose sum it is, all have the same coefficient."""
+        own = {tuple(sorted(self.place[g] for g in names)): float(coef) for names, coef in found.coefs.items()}
+        return {**own, (): float(found.fixed)}
 
 
-def _reads(node: onnx.NodeProto, size: _Sizes, graph: OnnxGraph) -> _Affine:
+def _reads(node: onnx.NodeProto, size: _Sizes, held: Collection[str]) -> _Count:
     """Products behind every element that an anchor makes."""
-    nothing = np.zeros(size.dense.shape[1])
-    weight = graph.initializers.get(node.input[1])
-    if node.op_type in ("Conv", "ConvTranspose") and weight is not None:
-        dims: Sequence[int] = list(weight.dims)
+    if node.op_type in CONVOLUTIONS and node.input[1] in held:
+        dims = size.shapes[node.input[1]]
         area = float(math.prod(dims[2:]))
-        into = size.channels(node.input[0])
         group = attributes(node).get("group", 1)
         if node.op_type == "ConvTranspose":  # every element that is read is spread out
             area *= math.prod(size.shapes[node.input[0]][2:]) / math.prod(size.shapes[node.output[0]][2:])
         if group > 1 and dims[1] == 1:
-            return _Affine(area, 1.0, nothing)
-        return into.times(area / group)
-    shape = size.shapes[node.input[0]]
-    into = size.channels(node.input[0])
-    if float(into.at(size.dense)[0]) == shape[-1]:
-        return into
-    return _Affine(1.0, float(shape[-1]), nothing)
+            return _Count(area)
+        return size.channels(node.input[0]).times(area / group)
+    if node.op_type == "Attention":  # an element of the context reads every position for its score and for itself
+        return _Count(2.0 * size.shapes[node.input[1]][-2])
+    return size.axis(node.input[0], -1)
 
 
-def _kind(node: onnx.NodeProto, graph: OnnxGraph) -> str:
-    weight = graph.initializers.get(node.input[1])
-    if weight is None or node.op_type not in ("Conv", "ConvTranspose"):
-        return node.op_type
-    depthwise = attributes(node).get("group", 1) > 1 and weight.dims[1] == 1
-    return f"{node.op_type} {'x'.join(map(str, weight.dims[2:]))}" + (" depthwise" if depthwise else "")
+def _gates(node: onnx.NodeProto, size: _Sizes) -> tuple[_Count, _Count]:
+    """Elements of all gates that a recurrent layer computes, and rows of its weights, both ways in all."""
+    ways, rows, hidden = size.shapes[node.input[2]]
+    steps = size.shapes[node.input[0]][0]
+    out = size.of(node.output[0]) if node.output[0] else size.of(node.output[1]).times(steps)
+    made = size.channels(next(filter(None, node.output)))
+    return out.times(rows / hidden), made.times(ways * rows / hidden)
+
+
+def _kind(node: onnx.NodeProto, size: _Sizes, held: Collection[str]) -> str:
+    if node.op_type not in CONVOLUTIONS or node.input[1] not in held:
+        own = node.op_type != "MatMul" or node.input[1] in held
+        return node.op_type if own else f"{node.op_type} of activations"
+    dims = size.shapes[node.input[1]]
+    depthwise = attributes(node).get("group", 1) > 1 and dims[1] == 1
+    return f"{node.op_type} {'x'.join(map(str, dims[2:]))}" + (" depthwise" if depthwise else "")

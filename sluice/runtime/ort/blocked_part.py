@@ -36,7 +36,7 @@ from sluice.runtime.base.inputs import Shapes
 from sluice.runtime.base.runner import PLAIN
 from sluice.runtime.ort.session import load_session
 
-__all__ = ["block_size", "kernels", "outputs_inside", "part_session", "without_reorders"]
+__all__ = ["block_size", "kernels", "optimized", "outputs_inside", "part_session", "without_reorders"]
 
 PROVIDER = "CPUExecutionProvider"
 BLOCKED = "com.microsoft.nchwc"
@@ -66,7 +66,7 @@ def kernels(optimized: onnx.ModelProto) -> Counter[Hashable]:
 
 def without_reorders(model: onnx.ModelProto) -> onnx.ModelProto:
     """The optimised model without the reorders of its inputs and outputs (rule 2)."""
-    result, plain = _optimized(model), {info.name for info in model.graph.input if info.doc_string == PLAIN}
+    result, plain = optimized(model), {info.name for info in model.graph.input if info.doc_string == PLAIN}
     graph = result.graph
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
@@ -117,11 +117,12 @@ def block_size() -> int:
     info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1, 1, 1]) for name in "xy"]
     weight = helper.make_tensor("w", TensorProto.FLOAT, [1, 1, 1, 1], [1.0])
     graph = helper.make_graph([helper.make_node("Conv", ["x", "w"], ["y"])], "block", info[:1], info[1:], [weight])
-    optimized = _optimized(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
-    return int(optimized.graph.initializer[0].dims[0])
+    found = optimized(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    return int(found.graph.initializer[0].dims[0])
 
 
-def _optimized(model: onnx.ModelProto) -> onnx.ModelProto:
+def optimized(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph that ONNX Runtime runs."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
         load_session(model, Shapes(), PROVIDER, save=path)
