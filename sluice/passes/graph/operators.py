@@ -155,7 +155,6 @@ ROWS = (
     Operator("conv_transpose1d conv_transpose2d conv_transpose3d", "ConvTranspose", "conv", "", "no_bf16", weights=_CONV),  # noqa: E501
     Operator("linear", "Gemm", "linear", weights=_CONV),
     Operator("addmm", "", "addmm", weights=("mat2", "self")),
-    Operator("baddbmm", "", "addmm"),
     Operator("matmul", "MatMul", "matmul", weights=("other",)),
     Operator("mm", "", "matmul", weights=("mat2",)),
     Operator("bmm", "", "matmul"),
