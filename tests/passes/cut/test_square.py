@@ -25,8 +25,6 @@ from tests.networks import NETWORKS, any_network, random_kept
 
 REFERENCE = ("resnet20", "resnet56", "vgg16_bn", "mobilenet_v2", "densenet", "se_resnet", "resnet1d")
 QUICK = ("plain", "norms", "splits", "shuffle", "crepe", "grouped", "in_place")
-# Instance norm with running statistics is exported through operators that have no rule; the rewriter refuses.
-EXPORTED = tuple(n for n in NETWORKS if n != "sequence1d")
 FIRST_INPUT_ONLY = (
     "Reshape",
     "Expand",
@@ -117,7 +115,7 @@ def test_small_networks(name: str, corner: Callable[[str], Corner]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in EXPORTED if n not in QUICK])
+@pytest.mark.parametrize("name", [n for n in NETWORKS if n not in QUICK])
 def test_more_small_networks(name: str, corner: Callable[[str], Corner]) -> None:
     for seed in range(3):
         # Attention reads its batch from another place after the cut, which only changes shape arithmetic.
