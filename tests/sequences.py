@@ -6,15 +6,29 @@ Every network has widths of all kinds that its form offers: heads, hidden units,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sluice import models
 from sluice.models import enliven
+from sluice.models.bert import BertSizes
 
-__all__ = ["SEQUENCES", "Attention", "Block", "Inputs", "Network", "Recurrent", "rows", "sequence", "words"]
+__all__ = [
+    "REFERENCES",
+    "SEQUENCES",
+    "Attention",
+    "Block",
+    "Inputs",
+    "Network",
+    "Recurrent",
+    "rows",
+    "sequence",
+    "words",
+]
 
 Inputs = tuple[Tensor, ...]
 
@@ -324,9 +338,43 @@ SEQUENCES: dict[str, Network] = {
 }
 
 
+def reference(name: str, **sizes: Any) -> Callable[[], nn.Module]:
+    """A reference network at odd sizes; of several outputs, all in a row."""
+
+    class Row(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = getattr(models, name)(**sizes)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([out.flatten(1) for out in self.inner(x)], 1)
+
+    return Row if name == "detector3d" else partial(getattr(models, name), **sizes)
+
+
+BERT = BertSizes(words=17, width=10, heads=3, dims=4, hidden=13, depth=2, positions=9, plane=11)
+# The reference networks of `sluice.models`, at odd sizes.
+REFERENCES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs]]] = {
+    "vit": (reference("vit", num_classes=3, size=8, width=10, heads=3, hidden=13, depth=2, dims=4),
+            lambda: (torch.randn(3, 1, 8, 8),)),
+    "bert": (reference("bert", sizes=BERT), lambda: (*words(), torch.tensor([[1] * 5 + [0] * 2] * 3))),
+    "layout bert": (reference("layout_bert", num_classes=3, sizes=BERT),
+                    lambda: (*words(), (torch.arange(84).view(3, 7, 4) % 11).sort(-1)[0])),
+    "attention recommender": (reference("attention_recommender", items=17, steps=9, width=12, hidden=13), words),
+    "gru recommender": (reference("gru_recommender", items=17, width=7, hidden=6), words),
+    "gru classifier": (reference("gru_classifier", num_classes=3, features=5, width=7, hidden=6), rows),
+    "lstm classifier": (reference("lstm_classifier", num_classes=3, words=17, width=7, hidden=6), words),
+    "unet": (reference("unet", widths=(8, 12), time=10), lambda: (torch.randn(3, 1, 6, 4), torch.rand(3) * 50)),
+    "detector3d": (reference("detector3d", classes=2, features=3, depth=4, space=5, plane=7),
+                   lambda: (torch.randn(3, 3, 4, 8, 8),)),
+    "resnet1d": (reference("resnet1d", num_classes=3, in_channels=12, widths=(5, 6, 7)),
+                 lambda: (torch.randn(3, 12, 31),)),
+}  # fmt: skip
+
+
 def sequence(name: str, networks: Mapping[str, Network] = SEQUENCES) -> tuple[nn.Module, Inputs]:
-    """The network in eval mode with every channel alive, and inputs of batch 3."""
-    factory, inputs = networks[name]
+    """The network, one of these or of `REFERENCES`, in eval mode with every channel alive; and inputs of batch 3."""
+    factory, inputs = networks[name] if name in networks else REFERENCES[name]
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model, given = factory(), inputs()

@@ -67,7 +67,7 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
         ("nosuch.module:make", "there is no module 'nosuch' for 'nosuch.module:make'"),
         ("tests.nosuch:make", "there is no module 'tests.nosuch'"),
         ("tests.tiny:nosuch", "'tests.tiny' has no factory 'nosuch'"),
-        ("sluice:alexnet", "has no factory 'alexnet'; it has EXAMPLE_SHAPES, densenet"),
+        ("sluice:alexnet", "has no factory 'alexnet'; it has EXAMPLE_SHAPES, attention_recommender"),
         ("tests.tiny:raises", "'tests.tiny:raises' raised RuntimeError: no checkpoint; "),
         ("tests.tiny:returns_a_number", "'tests.tiny:returns_a_number' returned int; let the factory return"),
         ("tests.tiny:Linear", "'tests.tiny' has no factory 'Linear'"),

@@ -34,6 +34,31 @@ def test_runs_at_its_example_shape_in_both_modes(name: str) -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("attention_recommender", [(3, 12, 97)]),
+        ("bert", [(3, 48)]),
+        ("detector3d", [(3, 3, 8, 8), (3, 7, 8, 8), (3, 2, 8, 8)]),
+        ("gru_classifier", [(3, 10)]),
+        ("gru_recommender", [(3, 97)]),
+        ("layout_bert", [(3, 20, 7)]),
+        ("lstm_classifier", [(3, 4)]),
+        ("unet", [(3, 1, 16, 16)]),
+        ("vit", [(3, 10)]),
+    ],
+)
+def test_others_run_at_their_example_inputs_in_both_modes(name: str, shapes: list[tuple[int, ...]]) -> None:
+    torch.manual_seed(0)
+    model, inputs = getattr(models, name)(), example_inputs(name, batch=3)
+    for mode in (True, False):
+        outputs = model.train(mode)(*inputs)
+        found = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+        assert [tuple(out.shape) for out in found] == shapes
+    sum(out.square().mean() for out in found).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()] == []
+
+
 @pytest.mark.parametrize("name", [n for n in FRESH if n != "resnet1d"])
 def test_accepts_colour_images_of_32_pixels(name: str) -> None:
     model = getattr(models, name)(num_classes=5, in_channels=3).eval()
