@@ -264,8 +264,8 @@ class Overflowing(nn.Module):
 
 def test_an_error_without_a_number(run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     line = f"export tests.commands.test_export:Overflowing --shape 5 --precision fp16 -o {tmp_path / 'a.onnx'}"
-    assert run(line)["error"] is None
-    assert main(words(line)) == 0
+    assert run(line, status=1, error="computes another network than the one in fp32")["error"] is None
+    assert main(words(line)) == 1
     assert "relative error to fp32 inf, on random inputs" in capsys.readouterr().out
 
 
