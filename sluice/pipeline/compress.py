@@ -53,7 +53,7 @@ from sluice.pipeline.price import price_problem
 from sluice.pipeline.recipe import REHEARSAL, Evaluate, Recipe, recovery_of
 from sluice.pipeline.recover import recover
 from sluice.pipeline.verify import AIM, final_pair, first_verified
-from sluice.solver.options import METHODS, check_methods
+from sluice.solver.options import BSR, METHODS, check_methods
 from sluice.training.budget import Budget
 from sluice.training.losses import loss_of
 from sluice.training.recovery import AUTO, Rate, Recovery
@@ -295,7 +295,7 @@ def _finish(
             frozen={**measured.space.left_alone, **gated.meta["space"].left_alone},
             seconds=time.perf_counter() - started, losses=ready.problem.losses, plain=ready.plain,
             readings=[(s.name, s.solution.choice.promised_ms, s.rehearsed) for s in scenarios], recovery=recovered,
-            methods=ready.methods,
+            methods=("rank",) if ready.methods == (BSR,) else ready.methods,
         )  # fmt: skip
         origin = provenance(verified.plan, report)
         named, deployed = labelled(file, origin), labelled(deployed, origin)
