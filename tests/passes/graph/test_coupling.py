@@ -388,7 +388,7 @@ CASES = [
     rows("bmm", lambda y: y * torch.bmm(y[:, None], y[:, :, None])[:, 0]),
     rows("baddbmm", lambda y: y * torch.baddbmm(y[:, None, :1], y[:, None], y[:, :, None], alpha=0.3)[:, 0]),
     rows("einsum", lambda y, m: torch.einsum("bi,oi->bo", y, m.extra["w"]), extra={"w": torch.rand(6, 6)}),
-    rows("baddbmm of two labelled values", lambda y: torch.baddbmm(y[:, None], y[:, None], y[:, :, None] * y[:, None, :])[:, 0]),
+    rows("baddbmm of values", lambda y: torch.baddbmm(y[:, None], y[:, None], y[:, :, None] * y[:, None, :])[:, 0]),
     rows("einsum of values", lambda y: torch.einsum("bi,bi->b", y, y)[:, None] * y),
     rows("einsum of a diagonal", lambda y: y + torch.einsum("ii->i", y.t() @ y), frozen="unknown operator einsum"),
     places("scaled_dot_product_attention", lambda y: attended(y[:, None])[:, 0]),
