@@ -400,6 +400,9 @@ class Stack(nn.Module):
         sides = 2 if more.get("bidirectional") else 1
         self.embed, self.inner = nn.Linear(5, 7), kind(7, 6, num_layers=3, dropout=0.3, batch_first=True, **more)
         self.read, self.head = read, nn.Linear(6 * sides, 3)
+        with torch.no_grad():  # else nothing of the inputs is left behind three layers
+            for parameter in self.inner.parameters():
+                parameter.mul_(3.0)
 
     def forward(self, x: Tensor) -> Tensor:
         outputs, states = self.inner(self.embed(x).relu())
