@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -281,11 +282,18 @@ def _lies(group: AxisGroup, tensors: Collection[str]) -> frozenset[tuple[str, in
     return frozenset((ref.param, ref.axis, ref.channels.astype(np.int64).tobytes()) for ref in refs)
 
 
-def rename_groups(analysis: Analysis, names: Mapping[tuple[str, int], str]) -> Analysis:
-    """The same analysis with groups called as ``names`` calls one of the (tensor, axis) pairs they lie on."""
+def rename_groups(analysis: Analysis, names: Mapping[tuple[str, int], str], like: Analysis | None = None) -> Analysis:
+    """The same analysis with other names of groups.
+
+    A group that lies on the same channels as one of ``like`` has its name. Any other is called as ``names`` calls one
+    of the (tensor, axis) pairs it lies on, one that it has for itself before one that it shares.
+    """
+    same = {} if like is None else _matched(analysis, like)
+    on = Counter((ref.param, ref.axis) for group in analysis.groups for ref in group.refs)
 
     def name(group: AxisGroup) -> str:
-        return next((names[key] for ref in group.refs if (key := (ref.param, ref.axis)) in names), group.name)
+        keys = [key for ref in group.refs if (key := (ref.param, ref.axis)) in names]
+        return same.get(group.name) or next((names[key] for key in sorted(keys, key=on.__getitem__)), group.name)
 
     return replace(analysis, groups=tuple(replace(group, name=name(group)) for group in analysis.groups))
 

@@ -98,17 +98,18 @@ def partition_graph(
     *,
     like: Analysis | None = None,
     names: Mapping[tuple[str, int], str] | None = None,
+    base: Analysis | None = None,
 ) -> Partition:
     """All pieces of a dense model with named initialisers.
 
     Args:
         like: the groups whose widths may be chosen, and their names; all groups of the graph by default.
-        names: other names for groups, by a (tensor, axis) that they lie on.
+        names, base: other names for groups, by a (tensor, axis) that they lie on, or of a graph that has them as well.
     Raises:
         SluiceError: the model fixes another batch.
     """
     static = static_at(model, batch)
-    analysis = rename_groups(analyze_onnx(static), names or {})
+    analysis = rename_groups(analyze_onnx(static), names or {}, base)
     if like is not None:
         analysis = replace(agreeing(analysis, like, "is left alone"), frozen=like.frozen)
     return partition_static(static, analysis, batch)

@@ -118,7 +118,8 @@ def _rank_variant(base: Partition, edits: Sequence[Factorize]) -> RestructuredGr
             if of in names:
                 names[own] = names[of]
         names[(first, out)] = names[(second, into)] = RankOption(edit.param, edit.form).rank
-    cut = partition_graph(factorize_onnx(base.model, edits, split=random_factors), base.batch, names=names)
+    model = factorize_onnx(base.model, edits, split=random_factors)
+    cut = partition_graph(model, base.batch, names=names, base=base.analysis)
     by_weight = {anchor_weight(piece): piece for piece in cut.pieces}
     sizes = cut.dense
     places = []
