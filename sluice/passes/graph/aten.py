@@ -63,10 +63,6 @@ def _addmm(w: Walk, n: fx.Node, a: Args) -> Value:
     return _shifted(w, _product(w, n, x, y), n, a["self"], where(n, y))
 
 
-def _baddbmm(w: Walk, n: fx.Node, a: Args) -> Value:
-    return _shifted(w, _product(w, n, a["batch1"], a["batch2"]), n, a["self"], where(n))
-
-
 def _matmul(w: Walk, n: fx.Node, a: Args) -> Value:
     return _product(w, n, n.args[0], n.args[1])
 
@@ -170,7 +166,6 @@ KINDS: dict[str, OperatorRule] = {
     "conv": _conv,
     "linear": _linear,
     "addmm": _addmm,
-    "baddbmm": _baddbmm,
     "matmul": _matmul,
     "embedding": attention.embedding,
     "sdpa": attention.sdpa,

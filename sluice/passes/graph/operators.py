@@ -158,7 +158,7 @@ ROWS = (
     Operator("matmul", "MatMul", "matmul", weights=("other",)),
     Operator("mm", "", "matmul", weights=("mat2",)),
     Operator("bmm", "", "matmul"),
-    Operator("baddbmm", "", "baddbmm"),
+    Operator("baddbmm", "", "addmm"),
     Operator("einsum", "Einsum", "einsum"),
     Operator("scaled_dot_product_attention", "Attention", "sdpa"),
     Operator("embedding", "", "embedding"),
