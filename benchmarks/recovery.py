@@ -80,13 +80,14 @@ class Shuffled:
 
     digits: Digits
     generator: torch.Generator
+    batch: int = BATCH
 
     def __len__(self) -> int:
-        return len(self.digits.train_x) // BATCH
+        return len(self.digits.train_x) // self.batch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.digits.train_x), generator=self.generator)
-        for chosen in order.split(BATCH):
+        for chosen in order.split(self.batch):
             yield self.digits.train_x[chosen], self.digits.train_y[chosen]
 
 

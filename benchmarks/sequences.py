@@ -22,16 +22,18 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import sluice
+from benchmarks.recovery import Shuffled
 from sluice.artifacts.report import Report
 from sluice.core.files import write_atomically
 from sluice.models.mnist import Digits, accuracy, load_digits, train
@@ -67,30 +69,14 @@ NETWORKS: Mapping[str, Network] = {
 }
 
 
-@dataclass(frozen=True)
-class Shuffled:
-    """Digits in another order every time, as a loader gives them."""
-
-    digits: Digits
-    generator: torch.Generator
-
-    def __len__(self) -> int:
-        return len(self.digits.train_x) // BATCH
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.digits.train_x), generator=self.generator)
-        for chosen in order.split(BATCH):
-            yield self.digits.train_x[chosen], self.digits.train_y[chosen]
-
-
 def trained(model: nn.Module, digits: Digits, epochs: int, seed: int, path: Path | None = None) -> nn.Module:
     """The network, trained; its weights are kept at ``path``."""
     if path is not None and path.exists():
-        model.load_state_dict(torch.load(path, weights_only=True))
+        model.load_state_dict(load_file(path))
         return model.eval()
     train(model, digits, epochs=epochs, lr=LR, batch=BATCH, seed=seed, augment=False, progress=False)
     if path is not None:
-        torch.save(model.state_dict(), path)
+        save_file(model.state_dict(), path)
     return model.eval()
 
 
@@ -132,10 +118,11 @@ def digits_run(name: str, share: int, folder: Path, seed: int = 0) -> dict[str, 
     """One network at one budget."""
     digits, network = load_digits(seed), NETWORKS[name]
     torch.manual_seed(seed)
-    dense = trained(network.make(), digits, EPOCHS, seed, folder / f"{name}.pt")
+    dense = trained(network.make(), digits, EPOCHS, seed, folder / f"{name}.safetensors")
     done = sluice.compress(
         dense, digits.test_x[:2], budget=f"{share}%", table=folder / f"{name}.db", epochs=TUNED, rehearsal=REHEARSED,
-        data=Shuffled(digits, torch.Generator().manual_seed(seed)), out=folder / f"{name}-{share}", progress=False,
+        data=Shuffled(digits, torch.Generator().manual_seed(seed), BATCH), out=folder / f"{name}-{share}",
+        progress=False,
         evaluate=lambda model: accuracy(model, digits.test_x, digits.test_y),
     )  # fmt: skip
     row = row_of(done.report)

@@ -27,6 +27,7 @@ __all__ = [
     "REFERENCE_MS",
     "FakeRunner",
     "FakeSession",
+    "SeeingRunner",
     "chain",
     "line",
     "operator_ms",
@@ -147,6 +148,18 @@ def chain(
         weights,
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+class SeeingRunner(FakeRunner):
+    """Keeps every model that it builds an engine of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[onnx.ModelProto] = []
+
+    def build(self, model: onnx.ModelProto, **shapes: object) -> FakeSession:  # type: ignore[override]
+        self.seen.append(model)
+        return super().build(model, **shapes)  # type: ignore[arg-type]
 
 
 def profile_on(runner: Callable[..., Any], patch: pytest.MonkeyPatch) -> None:

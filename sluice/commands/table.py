@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Iterable
 from typing import Any
+
+from sluice.commands.words import print_result
 
 __all__ = ["add_table"]
 
@@ -52,7 +52,7 @@ def merge(args: argparse.Namespace) -> int:
     }
     lines = [f"{args.out}: {done.points} points, {done.engines} engines"]
     lines += [f"  {f}: times multiplied by {r:.4f}" for f, r in zip(args.tables, done.ratios, strict=True)]
-    return _print(args, data, lines)
+    return print_result(args, data, lines)
 
 
 def show(args: argparse.Namespace) -> int:
@@ -62,7 +62,7 @@ def show(args: argparse.Namespace) -> int:
 
     with LatencyTable.open(args.table) as table:
         data = to_data(table)
-    return _print(args, data, to_lines(data))
+    return print_result(args, data, to_lines(data))
 
 
 def diff(args: argparse.Namespace) -> int:
@@ -72,7 +72,7 @@ def diff(args: argparse.Namespace) -> int:
 
     with LatencyTable.open(args.a) as a, LatencyTable.open(args.b) as b:
         data = diff_data(a, b)
-    return _print(args, data, diff_lines(data, (args.a, args.b)))
+    return print_result(args, data, diff_lines(data, (args.a, args.b)))
 
 
 def forget(args: argparse.Namespace) -> int:
@@ -86,26 +86,21 @@ def forget(args: argparse.Namespace) -> int:
     text = (
         f"{args.table}: {points} points and {engines} engines forgotten; profile again on the device, when it is quiet"
     )
-    return _print(args, {"points": points, "engines": engines}, [text])
+    return print_result(args, {"points": points, "engines": engines}, [text])
 
 
 def csv(args: argparse.Namespace) -> int:
     """Write one row per point: key, description, extents, ms, spread, samples."""
-    from sluice.core.files import ROWS, check_output, write_atomically
+    from sluice.core.files import check_output, write_atomically
     from sluice.profiler.table.latency_table import LatencyTable
     from sluice.profiler.table_tools.listing import to_csv
 
     with LatencyTable.open(args.table) as table:
         if args.out:
-            check_output(args.out, {"the latency table": args.table}, ROWS)
+            check_output(args.out, {"the latency table": args.table})
         text = to_csv(table)
     if args.out:
         write_atomically(args.out, text.encode())
     else:
         sys.stdout.write(text)
-    return 0
-
-
-def _print(args: argparse.Namespace, data: Any, lines: Iterable[str]) -> int:
-    print(json.dumps(data, indent=2) if args.json else "\n".join(lines))
     return 0

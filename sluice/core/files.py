@@ -99,9 +99,7 @@ def check_output(
             continue
         there = os.path.exists(given) and os.path.exists(path)
         if os.path.samefile(path, given) if there else os.path.realpath(path) == os.path.realpath(given):
-            raise SluiceError(
-                f"{os.fspath(path)!r} is {word} of this command, which would be lost; choose another file to write"
-            )
+            raise SluiceError(f"{os.fspath(path)!r} is {word} itself, which would be lost; choose another file")
     sweep(path)
 
 

@@ -46,16 +46,8 @@ class VisionTransformer(nn.Module):
     """(N, 1, size, size) to (N, num_classes)."""
 
     def __init__(
-        self,
-        num_classes: int = 10,
-        size: int = 28,
-        patch: int = 4,
-        width: int = 64,
-        heads: int = 4,
-        hidden: int = 128,
-        depth: int = 4,
-        dims: int | None = None,
-    ) -> None:
+        self, num_classes: int, size: int, patch: int, width: int, heads: int, hidden: int, depth: int, dims: int | None
+    ) -> None:  # fmt: skip
         super().__init__()
         self.patch = nn.Conv2d(1, width, patch, patch)
         self.position = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2, width))

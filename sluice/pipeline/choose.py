@@ -32,7 +32,7 @@ from sluice.profiler.need import Solve, by_need
 from sluice.solver.decide import Choice
 from sluice.solver.options import EditSpace
 from sluice.training.recovery import AUTO, Recovery
-from sluice.training.rehearse import HELD, batches_behind, forecast, rehearsal_cost, rehearse
+from sluice.training.rehearse import FAR, HELD, batches_behind, forecast, rehearsal_cost, rehearse
 from sluice.training.train import Data, Loss
 from sluice.training.trial import quick_rate
 
@@ -104,10 +104,12 @@ def choose(
     plans = [build(one.solution) for one in scenarios[:count]]
     lr = quick_rate(plans[0], data, teacher=teacher, loss=loss, recovery=recovery, steps=first, progress=progress)
 
-    def trained(plans: Sequence[nn.Module], steps: int, strata: Sequence[object]) -> list[tuple[float, ...]]:
+    def trained(
+        plans: Sequence[nn.Module], steps: int, strata: Sequence[object], far: float = FAR
+    ) -> list[tuple[float, ...]]:
         found = rehearse(
             plans, data, teacher=teacher, loss=loss, lr=lr, recovery=recovery, steps=steps, total=total, strata=strata,
-            progress=progress,
+            far=far, progress=progress,
         )  # fmt: skip
         return [tuple(losses) for losses in found]
 
@@ -123,7 +125,7 @@ def choose(
     learned = [] if own is None else _distinct(problem, {"gates": own}, target_ms, heard)
     if not learned:
         return heard
-    before, after = trained([build(one.solution) for one in (leader, *learned)], once, strata=(0, 1))
+    before, after = trained([build(one.solution) for one in (leader, *learned)], once, (0, 1), math.inf)
     better = forecast(after, once, total) < forecast(before, once, total)
     first_two = [replace(learned[0], rehearsed=after), replace(leader, rehearsed=before)]
     return [*(first_two if better else reversed(first_two)), *heard[1:]]

@@ -20,8 +20,8 @@ Talwalkar's, AISTATS 2016.)
    end, the ratio b / a of two epochs to one ordered final accuracy by a rank correlation of 0.5 and 0.9 on two
    networks, the loss after one epoch by -0.2 and 0.8.
 5. *Strata*. The first round is partial to changes that keep the function. So the best candidate of every stratum, for
-   which the caller gives a name, goes through it, if its loss is not `FAR` times the least: a light cut by widths then
-   has rivals of its own kind.
+   which the caller gives a name, goes through it, if its loss is not ``far`` times the least: a light cut by widths
+   then has rivals of its own kind.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def rehearse(
     steps: int,
     total: int = 0,
     strata: Sequence[object] = (),
+    far: float = FAR,
     progress: bool = True,
 ) -> list[list[float]]:
     """Held-out loss of every candidate after every round it took part in; the modules are trained in place.
@@ -77,6 +78,7 @@ def rehearse(
         steps: of the first round.
         total: of the fine-tune to come (rule 4); 0 ranks by the last losses.
         strata: of the candidates, in order (rule 5); none where they do not count.
+        far: times the least loss, beyond which the best of a stratum is out (rule 5).
     """
     recovery = recovery if recovery is not None else Recovery()
     held = list(itertools.islice(data, HELD))
@@ -91,7 +93,7 @@ def rehearse(
         order = sorted(alive, key=lambda i: forecast(found[i], first, total))
         kept = order[: (len(alive) + 1) // 2]
         if steps == first and strata:
-            leaders = {strata[i]: i for i in reversed(order) if _near(found[i], found[order[0]])}
+            leaders = {strata[i]: i for i in reversed(order) if _near(found[i], found[order[0]], far)}
             others = [i for i in order if i not in leaders.values()]
             through = {*leaders.values(), *others[: max(0, len(kept) - len(leaders))]}
             kept = [i for i in order if i in through]
@@ -99,9 +101,9 @@ def rehearse(
     return found
 
 
-def _near(losses: Sequence[float], least: Sequence[float]) -> bool:
+def _near(losses: Sequence[float], least: Sequence[float], far: float) -> bool:
     """Rule 5, by the last losses."""
-    return math.isfinite(losses[-1]) and losses[-1] <= FAR * abs(least[-1])
+    return math.isfinite(losses[-1]) and losses[-1] <= far * abs(least[-1])
 
 
 def forecast(losses: Sequence[float], first: int, total: int) -> float:

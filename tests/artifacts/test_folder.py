@@ -125,7 +125,7 @@ def test_a_users_own_files_stay(tmp_path: Path) -> None:
         save_together(tmp_path, write(2, FP32))
     assert (tmp_path / "report.json").read_text() == "my own report"
     assert (tmp_path / "plan.json").read_bytes() == content(1, "plan.json")
-    with pytest.raises(SluiceError, match="the latency table of this command"):
+    with pytest.raises(SluiceError, match="the latency table itself"):
         check_writable(tmp_path / "new", 0, {"the latency table": tmp_path / "new" / "plan.json"})
 
 

@@ -100,9 +100,9 @@ def test_what_the_command_reads_is_not_written(tmp_path: Path) -> None:
     os.link(path, tmp_path / "same.onnx")
     for out in (path, tmp_path / "same.onnx", tmp_path / "x" / ".." / "a.onnx"):
         (tmp_path / "x").mkdir(exist_ok=True)
-        with pytest.raises(SluiceError, match="is the dense network of this command"):
+        with pytest.raises(SluiceError, match="is the dense network itself"):
             check_output(out, {"the plan": None, "the dense network": path}, "an ONNX file")
-    with pytest.raises(SluiceError, match="is the latency table of this command"):
+    with pytest.raises(SluiceError, match="is the latency table itself"):
         check_output(tmp_path / "new.db", {"the latency table": tmp_path / "new.db"})
     check_output(tmp_path / "b.onnx", {"the dense network": path}, "an ONNX file")
 

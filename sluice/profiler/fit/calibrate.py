@@ -18,8 +18,9 @@ with pieces and joints net of calls (`sluice.profiler.fit.assemble`, 4).
    or take `BEND`. So one engine gives a slope, and two far from each other a line through both. Pieces are measured as
    they stand in the network, so a slope far from one has a cause: where engines take longer than their pieces, it is
    weights that do not stay in the innermost cache, as they do for a piece alone. So of all prices of a MB of weights
-   the one counts with which the line fits best, its slope being one give or take `LEAN`. A small vision transformer
-   took 11% longer than its pieces, and plans of half its time 4%: by the slope alone they were promised 7% too high.
+   the one counts with which the line fits best, its slope being one give or take `LEAN` per engine. A small vision
+   transformer took 11% longer than its pieces, and plans of half its time 4%: by the slope alone they were promised 7%
+   too high.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ __all__ = ["calibrate"]
 MANY = 8  # engines from which corrections are fitted
 NOISE = 0.01  # of an engine, and of what it would be by a straight line
 BEND = 0.05  # of the quickest engine: so far the intercept may be from a call
-LEAN = 0.02  # so far the slope may be from one without a cause
+LEAN = 0.02  # so far the slope may be from one without a cause, for every engine that shows it
 PRICES = (0.0, *(0.4 * 2.0 ** (-k / 8) for k in range(56, -1, -1)))  # of the most weights, of the slowest engine's time
 WORTH = 0.95
 EXACT = 0.001
@@ -90,7 +91,7 @@ def _by_few(model: LatencyModel, weights: Mapping[str, np.ndarray], engines: _En
 
     def fit(own: np.ndarray) -> tuple[int, float, float]:
         """The price, the slope and the intercept by these engines."""
-        best = int(np.argmin([_line(one[own], measured[own], call_ms, LEAN)[2] for one in sums]))
+        best = int(np.argmin([_line(one[own], measured[own], call_ms, LEAN * len(own))[2] for one in sums]))
         slope, intercept, _ = _line(sums[best][own], measured[own], call_ms)
         return best, slope, intercept
 

@@ -56,6 +56,8 @@ def merge_tables(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
     check_output(out, {})
     if exists(str(out)):
         raise SluiceError(f"{str(out)!r} exists already; choose another file to merge into, or remove it")
+    if not out.parent.is_dir():
+        raise SluiceError(f"cannot write {str(out)!r}: there is no folder {str(out.parent)!r}; choose another folder")
     checked: list[tuple[str, float, bool]] = []  # path, factor, whether the times are in its host's
     first: tuple[str, Fingerprint] | None = None
     reference: float | None = None

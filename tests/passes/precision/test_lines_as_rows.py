@@ -29,7 +29,7 @@ from sluice.profiler.pieces.sources import source_model
 from sluice.profiler.profile import profile_onnx
 from sluice.runtime.base.compare import assert_close, relative_error
 from sluice.runtime.ort.blocked_part import block_size, without_reorders
-from tests.device import FakeRunner, FakeSession, profile_on
+from tests.device import SeeingRunner, profile_on
 from tests.exported import arrays, deployed, ops, optimised, random_feeds, run
 
 TOL = 1e-6
@@ -300,20 +300,14 @@ def test_cut_through(listener: tuple[nn.Module, Tensor]) -> None:
 
 def test_what_is_timed_is_what_is_deployed(listener: tuple[nn.Module, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces, and the engines that calibrate them, have rows; only engines change the shape."""
-    seen: list[onnx.ModelProto] = []
-
-    class Seeing(FakeRunner):
-        def build(self, model: onnx.ModelProto, **shapes: object) -> FakeSession:  # type: ignore[override]
-            seen.append(model)
-            return super().build(model, **shapes)  # type: ignore[arg-type]
-
-    profile_on(lambda target, threads=1: Seeing(), monkeypatch)
+    runner = SeeingRunner()
+    profile_on(lambda target, threads=1: runner, monkeypatch)
     dense = to_onnx(listener[0], listener[1:])
     profile = profile_onnx(dense, deployment=Deployment(batch=2), progress=False)
-    whole = [model for model in seen if ops(model)["Conv"] == 5 and ops(model)["Gemm"] == 1]
-    parts = [model for model in seen if ops(model)["Conv"] and not ops(model)["Gemm"]]
+    whole = [model for model in runner.seen if ops(model)["Conv"] == 5 and ops(model)["Gemm"] == 1]
+    parts = [model for model in runner.seen if ops(model)["Conv"] and not ops(model)["Gemm"]]
     assert whole and all(ops(model)["Unsqueeze"] == 1 for model in whole)
     assert parts and not any(ops(model)["Unsqueeze"] for model in parts)
-    weights = [init for model in seen for init in model.graph.initializer if init.name.endswith("one.weight")]
+    weights = [init for model in runner.seen for init in model.graph.initializer if init.name.endswith("one.weight")]
     assert weights and all(len(init.dims) == 4 for init in weights)
     assert ops(profile.engine(finalize(dense)))["Unsqueeze"] == 1

@@ -27,7 +27,7 @@ from sluice.passes.precision.padded_lines import with_padded_lines
 from sluice.passes.precision.to_precision import to_precision
 from sluice.profiler.profile import profile_onnx
 from sluice.runtime.base.compare import assert_close, relative_error
-from tests.device import FakeRunner, FakeSession, profile_on
+from tests.device import SeeingRunner, profile_on
 from tests.exported import ops, optimised, run
 
 TOL = 1e-6
@@ -210,19 +210,18 @@ def test_cut_through(pitch: tuple[nn.Module, Tensor]) -> None:
 
 def test_what_is_timed_is_what_is_deployed(pitch: tuple[nn.Module, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces, and the engines that calibrate them, have the paddings of the file."""
-    seen: list[onnx.ModelProto] = []
-
-    class Seeing(FakeRunner):
-        def build(self, model: onnx.ModelProto, **shapes: object) -> FakeSession:  # type: ignore[override]
-            seen.append(model)
-            return super().build(model, **shapes)  # type: ignore[arg-type]
-
-    profile_on(lambda target, threads=1: Seeing(), monkeypatch)
+    runner = SeeingRunner()
+    profile_on(lambda target, threads=1: runner, monkeypatch)
     dense = to_onnx(pitch[0], pitch[1:])
     profile = profile_onnx(dense, deployment=Deployment(batch=2), progress=False)
-    lines = [node for model in seen for node in model.graph.node if node.input[1:2] in (["one.weight"], ["two.weight"])]
+    lines = [
+        node
+        for model in runner.seen
+        for node in model.graph.node
+        if node.input[1:2] in (["one.weight"], ["two.weight"])
+    ]
     inside = [node for node in lines if any(any(a.ints) for a in node.attribute if a.name == "pads")]
-    whole = [model for model in seen if ops(model)["Conv"] == 2 and ops(model)["Gemm"] == 1]
+    whole = [model for model in runner.seen if ops(model)["Conv"] == 2 and ops(model)["Gemm"] == 1]
     assert lines and not inside
     assert whole and all(paddings(model) == 2 for model in whole)
     assert paddings(profile.engine(finalize(dense))) == 2
