@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from sluice.core.algebra import prime_beside
-from sluice.passes.graph.onnx_graph import OnnxGraph, attributes, with_batch
+from sluice.passes.graph.onnx_graph import OnnxGraph, attributes, sizes_of, with_batch
 
 __all__ = ["stand_in_batch", "static_graph"]
 
@@ -39,12 +39,14 @@ def static_graph(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
 
 def stand_in_batch(model: onnx.ModelProto) -> int | None:
     """A prime that divides no size of the graph, to stand for a free batch; None where the batch is not free."""
+    chosen, _ = sizes_of(model)
     dims = [dim for info in model.graph.input for dim in info.type.tensor_type.shape.dim]
-    if all(dim.HasField("dim_value") for dim in dims):
+    if all(dim.HasField("dim_value") or dim.dim_param in chosen for dim in dims):
         return None
     graph = OnnxGraph(model)
     sizes = {dim.dim_value for info in graph.infos.values() for dim in info.type.tensor_type.shape.dim}
     sizes.update(size for init in graph.initializers.values() for size in init.dims)
+    sizes.update(chosen.values())
     for array in graph.literals.values():
         if array.size <= _ENTRIES and array.dtype.kind in "iu":
             sizes.update(np.abs(array).reshape(-1).tolist())

@@ -1,0 +1,293 @@
+"""ONNX files as others export them: what the runtime runs is read.
+
+1. What a file declares of inner values and outputs is a hint. Shapes are inferred anew from the operators; those that
+   inference does not know are taken from a run of the file (`sluice.passes.files.observe`).
+2. The model that is read computes what the file computes, in one form (`sluice.passes.files.plain`): no local
+   functions, no Constant nodes, no branch whose condition is known, operators as in opset 13 or later.
+3. Every open size beside the batch has a number in the model's metadata (`sluice.passes.graph.onnx_graph.with_sizes`),
+   for analysis and measurement; the graph leaves it open. Numbers come from example inputs, else from a trial of a few.
+4. Nothing is written to the file; `written_back` gives a changed model the form of the file again: opset, declared
+   inputs and outputs, metadata.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from sluice.core.errors import SluiceError, first_line
+from sluice.passes.files.branches import fold_branches
+from sluice.passes.files.observe import drawn, observed, session_of
+from sluice.passes.files.opset import as_opset, at_plain_opset, opset_of
+from sluice.passes.files.plain import graphs_in, plain, with_fixed
+from sluice.passes.graph.onnx_graph import SIZES, OnnxGraph, infer_weightless, with_batch, with_sizes
+from sluice.passes.graph.static_shapes import static_graph
+
+__all__ = ["OnnxFile", "read_onnx_file", "written_back"]
+
+BATCHES = (2, 3)
+QUANTISED = (
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "DynamicQuantizeLinear",
+    "ConvInteger",
+    "MatMulInteger",
+    "QLinearConv",
+)
+# Sizes that are tried for open axes: of images in pairs of height and width, of all other inputs.
+IMAGES = ((64, 96), (96, 64), (64, 64), (48, 320), (32, 128), (128, 128), (224, 224), (320, 320), (640, 640))
+LENGTHS = (16, 24, 32, 64, 100, 128, 256, 512, 576, 1024, 2048, 4096, 16000)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OnnxFile:
+    """A file as it is read.
+
+    Attributes:
+        model: what the file computes, in one form, with shapes inferred and weights as initialisers.
+        given: the file's own graph without its weights, for `written_back`.
+        inputs: example inputs on which the runtime ran the file, in the order of the file; fixed ones included.
+        batch_is_open: did the runtime run it at two batches?
+        sizes: of the open sizes beside the batch, by name.
+    """
+
+    model: onnx.ModelProto
+    given: onnx.ModelProto
+    inputs: Mapping[str, np.ndarray]
+    batch_is_open: bool
+    sizes: Mapping[str, int]
+
+
+def read_onnx_file(
+    source: str | os.PathLike[str] | onnx.ModelProto,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    fixed: Mapping[str, float] | None = None,
+) -> OnnxFile:
+    """Read an ONNX file that ONNX Runtime runs.
+
+    Args:
+        inputs: examples by name, with the sizes that shall count; some or all of them.
+        fixed: numbers of inputs that stay the same for good, or sizes of open axes by their name.
+    Raises:
+        SluiceError: the file cannot be read, is quantised, or the runtime does not run it on any inputs tried.
+    """
+    given = _loaded(source)
+    name = os.fspath(source) if not isinstance(source, onnx.ModelProto) else "the model"
+    _check_whole(given, name)
+    model = plain(given)
+    with_fixed(model, fixed or {})
+    at_plain_opset(model)
+    declared = _forgotten(model)
+    feeds, sizes = _run(model, name, inputs or {})
+    fold_branches(model, sizes)
+    done = _shaped(model, sizes, feeds, declared)
+    is_open = len(feeds) > 1 and bool(_open_axes(model).keys() - sizes.keys())
+    return OnnxFile(done, _weightless(given), next(iter(feeds.values())), is_open, sizes)
+
+
+def _forgotten(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """Forget, in place, what the file says of shapes of inner values and outputs (rule 1); the outputs as they were."""
+    declared = []
+    for info in model.graph.output:
+        declared.append(onnx.ValueInfoProto())
+        declared[-1].CopyFrom(info)
+        info.type.tensor_type.ClearField("shape")
+    for graph in graphs_in(model.graph):
+        del graph.value_info[:]
+    return declared
+
+
+def _loaded(source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProto:
+    if isinstance(source, onnx.ModelProto):
+        return source
+    name = os.fspath(source)
+    try:
+        return onnx.load(name)
+    except OSError as error:
+        raise SluiceError(f"cannot read {name!r}: {error.strerror or error}; give the path of an ONNX file") from None
+    except Exception as error:  # protobuf's errors share no public base class
+        raise SluiceError(f"{name!r} is not an ONNX file ({first_line(error)}); give an ONNX file") from None
+
+
+def _check_whole(model: onnx.ModelProto, name: str) -> None:
+    if not model.graph.node:  # an empty file is a valid message
+        raise SluiceError(f"{name!r} is not an ONNX file (it holds no operator); give an ONNX file")
+    quantised = [node for node in model.graph.node if node.op_type in QUANTISED or node.op_type.startswith("QLinear")]
+    if quantised:
+        raise SluiceError(
+            f"{name!r} is quantised (it holds {quantised[0].op_type}); give the file in float32, and quantise what "
+            f"comes out"
+        )
+
+
+def _run(
+    model: onnx.ModelProto, name: str, inputs: Mapping[str, np.ndarray]
+) -> tuple[dict[int, dict[str, np.ndarray]], dict[str, int]]:
+    """Inputs by batch on which the runtime runs the model, and the open sizes beside the batch.
+
+    Where the runtime takes one row alone, the batch is fixed in the model, in place, and its number is 1.
+    """
+    infos = OnnxGraph(model).inputs
+    unknown = [given for given in inputs if given not in infos]
+    if unknown:
+        raise SluiceError(f"{name!r} has no input {unknown[0]!r}; its inputs are {list(infos)}")
+    session, why = session_of(model), ""
+    trials = list(_trials(model, inputs))
+    for batches in (BATCHES, (1,)):
+        for sizes in trials:
+            feeds = {batch: _fed(model, sizes, batch, inputs) for batch in batches}
+            try:
+                for feed in feeds.values():
+                    session.run(None, feed)
+            except Exception as error:  # of the runtime's own kinds
+                why = why or first_line(error)
+                continue
+            if len(batches) == 1:
+                _fix_batch(model, sizes)
+            return feeds, sizes
+    raise SluiceError(
+        f"ONNX Runtime runs {name!r} on none of the inputs tried ({why}); give example inputs for {list(infos)}"
+    )
+
+
+def _open_axes(model: onnx.ModelProto) -> dict[str, list[tuple[str, int, int]]]:
+    """By name of an open size where it lies: input, axis, rank."""
+    found: dict[str, list[tuple[str, int, int]]] = {}
+    for name, info in OnnxGraph(model).inputs.items():
+        dims = info.type.tensor_type.shape.dim
+        for axis, dim in enumerate(dims):
+            if not dim.HasField("dim_value"):
+                found.setdefault(dim.dim_param, []).append((name, axis, len(dims)))
+    return found
+
+
+def _trials(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> Iterator[dict[str, int]]:
+    """Sizes of the open axes beside the batch, the likely ones first.
+
+    First axes are the batch. A size without a name in a later input may be the batch as well: states are such.
+    """
+    free, known = _open_axes(model), dict[str, int]()
+    first = next(iter(OnnxGraph(model).inputs), "")
+    others = {name: places for name, places in free.items() if all(axis for _, axis, _ in places)}
+    for name, places in others.items():
+        known.update((name, inputs[key].shape[axis]) for key, axis, _ in places if key in inputs)
+    asked = [name for name in others if name not in known]
+    tied = [name for name in asked if all(key != first and name == f"{key}.{axis}" for key, axis, _ in others[name])]
+    images = [name for name in asked if others[name][0][2] > 3]
+    lengths = [name for name in asked if name not in images]
+    for batches in [tied, []] if tied else [[]]:
+        flat = [name for name in lengths if name not in batches]
+        for pair, length in itertools.product(IMAGES if images else [()], LENGTHS if flat else [0]):
+            yield {
+                **known,
+                **{name: pair[k % 2] for k, name in enumerate(images)},
+                **dict.fromkeys(flat, length),
+            }
+
+
+def _fed(
+    model: onnx.ModelProto, sizes: Mapping[str, int], batch: int, inputs: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Inputs at these sizes; those that were given are repeated, or lose rows, until they have the batch."""
+    feeds = drawn(model, sizes, batch)
+    for name, places in _open_axes(model).items():
+        for key, axis, _ in places:
+            if key in inputs and name not in sizes:
+                rows = np.arange(batch) % inputs[key].shape[axis]
+                feeds[key] = np.take(feeds[key] if feeds[key] is inputs[key] else inputs[key], rows, axis)
+    untouched = {
+        key
+        for key in inputs
+        if not any(k == key and n not in sizes for n, ps in _open_axes(model).items() for k, _, _ in ps)
+    }
+    return {**feeds, **{key: inputs[key] for key in untouched}}
+
+
+def _fix_batch(model: onnx.ModelProto, sizes: Mapping[str, int]) -> None:
+    for info in OnnxGraph(model).inputs.values():
+        for dim in info.type.tensor_type.shape.dim:
+            if not dim.HasField("dim_value") and dim.dim_param not in sizes:
+                dim.dim_value = 1
+
+
+def _shaped(
+    model: onnx.ModelProto,
+    sizes: Mapping[str, int],
+    feeds: Mapping[int, Mapping[str, np.ndarray]],
+    declared: Sequence[onnx.ValueInfoProto],
+) -> onnx.ModelProto:
+    """The model with all shapes that can be known, of inner values and outputs (rule 1)."""
+    sized = with_sizes(model, sizes)
+    lacking: dict[str, None] = {}
+    for batch in feeds:
+        static = static_graph(sized, batch)
+        known = OnnxGraph(static).shapes
+        lacking.update(dict.fromkeys(n for node in static.graph.node for n in node.output if n and n not in known))
+    done = with_sizes(model, sizes, observed(model, list(lacking), feeds) if lacking else {})
+    statics = [OnnxGraph(with_batch(done, batch)).shapes for batch in feeds]
+    for info, hint in zip(done.graph.output, declared, strict=True):
+        shapes = [static[info.name] for static in statics if info.name in static]
+        if shapes:
+            _declare(info, shapes, hint, bool(sizes))
+    inferred = _inferred(done)
+    done.graph.value_info.extend(inferred)
+    return done
+
+
+def _declare(
+    info: onnx.ValueInfoProto, shapes: Sequence[Sequence[int]], hint: onnx.ValueInfoProto, has_sizes: bool
+) -> None:
+    """Shape of an output: names of the hint where it has some, numbers only where nothing open can change them."""
+    hints = hint.type.tensor_type.shape.dim
+    info.type.tensor_type.shape.SetInParent()
+    for axis, each in enumerate(zip(*shapes, strict=True)):
+        dim = info.type.tensor_type.shape.dim.add()
+        told = hints[axis] if len(hints) == len(shapes[0]) else onnx.TensorShapeProto.Dimension()
+        if told.dim_param:
+            dim.dim_param = told.dim_param
+        elif len(set(each)) == 1 and (not has_sizes or told.dim_value == each[0]):
+            dim.dim_value = each[0]
+
+
+def _inferred(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    try:
+        return list(infer_weightless(model).value_info)
+    except onnx.shape_inference.InferenceError:
+        return []
+
+
+def _weightless(model: onnx.ModelProto) -> onnx.ModelProto:
+    """What `written_back` needs of a file."""
+    done = onnx.ModelProto(
+        ir_version=model.ir_version, opset_import=model.opset_import, metadata_props=model.metadata_props,
+        producer_name=model.producer_name, producer_version=model.producer_version, domain=model.domain,
+        model_version=model.model_version, doc_string=model.doc_string,
+    )  # fmt: skip
+    done.graph.name, done.graph.doc_string = model.graph.name, model.graph.doc_string
+    done.graph.input.extend(OnnxGraph(model).inputs.values())
+    done.graph.output.extend(model.graph.output)
+    return done
+
+
+def written_back(file: OnnxFile, model: onnx.ModelProto) -> onnx.ModelProto:
+    """A changed model in the form of the file: opset where nothing newer is needed, inputs, outputs and metadata."""
+    done = onnx.ModelProto()
+    done.CopyFrom(model)
+    for field in ("input", "output"):
+        del getattr(done.graph, field)[:]
+        getattr(done.graph, field).extend(getattr(file.given.graph, field))
+    del done.graph.value_info[:]
+    done = as_opset(done, opset_of(file.given))
+    own = {entry.key for entry in file.given.metadata_props}
+    added = [entry for entry in done.metadata_props if entry.key not in own and entry.key != SIZES]
+    del done.metadata_props[:]
+    done.metadata_props.extend([*file.given.metadata_props, *added])
+    for field in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
+        setattr(done, field, getattr(file.given, field))
+    done.graph.name, done.graph.doc_string = file.given.graph.name, file.given.graph.doc_string
+    return done
