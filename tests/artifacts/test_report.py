@@ -315,7 +315,7 @@ def structured() -> tuple[LatencyModel, EditSpace]:
 
 
 def test_contributions() -> None:
-    from sluice.pipeline.figures import contributions
+    from sluice.pipeline.report_figures import contributions
 
     model, options = structured()
     (option,) = options.ranks
@@ -344,7 +344,7 @@ def test_contributions() -> None:
 
 
 def test_the_rows_of_pieces_say_whose_place_they_take() -> None:
-    from sluice.pipeline.figures import piece_rows
+    from sluice.pipeline.report_figures import piece_rows
 
     model, options = structured()
     (option,) = options.ranks
