@@ -14,7 +14,7 @@ import onnx
 from onnx import helper
 
 from sluice.core.errors import SluiceError
-from sluice.passes.files.plain import constants_to_initializers, graphs_in
+from sluice.passes.files.plain import constants_to_initializers, graphs_in, names_in
 from sluice.passes.graph.onnx_graph import OnnxGraph, with_sizes
 from sluice.passes.graph.static_shapes import static_graph
 
@@ -67,7 +67,7 @@ def _branch(graph: onnx.GraphProto, node: onnx.NodeProto, condition: bool) -> It
     wanted = "then_branch" if condition else "else_branch"
     body = onnx.GraphProto()
     body.CopyFrom(next(attribute.g for attribute in node.attribute if attribute.name == wanted))
-    inside, everywhere = (Counter(n for part in graphs_in(g) for n in _names(part)) for g in (body, graph))
+    inside, everywhere = (Counter(n for part in graphs_in(g) for n in names_in(part)) for g in (body, graph))
     taken = {*everywhere, *(info.name for info in graph.input)}
     fresh: dict[str, str] = {}
     for name in sorted(name for name, times in inside.items() if everywhere[name] > times):
@@ -79,12 +79,6 @@ def _branch(graph: onnx.GraphProto, node: onnx.NodeProto, condition: bool) -> It
     for output, inner in zip(node.output, body.output, strict=True):
         if output:
             yield helper.make_node("Identity", [inner.name], [output], name=f"{node.name}/{output}")
-
-
-def _names(graph: onnx.GraphProto) -> Iterator[str]:
-    """The values that a graph makes or holds."""
-    yield from (init.name for init in graph.initializer)
-    yield from (name for node in graph.node for name in node.output if name)
 
 
 def _rename(graph: onnx.GraphProto, fresh: Mapping[str, str]) -> None:

@@ -21,6 +21,7 @@ from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
 __all__ = ["OLDEST", "PLAIN", "as_opset", "at_plain_opset", "opset_of"]
 
 PLAIN, OLDEST = 13, 7
+NEGATIVE = 11  # the first set in which an axis may be counted from the end
 
 # By operator the first set in which each of these attributes is an input: attribute, place, type.
 MOVED: dict[str, tuple[int, tuple[tuple[str, int, type], ...]]] = {
@@ -155,7 +156,7 @@ def _softmax(
     axis, rank = attributes(node).get("axis", 1), ranks.get(node.input[0])
     _drop(node, "axis")
     node.attribute.append(helper.make_attribute("axis", -1))
-    if axis == -1 or rank is None or axis % rank == rank - 1:
+    if axis == -1 or (rank is not None and axis % rank == rank - 1):
         return [node]
     out, flat, soft, shape = node.output[0], *(names.fresh(f"{node.output[0]}.{w}") for w in ("flat", "soft", "shape"))
     before = helper.make_node("Flatten", [node.input[0]], [flat], axis=axis)
@@ -205,6 +206,8 @@ def _down(node: onnx.NodeProto, old: int, read: OnnxGraph, ranks: dict[str, int]
         return True
     if node.op_type in SOFTMAX:
         axis, rank = attributes(node).get("axis", -1), ranks.get(node.input[0])
+        if axis == -1 and old >= NEGATIVE:
+            return True
         if rank is None or axis % rank != rank - 1:
             return False
         _drop(node, "axis")

@@ -1,7 +1,8 @@
 """A file as one flat graph: what is written in several ways is written in one.
 
 1. Local functions are written out where they are called.
-2. What a Constant node holds is an initialiser, unless it is an output of the graph.
+2. What a Constant node holds is an initialiser, unless it is an output of the graph. What control flow holds inside,
+   the graph around it holds, so that every weight has one place.
 3. An initialiser is no input: nobody may feed another value for it.
 4. An input whose value is fixed stays an input, so that callers need no change, and nothing reads it.
 5. A size that is no size (0 or below) is open, and every open size of an input has a name.
@@ -9,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -18,9 +20,9 @@ from onnx import numpy_helper
 
 from sluice.core.errors import SluiceError
 from sluice.passes.graph.onnx_file import without_defaults
-from sluice.passes.graph.onnx_graph import OnnxGraph
+from sluice.passes.graph.onnx_graph import OnnxGraph, reads
 
-__all__ = ["graphs_in", "name_open_sizes", "plain", "with_fixed"]
+__all__ = ["constants_to_initializers", "graphs_in", "names_in", "plain", "with_fixed", "without_unread"]
 
 
 def plain(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -28,6 +30,7 @@ def plain(model: onnx.ModelProto) -> onnx.ModelProto:
     done = onnx.ModelProto()
     done.CopyFrom(onnx.inliner.inline_local_functions(model) if model.functions else model)
     constants_to_initializers(done.graph)
+    lift_initializers(done.graph)
     done = without_defaults(done)
     name_open_sizes(done)
     return done
@@ -44,6 +47,38 @@ def constants_to_initializers(graph: onnx.GraphProto) -> None:
         graph.initializer.append(numpy_helper.from_array(array, node.output[0]))
     del graph.node[:]
     graph.node.extend(kept)
+
+
+def lift_initializers(graph: onnx.GraphProto) -> None:
+    """Move what control flow holds inside to the graph around it, in place; names that stand twice stay."""
+    inner = [part for part in graphs_in(graph) if part is not graph]
+    names = Counter(name for part in (graph, *inner) for name in names_in(part))
+    for part in reversed(inner):  # innermost first, as a graph around it is written anew
+        alone = onnx.GraphProto(output=part.output, initializer=part.initializer)
+        alone.node.extend(node for node in part.node if node.op_type == "Constant" and names[node.output[0]] == 1)
+        constants_to_initializers(alone)
+        outputs = {info.name for info in part.output}
+        lifted = {init.name for init in alone.initializer if names[init.name] == 1 and init.name not in outputs}
+        graph.initializer.extend(init for init in alone.initializer if init.name in lifted)
+        kept = [init for init in part.initializer if init.name not in lifted]
+        nodes = [node for node in part.node if node.output[0] not in lifted]
+        del part.initializer[:], part.node[:]
+        part.initializer.extend(kept)
+        part.node.extend(nodes)
+
+
+def names_in(graph: onnx.GraphProto) -> Iterator[str]:
+    """The values that a graph makes or holds."""
+    yield from (init.name for init in graph.initializer)
+    yield from (name for node in graph.node for name in node.output if name)
+
+
+def without_unread(graph: onnx.GraphProto) -> None:
+    """Drop initialisers that nothing reads, in place."""
+    used = {name for node in graph.node for name in reads(node)} | {info.name for info in graph.output}
+    kept = [init for init in graph.initializer if init.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
 
 
 def name_open_sizes(model: onnx.ModelProto) -> None:

@@ -24,8 +24,8 @@ from sluice.core.errors import SluiceError, first_line
 from sluice.passes.files.branches import fold_branches
 from sluice.passes.files.observe import drawn, observed, session_of
 from sluice.passes.files.opset import as_opset, at_plain_opset, opset_of
-from sluice.passes.files.plain import graphs_in, plain, with_fixed
-from sluice.passes.graph.onnx_graph import SIZES, OnnxGraph, infer_weightless, with_batch, with_sizes
+from sluice.passes.files.plain import graphs_in, plain, with_fixed, without_unread
+from sluice.passes.graph.onnx_graph import SIZES, OnnxGraph, infer_weightless, with_sizes
 from sluice.passes.graph.static_shapes import static_graph
 
 __all__ = ["OnnxFile", "read_onnx_file", "written_back"]
@@ -85,6 +85,7 @@ def read_onnx_file(
     declared = _forgotten(model)
     feeds, sizes = _run(model, name, inputs or {})
     fold_branches(model, sizes)
+    without_unread(model.graph)
     done = _shaped(model, sizes, feeds, declared)
     is_open = len(feeds) > 1 and bool(_open_axes(model).keys() - sizes.keys())
     return OnnxFile(done, _weightless(given), next(iter(feeds.values())), is_open, sizes)
@@ -222,16 +223,18 @@ def _shaped(
     declared: Sequence[onnx.ValueInfoProto],
 ) -> onnx.ModelProto:
     """The model with all shapes that can be known, of inner values and outputs (rule 1)."""
-    sized = with_sizes(model, sizes)
+    done = with_sizes(model, sizes)
+    statics = [static_graph(done, batch) for batch in feeds]
     lacking: dict[str, None] = {}
-    for batch in feeds:
-        static = static_graph(sized, batch)
+    for static in statics:
         known = OnnxGraph(static).shapes
         lacking.update(dict.fromkeys(n for node in static.graph.node for n in node.output if n and n not in known))
-    done = with_sizes(model, sizes, observed(model, list(lacking), feeds) if lacking else {})
-    statics = [OnnxGraph(with_batch(done, batch)).shapes for batch in feeds]
+    if lacking:
+        done = with_sizes(model, sizes, observed(model, list(lacking), feeds))
+        statics = [static_graph(done, batch) for batch in feeds]
+    found = [OnnxGraph(static).shapes for static in statics]
     for info, hint in zip(done.graph.output, declared, strict=True):
-        shapes = [static[info.name] for static in statics if info.name in static]
+        shapes = [shapes[info.name] for shapes in found if info.name in shapes]
         if shapes:
             _declare(info, shapes, hint, bool(sizes))
     inferred = _inferred(done)
