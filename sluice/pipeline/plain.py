@@ -10,19 +10,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import onnx
-from torch import nn
 
 from sluice.core.budget_spec import BudgetSpec
 from sluice.core.errors import SluiceError
 from sluice.core.progress import Advance, told_to
-from sluice.passes.cut.export import plain_export
-from sluice.passes.graph.capture import Inputs
 from sluice.passes.graph.onnx_file import finalize
 from sluice.pipeline.pairs import Pairs, PairTimes, is_faster, structure
 from sluice.profiler.view import Profile
 
-__all__ = ["counted_from", "plain_share"]
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sluice.passes.graph.capture import Inputs
+
+__all__ = ["counted_from", "plain_share", "share_beside"]
 
 PATIENCE_MS = 500.0
 WHOLE = BudgetSpec.parse("100%")
@@ -37,11 +41,20 @@ def plain_share(
         model: as the user gave it.
         dense: our file of it, with parameter names.
     """
+    from sluice.passes.cut.export import plain_export
+
     asked = profile.fingerprint
     if asked.precision != "fp32" or not profile.open:
         return None
     plain = plain_export(model, example_inputs, asked.batch)
-    if plain is None:
+    return None if plain is None else share_beside(profile, plain, dense, advance)
+
+
+def share_beside(
+    profile: Profile, plain: onnx.ModelProto, dense: onnx.ModelProto, advance: Advance | None = None
+) -> PairTimes | None:
+    """The file that users deploy (``slim_ms``) beside ours (``dense_ms``), as `plain_share`."""
+    if profile.fingerprint.precision != "fp32" or not profile.open:
         return None
     ours = profile.engine(finalize(dense))
     if structure(plain) == structure(ours):
