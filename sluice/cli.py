@@ -80,7 +80,8 @@ def inspect(args: argparse.Namespace) -> int:
     from sluice.commands.inspect import inspection
 
     return print_result(
-        args, *inspection(args.model, args.shape, args.exclude, args.inputs, args.weights, args.verbose)
+        args,
+        *inspection(args.model, args.shape, args.exclude, args.inputs, args.weights, args.verbose, dict(args.fixed)),
     )
 
 
@@ -134,7 +135,7 @@ def _pack(args: argparse.Namespace) -> int:
 def _dense_onnx(args: argparse.Namespace) -> Any:
     """The dense network with its parameter names, from its file or its factory."""
     if is_onnx(args.model):
-        dense = dense_in(args.model, args.shape, args.inputs, args.weights)
+        dense = dense_in(args.model, args.shape, args.inputs, args.weights, dict(args.fixed))
         check_batch(dense, args.batch, args.model)
         return dense
     from sluice.core.progress import stage
@@ -184,13 +185,12 @@ def plan(args: argparse.Namespace) -> int:
 
 def apply(args: argparse.Namespace) -> int:
     """Cut a dense ONNX file by a plan; needs no torch."""
+    from sluice.commands.onnx_input import applied
     from sluice.core.plan import Plan
-    from sluice.passes.cut.rewrite_onnx import rewrite_onnx
-    from sluice.passes.graph.onnx_file import finalize, load_onnx, save_onnx
-    from sluice.passes.precision.to_precision import to_precision
+    from sluice.passes.graph.onnx_file import save_onnx
 
     check_output(args.out, {"the dense network": args.model, "the plan": args.plan}, ONNX)
-    slim = to_precision(finalize(rewrite_onnx(load_onnx(args.model), Plan.load(args.plan))), "fp32")
+    slim = applied(args.model, Plan.load(args.plan), args.inputs, dict(args.fixed))
     save_onnx(slim, args.out)
     return print_result(args, {"out": args.out, "bytes": slim.ByteSize()}, [f"{args.out}: {slim.ByteSize():,} bytes"])
 
@@ -262,10 +262,10 @@ def check(args: argparse.Namespace) -> int:
     """Compare the slim network in torch, its ONNX files in all precisions, and the dense ONNX graph cut by the plan."""
     from sluice.artifacts.check import check as run
     from sluice.artifacts.check import check_deployed
-    from sluice.passes.graph.onnx_file import load_onnx
+    from sluice.commands.onnx_input import model_in
 
     of_file = is_onnx(args.model) and not args.weights
-    errors = run(load_onnx(args.model) if of_file else model_of(args.model, args.weights), args.folder)
+    errors = run(model_in(args.model) if of_file else model_of(args.model, args.weights), args.folder)
     worst = max(errors.values())
     lines = [*(f"{pair}: {value:.1e}" for pair, value in errors.items()), f"tolerance {args.tolerance:.1e}"]
     deployed = check_deployed(args.folder)

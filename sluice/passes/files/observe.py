@@ -32,8 +32,10 @@ def session_of(model: onnx.ModelProto, outputs: Sequence[str] = ()) -> Any:
     Raises:
         SluiceError: the runtime refuses the file.
     """
-    import onnxruntime as ort
-
+    try:
+        import onnxruntime as ort
+    except ImportError:
+        raise SluiceError("files of others are read by running them; install onnxruntime") from None
     asked = model
     if outputs:
         asked = onnx.ModelProto()

@@ -12,9 +12,8 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,15 +21,15 @@ import onnx
 
 from sluice.core.errors import SluiceError, first_line
 from sluice.passes.files.branches import fold_branches
-from sluice.passes.files.observe import drawn, observed, session_of
-from sluice.passes.files.opset import as_opset, at_plain_opset, opset_of
+from sluice.passes.files.observe import observed
+from sluice.passes.files.opset import PLAIN, as_opset, at_plain_opset, opset_of
 from sluice.passes.files.plain import graphs_in, plain, with_fixed, without_unread
+from sluice.passes.files.trials import fed, open_axes, run_once
 from sluice.passes.graph.onnx_graph import SIZES, OnnxGraph, infer_weightless, with_sizes
-from sluice.passes.graph.static_shapes import static_graph
+from sluice.passes.graph.static_shapes import stand_in_batch, static_graph
 
-__all__ = ["OnnxFile", "read_onnx_file", "written_back"]
+__all__ = ["OnnxFile", "as_it_is", "read_onnx_file", "says_all", "written_back"]
 
-BATCHES = (2, 3)
 QUANTISED = (
     "QuantizeLinear",
     "DequantizeLinear",
@@ -39,9 +38,7 @@ QUANTISED = (
     "MatMulInteger",
     "QLinearConv",
 )
-# Sizes that are tried for open axes: of images in pairs of height and width, of all other inputs.
-IMAGES = ((64, 96), (96, 64), (64, 64), (48, 320), (32, 128), (128, 128), (224, 224), (320, 320), (640, 640))
-LENGTHS = (16, 24, 32, 64, 100, 128, 256, 512, 576, 1024, 2048, 4096, 16000)
+CONTROL = ("If", "Loop", "Scan")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +51,7 @@ class OnnxFile:
         inputs: example inputs on which the runtime ran the file, in the order of the file; fixed ones included.
         batch_is_open: did the runtime run it at two batches?
         sizes: of the open sizes beside the batch, by name.
+        says_all: was the file taken as it is (`says_all`)?
     """
 
     model: onnx.ModelProto
@@ -61,6 +59,7 @@ class OnnxFile:
     inputs: Mapping[str, np.ndarray]
     batch_is_open: bool
     sizes: Mapping[str, int]
+    says_all: bool = False
 
 
 def read_onnx_file(
@@ -83,11 +82,11 @@ def read_onnx_file(
     with_fixed(model, fixed or {})
     at_plain_opset(model)
     declared = _forgotten(model)
-    feeds, sizes = _run(model, name, inputs or {})
+    feeds, sizes = run_once(model, name, inputs or {})
     fold_branches(model, sizes)
     without_unread(model.graph)
     done = _shaped(model, sizes, feeds, declared)
-    is_open = len(feeds) > 1 and bool(_open_axes(model).keys() - sizes.keys())
+    is_open = len(feeds) > 1 and bool(open_axes(model).keys() - sizes.keys())
     return OnnxFile(done, _weightless(given), next(iter(feeds.values())), is_open, sizes)
 
 
@@ -101,6 +100,26 @@ def _forgotten(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     for graph in graphs_in(model.graph):
         del graph.value_info[:]
     return declared
+
+
+def says_all(model: onnx.ModelProto) -> bool:
+    """Does the graph tell every shape by itself, in the one form? Then there is nothing to run, and nothing to change.
+
+    Such are the files that ``sluice export`` writes.
+    """
+    names = {n for n, places in open_axes(model).items() if any(axis for _, axis, _ in places)}
+    read = OnnxGraph(model)
+    constants = (read.array(node.output[0]) for node in model.graph.node if node.op_type == "Constant")
+    if opset_of(model) < PLAIN or names or any(a is not None and a.dtype.kind == "f" and a.size > 1 for a in constants):
+        return False
+    if any(node.op_type in CONTROL for node in model.graph.node):
+        return False
+    try:
+        static = static_graph(model, stand_in_batch(model) or 1)
+    except SluiceError:
+        return False
+    known = OnnxGraph(static).shapes
+    return all(name in known for node in static.graph.node for name in node.output if name)
 
 
 def _loaded(source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProto:
@@ -124,96 +143,6 @@ def _check_whole(model: onnx.ModelProto, name: str) -> None:
             f"{name!r} is quantised (it holds {quantised[0].op_type}); give the file in float32, and quantise what "
             f"comes out"
         )
-
-
-def _run(
-    model: onnx.ModelProto, name: str, inputs: Mapping[str, np.ndarray]
-) -> tuple[dict[int, dict[str, np.ndarray]], dict[str, int]]:
-    """Inputs by batch on which the runtime runs the model, and the open sizes beside the batch.
-
-    Where the runtime takes one row alone, the batch is fixed in the model, in place, and its number is 1.
-    """
-    infos = OnnxGraph(model).inputs
-    unknown = [given for given in inputs if given not in infos]
-    if unknown:
-        raise SluiceError(f"{name!r} has no input {unknown[0]!r}; its inputs are {list(infos)}")
-    session, why = session_of(model), ""
-    trials = list(_trials(model, inputs))
-    for batches in (BATCHES, (1,)):
-        for sizes in trials:
-            feeds = {batch: _fed(model, sizes, batch, inputs) for batch in batches}
-            try:
-                for feed in feeds.values():
-                    session.run(None, feed)
-            except Exception as error:  # of the runtime's own kinds
-                why = why or first_line(error)
-                continue
-            if len(batches) == 1:
-                _fix_batch(model, sizes)
-            return feeds, sizes
-    raise SluiceError(
-        f"ONNX Runtime runs {name!r} on none of the inputs tried ({why}); give example inputs for {list(infos)}"
-    )
-
-
-def _open_axes(model: onnx.ModelProto) -> dict[str, list[tuple[str, int, int]]]:
-    """By name of an open size where it lies: input, axis, rank."""
-    found: dict[str, list[tuple[str, int, int]]] = {}
-    for name, info in OnnxGraph(model).inputs.items():
-        dims = info.type.tensor_type.shape.dim
-        for axis, dim in enumerate(dims):
-            if not dim.HasField("dim_value"):
-                found.setdefault(dim.dim_param, []).append((name, axis, len(dims)))
-    return found
-
-
-def _trials(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> Iterator[dict[str, int]]:
-    """Sizes of the open axes beside the batch, the likely ones first.
-
-    First axes are the batch. A size without a name in a later input may be the batch as well: states are such.
-    """
-    free, known = _open_axes(model), dict[str, int]()
-    first = next(iter(OnnxGraph(model).inputs), "")
-    others = {name: places for name, places in free.items() if all(axis for _, axis, _ in places)}
-    for name, places in others.items():
-        known.update((name, inputs[key].shape[axis]) for key, axis, _ in places if key in inputs)
-    asked = [name for name in others if name not in known]
-    tied = [name for name in asked if all(key != first and name == f"{key}.{axis}" for key, axis, _ in others[name])]
-    images = [name for name in asked if others[name][0][2] > 3]
-    lengths = [name for name in asked if name not in images]
-    for batches in [tied, []] if tied else [[]]:
-        flat = [name for name in lengths if name not in batches]
-        for pair, length in itertools.product(IMAGES if images else [()], LENGTHS if flat else [0]):
-            yield {
-                **known,
-                **{name: pair[k % 2] for k, name in enumerate(images)},
-                **dict.fromkeys(flat, length),
-            }
-
-
-def _fed(
-    model: onnx.ModelProto, sizes: Mapping[str, int], batch: int, inputs: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Inputs at these sizes; those that were given are repeated, or lose rows, until they have the batch."""
-    feeds = drawn(model, sizes, batch)
-    for name, places in _open_axes(model).items():
-        for key, axis, _ in places:
-            if key in inputs and name not in sizes:
-                rows = np.arange(batch) % inputs[key].shape[axis]
-                feeds[key] = np.take(feeds[key] if feeds[key] is inputs[key] else inputs[key], rows, axis)
-    untouched = {
-        key
-        for key in inputs
-        if not any(k == key and n not in sizes for n, ps in _open_axes(model).items() for k, _, _ in ps)
-    }
-    return {**feeds, **{key: inputs[key] for key in untouched}}
-
-
-def _fix_batch(model: onnx.ModelProto, sizes: Mapping[str, int]) -> None:
-    for info in OnnxGraph(model).inputs.values():
-        for dim in info.type.tensor_type.shape.dim:
-            if not dim.HasField("dim_value") and dim.dim_param not in sizes:
-                dim.dim_value = 1
 
 
 def _shaped(
@@ -262,6 +191,12 @@ def _inferred(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
         return list(infer_weightless(model).value_info)
     except onnx.shape_inference.InferenceError:
         return []
+
+
+def as_it_is(model: onnx.ModelProto) -> OnnxFile:
+    """A model that says all, as a file: nothing to give back."""
+    axes, sizes = open_axes(model), dict[str, int]()
+    return OnnxFile(model, _weightless(model), fed(model, sizes, 1, {}), bool(axes), sizes, says_all=True)
 
 
 def _weightless(model: onnx.ModelProto) -> onnx.ModelProto:
