@@ -1,10 +1,11 @@
 """The price of every level of every site of an ONNX file: the distance of the file with this one change.
 
-    loss(site, value) = distance of the rewritten file's outputs from the file's own (`sluice.importance.output_distance`)
+    loss(site, value) = distance of the rewritten file's outputs from the file's own
 
-1. Widths, dropped blocks and merged runs are cut and rewritten as the plan will be; a rank is priced by the weight that
+1. The distance is that of `sluice.importance.output_distance`.
+2. Widths, dropped blocks and merged runs are cut and rewritten as the plan will be; a rank is priced by the weight that
    the two factors make together, all ranks of a weight from one decomposition.
-2. Levels between those that were measured are interpolated (`sluice.importance.curves`).
+3. Levels between those that were measured are interpolated (`sluice.importance.curves`).
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from sluice.core.errors import SluiceError
 from sluice.core.latency import LatencyModel
 from sluice.core.plan import Edits
 from sluice.importance.curves import curve, floored
 from sluice.importance.output_distance import BROKEN, OutputDistance
-from sluice.core.errors import SluiceError
 from sluice.passes.cut.factor import truncations
 from sluice.passes.cut.rewrite_onnx import cut_graph, restructure
 from sluice.passes.graph.groups import Analysis, keep_masks
@@ -45,7 +46,7 @@ def onnx_losses(
     ranks = [option for option in options.ranks if len(levels.get(option.switch, ())) > 1]
     edits = {name: Edits(drops=(drop,)) for name, drop in options.drops.items() if len(levels.get(name, ())) > 1}
     edits |= {name: Edits(merges=(run,)) for name, run in options.merges.items() if len(levels.get(name, ())) > 1}
-    total, found = len(groups) + len(ranks) + len(edits), dict[str, np.ndarray]()
+    total, done, found = len(groups) + len(ranks) + len(edits), 0, dict[str, np.ndarray]()
     for name in groups:
         order = by_importance(scores[name])
 
@@ -54,15 +55,15 @@ def onnx_losses(
             return distance.of(cut_graph(model, analysis, keeps))
 
         found[name] = curve(levels[name], cut, dense=levels[name][-1])
-        advance(len(found), total)
+        advance(done := done + 1, total)
     for option in ranks:
         losses = curve(levels[option.rank], _truncated(model, option, distance), dense=None)
         # Even the largest rank is a truncation; its loss is that of the switch.
         found[option.switch], found[option.rank] = np.array([0.0, losses[-1]]), losses - losses[-1]
-        advance(min(len(found), total), total)
+        advance(done := done + 1, total)
     for name, edit in edits.items():
         found[name] = np.array([0.0, _restructured(model, edit, distance)])
-        advance(min(len(found), total), total)
+        advance(done := done + 1, total)
     return floored(found, latency)
 
 

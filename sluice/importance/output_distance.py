@@ -52,7 +52,7 @@ class OutputDistance:
             if np.issubdtype(value.dtype, np.floating) and value.size and np.isfinite(value).all()
         }
         if not self.reference:
-            raise SluiceError("no output of the file holds finite floating-point numbers; give data that it was made for")
+            raise SluiceError("no output of the file holds finite floats; give data that it was made for")
 
     def of(self, model: onnx.ModelProto) -> float:
         """The distance of a changed file; 0 for the file itself."""
@@ -106,5 +106,3 @@ def _divergence(want: np.ndarray, have: np.ndarray) -> float:
 def _softmax(values: np.ndarray) -> np.ndarray:
     raised = np.exp(values - values.max(-1, keepdims=True))
     return np.asarray(raised / raised.sum(-1, keepdims=True))
-
-

@@ -4,8 +4,8 @@
    fewer channels: inputs, outputs, opset and metadata are as they were.
 2. The loss of a change is the distance of the outputs from the file's own on some examples
    (`sluice.importance.output_distance`). Channels go by their activations and weights (`sluice.importance.activity`).
-3. Nothing is trained. Weights behind a cut are refitted by least squares (`sluice.training.refit_onnx`) on three quarters
-   of the examples. They count only where the refitted file is nearer on the last quarter.
+3. Nothing is trained. Weights behind a cut are refitted by least squares (`sluice.training.refit_onnx`) on three
+   quarters of the examples. They count only where the refitted file is nearer on the last quarter.
 4. That quarter also says what was kept: the figure of merit is ``evaluate``'s, or 100 times the cosine between the
    outputs of both files.
 5. Budgets in percent count from the user's file, where that is faster than the same file in our form.
@@ -25,6 +25,7 @@ import onnx
 from sluice.artifacts.folder import check_writable
 from sluice.artifacts.labels import provenance
 from sluice.artifacts.macs import count_macs
+from sluice.artifacts.report_recovery import RecoveryRow
 from sluice.artifacts.result_file import CompressedFile
 from sluice.core.budget_spec import BudgetSpec
 from sluice.core.deployment import Deployment
@@ -34,7 +35,7 @@ from sluice.importance.activity import activity_scores
 from sluice.importance.onnx_losses import onnx_losses
 from sluice.importance.output_distance import OutputDistance, cosine, outputs_of
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
-from sluice.passes.files.read import read_onnx_file, written_back
+from sluice.passes.files.read import load_whole, read_onnx_file, written_back
 from sluice.passes.files.rows import Rows, rows_of
 from sluice.passes.graph.onnx_file import finalize
 from sluice.passes.graph.onnx_graph import OnnxGraph
@@ -55,6 +56,7 @@ FILE_METHODS = ("filter", "rank", "block")
 PRICED, REFITTED = 64, 512  # examples
 HELD = 4  # every which part of the examples is held out
 PARITY = 1e-4
+KEPT = "cosine of outputs in percent"
 
 
 def compress_onnx(
@@ -71,8 +73,9 @@ def compress_onnx(
     methods: Sequence[str] = FILE_METHODS,
     fixed: Mapping[str, float] | None = None,
     loss: str = "auto",
-    evaluate: Callable[[onnx.ModelProto], float] | None = None,
+    evaluate: Callable[[Any], float] | None = None,
     refit: bool = True,
+    note: str = "",
     minutes: float = math.inf,
     progress: bool = True,
 ) -> CompressedFile:
@@ -84,11 +87,12 @@ def compress_onnx(
         budget: ``"50%"`` of the file's latency, ``"2.4ms"`` or ``{"latency_ms": 2.4}``, at ``batch`` on ``target``.
         table: latency table (SQLite), made or continued.
         out: folder for plan, ONNX file and report.
-        methods: some of ``filter``, ``rank``, ``block``, ``merge``; merges take activations away, and nothing is trained.
+        methods: some of ``filter``, ``rank``, ``block``, ``merge``; a merge takes activations away for good.
         fixed: numbers of inputs that stay the same for good, or sizes of open axes by their name.
         loss: ``auto``, ``mse``, ``logits`` or ``cosine``: the distance between outputs.
-        evaluate: figure of merit of a file, the higher the better, for the report.
+        evaluate: figure of merit of a session of ONNX Runtime, the higher the better, for the report.
         refit: refit the weights behind a cut by least squares.
+        note: on the inputs, for the report.
         minutes: of profiling; afterwards points that a plan needs are estimated, and the report says how much.
     Raises:
         SluiceError: a mistake that the caller can mend; no half-written file is left behind.
@@ -137,10 +141,12 @@ def compress_onnx(
     report = make_report(
         measured, verified, times=times, worst=worst, params=(_size(dense), _size(slim)),
         macs=(count_macs(finalize(dense)), count_macs(done)), metrics=(metric_dense, figure(made), None),
-        frozen=measured.space.left_alone, seconds=time.perf_counter() - started, losses=losses, plain=plain,
-        methods=methods,
+        frozen={**measured.space.left_alone, **({"the data": note} if note else {})},
+        seconds=time.perf_counter() - started, losses=losses, plain=plain,
+        methods=methods, figure="accuracy" if evaluate else KEPT,
+        recovery=RecoveryRow(0.0, "", "plain", 0, refitted=refitted) if refitted else None,
     )  # fmt: skip
-    for key, value in {**provenance(verified.plan, report), "refitted": str(refitted)}.items():
+    for key, value in provenance(verified.plan, report).items():
         made.metadata_props.add(key=f"sluice.{key}", value=value)
     result = CompressedFile(made, verified.plan, report)
     if worst > PARITY:
@@ -166,7 +172,7 @@ def _split(rows: Rows) -> tuple[Rows, Rows]:
 
 
 def _figure(
-    evaluate: Callable[[onnx.ModelProto], float] | None, dense: onnx.ModelProto, held: Rows
+    evaluate: Callable[[Any], float] | None, dense: onnx.ModelProto, held: Rows
 ) -> Callable[[onnx.ModelProto], float]:
     """Rule 4."""
     if evaluate is None:
@@ -178,12 +184,14 @@ def _figure(
 
         return kept
     if not callable(evaluate):
-        raise SluiceError(f"evaluate={evaluate!r} is no function; give one from an ONNX model to a number")
+        raise SluiceError(f"evaluate={evaluate!r} is no function; give one from a session of ONNX Runtime to a number")
 
     def taken(model: onnx.ModelProto) -> float:
+        import onnxruntime as ort
+
+        session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         try:
-            value: Any = evaluate(model)
-            return float(value)
+            return float(evaluate(session))
         except SluiceError:
             raise
         except Exception as error:
@@ -209,7 +217,7 @@ def _with_constants(
     """The file that the user deploys; our reading of it where inputs were fixed, since the file cannot run without."""
     if fixed:
         return dense
-    return source if isinstance(source, onnx.ModelProto) else onnx.load(os.fspath(source))
+    return load_whole(source)
 
 
 def _size(model: onnx.ModelProto) -> int:

@@ -126,7 +126,7 @@ def make_report(
     params: tuple[int, int], macs: tuple[int, int], metrics: tuple[float | None, float | None, float | None],
     frozen: Mapping[str, str], seconds: float, losses: Mapping[str, np.ndarray] | None = None,
     readings: Sequence[tuple[str, float, tuple[float, ...]]] = (), recovery: RecoveryRow | None = None,
-    plain: PairTimes | None = None, methods: Sequence[str] = METHODS,
+    plain: PairTimes | None = None, methods: Sequence[str] = METHODS, figure: str = "accuracy",
 ) -> Report:  # fmt: skip
     """The report of a verified plan.
 
@@ -140,6 +140,7 @@ def make_report(
         recovery: how the slim network was trained, if it was.
         plain: plain export's file beside ours, if it was measured.
         methods: those that were asked for.
+        figure: what the metrics are.
     """
     latency, widths, cover = measured.latency, dict(verified.choice.widths), measured.coverage
     descriptions = {p.name: p.description for p in measured.partition.pieces}
@@ -180,4 +181,5 @@ def make_report(
         plain_ms=None if plain is None else plain.share * times.dense_ms,
         plain_uncertainty=None if plain is None else plain.uncertainty,
         from_plain=is_faster(plain),
+        figure=figure,
     )

@@ -2,13 +2,13 @@
 
 Layer after layer in the order of the graph, as `sluice.training.compensate` does it with modules:
 
-1. The input of a layer is that of the cut file *as it is by then*; its target is the output of the same layer before the
-   cut, before the activation, on the channels that stay. The weight is that of least squares
+1. The input of a layer is that of the cut file *as it is by then*. Its target is the output of the same layer in the
+   file as it was, before the activation, on the channels that stay. The weight is that of least squares
    (`sluice.training.least_squares`), and the bias takes the mean of what is missed. A convolution without a bias gets
-   one.
+   one; a matrix product has none.
 2. Of a factorised layer the second factor is refitted.
-3. Layers whose input the cut has not changed, weights that several operators read, grouped convolutions of few
-   channels that are read apart, and layers with more than `COLUMNS` inputs per output stay as they are.
+3. Layers whose input the cut has not changed, weights that several operators read, and layers with more than `COLUMNS`
+   inputs per output stay as they are.
 
 Both files run as far as the layer, for all examples, batch by batch: what is kept is the sums of one layer. Numpy and
 ONNX Runtime alone.
@@ -106,7 +106,7 @@ def _changed_values(slim: onnx.ModelProto, dense: onnx.ModelProto) -> set[str]:
     changed = {
         init.name
         for init in slim.graph.initializer
-        if init.name in known and init.dims != known[init.name].dims or init.name not in known
+        if (init.name in known and init.dims != known[init.name].dims) or init.name not in known
     }
     for node in slim.graph.node:
         twin = makers.get(node.output[0])
@@ -144,11 +144,7 @@ def _refit(
 
 
 def _bias_of(model: onnx.ModelProto, graph: OnnxGraph, layer: _Layer) -> onnx.TensorProto | None:
-    """The bias that belongs to the layer alone, made where a convolution has none; None where there is none.
-
-    That of a matrix product is the constant that its only reader adds. What it adds is no part of the layer's output,
-    so it can be replaced only if it is a vector that nobody else reads.
-    """
+    """The bias that the layer alone reads, made where it has none; None for a matrix product."""
     node = layer.node
     reads = Counter(name for one in model.graph.node for name in one.input)
     if node.op_type == "MatMul":

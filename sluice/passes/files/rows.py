@@ -94,7 +94,9 @@ def rows_of(file: OnnxFile, inputs: Mapping[str, np.ndarray]) -> Rows:
     first = next(iter(counts))
     for name, count in counts.items():
         if count != counts[first]:
-            raise SluiceError(f"the data has {count} examples of {name!r} and {counts[first]} of {first!r}; give as many")
+            raise SluiceError(
+                f"the data has {count} examples of {name!r} and {counts[first]} of {first!r}; give as many"
+            )
     if counts[first] < (fixed or 1):
         raise SluiceError(f"the data has {counts[first]} examples, the file takes {fixed} at once; give more")
     return Rows(values, axes, counts[first], None if file.batch_is_open else fixed)
