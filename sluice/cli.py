@@ -154,9 +154,10 @@ def compress(args: argparse.Namespace) -> int:
 
     settings, figure = options.settings(args), evaluate_of(args.evaluate) if args.evaluate else None
     if is_onnx(args.model):
-        from sluice.commands.compress_file import compress_file
+        from sluice import compress_onnx
+        from sluice.commands.compress_file import file_arguments
 
-        report = compress_file(args, settings, data_of, figure).report
+        report = compress_onnx(args.model, **file_arguments(args, settings, data_of, figure)).report
         print_report(args, report)
         return 0 if report.met() else 1
     from sluice import compress as run

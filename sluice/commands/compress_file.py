@@ -1,4 +1,4 @@
-"""What the words of ``sluice compress MODEL.onnx`` stand for: examples, figure of merit, and one call.
+"""What the words of ``sluice compress MODEL.onnx`` stand for: examples, figure of merit, settings.
 
 Examples are an ``.npz`` file with an array for every input, a folder of ``.npy`` files called like the inputs,
 ``package.module:factory`` that returns a mapping, or the word ``random``. A single array serves a file with one input.
@@ -21,18 +21,17 @@ from sluice.core.errors import SluiceError, first_line
 if TYPE_CHECKING:
     import onnx
 
-    from sluice.artifacts.result_file import CompressedFile
 
-__all__ = ["compress_file", "examples_in"]
+__all__ = ["examples_in", "file_arguments"]
 
 RANDOM, DRAWN = "random", 256
 Made = Callable[[str], Any]
 
 
-def compress_file(
+def file_arguments(
     args: argparse.Namespace, settings: Mapping[str, Any], made: Made, figure: Callable[[Any], float] | None
-) -> CompressedFile:
-    """Compress the ONNX file of the arguments.
+) -> dict[str, Any]:
+    """The arguments of `sluice.compress_onnx`. Runs are not merged, since that takes activations away for good.
 
     Args:
         settings: of `sluice.commands.options.settings`.
@@ -40,32 +39,28 @@ def compress_file(
         figure: of merit, of a session of ONNX Runtime.
     """
     from sluice.core.address import target_at
-    from sluice.pipeline.compress_onnx import FILE_METHODS, compress_onnx
 
     deployment = settings["deployment"]
     for wrong, mend in (
         (args.budget is None, "--max-drop searches with training; give --budget for an ONNX file"),
         (
             args.gates or args.gate_epochs,
-            "gates are trained, which an ONNX file is not; leave out --gates, --gate-epochs",
+            "gates are trained, an ONNX file is not; leave out --gates and --gate-epochs",
         ),
         (deployment.precision != "fp32", f"an ONNX file is compressed in fp32; leave out --precision {args.precision}"),
-        (
-            args.shape is not None,
-            "an ONNX file has its own shapes; leave out --shape, or name open ones with --input",
-        ),
+        (args.shape is not None, "an ONNX file has its own shapes; leave out --shape, or name open ones with --input"),
     ):
         if wrong:
             raise SluiceError(mend)
-    inputs, methods = examples_in(args.data, args.model, args.inputs, made), settings["methods"]
-    return compress_onnx(
-        args.model, inputs, budget=args.budget, table=args.table, out=args.out, batch=deployment.batch,
-        target=target_at(deployment.target, deployment.address), threads=deployment.threads,
-        exclude=settings["exclude"], methods=[m for m in methods if m in FILE_METHODS] or methods,
-        fixed=dict(args.fixed), loss=args.loss or "auto", evaluate=figure, refit=args.compensate is not False,
-        note=f"{DRAWN} random examples, so prices and channels are chosen blindly" if args.data == RANDOM else "",
-        progress=settings["progress"], **({"minutes": settings["minutes"]} if "minutes" in settings else {}),
-    )  # fmt: skip
+    note = f"{DRAWN} random examples, so prices and channels are chosen blindly" if args.data == RANDOM else ""
+    found = {
+        "inputs": examples_in(args.data, args.model, args.inputs, made), "note": note, "budget": args.budget,
+        "batch": deployment.batch, "target": target_at(deployment.target, deployment.address),
+        "threads": deployment.threads, "methods": [m for m in settings["methods"] if m != "merge"],
+        "fixed": dict(args.fixed), "loss": args.loss or "auto", "evaluate": figure,
+        "refit": args.compensate is not False, "out": args.out,
+    }  # fmt: skip
+    return {**{k: settings[k] for k in ("table", "exclude", "progress", "minutes") if k in settings}, **found}
 
 
 def examples_in(spec: str, path: str, sizes: Sequence[NamedInput], made: Made) -> dict[str, np.ndarray]:
@@ -101,8 +96,9 @@ def examples_in(spec: str, path: str, sizes: Sequence[NamedInput], made: Made) -
 
 def _loaded(path: Path) -> Any:
     try:
-        found = np.load(path, allow_pickle=False)
-        return dict(found) if isinstance(found, np.lib.npyio.NpzFile) else found
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            return dict(found) if isinstance(found, np.lib.npyio.NpzFile) else found
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise SluiceError(f"cannot read {str(path)!r}: {first_line(error)}; give arrays that numpy saved") from None
 

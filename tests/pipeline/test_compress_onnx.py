@@ -16,6 +16,7 @@ import torch
 from onnx import numpy_helper
 
 import sluice
+from sluice.cli import main
 from sluice.core.errors import SluiceError
 from sluice.core.plan import Plan
 from sluice.importance.activity import activity_scores
@@ -225,3 +226,39 @@ def test_it_runs_without_torch(tmp_path: Path) -> None:
     made, before = onnx.load(tmp_path / "out" / "slim.onnx"), given()
     assert made.ByteSize() < 0.75 * before.ByteSize()
     assert "cosine of outputs" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--data", "random"], ""),
+        (["--data", "folder"], ""),
+        (["--data", "tests.pipeline.test_compress_onnx:examples"], ""),
+        (["--data", "data.csv"], "is no data of an ONNX file"),
+        (["--data", "empty"], "holds no .npy file"),
+        (["--data", "broken.npz"], "cannot read"),
+        (["--data", "tests.tiny:returns_a_number"], "returned int"),
+        (["--data", "random", "--precision", "fp16"], "compressed in fp32"),
+        (["--data", "random", "--gates"], "gates are trained"),
+        (["--data", "random", "--loss", "huber"], "'huber' is unknown"),
+    ],
+)  # fmt: skip
+def test_words_of_the_command_line(
+    words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[2]), *sys.path])
+    (tmp_path / "given.onnx").write_bytes(content())
+    for folder in ("folder", "empty"):
+        (tmp_path / folder).mkdir()
+    np.save(tmp_path / "folder" / "any name.npy", examples()["picture"])
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 nothing")
+    asked = ["compress", "given.onnx", "--budget", "70%", "--methods", "filter", "--table", "t.db", "--out", "out"]
+    status = main([*asked, *words, "--quiet"])
+    out, err = capsys.readouterr()
+    if sentence:
+        assert status == 1 and sentence in err and err.count("\n") == 1
+    else:
+        assert status == 0, err
+        assert (tmp_path / "out" / "slim.onnx").exists()
+        assert ("chosen blindly" in out) == ("random" in words)
