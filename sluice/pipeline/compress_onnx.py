@@ -8,7 +8,8 @@
    quarters of the examples. They count only where the refitted file is nearer on the last quarter.
 4. That quarter also says what was kept: the figure of merit is ``evaluate``'s, or 100 times the cosine between the
    outputs of both files.
-5. Budgets in percent count from the user's file, where that is faster than the same file in our form.
+5. Engines are built and timed at the sizes of the examples; what the file leaves open stays open in what comes back.
+6. Budgets in percent count from the user's file, where that is faster than the same file in our form.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from sluice.importance.activity import activity_scores
 from sluice.importance.onnx_losses import onnx_losses
 from sluice.importance.output_distance import OutputDistance, cosine, outputs_of
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
-from sluice.passes.files.read import load_whole, read_onnx_file, written_back
+from sluice.passes.files.read import OnnxFile, load_whole, read_onnx_file, written_back
 from sluice.passes.files.rows import Rows, rows_of
 from sluice.passes.graph.onnx_file import finalize
 from sluice.passes.graph.onnx_graph import OnnxGraph
@@ -104,7 +105,7 @@ def compress_onnx(
     with stage("read", progress):
         file = read_onnx_file(source, _first(inputs), fixed)
         rows = rows_of(file, inputs)
-        dense = file.model
+        dense, timed = file.model, _sized(file.model, file)
         kept, held = _split(rows)
         space = find_search_space(read_onnx(dense), exclude)
     figure = _figure(evaluate, dense, held)
@@ -115,7 +116,7 @@ def compress_onnx(
     )  # fmt: skip
     analysis = agreed(space, measured.space).analysis
     with stage("the file as it is", progress) as advance:
-        plain = share_beside(measured, _with_constants(source, fixed, dense), dense, advance)
+        plain = share_beside(measured, _sized(_with_constants(source, fixed, dense), file), timed, advance)
     wanted = counted_from(plain, asked)
     sites = measured.options.sites(measured.latency, methods)
     with stage("price every choice", progress) as advance:
@@ -126,21 +127,20 @@ def compress_onnx(
         )  # fmt: skip
     problem = Problem(measured, analysis, sites, losses, scores)
     with stage("decide and verify on engines", progress):
-        verified = solve_verified(problem, wanted, dense)
+        verified = solve_verified(problem, wanted, timed)
     slim = rewrite_onnx(dense, verified.plan)
     refitted = 0
     if refit:
         with stage("refit", progress):
             slim, refitted = _nearer(slim, dense, verified.plan, kept.spread(REFITTED), held, loss)
-    done = finalize(slim)
     with stage("measure", progress) as advance:
-        deployed = measured.engine(done)
-        times = final_pair(measured, measured.engine(finalize(dense)), deployed, wanted, verified, advance)
-    made = written_back(file, deployed)
+        done = finalize(_sized(slim, file))
+        times = final_pair(measured, measured.engine(finalize(timed)), measured.engine(done), wanted, verified, advance)
+    made = written_back(file, measured.engine(finalize(slim)))
     worst = relative_error(list(outputs_of(made, held).values()), list(outputs_of(slim, held).values()))
     report = make_report(
         measured, verified, times=times, worst=worst, params=(_size(dense), _size(slim)),
-        macs=(count_macs(finalize(dense)), count_macs(done)), metrics=(metric_dense, figure(made), None),
+        macs=(count_macs(finalize(timed)), count_macs(done)), metrics=(metric_dense, figure(made), None),
         frozen={**measured.space.left_alone, **({"the data": note} if note else {})},
         seconds=time.perf_counter() - started, losses=losses, plain=plain,
         methods=methods, figure="accuracy" if evaluate else KEPT,
@@ -218,6 +218,22 @@ def _with_constants(
     if fixed:
         return dense
     return load_whole(source)
+
+
+def _sized(model: onnx.ModelProto, file: OnnxFile) -> onnx.ModelProto:
+    """A copy with numbers for all open sizes of its inputs but the batch (rule 5); itself where there are none."""
+    if not file.sizes:
+        return model
+    done = onnx.ModelProto()
+    done.CopyFrom(model)
+    known = OnnxGraph(file.model).inputs
+    for name, info in OnnxGraph(done).inputs.items():
+        dims = info.type.tensor_type.shape.dim
+        for dim, read in zip(dims, known[name].type.tensor_type.shape.dim, strict=True):
+            if read.dim_param in file.sizes:
+                dim.dim_value = file.sizes[read.dim_param]
+    del done.graph.value_info[:]
+    return done
 
 
 def _size(model: onnx.ModelProto) -> int:

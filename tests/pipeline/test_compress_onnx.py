@@ -186,6 +186,23 @@ def test_a_fixed_batch_takes_whole_batches() -> None:
     assert [len(feeds["x"]) for feeds in free.batches(3)] == [3, 3, 1]
 
 
+def test_open_sizes_beside_the_batch_stay_open(tmp_path: Path) -> None:
+    program = torch.onnx.export(
+        tiny.residual().eval(), (tiny.inputs(),), dynamo=True, verbose=False, input_names=["picture"],
+        dynamic_shapes=({0: torch.export.Dim("n"), 2: torch.export.Dim("h", min=5), 3: torch.export.Dim("w", min=5)},),
+    )  # fmt: skip
+    assert program is not None
+    before = program.model_proto
+    done = sluice.compress_onnx(
+        before, examples(), budget="60%", table=tmp_path / "t.db", batch=tiny.BATCH, progress=False, methods=("filter",)
+    )
+    assert done.report.met() and done.report.dense_ms > done.report.budget_ms
+    assert [str(i) for i in done.onnx.graph.input] == [str(i) for i in before.graph.input]
+    wide = {"picture": np.random.default_rng(1).standard_normal((2, 3, 12, 7)).astype(np.float32)}
+    (found,), (cut,) = tiny_run(done.onnx, wide), tiny_run(before, wide)
+    assert found.shape == cut.shape and np.isfinite(found).all()
+
+
 def test_the_figure_of_merit_is_the_users(tmp_path: Path) -> None:
     def largest(session: Any) -> float:
         return float(session.run(None, examples(6))[0].max())
