@@ -221,18 +221,18 @@ def _with_constants(
 
 
 def _sized(model: onnx.ModelProto, file: OnnxFile) -> onnx.ModelProto:
-    """A copy with numbers for all open sizes of its inputs but the batch (rule 5); itself where there are none."""
-    if not file.sizes:
-        return model
+    """A copy whose inputs have numbers for all sizes but the batch (rule 5), whatever they declared before."""
     done = onnx.ModelProto()
     done.CopyFrom(model)
     known = OnnxGraph(file.model).inputs
     for name, info in OnnxGraph(done).inputs.items():
         dims = info.type.tensor_type.shape.dim
-        for dim, read in zip(dims, known[name].type.tensor_type.shape.dim, strict=True):
-            if read.dim_param in file.sizes:
-                dim.dim_value = file.sizes[read.dim_param]
-    del done.graph.value_info[:]
+        del dims[:]
+        for read in known[name].type.tensor_type.shape.dim:
+            size = read.dim_value if read.HasField("dim_value") else file.sizes.get(read.dim_param)
+            dims.add(dim_value=size) if size is not None else dims.add(dim_param=read.dim_param)
+    if file.sizes:
+        del done.graph.value_info[:]
     return done
 
 
