@@ -80,7 +80,8 @@ def inspect(args: argparse.Namespace) -> int:
     from sluice.commands.inspect import inspection
 
     return print_result(
-        args, *inspection(args.model, args.shape, args.exclude, args.inputs, args.weights, args.verbose)
+        args,
+        *inspection(args.model, args.shape, args.exclude, args.inputs, args.weights, args.verbose, dict(args.fixed)),
     )
 
 
@@ -134,7 +135,7 @@ def _pack(args: argparse.Namespace) -> int:
 def _dense_onnx(args: argparse.Namespace) -> Any:
     """The dense network with its parameter names, from its file or its factory."""
     if is_onnx(args.model):
-        dense = dense_in(args.model, args.shape, args.inputs, args.weights)
+        dense = dense_in(args.model, args.shape, args.inputs, args.weights, dict(args.fixed))
         check_batch(dense, args.batch, args.model)
         return dense
     from sluice.core.progress import stage
@@ -148,11 +149,19 @@ def _dense_onnx(args: argparse.Namespace) -> Any:
 
 
 def compress(args: argparse.Namespace) -> int:
-    """Make the network fit the budget, or as fast as its accuracy allows: profile, decide, cut, train, export."""
-    from sluice import compress as run
+    """Make a network or an ONNX file fit the budget, or as fast as its accuracy allows: decide, cut, train, export."""
     from sluice.core.address import target_at
 
-    settings = options.settings(args)
+    settings, figure = options.settings(args), evaluate_of(args.evaluate) if args.evaluate else None
+    if is_onnx(args.model):
+        from sluice import compress_onnx
+        from sluice.commands.compress_file import file_arguments
+
+        report = compress_onnx(args.model, **file_arguments(args, settings, data_of, figure)).report
+        print_report(args, report)
+        return 0 if report.met() else 1
+    from sluice import compress as run
+
     deployment = asdict(settings.pop("deployment"))
     deployment["target"] = target_at(deployment["target"], deployment.pop("address"))
     done = run(
@@ -160,8 +169,7 @@ def compress(args: argparse.Namespace) -> int:
         budget=options.budget_of(args),
         data=data_of(args.data), out=args.out, gate_epochs=args.gate_epochs, epochs=args.epochs,
         rehearsal=args.rehearsal, gates=args.gates, recovery=options.recovery_settings(args),
-        evaluate=evaluate_of(args.evaluate) if args.evaluate else None, loss=loss_given(args.loss),
-        **deployment, **settings,
+        evaluate=figure, loss=loss_given(args.loss), **deployment, **settings,
     )  # fmt: skip
     print_report(args, done.report)
     least = done.report.least
@@ -184,13 +192,12 @@ def plan(args: argparse.Namespace) -> int:
 
 def apply(args: argparse.Namespace) -> int:
     """Cut a dense ONNX file by a plan; needs no torch."""
+    from sluice.commands.onnx_input import applied
     from sluice.core.plan import Plan
-    from sluice.passes.cut.rewrite_onnx import rewrite_onnx
-    from sluice.passes.graph.onnx_file import finalize, load_onnx, save_onnx
-    from sluice.passes.precision.to_precision import to_precision
+    from sluice.passes.graph.onnx_file import save_onnx
 
     check_output(args.out, {"the dense network": args.model, "the plan": args.plan}, ONNX)
-    slim = to_precision(finalize(rewrite_onnx(load_onnx(args.model), Plan.load(args.plan))), "fp32")
+    slim = applied(args.model, Plan.load(args.plan), args.inputs, dict(args.fixed))
     save_onnx(slim, args.out)
     return print_result(args, {"out": args.out, "bytes": slim.ByteSize()}, [f"{args.out}: {slim.ByteSize():,} bytes"])
 
@@ -262,10 +269,10 @@ def check(args: argparse.Namespace) -> int:
     """Compare the slim network in torch, its ONNX files in all precisions, and the dense ONNX graph cut by the plan."""
     from sluice.artifacts.check import check as run
     from sluice.artifacts.check import check_deployed
-    from sluice.passes.graph.onnx_file import load_onnx
+    from sluice.commands.onnx_input import model_in
 
     of_file = is_onnx(args.model) and not args.weights
-    errors = run(load_onnx(args.model) if of_file else model_of(args.model, args.weights), args.folder)
+    errors = run(model_in(args.model) if of_file else model_of(args.model, args.weights), args.folder)
     worst = max(errors.values())
     lines = [*(f"{pair}: {value:.1e}" for pair, value in errors.items()), f"tolerance {args.tolerance:.1e}"]
     deployed = check_deployed(args.folder)

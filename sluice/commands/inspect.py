@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sluice.commands.specs import NamedInput, dense_in, inputs_of, is_onnx, model_of
@@ -26,6 +26,7 @@ def inspection(
     inputs: Sequence[NamedInput] = (),
     weights: str | None = None,
     verbose: bool = False,
+    fixed: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """The search space of the model that ``spec`` names: for programs, and in lines (``verbose``: of any length)."""
     from sluice.artifacts.macs import count_macs
@@ -33,7 +34,7 @@ def inspection(
     from sluice.passes.search_space import find_search_space, read_onnx, read_torch
 
     if is_onnx(spec):
-        dense = dense_in(spec, shape, inputs, weights)
+        dense = dense_in(spec, shape, inputs, weights, fixed)
         reading, macs = read_onnx(dense), count_macs(dense)
     else:
         from sluice import capture

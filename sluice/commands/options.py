@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from sluice.commands.input_options import fix, named_inputs, shape, whole
+
 if TYPE_CHECKING:
     from sluice.profiler.sweep.shards import Shard
     from sluice.training.recovery import Recovery
@@ -23,7 +25,6 @@ __all__ = [
     "loss",
     "minutes",
     "model",
-    "named_input",
     "network",
     "positive",
     "precision",
@@ -31,7 +32,6 @@ __all__ = [
     "recovery",
     "recovery_settings",
     "settings",
-    "shape",
     "shard",
     "table",
     "target",
@@ -39,7 +39,6 @@ __all__ = [
     "weights",
 ]
 
-TYPES = ("float32", "int64", "int32", "uint8", "bool")
 METHODS = "filter,rank,block,merge"
 MODEL = (
     "package.module:factory, with arguments as factory?width=8&deep=True, sluice:NAME for a network of sluice.models, "
@@ -56,21 +55,17 @@ def model(p: argparse.ArgumentParser) -> None:
 def network(p: argparse.ArgumentParser) -> None:
     """A model, or its ONNX file, for verbs that need no weights to train."""
     p.add_argument(
-        "model", metavar="MODEL", help=f"{MODEL}; or an ONNX file in fp32 with parameter names, as "
-        "`sluice export --names` writes it",
+        "model", metavar="MODEL", help=f"{MODEL}; or an ONNX file in fp32",
     )  # fmt: skip
     p.add_argument(
         "--shape", type=shape, help="shape of the input without the batch: 3,32,32; an ONNX file has its own"
     )
     _inputs(p)
+    fix(p)
 
 
 def _inputs(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--input", dest="inputs", action="append", type=named_input, default=[], metavar="NAME=SIZES[:TYPE]",
-        help="an argument of forward() with all its sizes, the batch included, and its type: ids=2,16:int64; "
-        "float32 without one, once for each argument, in place of --shape",
-    )  # fmt: skip
+    named_inputs(p)
     weights(p)
 
 
@@ -148,7 +143,10 @@ def budget(p: argparse.ArgumentParser, drop: bool = False) -> None:
             "--max-drop", type=amount, metavar="X", help="in place of a budget: the least latency at which what "
             "--evaluate gives is at most X below the dense network's",
         )  # fmt: skip
-    p.add_argument("--data", required=True, help="package.module:factory of batches (inputs, labels)")
+    p.add_argument(
+        "--data", required=True, help="package.module:factory of batches (inputs, labels); of an ONNX file, examples "
+        "in an .npz file, a folder of .npy files, a factory of a mapping from inputs to arrays, or random",
+    )  # fmt: skip
 
 
 def loss(p: argparse.ArgumentParser) -> None:
@@ -201,28 +199,6 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "progress": not args.quiet,
     }
     return {**found, "minutes": args.minutes} if getattr(args, "minutes", None) else found
-
-
-def shape(text: str) -> tuple[int, ...]:
-    """``3,32,32``."""
-    sizes = [_whole(part) for part in text.split(",")]
-    if any(size is None or size < 1 for size in sizes):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no shape; give whole numbers of 1 or more, without the batch, as in 3,32,32"
-        )
-    return tuple(size for size in sizes if size is not None)
-
-
-def named_input(text: str) -> tuple[str, tuple[int, ...], str]:
-    """``ids=2,16:int64``: name, shape and type."""
-    name, equals, rest = text.partition("=")
-    sizes, _, dtype = rest.partition(":")
-    dtype = dtype or "float32"
-    if not (equals and name.isidentifier()) or dtype not in TYPES:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no input; write NAME=1,3,32,32:TYPE with a type of {', '.join(TYPES)}"
-        )
-    return name, () if not sizes else shape(sizes), dtype
 
 
 def rate(text: str) -> float | str:
@@ -293,13 +269,6 @@ def count(text: str) -> int:
 
 
 def _at_least(least: int, text: str) -> int:
-    if (value := _whole(text)) is None or value < least:
+    if (value := whole(text)) is None or value < least:
         raise argparse.ArgumentTypeError(f"{text!r} is too small or no whole number; give one of {least} or more")
     return value
-
-
-def _whole(text: str) -> int | None:
-    try:
-        return int(text)
-    except ValueError:
-        return None

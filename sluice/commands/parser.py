@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Callable, Iterable
 
 from sluice.commands import options as options
+from sluice.commands.input_options import onnx_inputs
 from sluice.commands.table import add_table
 
 __all__ = ["TOLERANCE", "Verb", "make_parser"]
@@ -52,7 +53,7 @@ def _profile(p: argparse.ArgumentParser) -> None:
 
 
 def _compress(p: argparse.ArgumentParser) -> None:
-    options.model(p)
+    options.network(p)
     options.table(p)
     options.budget(p, drop=True)
     options.minutes(p)
@@ -83,8 +84,9 @@ def _plan(p: argparse.ArgumentParser) -> None:
 
 
 def _apply(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", metavar="MODEL.onnx", help="dense ONNX with parameter names (`sluice export --names`)")
+    p.add_argument("model", metavar="MODEL.onnx", help="the dense ONNX file that the plan was made for")
     p.add_argument("plan", metavar="PLAN.json")
+    onnx_inputs(p)
     p.add_argument("-o", "--out", required=True, help="the ONNX file to write")
 
 

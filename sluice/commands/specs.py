@@ -12,7 +12,7 @@ import ast
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
@@ -46,25 +46,27 @@ def is_onnx(spec: str) -> bool:
 
 
 def dense_in(
-    path: str, shape: tuple[int, ...] | None, inputs: Sequence[NamedInput] = (), weights: str | None = None
+    path: str,
+    shape: tuple[int, ...] | None,
+    inputs: Sequence[NamedInput] = (),
+    weights: str | None = None,
+    fixed: Mapping[str, float] | None = None,
 ) -> onnx.ModelProto:
-    """The dense network of an ONNX file, which says the shapes of its inputs itself.
+    """The dense network of an ONNX file, which says the shapes of its inputs itself, as far as they are not open.
 
     Raises:
         SluiceError: the file cannot be read, a shape is given, or the file is not in fp32.
     """
-    from sluice.passes.graph.onnx_file import load_onnx
+    from sluice.commands.onnx_input import model_in
 
     if weights is not None:
         raise SluiceError(f"--weights is for a factory, the ONNX file {path!r} holds its tensors itself; leave it out")
-    model = load_onnx(path)
     if shape is not None:
         raise SluiceError(
             f"--shape {','.join(map(str, shape))} is for a factory, the ONNX file {path!r} says its shapes itself; "
-            f"leave it out"
+            f"leave it out, and name sizes that it leaves open by --input"
         )
-    if inputs:
-        raise SluiceError(f"--input is for a factory, the ONNX file {path!r} says its inputs itself; leave it out")
+    model = model_in(path, inputs, fixed)
     if reason := _not_float32(model):
         raise SluiceError(
             f"{path!r} is not in fp32: {reason}; give the file that `sluice export --names` writes, and the precision "

@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 LEAST = 8  # a weight with fewer rows or columns has no rank to choose
+CONTROL_FLOW = ("If", "Loop", "Scan")
 READINGS = {"torch": "torch graph", "onnx": "ONNX graph"}
 
 
@@ -252,9 +253,13 @@ def _silent(reading: Reading, analysis: Analysis) -> dict[str, str]:
     for node in view.nodes:
         computes = view.derived.issuperset(node.outputs)
         for name in node.tensors:
-            readers.setdefault(name, []).append(
-                f"{node.op} computes with it before a layer reads it" if computes else f"{node.op} has no widths to cut"
-            )
+            if node.op in CONTROL_FLOW:
+                why = f"is read inside {node.op}, which runs by what is computed"
+            elif computes:
+                why = f"{node.op} computes with it before a layer reads it"
+            else:
+                why = f"{node.op} has no widths to cut"
+            readers.setdefault(name, []).append(why)
     return {
         name: readers[name][-1]
         for name in sorted(view.tensors() - told)

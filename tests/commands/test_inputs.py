@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sluice.cli import main
-from sluice.commands.options import named_input
+from sluice.commands.input_options import named_input
 from sluice.commands.specs import inputs_of, model_of
 from sluice.core.errors import SluiceError
 

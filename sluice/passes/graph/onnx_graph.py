@@ -6,8 +6,9 @@ makes all its sizes known.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -17,49 +18,105 @@ from onnx import helper, numpy_helper
 
 from sluice.core.errors import SluiceError
 
-__all__ = ["INTEGERS", "LITERAL", "OnnxGraph", "attributes", "is_whole_shape", "reads", "with_batch"]
+__all__ = [
+    "INTEGERS",
+    "LITERAL",
+    "SIZES",
+    "Observed",
+    "OnnxGraph",
+    "attributes",
+    "infer_weightless",
+    "is_whole_shape",
+    "reads",
+    "sizes_of",
+    "with_batch",
+    "with_sizes",
+]
 
 INTEGERS = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
+SIZES = "sluice.sizes"
+Observed = tuple[int, list[tuple[int, int]]]  # element type, and by axis (a, b): a + b * batch entries
 LITERAL = 1024  # elements; a shape, a scale or a list of axes has no more
+
+
+def with_sizes(
+    model: onnx.ModelProto, sizes: Mapping[str, int], shapes: Mapping[str, Observed] | None = None
+) -> onnx.ModelProto:
+    """A copy that says the sizes of its open dimensions beside the batch, and shapes that inference does not find."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    rest = [entry for entry in copy.metadata_props if entry.key != SIZES]
+    del copy.metadata_props[:]
+    copy.metadata_props.extend(rest)
+    if sizes or shapes:
+        copy.metadata_props.add(key=SIZES, value=json.dumps({"sizes": dict(sizes), "shapes": dict(shapes or {})}))
+    return copy
+
+
+def sizes_of(model: onnx.ModelProto) -> tuple[dict[str, int], dict[str, Observed]]:
+    """What `with_sizes` said."""
+    for entry in model.metadata_props:
+        if entry.key == SIZES:
+            said = json.loads(entry.value)
+            return said["sizes"], said["shapes"]
+    return {}, {}
 
 
 def with_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
     """A copy at one static batch with every size inferred that can be."""
     known = {info.name: info for info in model.graph.value_info}
+    sizes, shapes = sizes_of(model)
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     for info in copy.graph.input:
         for dim in info.type.tensor_type.shape.dim:
             if not dim.HasField("dim_value"):
-                dim.dim_value = batch
+                dim.dim_value = sizes.get(dim.dim_param, batch)
     del copy.graph.value_info[:]
     for info in copy.graph.output:
         for dim in info.type.tensor_type.shape.dim:
             if not dim.HasField("dim_value"):
                 dim.Clear()
+    for name, (kind, dims) in shapes.items():
+        known[name] = helper.make_tensor_value_info(name, kind, [a + b * batch for a, b in dims])
     try:
         _infer(copy)
     except onnx.shape_inference.InferenceError as error:
         raise SluiceError(f"the ONNX graph is not well typed: {error}; export it again") from None
     symbols = {d.dim_param for i in model.graph.input for d in i.type.tensor_type.shape.dim if d.dim_param}
-    inferred = {info.name: info for info in copy.graph.value_info}
+    inferred = {info.name: info for info in (*copy.graph.value_info, *copy.graph.output)}
     for name, info in known.items():  # shapes that inference did not find, as the exporter wrote them
         found = inferred.get(name)
-        if found is not None and all(d.HasField("dim_value") for d in found.type.tensor_type.shape.dim):
+        if found is not None and _is_static(found):
             continue
         dims = info.type.tensor_type.shape.dim
-        if all(d.HasField("dim_value") or d.dim_param in symbols for d in dims):
+        if info.type.tensor_type.HasField("shape") and all(
+            d.HasField("dim_value") or d.dim_param in symbols for d in dims
+        ):
             if found is None:
                 found = copy.graph.value_info.add()
             found.CopyFrom(info)
             for dim in found.type.tensor_type.shape.dim:
                 if not dim.HasField("dim_value"):
-                    dim.dim_value = batch
+                    dim.dim_value = sizes.get(dim.dim_param, batch)
     return copy
 
 
+def _is_static(info: onnx.ValueInfoProto) -> bool:
+    tensor = info.type.tensor_type
+    return tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim)
+
+
 def _infer(model: onnx.ModelProto) -> None:
-    """Infer all shapes, in place.
+    """Infer all shapes, in place."""
+    inferred = infer_weightless(model)
+    model.graph.value_info.extend(inferred.value_info)
+    del model.graph.output[:]
+    model.graph.output.extend(inferred.output)
+
+
+def infer_weightless(model: onnx.ModelProto) -> onnx.GraphProto:
+    """The graph without its weights and with all shapes inferred.
 
     Inference serialises the whole model twice. Weights are left out: they are nearly all of the bytes, and only their
     types and shapes count.
@@ -75,10 +132,7 @@ def _infer(model: onnx.ModelProto) -> None:
             skeleton.graph.initializer.append(init)
         else:
             skeleton.graph.input.append(helper.make_tensor_value_info(init.name, init.data_type, init.dims))
-    inferred = onnx.shape_inference.infer_shapes(skeleton, strict_mode=True, data_prop=True).graph
-    model.graph.value_info.extend(inferred.value_info)
-    del model.graph.output[:]
-    model.graph.output.extend(inferred.output)
+    return onnx.shape_inference.infer_shapes(skeleton, strict_mode=True, data_prop=True).graph
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
@@ -134,9 +188,8 @@ class OnnxGraph:
         """The shapes of `infos` that are known; a value with an open size has none."""
         found: dict[str, tuple[int, ...]] = {}
         for name, info in self.infos.items():
-            dims = info.type.tensor_type.shape.dim
-            if info.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
-                found[name] = tuple(dim.dim_value for dim in dims)
+            if _is_static(info):
+                found[name] = tuple(dim.dim_value for dim in info.type.tensor_type.shape.dim)
         return found
 
     @cached_property
