@@ -90,4 +90,6 @@ def _moves(model: LatencyModel, widths: Mapping[str, int]) -> Iterator[dict[str,
     for switch in model.switches:
         if widths[switch] != model.dense[switch]:
             rules = [rule for rule in model.rules if switch in dict(rule.coefs)]
-            yield {s: model.dense[s] for rule in rules for s, _ in rule.coefs}
+            back = {s: model.dense[s] for rule in rules for s, _ in rule.coefs}
+            if all(value in model.levels[s] for s, value in back.items()):  # a narrowed model may shut the dense state
+                yield back

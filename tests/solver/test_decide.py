@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from sluice.core.errors import SluiceError, Unreachable
-from sluice.core.latency import Extent, LatencyModel, Term
+from sluice.core.latency import Extent, LatencyModel, Rule, Term
 from sluice.solver import decide as decide_module
 from sluice.solver import lagrangian, milp_axes
 from sluice.solver.amplitude_losses import amplitude_losses
 from sluice.solver.decide import Choice, decide, least_ms, restricted, tightened, unreachable
+from sluice.solver.descent import downhill
 
 
 def term(rng: np.random.Generator, extents: list[Extent], dense: dict[str, int], name: str, points: int = 4) -> Term:
@@ -286,6 +287,18 @@ def test_restricted_keeps_other_groups_dense() -> None:
     assert model.levels == {"a": (6,), "b": (1, 3)}
     assert least_ms(model).promised_ms == 3.0
     assert replace(model, levels=line().levels).dense_ms() == line().dense_ms()
+
+
+def test_no_move_leads_to_a_state_that_is_shut() -> None:
+    """A layer whose dense state a narrowed model does not have stays factorised, however cheap dense were."""
+    switches = {"dense": 1, "low": 0}
+    terms = tuple(Term(name, (), (), np.asarray(1.0), when=frozenset([name])) for name in switches)
+    rule = Rule((("dense", 1), ("low", 1)))
+    whole = LatencyModel(terms, switches, dict.fromkeys(switches, (0, 1)), rules=(rule,), switches=frozenset(switches))
+    factorised, losses = {"dense": 0, "low": 1}, {"low": np.asarray([0.0, 1.0])}
+    assert downhill(whole, losses, factorised, 9.0) == switches
+    shut = replace(whole, levels={"dense": (0,), "low": (1,)})
+    assert downhill(shut, {"low": np.asarray([1.0])}, factorised, 9.0) == factorised
 
 
 def test_an_algorithm_that_adds_up_is_asked_for_what_it_missed() -> None:
