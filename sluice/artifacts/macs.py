@@ -13,14 +13,14 @@ import math
 import onnx
 
 from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
-from sluice.passes.graph.static_shapes import static_graph
+from sluice.passes.graph.static_shapes import static_sizes
 
 __all__ = ["count_macs"]
 
 
 def count_macs(model: onnx.ModelProto) -> int:
     """MACs at batch 1 (at the model's own batch if that is fixed)."""
-    graph = OnnxGraph(static_graph(model, 1))
+    graph = OnnxGraph(static_sizes(model, 1))
     shapes = {name: list(init.dims) for name, init in graph.initializers.items()}
     for name, info in graph.infos.items():
         shapes[name] = [dim.dim_value for dim in info.type.tensor_type.shape.dim]

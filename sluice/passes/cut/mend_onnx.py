@@ -21,7 +21,7 @@ import onnx
 from sluice.passes.cut.target_shape_onnx import constant, with_size
 from sluice.passes.graph.groups import Analysis
 from sluice.passes.graph.onnx_graph import OnnxGraph, sizes_of
-from sluice.passes.graph.static_shapes import static_graph
+from sluice.passes.graph.static_shapes import static_sizes
 
 __all__ = ["Mender"]
 
@@ -43,7 +43,7 @@ class Mender:
     @cached_property
     def _literals(self) -> dict[str, np.ndarray]:
         """What the arithmetic of sizes gives at the sizes of the analysis."""
-        return OnnxGraph(static_graph(self.model, self.analysis.batch or 1)).literals
+        return OnnxGraph(static_sizes(self.model, self.analysis.batch or 1)).literals
 
     def numbers(self, tensor: Any) -> np.ndarray:
         """The numbers of a literal, also of one that nodes compute."""

@@ -24,7 +24,7 @@ from sluice.passes.cut.merge_onnx import merge_onnx
 from sluice.passes.cut.resolve import masks_of_slices, tensor_masks
 from sluice.passes.graph.groups import Analysis
 from sluice.passes.graph.onnx_axes import analyze_onnx
-from sluice.passes.graph.onnx_graph import OnnxGraph, sizes_of, with_sizes
+from sluice.passes.graph.onnx_graph import OnnxGraph, say_sizes, sizes_of
 
 __all__ = ["cut_graph", "restructure", "rewrite_onnx"]
 
@@ -101,22 +101,22 @@ def cut_graph(model: onnx.ModelProto, analysis: Analysis, keeps: Sequence[np.nda
     slim.ir_version = model.ir_version
     del slim.metadata_props[:]
     slim.metadata_props.extend(model.metadata_props)
-    slim = _with_sizes_of(slim, mender)
+    _mend_sizes(slim, mender)
     for node in slim.graph.node:
         node.metadata_props.extend(metadata.get(node.output[0], []))
     return slim
 
 
-def _with_sizes_of(slim: onnx.ModelProto, mender: Mender) -> onnx.ModelProto:
-    """What the metadata says of shapes, as they are now."""
+def _mend_sizes(slim: onnx.ModelProto, mender: Mender) -> None:
+    """What the metadata says of shapes, as they are now, in place."""
     sizes, shapes = sizes_of(slim)
     if not shapes:
-        return slim
+        return
     left = {node.output[0] for node in slim.graph.node}
     for name, (kind, dims) in shapes.items():
         lost = mender.lost(name)
         shapes[name] = (kind, [(int(lost[d].sum()), 0) if d in lost else law for d, law in enumerate(dims)])
-    return with_sizes(slim, sizes, {name: said for name, said in shapes.items() if name in left})
+    say_sizes(slim, sizes, {name: said for name, said in shapes.items() if name in left})
 
 
 def _shared(model: onnx.ModelProto, plan: Plan) -> set[str]:

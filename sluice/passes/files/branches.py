@@ -15,7 +15,7 @@ from onnx import helper
 
 from sluice.core.errors import SluiceError
 from sluice.passes.files.plain import constants_to_initializers, graphs_in, names_in
-from sluice.passes.graph.onnx_graph import OnnxGraph, with_sizes
+from sluice.passes.graph.onnx_graph import OnnxGraph, hollow, say_sizes
 from sluice.passes.graph.static_shapes import static_graph
 
 __all__ = ["fold_branches"]
@@ -47,9 +47,11 @@ def fold_branches(model: onnx.ModelProto, sizes: Mapping[str, int]) -> None:
 def _known(model: onnx.ModelProto, sizes: Mapping[str, int]) -> dict[str, bool]:
     """The conditions that are known, by name."""
     found: list[dict[str, bool]] = []
+    skeleton = hollow(model)
     for turn, batch in enumerate(BATCHES):
+        say_sizes(skeleton, {name: size + turn for name, size in sizes.items()})
         try:
-            static = static_graph(with_sizes(model, {name: size + turn for name, size in sizes.items()}), batch)
+            static = static_graph(skeleton, batch)
         except SluiceError:
             if not turn:
                 return {}

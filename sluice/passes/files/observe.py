@@ -36,24 +36,25 @@ def session_of(model: onnx.ModelProto, outputs: Sequence[str] = ()) -> Any:
         import onnxruntime as ort
     except ImportError:
         raise SluiceError("files of others are read by running them; install onnxruntime") from None
-    asked = model
-    if outputs:
-        asked = onnx.ModelProto()
-        asked.CopyFrom(model)
-        asked.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    own = len(model.graph.output)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
     try:
-        if asked.ByteSize() < LIMIT:
-            return ort.InferenceSession(asked.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        if model.ByteSize() < LIMIT:
+            return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         with tempfile.TemporaryDirectory() as folder:
             place = str(Path(folder) / "model.onnx")
-            onnx.save_model(asked, place, save_as_external_data=True, location="data")
+            copy = onnx.ModelProto()  # saving beside the file empties the tensors of what is saved
+            copy.CopyFrom(model)
+            onnx.save_model(copy, place, save_as_external_data=True, location="data")
             return ort.InferenceSession(place, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # of the runtime's own kinds
         raise SluiceError(f"ONNX Runtime does not load it ({first_line(error)}); give a file that it runs") from None
+    finally:
+        del model.graph.output[own:]
 
 
 def drawn(model: onnx.ModelProto, sizes: Mapping[str, int], batch: int, seed: int = 0) -> dict[str, np.ndarray]:

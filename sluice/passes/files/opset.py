@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 
 from sluice.core.errors import SluiceError
 from sluice.passes.files.plain import graphs_in
-from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
+from sluice.passes.graph.onnx_graph import OnnxGraph, attributes, hollow
 
 __all__ = ["OLDEST", "PLAIN", "as_opset", "at_plain_opset", "opset_of"]
 
@@ -72,15 +72,8 @@ def _say(model: onnx.ModelProto, version: int) -> None:
 
 def _ranks(model: onnx.ModelProto) -> dict[str, int]:
     """Of the values whose rank the old set tells; declared ranks of inner values are not believed."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
+    copy = hollow(model)
     del copy.graph.value_info[:]
-    for init in copy.graph.initializer:
-        if len(init.raw_data) > 1 << 16:
-            copy.graph.input.append(helper.make_tensor_value_info(init.name, init.data_type, init.dims))
-    small = [init for init in copy.graph.initializer if len(init.raw_data) <= 1 << 16]
-    del copy.graph.initializer[:]
-    copy.graph.initializer.extend(small)
     for info in copy.graph.output:
         info.type.tensor_type.ClearField("shape")
     graph = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph

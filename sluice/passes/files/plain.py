@@ -25,10 +25,16 @@ from sluice.passes.graph.onnx_graph import OnnxGraph, reads
 __all__ = ["constants_to_initializers", "graphs_in", "names_in", "plain", "with_fixed", "without_unread"]
 
 
-def plain(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy after the rules 1, 2, 3 and 5."""
-    done = onnx.ModelProto()
-    done.CopyFrom(onnx.inliner.inline_local_functions(model) if model.functions else model)
+def plain(model: onnx.ModelProto, *, keep: bool) -> onnx.ModelProto:
+    """The model after the rules 1, 2, 3 and 5.
+
+    Args:
+        keep: leave the model as it is, and change a copy.
+    """
+    done = onnx.inliner.inline_local_functions(model) if model.functions else model
+    if keep and done is model:
+        done = onnx.ModelProto()
+        done.CopyFrom(model)
     constants_to_initializers(done.graph)
     lift_initializers(done.graph)
     done = without_defaults(done)

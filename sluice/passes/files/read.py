@@ -4,7 +4,7 @@
    inference does not know are taken from a run of the file (`sluice.passes.files.observe`).
 2. The model that is read computes what the file computes, in one form (`sluice.passes.files.plain`): no local
    functions, no Constant nodes, no branch whose condition is known, operators as in opset 13 or later.
-3. Every open size beside the batch has a number in the model's metadata (`sluice.passes.graph.onnx_graph.with_sizes`),
+3. Every open size beside the batch has a number in the model's metadata (`sluice.passes.graph.onnx_graph.say_sizes`),
    for analysis and measurement; the graph leaves it open. Numbers come from example inputs, else from a trial of a few.
 4. Nothing is written to the file; `written_back` gives a changed model the form of the file again: opset, declared
    inputs and outputs, metadata.
@@ -25,8 +25,8 @@ from sluice.passes.files.observe import observed
 from sluice.passes.files.opset import PLAIN, as_opset, at_plain_opset, opset_of
 from sluice.passes.files.plain import graphs_in, plain, with_fixed, without_unread
 from sluice.passes.files.trials import fed, open_axes, run_once
-from sluice.passes.graph.onnx_graph import SIZES, OnnxGraph, infer_weightless, with_sizes
-from sluice.passes.graph.static_shapes import stand_in_batch, static_graph
+from sluice.passes.graph.onnx_graph import SIZES, OnnxGraph, infer_weightless, say_sizes
+from sluice.passes.graph.static_shapes import stand_in_batch, static_sizes
 
 __all__ = ["OnnxFile", "as_it_is", "read_onnx_file", "says_all", "written_back"]
 
@@ -75,19 +75,20 @@ def read_onnx_file(
     Raises:
         SluiceError: the file cannot be read, is quantised, or the runtime does not run it on any inputs tried.
     """
-    given = _loaded(source)
+    model = _loaded(source)
     name = os.fspath(source) if not isinstance(source, onnx.ModelProto) else "the model"
-    _check_whole(given, name)
-    model = plain(given)
+    _check_whole(model, name)
+    given = _weightless(model)
+    model = plain(model, keep=isinstance(source, onnx.ModelProto))
     with_fixed(model, fixed or {})
     at_plain_opset(model)
     declared = _forgotten(model)
     feeds, sizes = run_once(model, name, inputs or {})
     fold_branches(model, sizes)
     without_unread(model.graph)
-    done = _shaped(model, sizes, feeds, declared)
+    _shape(model, sizes, feeds, declared)
     is_open = len(feeds) > 1 and bool(open_axes(model).keys() - sizes.keys())
-    return OnnxFile(done, _weightless(given), next(iter(feeds.values())), is_open, sizes)
+    return OnnxFile(model, given, next(iter(feeds.values())), is_open, sizes)
 
 
 def _forgotten(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
@@ -115,7 +116,7 @@ def says_all(model: onnx.ModelProto) -> bool:
     if any(node.op_type in CONTROL for node in model.graph.node):
         return False
     try:
-        static = static_graph(model, stand_in_batch(model) or 1)
+        static = static_sizes(model, stand_in_batch(model) or 1)
     except SluiceError:
         return False
     known = OnnxGraph(static).shapes
@@ -145,30 +146,28 @@ def _check_whole(model: onnx.ModelProto, name: str) -> None:
         )
 
 
-def _shaped(
+def _shape(
     model: onnx.ModelProto,
     sizes: Mapping[str, int],
     feeds: Mapping[int, Mapping[str, np.ndarray]],
     declared: Sequence[onnx.ValueInfoProto],
-) -> onnx.ModelProto:
-    """The model with all shapes that can be known, of inner values and outputs (rule 1)."""
-    done = with_sizes(model, sizes)
-    statics = [static_graph(done, batch) for batch in feeds]
+) -> None:
+    """Say all shapes that can be known, of inner values and outputs, in place (rule 1)."""
+    say_sizes(model, sizes)
+    statics = [static_sizes(model, batch) for batch in feeds]
     lacking: dict[str, None] = {}
     for static in statics:
         known = OnnxGraph(static).shapes
         lacking.update(dict.fromkeys(n for node in static.graph.node for n in node.output if n and n not in known))
     if lacking:
-        done = with_sizes(model, sizes, observed(model, list(lacking), feeds))
-        statics = [static_graph(done, batch) for batch in feeds]
+        say_sizes(model, sizes, observed(model, list(lacking), feeds))
+        statics = [static_sizes(model, batch) for batch in feeds]
     found = [OnnxGraph(static).shapes for static in statics]
-    for info, hint in zip(done.graph.output, declared, strict=True):
-        shapes = [shapes[info.name] for shapes in found if info.name in shapes]
+    for info, hint in zip(model.graph.output, declared, strict=True):
+        shapes = [one[info.name] for one in found if info.name in one]
         if shapes:
             _declare(info, shapes, hint, bool(sizes))
-    inferred = _inferred(done)
-    done.graph.value_info.extend(inferred)
-    return done
+    model.graph.value_info.extend(_inferred(model))
 
 
 def _declare(

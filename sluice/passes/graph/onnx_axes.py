@@ -21,7 +21,7 @@ from sluice.passes.graph.groups import Analysis, find_groups
 from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
 from sluice.passes.graph.onnx_walk import Attributes, Node, OnnxRule, OnnxWalk, entry, open_size, unknown
 from sluice.passes.graph.operators import ONNX
-from sluice.passes.graph.static_shapes import stand_in_batch, static_graph
+from sluice.passes.graph.static_shapes import stand_in_batch, static_sizes
 
 __all__ = ["RULES", "analyze_onnx"]
 
@@ -165,7 +165,7 @@ def analyze_onnx(model: onnx.ModelProto, exclude: Sequence[str] = (), *, dims: b
         SluiceError: a size cannot be inferred.
     """
     batch = stand_in_batch(model)
-    static = static_graph(model, batch or 1)
+    static = static_sizes(model, batch or 1)
     w = OnnxWalk(static, OnnxGraph(static), batch)
     for node in static.graph.node:
         rule = RULES.get(node.op_type, unknown)

@@ -25,12 +25,13 @@ __all__ = [
     "Observed",
     "OnnxGraph",
     "attributes",
+    "hollow",
     "infer_weightless",
     "is_whole_shape",
     "reads",
+    "say_sizes",
     "sizes_of",
     "with_batch",
-    "with_sizes",
 ]
 
 INTEGERS = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
@@ -39,22 +40,38 @@ Observed = tuple[int, list[tuple[int, int]]]  # element type, and by axis (a, b)
 LITERAL = 1024  # elements; a shape, a scale or a list of axes has no more
 
 
-def with_sizes(
-    model: onnx.ModelProto, sizes: Mapping[str, int], shapes: Mapping[str, Observed] | None = None
-) -> onnx.ModelProto:
-    """A copy that says the sizes of its open dimensions beside the batch, and shapes that inference does not find."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    rest = [entry for entry in copy.metadata_props if entry.key != SIZES]
-    del copy.metadata_props[:]
-    copy.metadata_props.extend(rest)
+def say_sizes(model: onnx.ModelProto, sizes: Mapping[str, int], shapes: Mapping[str, Observed] | None = None) -> None:
+    """Say, in place, the sizes of open dimensions beside the batch, and shapes that inference does not find."""
+    rest = [entry for entry in model.metadata_props if entry.key != SIZES]
+    del model.metadata_props[:]
+    model.metadata_props.extend(rest)
     if sizes or shapes:
-        copy.metadata_props.add(key=SIZES, value=json.dumps({"sizes": dict(sizes), "shapes": dict(shapes or {})}))
-    return copy
+        model.metadata_props.add(key=SIZES, value=json.dumps({"sizes": dict(sizes), "shapes": dict(shapes or {})}))
+
+
+def hollow(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy for questions of sizes: large tensors of floats have a type and a shape, and no numbers."""
+    done, graph = onnx.ModelProto(), model.graph
+    for field, value in model.ListFields():
+        if field.name == "graph":
+            continue
+        if isinstance(value, (int, str)):
+            setattr(done, field.name, value)
+        else:
+            getattr(done, field.name).extend(value)
+    done.graph.name = graph.name
+    for name in ("node", "input", "output", "value_info"):
+        getattr(done.graph, name).extend(getattr(graph, name))
+    for init in graph.initializer:
+        if math.prod(init.dims) <= LITERAL or init.data_type in INTEGERS:
+            done.graph.initializer.append(init)
+        else:
+            done.graph.initializer.add(name=init.name, data_type=init.data_type, dims=init.dims)
+    return done
 
 
 def sizes_of(model: onnx.ModelProto) -> tuple[dict[str, int], dict[str, Observed]]:
-    """What `with_sizes` said."""
+    """What `say_sizes` said."""
     for entry in model.metadata_props:
         if entry.key == SIZES:
             said = json.loads(entry.value)

@@ -17,9 +17,9 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from sluice.core.algebra import prime_beside
-from sluice.passes.graph.onnx_graph import OnnxGraph, attributes, reads, sizes_of, with_batch
+from sluice.passes.graph.onnx_graph import OnnxGraph, attributes, hollow, reads, sizes_of, with_batch
 
-__all__ = ["stand_in_batch", "static_graph"]
+__all__ = ["stand_in_batch", "static_graph", "static_sizes"]
 
 _INTEGERS = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
 _ENTRIES = 16  # of a constant that may speak of sizes: a shape, pads, split sizes
@@ -35,6 +35,11 @@ def static_graph(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
     while _fold(static, folded):
         static = with_batch(static, batch)
     return static
+
+
+def static_sizes(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
+    """`static_graph` without the numbers of large tensors, for who asks for sizes alone."""
+    return static_graph(hollow(model), batch)
 
 
 def stand_in_batch(model: onnx.ModelProto) -> int | None:

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from sluice.passes.graph.onnx_graph import OnnxGraph, attributes, reads
 from sluice.passes.graph.operators import Operator, onnx_operator
-from sluice.passes.graph.static_shapes import stand_in_batch, static_graph
+from sluice.passes.graph.static_shapes import stand_in_batch, static_sizes
 from sluice.passes.graph.view import GraphView, Node
 
 __all__ = ["view_onnx"]
@@ -37,7 +37,7 @@ def view_onnx(model: onnx.ModelProto, named: Container[str] | None = None, shape
     reader = _Reader(graph, named)
     nodes = tuple(reader.node(node) for node in model.graph.node)
     bodies = {name for node in model.graph.node for name in set(reads(node)) - set(node.input)}
-    sizes = OnnxGraph(static_graph(model, stand_in_batch(model) or 1)).shapes if shapes else {}
+    sizes = OnnxGraph(static_sizes(model, stand_in_batch(model) or 1)).shapes if shapes else {}
     return GraphView(nodes, frozenset(bodies | graph.outputs.keys()), frozenset(reader.derived), sizes)
 
 

@@ -212,10 +212,9 @@ def test_local_functions_are_written_out() -> None:
 def test_old_operator_sets_come_back(opset: int) -> None:
     """Slice, Pad, Clip, Squeeze, Split, ReduceSum and Softmax have other forms in old sets."""
     tensors = [held("a", 8, 3, 1, 1), held("b", 4, 8)]
-    clip = {"min": -1.0, "max": 1.0}
     nodes = [
         helper.make_node("Conv", ["x", "a"], ["h0"]),
-        helper.make_node("Clip", ["h0"], ["h"], **clip)
+        helper.make_node("Clip", ["h0"], ["h"], min=-1.0, max=1.0)
         if opset < 11
         else helper.make_node("Clip", ["h0", "low", "high"], ["h"]),
         helper.make_node("Split", ["h"], ["s", "t"], axis=2, split=[3, 5]),
@@ -228,7 +227,7 @@ def test_old_operator_sets_come_back(opset: int) -> None:
     ]
     tensors += [held("bias", 4)]
     if opset >= 11:
-        tensors += [numpy_helper.from_array(np.float32(v), n) for n, v in (("low", -1), ("high", 1))]
+        tensors += [numpy_helper.from_array(np.array(v, dtype=np.float32), n) for n, v in (("low", -1), ("high", 1))]
     model = made(nodes, [info("x", "n", 3, 8, 12)], [info("y", "n", 4)], tensors, opset)
     file = read_onnx_file(model)
     assert opset_of(file.model) == 13
