@@ -21,6 +21,7 @@ _WHERE = {
     "capture": "sluice.passes.graph.capture",
     "close_gates": "sluice.passes.gates.gating",
     "compress": "sluice.pipeline.compress",
+    "compress_onnx": "sluice.pipeline.compress_onnx",
     "export": "sluice.artifacts.deploy",
     "finish": "sluice.pipeline.compress",
     "gate_parameters": "sluice.passes.gates.filter_gates",
@@ -45,6 +46,7 @@ __all__ = [
     "capture",
     "close_gates",
     "compress",
+    "compress_onnx",
     "export",
     "finish",
     "gate_parameters",
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
     from sluice.passes.graph.aten import analyze
     from sluice.passes.graph.capture import capture
     from sluice.pipeline.compress import compress, finish, sweep
+    from sluice.pipeline.compress_onnx import compress_onnx
     from sluice.pipeline.prepare import profile
     from sluice.profiler.table.latency_table import LatencyTable
     from sluice.training.budget import Budget

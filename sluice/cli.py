@@ -149,11 +149,19 @@ def _dense_onnx(args: argparse.Namespace) -> Any:
 
 
 def compress(args: argparse.Namespace) -> int:
-    """Make the network fit the budget, or as fast as its accuracy allows: profile, decide, cut, train, export."""
-    from sluice import compress as run
+    """Make a network or an ONNX file fit the budget, or as fast as its accuracy allows: decide, cut, train, export."""
     from sluice.core.address import target_at
 
-    settings = options.settings(args)
+    settings, figure = options.settings(args), evaluate_of(args.evaluate) if args.evaluate else None
+    if is_onnx(args.model):
+        from sluice import compress_onnx
+        from sluice.commands.compress_file import file_arguments
+
+        report = compress_onnx(args.model, **file_arguments(args, settings, data_of, figure)).report
+        print_report(args, report)
+        return 0 if report.met() else 1
+    from sluice import compress as run
+
     deployment = asdict(settings.pop("deployment"))
     deployment["target"] = target_at(deployment["target"], deployment.pop("address"))
     done = run(
@@ -161,8 +169,7 @@ def compress(args: argparse.Namespace) -> int:
         budget=options.budget_of(args),
         data=data_of(args.data), out=args.out, gate_epochs=args.gate_epochs, epochs=args.epochs,
         rehearsal=args.rehearsal, gates=args.gates, recovery=options.recovery_settings(args),
-        evaluate=evaluate_of(args.evaluate) if args.evaluate else None, loss=loss_given(args.loss),
-        **deployment, **settings,
+        evaluate=figure, loss=loss_given(args.loss), **deployment, **settings,
     )  # fmt: skip
     print_report(args, done.report)
     least = done.report.least

@@ -12,7 +12,8 @@ import sluice
 from sluice.core.version import INSTALL_TORCH
 from tests.tiny import dense_onnx_in
 
-PUBLIC = """Budget LatencyTable Plan Recovery Report SluiceError __version__ analyze capture close_gates compress export
+PUBLIC = """Budget LatencyTable Plan Recovery Report SluiceError __version__ analyze capture close_gates compress
+compress_onnx export
 finish gate_parameters insert_gates load other_parameters profile rewrite_onnx rewrite_torch sweep""".split()  # noqa: SIM905
 ROOT = Path(__file__).resolve().parent.parent
 

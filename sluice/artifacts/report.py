@@ -1,9 +1,10 @@
 """The report of a compression: promised and measured figures, and reasons of everything left alone, as a frozen value.
 
-It is JSON (``version`` 6; 1, which knew widths only, 2, which knew fp32 only, 3, which did not say how often an engine
-was measured, 4, which did not say how the slim network was trained, and 5, which knew no plain export and no search for
-the least latency, still load) and a terminal table. Times are milliseconds, ``parity_max_rel`` is the largest deviation
-of the slim network's output relative to the dense output's scale. Figures that were not taken are ``None``.
+It is JSON (``version`` 7; 1, which knew widths only, 2, which knew fp32 only, 3, which did not say how often an engine
+was measured, 4, which did not say how the slim network was trained, 5, which knew no plain export and no search for the
+least latency, and 6, whose figure of merit was always called accuracy, still load) and a terminal table. Times are
+milliseconds, ``parity_max_rel`` is the largest deviation of the slim network's output relative to the dense output's
+scale. Figures that were not taken are ``None``.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ from sluice.core.schema import Misfit, parse, typed
 
 __all__ = ["Report"]
 
-VERSION = 6
+VERSION = 7
 # Fields that reports of earlier versions lack, by version.
 MEASURING: dict[str, Any] = {
     "runs": None, "dense_runs": None, "uncertainty": None, "quiet": True, "points": None, "complete": None,
     "disturbed": 0, "estimated": 0.0, "gap": None,
 }  # fmt: skip
+FIGURE: dict[str, Any] = {"figure": "accuracy"}
 NEWEST: dict[str, Any] = {
     "slower": 0.0, "plain_ms": None, "plain_uncertainty": None, "from_plain": False, "least": None,
+    **FIGURE,
 }  # fmt: skip
 TRAINING: dict[str, Any] = {"recovery": None, **NEWEST}
 LATER: dict[int, dict[str, Any]] = {
@@ -39,6 +42,7 @@ LATER: dict[int, dict[str, Any]] = {
     3: {**MEASURING, **TRAINING},
     4: TRAINING,
     5: NEWEST,
+    6: FIGURE,
     VERSION: {},
 }
 
@@ -48,8 +52,8 @@ class Report:
     """The outcome of one compression.
 
     ``readings`` are the scenarios that were rehearsed: name, promised milliseconds, held-out loss after every round
-    that the plan took part in. The first is the chosen one. ``metric_deployed`` is the figure of merit of the file
-    itself, where its precision (``fingerprint["precision"]``) is not fp32.
+    that the plan took part in. The first is the chosen one. ``figure`` says what the metrics are; ``metric_deployed``
+    is that of the file itself, where its precision (``fingerprint["precision"]``) is not fp32.
 
     The slim engine was measured ``runs`` times, built anew for each, and the dense one ``dense_runs`` times in all
     ``rounds``. ``uncertainty`` is that of their ratio, relative. Unless the machine was ``quiet`` for a moment of that,
@@ -105,6 +109,7 @@ class Report:
     plain_uncertainty: float | None = None
     from_plain: bool = False
     least: LeastRow | None = None
+    figure: str = "accuracy"
 
     def met(self) -> bool:
         """Whether the measured (where there is none, the promised) time is within the budget."""

@@ -43,7 +43,7 @@ class GroupRow:
 
 @dataclass(frozen=True, slots=True)
 class MethodRow:
-    """The contribution of a method (filter, rank, block, merge), of `sluice.pipeline.figures.contributions`.
+    """The contribution of a method (filter, rank, block, merge), of `sluice.pipeline.report_figures.contributions`.
 
     ``sites`` is the number of sites that it changed. The plan would promise ``saved_ms`` more without it. ``loss`` is
     the increase of the loss that its levels were priced at (None: not known).

@@ -65,7 +65,7 @@ def first_line(report: Report) -> str:
     parts = [f"{report.dense_ms:.4g} -> {ms:.4g} ms ({_share(ms, report.dense_ms)} of dense, {budget}, {promised})"]
     dense, slim = report.metric_dense, report.metric_slim
     if dense is not None and slim is not None:
-        parts.append(f"accuracy {dense:.4g} -> {slim:.4g} ({slim - dense:+.4g})")
+        parts.append(f"{report.figure} {dense:.4g} -> {slim:.4g} ({slim - dense:+.4g})")
     made_for = report.fingerprint
     precision = made_for.get("precision", "fp32")
     if report.metric_deployed is not None:

@@ -143,7 +143,10 @@ def budget(p: argparse.ArgumentParser, drop: bool = False) -> None:
             "--max-drop", type=amount, metavar="X", help="in place of a budget: the least latency at which what "
             "--evaluate gives is at most X below the dense network's",
         )  # fmt: skip
-    p.add_argument("--data", required=True, help="package.module:factory of batches (inputs, labels)")
+    p.add_argument(
+        "--data", required=True, help="package.module:factory of batches (inputs, labels); of an ONNX file, examples "
+        "in an .npz file, a folder of .npy files, a factory of a mapping from inputs to arrays, or random",
+    )  # fmt: skip
 
 
 def loss(p: argparse.ArgumentParser) -> None:

@@ -53,7 +53,7 @@ def _profile(p: argparse.ArgumentParser) -> None:
 
 
 def _compress(p: argparse.ArgumentParser) -> None:
-    options.model(p)
+    options.network(p)
     options.table(p)
     options.budget(p, drop=True)
     options.minutes(p)

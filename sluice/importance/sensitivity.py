@@ -5,8 +5,7 @@
 1. ``L`` is the training loss on a few batches, the dense network being the teacher (`sluice.importance.loss_increase`).
 2. Scores (`sluice.importance.taylor`) decide which channels go. The loss of their going is measured, so that widths,
    ranks, blocks and merged runs compare: scores are squared gradients and say nothing about large changes.
-3. At most `LEVELS` values of a site are measured, the rest interpolated; losses do not grow with the value.
-4. Where noise hides a loss, a `FLOOR` in proportion to the removed part keeps the solver from removing it for nothing.
+3. Not all values of a site are measured, and where noise hides a loss there is a floor (`sluice.importance.curves`).
 
 The solver adds up losses of single changes. That is an assumption, which LayerMerge and every knapsack over layers
 makes as well; the plans that follow from it are compared by a short training (`sluice.training.rehearse`).
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from sluice.core.latency import LatencyModel
+from sluice.importance.curves import curve, floored
 from sluice.importance.loss_increase import SAMPLES, LossIncrease
 from sluice.passes.cut.drop_torch import drop_torch
 from sluice.passes.cut.factor_torch import truncations_torch
@@ -36,9 +36,6 @@ from sluice.solver.options import EditSpace, RankOption
 from sluice.training.train import Data, Loss
 
 __all__ = ["measured_losses"]
-
-LEVELS = 4
-FLOOR = 1e-3  # of the median loss of a whole site
 
 
 def measured_losses(
@@ -86,13 +83,13 @@ def measured_losses(
             found[site] = np.array([0.0, increase(1)])
         elif site in ranks:
             # Even the largest rank is a truncation; its loss is that of the switch.
-            curve = _curve(levels, increase, dense=None)
-            found[ranks[site]] = np.array([0.0, curve[-1]])
-            found[site] = curve - curve[-1]
+            losses = curve(levels, increase, dense=None)
+            found[ranks[site]] = np.array([0.0, losses[-1]])
+            found[site] = losses - losses[-1]
         else:
-            found[site] = _curve(levels, increase, dense=levels[-1])
+            found[site] = curve(levels, increase, dense=levels[-1])
         advance(done, len(changes))
-    return _floored(found, model)
+    return floored(found, model)
 
 
 class _Change(NamedTuple):
@@ -138,26 +135,3 @@ def _restructuring(
     judge: LossIncrease, site: str, tensors: Sequence[str], change: Callable[[fx.GraphModule], object]
 ) -> _Change:
     return _Change(site, tensors, lambda _: judge.restructured(change, near=tensors))
-
-
-def _curve(levels: Sequence[int], change: Callable[[int], float], dense: int | None) -> np.ndarray:
-    """Losses at all levels from `LEVELS` measured ones, not growing with the level."""
-    open_levels = [level for level in levels if level != dense]
-    count = min(LEVELS, len(open_levels))
-    picked = sorted({open_levels[round(float(k))] for k in np.linspace(0, len(open_levels) - 1, count)})
-    values = [change(level) for level in picked]
-    if dense is not None:
-        picked, values = [*picked, dense], [*values, 0.0]
-    falling = np.maximum.accumulate(np.array(values)[::-1])[::-1]
-    return np.asarray(np.interp(levels, picked, falling))
-
-
-def _floored(losses: dict[str, np.ndarray], model: LatencyModel) -> dict[str, np.ndarray]:
-    tops = [float(values.max()) for values in losses.values() if values.max() > 0]
-    floor = FLOOR * float(np.median(tops)) if tops else 1.0
-    found = {}
-    for site, values in losses.items():
-        levels = np.asarray(model.levels[site], float)
-        removed = levels if site in model.switches else 1.0 - levels / levels[-1]
-        found[site] = values + floor * removed
-    return found

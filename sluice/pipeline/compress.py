@@ -44,7 +44,7 @@ from sluice.passes.graph.onnx_file import finalize
 from sluice.pipeline.arguments import check_paths, numeric, patterns, recipe_of, room_for
 from sluice.pipeline.choose import Scenario, choose
 from sluice.pipeline.close import close
-from sluice.pipeline.figures import captured_inputs, count_parameters, example_outputs, make_report, parity
+from sluice.pipeline.figures import captured_inputs, count_parameters, example_outputs, parity
 from sluice.pipeline.gate_candidate import GateCandidate
 from sluice.pipeline.least import check_least, find_least
 from sluice.pipeline.plain import counted_from
@@ -52,6 +52,7 @@ from sluice.pipeline.prepare import Prepared, prepare, trainable
 from sluice.pipeline.price import price_problem
 from sluice.pipeline.recipe import REHEARSAL, Evaluate, Recipe, recovery_of
 from sluice.pipeline.recover import recover
+from sluice.pipeline.report_figures import make_report
 from sluice.pipeline.verify import AIM, final_pair, first_verified
 from sluice.solver.options import BSR, METHODS, check_methods
 from sluice.training.budget import Budget
@@ -186,10 +187,8 @@ def sweep(
     for folder in folders.values():
         if folder is not None:
             check_writable(folder, room_for(model), {"the latency table": table})
-    ready = prepare(
-        model, example_inputs, list(asked.values()), deployment, recipe, table=table, exclude=exclude,
-        methods=methods, minutes=minutes,
-    )  # fmt: skip
+    ready = prepare(model, example_inputs, list(asked.values()), deployment, recipe, table=table, exclude=exclude,
+                    methods=methods, minutes=minutes)  # fmt: skip
     for budget, folder in folders.items():
         started = time.perf_counter()
         yield budget, _finish(ready, asked[budget], recipe, out=folder, started=started)

@@ -36,13 +36,14 @@ from sluice.profiler.timing.measure import QUIET, ReferenceEngine, Waiting, meas
 from sluice.profiler.view import Profile
 from sluice.runtime.base.runner import Runner, Session
 
-__all__ = ["PairTimes", "Pairs", "structure"]
+__all__ = ["APART", "PairTimes", "Pairs", "is_faster", "structure"]
 
 RUNS = 3
 REBUILT = 0.015
 BURSTS = 40
 TARGET_SPREAD = 0.015
 PATIENCE_MS = 2500.0
+APART = 0.01  # relative, by which the file of plain export must be faster to count
 SHAPE_LIKE = (onnx.TensorProto.INT64, onnx.TensorProto.BOOL)
 
 
@@ -166,6 +167,11 @@ class Pairs:
 
 def _near(times: PairTimes, limit: float) -> bool:
     return abs(times.share - limit) <= times.share * times.uncertainty
+
+
+def is_faster(plain: PairTimes | None) -> bool:
+    """Whether budgets in percent count from the plain file (`sluice.pipeline.plain`, rule 1)."""
+    return plain is not None and plain.share * (1.0 + plain.uncertainty) <= 1.0 - APART
 
 
 def structure(model: onnx.ModelProto) -> str:

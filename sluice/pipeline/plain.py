@@ -1,8 +1,8 @@
 """The time of the file that plain ``torch.onnx.export`` writes, beside that of our dense file.
 
 1. A budget in percent is a promise to somebody who deploys a file today, and that is the plain one. Ours is mostly as
-   fast. Where the plain one is faster by more than `APART`, and by more than the comparison is uncertain, budgets in
-   percent count from it.
+   fast. Where the plain one is faster by more than `sluice.pipeline.pairs.APART`, and by more than the comparison is
+   uncertain, budgets in percent count from it.
 2. Both engines are built once and measured in turns (`sluice.pipeline.pairs`), without much waiting for a quiet
    machine: only their ratio is wanted. Engines of one structure are one engine.
 3. Only fp32 is compared, since plain export writes no other precision.
@@ -10,21 +10,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import onnx
-from torch import nn
 
 from sluice.core.budget_spec import BudgetSpec
 from sluice.core.errors import SluiceError
 from sluice.core.progress import Advance, told_to
-from sluice.passes.cut.export import plain_export
-from sluice.passes.graph.capture import Inputs
 from sluice.passes.graph.onnx_file import finalize
-from sluice.pipeline.pairs import Pairs, PairTimes, structure
+from sluice.pipeline.pairs import Pairs, PairTimes, is_faster, structure
 from sluice.profiler.view import Profile
 
-__all__ = ["counted_from", "is_faster", "plain_share"]
+if TYPE_CHECKING:
+    from torch import nn
 
-APART = 0.01
+    from sluice.passes.graph.capture import Inputs
+
+__all__ = ["counted_from", "plain_share", "share_beside"]
+
 PATIENCE_MS = 500.0
 WHOLE = BudgetSpec.parse("100%")
 
@@ -38,11 +41,20 @@ def plain_share(
         model: as the user gave it.
         dense: our file of it, with parameter names.
     """
+    from sluice.passes.cut.export import plain_export
+
     asked = profile.fingerprint
     if asked.precision != "fp32" or not profile.open:
         return None
     plain = plain_export(model, example_inputs, asked.batch)
-    if plain is None:
+    return None if plain is None else share_beside(profile, plain, dense, advance)
+
+
+def share_beside(
+    profile: Profile, plain: onnx.ModelProto, dense: onnx.ModelProto, advance: Advance | None = None
+) -> PairTimes | None:
+    """The file that users deploy (``slim_ms``) beside ours (``dense_ms``), as `plain_share`."""
+    if profile.fingerprint.precision != "fp32" or not profile.open:
         return None
     ours = profile.engine(finalize(dense))
     if structure(plain) == structure(ours):
@@ -52,11 +64,6 @@ def plain_share(
         return Pairs(profile, ours, WHOLE, told_to(advance), PATIENCE_MS).once(plain)
     except SluiceError:  # the runtime refuses the plain file
         return None
-
-
-def is_faster(plain: PairTimes | None) -> bool:
-    """Whether budgets in percent count from the plain file (rule 1)."""
-    return plain is not None and plain.share * (1.0 + plain.uncertainty) <= 1.0 - APART
 
 
 def counted_from(plain: PairTimes | None, budget: BudgetSpec) -> BudgetSpec:

@@ -28,6 +28,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -137,15 +138,15 @@ def _refit(
     equations = NormalEquations(geometry, centred=bias is not None or _is_normed(slim, node))
     try:
         for x, y in zip(walks[0].values(_source(node), moving=True), walks[1].values(twin, moving=True), strict=True):
-            equations.add(x, _along(y, kept, linear))
+            equations.add(_numbers(x), _numbers(_along(y, kept, linear)))
     except Misfit:  # rule 4
         return 0
-    values, constant = equations.solve(weight)
-    if not torch.isfinite(values).all():
+    values, constant = equations.solve(_numbers(weight))
+    if not np.isfinite(values).all():
         return 0
-    weight.copy_(values)
+    weight.copy_(torch.from_numpy(values))
     if bias is not None:
-        bias.copy_(constant)
+        bias.copy_(torch.from_numpy(constant))
     return 1
 
 
@@ -161,20 +162,19 @@ def _first_factor(
         weight = weight.index_select(cut.axis, torch.tensor(cut.keep, device=weight.device))
     equations = NormalEquations(_geometry(node, first), centred=False)
     for x in walk.values(_source(node), moving=True):
-        equations.add(x, None)
-    values, vectors = torch.linalg.eigh(ridged(equations.covariance())[0])
-    values = values.clamp(min=1e-12 * float(values.max()))
-    half = (vectors * values.sqrt()) @ vectors.T
-    inverse = (vectors / values.sqrt()) @ vectors.T
-    rows = torch.from_numpy(matrix(weight.double().cpu().numpy(), edit.form)).to(half)
-    u, s, vt = torch.linalg.svd(rows @ half, full_matrices=False)
+        equations.add(_numbers(x), None)
+    values, vectors = np.linalg.eigh(ridged(equations.covariance())[0])
+    roots = np.sqrt(np.maximum(values, 1e-12 * float(values.max())))
+    half, inverse = (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+    rows = matrix(_numbers(weight).astype(np.float64), edit.form)
+    u, s, vt = np.linalg.svd(rows @ half, full_matrices=False)
     (r, *kernel), (n, _, *other) = factor_shapes(tuple(weight.shape), edit.form, edit.rank)
-    root = s[:r].sqrt()
+    root = np.sqrt(s[:r])
     right, left = root[:, None] * (vt[:r] @ inverse), u[:, :r] * root
-    if not torch.isfinite(right).all():
+    if not np.isfinite(right).all():
         return 0
-    first.copy_(right.reshape(r, *kernel))
-    second.copy_(left.reshape(n, *other, r).movedim(-1, 1))
+    first.copy_(torch.from_numpy(right.reshape(r, *kernel)))
+    second.copy_(torch.from_numpy(np.moveaxis(left.reshape(n, *other, r), -1, 1)))
     return 1
 
 
@@ -229,6 +229,10 @@ def _is_normed(slim: fx.GraphModule, node: fx.Node) -> bool:
         and readers[0].op == "call_module"
         and isinstance(slim.get_submodule(str(readers[0].target)), BatchNorm)
     )
+
+
+def _numbers(tensor: Tensor) -> np.ndarray:
+    return np.asarray(tensor.detach().cpu())
 
 
 def _tensor(gm: fx.GraphModule, node: Any) -> Tensor:

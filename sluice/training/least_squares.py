@@ -11,6 +11,8 @@ now, targets ``Y`` and means taken off both sides where the layer can mend a con
 2. Of a batch at most `ROWS` positions count, evenly spread.
 3. The ridge pulls towards ``W0``: directions that the inputs do not show stay as they are.
 
+Numpy alone, since networks come as modules and as ONNX files.
+
 Source: ridge regression of pruned layers, as in He et al. (ICCV 2017), who refit after every layer.
 """
 
@@ -19,8 +21,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
+import numpy as np
 
 __all__ = ["Geometry", "Misfit", "NormalEquations", "patches"]
 
@@ -46,7 +47,7 @@ class Geometry:
     groups: int = 1
 
 
-def patches(x: Tensor, geometry: Geometry) -> Tensor:
+def patches(x: np.ndarray, geometry: Geometry) -> np.ndarray:
     """Rows of ``A`` by group, shape ``(groups, rows, columns)``; columns are ordered as ``weight[n].reshape(-1)`` is.
 
     Args:
@@ -54,17 +55,18 @@ def patches(x: Tensor, geometry: Geometry) -> Tensor:
     """
     if not geometry.kernel:
         return x.reshape(1, -1, x.shape[-1])
-    pads = [size for pair in reversed(geometry.padding) for size in pair]
-    x = torch.nn.functional.pad(x, pads)
-    for axis, (k, step, apart) in enumerate(zip(geometry.kernel, geometry.stride, geometry.dilation, strict=True)):
-        x = x.unfold(2 + axis, apart * (k - 1) + 1, step)[..., ::apart]
     dims = len(geometry.kernel)
+    x = np.pad(x, [(0, 0), (0, 0), *geometry.padding])
+    windows = tuple(apart * (k - 1) + 1 for k, apart in zip(geometry.kernel, geometry.dilation, strict=True))
+    x = np.lib.stride_tricks.sliding_window_view(x, windows, axis=tuple(range(2, 2 + dims)))
+    steps = [slice(None, None, step) for step in (*geometry.stride, *geometry.dilation)]
+    x = x[(slice(None), slice(None), *steps)]
     n, c = x.shape[:2]
     positions, taps = x.shape[2 : 2 + dims], x.shape[2 + dims :]
     x = x.reshape(n, geometry.groups, c // geometry.groups, *positions, *taps)
     order = (1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
     columns = c // geometry.groups * math.prod(taps)
-    return x.permute(order).reshape(geometry.groups, n * math.prod(positions), columns)
+    return x.transpose(order).reshape(geometry.groups, n * math.prod(positions), columns)
 
 
 @dataclass(slots=True)
@@ -77,12 +79,12 @@ class NormalEquations:
     geometry: Geometry
     centred: bool
     count: int = 0
-    gram: Tensor = field(default_factory=lambda: torch.zeros(()))
-    cross: Tensor = field(default_factory=lambda: torch.zeros(()))
-    inputs: Tensor = field(default_factory=lambda: torch.zeros(()))
-    outputs: Tensor = field(default_factory=lambda: torch.zeros(()))
+    gram: np.ndarray = field(default_factory=lambda: np.zeros(()))
+    cross: np.ndarray = field(default_factory=lambda: np.zeros(()))
+    inputs: np.ndarray = field(default_factory=lambda: np.zeros(()))
+    outputs: np.ndarray = field(default_factory=lambda: np.zeros(()))
 
-    def add(self, x: Tensor, y: Tensor | None) -> None:
+    def add(self, x: np.ndarray, y: np.ndarray | None) -> None:
         """One batch: ``x`` as for `patches`, ``y`` ``(batch, out, *positions)`` or ``(..., out)``; no ``y``: gram."""
         a = patches(x, self.geometry)
         rows = a.shape[1]
@@ -93,55 +95,58 @@ class NormalEquations:
         chosen = slice(rows % step // 2, None, step)
         a = a[:, chosen]
         self.count += a.shape[1]
-        self.gram = self.gram + (a.transpose(1, 2) @ a).double()
-        self.inputs = self.inputs + a.sum(1).double()
+        self.gram = self.gram + (_turned(a) @ a).astype(np.float64)
+        self.inputs = self.inputs + a.sum(1, dtype=np.float64)
         if b is not None:
             b = b[:, chosen]
-            self.cross = self.cross + (a.transpose(1, 2) @ b).double()
-            self.outputs = self.outputs + b.sum(1).double()
+            self.cross = self.cross + (_turned(a) @ b).astype(np.float64)
+            self.outputs = self.outputs + b.sum(1, dtype=np.float64)
 
-    def solve(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def solve(self, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The weight of least squares, in the shape of ``weight``, and the bias ``(out,)`` that goes with it.
 
         The bias is zero where the equations are not centred.
         """
         groups = self.geometry.groups
-        before = weight.detach().double().reshape(groups, weight.shape[0] // groups, -1)
+        before = weight.astype(np.float64).reshape(groups, weight.shape[0] // groups, -1)
         gram, cross = self.covariance(), self.cross / self.count
         if self.centred:
-            cross = cross - self._mean(self.inputs).transpose(1, 2) @ self._mean(self.outputs)
-        missed = cross - gram @ before.transpose(1, 2)
-        step = torch.linalg.solve(ridged(gram), missed)
-        after = before + step.transpose(1, 2)
-        bias = torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device)
+            cross = cross - _turned(self._mean(self.inputs)) @ self._mean(self.outputs)
+        missed = cross - gram @ _turned(before)
+        after = before + _turned(np.linalg.solve(ridged(gram), missed))
+        bias = np.zeros(weight.shape[0])
         if self.centred:
-            held = self._mean(self.inputs) @ after.transpose(1, 2)
+            held = self._mean(self.inputs) @ _turned(after)
             bias = (self._mean(self.outputs) - held).reshape(-1)
-        return after.reshape(weight.shape).to(weight.dtype), bias.to(weight.dtype)
+        return after.reshape(weight.shape).astype(weight.dtype), bias.astype(weight.dtype)
 
-    def covariance(self) -> Tensor:
+    def covariance(self) -> np.ndarray:
         """``A^T A`` per row, centred if the equations are, shape ``(groups, columns, columns)``."""
         gram = self.gram / self.count
         if self.centred:
             mean = self._mean(self.inputs)
-            gram = gram - mean.transpose(1, 2) @ mean
+            gram = gram - _turned(mean) @ mean
         return gram
 
-    def _mean(self, total: Tensor) -> Tensor:
-        return (total / self.count).unsqueeze(1)
+    def _mean(self, total: np.ndarray) -> np.ndarray:
+        return (total / self.count)[:, None]
 
 
-def ridged(gram: Tensor) -> Tensor:
+def ridged(gram: np.ndarray) -> np.ndarray:
     """The gram with the ridge on its diagonal, positive definite even for inputs that are all zero."""
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    ridge = RIDGE * diagonal.mean(1, keepdim=True).clamp(min=1e-12)
-    return gram + torch.diag_embed(ridge.expand_as(diagonal))
+    diagonal = np.diagonal(gram, axis1=1, axis2=2)
+    ridge = RIDGE * np.maximum(diagonal.mean(1, keepdims=True), 1e-12)
+    return gram + ridge[..., None] * np.eye(gram.shape[-1])
 
 
-def _targets(y: Tensor, geometry: Geometry) -> Tensor:
+def _turned(matrices: np.ndarray) -> np.ndarray:
+    return matrices.swapaxes(1, 2)
+
+
+def _targets(y: np.ndarray, geometry: Geometry) -> np.ndarray:
     """Rows of ``Y`` by group, shape ``(groups, rows, out per group)``."""
     if not geometry.kernel:
         return y.reshape(1, -1, y.shape[-1])
     n, out = y.shape[:2]
     flat = y.reshape(n, geometry.groups, out // geometry.groups, -1)
-    return flat.permute(1, 0, 3, 2).reshape(geometry.groups, -1, out // geometry.groups)
+    return flat.transpose(1, 0, 3, 2).reshape(geometry.groups, -1, out // geometry.groups)

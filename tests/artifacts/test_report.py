@@ -242,8 +242,8 @@ def test_other_files_are_refused(report: Report) -> None:
     data = json.loads(report.to_json())
     with pytest.raises(SluiceError, match="no report"):
         Report.from_json("{")
-    with pytest.raises(SluiceError, match="its version is 7"):
-        Report.from_json(json.dumps({**data, "version": 7}))
+    with pytest.raises(SluiceError, match="its version is 8"):
+        Report.from_json(json.dumps({**data, "version": 8}))
     with pytest.raises(SluiceError, match=r"lacks or adds \['rounds'\]"):
         Report.from_json(json.dumps({k: v for k, v in data.items() if k != "rounds"}))
 
@@ -315,7 +315,7 @@ def structured() -> tuple[LatencyModel, EditSpace]:
 
 
 def test_contributions() -> None:
-    from sluice.pipeline.figures import contributions
+    from sluice.pipeline.report_figures import contributions
 
     model, options = structured()
     (option,) = options.ranks
@@ -344,7 +344,7 @@ def test_contributions() -> None:
 
 
 def test_the_rows_of_pieces_say_whose_place_they_take() -> None:
-    from sluice.pipeline.figures import piece_rows
+    from sluice.pipeline.report_figures import piece_rows
 
     model, options = structured()
     (option,) = options.ranks

@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from sluice.core.errors import SluiceError
 from sluice.core.latency import LatencyModel
 from sluice.core.plan import Merge
-from sluice.importance.sensitivity import FLOOR, measured_losses
+from sluice.importance.curves import FLOOR
+from sluice.importance.sensitivity import measured_losses
 from sluice.passes.cut.factor import truncations
 from sluice.passes.gates.gating import insert_gates, strip_gates
 from sluice.passes.gates.placement import Placement

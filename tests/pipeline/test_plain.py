@@ -16,8 +16,8 @@ from sluice.passes.cut.export import plain_export, to_onnx
 from sluice.passes.graph.onnx_file import finalize
 from sluice.pipeline import plain as plain_module
 from sluice.pipeline.compress import compress, sweep
-from sluice.pipeline.pairs import REBUILT, PairTimes
-from sluice.pipeline.plain import APART, counted_from, is_faster, plain_share
+from sluice.pipeline.pairs import APART, REBUILT, PairTimes, is_faster
+from sluice.pipeline.plain import counted_from, plain_share
 from sluice.profiler.profile import profile_onnx
 from sluice.profiler.view import Profile
 from sluice.runtime.base.compare import assert_close

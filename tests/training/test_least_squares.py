@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ def batches(shape: tuple[int, ...], count: int = 6, size: int = 16) -> list[Tens
 def test_patches_times_the_weight_are_the_layer(name: str) -> None:
     layer, shape = LAYERS[name]
     (x, *_), geometry = batches(shape), geometry_of(layer)
-    a = patches(x, geometry)
+    a = torch.from_numpy(patches(x.numpy(), geometry))
     weight = layer.weight.reshape(geometry.groups, layer.weight.shape[0] // geometry.groups, -1)
     rows = a @ weight.transpose(1, 2)
     expected = layer(x) if isinstance(layer, nn.Linear) else layer(x).flatten(2).transpose(1, 2)
@@ -50,10 +51,10 @@ def test_a_layer_is_found_again_from_its_outputs(name: str) -> None:
     layer, shape = LAYERS[name]
     equations = NormalEquations(geometry_of(layer), centred=True)
     for x in batches(shape):
-        equations.add(x, layer(x).detach())
+        equations.add(x.numpy(), layer(x).detach().numpy())
     start = layer.weight.detach() + 0.2 * torch.randn_like(layer.weight)
     assert relative_error(start, layer.weight.detach()) > 0.2
-    weight, bias = equations.solve(start)
+    weight, bias = equations.solve(start.numpy())
     assert_close(weight, layer.weight.detach(), 0.01)  # the ridge keeps a little of the start
     assert_close(bias, layer.bias.detach(), 0.01)
 
@@ -65,8 +66,8 @@ def test_no_weight_has_a_smaller_residual_and_the_bias_takes_the_mean() -> None:
     y = torch.tanh(x @ torch.randn(3, 4, generator=generator)) + 2.0
     equations = NormalEquations(Geometry(), centred=True)
     for part in (slice(0, 120), slice(120, 200)):
-        equations.add(x[part, :2], y[part])
-    weight, bias = equations.solve(torch.zeros(4, 2))
+        equations.add(x[part, :2].numpy(), y[part].numpy())
+    weight, bias = map(torch.from_numpy, equations.solve(np.zeros((4, 2), np.float32)))
     design = torch.cat([x[:, :2], torch.ones(200, 1)], dim=1)
     best = torch.linalg.lstsq(design, y).solution
     missed = (x[:, :2] @ weight.T + bias - y).square().mean()
@@ -80,7 +81,7 @@ def test_what_the_inputs_do_not_show_stays() -> None:
     x[:, 1] = 0.0
     before = torch.tensor([[1.0, -7.0, 2.0]])
     equations = NormalEquations(Geometry(), centred=False)
-    equations.add(x, x @ torch.tensor([[3.0], [0.0], [-1.0]]))
-    weight, bias = equations.solve(before)
+    equations.add(x.numpy(), (x @ torch.tensor([[3.0], [0.0], [-1.0]])).numpy())
+    weight, bias = equations.solve(before.numpy())
     assert_close(weight, torch.tensor([[3.0, -7.0, -1.0]]), 1e-2)
-    assert float(weight[0, 1]) == -7.0 and float(bias.abs().max()) == 0.0
+    assert float(weight[0, 1]) == -7.0 and float(np.abs(bias).max()) == 0.0

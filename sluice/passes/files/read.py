@@ -28,7 +28,7 @@ from sluice.passes.files.trials import fed, open_axes, run_once
 from sluice.passes.graph.onnx_graph import SIZES, OnnxGraph, infer_weightless, say_sizes
 from sluice.passes.graph.static_shapes import stand_in_batch, static_sizes
 
-__all__ = ["OnnxFile", "as_it_is", "read_onnx_file", "says_all", "written_back"]
+__all__ = ["OnnxFile", "as_it_is", "load_whole", "read_onnx_file", "says_all", "written_back"]
 
 QUANTISED = (
     "QuantizeLinear",
@@ -75,7 +75,7 @@ def read_onnx_file(
     Raises:
         SluiceError: the file cannot be read, is quantised, or the runtime does not run it on any inputs tried.
     """
-    model = _loaded(source)
+    model = load_whole(source)
     name = os.fspath(source) if not isinstance(source, onnx.ModelProto) else "the model"
     _check_whole(model, name)
     given = _weightless(model)
@@ -123,7 +123,8 @@ def says_all(model: onnx.ModelProto) -> bool:
     return all(name in known for node in static.graph.node for name in node.output if name)
 
 
-def _loaded(source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProto:
+def load_whole(source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProto:
+    """The model in a file with its external data, as it is; `SluiceError` where it is none."""
     if isinstance(source, onnx.ModelProto):
         return source
     name = os.fspath(source)

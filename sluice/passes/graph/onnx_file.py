@@ -23,6 +23,7 @@ from sluice.passes.graph.onnx_graph import OnnxGraph
 __all__ = ["buffers_of", "finalize", "load_onnx", "note_buffers", "quiet", "save_onnx", "without_defaults"]
 
 BUFFERS = "sluice.buffers"
+ALLOWZERO = 14  # the first operator set whose Reshape has it
 
 
 def load_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
@@ -79,7 +80,10 @@ def without_defaults(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def finalize(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Fold and clean the graph for deployment."""
+    """Fold and clean the graph for deployment.
+
+    The optimiser writes ``allowzero=0`` into every Reshape, which operator sets below 14 do not know.
+    """
     import onnxscript.optimizer
 
     metadata = list(model.metadata_props)
@@ -88,6 +92,11 @@ def finalize(model: onnx.ModelProto) -> onnx.ModelProto:
     assert isinstance(done, onnx.ModelProto)
     del done.metadata_props[:]
     done.metadata_props.extend(metadata)
+    if any(entry.domain in ("", "ai.onnx") and entry.version < ALLOWZERO for entry in done.opset_import):
+        for node in done.graph.node:
+            kept = [a for a in node.attribute if node.op_type != "Reshape" or a.name != "allowzero"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
     onnx.checker.check_model(done, full_check=True)
     return done
 

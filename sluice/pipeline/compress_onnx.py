@@ -1,0 +1,241 @@
+"""An ONNX file's whole way to a faster one, without torch: read, profile, score, price, decide and verify, cut, refit.
+
+1. The file is read as the runtime runs it (`sluice.passes.files.read`). What comes back is the file's own graph with
+   fewer channels: inputs, outputs, opset and metadata are as they were.
+2. The loss of a change is the distance of the outputs from the file's own on some examples
+   (`sluice.importance.output_distance`). Channels go by their activations and weights (`sluice.importance.activity`).
+3. Nothing is trained. Weights behind a cut are refitted by least squares (`sluice.training.refit_onnx`) on three
+   quarters of the examples. They count only where the refitted file is nearer on the last quarter.
+4. That quarter also says what was kept: the figure of merit is ``evaluate``'s, or 100 times the cosine between the
+   outputs of both files.
+5. Engines are built and timed at the sizes of the examples; what the file leaves open stays open in what comes back.
+6. Budgets in percent count from the user's file, where that is faster than the same file in our form.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+
+from sluice.artifacts.folder import check_writable
+from sluice.artifacts.labels import provenance
+from sluice.artifacts.macs import count_macs
+from sluice.artifacts.report_recovery import RecoveryRow
+from sluice.artifacts.result_file import CompressedFile
+from sluice.core.budget_spec import BudgetSpec
+from sluice.core.deployment import Deployment
+from sluice.core.errors import SluiceError, first_line
+from sluice.core.progress import stage
+from sluice.importance.activity import activity_scores
+from sluice.importance.onnx_losses import onnx_losses
+from sluice.importance.output_distance import OutputDistance, cosine, outputs_of
+from sluice.passes.cut.rewrite_onnx import rewrite_onnx
+from sluice.passes.files.read import OnnxFile, load_whole, read_onnx_file, written_back
+from sluice.passes.files.rows import Rows, rows_of
+from sluice.passes.graph.onnx_file import finalize
+from sluice.passes.graph.onnx_graph import OnnxGraph
+from sluice.passes.search_space import agreed, find_search_space, read_onnx
+from sluice.pipeline.plain import counted_from, share_beside
+from sluice.pipeline.problem import Problem
+from sluice.pipeline.report_figures import make_report
+from sluice.pipeline.verify import final_pair, solve_verified
+from sluice.profiler.profile import profile_onnx
+from sluice.runtime.base.compare import relative_error
+from sluice.solver.decide import restricted
+from sluice.solver.options import check_methods
+from sluice.training.refit_onnx import refit_onnx
+
+__all__ = ["FILE_METHODS", "compress_onnx"]
+
+FILE_METHODS = ("filter", "rank", "block")
+PRICED, REFITTED = 64, 512  # examples
+HELD = 4  # every which part of the examples is held out
+PARITY = 1e-4
+KEPT = "cosine of outputs in percent"
+
+
+def compress_onnx(
+    source: str | os.PathLike[str] | onnx.ModelProto,
+    inputs: Mapping[str, np.ndarray],
+    *,
+    budget: str | Mapping[str, str | float],
+    table: str | os.PathLike[str] = ":memory:",
+    out: str | os.PathLike[str] | None = None,
+    batch: int = 1,
+    target: str = "ort-cpu",
+    threads: int = 1,
+    exclude: Sequence[str] = (),
+    methods: Sequence[str] = FILE_METHODS,
+    fixed: Mapping[str, float] | None = None,
+    loss: str = "auto",
+    evaluate: Callable[[Any], float] | None = None,
+    refit: bool = True,
+    note: str = "",
+    minutes: float = math.inf,
+    progress: bool = True,
+) -> CompressedFile:
+    """Make an ONNX file fit a measured latency budget; no torch, no labels, no training.
+
+    Args:
+        source: the file, in float32.
+        inputs: by input of the file the examples, one after the other along the batch axis; some hundred serve.
+        budget: ``"50%"`` of the file's latency, ``"2.4ms"`` or ``{"latency_ms": 2.4}``, at ``batch`` on ``target``.
+        table: latency table (SQLite), made or continued.
+        out: folder for plan, ONNX file and report.
+        methods: some of ``filter``, ``rank``, ``block``, ``merge``; a merge takes activations away for good.
+        fixed: numbers of inputs that stay the same for good, or sizes of open axes by their name.
+        loss: ``auto``, ``mse``, ``logits`` or ``cosine``: the distance between outputs.
+        evaluate: figure of merit of a session of ONNX Runtime, the higher the better, for the report.
+        refit: refit the weights behind a cut by least squares.
+        note: on the inputs, for the report.
+        minutes: of profiling; afterwards points that a plan needs are estimated, and the report says how much.
+    Raises:
+        SluiceError: a mistake that the caller can mend; no half-written file is left behind.
+    """
+    started = time.perf_counter()
+    methods, asked = check_methods(methods), BudgetSpec.parse(budget)
+    if out is not None:
+        check_writable(out, 0, {"the latency table": table})
+    with stage("read", progress):
+        file = read_onnx_file(source, _first(inputs), fixed)
+        rows = rows_of(file, inputs)
+        dense, timed = file.model, _sized(file.model, file)
+        kept, held = _split(rows)
+        space = find_search_space(read_onnx(dense), exclude)
+    figure = _figure(evaluate, dense, held)
+    metric_dense = figure(dense)
+    measured = profile_onnx(
+        dense, table, deployment=Deployment(target, batch, threads), exclude=exclude, methods=methods, like=space,
+        minutes=minutes, progress=progress,
+    )  # fmt: skip
+    analysis = agreed(space, measured.space).analysis
+    with stage("the file as it is", progress) as advance:
+        plain = share_beside(measured, _sized(_with_constants(source, fixed, dense), file), timed, advance)
+    wanted = counted_from(plain, asked)
+    sites = measured.options.sites(measured.latency, methods)
+    with stage("price every choice", progress) as advance:
+        scores = activity_scores(dense, analysis, kept.spread(PRICED))
+        losses = onnx_losses(
+            dense, analysis, restricted(measured.latency, sites), measured.options, scores,
+            OutputDistance(dense, kept.spread(PRICED), loss), advance,
+        )  # fmt: skip
+    problem = Problem(measured, analysis, sites, losses, scores)
+    with stage("decide and verify on engines", progress):
+        verified = solve_verified(problem, wanted, timed)
+    slim = rewrite_onnx(dense, verified.plan)
+    refitted = 0
+    if refit:
+        with stage("refit", progress):
+            slim, refitted = _nearer(slim, dense, verified.plan, kept.spread(REFITTED), held, loss)
+    with stage("measure", progress) as advance:
+        done = finalize(_sized(slim, file))
+        times = final_pair(measured, measured.engine(finalize(timed)), measured.engine(done), wanted, verified, advance)
+    made = written_back(file, measured.engine(finalize(slim)))
+    worst = relative_error(list(outputs_of(made, held).values()), list(outputs_of(slim, held).values()))
+    report = make_report(
+        measured, verified, times=times, worst=worst, params=(_size(dense), _size(slim)),
+        macs=(count_macs(finalize(timed)), count_macs(done)), metrics=(metric_dense, figure(made), None),
+        frozen={**measured.space.left_alone, **({"the data": note} if note else {})},
+        seconds=time.perf_counter() - started, losses=losses, plain=plain,
+        methods=methods, figure="accuracy" if evaluate else KEPT,
+        recovery=RecoveryRow(0.0, "", "plain", 0, refitted=refitted) if refitted else None,
+    )  # fmt: skip
+    for key, value in provenance(verified.plan, report).items():
+        made.metadata_props.add(key=f"sluice.{key}", value=value)
+    result = CompressedFile(made, verified.plan, report)
+    if worst > PARITY:
+        raise AssertionError(f"the file that is handed out differs by {worst:.2e} from the one that was cut")
+    if out is not None:
+        result.save(out)
+    return result
+
+
+def _first(inputs: object) -> dict[str, np.ndarray]:
+    if not isinstance(inputs, Mapping) or not inputs:
+        raise SluiceError(f"inputs is {type(inputs).__name__}; give a mapping from the file's inputs to their examples")
+    return {str(name): np.asarray(value) for name, value in inputs.items()}
+
+
+def _split(rows: Rows) -> tuple[Rows, Rows]:
+    """Examples to work with, and those that are held out; all for both where there are few."""
+    step = rows.batch or 1
+    count = rows.count // HELD // step * step
+    if not count:
+        return rows, rows
+    return rows.part(0, rows.count - count), rows.part(rows.count - count, rows.count)
+
+
+def _figure(
+    evaluate: Callable[[Any], float] | None, dense: onnx.ModelProto, held: Rows
+) -> Callable[[onnx.ModelProto], float]:
+    """Rule 4."""
+    if evaluate is None:
+        want = OutputDistance(dense, held).reference
+
+        def kept(model: onnx.ModelProto) -> float:
+            found = outputs_of(model, held)
+            return 100.0 * float(np.mean([cosine(found[name], value) for name, value in want.items()]))
+
+        return kept
+    if not callable(evaluate):
+        raise SluiceError(f"evaluate={evaluate!r} is no function; give one from a session of ONNX Runtime to a number")
+
+    def taken(model: onnx.ModelProto) -> float:
+        import onnxruntime as ort
+
+        session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        try:
+            return float(evaluate(session))
+        except SluiceError:
+            raise
+        except Exception as error:
+            raise SluiceError(f"evaluate raised {type(error).__name__}: {first_line(error)}; mend it") from error
+
+    return taken
+
+
+def _nearer(
+    slim: onnx.ModelProto, dense: onnx.ModelProto, plan: Any, kept: Rows, held: Rows, loss: str
+) -> tuple[onnx.ModelProto, int]:
+    """Rule 3."""
+    refitted, count = refit_onnx(slim, dense, plan, kept)
+    if not count:
+        return slim, 0
+    distance = OutputDistance(dense, held, loss)
+    return (refitted, count) if distance.of(refitted) < distance.of(slim) else (slim, 0)
+
+
+def _with_constants(
+    source: str | os.PathLike[str] | onnx.ModelProto, fixed: Mapping[str, float] | None, dense: onnx.ModelProto
+) -> onnx.ModelProto:
+    """The file that the user deploys; our reading of it where inputs were fixed, since the file cannot run without."""
+    if fixed:
+        return dense
+    return load_whole(source)
+
+
+def _sized(model: onnx.ModelProto, file: OnnxFile) -> onnx.ModelProto:
+    """A copy whose inputs have numbers for all sizes but the batch (rule 5), whatever they declared before."""
+    done = onnx.ModelProto()
+    done.CopyFrom(model)
+    known = OnnxGraph(file.model).inputs
+    for name, info in OnnxGraph(done).inputs.items():
+        dims = info.type.tensor_type.shape.dim
+        del dims[:]
+        for read in known[name].type.tensor_type.shape.dim:
+            size = read.dim_value if read.HasField("dim_value") else file.sizes.get(read.dim_param)
+            dims.add(dim_value=size) if size is not None else dims.add(dim_param=read.dim_param)
+    if file.sizes:
+        del done.graph.value_info[:]
+    return done
+
+
+def _size(model: onnx.ModelProto) -> int:
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
+    return sum(int(np.prod(i.dims)) for i in OnnxGraph(model).initializers.values() if i.data_type in floats)

@@ -1,0 +1,281 @@
+"""An ONNX file becomes a faster one without torch, and keeps its form."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+import sluice
+from sluice.cli import main
+from sluice.core.errors import SluiceError
+from sluice.core.plan import Plan
+from sluice.importance.activity import activity_scores
+from sluice.importance.output_distance import BROKEN, OutputDistance, cosine
+from sluice.passes.cut.resolve import make_plan
+from sluice.passes.cut.rewrite_onnx import rewrite_onnx
+from sluice.passes.files.read import OnnxFile, read_onnx_file
+from sluice.passes.files.rows import Rows, rows_of
+from sluice.passes.graph.onnx_axes import analyze_onnx
+from sluice.passes.graph.onnx_graph import OnnxGraph
+from sluice.runtime.base.compare import assert_close
+from sluice.training.refit_onnx import refit_onnx
+from tests import tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[None]:
+    with tiny.simulated_device():
+        yield
+
+
+@cache
+def content() -> bytes:
+    """The file as torch exports it, its batch open, with an entry of metadata."""
+    program = torch.onnx.export(
+        tiny.residual().eval(), (tiny.inputs(),), dynamo=True, verbose=False, input_names=["picture"],
+        dynamic_shapes=({0: torch.export.Dim("n")},), output_names=["scores"], opset_version=18,
+    )  # fmt: skip
+    assert program is not None
+    model = program.model_proto
+    model.metadata_props.add(key="owner", value="somebody")
+    return bytes(model.SerializeToString())
+
+
+def given() -> onnx.ModelProto:
+    return onnx.load_model_from_string(content())
+
+
+def examples(count: int = 96) -> dict[str, np.ndarray]:
+    """Pictures whose channels depend on each other, so that a cut can be made up for."""
+    rng = np.random.default_rng(3)
+    mixed = rng.standard_normal((count, 2, 9, 9)).astype(np.float32)
+    return {"picture": np.stack([mixed[:, 0], mixed[:, 1], mixed[:, 0] - mixed[:, 1]], axis=1)}
+
+
+def read() -> tuple[OnnxFile, Rows]:
+    file = read_onnx_file(given(), examples())
+    return file, rows_of(file, examples())
+
+
+def compressed(tmp_path: Path, **options: Any) -> Any:
+    return sluice.compress_onnx(
+        given(), examples(), budget="60%", table=tmp_path / "t.db", batch=tiny.BATCH, progress=False, **options
+    )
+
+
+def test_a_file_meets_its_budget_and_keeps_its_form(tmp_path: Path) -> None:
+    done, before = compressed(tmp_path, out=tmp_path / "out"), given()
+    after = onnx.load(tmp_path / "out" / "slim.onnx")
+    assert done.report.met() and done.report.measured_ms < 0.62 * done.report.dense_ms
+    assert done.report.params_slim < done.report.params_dense
+    for field in ("input", "output"):
+        assert [str(i) for i in getattr(after.graph, field)] == [str(i) for i in getattr(before.graph, field)]
+    assert after.opset_import == before.opset_import
+    said = {entry.key: entry.value for entry in after.metadata_props}
+    assert said["owner"] == "somebody" and "sluice.plan" in said
+    assert Plan.load(tmp_path / "out" / "plan.json") == done.plan
+    assert 0 < done.report.metric_slim < done.report.metric_dense == pytest.approx(100.0)
+    assert "cosine" in done.report.figure
+
+
+def test_the_file_is_the_one_that_its_plan_cuts(tmp_path: Path) -> None:
+    done = compressed(tmp_path, refit=False)
+    file, rows = read()
+    cut = rewrite_onnx(file.model, done.plan)
+    (feeds,) = rows.part(0, 5).batches(5)
+    assert_close(tiny_run(done.onnx, feeds), tiny_run(cut, feeds))
+    assert done.report.parity_max_rel is not None and done.report.parity_max_rel < 1e-5
+
+
+def tiny_run(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return list(session.run(None, feeds))
+
+
+def test_refitted_weights_are_nearer_and_the_dense_ones_are_found_again() -> None:
+    file, rows = read()
+    analysis = analyze_onnx(file.model)
+    scores = activity_scores(file.model, analysis, rows)
+    kept = {g.name: tuple(sorted(np.argsort(-scores[g.name])[: g.size // 2].tolist())) for g in analysis.groups}
+    plan, distance = make_plan(analysis, kept), OutputDistance(file.model, rows)
+    slim = rewrite_onnx(file.model, plan)
+    refitted, count = refit_onnx(slim, file.model, plan, rows)
+    assert count >= 4
+    assert distance.of(refitted) < 0.7 * distance.of(slim)
+    assert [tuple(i.dims) for i in slim.graph.initializer if len(i.dims) > 1] == [
+        tuple(i.dims) for i in refitted.graph.initializer if len(i.dims) > 1
+    ]
+    nothing = make_plan(analysis, {})
+    same, count = refit_onnx(rewrite_onnx(file.model, nothing), file.model, nothing, rows)
+    assert count == 0 and distance.of(same) < 1e-9
+
+
+def test_scores_are_what_a_channel_adds_to_its_reader() -> None:
+    """Of the channels that the classifier alone reads."""
+    file, rows = read()
+    analysis = analyze_onnx(file.model)
+    reader = next(node for node in file.model.graph.node if "fc.weight" in node.input)
+    weight = numpy_helper.to_array(OnnxGraph(file.model).initializers["fc.weight"])
+    probe = onnx.ModelProto()
+    probe.CopyFrom(file.model)
+    probe.graph.output.append(onnx.helper.make_tensor_value_info(reader.input[0], onnx.TensorProto.FLOAT, None))
+    (feeds,) = rows.batches(rows.count)
+    read_values = tiny_run(probe, feeds)[1]
+    expected = (read_values.astype(np.float64) ** 2).mean(0) * (weight.astype(np.float64) ** 2).sum(0)
+    group = next(g for g in analysis.groups if any(r.param == "fc.weight" and r.axis == 1 for r in g.refs))
+    assert_close(activity_scores(file.model, analysis, rows)[group.name], expected / expected.sum(), 1e-4)
+
+
+def test_distances_know_their_outputs() -> None:
+    file, rows = read()
+    auto = OutputDistance(file.model, rows)
+    assert auto.of(file.model) == 0.0
+    doubled = given()
+    for init in doubled.graph.initializer:
+        if init.name in ("fc.weight", "fc.bias"):
+            init.CopyFrom(numpy_helper.from_array(2 * numpy_helper.to_array(init), init.name))
+    assert OutputDistance(given(), rows, "cosine").of(doubled) < 1e-6  # of the same direction
+    assert auto.of(doubled) >= 1.0
+    want = np.array([[0.2, 0.8], [0.5, 0.5]])
+    assert cosine(want, want) == pytest.approx(1.0)
+    assert cosine(want, -want) == pytest.approx(-1.0)
+    broken = given()
+    for init in broken.graph.initializer:
+        if init.name == "fc.weight":
+            init.CopyFrom(numpy_helper.from_array(np.full(tuple(init.dims), np.nan, np.float32), init.name))
+    assert auto.of(broken) == BROKEN
+    with pytest.raises(SluiceError, match="'huber' is unknown"):
+        OutputDistance(given(), rows, "huber")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "reason"),
+    [
+        ({}, "give a mapping"),
+        ({"image": np.zeros((4, 3, 9, 9), np.float32)}, "no input 'image'"),
+        ({"picture": np.zeros((4, 3, 9), np.float32)}, "axes|runs"),
+        ({"picture": np.zeros((4, 3, 9, 9), np.int64)}, "int64|runs"),
+        ({"picture": np.full((4, 3, 9, 9), np.nan, np.float32)}, "no finite numbers"),
+    ],
+)  # fmt: skip
+def test_data_that_does_not_fit_is_refused(tmp_path: Path, inputs: dict[str, np.ndarray], reason: str) -> None:
+    with pytest.raises(SluiceError, match=reason):
+        sluice.compress_onnx(given(), inputs, budget="60%", progress=False)
+
+
+def test_a_fixed_batch_takes_whole_batches() -> None:
+    rows = Rows({"x": np.arange(7), "rate": np.array(3)}, {"x": 0}, 7, batch=2)
+    assert [feeds["x"].tolist() for feeds in rows.batches(32)] == [[0, 1], [2, 3], [4, 5]]
+    assert all(feeds["rate"] == 3 for feeds in rows.batches(32))
+    assert rows.spread(5).count == 4
+    free = Rows({"x": np.arange(7)}, {"x": 0}, 7)
+    assert [len(feeds["x"]) for feeds in free.batches(3)] == [3, 3, 1]
+
+
+def test_open_sizes_beside_the_batch_stay_open(tmp_path: Path) -> None:
+    program = torch.onnx.export(
+        tiny.residual().eval(), (tiny.inputs(),), dynamo=True, verbose=False, input_names=["picture"],
+        dynamic_shapes=({0: torch.export.Dim("n"), 2: torch.export.Dim("h", min=5), 3: torch.export.Dim("w", min=5)},),
+    )  # fmt: skip
+    assert program is not None
+    before = program.model_proto
+    done = sluice.compress_onnx(
+        before, examples(), budget="60%", table=tmp_path / "t.db", batch=tiny.BATCH, progress=False, methods=("filter",)
+    )
+    assert done.report.met() and done.report.dense_ms > done.report.budget_ms
+    assert [str(i) for i in done.onnx.graph.input] == [str(i) for i in before.graph.input]
+    wide = {"picture": np.random.default_rng(1).standard_normal((2, 3, 12, 7)).astype(np.float32)}
+    (found,), (cut,) = tiny_run(done.onnx, wide), tiny_run(before, wide)
+    assert found.shape == cut.shape and np.isfinite(found).all()
+
+
+def test_the_figure_of_merit_is_the_users(tmp_path: Path) -> None:
+    def largest(session: Any) -> float:
+        return float(session.run(None, examples(6))[0].max())
+
+    done = compressed(tmp_path, evaluate=largest, methods=("filter",))
+    assert done.report.figure == "accuracy"
+    assert done.report.metric_dense == pytest.approx(float(tiny_run(given(), examples(6))[0].max()))
+    with pytest.raises(SluiceError, match="evaluate raised ZeroDivisionError"):
+        compressed(tmp_path, evaluate=lambda session: 1 / 0)
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+from sluice.runtime.ort.cpu import OrtRunner, OrtSession
+real = OrtRunner.build
+def build(self, model, **options):
+    session = real(self, model, **options)
+    session.ms = 1e-6 * model.ByteSize()
+    return session
+OrtRunner.build = build
+OrtRunner.build_part = build
+OrtSession.sample = lambda self, repeats: self.ms
+from sluice.cli import main
+sys.exit(main(["compress", "given.onnx", "--data", "data.npz", "--budget", "70%", "--methods", "filter", "--table",
+               "t.db", "--out", "out", "--quiet"]))
+"""
+
+
+def test_it_runs_without_torch(tmp_path: Path) -> None:
+    """In a process that cannot import torch, on a device whose milliseconds are the bytes of the weights."""
+    (tmp_path / "given.onnx").write_bytes(content())
+    np.savez(tmp_path / "data.npz", picture=examples()["picture"])
+    found = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    made, before = onnx.load(tmp_path / "out" / "slim.onnx"), given()
+    assert made.ByteSize() < 0.75 * before.ByteSize()
+    assert "cosine of outputs" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--data", "random"], ""),
+        (["--data", "folder"], ""),
+        (["--data", "tests.pipeline.test_compress_onnx:examples"], ""),
+        (["--data", "data.csv"], "is no data of an ONNX file"),
+        (["--data", "empty"], "holds no .npy file"),
+        (["--data", "broken.npz"], "cannot read"),
+        (["--data", "tests.tiny:returns_a_number"], "returned int"),
+        (["--data", "random", "--precision", "fp16"], "compressed in fp32"),
+        (["--data", "random", "--gates"], "gates are trained"),
+        (["--data", "random", "--loss", "huber"], "'huber' is unknown"),
+    ],
+)  # fmt: skip
+def test_words_of_the_command_line(
+    words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[2]), *sys.path])
+    (tmp_path / "given.onnx").write_bytes(content())
+    for folder in ("folder", "empty"):
+        (tmp_path / folder).mkdir()
+    np.save(tmp_path / "folder" / "any name.npy", examples()["picture"])
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 nothing")
+    asked = ["compress", "given.onnx", "--budget", "70%", "--methods", "filter", "--table", "t.db", "--out", "out"]
+    status = main([*asked, *words, "--quiet"])
+    out, err = capsys.readouterr()
+    if sentence:
+        assert status == 1 and sentence in err and err.count("\n") == 1
+    else:
+        assert status == 0, err
+        assert (tmp_path / "out" / "slim.onnx").exists()
+        assert ("chosen blindly" in out) == ("random" in words)
