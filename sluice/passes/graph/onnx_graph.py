@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -29,6 +29,7 @@ __all__ = [
     "infer_weightless",
     "is_whole_shape",
     "reads",
+    "rename_reads",
     "say_sizes",
     "sizes_of",
     "with_batch",
@@ -169,6 +170,17 @@ def reads(node: onnx.NodeProto) -> Iterator[str]:
         for graph in (attribute.g, *attribute.graphs):
             for inner in graph.node:
                 yield from (name for name in reads(inner) if name)
+
+
+def rename_reads(node: onnx.NodeProto, called: Callable[[str], str]) -> None:
+    """Give the values that a node reads other names, in place; what a body of control flow makes itself keeps its."""
+    node.input[:] = [called(name) for name in node.input]
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            made = {name for inner in graph.node for name in inner.output}
+            own = made.union(*({item.name for item in items} for items in (graph.input, graph.initializer)))
+            for inner in graph.node:
+                rename_reads(inner, lambda name, own=own: name if name in own else called(name))  # type: ignore[misc]
 
 
 class OnnxGraph:

@@ -56,6 +56,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from sluice.core.latency import Extent
+from sluice.passes.graph.onnx_graph import rename_reads
 from sluice.profiler.pieces.partition import Partition, Piece, build_piece
 from sluice.profiler.pieces.sources import add_sources, has_source
 
@@ -171,7 +172,7 @@ def _join(parts: Sequence[onnx.ModelProto], tensor: str | None = None) -> onnx.M
             copy = onnx.NodeProto()
             copy.CopyFrom(node)
             copy.name = rename(node.name)
-            copy.input[:] = [rename(n) for n in node.input]
+            rename_reads(copy, rename)
             copy.output[:] = [rename(n) for n in node.output]
             nodes.append(copy)
         for source, target in ((part.graph.input, inputs), (part.graph.output, outputs)):

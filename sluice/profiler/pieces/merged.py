@@ -26,7 +26,7 @@ from sluice.passes.cut.merge_ties import groups_on, inside
 from sluice.passes.graph.chains_onnx import chains_onnx
 from sluice.passes.graph.groups import Analysis, rename_groups
 from sluice.passes.graph.onnx_axes import analyze_onnx
-from sluice.passes.graph.onnx_graph import LITERAL, OnnxGraph
+from sluice.passes.graph.onnx_graph import LITERAL, OnnxGraph, rename_reads
 from sluice.passes.merge_sites import MergeSite
 from sluice.profiler.pieces.joints import find_joints
 from sluice.profiler.pieces.partition import Partition, anchor_weight, cut_out
@@ -123,7 +123,7 @@ def _renamed(part: Part, called: Mapping[str, str]) -> Part:
     for node in part.nodes:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
-        copy.input[:] = [called.get(name, name) for name in node.input]
+        rename_reads(copy, lambda name: called.get(name, name))
         copy.output[:] = [called.get(name, name) for name in node.output]
         nodes.append(copy)
     names = ([called.get(name, name) for name in names] for names in (part.made, part.inputs, part.outputs))

@@ -24,7 +24,7 @@ from sluice.core.latency import Extent
 from sluice.passes.cut.rewrite_onnx import cut_graph
 from sluice.passes.graph.groups import Analysis, agreeing, rename_groups
 from sluice.passes.graph.onnx_axes import analyze_onnx
-from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
+from sluice.passes.graph.onnx_graph import OnnxGraph, attributes, reads
 from sluice.passes.graph.static_shapes import static_graph
 from sluice.profiler.pieces.identity import identify
 from sluice.profiler.pieces.split import ANCHORS, RECURRENT, Part, anchored_pads, split
@@ -171,7 +171,7 @@ def cut_out(
     pieces = []
     for index in wanted:
         part, name = parts[index], names[index]
-        used = {n for node in part.nodes for n in node.input}
+        used = {n for node in part.nodes for n in reads(node)}
         graph = helper.make_graph(
             part.nodes,
             "piece",
