@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import resource
+import subprocess
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
@@ -72,6 +73,14 @@ def run_one(network: Network) -> Row:
     return Row(**json.loads(said))
 
 
+def state_of_code() -> str:
+    """The commit of this checkout, with ``+`` if a file of it was changed; empty where there is none."""
+    with suppress(OSError, subprocess.CalledProcessError):
+        given = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(given, cwd=RESULTS.parent, capture_output=True, text=True, check=True).stdout.strip()
+    return ""
+
+
 def warm_up() -> None:
     """Import everything once; the processes are forks of this one."""
     torch.set_num_threads(1)
@@ -83,13 +92,14 @@ def warm_up() -> None:
 
 
 def sweep(wanted: list[Network], path: Path, again: bool) -> dict[str, Row]:
-    rows = load(path)
+    rows, state = load(path), state_of_code()
     warm_up()
     for network in wanted:
         known = rows.get(network.spec)
         if known is not None and not (again and known.failed):
             continue
         row = run_one(network)
+        row.state = state
         rows = {**load(path), network.spec: row}  # others may have added rows
         save(path, (rows[n.spec] for n in NETWORKS if n.spec in rows))
         print(f"{row.kind} {row.spec}: {row.failed or 'cut'} {row.share:.3f} {row.reason}", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
@@ -64,6 +65,8 @@ def document(rows: Sequence[Row], kinds: Sequence[str], listed: int) -> str:
             if found["n"] < listed
             else []
         ),
+        _states(rows),
+        "",
         f"Of {found['n']} networks {found['captured']} are captured. {found['cut_with_parity']} are cut by a random",
         "plan that halves every group, with parity of the slim network with the closed one in torch, and of the cut",
         "ONNX file with the slim network, at two batch sizes where the file leaves its batch free. The share is of",
@@ -92,6 +95,13 @@ def document(rows: Sequence[Row], kinds: Sequence[str], listed: int) -> str:
             text += [f"| `{row.spec}` | {row.share:.3f} | {_cell(_left(row))} |" for row in mine]
             text.append("")
     return "\n".join(text)
+
+
+def _states(rows: Sequence[Row]) -> str:
+    """How many rows are of which commit."""
+    counted = Counter(row.state or "no commit that was noted" for row in rows)
+    told = ", ".join(f"{count} of {state}" for state, count in counted.most_common())
+    return f"Rows by the commit that they were measured at: {told}."
 
 
 def _left(row: Row) -> str:

@@ -1,6 +1,6 @@
 """Transformers and recurrent networks, compressed by latency that is measured on this machine.
 
-    python -m benchmarks.sequences [--runs vit-50 vit-25 gru-50 gru-25 minilm-50] [--folder build/sequences]
+    python -m benchmarks.sequences [--runs vit-50 ... minilm-75 minilm-50] [--folder build/sequences]
     python -m benchmarks.sequences --show
 
 1. ``vit``: a small vision transformer on 4,000 MNIST digits, 16 patches of 7 x 7 pixels as tokens; ``gru``: two layers
@@ -47,7 +47,7 @@ from sluice.runtime.targets import make_runner
 __all__ = ["RUNS", "main", "row_of"]
 
 RESULT = Path("benchmarks/results/sequences.json")
-RUNS = ("vit-50", "vit-25", "gru-50", "gru-25", "minilm-50")
+RUNS = ("vit-50", "vit-25", "gru-50", "gru-25", "minilm-75", "minilm-50")
 EPOCHS, TUNED, REHEARSED = 20, 10, 0.5
 BATCH, LR = 50, 3e-3
 

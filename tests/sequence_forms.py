@@ -175,6 +175,20 @@ class Windows(nn.Module):
         return self.out(y.permute(0, 1, 3, 2, 4).reshape(b, n, 12))
 
 
+class Folded(nn.Module):
+    """Heads in one axis with the batch, beside a size that follows from the others (SAM)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 36), nn.Linear(12, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, 3, -1).permute(2, 0, 3, 1, 4).reshape(3, b * 3, n, -1).unbind(0)
+        y = (q @ k.transpose(-2, -1) * 0.5).softmax(-1) @ v
+        return self.out(y.view(b, 3, n, -1).permute(0, 2, 1, 3).reshape(b, n, -1))
+
+
 class Covariance(nn.Module):
     """Attention between dimensions, of q and k that are normed by hand (XCiT)."""
 
@@ -426,6 +440,7 @@ FORMS: dict[str, Network] = {
     "t5, by hand": (lambda: T5(True), words),
     "seen": (Seen, seen),
     "windows": (lambda: Block(Windows), lambda: (torch.randn(3, 8, 5),)),
+    "folded": (lambda: Block(Folded), rows),
     "covariance": (lambda: Block(Covariance), rows),
     "shared": (Shared, words),
     "columns": (Gpt, words),

@@ -92,3 +92,8 @@ def test_figures_of_rows(tmp_path: Path) -> None:
 def test_the_list() -> None:
     assert len({network.spec for network in NETWORKS}) == len(NETWORKS) >= 160
     assert len(KINDS) == 6
+
+
+def test_the_page_tells_commits_of_rows() -> None:
+    rows = [Row(f"timm:{k}", "text", state=state) for k, state in enumerate(("abc", "", "abc"))]
+    assert "measured at: 2 of abc, 1 of no commit that was noted." in document(rows, ["text"], 3)

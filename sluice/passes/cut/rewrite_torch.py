@@ -141,7 +141,12 @@ def _resize(node: fx.Node, source: fx.Node | None, cut: dict[int, np.ndarray], a
         where = dim - offset
         if 0 <= where < len(sizes) and sizes[where] != -1:
             sizes[where] = int(mask.sum()) if isinstance(sizes[where], int) else -1
-    if sizes.count(-1) > 1 and name not in ("expand", "broadcast_to"):
+    inferred = [] if name in ("expand", "broadcast_to") else [k for k, size in enumerate(sizes) if size == -1]
+    for where in inferred if len(inferred) > 1 else ():  # as numbers, but for the one that holds the batch
+        size = node.meta["val"].shape[where + offset]
+        if isinstance(size, int):
+            sizes[where] = int(cut[where + offset].sum()) if where + offset in cut else size
+    if inferred and sizes.count(-1) > 1:
         raise SluiceError(
             f"{name} ({node.name}) to {tuple(a[_SIZES[name]])} has several sizes that follow from others; write all of "
             "them but one as numbers"

@@ -41,7 +41,8 @@ EXACT = 1e-10  # of double precision
 DIMS = ("sdpa", "fused, by hand", "bmm", "cross", "grouped", "vision", "window")  # with the dimensions of heads
 QUICK = (
     "fused", "multihead, positions first", "grouped", "vision", "window", "language, tied", "lstm cell",
-    "llama, grouped", "t5", "seen", "weight norm", "standardised, by hand", "shortcut", "gru, dropout, both ways",
+    "llama, grouped", "t5", "seen", "folded", "weight norm", "standardised, by hand", "shortcut",
+    "gru, dropout, both ways",
 )  # fmt: skip
 
 
