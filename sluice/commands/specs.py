@@ -61,12 +61,12 @@ def dense_in(
 
     if weights is not None:
         raise SluiceError(f"--weights is for a factory, the ONNX file {path!r} holds its tensors itself; leave it out")
+    model = model_in(path, inputs, fixed)
     if shape is not None:
         raise SluiceError(
             f"--shape {','.join(map(str, shape))} is for a factory, the ONNX file {path!r} says its shapes itself; "
             f"leave it out, and name sizes that it leaves open by --input"
         )
-    model = model_in(path, inputs, fixed)
     if reason := _not_float32(model):
         raise SluiceError(
             f"{path!r} is not in fp32: {reason}; give the file that `sluice export --names` writes, and the precision "

@@ -136,7 +136,7 @@ def test_the_report_on_disk_is_the_report(compressed: tuple[Compressed, Path]) -
     names = ["manifest.json", "plan.json", "report.json", "slim.onnx", "slim.safetensors"]
     assert sorted(p.name for p in out.iterdir()) == names
     assert Report.from_json((out / "report.json").read_text()) == done.report
-    assert json.loads((out / "report.json").read_text())["version"] == 6
+    assert json.loads((out / "report.json").read_text())["version"] == 7
     assert Plan.load(out / "plan.json") == done.plan
 
 
