@@ -150,15 +150,19 @@ def reshape(w: Walk, n: fx.Node, a: Args) -> Value:
 
 def permute(w: Walk, n: fx.Node, a: Args) -> Value:
     rank = len(w.size(n.args[0]))
+    order = list(range(rank))
     if "dims" in a:
         order = [d % rank for d in a["dims"]]
     elif operator_name(n) == "numpy_T":
-        order = list(reversed(range(rank)))
-    else:
-        order = list(range(rank))
-        i, j = (a["dim0"], a["dim1"]) if "dim0" in a else (0, 1)
-        if rank >= 2:
-            order[i % rank], order[j % rank] = order[j % rank], order[i % rank]
+        order.reverse()
+    elif "source" in a:
+        source, target = ([d % rank for d in np.atleast_1d(a[side])] for side in ("source", "destination"))
+        order = [d for d in order if d not in source]
+        for place, d in sorted(zip(target, source, strict=True)):
+            order.insert(place, d)
+    elif rank >= 2:
+        i, j = next(((a[f"{word}0"], a[f"{word}1"]) for word in ("dim", "axis") if f"{word}0" in a), (0, 1))
+        order[i % rank], order[j % rank] = order[j % rank], order[i % rank]
     return w.coupling.permute(w.of(n.args[0]), order)
 
 

@@ -200,7 +200,7 @@ ROWS = (
     Operator("cumsum", "CumSum", "along", "", "arithmetic"),
     # Operators that move channels about and compute nothing.
     Operator("view reshape flatten unflatten squeeze unsqueeze _unsafe_view", "Reshape Flatten Squeeze Unsqueeze", "reshape", "zero", "layout moves arithmetic"),  # noqa: E501
-    Operator("permute transpose t swapaxes numpy_T", "Transpose", "permute", "zero", "layout moves arithmetic"),
+    Operator("permute transpose t swapaxes swapdims movedim moveaxis numpy_T", "Transpose", "permute", "zero", "layout moves arithmetic"),  # noqa: E501
     Operator("expand broadcast_to", "Expand", "expand", "zero", "layout arithmetic"),
     Operator("repeat", "Tile", "repeat", "zero", "layout arithmetic"),
     Operator("expand_as view_as reshape_as", "", "like", "zero"),
