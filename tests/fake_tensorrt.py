@@ -32,6 +32,7 @@ COLD_MS = 40.0
 SCRATCH = 768
 WARM_AFTER = 2
 FIRST_ADDRESS = 4096
+VECTORS = "in vectors of 8"  # the mark of an input or output whose format was asked for
 KINDS = {
     TensorProto.FLOAT: "FLOAT",
     TensorProto.FLOAT16: "HALF",
@@ -246,30 +247,61 @@ def fake_tensorrt(
 
         def create_network(self, flags: int) -> SimpleNamespace:
             calls["flags"] = flags
-            return SimpleNamespace(model=None)
+            return Network()
 
         def create_builder_config(self) -> Config:
             return Config()
 
-        def build_serialized_network(self, network: SimpleNamespace, config: Config) -> memoryview | None:
+        def build_serialized_network(self, network: Network, config: Config) -> memoryview | None:
             calls["builds"] += 1
+            ports = (*network.inputs, *network.outputs) if network.num_inputs else ()
+            calls["formats"] = {port.name: port.allowed_formats for port in ports if port.allowed_formats}
+            model = onnx.ModelProto()
+            model.CopyFrom(network.model)
+            for info in (*model.graph.input, *model.graph.output):
+                if info.name in calls["formats"]:
+                    info.doc_string = VECTORS
             if build_error:
                 say(severity.WARNING, "this is no reason")
                 say(severity.ERROR, build_error)
                 return None
-            content = network.model.SerializeToString()
+            content = model.SerializeToString()
             entry = f"[{hash(content) % 1000}]".encode()
             if entry not in config.cache.content:
                 config.cache = Cache(config.cache.content + entry)
             return memoryview(content)
 
+    class Network:
+        model: onnx.ModelProto
+
+        def __init__(self) -> None:
+            self.num_inputs = self.num_outputs = 0
+
+        def take(self, model: onnx.ModelProto) -> None:
+            self.model = model
+            self.inputs, self.outputs = ([port(i) for i in side] for side in (model.graph.input, model.graph.output))
+            self.num_inputs, self.num_outputs = len(self.inputs), len(self.outputs)
+
+        def get_input(self, index: int) -> SimpleNamespace:
+            return self.inputs[index]
+
+        def get_output(self, index: int) -> SimpleNamespace:
+            return self.outputs[index]
+
+    def port(info: onnx.ValueInfoProto) -> SimpleNamespace:
+        kind = info.type.tensor_type
+        name = KINDS[kind.elem_type]
+        return SimpleNamespace(
+            name=info.name, dtype=SimpleNamespace(name=name), shape=kind.shape.dim, allowed_formats=0
+        )
+
     class OnnxParser:
-        def __init__(self, network: SimpleNamespace, log: ILogger) -> None:
+        def __init__(self, network: Network, log: ILogger) -> None:
             self.network = network
             self.num_errors = len(errors)
 
         def parse(self, content: bytes) -> bool:
-            self.network.model = onnx.load_model_from_string(content)
+            self.network.take(onnx.load_model_from_string(content))
             return not errors
 
         def get_error(self, index: int) -> SimpleNamespace:
@@ -303,6 +335,12 @@ def fake_tensorrt(
 
         def get_tensor_location(self, name: str) -> str:
             return location
+
+        def get_tensor_vectorized_dim(self, name: str) -> int:
+            return 1 if self.info(name).doc_string == VECTORS else -1
+
+        def get_tensor_components_per_element(self, name: str) -> int:
+            return 8 if self.info(name).doc_string == VECTORS else -1
 
         def get_tensor_mode(self, name: str) -> str:
             return "OUTPUT" if name in {info.name for info in self.model.graph.output} else "INPUT"
@@ -372,6 +410,7 @@ def fake_tensorrt(
         Runtime=Runtime,
         BuilderFlag=SimpleNamespace(**{"REQUIRE_USER_ALLOCATION": "user_allocation"} if "rtx" in name else {}),
         ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="USER_MANAGED"),
+        TensorFormat=SimpleNamespace(HWC=1, HWC8=2, HWC16=3),
         MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"),
         NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1),
         ProfilingVerbosity=SimpleNamespace(DETAILED="detailed"),

@@ -42,6 +42,7 @@ __all__ = [
     "write_engine",
 ]
 
+STREAMS = ("--maxAuxStreams=0", "--avgTiming=8")  # as `sluice.runtime.trt.build` builds
 TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "bf16": None, "int8": 1e-1}
 
 
@@ -174,7 +175,7 @@ def commands(
         trtexec.append("--stronglyTyped")
     if shapes:
         trtexec.append("--shapes=" + ",".join(f"{name}:{'x'.join(map(str, dims))}" for name, dims in shapes.items()))
-    trtexec += [f"--timingCacheFile={cache}", "--useCudaGraph", "--useSpinWait", "--noDataTransfers"]
+    trtexec += [f"--timingCacheFile={cache}", *STREAMS, "--useCudaGraph", "--useSpinWait", "--noDataTransfers"]
     polygraphy = ["run", os.fspath(path), "--trt", "--strongly-typed"]
     tolerance = TOLERANCES[precision]
     if tolerance is None:

@@ -67,6 +67,8 @@ def test_trtexec_builds_and_times_what_is_deployed() -> None:
         "--saveEngine=out/slim.engine",
         "--shapes=x:8x3x9x9",
         "--timingCacheFile=out/slim.cache",
+        "--maxAuxStreams=0",
+        "--avgTiming=8",
         "--useCudaGraph",
         "--useSpinWait",
         "--noDataTransfers",

@@ -123,16 +123,21 @@ def joint_widths(partition: Partition, joint: Joint, own: Mapping[str, int]) -> 
 
 
 def joint_models(
-    partition: Partition, joint: Joint, widths: Mapping[str, int], threads: int = 1
+    partition: Partition, joint: Joint, widths: Mapping[str, int], threads: int = 1, *, sourced: bool = True
 ) -> tuple[tuple[onnx.ModelProto, ...], onnx.ModelProto, list[tuple[int, ...]]]:
-    """The parts (rule 1), or one model of them side by side (2); the pieces joined; shapes of the tensor's sources."""
+    """The parts (rule 1), or one model of them side by side (2); the pieces joined; shapes of the tensor's sources.
+
+    Without ``sourced`` the models have no sources.
+    """
     pieces = (joint.producer, *joint.consumers)
     bare = [build_piece(partition, p, widths) for p in pieces]
     others = [[n for n in p.bare if n != joint.tensor] for p in pieces]
-    whole = _join([add_sources(m, names, threads)[0] for m, names in zip(bare, others, strict=True)], joint.tensor)
-    parts = tuple(add_sources(m, p.bare, threads)[0] for m, p in zip(bare, pieces, strict=True))
     own = [shape for m, p in zip(bare, pieces, strict=True) if joint.tensor in p.bare
            for shape in add_sources(m, [joint.tensor], threads)[1]]  # fmt: skip
+    if not sourced:
+        return tuple(bare) if joint.pair else (_join(bare),), _join(bare, joint.tensor), own
+    whole = _join([add_sources(m, names, threads)[0] for m, names in zip(bare, others, strict=True)], joint.tensor)
+    parts = tuple(add_sources(m, p.bare, threads)[0] for m, p in zip(bare, pieces, strict=True))
     return parts if joint.pair else (_join(parts),), whole, own
 
 

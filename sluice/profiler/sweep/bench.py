@@ -107,6 +107,11 @@ class Bench:
     def _threads(self) -> int:
         return self.table.fingerprint.threads
 
+    @property
+    def _free(self) -> bool:
+        """Whether parts have no sources. Then a source takes a call and no more: so many calls are in a point."""
+        return bool(getattr(self.runner, "free_borders", False))
+
     def measure(self, pieces: Iterable[PiecePoint], joints: Iterable[JointPoint] = ()) -> int:
         """Measure those of the points that the table lacks; how many these were.
 
@@ -150,12 +155,13 @@ class Bench:
     def _time_call(self, engines: Sequence[_Engines], call_ms: float) -> list[tuple[str, tuple[int, ...], Measurement]]:
         """One call (rule 1): the engines of these points, and their sources that the table lacks."""
         shapes = dict.fromkeys(shape for e in engines for shape in e.sources)
-        missing = [shape for shape in shapes if self.table.get(SOURCE_KEY, shape) is None]
+        missing = [] if self._free else [shape for shape in shapes if self.table.get(SOURCE_KEY, shape) is None]
         sources = [self.session(source_model(shape, self._threads)) for shape in missing]
         found = self.time([*sources, *(session for e in engines for session in e.sessions)])
         rows = [(SOURCE_KEY, shape, m) for shape, m in zip(missing, found, strict=False)]
         source_ms = {s: known.ms for s in shapes if (known := self.table.get(SOURCE_KEY, s)) is not None}
         source_ms |= {shape: m.ms for _, shape, m in rows}
+        source_ms |= dict.fromkeys(shapes if self._free else (), call_ms)
         own = iter(found[len(missing) :])
         for e in engines:
             rows.append((e.key, e.extents, e.milliseconds([next(own) for _ in e.sessions], source_ms, call_ms)))
@@ -165,9 +171,10 @@ class Bench:
         if isinstance(part, Piece):
             model = build_piece(cut, part, spread_widths(part, extents, cut.dense))
             whole, shapes = add_sources(model, part.bare, self._threads)
+            whole = model if self._free else whole
             return _Engines(part.key, extents, (self.session(whole),), tuple(shapes))
         widths = joint_widths(cut, part, _joint_groups(cut, part, extents))
-        parts, whole, shapes = joint_models(cut, part, widths, self._threads)
+        parts, whole, shapes = joint_models(cut, part, widths, self._threads, sourced=not self._free)
         sessions = tuple(self.session(model) for model in (*parts, whole))
         return _Engines(part.key, extents, sessions, tuple(shapes), part, self._as_apart(sessions, shapes))
 
@@ -176,6 +183,7 @@ class Bench:
         *parts, whole = [_kernels(engine) for engine in engines]
         if not whole:  # an engine takes some runtimes seconds to build
             return False
+        shapes = () if self._free else shapes
         sources = [_kernels(self.session(source_model(shape, self._threads))) for shape in shapes]
         return sum(parts, Counter()) == sum(sources, whole)
 

@@ -14,6 +14,11 @@
    builds many engines keeps a builder.
 7. An engine of RTX can be captured as a CUDA graph only if it allocates no memory while it runs. So it is built to be
    given its scratch memory, where the version knows that flag, and a session gives it.
+8. An engine runs in one stream. By default TensorRT puts branches, such as the convolution of a shortcut, into a second
+   one, where their time does not add to that of the others, and the sum of parts says nothing of the whole.
+9. Inside a network activations lie with the channels last, at the borders of an engine plainly. A part of a network is
+   built with the borders that it has inside, so that no change of layout is timed with it. Inputs that are plain inside
+   (`sluice.runtime.base.runner.PLAIN`) stay so.
 """
 
 from __future__ import annotations
@@ -21,13 +26,14 @@ from __future__ import annotations
 import functools
 import importlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from sluice.core.errors import SluiceError, first_line
 from sluice.runtime.base.inputs import parsed, place, serialized, static_shapes
+from sluice.runtime.base.runner import PLAIN
 from sluice.runtime.trt.inspect import node_name
 
 if TYPE_CHECKING:
@@ -53,6 +59,8 @@ INSTALL = (
 )
 OLDEST = 10
 LEVELS = range(6)
+IMAGE = 4  # axes of a tensor that has the channels last
+CHANNELS_LAST = {"FLOAT": "HWC", "HALF": "HWC8", "BF16": "HWC8", "INT8": "HWC16"}
 
 # "In f at /_src/x.cpp:12", the place in TensorRT's own source, says nothing to the author of a network.
 SOURCE = re.compile(r"\.?\s+In \w+ at /?[\w/.]+:\d+\)?$")
@@ -62,16 +70,33 @@ QUOTED = re.compile(r'^.*&& "(.*)"$')
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the builder may use: MiB of scratch memory (None: all), optimization level 0 to 5 (None: TensorRT's)."""
+    """What the builder may use: MiB of scratch memory (None: all), optimization level 0 to 5 (None: TensorRT's).
+
+    ``aux_streams`` are those beside the first (rule 8). ``timings`` is how often the builder times a kernel that it may
+    choose.
+    """
 
     workspace_mib: int | None = None
     optimization_level: int | None = None
+    aux_streams: int = 0
+    timings: int = 8
 
     def __post_init__(self) -> None:
         if self.workspace_mib is not None and self.workspace_mib < 1:
             raise SluiceError(f"cannot build with workspace_mib={self.workspace_mib}; give 1 or more")
         if self.optimization_level is not None and self.optimization_level not in LEVELS:
             raise SluiceError(f"there is no optimization level {self.optimization_level}; give 0 to {LEVELS[-1]}")
+        if self.aux_streams < 0 or self.timings < 1:
+            raise SluiceError(
+                f"cannot build with aux_streams={self.aux_streams} and timings={self.timings}; "
+                f"give 0 streams or more, and 1 timing or more"
+            )
+
+    def __str__(self) -> str:
+        """What the times of engines depend on, for fingerprints."""
+        level = "" if self.optimization_level is None else f"level {self.optimization_level}, "
+        scratch = "" if self.workspace_mib is None else f"{self.workspace_mib} MiB, "
+        return f"{level}{scratch}streams {1 + self.aux_streams}, timings {self.timings}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +147,8 @@ def make_builder(trt: Any) -> Any:
     """
     log = listener(trt)
     log.errors.clear()
+    if hasattr(trt, "init_libnvinfer_plugins"):  # operators that the parser makes of plugins
+        trt.init_libnvinfer_plugins(log, "")
     try:
         return trt.Builder(log)
     except TypeError as error:  # what the binding raises where the library made no builder
@@ -140,6 +167,7 @@ def build_engine(
     cache: bytes = b"",
     settings: Settings | None = None,
     builder: Any = None,
+    part: bool = False,
 ) -> Built:
     """Parse ``model`` and build its engine at fixed shapes.
 
@@ -149,6 +177,7 @@ def build_engine(
         feeds_shapes: whole shapes by input; they win over ``batch``.
         cache: timing cache of earlier builds on the same device.
         builder: one of `make_builder` that is kept (rule 6); by default one for this build alone.
+        part: build with the borders of a part of a network (rule 9).
     Raises:
         SluiceError: a size is missing, or TensorRT refuses the model; the sentence names the ONNX node and operator
             where TensorRT does.
@@ -164,7 +193,11 @@ def build_engine(
         raise SluiceError(
             f"{product(trt)} cannot parse {where}: {_parser_error(parser, static.graph)}; change the model there"
         )
+    if part:
+        _channels_last(trt, network, {info.name for info in static.graph.input if info.doc_string == PLAIN})
     config = builder.create_builder_config()
+    config.max_aux_streams = settings.aux_streams
+    config.avg_timing_iterations = settings.timings
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if settings.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
@@ -237,6 +270,16 @@ def listener(trt: Any) -> Any:
             return next((text for error in self.errors if (text := _reason(error))), "")
 
     return Listener()
+
+
+def _channels_last(trt: Any, network: Any, plain: Set[str]) -> None:
+    """Rule 9."""
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    for tensor in (*inputs, *outputs):
+        layout = CHANNELS_LAST.get(tensor.dtype.name)
+        if layout is not None and len(tensor.shape) == IMAGE and tensor.name not in plain:
+            tensor.allowed_formats = 1 << int(getattr(trt.TensorFormat, layout))
 
 
 def _take_cache(config: Any, content: bytes) -> bool:

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,9 @@ from sluice.core.errors import SluiceError
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["EngineLayer", "EngineLayers", "Tensor", "node_name", "owners", "place_pieces", "read_layers"]
+__all__ = ["EngineLayer", "EngineLayers", "Tensor", "kernels", "node_name", "owners", "place_pieces", "read_layers"]
 
+NO_KERNEL = ("NoOp", "Signal", "Wait")  # kinds of layers that compute nothing
 ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]\x1e\x1f]*)\]")
 
 
@@ -86,6 +88,16 @@ def read_layers(information: str) -> tuple[EngineLayer, ...]:
         )
         for layer in found
     )
+
+
+def kernels(layers: Iterable[EngineLayer]) -> Counter[Hashable]:
+    """The kernels of an engine, without their names: kind, tactic and what each reads and writes."""
+    computing = [layer for layer in layers if layer.kind not in NO_KERNEL]
+    return Counter((layer.kind, layer.tactic, _sizes(layer.inputs), _sizes(layer.outputs)) for layer in computing)
+
+
+def _sizes(tensors: Iterable[Tensor]) -> tuple[tuple[tuple[int, ...], str], ...]:
+    return tuple((tensor.shape, tensor.datatype) for tensor in tensors)
 
 
 def place_pieces(layers: tuple[EngineLayer, ...], owner: Mapping[str, str]) -> EngineLayers:

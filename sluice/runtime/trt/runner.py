@@ -4,7 +4,9 @@
    every build, and `TensorRtRunner.cache` is the present one, to be stored with the table.
 2. Warming up to the clock that a device settles at is a matter of time, not of counts, and of all engines together:
    `sluice.profiler.timing.measure` does it. `TensorRtRunner.sm_clock_mhz` is for the record.
-3. RTX serves the GPUs of desktops and refuses others only when it builds; of `NOT_RTX` that is said beforehand.
+3. A part of a network has the borders that it has inside, and its kernels are told (`sluice.runtime.trt.build`, 9).
+   An operand of an addition is fused as it comes, so no source has to make it (`sluice.runtime.base.runner`, 6).
+4. RTX serves the GPUs of desktops and refuses others only when it builds; of `NOT_RTX` that is said beforehand.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from sluice.runtime.base.cuda import Cuda
 from sluice.runtime.base.inputs import place
 from sluice.runtime.base.runner import Clock
 from sluice.runtime.trt.build import Settings, build_engine, find_tensorrt, is_rtx, make_builder, product
+from sluice.runtime.trt.inspect import kernels
 from sluice.runtime.trt.session import TensorRtSession
 
 if TYPE_CHECKING:
@@ -59,9 +62,11 @@ class TensorRtRunner:
     def __init__(self, cache: bytes = b"", settings: Settings | None = None) -> None:
         self._trt = find_tensorrt()
         self._cuda = Cuda.load()
-        self._settings = settings
+        self._settings = settings or Settings()
         self._builder: Any = None
         self.cache = cache
+
+    free_borders = True
 
     @property
     def clock(self) -> Clock:
@@ -73,7 +78,7 @@ class TensorRtRunner:
 
     @property
     def version(self) -> str:
-        return f"{product(self._trt)}, driver {nvidia.driver_version()}"
+        return f"{product(self._trt)}, driver {nvidia.driver_version()}, {self._settings}"
 
     def sm_clock_mhz(self) -> int | None:
         """The clock at which the device computes right now, where its driver tells."""
@@ -91,6 +96,22 @@ class TensorRtRunner:
         ``batch`` is the size of every dynamic first dimension; ``feeds_shapes[input]`` is a whole shape and wins over
         it. Raises `SluiceError` where a size is missing, TensorRT refuses the model, or the device has no room.
         """
+        return self._build(model, batch=batch, feeds_shapes=feeds_shapes)
+
+    def build_part(self, model: Model) -> TensorRtSession:
+        """The engine of a part of a network (static shapes), for timing (rule 3)."""
+        session = self._build(model, part=True)
+        session.kernels = kernels(session.layers())
+        return session
+
+    def _build(
+        self,
+        model: Model,
+        *,
+        batch: int | None = None,
+        feeds_shapes: Mapping[str, Sequence[int]] | None = None,
+        part: bool = False,
+    ) -> TensorRtSession:
         # Kept until the runner goes: without a builder TensorRT unloads its kernels.
         self._builder = self._builder or make_builder(self._trt)
         built = build_engine(
@@ -101,6 +122,7 @@ class TensorRtRunner:
             cache=self.cache,
             settings=self._settings,
             builder=self._builder,
+            part=part,
         )
         # RTX has no cache; one that the full TensorRT left is not lost by that.
         self.cache = built.cache or self.cache

@@ -18,7 +18,8 @@ import gc
 import logging
 import math
 import weakref
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,7 @@ class TensorRtSession:
         self._copies = 1  # inferences in a launch
         self._prepared = False
         self._random = False
+        self.kernels: Counter[Hashable] | None = None  # of a part of a network
 
     @property
     def clock(self) -> Clock:
@@ -149,12 +151,21 @@ class TensorRtSession:
                 f"{name!r} of {self._where} is {kind}, which has no numpy type; "
                 f"use one of {', '.join([*NUMPY, *ML_DTYPES])}"
             )
-        size = max(1, int(np.prod(shape)) * dtype.itemsize)  # TensorRT refuses the address 0, also for nothing
+        padded = self._padded(name, shape)
+        size = max(1, int(np.prod(padded)) * dtype.itemsize)  # TensorRT refuses the address 0, also for nothing
         address = self._resources.keep(self._cuda.malloc(size), self._cuda.free)
         if not self._context.set_tensor_address(name, address):
             raise SluiceError(self._refused("run"))
         is_input = self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
-        return Port(name, is_input, shape, dtype, address)
+        return Port(name, is_input, padded, dtype, address)
+
+    def _padded(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The sizes in memory: of a format in vectors the channels are whole vectors."""
+        axis, components = (
+            self._engine.get_tensor_vectorized_dim(name),
+            self._engine.get_tensor_components_per_element(name),
+        )
+        return tuple(-(-n // components) * components if k == axis else n for k, n in enumerate(shape))
 
     def _data(self, port: Port) -> np.ndarray:
         if port.dtype.name in ("int8", "uint8"):  # quantised data, not an index

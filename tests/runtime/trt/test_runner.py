@@ -16,15 +16,16 @@ import pytest
 from onnx import TensorProto, helper
 
 from sluice.core.errors import SluiceError
+from sluice.passes.precision.to_precision import to_precision
 from sluice.runtime.base import nvidia
 from sluice.runtime.base import runner as runner_module
 from sluice.runtime.base.compare import assert_close
 from sluice.runtime.base.cuda import Cuda
-from sluice.runtime.base.runner import TRIAL, TRIALS_MS
+from sluice.runtime.base.runner import PLAIN, TRIAL, TRIALS_MS
 from sluice.runtime.ort.cpu import OrtRunner
 from sluice.runtime.targets import make_runner
 from sluice.runtime.trt import runner as tensorrt
-from sluice.runtime.trt.build import listener
+from sluice.runtime.trt.build import Settings, listener, static_model
 from sluice.runtime.trt.runner import TensorRtRunner, missing
 from sluice.runtime.trt.session import TensorRtSession
 from tests.device import chain
@@ -345,11 +346,11 @@ def test_the_runner_names_its_device_and_versions(here: Here) -> None:
     runner = make_runner("tensorrt")
     assert isinstance(runner, TensorRtRunner)
     assert (runner.clock, runner.device) == ("cuda", "NVIDIA Some")
-    assert runner.version == "TensorRT 11.4.0.106, driver 580.65.06"
+    assert runner.version == "TensorRT 11.4.0.106, driver 580.65.06, streams 1, timings 8"
     assert runner.sm_clock_mhz() == 1410
     assert runner.build(chain([5])).clock == "cuda"
     here(name="tensorrt_rtx_bindings", version="1.7.1.116")
-    assert TensorRtRunner().version == "TensorRT-RTX 1.7.1.116, driver 580.65.06"
+    assert TensorRtRunner().version == "TensorRT-RTX 1.7.1.116, driver 580.65.06, streams 1, timings 8"
 
 
 def test_what_is_missing(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -446,3 +447,35 @@ def test_on_a_gpu() -> None:
     assert 0 < min(small.sample(50) for _ in range(9)) < min(session.sample(50) for _ in range(9)) < 10
     assert any("Conv" in name or "c1" in name for layer in session.layers() for name in layer.nodes)
     assert runner.sm_clock_mhz() is None or runner.sm_clock_mhz() > 100
+
+
+def test_a_part_has_the_borders_that_it_has_inside(here: Here) -> None:
+    cuda, trt = here()
+    model = to_precision(chain([5, 6]), "fp16", part=True)
+    part = static_model(model, BATCH)
+    name = part.graph.input[0].name
+    session = TensorRtRunner().build_part(part)
+    assert trt.calls["formats"][name] == 1 << trt.TensorFormat.HWC8
+    assert session.kernels is not None and session.kernels.total() == len(part.graph.node)
+    sizes = {len(memory) for memory in cuda.memory.values()}
+    dims = [dim.dim_value for dim in part.graph.input[0].type.tensor_type.shape.dim]
+    dims[1] = 8  # whole vectors
+    assert math.prod(dims) * 2 in sizes
+    TensorRtRunner().build(part)
+    assert trt.calls["formats"] == {}
+    part.graph.input[0].doc_string = PLAIN
+    TensorRtRunner().build_part(part)
+    assert name not in trt.calls["formats"]
+
+
+def test_an_engine_runs_in_one_stream(here: Here) -> None:
+    _, trt = here()
+    runner = TensorRtRunner()
+    runner.build(chain([5, 6]), batch=BATCH)
+    assert (trt.calls["max_aux_streams"], trt.calls["avg_timing_iterations"]) == (0, 8)
+    other = TensorRtRunner(settings=Settings(aux_streams=1, timings=2))
+    other.build(chain([5, 6]), batch=BATCH)
+    assert (trt.calls["max_aux_streams"], trt.calls["avg_timing_iterations"]) == (1, 2)
+    assert runner.version != other.version  # their times do not share a table
+    with pytest.raises(SluiceError, match="timings=0"):
+        Settings(timings=0)
