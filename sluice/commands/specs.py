@@ -154,6 +154,9 @@ def inputs_of(
         names = [name for name, _, _ in given]
         if shape is not None or len(set(names)) < len(names):
             raise SluiceError(f"--input names {', '.join(names)}; name every argument once, and leave out --shape")
+        for name in names:
+            if not name.isidentifier():  # inputs of ONNX files may be called anything
+                raise SluiceError(f"--input names {name!r}, which no argument of forward() is called; give its name")
         types = {name: getattr(torch, dtype) for name, _, dtype in given}
         return {
             name: torch.randn(sizes, generator=generator)

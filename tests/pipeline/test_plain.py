@@ -69,7 +69,7 @@ def profiled(monkeypatch: pytest.MonkeyPatch, **form: Any) -> Profile:
 
 def found(plain: onnx.ModelProto | None, monkeypatch: pytest.MonkeyPatch, **form: Any) -> PairTimes | None:
     profile = profiled(monkeypatch, **form)
-    monkeypatch.setattr(plain_module, "plain_export", lambda *_: plain)
+    monkeypatch.setattr("sluice.passes.cut.export.plain_export", lambda *_: plain)
     return plain_share(profile, nn.Identity(), torch.zeros(2), DENSE)
 
 
@@ -106,7 +106,7 @@ def test_compress_keeps_a_budget_that_counts_from_the_plain_file(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     smaller = to_onnx(tiny.other_model(), tiny.inputs())
-    monkeypatch.setattr(plain_module, "plain_export", lambda *_: smaller)
+    monkeypatch.setattr("sluice.passes.cut.export.plain_export", lambda *_: smaller)
     settings: dict[str, Any] = dict(
         data=tiny.data(), table=tiny.table_in(tmp_path_factory.mktemp("t")), batch=tiny.BATCH, methods=("filter",),
         epochs=0, progress=False,
