@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sluice.commands.specs import NamedInput, dense_in, inputs_of, is_onnx, model_of
+from sluice.commands.onnx_input import NamedInput
+from sluice.commands.specs import dense_in, inputs_of, is_onnx, model_of
 
 if TYPE_CHECKING:
     from torch import nn

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
+from sluice.commands.onnx_input import NamedInput
 from sluice.commands.zoos import ZOOS, make_published, published_inputs
 from sluice.core.errors import SluiceError
 
@@ -37,7 +38,6 @@ __all__ = [
 ]
 
 OWN = "sluice:"
-NamedInput = tuple[str, tuple[int, ...], str]  # name, sizes, type
 
 
 def is_onnx(spec: str) -> bool:
