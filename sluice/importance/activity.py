@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from sluice.importance.output_distance import BATCH
+from sluice.passes.files.opset import opset_of
 from sluice.passes.files.rows import Rows
 from sluice.passes.graph.groups import Analysis, AxisGroup
 from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
@@ -83,11 +83,10 @@ def _mean_squares(
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     del probe.graph.output[:]
-    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     for index, (value, axis) in enumerate(wanted):
         name, others = f"{SQUARES}{index}", [d for d in range(len(analysis.shapes[value])) if d != axis]
         probe.graph.node.append(helper.make_node("Mul", [value, value], [f"{name}.all"]))
-        if opset >= AXES_ARE_INPUTS:
+        if opset_of(model) >= AXES_ARE_INPUTS:
             probe.graph.initializer.append(numpy_helper.from_array(np.array(others, np.int64), f"{name}.axes"))
             mean = helper.make_node("ReduceMean", [f"{name}.all", f"{name}.axes"], [name], keepdims=0)
         else:
@@ -96,7 +95,7 @@ def _mean_squares(
         probe.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     session, count = make_runner("ort-cpu").build(probe), 0
     sums = [np.zeros(()) for _ in wanted]
-    for feeds in rows.batches(BATCH):
+    for feeds in rows.batches():
         found = session.run(feeds)
         sums = [total + found[f"{SQUARES}{k}"].astype(np.float64) for k, total in enumerate(sums)]
         count += 1

@@ -23,13 +23,11 @@ from sluice.core.errors import SluiceError
 from sluice.passes.files.rows import Rows
 from sluice.runtime.targets import make_runner
 
-__all__ = ["BROKEN", "LOSSES", "OutputDistance", "cosine"]
+__all__ = ["BROKEN", "LOSSES", "OutputDistance", "cosine", "outputs_of"]
 
 BROKEN = 100.0
-BATCH = 32
 LEAST = 1e-9  # of a probability
 LOSSES = ("auto", "mse", "logits", "cosine")
-Outputs = Mapping[str, np.ndarray]
 
 
 class OutputDistance:
@@ -75,7 +73,7 @@ class OutputDistance:
 def outputs_of(model: onnx.ModelProto, rows: Rows) -> dict[str, np.ndarray]:
     """Outputs by name for all examples, along axis 0; of every batch where they have no such axis."""
     session, parts = make_runner("ort-cpu").build(model), list[Mapping[str, np.ndarray]]()
-    for feeds in rows.batches(BATCH):
+    for feeds in rows.batches():
         parts.append(session.run(feeds))
     return {name: _joined([part[name] for part in parts]) for name in parts[0]}
 

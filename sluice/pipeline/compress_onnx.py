@@ -9,7 +9,8 @@
 4. That quarter also says what was kept: the figure of merit is ``evaluate``'s, or 100 times the cosine between the
    outputs of both files.
 5. Engines are built and timed at the sizes of the examples; what the file leaves open stays open in what comes back.
-6. Budgets in percent count from the user's file, where that is faster than the same file in our form.
+6. Budgets in percent count from the user's file, where that is faster than the same file in our form. A file that runs
+   only with fixed inputs is compared with nothing else.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from sluice.artifacts.result_file import CompressedFile
 from sluice.core.budget_spec import BudgetSpec
 from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError, first_line
+from sluice.core.plan import Plan
 from sluice.core.progress import stage
 from sluice.importance.activity import activity_scores
 from sluice.importance.onnx_losses import onnx_losses
@@ -103,8 +105,9 @@ def compress_onnx(
     if out is not None:
         check_writable(out, 0, {"the latency table": table})
     with stage("read", progress):
-        file = read_onnx_file(source, _first(inputs), fixed)
-        rows = rows_of(file, inputs)
+        examples = _arrays(inputs)
+        file = read_onnx_file(source, examples, fixed)
+        rows = rows_of(file, examples)
         dense, timed = file.model, _sized(file.model, file)
         kept, held = _split(rows)
         space = find_search_space(read_onnx(dense), exclude)
@@ -116,14 +119,15 @@ def compress_onnx(
     )  # fmt: skip
     analysis = agreed(space, measured.space).analysis
     with stage("the file as it is", progress) as advance:
-        plain = share_beside(measured, _sized(_with_constants(source, fixed, dense), file), timed, advance)
+        plain = share_beside(measured, _sized(dense if fixed else load_whole(source), file), timed, advance)
     wanted = counted_from(plain, asked)
     sites = measured.options.sites(measured.latency, methods)
     with stage("price every choice", progress) as advance:
-        scores = activity_scores(dense, analysis, kept.spread(PRICED))
+        priced = kept.spread(PRICED)
+        scores = activity_scores(dense, analysis, priced)
         losses = onnx_losses(
             dense, analysis, restricted(measured.latency, sites), measured.options, scores,
-            OutputDistance(dense, kept.spread(PRICED), loss), advance,
+            OutputDistance(dense, priced, loss), advance,
         )  # fmt: skip
     problem = Problem(measured, analysis, sites, losses, scores)
     with stage("decide and verify on engines", progress):
@@ -156,7 +160,7 @@ def compress_onnx(
     return result
 
 
-def _first(inputs: object) -> dict[str, np.ndarray]:
+def _arrays(inputs: object) -> dict[str, np.ndarray]:
     if not isinstance(inputs, Mapping) or not inputs:
         raise SluiceError(f"inputs is {type(inputs).__name__}; give a mapping from the file's inputs to their examples")
     return {str(name): np.asarray(value) for name, value in inputs.items()}
@@ -201,7 +205,7 @@ def _figure(
 
 
 def _nearer(
-    slim: onnx.ModelProto, dense: onnx.ModelProto, plan: Any, kept: Rows, held: Rows, loss: str
+    slim: onnx.ModelProto, dense: onnx.ModelProto, plan: Plan, kept: Rows, held: Rows, loss: str
 ) -> tuple[onnx.ModelProto, int]:
     """Rule 3."""
     refitted, count = refit_onnx(slim, dense, plan, kept)
@@ -209,15 +213,6 @@ def _nearer(
         return slim, 0
     distance = OutputDistance(dense, held, loss)
     return (refitted, count) if distance.of(refitted) < distance.of(slim) else (slim, 0)
-
-
-def _with_constants(
-    source: str | os.PathLike[str] | onnx.ModelProto, fixed: Mapping[str, float] | None, dense: onnx.ModelProto
-) -> onnx.ModelProto:
-    """The file that the user deploys; our reading of it where inputs were fixed, since the file cannot run without."""
-    if fixed:
-        return dense
-    return load_whole(source)
 
 
 def _sized(model: onnx.ModelProto, file: OnnxFile) -> onnx.ModelProto:

@@ -7,8 +7,8 @@ Layer after layer in the order of the graph, as `sluice.training.compensate` doe
    (`sluice.training.least_squares`), and the bias takes the mean of what is missed. A convolution without a bias gets
    one; a matrix product has none.
 2. Of a factorised layer the second factor is refitted.
-3. Layers whose input the cut has not changed, weights that several operators read, and layers with more than `COLUMNS`
-   inputs per output stay as they are.
+3. Layers whose input the cut has not changed, those whose weight or bias is not theirs alone, and those with more than
+   `COLUMNS` inputs per output stay as they are.
 
 Both files run as far as the layer, for all examples, batch by batch: what is kept is the sums of one layer. Numpy and
 ONNX Runtime alone.
@@ -35,7 +35,6 @@ from sluice.training.least_squares import Geometry, Misfit, NormalEquations
 __all__ = ["refit_onnx"]
 
 COLUMNS = 4096
-BATCH = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +90,18 @@ def _layers(model: onnx.ModelProto) -> list[_Layer]:
             found.append(_Layer(node, node.input[1], Geometry(), not a.get("transB")))
         elif node.op_type == "MatMul" and len(dims) == 2:
             found.append(_Layer(node, node.input[1], Geometry(), True))
-    return [layer for layer in found if _columns(graph, layer) <= COLUMNS]
+    return [layer for layer in found if _columns(graph, layer) <= COLUMNS and _own_bias(graph, layer, reads)]
 
 
 def _columns(graph: OnnxGraph, layer: _Layer) -> int:
     dims = graph.initializers[layer.weight].dims
     return int(dims[0]) if layer.turned else int(np.prod(dims[1:]))
+
+
+def _own_bias(graph: OnnxGraph, layer: _Layer, reads: Mapping[str, int]) -> bool:
+    """Whether the layer has no bias, or a vector that it alone reads; what it is given else is no target of its own."""
+    name = layer.node.input[2] if len(layer.node.input) > 2 else ""
+    return not name or (name in graph.initializers and len(graph.initializers[name].dims) == 1 and reads[name] == 1)
 
 
 def _changed_values(slim: onnx.ModelProto, dense: onnx.ModelProto) -> set[str]:
@@ -128,7 +133,7 @@ def _refit(
     mine, theirs = _until(slim, layer.node.input[0]), _until(dense, twin.node.output[0])
     axis = -1 if not layer.geometry.kernel else 1
     try:
-        for feeds in rows.batches(BATCH):
+        for feeds in rows.batches():
             x, y = mine.value(feeds), theirs.value(feeds)
             equations.add(x, y if stays is None else np.take(y, stays, axis))
     except Misfit:
@@ -146,21 +151,15 @@ def _refit(
 def _bias_of(model: onnx.ModelProto, graph: OnnxGraph, layer: _Layer) -> onnx.TensorProto | None:
     """The bias that the layer alone reads, made where it has none; None for a matrix product."""
     node = layer.node
-    reads = Counter(name for one in model.graph.node for name in one.input)
     if node.op_type == "MatMul":
         return None
     if len(node.input) > 2 and node.input[2]:
-        bias = graph.initializers.get(node.input[2])
-        return bias if bias is not None and len(bias.dims) == 1 and reads[bias.name] == 1 else None
+        return graph.initializers[node.input[2]]
     out = graph.initializers[layer.weight].dims[1 if layer.turned else 0]
     name = f"{layer.weight}.refit_bias"
     del node.input[2:]
     node.input.append(name)
-    return _added(model, numpy_helper.from_array(np.zeros(out, np.float32), name))
-
-
-def _added(model: onnx.ModelProto, tensor: onnx.TensorProto) -> onnx.TensorProto:
-    model.graph.initializer.append(tensor)
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros(out, np.float32), name))
     return model.graph.initializer[-1]
 
 

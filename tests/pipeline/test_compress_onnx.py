@@ -124,6 +124,30 @@ def test_refitted_weights_are_nearer_and_the_dense_ones_are_found_again() -> Non
     assert count == 0 and distance.of(same) < 1e-9
 
 
+def test_layers_that_share_a_bias_stay_as_they_are() -> None:
+    """The bias is a part of what they make and cannot move, so least squares would put it into the weights as well."""
+    rng, helper = np.random.default_rng(0), onnx.helper
+    shapes = {"w0": (6, 7), "w1": (5, 6), "w2": (5, 5), "b": (5,)}
+    nodes = [
+        helper.make_node("Gemm", ["x", "w0"], ["a"], transB=1), helper.make_node("Relu", ["a"], ["r"]),
+        helper.make_node("Gemm", ["r", "w1", "b"], ["c"], transB=1), helper.make_node("Relu", ["c"], ["s"]),
+        helper.make_node("Gemm", ["s", "w2", "b"], ["y"], transB=1),
+    ]  # fmt: skip
+    values = [numpy_helper.from_array(rng.standard_normal(s).astype(np.float32), name) for name, s in shapes.items()]
+    ends = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["n", size]) for n, size in (("x", 7), ("y", 5))]
+    graph = helper.make_graph(nodes, "shared", ends[:1], ends[1:], values)
+    dense = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    analysis = analyze_onnx(dense)
+    (group,) = analysis.groups
+    plan = make_plan(analysis, {group.name: range(4)})
+    rows = Rows({"x": rng.standard_normal((64, 7)).astype(np.float32)}, {"x": 0}, 64)
+    assert refit_onnx(rewrite_onnx(dense, plan), dense, plan, rows)[1] == 0
+    alone = onnx.ModelProto()
+    alone.CopyFrom(dense)
+    alone.graph.node[-1].input.pop()
+    assert refit_onnx(rewrite_onnx(alone, plan), alone, plan, rows)[1] == 2
+
+
 def test_scores_are_what_a_channel_adds_to_its_reader() -> None:
     """Of the channels that the classifier alone reads."""
     file, rows = read()

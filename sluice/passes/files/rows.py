@@ -22,6 +22,7 @@ from sluice.passes.graph.onnx_graph import OnnxGraph
 __all__ = ["Rows", "rows_of"]
 
 Feeds = dict[str, np.ndarray]
+BATCH = 32  # examples that are run at once
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,24 +36,19 @@ class Rows:
 
     def part(self, start: int, stop: int) -> Rows:
         """The examples from ``start`` to before ``stop``."""
-        kept = {
-            name: np.take(value, range(start, stop), self.axes[name]) if name in self.axes else value
-            for name, value in self.values.items()
-        }
-        return Rows(kept, self.axes, stop - start, self.batch)
+        return self._at(np.arange(start, stop))
 
     def spread(self, count: int) -> Rows:
         """At most ``count`` examples, evenly spread; whole batches where the batch is fixed."""
         step = self.batch or 1
         wanted = max(step, min(self.count, count) // step * step)
-        picked = np.linspace(0, self.count - 1, wanted).round().astype(int)
-        kept = {
-            name: np.take(value, picked, self.axes[name]) if name in self.axes else value
-            for name, value in self.values.items()
-        }
+        return self._at(np.linspace(0, self.count - 1, wanted).round().astype(int))
+
+    def _at(self, picked: np.ndarray) -> Rows:
+        kept = {n: np.take(x, picked, self.axes[n]) if n in self.axes else x for n, x in self.values.items()}
         return Rows(kept, self.axes, len(picked), self.batch)
 
-    def batches(self, size: int) -> Iterator[Feeds]:
+    def batches(self, size: int = BATCH) -> Iterator[Feeds]:
         """Batches of ``size`` examples, the last one smaller; of the fixed batch where there is one (rule 2)."""
         step = self.batch or size
         stop = self.count if self.batch is None else self.count // step * step
