@@ -57,6 +57,7 @@ class RemoteRunner:
             )
         self.clock: Clock = hello.clock  # type: ignore[assignment]
         self._cache, self._digest, self._foreign = b"", "", False
+        self.free_borders = hello.free_borders
         if hello.parts:
             self.build_part = self._build_part
 

@@ -68,7 +68,8 @@ class Device:
         parts, caches = hasattr(runner, "build_part"), getattr(runner, "cache", None) is not None
         host = tuple(sorted(host_identity()))
         self.hello = Hello(
-            VERSION, target, runner.device, runner.version, runner.clock, threads, host, parts, caches
+            VERSION, target, runner.device, runner.version, runner.clock, threads, host, parts, caches,
+            free_borders=getattr(runner, "free_borders", False),
         )  # fmt: skip
 
     def lease(self, client: str, line: object) -> Lease:

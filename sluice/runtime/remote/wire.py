@@ -66,7 +66,8 @@ class Hello:
     """What a device says of itself: all that the fingerprint of a table holds of it, and what its runner can.
 
     ``host`` as `sluice.runtime.base.host.host_identity`; ``parts``: the runner builds parts of networks in a way of its
-    own; ``caches``: it has a timing cache.
+    own; ``caches``: it has a timing cache; ``free_borders``: its parts have no sources (`sluice.runtime.base.runner`,
+    rule 6).
     """
 
     format: int
@@ -78,6 +79,7 @@ class Hello:
     host: tuple[str, ...] = ()
     parts: bool = False
     caches: bool = False
+    free_borders: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -92,7 +94,7 @@ class Hello:
         version = values.get("format") if isinstance(values, dict) else None
         if type(version) is int and version != VERSION:
             raise SluiceError(f"it speaks format {version}, this is {VERSION}; use one release of sluice on both sides")
-        wanted = {"format": int, "threads": int, "parts": bool, "caches": bool, "host": list}
+        wanted = {"format": int, "threads": int, "parts": bool, "caches": bool, "free_borders": bool, "host": list}
         names = [field.name for field in fields(cls)]
         if version is None or any(type(values.get(name)) is not wanted.get(name, str) for name in names):
             raise SluiceError("it is no `sluice serve`")

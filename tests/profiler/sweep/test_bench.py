@@ -236,6 +236,25 @@ def test_the_time_of_sources_is_taken_out() -> None:
         assert table.points(SOURCE_KEY).keys() == shapes
 
 
+class Free(FakeRunner):
+    """Needs no sources: what enters a part is laid out as it is inside."""
+
+    free_borders = True
+
+
+def test_points_without_sources_are_those_with_them_taken_out() -> None:
+    cut = partition_graph(skipping(20, 12), 2)
+    pieces, joints = some_points(cut)
+    found = []
+    for runner in (FakeRunner(line, slower=lambda ms: ms + 0.01), Free(line, slower=lambda ms: ms + 0.01)):
+        with LatencyTable.create(":memory:", FINGERPRINT) as table:
+            bench_on(table, runner).measure(pieces, joints)
+            keys = {part.key for _, part, _ in (*pieces, *joints)}
+            found.append({(key, at): m.ms for key in keys for at, m in table.points(key).items()})
+            assert bool(table.points(SOURCE_KEY)) != getattr(runner, "free_borders", False)
+    assert found[0] and found[1] == pytest.approx(found[0], rel=1e-6, abs=1e-6)
+
+
 class Telling(FakeRunner):
     """Engines that tell their kernels: one per operator, and one more where an engine of one part would not have it."""
 

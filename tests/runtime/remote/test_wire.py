@@ -80,7 +80,9 @@ def test_hello_travels_as_json() -> None:
     assert Hello.of(json.loads(json.dumps(HELLO.to_json()))) == HELLO
 
 
-@pytest.mark.parametrize("wrong", [3, None, [], {}, {"format": "1"}, {"device": 3}, {"threads": True}, {"parts": 1}])
+@pytest.mark.parametrize(
+    "wrong", [3, None, [], {}, {"format": "1"}, {"device": 3}, {"threads": True}, {"parts": 1}, {"free_borders": "yes"}]
+)
 def test_what_says_no_hello(wrong: object) -> None:
     told = {**HELLO.to_json(), "host": ["ab"], **wrong} if isinstance(wrong, dict) and wrong else wrong
     with pytest.raises(SluiceError, match="it is no `sluice serve`"):
