@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sluice.commands.onnx_input import NamedInput
+from sluice.commands.input_options import NamedInput
 from sluice.core.errors import SluiceError, first_line
 
 if TYPE_CHECKING:

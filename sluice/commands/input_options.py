@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-__all__ = ["fix", "named_input", "named_inputs", "onnx_inputs", "shape", "whole"]
+__all__ = ["NamedInput", "fix", "named_input", "named_inputs", "onnx_inputs", "shape", "whole"]
 
+NamedInput = tuple[str, tuple[int, ...], str]  # name, sizes, type
 TYPES = ("float32", "int64", "int32", "uint8", "bool")
 
 
@@ -40,7 +41,7 @@ def shape(text: str) -> tuple[int, ...]:
     return tuple(size for size in sizes if size is not None)
 
 
-def named_input(text: str) -> tuple[str, tuple[int, ...], str]:
+def named_input(text: str) -> NamedInput:
     """``ids=2,16:int64``: name, shape and type."""
     name, equals, rest = text.partition("=")
     sizes, _, dtype = rest.partition(":")

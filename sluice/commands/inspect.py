@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sluice.commands.onnx_input import NamedInput
+from sluice.commands.input_options import NamedInput
 from sluice.commands.specs import dense_in, inputs_of, is_onnx, model_of
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sluice.commands.input_options import NamedInput
 from sluice.core.errors import SluiceError
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from sluice.passes.files.read import OnnxFile
 
 __all__ = ["applied", "model_in", "onnx_input"]
-
-NamedInput = tuple[str, tuple[int, ...], str]  # name, sizes, type
 
 
 def onnx_input(path: str, inputs: Sequence[NamedInput] = (), fixed: Mapping[str, float] | None = None) -> OnnxFile:

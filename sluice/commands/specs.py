@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
-from sluice.commands.onnx_input import NamedInput
+from sluice.commands.input_options import NamedInput
 from sluice.commands.zoos import ZOOS, make_published, published_inputs
 from sluice.core.errors import SluiceError
 
