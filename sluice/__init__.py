@@ -23,7 +23,7 @@ _WHERE = {
     "compress": "sluice.pipeline.compress",
     "compress_onnx": "sluice.pipeline.compress_onnx",
     "export": "sluice.artifacts.deploy",
-    "finish": "sluice.pipeline.compress",
+    "finish": "sluice.pipeline.finish",
     "gate_parameters": "sluice.passes.gates.filter_gates",
     "insert_gates": "sluice.passes.gates.gating",
     "load": "sluice.artifacts.store",
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
     from sluice.passes.gates.gating import close_gates, insert_gates
     from sluice.passes.graph.aten import analyze
     from sluice.passes.graph.capture import capture
-    from sluice.pipeline.compress import compress, finish, sweep
+    from sluice.pipeline.compress import compress, sweep
     from sluice.pipeline.compress_onnx import compress_onnx
     from sluice.pipeline.prepare import profile
     from sluice.profiler.table.latency_table import LatencyTable

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,14 +14,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sluice.core.errors import SluiceError, first_line
+from sluice.core.version import __version__
 from sluice.pipeline.prepare import check_float32
 from sluice.pipeline.recipe import Evaluate, Recipe, recovery_of
 from sluice.training.batches import check_data, checked
 from sluice.training.losses import loss_of
 from sluice.training.recovery import Rate, Recovery
+from sluice.training.stages import NOTHING, Stages, unfinished_beside, weights_of
 from sluice.training.train import Data
 
-__all__ = ["check_inputs", "check_paths", "numeric", "patterns", "recipe_of", "room_for"]
+__all__ = ["check_inputs", "check_paths", "numeric", "patterns", "recipe_of", "room_for", "stages_of"]
 
 
 def recipe_of(
@@ -104,3 +108,27 @@ def patterns(exclude: object) -> Sequence[str]:
 def room_for(model: nn.Module) -> int:
     """Bytes that are enough for weights and files of a result."""
     return 3 * sum(t.numel() * t.element_size() for t in model.state_dict().values())
+
+
+def stages_of(
+    model: nn.Module, example_inputs: object, out: str | os.PathLike[str] | None, recipe: Recipe, *more: object
+) -> Stages:
+    """Where the stages of this command are kept, with what it was asked for; nowhere without an output folder.
+
+    Args:
+        more: what else was asked for.
+    """
+    if out is None:
+        return NOTHING
+    folder = unfinished_beside(Path(os.path.abspath(out)))
+
+    def say(name: str) -> None:
+        if recipe.progress:
+            print(f"{name}: as an interrupted run of the same command left it in {str(folder)!r}", file=sys.stderr)
+
+    first = None if recipe.data is None else next(iter(recipe.data), None)
+    asked = [
+        __version__, weights_of(model), example_inputs, first, recipe.loss, recipe.recovery, recipe.gate_epochs,
+        recipe.epochs, recipe.rehearsal, recipe.gates, *more,
+    ]  # fmt: skip
+    return Stages(folder, say=say).for_(*asked)

@@ -26,6 +26,7 @@ from torch import fx, nn
 from sluice.core.errors import Unreachable
 from sluice.pipeline.candidates import UniformProblem, perturbed, stratum
 from sluice.pipeline.gate_candidate import GateCandidate
+from sluice.pipeline.kept_stages import rate_once, rehearsed_once
 from sluice.pipeline.layermerge import BONUSES, DepthProblem
 from sluice.pipeline.problem import Problem, Solution
 from sluice.profiler.need import Solve, by_need
@@ -33,6 +34,7 @@ from sluice.solver.decide import Choice
 from sluice.solver.options import EditSpace
 from sluice.training.recovery import AUTO, Recovery
 from sluice.training.rehearse import FAR, HELD, batches_behind, forecast, rehearsal_cost, rehearse
+from sluice.training.stages import NOTHING, Stages
 from sluice.training.train import Data, Loss
 from sluice.training.trial import quick_rate
 
@@ -71,6 +73,7 @@ def choose(
     steps: int,
     total: int = 0,
     gates: GateCandidate | None = None,
+    stages: Stages = NOTHING,
     progress: bool = True,
 ) -> list[Scenario]:
     """All candidates whose plans differ, the most trusted first; behind them those for which there were no steps.
@@ -82,6 +85,7 @@ def choose(
         steps: of training, of all candidates together; too few, as none, trust the measured losses.
         total: steps of the fine-tune to come.
         gates: makes one more candidate of the first one, where ``total`` leaves it steps enough; None for none.
+        stages: where the rate and the losses of the rehearsals are kept.
     """
     once = int(DUEL * GATES * total) // rehearsal_cost(2, 2)
     with_gates = gates is not None and type(problem) is Problem and once >= LEAST
@@ -101,19 +105,28 @@ def choose(
     if not count:
         return scenarios
     first, strata = firsts.get(count, alone), strata[:count]
-    plans = [build(one.solution) for one in scenarios[:count]]
-    lr = quick_rate(plans[0], data, teacher=teacher, loss=loss, recovery=recovery, steps=first, progress=progress)
+    own = stages.for_([one.solution.plan.to_json() for one in scenarios[:count]], first, total)
+    lr = rate_once(
+        own,
+        lambda: quick_rate(
+            build(scenarios[0].solution), data, teacher=teacher, loss=loss, recovery=recovery, steps=first,
+            progress=progress,
+        ),
+    )  # fmt: skip
 
     def trained(
-        plans: Sequence[nn.Module], steps: int, strata: Sequence[object], far: float = FAR
+        name: str, solutions: Sequence[Solution], steps: int, strata: Sequence[object], far: float = FAR
     ) -> list[tuple[float, ...]]:
-        found = rehearse(
-            plans, data, teacher=teacher, loss=loss, lr=lr, recovery=recovery, steps=steps, total=total, strata=strata,
-            far=far, progress=progress,
-        )  # fmt: skip
-        return [tuple(losses) for losses in found]
+        def train() -> list[tuple[float, ...]]:
+            found = rehearse(
+                [build(one) for one in solutions], data, teacher=teacher, loss=loss, lr=lr, recovery=recovery,
+                steps=steps, total=total, strata=strata, far=far, progress=progress,
+            )  # fmt: skip
+            return [tuple(losses) for losses in found]
 
-    found = trained(plans, first, strata)
+        return rehearsed_once(own, name, [one.plan for one in solutions], train)
+
+    found = trained("rehearsal", [one.solution for one in scenarios[:count]], first, strata)
     heard = [replace(one, rehearsed=losses) for one, losses in zip(scenarios, found, strict=False)]
     if count > 1:
         heard.sort(key=lambda one: (-len(one.rehearsed), forecast(one.rehearsed, first, total)))
@@ -121,11 +134,12 @@ def choose(
     if gates is None or not with_gates:
         return heard
     leader, stream = heard[0], batches_behind(data, HELD)
-    own = gates.learn(problem, leader.solution, target_ms, stream, int(GATES * total) - int(DUEL * GATES * total), lr)
-    learned = [] if own is None else _distinct(problem, {"gates": own}, target_ms, heard)
+    made = gates.learn(problem, leader.solution, target_ms, stream, int(GATES * total) - int(DUEL * GATES * total), lr)
+    learned = [] if made is None else _distinct(problem, {"gates": made}, target_ms, heard)
     if not learned:
         return heard
-    before, after = trained([build(one.solution) for one in (leader, *learned)], once, (0, 1), math.inf)
+    rivals = [one.solution for one in (leader, *learned)]
+    before, after = trained("duel", rivals, once, (0, 1), math.inf)
     better = forecast(after, once, total) < forecast(before, once, total)
     first_two = [replace(learned[0], rehearsed=after), replace(leader, rehearsed=before)]
     return [*(first_two if better else reversed(first_two)), *heard[1:]]

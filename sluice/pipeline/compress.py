@@ -1,12 +1,8 @@
-"""One model's whole way: profile, learn gates, decide and verify, close, cut, fine-tune, export, measure, report.
+"""One model's whole way: check what is asked, prepare the problem once, carry it out for a budget, several, or a drop.
 
-1. The plan is decided and its engine measured *before* fine-tuning, since latency does not depend on the weights.
-2. Closing and cutting are exact; their parity (closed = slim torch = slim ONNX) is part of the report. Accuracy changes
-   only in the two training stages, in the decision between them, and in the precision of the file.
-3. All networks up to that file are fp32; engines are timed in the precision of the deployment. int8 is calibrated on
-   `CALIBRATION` inputs of the training data.
-4. Two steps may fail with a precision, writing the file and evaluating it. Both are tried on the cut network before it
-   is trained.
+Preparing is `sluice.pipeline.prepare`, the rest `sluice.pipeline.finish`. With an output folder every stage is kept
+until the result is saved, so the same command goes on where it was interrupted (`sluice.training.stages`). With a seed
+and one thread it comes to the same bits.
 """
 
 from __future__ import annotations
@@ -15,55 +11,29 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import onnx
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from sluice.artifacts.deploy import as_module, deploy_onnx
 from sluice.artifacts.folder import check_writable
-from sluice.artifacts.labels import labelled, provenance
-from sluice.artifacts.macs import count_macs
 from sluice.artifacts.result import Compressed
-from sluice.artifacts.store_trained import kept
 from sluice.core.budget_spec import AllowedDrop, BudgetSpec, parse_budget
 from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError
-from sluice.core.progress import stage
-from sluice.importance.taylor import learned_scores
-from sluice.passes.cut.export import to_onnx
-from sluice.passes.cut.rewrite_onnx import rewrite_onnx
-from sluice.passes.cut.rewrite_torch import merge_runs
-from sluice.passes.gates.gating import Gated, strip_gates
 from sluice.passes.graph.capture import Inputs
-from sluice.passes.graph.names_torch import with_own_names
-from sluice.passes.graph.onnx_file import finalize
-from sluice.pipeline.arguments import check_paths, numeric, patterns, recipe_of, room_for
-from sluice.pipeline.choose import Scenario, choose
-from sluice.pipeline.close import close
-from sluice.pipeline.figures import captured_inputs, count_parameters, example_outputs, parity
-from sluice.pipeline.gate_candidate import GateCandidate
+from sluice.pipeline.arguments import check_paths, patterns, recipe_of, room_for, stages_of
+from sluice.pipeline.finish import carry_out
 from sluice.pipeline.least import check_least, find_least
-from sluice.pipeline.plain import counted_from
-from sluice.pipeline.prepare import Prepared, prepare, trainable
-from sluice.pipeline.price import price_problem
-from sluice.pipeline.recipe import REHEARSAL, Evaluate, Recipe, recovery_of
-from sluice.pipeline.recover import recover
-from sluice.pipeline.report_figures import make_report
-from sluice.pipeline.verify import AIM, final_pair, first_verified
-from sluice.solver.options import BSR, METHODS, check_methods
-from sluice.training.budget import Budget
-from sluice.training.losses import loss_of
+from sluice.pipeline.prepare import prepare
+from sluice.pipeline.recipe import REHEARSAL, Evaluate
+from sluice.solver.options import METHODS, check_methods
 from sluice.training.recovery import AUTO, Rate, Recovery
-from sluice.training.train import Data, Loss, split_batch
+from sluice.training.stages import seeded
+from sluice.training.train import Data, Loss
 
-__all__ = ["Compressed", "compress", "finish", "sweep"]
-
-CALIBRATION = 512
-PARITY = 1e-4  # relative; beyond this a rewrite has changed the function, which is a bug
+__all__ = ["Compressed", "compress", "sweep"]
 
 
 def compress(
@@ -89,6 +59,7 @@ def compress(
     loss: Loss | str | None = None,
     evaluate: Evaluate | None = None,
     minutes: float = math.inf,
+    seed: int | None = None,
     progress: bool = True,
 ) -> Compressed:
     """Make ``model`` fit a measured latency budget.
@@ -119,6 +90,7 @@ def compress(
         evaluate: figure of merit of a module, a number, for the report; the higher the better where a drop is allowed.
             It is called once before anything is measured.
         minutes: of profiling; afterwards points that a plan needs are estimated, and the report says how much.
+        seed: of the random numbers of torch, numpy and Python meanwhile; those of the caller go on afterwards.
     Raises:
         SluiceError: a mistake that the caller can mend; no half-written file is left behind.
     """
@@ -136,11 +108,13 @@ def compress(
     if isinstance(asked, AllowedDrop):
         check_least(asked, recipe)
     fixed = [asked] if isinstance(asked, BudgetSpec) else []
-    ready = prepare(model, example_inputs, fixed, deployment, recipe, table=table, exclude=exclude, methods=methods,
-                    minutes=minutes)  # fmt: skip
-    if isinstance(asked, AllowedDrop):
-        return find_least(ready, asked, recipe, partial(_finish, ready, recipe=recipe, started=started), out=out)
-    return _finish(ready, asked, recipe, out=out, started=started)
+    recipe = replace(recipe, stages=stages_of(model, example_inputs, out, recipe, deployment, methods, exclude, seed))
+    with seeded(seed):
+        ready = prepare(model, example_inputs, fixed, deployment, recipe, table=table, exclude=exclude, methods=methods,
+                        minutes=minutes)  # fmt: skip
+        if isinstance(asked, AllowedDrop):
+            return find_least(ready, asked, recipe, partial(carry_out, ready, recipe=recipe, started=started), out=out)
+        return carry_out(ready, asked, recipe, out=out, started=started)
 
 
 def sweep(
@@ -165,6 +139,7 @@ def sweep(
     loss: Loss | str | None = None,
     evaluate: Evaluate | None = None,
     minutes: float = math.inf,
+    seed: int | None = None,
     progress: bool = True,
 ) -> Iterator[tuple[str, Compressed]]:
     """`compress` for several budgets, one after the other: every choice is priced once, and no point measured twice.
@@ -187,133 +162,14 @@ def sweep(
     for folder in folders.values():
         if folder is not None:
             check_writable(folder, room_for(model), {"the latency table": table})
-    ready = prepare(model, example_inputs, list(asked.values()), deployment, recipe, table=table, exclude=exclude,
-                    methods=methods, minutes=minutes)  # fmt: skip
+    whole = replace(recipe, stages=stages_of(model, example_inputs, out, recipe, deployment, methods, exclude, seed))
+    with seeded(seed):
+        ready = prepare(model, example_inputs, list(asked.values()), deployment, whole, table=table, exclude=exclude,
+                        methods=methods, minutes=minutes)  # fmt: skip
     for budget, folder in folders.items():
         started = time.perf_counter()
-        yield budget, _finish(ready, asked[budget], recipe, out=folder, started=started)
-
-
-def finish(
-    gated: Gated,
-    budget: Budget,
-    *,
-    methods: Sequence[str] = ("filter",),
-    importance: Mapping[str, np.ndarray] | None = None,
-    teacher: nn.Module | None = None,
-    data: Data | None = None,
-    epochs: int = 0,
-    rehearsal: float = REHEARSAL,
-    lr: Rate = AUTO,
-    recovery: Recovery | None = None,
-    loss: Loss | str | None = None,
-    evaluate: Evaluate | None = None,
-    out: str | os.PathLike[str] | None = None,
-    progress: bool = True,
-) -> Compressed:
-    """Decide, verify on the engine, close, cut, fine-tune, export, measure, report.
-
-    Args:
-        gated: trained gated network.
-        budget: made with a profile (not a bare latency model: the engine has to be measured).
-        methods: some of those the budget's profile was made for; all but ``filter`` need ``data``.
-        importance: scores by group; those the gates collected if not given.
-        teacher: dense network, for fine-tuning (``epochs`` over ``data``) and as the report's reference.
-    """
-    if budget.profile is None:
-        raise SluiceError("this budget has no profile, so no engine can be measured; make it from sluice.profile(...)")
-    methods, taken = check_methods(methods), loss_of(loss)
-    figure = None if evaluate is None else numeric(evaluate)
-    recipe = Recipe(data, taken, recovery_of(lr, recovery), 0, epochs, rehearsal, figure, progress)
-    given = importance if importance is not None else {}
-    learned = importance is None and "filter" in methods and gated.meta["space"].analysis.groups
-    scores = learned_scores(gated.gates) if learned else given
-    with stage("price every choice", progress) as advance:
-        problem = price_problem(gated, budget.profile, methods, scores, data=data, loss=taken, advance=advance)
-    reference = teacher if teacher is not None else strip_gates(gated, thresholded=True).eval()
-    ready = Prepared(gated, budget.profile, methods, reference, problem)
-    return _finish(ready, budget.target, recipe, out=out, started=time.perf_counter())
-
-
-def _finish(
-    ready: Prepared, budget: BudgetSpec, recipe: Recipe, *, out: str | os.PathLike[str] | None, started: float
-) -> Compressed:
-    budget = counted_from(ready.plain, budget)
-    gated, measured, reference = ready.gated, ready.measured, ready.teacher
-    problem, precision = ready.problem, measured.fingerprint.precision
-    data, evaluate, progress = recipe.data, recipe.evaluate, recipe.progress
-    if precision == "int8" and data is None:
-        raise SluiceError("int8 is calibrated on data; give data= some batches of inputs")
-    stripped = ready.captured()
-    scenarios: list[Scenario] = []
-    if data is not None and recipe.epochs:
-        target_ms = AIM * budget.ms(measured.latency.dense_ms())
-        target_ms, total = max(target_ms, problem.least_from(target_ms)), recipe.steps()
-        candidate = GateCandidate(
-            stripped, gated.meta["space"], ready.methods, reference, recipe.loss, recipe.recovery, progress
-        )  # fmt: skip
-        scenarios = choose(
-            problem, ready.methods, target_ms, lambda solution: trainable(stripped, solution.plan),
-            data=data, teacher=reference, loss=recipe.loss, recovery=recipe.recovery,
-            steps=int(recipe.rehearsal * total), total=total, gates=candidate if recipe.gates else None,
-            progress=progress,
-        )  # fmt: skip
-    with stage("decide and verify on engines", progress) as advance:
-        dense_onnx = ready.dense_onnx(stripped)
-        rehearsed = {s.problem: s.solution for s in reversed(scenarios)}
-        verified = first_verified([*(s.problem for s in scenarios), problem], budget, dense_onnx, advance, rehearsed)
-    slim = trainable(stripped, verified.plan)
-    cut = finalize(rewrite_onnx(dense_onnx, verified.plan))
-    closed = parity(close(gated, verified.solution).eval(), slim, cut, stripped)
-    _same(closed)
-
-    def deploy(model: onnx.ModelProto) -> tuple[onnx.ModelProto, float | None]:
-        if precision == "fp32":
-            return measured.engine(model), None
-        batches = None if data is None else _first(data, CALIBRATION)
-        made = deploy_onnx(model, precision, batches, target=measured.target)
-        return made, None if evaluate is None else evaluate(as_module(made, example_outputs(slim, stripped)))
-
-    deploy(cut)  # rule 4
-    metric_dense = ready.metric if evaluate is None or ready.metric is not None else evaluate(reference)
-    recovered = recover(slim, verified.plan, recipe, dense=stripped, teacher=reference)
-    slim = merge_runs(slim, verified.plan).eval()
-    with kept(out, slim, verified.plan):
-        with stage("export and measure", progress) as advance:
-            slim_onnx = finalize(to_onnx(slim, captured_inputs(stripped)))
-            dense_engine = finalize(dense_onnx)
-            deployed, metric_deployed = deploy(slim_onnx)
-            file = deployed if precision == "fp32" else slim_onnx
-            exported = parity(slim, slim, file, stripped)
-            times = final_pair(measured, measured.engine(dense_engine), deployed, budget, verified, advance)
-        report = make_report(
-            measured, verified, times=times, worst=max(closed, exported),
-            params=(count_parameters(stripped), count_parameters(slim)),
-            macs=(count_macs(dense_engine), count_macs(slim_onnx)),
-            metrics=(metric_dense, None if evaluate is None else evaluate(slim), metric_deployed),
-            frozen={**measured.space.left_alone, **gated.meta["space"].left_alone},
-            seconds=time.perf_counter() - started, losses=ready.problem.losses, plain=ready.plain,
-            readings=[(s.name, s.solution.choice.promised_ms, s.rehearsed) for s in scenarios], recovery=recovered,
-            methods=("rank",) if ready.methods == (BSR,) else ready.methods,
-        )  # fmt: skip
-        origin = provenance(verified.plan, report)
-        named, deployed = labelled(file, origin), labelled(deployed, origin)
-        done = Compressed(with_own_names(slim), verified.plan, named, deployed, report)
-        if out is not None:
-            done.save(out)
-    _same(exported)  # last: the trained network is saved even then
-    return done
-
-
-def _first(data: Data, count: int) -> Iterator[object]:
-    """Batches until ``count`` inputs have come."""
-    for batch in data:
-        yield batch
-        count -= len(pytree.tree_leaves(split_batch(batch)[0])[0])
-        if count <= 0:
-            return
-
-
-def _same(worst: float) -> None:
-    if worst > PARITY:
-        raise AssertionError(f"two forms of the slim network differ by {worst:.2e} of the output's scale")
+        stages = stages_of(model, example_inputs, folder, recipe, deployment, methods, exclude, seed)
+        with seeded(seed):
+            done = carry_out(ready, asked[budget], replace(recipe, stages=stages), out=folder, started=started)
+        yield budget, done
+    whole.stages.end()

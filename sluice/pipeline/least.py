@@ -47,6 +47,7 @@ from sluice.pipeline.recipe import Recipe
 from sluice.pipeline.recover import recover
 from sluice.pipeline.verify import AIM, first_verified
 from sluice.training.rehearse import forecast
+from sluice.training.stages import NOTHING
 from sluice.training.train import Data, count_batches
 
 __all__ = ["check_least", "find_least", "search", "shares"]
@@ -185,6 +186,7 @@ def _short(
     ready: Prepared, share: float, dense: float, recipe: Recipe, captured: fx.GraphModule, file: onnx.ModelProto
 ) -> CurveRow:
     """Rule 1 for one budget; rule 3 where it fails."""
+    recipe = replace(recipe, stages=NOTHING)
     assert recipe.evaluate is not None and recipe.data is not None
     total, each = recipe.steps(), count_batches(recipe.data)
     first = max(1, total // PART) if total else 0

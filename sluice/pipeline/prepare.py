@@ -30,6 +30,7 @@ from sluice.passes.search_space import SearchSpace, agreed, find_search_space, r
 from sluice.pipeline.bsr import stable_rank_loss
 from sluice.pipeline.figures import captured_inputs
 from sluice.pipeline.insert import insert_all
+from sluice.pipeline.kept_stages import found_prices, gates_once, keep_prices
 from sluice.pipeline.pairs import PairTimes
 from sluice.pipeline.plain import counted_from, plain_share
 from sluice.pipeline.price import one_shot_scores, price_problem
@@ -185,16 +186,25 @@ def prepare(
     held = None if trained is None else _budget(trained, measured, budgets[0])
     if trained is not None and held is not None:
         gated = trained
-        fit(
-            gated, data, epochs=recipe.gate_epochs, teacher=teacher, budget=held, loss=loss, lr=recipe.lr,
-            progress=progress, name="gates",
+        gates_once(
+            recipe.stages, gated,
+            lambda: fit(
+                gated, data, epochs=recipe.gate_epochs, teacher=teacher, budget=held, loss=loss, lr=recipe.lr,
+                progress=progress, name="gates",
+            ),
         )  # fmt: skip
         scores = learned_scores(gated.gates) if "filter" in methods and widths_vary else {}
         absorb_masks(gated)  # the trained network is priced next
-    elif "filter" in methods and widths_vary:
+    known = found_prices(recipe.stages)
+    if known is not None:
+        scores = known[0]
+    elif gated is not trained and "filter" in methods and widths_vary:
         scores = one_shot_scores(gated, data, loss)
     with stage("price every choice", progress) as advance:
-        problem = price_problem(gated, measured, methods, scores, data=data, loss=loss, advance=advance)
+        problem = price_problem(gated, measured, methods, scores, data=data, loss=loss, advance=advance,
+                                losses=None if known is None else known[1])  # fmt: skip
+    if known is None:
+        keep_prices(recipe.stages, problem)
     return Prepared(gated, measured, methods, teacher, problem, exported, plain, metric)
 
 

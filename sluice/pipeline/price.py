@@ -50,9 +50,10 @@ def price_problem(
     *,
     data: Data | None = None,
     loss: Loss,
+    losses: Mapping[str, np.ndarray] | None = None,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Problem:
-    """The problem for these methods (rules 1 and 2)."""
+    """The problem for these methods (rules 1 and 2); ``losses`` that were measured before are taken as they are."""
     options, analysis = measured.options, gated.meta["space"].analysis
     sites = options.sites(measured.latency, methods)
     model = restricted(measured.latency, sites)
@@ -64,10 +65,14 @@ def price_problem(
         raise SluiceError(f"methods {list(methods)} are priced by measuring the loss; give data")
     elif tuple(methods) == (BSR,):
         return beam_problem(measured, analysis, sites, input_specs(stripped), LossIncrease(stripped, data, loss))
-    else:
+    elif losses is None or {name: len(model.levels.get(name, ())) for name in losses} != _lengths(losses):
         losses = measured_losses(
             stripped, analysis, gated.meta["placement"], model, options, scores, data, loss=loss, advance=advance
         )
     if tuple(methods) == ("merge",):
         return DepthProblem(measured, analysis, sites, losses, scores, input_specs(stripped))
     return Problem(measured, analysis, sites, losses, scores, input_specs(stripped))
+
+
+def _lengths(losses: Mapping[str, np.ndarray]) -> dict[str, int]:
+    return {name: len(values) for name, values in losses.items()}

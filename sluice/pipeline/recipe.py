@@ -9,6 +9,7 @@ from torch import nn
 
 from sluice.core.errors import SluiceError
 from sluice.training.recovery import AUTO, Rate, Recovery
+from sluice.training.stages import NOTHING, Stages
 from sluice.training.train import Data, Loss, count_batches, default_loss
 
 __all__ = ["REHEARSAL", "Evaluate", "Recipe", "recovery_of"]
@@ -25,7 +26,8 @@ class Recipe:
     ``gate_epochs`` at the rate of ``recovery`` (1e-3 where that is found by trial), the candidate plans, all together,
     for a share ``rehearsal`` of the epochs (0: no rehearsal), the slim network for ``epochs``, all but the gates as
     ``recovery`` says. ``evaluate`` is the figure of merit of a module, for the report. With ``gates`` there is one
-    more candidate, that gates make of the best one (`sluice.pipeline.gate_candidate`).
+    more candidate, that gates make of the best one (`sluice.pipeline.gate_candidate`). What is done is kept in
+    ``stages`` (`sluice.training.stages`).
 
     Raises:
         SluiceError: a rehearsal that is no such share, or epochs that are no whole numbers.
@@ -40,6 +42,7 @@ class Recipe:
     evaluate: Evaluate | None = None
     progress: bool = True
     gates: bool = False
+    stages: Stages = NOTHING
 
     def __post_init__(self) -> None:
         for name in ("gate_epochs", "epochs"):

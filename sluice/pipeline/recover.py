@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from sluice.artifacts.report_recovery import RecoveryRow, TrialRow
 from sluice.core.plan import Plan
+from sluice.pipeline.kept_stages import trial_once
 from sluice.pipeline.recipe import Recipe
 from sluice.training.compensate import compensate
 from sluice.training.dense_parametrisation import merge_dense, narrowed, widened
@@ -42,15 +43,19 @@ def recover(
     if not recipe.epochs:
         return RecoveryRow(0.0, "", "plain", 0, refitted=refitted) if refitted else None
     widen = partial(widened, slim, dense, plan) if narrowed(slim, dense) else None
-    trial = try_settings(
-        slim, data, teacher=teacher, recovery=recovery, loss=recipe.loss, epochs=recipe.epochs, widen=widen,
-        progress=recipe.progress,
+    trial = trial_once(
+        recipe.stages,
+        lambda: try_settings(
+            slim, data, teacher=teacher, recovery=recovery, loss=recipe.loss, epochs=recipe.epochs, widen=widen,
+            progress=recipe.progress,
+        ),
     )  # fmt: skip
     chosen = trial.chosen
     wide = widen() if widen is not None and chosen.dense else slim
     fit(
         wide, data, epochs=recipe.epochs, teacher=teacher, loss=losses_for(recipe.loss, labelled=True)[chosen.loss],
         recovery=replace(recovery, lr=chosen.lr), progress=recipe.progress, name="fine-tune",
+        stages=recipe.stages,
     )  # fmt: skip
     if wide is not slim:
         merge_dense(wide, slim)

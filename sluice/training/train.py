@@ -22,7 +22,9 @@ from sluice.core.errors import SluiceError
 from sluice.passes.gates.filter_gates import gate_parameters, other_parameters
 from sluice.training.budget import Budget
 from sluice.training.distill import logit_distillation
+from sluice.training.epochs import find_epoch, keep_epoch
 from sluice.training.recovery import AUTO, WEIGHT_DECAY, Rate, Recovery, cosine
+from sluice.training.stages import NOTHING, Stages
 
 __all__ = [
     "LOSSES",
@@ -144,6 +146,7 @@ def fit(
     gate_lr: float = GATE_LR,
     progress: bool = True,
     name: str = "train",
+    stages: Stages = NOTHING,
 ) -> nn.Module:
     """Train ``model`` in place.
 
@@ -153,6 +156,7 @@ def fit(
         budget: adds its penalty, and steps the gates of ``model``.
         lr: of the weights, for AdamW on half a cosine; ``"auto"`` stands for 1e-3, since nothing is tried here.
         recovery: in place of ``lr``, without a budget: rate, a number, optimizer and schedule.
+        stages: without a budget, where every epoch is kept under ``name``, and those that were done are found.
     Raises:
         SluiceError: the loss is not finite, or there is no data.
     """
@@ -174,9 +178,10 @@ def fit(
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [cosine(total), late(total)])
     teacher.eval()
     model.train()
-    done = 0  # a disabled bar does not count
-    with tqdm(total=total, desc=name, unit="step", disable=not progress, leave=False) as bar:
-        for epoch in range(epochs):
+    # A disabled bar does not count.
+    first, done = find_epoch(stages, name, model, optimizer, schedule) if budget is None else (0, 0)
+    with tqdm(total=total, initial=done, desc=name, unit="step", disable=not progress, leave=False) as bar:
+        for epoch in range(first, epochs):
             before = done
             for batch in data:
                 inputs, labels = on_device(split_batch(batch), model)
@@ -199,6 +204,8 @@ def fit(
                 bar.set_postfix(loss=f"{number:.4f}", refresh=False)
             if done == before:
                 raise SluiceError(f"epoch {epoch + 1} had no batches; give data that can be read again, as a list can")
+            if budget is None:
+                keep_epoch(stages, name, model, optimizer, epochs=epoch + 1, steps=done)
     return model.eval()
 
 
