@@ -165,6 +165,8 @@ class LatencyTable:
         """All points of a piece, by extents in increasing order."""
         rows = self._rows("SELECT extents, ms, spread, samples FROM points WHERE key = ?", (key,))
         found = {self._json(tuple[int, ...], row[0]): self._measurement(row[1:]) for row in rows}
+        if len({len(at) for at in found}) > 1:
+            raise self._damaged(f"the points of {key!r:.60} have unlike extents")
         return dict(sorted(found.items()))
 
     def keys(self) -> tuple[str, ...]:
@@ -173,9 +175,8 @@ class LatencyTable:
 
     def _texts(self, rows: Sequence[Any]) -> tuple[str, ...]:
         """The first column, of texts."""
-        for value, *_ in rows:
-            if not isinstance(value, str):
-                raise self._damaged(f"a key is {value!r:.60}")
+        if wrong := [value for value, *_ in rows if not isinstance(value, str)]:
+            raise self._damaged(f"a key is {wrong[0]!r:.60}")
         return tuple(row[0] for row in rows)
 
     def beyond(self, spread: float, but: str) -> tuple[int, int]:
@@ -212,7 +213,7 @@ class LatencyTable:
                 self._connection.execute("DETACH other")
 
     def describe(self, key: str, text: str) -> None:
-        """Say in words which piece ``key`` is, as in ``"Conv 3x3 16x28x28 + Relu"``."""
+        """Say in words which piece it is, as in ``"Conv 3x3 16x28x28 + Relu"``."""
         self.describe_all({key: text})
 
     def describe_all(self, texts: Mapping[str, str]) -> None:
@@ -220,8 +221,7 @@ class LatencyTable:
 
     def description(self, key: str) -> str:
         """The words that `describe` recorded, or an empty string."""
-        rows = self._rows("SELECT text FROM pieces WHERE key = ?", (key,))
-        return str(rows[0][0]) if rows else ""
+        return "".join(str(text) for (text,) in self._rows("SELECT text FROM pieces WHERE key = ?", (key,)))
 
     def put_calibration(self, model_key: str, slope: float, intercept: float, error: Mapping[str, float]) -> None:
         """Record the affine map from the sum of pieces to the whole engine, and its errors by name."""

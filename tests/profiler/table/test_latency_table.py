@@ -67,15 +67,15 @@ def test_round_trip(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["table.db"]
 
 
+def some_points(count: int) -> st.SearchStrategy[dict[tuple[int, ...], float]]:
+    """Of one piece, with so many extents."""
+    return st.dictionaries(st.tuples(*[st.integers(0, 2**40)] * count), st.floats(1e-9, 1e9), min_size=1, max_size=4)
+
+
 @settings(deadline=None, max_examples=50)
-@given(
-    st.dictionaries(
-        st.tuples(st.text(max_size=20), st.lists(st.integers(0, 2**40), max_size=4).map(tuple)),
-        st.floats(1e-9, 1e9),
-        max_size=8,
-    )
-)
-def test_any_key_and_extents_come_back(values: dict[tuple[str, tuple[int, ...]], float]) -> None:
+@given(st.dictionaries(st.text(max_size=20), st.integers(0, 4).flatmap(some_points), max_size=4))
+def test_any_key_and_extents_come_back(pieces: dict[str, dict[tuple[int, ...], float]]) -> None:
+    values = {(key, extents): ms for key, points in pieces.items() for extents, ms in points.items()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "table.db"
         with LatencyTable.create(path, ORIGIN) as table:
@@ -231,6 +231,13 @@ def test_damage_found_while_reading_is_the_users_error(tmp_path: Path) -> None:
         # Forget the pages that opening has read.
         table._connection.execute("PRAGMA shrink_memory")
         with pytest.raises(SluiceError, match="is damaged"):
+            table.points("piece 1")
+
+
+def test_points_of_unlike_extents_are_damage(tmp_path: Path) -> None:
+    with LatencyTable.open(with_weights(tmp_path / "table.db")) as table:
+        table._connection.execute("INSERT INTO points VALUES ('piece 1', '[3, 4, 5, 6, 7]', 1.0, 0.0, 3)")
+        with pytest.raises(SluiceError, match="'piece 1' have unlike extents"):
             table.points("piece 1")
 
 
