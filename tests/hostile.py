@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -172,6 +173,23 @@ def changed_table(path: Path, rng: np.random.Generator) -> None:
     connection.close()
 
 
+def changed_job(content: bytes, rng: np.random.Generator) -> bytes:
+    """Its settings or its network changed, in a sound zip file; or its bytes."""
+    what = rng.random()
+    if what < 0.3:
+        return changed_bytes(content, rng)
+    changed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(changed, "w") as new:
+        for entry in old.infolist():
+            data = old.read(entry)
+            if entry.filename == "job.json" and what < 0.8:
+                data = changed_json(data.decode(), rng)
+            elif entry.filename == "model.onnx" and what >= 0.8:
+                data = changed_onnx(data, rng)
+            new.writestr(entry, data)
+    return changed.getvalue()
+
+
 @cache
 def job_bytes() -> bytes:
     with tempfile.TemporaryDirectory() as name:
@@ -206,7 +224,7 @@ def attempt(kind: str, folder: Path, rng: np.random.Generator) -> list[list[obje
                 ["table", "merge", folder / "b.db", table, "-o", folder / "all.db"]]  # fmt: skip
     if kind == "job":
         job = folder / "job.zip"
-        job.write_bytes(changed_bytes(job_bytes(), rng))
+        job.write_bytes(changed_job(job_bytes(), rng))
         return [["job", job, "-o", folder / "j.db"]]
     words = ["inspect", "apply", "check", "bench", "table", "show", "csv", "merge", "-o", "--json", "--exclude",
              "--batch", "--methods", str(dense), str(slim), str(slim / "plan.json"), str(table), *WORDS]  # fmt: skip

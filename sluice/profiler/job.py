@@ -32,6 +32,7 @@ import onnx
 from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError
 from sluice.core.files import JOB, check_output, write_atomically
+from sluice.core.schema import Misfit, parse, typed
 from sluice.profiler.table.fingerprint import difference
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.solver.options import check_methods
@@ -170,26 +171,34 @@ def _checked_names(file: zipfile.ZipFile, name: str) -> set[str]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """The schema of ``job.json``."""
+
+    format: int
+    target: str
+    batch: int
+    threads: int
+    precision: str
+    methods: tuple[str, ...]
+    exclude: tuple[str, ...]
+
+
 def _settings(text: bytes, name: str) -> Job:
     try:
-        values: Any = json.loads(text)
-    except ValueError as error:
-        raise SluiceError(f"the settings of the job {name!r} are not JSON ({error}); pack it again") from None
-    version = values.get("format") if isinstance(values, dict) else None
-    if type(version) is int and version > VERSION:
-        raise SluiceError(
-            f"{name!r} is a job of version {version}, this program knows up to {VERSION}; use a newer release of sluice"
-        )
-    kinds: dict[str, type] = {"format": int, **{key: type(value) for key, value in Job().settings().items()}}
-    lists = [key for key, kind in kinds.items() if kind is tuple]
-    kinds.update(dict.fromkeys(lists, list))
-    sound = isinstance(values, dict) and values.keys() == kinds.keys()
-    # type() rather than isinstance: JSON's true would pass for 1.
-    sound = sound and all(type(values[key]) is kind for key, kind in kinds.items())
-    if not sound or any(type(item) is not str for key in lists for item in values[key]):
-        raise SluiceError(f"the settings of the job {name!r} do not hold {', '.join(kinds)}; pack it again")
-    deployment = Deployment(**{name: values[name] for name in DEPLOYMENT})
-    return Job(deployment, **{key: tuple(values[key]) for key in lists})
+        values = parse(text)
+        version = values.get("format") if isinstance(values, dict) else None
+        if type(version) is int and version > VERSION:
+            raise SluiceError(
+                f"{name!r} is a job of version {version}, this program knows up to {VERSION}; use a newer release of "
+                "sluice"
+            )
+        found: _Settings = typed(_Settings, values)
+    except Misfit as error:
+        raise SluiceError(f"the settings of the job {name!r} are none: {error}; pack it again") from None
+    if found.format != VERSION:
+        raise SluiceError(f"{name!r} is a job of version {found.format}, which there never was; pack it again")
+    return Job(Deployment(found.target, found.batch, found.threads, found.precision), found.methods, found.exclude)
 
 
 def _code() -> Iterator[tuple[str, bytes]]:
