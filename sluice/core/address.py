@@ -1,5 +1,7 @@
 """A target may be on another machine: ``NAME@HOST:PORT``, where `sluice serve` runs; the port may be left out.
 
+``NAME@local`` is this machine, in a process of its own.
+
 The host is a name or a number; a number of IPv6 stands in brackets, ``tensorrt@[fe80::2]:8765``.
 """
 
@@ -9,9 +11,10 @@ import re
 
 from sluice.core.errors import SluiceError
 
-__all__ = ["PORT", "host_and_port", "split_target", "target_at"]
+__all__ = ["LOCAL", "PORT", "host_and_port", "split_target", "target_at"]
 
 PORT = 8765
+LOCAL = "local"
 ADDRESS = re.compile(
     r"(?:\[(?P<six>[0-9A-Fa-f:.]+(?:%\w+)?)\]|(?P<host>[A-Za-z0-9_](?:[A-Za-z0-9._-]*)))(?::(?P<port>[0-9]{1,5}))?"
 )
@@ -26,6 +29,8 @@ def split_target(target: str) -> tuple[str, str]:
     if not isinstance(target, str) or "@" not in target:
         return target, ""
     name, _, address = target.partition("@")
+    if address == LOCAL:
+        return name, LOCAL
     host, port = host_and_port(address)
     return name, f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 

@@ -6,7 +6,7 @@ prints it and exits with status 1; every other exception is a fault of this pack
 
 from __future__ import annotations
 
-__all__ = ["LostLine", "SluiceError", "Unreachable", "first_line"]
+__all__ = ["EngineFault", "LostLine", "SluiceError", "Unreachable", "first_line"]
 
 
 class SluiceError(Exception):
@@ -20,7 +20,11 @@ class Unreachable(SluiceError):
     """A budget below what any configuration reaches."""
 
 
-class LostLine(SluiceError):
+class EngineFault(SluiceError):
+    """A runtime failed on an engine, when it built it or when it ran it."""
+
+
+class LostLine(EngineFault):
     """The connection to a device is gone; what was asked of it may be asked again."""
 
 

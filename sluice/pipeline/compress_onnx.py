@@ -145,7 +145,7 @@ def compress_onnx(
     report = make_report(
         measured, verified, times=times, worst=worst, params=(_size(dense), _size(slim)),
         macs=(count_macs(finalize(timed)), count_macs(done)), metrics=(metric_dense, figure(made), None),
-        frozen={**measured.space.left_alone, **({"the data": note} if note else {})},
+        frozen={**measured.space.left_alone, **measured.refused, **({"the data": note} if note else {})},
         seconds=time.perf_counter() - started, losses=losses, plain=plain,
         methods=methods, figure="accuracy" if evaluate else KEPT,
         recovery=RecoveryRow(0.0, "", "plain", 0, refitted=refitted) if refitted else None,

@@ -166,7 +166,7 @@ def carry_out(
             params=(count_parameters(stripped), count_parameters(slim)),
             macs=(count_macs(dense_engine), count_macs(slim_onnx)),
             metrics=(metric_dense, None if evaluate is None else evaluate(slim), metric_deployed),
-            frozen={**measured.space.left_alone, **gated.meta["space"].left_alone},
+            frozen={**measured.space.left_alone, **gated.meta["space"].left_alone, **measured.refused},
             seconds=time.perf_counter() - started, losses=ready.problem.losses, plain=ready.plain,
             readings=readings, recovery=recovered,
             methods=("rank",) if ready.methods == (BSR,) else ready.methods,

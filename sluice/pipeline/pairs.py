@@ -30,10 +30,12 @@ import onnx
 from onnx import numpy_helper
 
 from sluice.core.budget_spec import BudgetSpec
+from sluice.core.errors import EngineFault, LostLine
 from sluice.passes.graph.onnx_graph import attributes
 from sluice.profiler.table.measurement import Measurement
 from sluice.profiler.timing.measure import QUIET, ReferenceEngine, Waiting, measure
 from sluice.profiler.view import Profile
+from sluice.runtime.base.faults import building, running
 from sluice.runtime.base.runner import Runner, Session
 
 __all__ = ["APART", "PairTimes", "Pairs", "is_faster", "structure"]
@@ -147,19 +149,32 @@ class Pairs:
         )
 
     def _run(self, slim: onnx.ModelProto, number: int) -> _Run:
+        """One run; a fault of the runtime leaves no engine behind that may have gone with it."""
+        try:
+            return self._timed(slim, number)
+        except EngineFault as error:
+            if isinstance(error, LostLine) and (revive := getattr(self._runner, "revive", None)) is not None:
+                revive()
+            self._runner = self._reference = None
+            self._dense_engines.clear()
+            raise
+
+    def _timed(self, slim: onnx.ModelProto, number: int) -> _Run:
         batch = self.profile.fingerprint.batch
         if self._runner is None:
             self._runner = self.profile.runner()
         if self._reference is None:
             self._reference = self.profile.reference(self._runner)
-        if number == len(self._dense_engines):
-            self._dense_engines.append(self._runner.build(self.dense, batch=batch))
-        engines = [self._dense_engines[number], self._runner.build(slim, batch=batch)]
-        dense_ms, slim_ms, witness = measure(
-            engines, min_bursts=BURSTS, target_spread=TARGET_SPREAD, reference=self._reference, with_reference=True,
-            patience_ms=self.patience_ms / 4 if self._in_vain else self.patience_ms, waiting=self.waiting,
-            rng=np.random.default_rng(sum(map(len, self._runs.values()))),
-        )  # fmt: skip
+        with building(self.profile.target):
+            while len(self._dense_engines) <= number:
+                self._dense_engines.append(self._runner.build(self.dense, batch=batch))
+            engines = [self._dense_engines[number], self._runner.build(slim, batch=batch)]
+        with running(self.profile.target):
+            dense_ms, slim_ms, witness = measure(
+                engines, min_bursts=BURSTS, target_spread=TARGET_SPREAD, reference=self._reference,
+                with_reference=True, patience_ms=self.patience_ms / 4 if self._in_vain else self.patience_ms,
+                waiting=self.waiting, rng=np.random.default_rng(sum(map(len, self._runs.values()))),
+            )  # fmt: skip
         excess = witness.ms / self._reference.ms - 1.0
         self._in_vain = excess > QUIET
         return _Run(dense_ms, slim_ms, excess if self._in_vain else 0.0)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from sluice.core.errors import SluiceError
 from sluice.passes.search_space import SearchSpace
 from sluice.profiler.fit.alternatives import find_alternatives
 from sluice.profiler.fit.assemble import Layout, Slot, lay_out
@@ -50,6 +51,11 @@ def survey(partition: Partition, bench: Bench, *, methods: Sequence[str], space:
         joints.append((joint_graph(joint, partition), joint, size))
     call_ms = bench.call()
     bench.measure([(partition, *point) for point in points], joints)
+    for piece, at in points:
+        if (piece.key, at) in bench.refused:
+            raise SluiceError(
+                f"{piece.description}, a part of the dense network, does not run: {bench.refused[piece.key, at]}"
+            )
     alternatives = Alternatives(EditSpace())
     if set(methods) - {"filter"}:
         found = {p.name: (p, at, bench.table.require(p.key, at).ms) for p, at in points}

@@ -6,12 +6,14 @@ knows more after `Profile.ask`, `Profile.time_engines` and `Profile.learn`, and 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import onnx
 
 from sluice.core.address import target_at
+from sluice.core.errors import EngineFault, SluiceError
 from sluice.core.latency import LatencyModel
 from sluice.core.progress import Progress, silent
 from sluice.passes.precision.to_precision import to_precision
@@ -33,6 +35,8 @@ from sluice.runtime.targets import make_runner
 from sluice.solver.options import EditSpace
 
 __all__ = ["Profile", "Seen"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -81,9 +85,11 @@ class Profile:
     def latency(self) -> LatencyModel:
         """The calibrated latency model, as the table knows it now; a frozen value."""
         table = self.bench.table
-        if self._seen.model is None or self._seen.revision != table.revision():
-            self._seen.revision = table.revision()
-            self._seen.model = calibrate(fill(self.layout, table), self.layout, table).pinned(self.shut)
+        revision = (*table.revision(), len(self.bench.refused))
+        if self._seen.model is None or self._seen.revision != revision:
+            self._seen.revision = revision
+            model = fill(self.layout, table, self.bench.refused)
+            self._seen.model = calibrate(model, self.layout, table).pinned(self.shut)
         return self._seen.model
 
     def knows(self, widths: Mapping[str, int]) -> bool:
@@ -114,8 +120,24 @@ class Profile:
         if plans:
             with self.progress("engines") as advance:
                 bench = replace(self.bench, progress=advance)
-                measure_engines(self.partition, bench, plans, self.options, known=known, record=key)
+                try:
+                    measure_engines(self.partition, bench, plans, self.options, known=known, record=key)
+                except EngineFault as error:
+                    self._one_by_one(bench, plans, error)
             self._keep_calibration()
+
+    def _one_by_one(self, bench: Bench, plans: Sequence[Mapping[str, int]], error: EngineFault) -> None:
+        """The engines of these plans but those that the runtime fails on; the dense one must be there."""
+        bench.stand_up(error)
+        for plan in plans:
+            known = bench.table.engines(self.model_key)
+            try:
+                measure_engines(self.partition, bench, [plan], self.options, known=known, record=self.model_key)
+            except EngineFault as fault:
+                if plan == dict(self.layout.dense):
+                    raise SluiceError(f"the dense network does not run here: {fault}") from fault
+                bench.stand_up(fault)
+                log.warning("a plan is left out of the calibration: %s", fault)
 
     def learn(self, widths: Mapping[str, int], ratio: float, uncertain: bool = False) -> None:
         """Take note of an engine that was measured elsewhere: ``ratio`` of its time to that of the dense engine."""
@@ -144,6 +166,13 @@ class Profile:
     def reference(self, runner: Runner) -> ReferenceEngine:
         """The reference engine that makes times of different moments comparable."""
         return ReferenceEngine(runner.build(reference_model()), self.bench.reference.ms)
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Parts that the runtime fails on, with their sizes, and the reason."""
+        names = {slot.part.key: slot.part.description for slot in self.layout.slots}
+        found = self.bench.refused.items()
+        return {f"{names.get(key, key)} at {'x'.join(map(str, at))}": why for (key, at), why in found}
 
     def runner(self) -> Runner:
         runner = make_runner(target_at(self.target, self.address), self.fingerprint.threads)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from types import ModuleType
 
-from sluice.core.address import split_target
+from sluice.core.address import LOCAL, split_target
 from sluice.core.deployment import ON_CPU, TARGETS, check_target
 from sluice.core.errors import SluiceError
 from sluice.runtime.base.runner import Runner
@@ -31,16 +31,17 @@ def make_runner(target: str, threads: int = 1) -> Runner:
     """The runner called ``target`` (of `sluice.core.deployment.TARGETS`) with ``threads`` threads inside an operator.
 
     A GPU has no such threads, and two tables must not differ by a number that means nothing: its targets take 1 alone.
-    A target with an address (`sluice.core.address`) runs where `sluice serve` answers.
+    A target with an address (`sluice.core.address`) runs where `sluice serve` answers, or in a child of this process.
 
     Raises:
         SluiceError: there is no such target, or its runtime or device is not here.
     """
     name, address = split_target(check_target(target))
-    if address:
+    if address and (address != LOCAL or not _missing(name)):
         from sluice.runtime.remote.client import RemoteRunner
 
         return RemoteRunner(name, address, threads)
+    target = name
     if reason := _missing(target):
         raise SluiceError(f"target {target!r} cannot run here: {reason}; targets that can: {_here()}")
     make = getattr(_module(target), RUNTIMES[target][1])

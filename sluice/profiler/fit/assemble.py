@@ -9,13 +9,15 @@
    their levels are the same whatever the table holds. A point that the table lacks is estimated: of a piece by the cost
    law (`sluice.profiler.fit.cost_law`), of a joint by the nearest known sizes. A joint of which nothing is known saves
    its calls alone. Pieces come first, then joints.
+6. A point that the runtime fails on takes `BEYOND` times the dense network, so that no plan has it, and counts as
+   measured. A joint that fails saves what is estimated.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -32,6 +34,8 @@ from sluice.solver.options import dense_switch
 
 __all__ = ["Layout", "Slot", "fill", "known_of", "lay_out"]
 
+Point = tuple[str, tuple[int, ...]]  # key and extents
+BEYOND = 10.0
 CLOSE = 0.003  # of the dense milliseconds: a joint between two known sizes that differ by less is not measured
 
 
@@ -121,8 +125,12 @@ def lay_out(partition: Partition, alternatives: Alternatives, precision: str) ->
     )
 
 
-def fill(layout: Layout, table: LatencyTable) -> LatencyModel:
-    """The uncalibrated model, as the table knows it now; the table holds one point of a piece or more."""
+def fill(layout: Layout, table: LatencyTable, refused: Collection[Point] = ()) -> LatencyModel:
+    """The uncalibrated model, as the table knows it now; the table holds one point of a piece or more.
+
+    Args:
+        refused: points that the runtime fails on (rule 6).
+    """
     found = known_call(table)
     call_ms = found.ms if found is not None else 0.0
     pieces = {slot.part.key: known_of(slot, table, call_ms) for slot in layout.slots if isinstance(slot.part, Piece)}
@@ -130,19 +138,26 @@ def fill(layout: Layout, table: LatencyTable) -> LatencyModel:
     seen: dict[tuple[str, tuple[tuple[int, ...], ...]], Estimate] = {}
     joints: dict[str, dict[int, float]] = {}
     terms: list[Term] = []
+    gone: dict[str, list[tuple[int, ...]]] = {}
+    for key, at in refused:
+        gone.setdefault(key, []).append(at)
     for slot in layout.slots:
         if isinstance(slot.part, Piece):
             known = pieces[slot.part.key]
-            knots = _with_measured(slot, known)
+            knots = _with_measured(slot, [*known.points.astype(int).tolist(), *gone.get(slot.part.key, ())])
             if (slot.part.key, knots) not in seen:
                 seen[slot.part.key, knots] = _estimate(law, known, knots)
             terms.append(_term(slot, knots, seen[slot.part.key, knots]))
-    close = CLOSE * sum(term.at(layout.dense) for term in terms if term.on(layout.dense))
+    dense_ms = sum(term.at(layout.dense) for term in terms if term.on(layout.dense))
+    if gone:
+        own = [slot.part.key for slot in layout.slots if isinstance(slot.part, Piece)]
+        terms = [_shut(term, gone.get(key, ()), BEYOND * dense_ms) for term, key in zip(terms, own, strict=True)]
     for slot in layout.slots:
         if isinstance(slot.part, Joint):
             if slot.part.key not in joints:
                 joints[slot.part.key] = _savings(slot, table, call_ms)
-            terms.append(_joint_term(slot, joints[slot.part.key], close))
+            failed = gone.get(slot.part.key, ())
+            terms.append(_joint_term(slot, joints[slot.part.key], CLOSE * dense_ms, failed))
     return LatencyModel(
         tuple(terms), layout.dense, layout.levels, rules=layout.rules, switches=layout.switches, intercept=call_ms
     )
@@ -162,11 +177,11 @@ def _estimate(law: CostLaw, known: Known, knots: tuple[tuple[int, ...], ...]) ->
     return law.estimate(known, np.array(grid, dtype=np.float64).reshape(len(grid), len(knots)))
 
 
-def _with_measured(slot: Slot, known: Known) -> tuple[tuple[int, ...], ...]:
-    """The knots, and on the axes of sums every value that was measured."""
+def _with_measured(slot: Slot, points: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """The knots, and on the axes of sums every value of these points."""
     found = []
     for k, (extent, values) in enumerate(zip(slot.extents, slot.knots, strict=True)):
-        more = {int(v) for v in known.points[:, k]} if len(extent.coefs) > 1 else set()
+        more = {int(at[k]) for at in points} if len(extent.coefs) > 1 else set()
         found.append(tuple(sorted({*values, *more})))
     return tuple(found)
 
@@ -187,15 +202,28 @@ def _savings(slot: Slot, table: LatencyTable, call_ms: float) -> dict[int, float
     return {at[0] if at else 0: joint_ms(slot.part, slot.graph, m.ms, call_ms) for at, m in points.items()}
 
 
-def _joint_term(slot: Slot, savings: Mapping[int, float], close_ms: float) -> Term:
+def _shut(term: Term, gone: Sequence[tuple[int, ...]], ms: float) -> Term:
+    """Rule 6."""
+    if not gone:
+        return term
+    shut = np.zeros(np.shape(term.ms), dtype=bool)
+    for at in gone:
+        shut[tuple(int(np.searchsorted(knots, value)) for knots, value in zip(term.knots, at, strict=True))] = True
+    bound = None if term.bound is None else np.where(shut, ms, term.bound)
+    measured = None if term.measured is None else term.measured | shut
+    return replace(term, ms=np.where(shut, ms, term.ms), bound=bound, measured=measured)
+
+
+def _joint_term(slot: Slot, savings: Mapping[int, float], close_ms: float, gone: Sequence[tuple[int, ...]]) -> Term:
     """Rule 5: linear between known sizes, constant beyond; a size between two of like savings counts as measured."""
     if not slot.extents:
         ms = np.array(savings.get(0, 0.0))
-        return Term(slot.name, (), (), ms, -1.0, slot.when, measured=None if savings else np.array(False))
-    sizes = np.array(sorted({*slot.knots[0], *savings}), dtype=np.float64)
+        return Term(slot.name, (), (), ms, -1.0, slot.when, measured=None if savings or gone else np.array(False))
+    failed = [at[0] for at in gone]
+    sizes = np.array(sorted({*slot.knots[0], *savings, *failed}), dtype=np.float64)
     at = np.array(sorted(savings), dtype=np.float64)
     ms = np.interp(sizes, at, [savings[int(v)] for v in at]) if savings else np.zeros(len(sizes))
-    measured = np.isin(sizes, at)
+    measured = np.isin(sizes, [*at, *failed])
     for low, high in itertools.pairwise(at):
         if abs(savings[int(high)] - savings[int(low)]) <= close_ms:
             measured |= (sizes > low) & (sizes < high)

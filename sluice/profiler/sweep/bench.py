@@ -8,11 +8,15 @@
 3. A tenant that fills the caches that cores share slows large activations, and not the reference engine: points of
    DenseNet were up to 20% off in one call and not in the next. So a point that seems to take longer than a larger one
    of the same piece, by more than `DOUBT`, is timed once more. The lower figure counts, since noise only adds.
+4. A runtime may fail on an engine. The points of such a call are timed again in halves, down to the one that fails. It
+   is *refused*: what uses it is no choice, and it is not tried again. Where the process of the runtime has ended
+   (`sluice.runtime.remote`), the engines of the other points are built anew.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
 from collections import Counter
@@ -22,6 +26,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx
 
+from sluice.core.errors import EngineFault, LostLine
 from sluice.core.progress import Advance, told_to
 from sluice.passes.precision.to_precision import to_precision
 from sluice.profiler.pieces.joints import Joint, call_models, joint_models, joint_widths
@@ -32,16 +37,20 @@ from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.table.measurement import Measurement, best_of
 from sluice.profiler.timing import sm_clock, timing_cache
 from sluice.profiler.timing.measure import PATIENCE_MS, QUIET, ReferenceEngine, measure
-from sluice.profiler.timing.reference_engine import was_slow
+from sluice.profiler.timing.reference_engine import reference_model, was_slow
+from sluice.runtime.base.faults import building, running
 from sluice.runtime.base.runner import Runner, Session
 
 __all__ = ["SOURCE_KEY", "Bench", "JointPoint", "PiecePoint", "Unknown"]
+
+log = logging.getLogger(__name__)
 
 AT_ONCE = 32  # engines in one call
 DOUBT = 0.03
 BURSTS, MAX_BURSTS = 24, 160
 SOURCE_KEY = "source-v4"
 Shape = tuple[int, ...]
+Row = tuple[str, tuple[int, ...], Measurement]
 PiecePoint = tuple[Partition, Piece, tuple[int, ...]]
 JointPoint = tuple[Partition, Joint, tuple[int, ...]]
 
@@ -97,6 +106,7 @@ class Bench:
     waits: Waits = field(default_factory=Waits)
     closed: bool = False
     deadline: float = math.inf  # by `time.monotonic`: no call begins after it
+    refused: dict[tuple[str, tuple[int, ...]], str] = field(default_factory=dict)  # with the reason (rule 4)
 
     @property
     def open(self) -> bool:
@@ -119,7 +129,7 @@ class Bench:
         """
         wanted: dict[tuple[str, tuple[int, ...]], PiecePoint | JointPoint] = {(p[1].key, p[2]): p for p in pieces}
         wanted |= {(p[1].key, p[2]): p for p in joints}
-        todo = _mixed([point for at, point in wanted.items() if self.table.get(*at) is None])
+        todo = _mixed([p for at, p in wanted.items() if at not in self.refused and self.table.get(*at) is None])
         if not todo:  # a complete table is only read
             return 0
         if self.closed:
@@ -135,25 +145,50 @@ class Bench:
         """Time these points; where the table has a figure already, the lower one is kept."""
         done, call_ms = 0, self.call() if points else 0.0
         while done < len(points) and self.open:
-            engines: list[_Engines] = []
-            for point in points[done:]:
-                engines.append(self._engines(*point))
-                if sum(len(e.sessions) for e in engines) >= AT_ONCE:
-                    break
-            done += len(engines)
-            known = [e for e in engines if e.joint is not None and e.apart and self._threads == 1]
-            timed = [e for e in engines if e not in known]
-            nothing = Measurement(0.0, 0.0, 0, self.runner.clock)
-            rows = [(e.key, e.extents, replace(nothing, ms=e.joint.calls * call_ms)) for e in known if e.joint]
-            rows += self._time_call(timed, call_ms) if timed else []
+            count, sessions = 0, 0
+            while sessions < AT_ONCE and done + count < len(points):
+                sessions += _engines_of(points[done + count][1])
+                count += 1
+            rows = self._timed(points[done : done + count], call_ms)
+            done += count
             if again:
                 rows = [(key, at, best_of((found, self.table.require(key, at)))) for key, at, found in rows]
             self.table.put_many(rows)
             if not again:
                 self.progress(done, len(points))
 
-    def _time_call(self, engines: Sequence[_Engines], call_ms: float) -> list[tuple[str, tuple[int, ...], Measurement]]:
+    def _timed(self, points: Sequence[PiecePoint | JointPoint], call_ms: float, last: bool = False) -> list[Row]:
+        """The rows of these points, less those that are refused (rule 4)."""
+        try:
+            return self._time_call([self._engines(*point) for point in points], call_ms)
+        except EngineFault as error:
+            self.stand_up(error)
+            if last:
+                _, part, extents = points[0]
+                self.refused[part.key, extents] = str(error)
+                log.warning("%s at %s is left out: %s", part.description, "x".join(map(str, extents)), error)
+                return []
+        if len(points) == 1:
+            return self._timed(points, call_ms, last=True)
+        half = len(points) // 2
+        return self._timed(points[:half], call_ms) + self._timed(points[half:], call_ms)
+
+    def stand_up(self, error: EngineFault) -> None:
+        """Go on after a fault; the error itself where the device does not come back."""
+        if isinstance(error, LostLine):
+            revive = getattr(self.runner, "revive", None)
+            if revive is None or not revive():
+                raise error
+            self.reference.session = self.runner.build(reference_model())
+
+    def _time_call(self, engines: Sequence[_Engines], call_ms: float) -> list[Row]:
         """One call (rule 1): the engines of these points, and their sources that the table lacks."""
+        equal = [e for e in engines if e.joint is not None and e.apart and self._threads == 1]
+        nothing = Measurement(0.0, 0.0, 0, self.runner.clock)
+        told = [(e.key, e.extents, replace(nothing, ms=e.joint.calls * call_ms)) for e in equal if e.joint]
+        engines = [e for e in engines if e not in equal]
+        if not engines:
+            return told
         shapes = dict.fromkeys(shape for e in engines for shape in e.sources)
         missing = [] if self._free else [shape for shape in shapes if self.table.get(SOURCE_KEY, shape) is None]
         sources = [self.session(source_model(shape, self._threads)) for shape in missing]
@@ -165,7 +200,7 @@ class Bench:
         own = iter(found[len(missing) :])
         for e in engines:
             rows.append((e.key, e.extents, e.milliseconds([next(own) for _ in e.sessions], source_ms, call_ms)))
-        return rows
+        return told + rows
 
     def _engines(self, cut: Partition, part: Piece | Joint, extents: tuple[int, ...]) -> _Engines:
         if isinstance(part, Piece):
@@ -205,21 +240,28 @@ class Bench:
         asked = self.table.fingerprint
         build = getattr(self.runner, "build_part", self.runner.build) if part else self.runner.build
         form = to_precision(model, asked.precision, part=part, target=asked.runtime, threads=asked.threads)
-        built = build(form)
+        with building(asked.runtime):
+            built = build(form)
         timing_cache.keep(self.runner, self.table)
         return built
 
     def time(self, sessions: Sequence[Session], most: int = MAX_BURSTS) -> tuple[Measurement, ...]:
         """All of them in turns, `BURSTS` to ``most`` bursts each."""
-        *found, witness = measure(
-            sessions, min_bursts=BURSTS, max_bursts=most, patience_ms=self.waits.patience_ms,
-            reference=self.reference, with_reference=True, waiting=told_to(self.progress), rng=self.rng,
-        )  # fmt: skip
+        with running(self.table.fingerprint.runtime):
+            *found, witness = measure(
+                sessions, min_bursts=BURSTS, max_bursts=most, patience_ms=self.waits.patience_ms,
+                reference=self.reference, with_reference=True, waiting=told_to(self.progress), rng=self.rng,
+            )  # fmt: skip
         self.waits.in_vain = witness.ms > (1.0 + QUIET) * self.reference.ms
         if was_slow(self.reference, witness.ms, self.table):
             return self.time(sessions, most)
         sm_clock.keep(self.runner, self.table)
         return tuple(found)
+
+
+def _engines_of(part: Piece | Joint) -> int:
+    """How many engines a point of the part takes, sources aside."""
+    return 1 if isinstance(part, Piece) else 2 + len(part.consumers)
 
 
 def _mixed(points: Sequence[PiecePoint | JointPoint]) -> list[PiecePoint | JointPoint]:

@@ -25,6 +25,7 @@ from sluice.core.errors import SluiceError
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.table.measurement import UNCERTAIN, Measurement
 from sluice.profiler.timing.measure import QUIET, ReferenceEngine, measure
+from sluice.runtime.base.faults import building, running
 from sluice.runtime.base.host import host_identity
 from sluice.runtime.base.runner import Runner, Session
 
@@ -66,9 +67,12 @@ def make_reference_engine(table: LatencyTable, runner: Runner, rng: np.random.Ge
             f"where only what is asked for is measured, and take these points along by `sluice table merge NEW "
             f"{table.path} -o BOTH` if they are wanted"
         )
-    session, known = runner.build(reference_model()), table.get(KEY, ())
+    target = table.fingerprint.runtime
+    with building(target):
+        session, known = runner.build(reference_model()), table.get(KEY, ())
     if known is None:
-        known = _quiet(session, TRIES, rng)
+        with running(target):
+            known = _quiet(session, TRIES, rng)
         table.put(KEY, (), known)
         table.describe(KEY, "reference engine measured along with every point")
         table.put_blob(HOST, json.dumps(sorted(_identity(runner))).encode())

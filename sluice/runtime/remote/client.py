@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from sluice.core.address import target_at
+from sluice.core.address import LOCAL, target_at
 from sluice.core.errors import SluiceError
 from sluice.runtime.base.inputs import parsed, place, serialized
 from sluice.runtime.base.runner import Clock
 from sluice.runtime.remote.line import Line, line_to
+from sluice.runtime.remote.local import local_server
 from sluice.runtime.remote.wire import MOST_BYTES, Hello, pack, unpack
 
 if TYPE_CHECKING:
@@ -44,7 +45,12 @@ class RemoteRunner:
     """
 
     def __init__(self, target: str, address: str, threads: int = 1) -> None:
-        self._target, self._line = target, line_to(address)
+        self._target = target
+        if address == LOCAL:
+            child = local_server(target, threads)
+            self._line = line_to(child.address, child)
+        else:
+            self._line = line_to(address)
         self._hello = hello = self._line.hello(target)
         if (hello.target, hello.threads) != (target, threads):
             raise SluiceError(
@@ -60,6 +66,10 @@ class RemoteRunner:
         self.free_borders = hello.free_borders
         if hello.parts:
             self.build_part = self._build_part
+
+    def revive(self) -> bool:
+        """Whether the device answers again after a `LostLine`; engines that were there are gone."""
+        return self._line.again(self._target)
 
     @property
     def device(self) -> str:

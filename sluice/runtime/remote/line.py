@@ -7,6 +7,7 @@
    has lost its power says nothing, so the system is told to ask whether the other side is still there.
 4. An engine that is collected here is closed there with the next request, since collecting comes at any moment, also in
    the middle of one.
+5. A device that is a child of this process (`sluice.runtime.remote.local`) is killed where it does not answer in time.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import secrets
 import socket
+import time
 import weakref
 from collections import deque
 from contextlib import suppress
@@ -24,6 +26,7 @@ from urllib.parse import urlencode
 
 from sluice.core.address import host_and_port, target_at
 from sluice.core.errors import LostLine, SluiceError, first_line
+from sluice.runtime.remote.local import PATIENCE_S, LocalServer
 from sluice.runtime.remote.wire import CLIENT, MOST_BYTES, Hello, from_json, readable
 
 __all__ = ["TOKEN", "Line", "line_to"]
@@ -31,25 +34,26 @@ __all__ = ["TOKEN", "Line", "line_to"]
 TOKEN = "SLUICE_TOKEN"
 CONNECT_S = 10.0
 ANSWER_S = 3600.0  # an engine may take long to build
+AGAIN_S = 10.0
 PROBES = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}  # seconds, seconds, times
 MOST_ANSWER = 1 << 24  # bytes of JSON
 
 _lines: weakref.WeakValueDictionary[str, Line] = weakref.WeakValueDictionary()
 
 
-def line_to(address: str) -> Line:
-    """The line to this address, one for all who need it now."""
+def line_to(address: str, child: LocalServer | None = None) -> Line:
+    """The line to this address, or to the child that serves here; one for all who need it now."""
     line = _lines.get(address)
     if line is None:
-        line = _lines[address] = Line(address)
+        line = _lines[address] = Line(address, child)
     return line
 
 
 class Line:
     """A connection that is made when it is needed; ``number`` counts those that there were (rule 1)."""
 
-    def __init__(self, address: str) -> None:
-        self.address, self.number = address, 0
+    def __init__(self, address: str, child: LocalServer | None = None) -> None:
+        self.address, self.number, self._child = address, 0, child
         self._client = secrets.token_hex(16)
         self._held: list[http.client.HTTPConnection] = []
         self._open = 0
@@ -67,6 +71,20 @@ class Line:
             return Hello.of(from_json(answer))
         except SluiceError as error:
             raise SluiceError(f"{self.address} cannot measure for this host: {error}; see what runs there") from None
+
+    def again(self, target: str) -> bool:
+        """Whether the device answers again, after the line to it was lost."""
+        if self._child is not None:
+            self._child.revive()
+        end = time.monotonic() + AGAIN_S
+        while True:
+            try:
+                self.hello(target)
+                return True
+            except LostLine:
+                if time.monotonic() > end:
+                    return False
+                time.sleep(0.2)
 
     def opened(self, owner: object, session: int) -> int:
         """An engine of the present connection, which goes with its ``owner``; the number of that connection."""
@@ -125,7 +143,7 @@ class Line:
     def _once(self, method: str, path: str, where: str, body: bytes, most: int) -> bytes:
         connection = self._held[0] if self._held else self._connect(where)
         headers = {CLIENT: self._client, "Content-Type": "application/octet-stream"}
-        if token := os.environ.get(TOKEN, "").strip():
+        if token := self._child.token if self._child is not None else os.environ.get(TOKEN, "").strip():
             headers["Authorization"] = f"Bearer {token}"
         try:
             with suppress(BrokenPipeError, ConnectionResetError):  # what is refused is answered before it is all sent
@@ -138,6 +156,8 @@ class Line:
                 _hang_up(self._held)
         except (OSError, http.client.HTTPException, UnicodeError) as error:
             _hang_up(self._held)
+            if isinstance(error, TimeoutError) and self._child is not None:
+                self._child.kill()
             raise LostLine(_lost(where, first_line(error) or type(error).__name__)) from None
         except BaseException:  # interrupted in the middle of an answer, which nobody would read
             _hang_up(self._held)
@@ -158,7 +178,7 @@ class Line:
                 f"nobody answers at {address} ({error.strerror or error}); run `sluice serve --target {target}` there, "
                 f"or give another address"
             ) from None
-        connection.sock.settimeout(ANSWER_S)
+        connection.sock.settimeout(ANSWER_S if self._child is None else PATIENCE_S)
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in PROBES.items():
             if hasattr(socket, name):

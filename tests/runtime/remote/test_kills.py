@@ -18,6 +18,7 @@ from sluice.core.deployment import Deployment
 from sluice.core.errors import LostLine, SluiceError
 from sluice.profiler.profile import profile_onnx
 from sluice.profiler.table.latency_table import LatencyTable
+from sluice.runtime.remote import line
 from sluice.runtime.remote.client import RemoteRunner, RemoteSession
 from sluice.runtime.targets import make_runner
 from tests.device import FakeRunner, chain, profile_on, staircase
@@ -77,6 +78,12 @@ def killed_at(number: int, what: str, served: Served) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind, what, asking)
         yield
+
+
+@pytest.fixture(autouse=True)
+def soon_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that does not come back is waited for no longer than that."""
+    monkeypatch.setattr(line, "AGAIN_S", 0.3)
 
 
 @pytest.mark.parametrize(("what", "number"), [("build", 1), ("build", 20), ("turn", 5000), ("turn", 6000)])
