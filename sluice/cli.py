@@ -153,6 +153,7 @@ def compress(args: argparse.Namespace) -> int:
     from sluice.core.address import target_at
 
     settings, figure = options.settings(args), evaluate_of(args.evaluate) if args.evaluate else None
+    settings |= {"keep": dict(args.keep), "multiple": dict(args.multiple)}
     if is_onnx(args.model):
         from sluice import compress_onnx
         from sluice.commands.compress_file import file_arguments

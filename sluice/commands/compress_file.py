@@ -60,7 +60,10 @@ def file_arguments(
         "fixed": dict(args.fixed), "loss": args.loss or "auto", "evaluate": figure,
         "refit": args.compensate is not False, "out": args.out,
     }  # fmt: skip
-    return {**{k: settings[k] for k in ("table", "exclude", "progress", "minutes") if k in settings}, **found}
+    return {
+        **{k: settings[k] for k in ("table", "exclude", "keep", "multiple", "progress", "minutes") if k in settings},
+        **found,
+    }
 
 
 def examples_in(spec: str, path: str, sizes: Sequence[NamedInput], made: Made) -> dict[str, np.ndarray]:

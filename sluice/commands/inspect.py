@@ -39,9 +39,11 @@ def inspection(
         reading, macs = read_onnx(dense), count_macs(dense)
     else:
         from sluice import capture
+        from sluice.passes.graph.exclusion_torch import named_by_type
 
         model = model_of(spec, weights)
         example = inputs_of(spec, shape, BATCH, inputs)
+        exclude = named_by_type(model, exclude)
         reading, macs = read_torch(capture(model, example)), _macs(model.eval(), example)
     space = find_search_space(reading, exclude)
     if not space.has_sites:

@@ -74,7 +74,36 @@ def weights(p: argparse.ArgumentParser) -> None:
 
 
 def exclude(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--exclude", action="append", default=[], help="layer, or shell pattern of layers, to leave alone")
+    p.add_argument(
+        "--exclude", action="append", default=[], help="layer, shell pattern of layers, or type:LayerNorm, to leave "
+        "alone",
+    )  # fmt: skip
+
+
+def widths(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--keep", action="append", default=[], type=kept, metavar="LAYER=0.5", help="least share, or number, of the "
+        "channels of a layer or shell pattern",
+    )  # fmt: skip
+    p.add_argument(
+        "--multiple", action="append", default=[], type=multiple_of, metavar="LAYER=8", help="what the widths of a "
+        "layer or shell pattern are multiples of",
+    )  # fmt: skip
+
+
+def kept(text: str) -> tuple[str, float]:
+    """``LAYER=0.5`` or ``LAYER=16``."""
+    pattern, _, value = text.rpartition("=")
+    try:
+        return pattern or "*", int(value) if value.isdecimal() else float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} says not how much is kept; give LAYER=0.5 or LAYER=16") from None
+
+
+def multiple_of(text: str) -> tuple[str, int]:
+    """``LAYER=8``, or ``8`` for all layers."""
+    pattern, _, value = text.rpartition("=")
+    return pattern or "*", positive(value)
 
 
 def device(p: argparse.ArgumentParser) -> None:

@@ -70,6 +70,7 @@ def _compress(p: argparse.ArgumentParser) -> None:
         "--gates", action="store_true", help="gates make one more plan of the best one, in a third of the epochs on top"
     )
     p.add_argument("--evaluate", metavar="FUNCTION", help="package.module:function from a module to its accuracy")
+    options.widths(p)
     p.add_argument("--seed", type=options.count, help="of all random numbers of the trainings")
     options.loss(p)
     options.recovery(p)

@@ -17,17 +17,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sluice.core.errors import SluiceError
 from sluice.passes.cut.factor import forms_of, max_rank
 from sluice.passes.graph.blocks import Block, find_blocks
 from sluice.passes.graph.chains import Chain
 from sluice.passes.graph.exclusion import excluded_by, leave_out
 from sluice.passes.graph.groups import Analysis, agreeing, module_of, named_like
 from sluice.passes.graph.view import GraphView
+from sluice.passes.graph.width_limits import FREE, WidthLimit, WidthLimits
 from sluice.passes.merge_sites import MergeSite, find_merge_sites
 
 if TYPE_CHECKING:
@@ -89,6 +91,7 @@ class SearchSpace:
         unmerged: by weight, of convolutions; ``<weight>..`` of a residual block that cannot be folded.
         kind: which graph was read, as in `Reading`.
         unmatched: names of groups that another reading of the network has and this one lacks (rule 4).
+        limits: by group, what is asked of its widths.
     """
 
     analysis: Analysis
@@ -101,6 +104,7 @@ class SearchSpace:
     unmerged: Mapping[str, str]
     kind: str
     unmatched: frozenset[str] = frozenset()
+    limits: Mapping[str, WidthLimit] = field(default_factory=dict)
 
     @property
     def has_sites(self) -> bool:
@@ -145,21 +149,38 @@ def read_torch(gm: fx.GraphModule) -> Reading:
     return Reading("torch", analyze(gm, needed=False), view_torch(gm), chains_torch(gm), tensors, buffers)
 
 
-def find_search_space(reading: Reading, exclude: Sequence[str] = ()) -> SearchSpace:
+def find_search_space(reading: Reading, exclude: Sequence[str] = (), limits: WidthLimits = FREE) -> SearchSpace:
     """All sites of a network (rules 2 and 3).
 
     Args:
-        exclude: names or shell patterns of tensors, modules, or modules around them.
+        exclude: names or shell patterns of tensors, modules, or modules around them; ``type:Conv`` for the tensors of
+            an operator of a file.
+        limits: of widths.
     Raises:
         SluiceError: a pattern means no layer.
     """
+    exclude = _named(reading, exclude)
     analysis = leave_out(reading.analysis, exclude)
     ranks, unfactorised = _ranks(reading, exclude)
     blocks, undropped = _blocks(reading, exclude)
     merges, unmerged = find_merge_sites(reading.chains, reading.tensors, analysis, exclude)
     untrained = {name: why for name, why in unfactorised.items() if name in reading.buffers}
     left_alone = {**analysis.frozen, **_silent(reading, analysis), **untrained}
-    return SearchSpace(analysis, ranks, blocks, merges, left_alone, unfactorised, undropped, unmerged, reading.kind)
+    return SearchSpace(analysis, ranks, blocks, merges, left_alone, unfactorised, undropped, unmerged, reading.kind,
+                       limits=limits.of(analysis))  # fmt: skip
+
+
+def _named(reading: Reading, exclude: Sequence[str]) -> Sequence[str]:
+    """The patterns, operators replaced by the tensors that they read."""
+    found: list[str] = []
+    layers = {param for param, _ in reading.analysis.producers}
+    for each in exclude:
+        kind = each.removeprefix("type:")
+        own = [n for node in reading.view.nodes if node.op == kind for n in node.tensors if n in layers]
+        if kind != each and not own:
+            raise SluiceError(f"exclude={each!r} means no operator with a weight; see `sluice inspect` for the layers")
+        found += [each] if kind == each else own
+    return found
 
 
 def called_like(space: SearchSpace, other: SearchSpace) -> SearchSpace:

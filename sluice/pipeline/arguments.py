@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from sluice.core.errors import SluiceError, first_line
 from sluice.core.version import __version__
+from sluice.passes.graph.exclusion_torch import named_by_type
 from sluice.pipeline.prepare import check_float32
 from sluice.pipeline.recipe import Evaluate, Recipe, recovery_of
 from sluice.training.batches import check_data, checked
@@ -93,16 +94,16 @@ def check_paths(**given: object) -> None:
             raise SluiceError(f"{name}={path!r} is no path; give a string or a pathlib.Path")
 
 
-def patterns(exclude: object) -> Sequence[str]:
-    """``exclude=`` as a sequence of patterns; one pattern may stand for itself, None for none.
+def patterns(exclude: object, model: nn.Module) -> Sequence[str]:
+    """``exclude=`` as a sequence of patterns, types as names; one entry may stand for itself, None for none.
 
     Raises:
         SluiceError: it holds something else.
     """
-    found = () if exclude is None else (exclude,) if isinstance(exclude, str) else exclude
-    if not isinstance(found, (tuple, list, set, frozenset)) or not all(isinstance(each, str) for each in found):
+    found = () if exclude is None else (exclude,) if isinstance(exclude, (str, type)) else exclude
+    if not isinstance(found, (tuple, list, set, frozenset)):
         raise SluiceError(f"exclude={exclude!r} is no list of layers; give names or shell patterns, exclude=['head.*']")
-    return tuple(found)
+    return tuple(named_by_type(model, found))
 
 
 def room_for(model: nn.Module) -> int:

@@ -23,6 +23,7 @@ from sluice.core.budget_spec import AllowedDrop, BudgetSpec, parse_budget
 from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError
 from sluice.passes.graph.capture import Inputs
+from sluice.passes.graph.width_limits import WidthLimits
 from sluice.pipeline.arguments import check_paths, patterns, recipe_of, room_for, stages_of
 from sluice.pipeline.finish import carry_out
 from sluice.pipeline.least import check_least, find_least
@@ -48,7 +49,9 @@ def compress(
     target: str = "ort-cpu",
     threads: int = 1,
     precision: str = "fp32",
-    exclude: Sequence[str] = (),
+    exclude: Sequence[str | type[nn.Module]] = (),
+    keep: Mapping[str, float] | None = None,
+    multiple: Mapping[str, int] | None = None,
     methods: Sequence[str] = METHODS,
     gate_epochs: int = 0,
     epochs: int = 10,
@@ -73,6 +76,9 @@ def compress(
         table: latency table (SQLite), made or continued.
         out: folder for plan, weights, ONNX and report.
         precision: of the deployed and timed network: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
+        exclude: layers to leave alone: names, shell patterns, classes of modules, or ``"type:LayerNorm"``.
+        keep: by pattern the least share of the channels, a float, or number of them, an int, ``{"head.*": 0.5}``.
+        multiple: by pattern what widths are multiples of, ``{"*": 8}``.
         methods: some of ``filter``, ``rank``, ``block``, ``merge``; the edits on offer.
         gate_epochs: epochs of training with gates; 0 scores channels in one shot (Fisher, with or without labels).
         epochs: epochs of fine-tuning with the dense network as teacher; a trial of settings comes on top.
@@ -95,7 +101,8 @@ def compress(
         SluiceError: a mistake that the caller can mend; no half-written file is left behind.
     """
     started = time.perf_counter()
-    methods, exclude = check_methods(methods), patterns(exclude)
+    methods, exclude = check_methods(methods), patterns(exclude, model)
+    limits = WidthLimits(keep or {}, multiple or {})
     asked = parse_budget(budget)  # a mistake in an argument is an error before anything is measured
     deployment = Deployment(target, batch, threads, precision)
     check_paths(table=table, **({} if out is None else {"out": out}))
@@ -108,10 +115,11 @@ def compress(
     if isinstance(asked, AllowedDrop):
         check_least(asked, recipe)
     fixed = [asked] if isinstance(asked, BudgetSpec) else []
-    recipe = replace(recipe, stages=stages_of(model, example_inputs, out, recipe, deployment, methods, exclude, seed))
+    more = (deployment, methods, exclude, limits, seed)
+    recipe = replace(recipe, stages=stages_of(model, example_inputs, out, recipe, *more))
     with seeded(seed):
         ready = prepare(model, example_inputs, fixed, deployment, recipe, table=table, exclude=exclude, methods=methods,
-                        minutes=minutes)  # fmt: skip
+                        limits=limits, minutes=minutes)  # fmt: skip
         if isinstance(asked, AllowedDrop):
             return find_least(ready, asked, recipe, partial(carry_out, ready, recipe=recipe, started=started), out=out)
         return carry_out(ready, asked, recipe, out=out, started=started)
@@ -129,7 +137,9 @@ def sweep(
     target: str = "ort-cpu",
     threads: int = 1,
     precision: str = "fp32",
-    exclude: Sequence[str] = (),
+    exclude: Sequence[str | type[nn.Module]] = (),
+    keep: Mapping[str, float] | None = None,
+    multiple: Mapping[str, int] | None = None,
     methods: Sequence[str] = METHODS,
     epochs: int = 10,
     rehearsal: float = REHEARSAL,
@@ -148,7 +158,8 @@ def sweep(
     The first budget that fails ends the sweep; a budget out of reach is an error before anything is priced. The folder
     ``out/<budget without its %>`` holds the files of a budget.
     """
-    methods, exclude = check_methods(methods), patterns(exclude)
+    methods, exclude = check_methods(methods), patterns(exclude, model)
+    limits = WidthLimits(keep or {}, multiple or {})
     if not budgets:
         raise SluiceError("there are no budgets; give at least one, budgets=['50%']")
     asked = {budget: BudgetSpec.parse(budget) for budget in budgets}
@@ -162,13 +173,14 @@ def sweep(
     for folder in folders.values():
         if folder is not None:
             check_writable(folder, room_for(model), {"the latency table": table})
-    whole = replace(recipe, stages=stages_of(model, example_inputs, out, recipe, deployment, methods, exclude, seed))
+    more = (deployment, methods, exclude, limits, seed)
+    whole = replace(recipe, stages=stages_of(model, example_inputs, out, recipe, *more))
     with seeded(seed):
         ready = prepare(model, example_inputs, list(asked.values()), deployment, whole, table=table, exclude=exclude,
-                        methods=methods, minutes=minutes)  # fmt: skip
+                        methods=methods, limits=limits, minutes=minutes)  # fmt: skip
     for budget, folder in folders.items():
         started = time.perf_counter()
-        stages = stages_of(model, example_inputs, folder, recipe, deployment, methods, exclude, seed)
+        stages = stages_of(model, example_inputs, folder, recipe, *more)
         with seeded(seed):
             done = carry_out(ready, asked[budget], replace(recipe, stages=stages), out=folder, started=started)
         yield budget, done

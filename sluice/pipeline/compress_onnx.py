@@ -42,6 +42,7 @@ from sluice.passes.files.read import OnnxFile, load_whole, read_onnx_file, writt
 from sluice.passes.files.rows import Rows, rows_of
 from sluice.passes.graph.onnx_file import finalize
 from sluice.passes.graph.onnx_graph import OnnxGraph
+from sluice.passes.graph.width_limits import WidthLimits
 from sluice.passes.search_space import agreed, find_search_space, read_onnx
 from sluice.pipeline.plain import counted_from, share_beside
 from sluice.pipeline.problem import Problem
@@ -74,6 +75,8 @@ def compress_onnx(
     threads: int = 1,
     exclude: Sequence[str] = (),
     methods: Sequence[str] = FILE_METHODS,
+    keep: Mapping[str, float] | None = None,
+    multiple: Mapping[str, int] | None = None,
     fixed: Mapping[str, float] | None = None,
     loss: str = "auto",
     evaluate: Callable[[Any], float] | None = None,
@@ -91,6 +94,7 @@ def compress_onnx(
         table: latency table (SQLite), made or continued.
         out: folder for plan, ONNX file and report.
         methods: some of ``filter``, ``rank``, ``block``, ``merge``; a merge takes activations away for good.
+        keep, multiple: as for `sluice.compress`.
         fixed: numbers of inputs that stay the same for good, or sizes of open axes by their name.
         loss: ``auto``, ``mse``, ``logits`` or ``cosine``: the distance between outputs.
         evaluate: figure of merit of a session of ONNX Runtime, the higher the better, for the report.
@@ -102,6 +106,7 @@ def compress_onnx(
     """
     started = time.perf_counter()
     methods, asked = check_methods(methods), BudgetSpec.parse(budget)
+    limits = WidthLimits(keep or {}, multiple or {})
     if out is not None:
         check_writable(out, 0, {"the latency table": table})
     with stage("read", progress):
@@ -110,7 +115,7 @@ def compress_onnx(
         rows = rows_of(file, examples)
         dense, timed = file.model, _sized(file.model, file)
         kept, held = _split(rows)
-        space = find_search_space(read_onnx(dense), exclude)
+        space = find_search_space(read_onnx(dense), exclude, limits)
     figure = _figure(evaluate, dense, held)
     metric_dense = figure(dense)
     measured = profile_onnx(

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -43,7 +44,7 @@ from sluice.pipeline.figures import captured_inputs, count_parameters, example_o
 from sluice.pipeline.gate_candidate import GateCandidate
 from sluice.pipeline.kept_stages import Reading, verified_once
 from sluice.pipeline.plain import counted_from
-from sluice.pipeline.prepare import Prepared, trainable
+from sluice.pipeline.prepare import Prepared, fits, trainable
 from sluice.pipeline.price import price_problem
 from sluice.pipeline.recipe import REHEARSAL, Evaluate, Recipe, recovery_of
 from sluice.pipeline.recover import recover
@@ -108,6 +109,11 @@ def carry_out(
     """The way of one budget, from a prepared problem to its result."""
     stages = recipe.stages.for_(budget)
     budget = counted_from(ready.plain, budget)
+    if fits(ready.measured, budget):
+        ready, recipe = replace(ready, problem=replace(ready.problem, sites=frozenset())), replace(recipe, epochs=0)
+        if recipe.progress:
+            dense_ms = ready.measured.latency.dense_ms()
+            print(f"{dense_ms:.4g} ms are within {budget.ms(dense_ms):.4g} ms already: nothing is cut", file=sys.stderr)
     gated, measured, reference = ready.gated, ready.measured, ready.teacher
     problem, precision = ready.problem, measured.fingerprint.precision
     data, evaluate, progress = recipe.data, recipe.evaluate, recipe.progress
@@ -151,7 +157,10 @@ def carry_out(
 
     deploy(cut)  # rule 4
     metric_dense = ready.metric if evaluate is None or ready.metric is not None else evaluate(reference)
-    recovered = recover(slim, verified.plan, replace(recipe, stages=stages), dense=stripped, teacher=reference)
+    recovered = None
+    if verified.plan.edited():  # what was not cut has nothing to recover
+        recipe = replace(recipe, stages=stages)
+        recovered = recover(slim, verified.plan, recipe, dense=stripped, teacher=reference)
     slim = merge_runs(slim, verified.plan).eval()
     with kept(out, slim, verified.plan):
         with stage("export and measure", progress) as advance:
@@ -176,7 +185,7 @@ def carry_out(
         done = Compressed(with_own_names(slim), verified.plan, named, deployed, report)
         if out is not None:
             done.save(out)
-    recipe.stages.end()
+    stages.end()
     _same(exported)  # last: the trained network is saved even then
     return done
 

@@ -24,8 +24,9 @@ from sluice.importance.taylor import learned_scores
 from sluice.passes.cut.export import to_onnx, with_values
 from sluice.passes.cut.rewrite_torch import rewrite_captured
 from sluice.passes.gates.gating import Gated, absorb_masks, insert_gates, strip_gates
-from sluice.passes.graph.capture import Inputs, capture, clone
+from sluice.passes.graph.capture import Inputs, capture, clone, input_specs
 from sluice.passes.graph.preflight_torch import check_module
+from sluice.passes.graph.width_limits import FREE, WidthLimits
 from sluice.passes.search_space import SearchSpace, agreed, find_search_space, read_torch
 from sluice.pipeline.bsr import stable_rank_loss
 from sluice.pipeline.figures import captured_inputs
@@ -36,7 +37,7 @@ from sluice.pipeline.plain import counted_from, plain_share
 from sluice.pipeline.price import one_shot_scores, price_problem
 from sluice.pipeline.problem import Problem
 from sluice.pipeline.recipe import Recipe
-from sluice.pipeline.verify import AIM
+from sluice.pipeline.verify import ACCEPTED, AIM
 from sluice.profiler.need import SHARES, walk
 from sluice.profiler.profile import measured_elsewhere, profile_known, profile_onnx
 from sluice.profiler.view import Profile
@@ -45,7 +46,7 @@ from sluice.solver.options import BSR, METHODS
 from sluice.training.budget import Budget
 from sluice.training.train import count_batches, fit
 
-__all__ = ["Prepared", "check_float32", "check_reachable", "prepare", "profile", "trainable"]
+__all__ = ["Prepared", "check_float32", "check_reachable", "fits", "prepare", "profile", "trainable"]
 
 
 def profile(
@@ -138,8 +139,8 @@ def trainable(captured: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 
 def prepare(
     model: nn.Module, example_inputs: Inputs, budgets: Sequence[BudgetSpec], deployment: Deployment, recipe: Recipe, *,
-    table: str | os.PathLike[str], exclude: Sequence[str], methods: tuple[str, ...], elsewhere: bool = False,
-    minutes: float = math.inf,
+    table: str | os.PathLike[str], exclude: Sequence[str], methods: tuple[str, ...], limits: WidthLimits = FREE,
+    elsewhere: bool = False, minutes: float = math.inf,
 ) -> Prepared:  # fmt: skip
     """Profile, train gates (if there are ``gate_epochs``) or score channels, price every level of every site.
 
@@ -151,7 +152,7 @@ def prepare(
     check_float32(model)
     with stage("export", progress):
         captured = capture(model, example_inputs)
-        exported, space = to_onnx(captured, example_inputs), find_search_space(read_torch(captured), exclude)
+        exported, space = to_onnx(captured, example_inputs), find_search_space(read_torch(captured), exclude, limits)
     # Before anything is measured, and of the network as it was captured: what is wrong with it costs nothing then.
     metric = None if recipe.evaluate is None else recipe.evaluate(clone(captured).eval())
     measured = _profile(exported, deployment, space, table=table, exclude=exclude, methods=methods,
@@ -159,6 +160,10 @@ def prepare(
     with stage("plain export", progress) as advance:
         plain = plain_share(measured, model, example_inputs, exported, advance)
     budgets = [counted_from(plain, each) for each in budgets]
+    if budgets and all(fits(measured, each) for each in budgets):  # nothing may move, and nothing is priced or trained
+        gated = insert_gates(captured, example_inputs, space=agreed(space, measured.space), kinds=())
+        nothing = Problem(measured, gated.meta["space"].analysis, frozenset(), {}, {}, input_specs(captured))
+        return Prepared(gated, measured, methods, strip_gates(gated).eval(), nothing, exported, plain, metric)
     space = agreed(space, measured.space)  # a site that the file lacks is neither promised nor cut
     for each in budgets:
         check_reachable(measured, methods, each)  # before the training
@@ -217,6 +222,12 @@ def _budget(gated: Gated, measured: Profile, budget: BudgetSpec) -> Budget | Non
         return Budget(gated, measured, budget)
     except Unreachable:
         return None
+
+
+def fits(measured: Profile, budget: BudgetSpec) -> bool:
+    """Whether the dense network is within the budget as it is, by the margin that engines have to keep."""
+    dense_ms = measured.latency.dense_ms()
+    return dense_ms <= ACCEPTED * budget.ms(dense_ms)
 
 
 def check_reachable(measured: Profile, methods: Sequence[str], budget: BudgetSpec) -> None:

@@ -20,6 +20,7 @@ import onnx
 from sluice.core.deployment import ON_CPU, Deployment
 from sluice.core.errors import SluiceError
 from sluice.core.progress import Progress, progress_of
+from sluice.passes.graph.width_limits import FREE, WidthLimits
 from sluice.passes.search_space import SearchSpace, agreed, called_like, find_search_space, read_onnx
 from sluice.profiler.pieces.engine import model_key
 from sluice.profiler.pieces.partition import Partition, partition_static, static_at, with_small
@@ -100,6 +101,7 @@ def profile_onnx(
     exclude: Sequence[str] = (),
     methods: Sequence[str] = ("filter",),
     like: SearchSpace | None = None,
+    limits: WidthLimits = FREE,
     complete: bool = False,
     minutes: float = math.inf,
     seed: int = 0,
@@ -112,7 +114,8 @@ def profile_onnx(
         table: SQLite file, made if it does not exist; refused if it belongs to another device or setting.
         deployment: what is measured; ``model`` itself is fp32 in any case.
         methods: what may be chosen, of ``filter``, ``rank``, ``block``, ``merge``.
-        like: another reading of the same network, to whose sites the choice is limited.
+        like: another reading of the same network, to whose sites and widths the choice is limited.
+        limits: of widths, where there is no such reading.
         minutes: after so many no more is measured, and what is not known then is estimated. The dense network is
             measured in any case.
         complete: measure everything now, for a table that serves where this device is not at hand.
@@ -122,7 +125,7 @@ def profile_onnx(
     """
     methods, show = check_methods(methods), progress_of(progress)
     fingerprint = fingerprint_here(deployment)
-    partition, space = _partition(model, fingerprint, exclude, methods, like)
+    partition, space = _partition(model, fingerprint, exclude, methods, like, limits)
 
     if not minutes > 0:
         raise SluiceError(f"minutes={minutes} leave no time to measure; give more than 0, or leave it out")
@@ -238,12 +241,13 @@ def _partition(
     exclude: Sequence[str],
     methods: Sequence[str],
     like: SearchSpace | None,
+    limits: WidthLimits = FREE,
 ) -> tuple[Partition, SearchSpace]:
     """The network at the batch of the deployment, its pieces, and what it can become."""
     static = static_at(model, fingerprint.batch)
-    space = find_search_space(read_onnx(static), exclude)
+    space = find_search_space(read_onnx(static), exclude, limits)
     if like is not None:
-        space = called_like(space, like)
+        space = replace(called_like(space, like), limits=like.limits)
     partition = partition_static(static, space.analysis, fingerprint.batch)
     # Less work takes no less time where a small batch leaves an accelerator idle, or threads wait for each other.
     if fingerprint.runtime in ON_CPU and fingerprint.threads == 1:

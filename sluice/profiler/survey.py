@@ -63,7 +63,7 @@ def survey(partition: Partition, bench: Bench, *, methods: Sequence[str], space:
         law = fit_law([_one(p, at, partition, dense_ms[name]) for name, (p, at, _) in found.items()])
         precision = bench.table.fingerprint.precision
         alternatives = find_alternatives(partition, law, dense_ms, methods, space, precision)
-    return lay_out(partition, alternatives, bench.table.fingerprint.precision)
+    return lay_out(partition, alternatives, bench.table.fingerprint.precision, space.limits)
 
 
 def _one(piece: Piece, at: tuple[int, ...], partition: Partition, ms: float) -> Known:

@@ -148,6 +148,7 @@ class Budget:
         if not self._parameters:
             raise SluiceError(f"none of the {len(gates)} gates has a parameter to train; unfreeze them")
         self._hooks: list[Any] = []
+        self._released = False
         for index, parameter in enumerate(self._parameters):
             self._hooks.append(parameter.register_hook(self._arrival(index)))
         if isinstance(inner, Gates):
@@ -161,6 +162,7 @@ class Budget:
 
     def release(self) -> None:
         """Let go of the gates; another budget holds them now."""
+        self._released = True
         for hook in self._hooks:
             hook.remove()
 
@@ -189,6 +191,10 @@ class Budget:
 
     def penalty(self) -> Tensor:
         """The scalar to add to the loss. Its gradient reaches the gates' parameters only."""
+        if self._released:
+            raise SluiceError(
+                "this budget's gates have another budget by now, made after it; use that one, or insert gates anew"
+            )
         if self._passes > PATIENCE:
             raise SluiceError(f"penalty() was used {self._passes} times without step(); call it after optimizer.step()")
         with torch.enable_grad():

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import sluice
 from sluice.core.errors import SluiceError
 from sluice.core.latency import Extent, LatencyModel, Term
 from sluice.solver.decide import least_ms
 from sluice.training.budget import Budget
 from sluice.training.expected_latency import ExpectedLatency, through_levels
+from tests import tiny
 
 
 class Sigmoids(nn.Module):
@@ -265,3 +267,13 @@ def test_decisions_are_hard_widths_and_evaluation_needs_no_graph() -> None:
     assert budget.model.ms(budget.configuration()) == pytest.approx(staircase().ms({"a": 12, "b": 40, "c": 24}))
     with torch.no_grad():
         assert not budget.penalty().requires_grad
+
+
+def test_a_budget_whose_place_was_taken_says_so() -> None:
+    gated = sluice.insert_gates(tiny.model(), tiny.inputs(), steps=9)
+    with tiny.simulated_device():
+        profile = sluice.profile(tiny.model(), tiny.inputs(), batch=tiny.BATCH, methods=("filter",), progress=False)
+    first, second = (Budget(gated, profile, share) for share in ("60%", "50%"))
+    with pytest.raises(SluiceError, match="gates have another budget by now"):
+        first.penalty()
+    assert float(second.penalty().detach()) >= 0.0

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sluice.core.latency import Extent, LatencyModel, Rule, Term
+from sluice.passes.graph.width_limits import WidthLimit
 from sluice.profiler.fit.cost_law import CostLaw, Estimate, Known, fit_law
 from sluice.profiler.pieces.joints import Joint
 from sluice.profiler.pieces.levels import group_levels, sum_levels
@@ -82,11 +83,13 @@ class Layout:
                 yield slot, slot.at(widths)
 
 
-def lay_out(partition: Partition, alternatives: Alternatives, precision: str) -> Layout:
-    """The slots of a dense graph and of what is offered in the place of its layers."""
+def lay_out(
+    partition: Partition, alternatives: Alternatives, precision: str, limits: Mapping[str, WidthLimit] | None = None
+) -> Layout:
+    """The slots of a dense graph and of what is offered in the place of its layers; ``limits`` are those of widths."""
     shown, drops = alternatives.shown, alternatives.options.drops
     known = partition.dense
-    levels = group_levels(partition, precision)
+    levels = group_levels(partition, precision, limits or {})
     # A piece without a weight goes by its own name where a dropped branch takes it along.
     alone = {name for names in alternatives.without_weight.values() for name in names}
     anchors = {p.name: p.name if p.name in alone else anchor_weight(p) for p in partition.pieces}

@@ -13,18 +13,21 @@
    64 units, of 128.
 4. Sums of groups (concatenations) are known at `SUMS` values, those of widths at equal shares, and at every value that
    was measured (`sluice.profiler.fit.assemble`).
+5. What the user asks of widths (`sluice.passes.graph.width_limits`) makes the step a common multiple, or in
+   narrow groups the user's own, and takes away what is too narrow.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 
 from sluice.passes.graph.groups import AxisRef
 from sluice.passes.graph.onnx_graph import OnnxGraph
+from sluice.passes.graph.width_limits import WidthLimit
 from sluice.profiler.pieces.partition import CONVOLUTIONS, Partition, weights_of
 from sluice.profiler.pieces.split import ANCHORS
 
@@ -51,8 +54,10 @@ def step_of(size: int, precision: str, *, positions: int = 1, least: int = 1) ->
     return max(1, step)
 
 
-def group_levels(partition: Partition, precision: str) -> dict[str, tuple[int, ...]]:
-    """The widths of every group of a graph, by name."""
+def group_levels(
+    partition: Partition, precision: str, limits: Mapping[str, WidthLimit] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The widths of every group of a graph, by name; those that the user wants no less, and multiples (rule 5)."""
     convolved, read = set[str](), set[str]()
     producers = OnnxGraph(partition.model).producers
     for node in partition.model.graph.node:
@@ -66,9 +71,12 @@ def group_levels(partition: Partition, precision: str) -> dict[str, tuple[int, .
         positions = min(map(_side_by_side, refs), default=1)
         least = MATRIX if matrix and positions == 1 else 1
         step = step_of(group.size, precision, positions=positions, least=least)
+        limit = (limits or {}).get(group.name, WidthLimit())
+        common = math.lcm(step, limit.multiple)
+        step = common if 2 * common <= group.size else limit.multiple if limit.multiple > 1 else step
         counted = positions > 1 and group.size <= COUNTED * step
         every = (*range(step, group.size, step), group.size)
-        found[group.name] = every if counted else width_levels(group.size, precision, step=step)
+        found[group.name] = limit.allowed(every if counted else width_levels(group.size, precision, step=step))
     return found
 
 
