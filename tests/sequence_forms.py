@@ -423,6 +423,27 @@ class Stack(nn.Module):
         return self.head(outputs[:, -1] if self.read == "outputs" else torch.cat([states[-2], states[-1]], -1))
 
 
+def turned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The transposes of a matrix by three names."""
+    return ((k @ q.mT).adjoint() * 0.5).softmax(-1) @ v.mT.mH
+
+
+class Repeated(nn.Module):
+    """6 heads of q share 2 of k and v, each repeated one by one; so is every channel of the result."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(width, 24), nn.Linear(width, 8), nn.Linear(width, 8)
+        self.proj, self.last = nn.Linear(24, 7), nn.Linear(14, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q = self.q(x).view(b, n, 6, 4).transpose(1, 2)
+        k, v = (f(x).view(b, n, 2, 4).transpose(1, 2).repeat_interleave(3, 1) for f in (self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.last(self.proj(y).relu().repeat_interleave(2, dim=-1))
+
+
 def images() -> Inputs:
     return (torch.randn(3, 3, 6, 4),)
 
@@ -444,6 +465,8 @@ FORMS: dict[str, Network] = {
     "covariance": (lambda: Block(Covariance), rows),
     "shared": (Shared, words),
     "columns": (Gpt, words),
+    "turned": (lambda: Block(lambda e: Attention(e, turned)), rows),
+    "repeated": (lambda: Block(Repeated), rows),
     "pooled": (Pooled, rows),
     "weight norm": (lambda: Causal(nn.utils.parametrizations.weight_norm), rows),
     "weight norm, a hook": (lambda: Causal(hooked), rows),

@@ -113,7 +113,8 @@ def static_shape(value: torch.Tensor, batch: int = BATCH) -> Shape:
             sizes.append(size)
         else:
             expr = size.node.expr
-            sizes.append(int(expr.subs(dict.fromkeys(expr.free_symbols, batch))))
+            whole = batch if expr.is_Symbol else int(expr.subs(dict.fromkeys(expr.free_symbols, batch)))
+            sizes.append(whole)
     return tuple(sizes)
 
 

@@ -47,6 +47,7 @@ class Atoms:
         self._parent = np.arange(64)  # of every atom; entries behind the last atom point at themselves
         self._home = np.full(64, -1)  # the axis that an atom was made for, an index into _keys; -1: none
         self._factors = np.full((64, 2), -1)  # of every root that is a product
+        self._has_products = False
         self._count = 0
         self._reasons: dict[int, str] = {}  # by root that is no product
 
@@ -84,13 +85,16 @@ class Atoms:
     def roots(self, atoms: np.ndarray) -> np.ndarray:
         """The lowest atom of the class of every one of ``atoms``, same shape; -1 where there is none."""
         found = self._parent[atoms]
-        while not np.array_equal(above := self._parent[found], found):
+        while ((above := self._parent[found]) != found).any():
             found = above
         self._parent[atoms] = found
         return np.where(atoms < 0, -1, found)
 
     def resolved(self, layers: Layers) -> Layers:
         """Layers of roots that are no products, which say the same; none of them twice."""
+        if not self._has_products and len(layers) == 1:
+            roots = self.roots(layers[0])
+            return (roots,) if (roots >= 0).any() else ()
         todo, done = list(reversed(layers)), list[np.ndarray]()
         while todo:
             roots = self.roots(todo.pop())
@@ -115,7 +119,7 @@ class Atoms:
             low, high = np.minimum(first, second)[apart], np.maximum(first, second)[apart]
             # A root tied to several others goes to the lowest now, and takes the rest along in the next round.
             np.minimum.at(self._parent, high, low)
-            for root in [r for r in np.unique(high).tolist() if r in self._reasons]:
+            for root in sorted(self._reasons.keys() & set(high.tolist())) if self._reasons else ():
                 self._reasons.setdefault(int(self.roots(np.array([root]))[0]), self._reasons.pop(root))
 
     def unite(self, a: Layers, b: Layers, where: str) -> None:
@@ -156,6 +160,9 @@ class Atoms:
     def _join(self, a: np.ndarray, b: np.ndarray, why: str) -> None:
         """Unite two layers; an atom that meets nothing is frozen."""
         both = (a >= 0) & (b >= 0)
+        if both.all():
+            self.union(a, b)
+            return
         self.union(a[both], b[both])
         self.freeze((np.where(both, -1, a), np.where(both, -1, b)), why)
 
@@ -172,6 +179,7 @@ class Atoms:
 
     def multiply(self, atoms: np.ndarray, factors: Sequence[np.ndarray]) -> None:
         """``atoms[i]`` stays iff ``factors[k][i]`` does for all k; -1 is no factor. ``atoms`` are different roots."""
+        self._has_products = True
         rest = factors[-1]
         for layer in factors[-2:0:-1]:
             both = (layer >= 0) & (rest >= 0)
@@ -194,7 +202,7 @@ class Atoms:
     def freeze(self, layers: Iterable[np.ndarray], reason: str) -> None:
         """All indices of an axis must stay."""
         for layer in self.resolved(tuple(layer.reshape(-1) for layer in layers)):
-            for root in np.unique(layer[layer >= 0]).tolist():
+            for root in sorted(set(layer.tolist()) - {-1}):
                 self._reasons.setdefault(root, reason)
 
     @property

@@ -7,6 +7,8 @@
 4. What is computed without gradients, or without mixed precision, stands in a graph of its own. It joins the graph
    around it; results without gradients are detached.
 5. A normed weight is ``g / |v| * v``: it is zero where ``g`` is, and |v| a norm like any other.
+6. Entries that are repeated one by one are expanded along an axis of their own, which then joins theirs.
+7. Of real numbers ``mT``, ``mH`` and the adjoint of a matrix are its transpose.
 """
 
 from __future__ import annotations
@@ -137,10 +139,30 @@ def _weight_norm(node: fx.Node) -> None:
     write.done(write(aten.mul.Tensor, write(aten.div.Tensor, g, size), v))
 
 
+def _repeat(node: fx.Node) -> None:
+    a = arguments(node)
+    x, dim = a["self"], a["dim"]
+    if dim is None or not isinstance(a["repeats"], int):
+        return
+    write, rank = Writer(node), x.meta["val"].ndim
+    dim %= rank
+    sizes = [a["repeats"] if d == dim + 1 else -1 for d in range(rank + 1)]
+    expanded = write(aten.expand.default, write(aten.unsqueeze.default, x, dim + 1), sizes)
+    write.done(write(aten.flatten.using_ints, expanded, dim, dim + 1))
+
+
+def _transposed(node: fx.Node) -> None:
+    x = node.args[0]
+    if not x.meta["val"].is_complex():  # type: ignore[union-attr]
+        node.target, node.args = aten.transpose.int, (x, -2, -1)
+
+
 _RULES: dict[Any, Callable[[fx.Node], None]] = {
     **dict.fromkeys(_POOLS, _pool),
     aten.var_mean.correction: _var_mean,
     aten.var_mean.dim: _var_mean,
     aten.batch_norm.default: _batch_norm,
     aten._weight_norm.default: _weight_norm,
+    aten.repeat_interleave.self_int: _repeat,
+    **dict.fromkeys((aten.mT.default, aten.mH.default, aten.adjoint.default, aten.matrix_H.default), _transposed),
 }
