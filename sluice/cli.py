@@ -225,6 +225,7 @@ def export(args: argparse.Namespace) -> int:
             f"--engine is built by the TensorRT of this machine, not for --target {args.target}; leave out one of the "
             f"two, or build it where it runs"
         )
+    place = "" if args.engine else args.target or ""
     if args.target:
         check_fit(args.target, args.precision)
         args.target, _ = split_target(args.target)  # a file is the same wherever its runtime is
@@ -253,7 +254,10 @@ def export(args: argparse.Namespace) -> int:
         with suppress(SluiceError):  # a file that this machine cannot run is of use on another
             error = rounding_error(done, wide, first or [inputs])
             rounding = compare_precisions(done, wide, args.precision, specs_at(wide, args.batch))
-    found = outcome(done, args.out, asked, precision=args.precision, target=target, batch=args.batch, error=error)
+    found = outcome(
+        done, args.out, asked, precision=args.precision, target=target, batch=args.batch, error=error, wide=wide,
+        place=place,
+    )  # fmt: skip
     print_result(args, found.data, found.lines)
     if rounding is not None and not rounding.same:
         raise SluiceError(

@@ -7,7 +7,9 @@
    are multiples of the precision's resolution, about 2e-7, 5e-4, 4e-3 and 8e-3: runtimes sum in another order, and
    choose algorithms of their own. ONNX Runtime has no bfloat16 convolutions on a CPU; such a file is only checked for
    infinities and NaNs.
-3. An int8 file has the form that one runtime wants; TensorRT's commands are for a file that was written for it.
+3. An engine that can run here is compared with fp32 (`sluice.artifacts.engine_check`): the one that was written, or
+   that of a target that the user names.
+4. An int8 file has the form that one runtime wants; TensorRT's commands are for a file that was written for it.
 """
 
 from __future__ import annotations
@@ -30,12 +32,15 @@ from sluice.core.files import ONNX, check_output
 if TYPE_CHECKING:
     import onnx
 
+    from sluice.artifacts.engine_check import EngineCheck
+
 __all__ = [
     "Asked",
     "Commands",
     "Engine",
     "Outcome",
     "check_files",
+    "checked_engine",
     "commands",
     "known_cache",
     "outcome",
@@ -111,10 +116,13 @@ def outcome(
     target: str,
     batch: int,
     error: float | None = None,
+    wide: onnx.ModelProto | None = None,
+    place: str = "",
 ) -> Outcome:
     """Build the engine, if the user wants one, and describe file and engine; ``model`` is the content of ``path``.
 
-    Where there is no engine, the file and the commands are still of use on another machine.
+    Where there is no engine, the file and the commands are still of use on another machine. An engine that can run, of
+    TensorRT or of the target at ``place``, is compared with the fp32 network ``wide``.
 
     Args:
         error: of a file in another precision, relative to fp32; on the calibration inputs for int8.
@@ -135,6 +143,16 @@ def outcome(
         else:
             data["engine"] = asdict(built)
             lines.append(f"{built.file}: {built.bytes:,} bytes, batch {batch}, by {built.builder}")
+    if wide is not None and refusal is None and (built is not None or place):
+        engine = built.file if built is not None else f"the engine of {path} on {place}"
+        try:
+            check = checked_engine(model, wide, precision, built, place or target, batch)
+        except SluiceError as reason:
+            lines.append(f"{engine} was not compared with fp32: {reason}")
+        else:
+            data["engine_error"] = check.error if math.isfinite(check.error) else None
+            lines.append(f"{engine}: relative error to {_reference(precision)} {check.error:.1e}, as it runs")
+            refusal = None if check.same else check.refusal(engine)
     if precision != "int8" or target == "tensorrt":
         own = asked.file if asked is not None else str(Path(path).with_suffix(".engine"))
         version = _version(built)
@@ -232,6 +250,29 @@ def write_engine(model: onnx.ModelProto, asked: Asked, batch: int) -> Engine:
     if built.cache and built.cache != before:
         write_atomically(cache, built.cache)
     return Engine(asked.file, len(built.plan), product(trt))
+
+
+def checked_engine(
+    model: onnx.ModelProto, wide: onnx.ModelProto, precision: str, built: Engine | None, place: str, batch: int
+) -> EngineCheck:
+    """The comparison of an engine with fp32: the one that was written, or else that of ``model`` on ``place``.
+
+    Raises:
+        SluiceError: it cannot run here.
+    """
+    from sluice.artifacts.engine_check import check_engine
+    from sluice.runtime.targets import make_runner
+
+    runner: Any = make_runner(place)
+    if built is None:
+        session = runner.build(model, batch=batch)
+    else:
+        session = runner.load(Path(built.file).read_bytes(), built.file)
+    return check_engine(session, model, wide, precision, target=place, batch=batch)
+
+
+def _reference(precision: str) -> str:
+    return "its int8 file" if precision == "int8" else "fp32"
 
 
 def _dynamic_inputs(model: onnx.ModelProto, batch: int) -> dict[str, list[int]]:
