@@ -208,7 +208,8 @@ def export(args: argparse.Namespace) -> int:
     from sluice.artifacts.deploy import deploy_onnx, rounding_error
     from sluice.artifacts.labels import labelled, provenance
     from sluice.artifacts.rounding_check import compare_precisions, specs_at
-    from sluice.commands.export import Asked, check_files, known_cache, outcome
+    from sluice.commands.export import check_files, outcome
+    from sluice.commands.export_engine import Asked, asked_with
     from sluice.core.address import split_target
     from sluice.core.deployment import check_fit, check_precision
     from sluice.passes.cut.export import check_opset, finalize, save_onnx, to_onnx
@@ -230,7 +231,9 @@ def export(args: argparse.Namespace) -> int:
         check_fit(args.target, args.precision)
         args.target, _ = split_target(args.target)  # a file is the same wherever its runtime is
     check_files(args.out, args.engine, args.plan, args.table)
-    asked = None if args.engine is None else Asked(args.engine, known_cache(args.table) if args.table else b"")
+    asked = None
+    if args.engine:
+        asked = asked_with(args.engine, args.table) if args.table else Asked(args.engine)
     # A network that does not leave its batch free is exported at the batch of these inputs.
     inputs = inputs_of(args.model, args.shape, args.batch, args.inputs)
     model = model_of(args.model, args.weights)

@@ -201,6 +201,7 @@ def fake_tensorrt(
             self.content = content
 
         def serialize(self) -> memoryview:
+            calls["serialized"] = calls.get("serialized", 0) + 1
             return memoryview(self.content)
 
     class Config:
@@ -268,7 +269,7 @@ def fake_tensorrt(
             content = model.SerializeToString()
             entry = f"[{hash(content) % 1000}]".encode()
             if entry not in config.cache.content:
-                config.cache = Cache(config.cache.content + entry)
+                config.cache.content += entry
             return memoryview(content)
 
     class Network:

@@ -20,7 +20,7 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
     offered = measured.options
     ranks = {option.rank for option in offered.ranks}
     least, cover = _least(measured, methods), measured.coverage
-    model = measured.latency
+    model, kept = measured.latency, measured.bench.kept
     data: dict[str, Any] = {
         "dense_ms": model.dense_ms(),
         "least_ms": None if least is None else least[0],
@@ -29,6 +29,8 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
         "points": cover.points,
         "complete": cover.complete,
         "disturbed": cover.disturbed,
+        "engines_built": kept.engines,
+        "cache_mb_per_build": kept.mb_per_build,
         "levels": {g: list(v) for g, v in model.levels.items() if g not in model.switches and g not in ranks},
         "ranks": {option.switch: list(model.levels[option.rank]) for option in offered.ranks},
         "blocks": [drop.name for drop in offered.drops.values()],
@@ -48,6 +50,8 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
         "widths on offer",
         *(f"  {group}: {_words(widths)}" for group, widths in data["levels"].items()),
     ]
+    if kept.bytes:
+        lines.insert(3, f"{kept.engines} engines built, {kept.mb_per_build:.2g} MB of timing cache written for each")
     lines[2:2] = _remarks(cover.disturbed)
     if offered.ranks:
         lines += [f"ranks on offer: {len(ranks)}", *(f"  {s}: {_words(v)}" for s, v in data["ranks"].items())]

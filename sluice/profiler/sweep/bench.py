@@ -95,6 +95,7 @@ class Bench:
     rng: np.random.Generator
     progress: Advance = lambda done, total: None
     waits: Waits = field(default_factory=Waits)
+    kept: timing_cache.Kept = field(default_factory=timing_cache.Kept)
     closed: bool = False
     deadline: float = math.inf  # by `time.monotonic`: no call begins after it
 
@@ -146,6 +147,7 @@ class Bench:
             nothing = Measurement(0.0, 0.0, 0, self.runner.clock)
             rows = [(e.key, e.extents, replace(nothing, ms=e.joint.calls * call_ms)) for e in known if e.joint]
             rows += self._time_call(timed, call_ms) if timed else []
+            self.keep(session for e in engines for session in e.sessions)
             if again:
                 rows = [(key, at, best_of((found, self.table.require(key, at)))) for key, at, found in rows]
             self.table.put_many(rows)
@@ -205,9 +207,13 @@ class Bench:
         asked = self.table.fingerprint
         build = getattr(self.runner, "build_part", self.runner.build) if part else self.runner.build
         form = to_precision(model, asked.precision, part=part, target=asked.runtime, threads=asked.threads)
-        built = build(form)
-        timing_cache.keep(self.runner, self.table)
-        return built
+        self.kept.engines += 1
+        return build(form)
+
+    def keep(self, sessions: Iterable[Session]) -> None:
+        """What the table keeps of engines beside their times."""
+        timing_cache.keep(self.runner, self.table, self.kept)
+        timing_cache.keep_kernels(self.runner, self.table, {k for session in sessions for k in _kernels(session)})
 
     def time(self, sessions: Sequence[Session], most: int = MAX_BURSTS) -> tuple[Measurement, ...]:
         """All of them in turns, `BURSTS` to ``most`` bursts each."""

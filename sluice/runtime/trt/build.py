@@ -5,8 +5,8 @@
 2. Sizes are written into the model's inputs before it is parsed. Shape arithmetic then folds in the parser, no kernel
    is chosen for sizes that never come, and the context needs no profile of shapes; a budget speaks of an
    engine of one shape.
-3. The timing cache goes in and comes out as bytes. With it a rebuild is fast and picks the same tactics, without it two
-   builds of one file may differ by several percent. RTX has none: it chooses without measuring.
+3. With a timing cache (`sluice.runtime.trt.timing`) a rebuild is fast and picks the same tactics, without it two builds
+   of one file may differ by several percent. RTX has none: it chooses without measuring.
 4. Layers are described in detail in the engine, so that they can be traced to the ONNX nodes they are made of.
 5. TensorRT knows one logger in a process: the first that any builder or runtime was given is used by all of them, and
    must outlive them. So there is one, never freed, and a caller that wants a reason empties it before.
@@ -35,6 +35,7 @@ from sluice.core.errors import SluiceError, first_line
 from sluice.runtime.base.inputs import parsed, place, serialized, static_shapes
 from sluice.runtime.base.runner import PLAIN
 from sluice.runtime.trt.inspect import node_name
+from sluice.runtime.trt.timing import TimingCache
 
 if TYPE_CHECKING:
     import onnx
@@ -101,10 +102,15 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A serialized engine, and the timing cache after it was built."""
+    """A serialized engine, and the timing cache that it was built with."""
 
     plan: bytes
-    cache: bytes
+    timing: TimingCache
+
+    @property
+    def cache(self) -> bytes:
+        """The content of the timing cache now."""
+        return bytes(self.timing)
 
 
 def find_tensorrt() -> ModuleType:
@@ -164,7 +170,7 @@ def build_engine(
     *,
     batch: int | None = None,
     feeds_shapes: Mapping[str, Sequence[int]] | None = None,
-    cache: bytes = b"",
+    cache: bytes | TimingCache = b"",
     settings: Settings | None = None,
     builder: Any = None,
     part: bool = False,
@@ -175,7 +181,7 @@ def build_engine(
         trt: the module that `find_tensorrt` returned.
         batch: the size of every dynamic first dimension.
         feeds_shapes: whole shapes by input; they win over ``batch``.
-        cache: timing cache of earlier builds on the same device.
+        cache: timing cache of earlier builds on the same device; an object is added to, bytes are not.
         builder: one of `make_builder` that is kept (rule 6); by default one for this build alone.
         part: build with the borders of a part of a network (rule 9).
     Raises:
@@ -205,16 +211,16 @@ def build_engine(
         config.builder_optimization_level = settings.optimization_level
     if is_rtx(trt) and hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-    if not is_rtx(trt) and not _take_cache(config, cache):
+    timing = TimingCache(cache) if isinstance(cache, bytes) else cache
+    if not is_rtx(trt) and not timing.attach(config):
         log.errors.clear()  # a fault of the cache is no reason why a build fails
-        config.set_timing_cache(config.create_timing_cache(b""), False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise SluiceError(
             f"{product(trt)} cannot build {where}: {log.reason() or 'it gives no reason'}; change the model there, or "
             f"export it in another precision"
         )
-    return Built(bytes(plan), b"" if is_rtx(trt) else bytes(config.get_timing_cache().serialize()))
+    return Built(bytes(plan), timing)
 
 
 def static_model(
@@ -280,12 +286,6 @@ def _channels_last(trt: Any, network: Any, plain: Set[str]) -> None:
         layout = CHANNELS_LAST.get(tensor.dtype.name)
         if layout is not None and len(tensor.shape) == IMAGE and tensor.name not in plain:
             tensor.allowed_formats = 1 << int(getattr(trt.TensorFormat, layout))
-
-
-def _take_cache(config: Any, content: bytes) -> bool:
-    """False where the timing cache is of another device or version, or is cut short."""
-    found = config.create_timing_cache(content)
-    return found is not None and bool(config.set_timing_cache(found, False))
 
 
 def _network_flags(trt: Any) -> int:

@@ -414,7 +414,33 @@ def test_the_timing_cache_goes_round(here: Here) -> None:
     first = runner.cache
     assert trt.calls["caches"] == [b"[old]"] and first.startswith(b"[old]") and len(first) > 5
     runner.build(chain([7]))
-    assert trt.calls["caches"][1] == first and runner.cache.startswith(first) and len(runner.cache) > len(first)
+    assert trt.calls["caches"] == [b"[old]"], "one object for all builds, parsed once"
+    assert runner.cache.startswith(first) and len(runner.cache) > len(first)
+    assert trt.calls["serialized"] == 3, "when somebody asks for it, and at no build"
+    runner.cache = b"[other]"
+    runner.build(chain([9]))
+    assert trt.calls["caches"] == [b"[old]", b"[other]"] and runner.cache.startswith(b"[other]")
+
+
+def test_an_engine_that_is_asked_for_again_is_loaded(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, trt = here()
+    runner = TensorRtRunner()
+    feeds = {"x": X}
+    one = runner.build(chain([5], batch="N"), batch=BATCH).run(feeds)
+    assert_close(runner.build(chain([5], batch="N"), batch=BATCH).run(feeds), one, 1e-6)
+    assert trt.calls["builds"] == 1
+    runner.build(chain([5], batch="N"), batch=BATCH + 1)
+    runner.build_part(chain([5], batch=BATCH))
+    runner.build(chain([5], batch=BATCH))
+    assert trt.calls["builds"] == 4, "another batch, a part, and the whole are engines of their own"
+    runner.build_part(chain([5], batch=BATCH))
+    assert trt.calls["builds"] == 4
+    monkeypatch.setattr(tensorrt, "KEPT_BYTES", 1)
+    runner.build(chain([6]))
+    runner.build(chain([6]))
+    assert trt.calls["builds"] == 5
+    runner.build(chain([5], batch=BATCH))
+    assert trt.calls["builds"] == 6, "what does not fit is built again"
 
 
 def test_rtx_leaves_the_timing_cache_as_it_is(here: Here) -> None:
