@@ -217,6 +217,8 @@ def export(args: argparse.Namespace) -> int:
     check_precision(args.precision)
     if args.calibration and args.precision != "int8":
         raise SluiceError(f"--calibration is for int8, not {args.precision}; leave it out, or give --precision int8")
+    if args.exclude and args.precision != "int8":
+        raise SluiceError(f"--exclude keeps layers out of int8, not {args.precision}; leave it out")
     if args.names and (args.engine or args.precision != "fp32"):
         raise SluiceError("--names writes what plans are applied to, in fp32; leave out --engine and --precision")
     if args.table and not args.engine:
@@ -249,7 +251,7 @@ def export(args: argparse.Namespace) -> int:
     first = list(islice(batches, 1))  # also of data that can be read only once
     calibration = chain(first, batches) if args.calibration else None
     wide = finalize(exported)
-    done = deploy_onnx(wide, args.precision, calibration, target=target)
+    done = deploy_onnx(wide, args.precision, calibration, target=target, exclude=args.exclude)
     done = labelled(done, provenance(_plan_in(args.plan)), args.input_names, args.output_names)
     save_onnx(done, args.out)
     error, rounding = None, None

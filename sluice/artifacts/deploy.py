@@ -87,7 +87,7 @@ def deploy_onnx(
         calibration: for int8, some hundred inputs as they occur in deployment, in batches of ``(inputs, labels)`` or of
             inputs alone; a mapping names the file's inputs, anything else gives them in order.
         target, threads: the runtime that the file is for; int8 and paddings have other forms for others.
-        exclude: for int8, names of weights whose layers stay float, often the first and the last.
+        exclude: for int8, names or shell patterns of layers that stay float, often the first and the last.
         percentile: for int8, see `sluice.artifacts.calibration_ranges`.
     Raises:
         SluiceError: there is no such precision or target, int8 has no calibration, or the network cannot be written in

@@ -349,6 +349,16 @@ def test_int8_is_for_one_runtime(run: Run, tmp_path: Path) -> None:
     assert zero_points != {init.data_type for init in onnx.load(path).graph.initializer if "zero" in init.name}
 
 
+def test_layers_that_stay_out_of_int8(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "a.onnx"
+    run(MODEL, "-o", path, "--precision int8 --calibration tests.tiny:data --exclude conv1 --exclude f?")
+    names = {init.name for init in onnx.load(path).graph.initializer if init.data_type == TensorProto.FLOAT}
+    assert {"conv1.weight", "fc.weight"} <= names and "conv2.weight" not in names
+    run(MODEL, "-o", path, "--precision int8 --calibration tests.tiny:data --exclude con", status=1,
+        error="exclude names 'con', which is no layer of the network")  # fmt: skip
+    run(MODEL, "-o", path, "--precision fp16 --exclude conv1", status=1, error="--exclude keeps layers out of int8")
+
+
 @pytest.mark.parametrize("option", ["--precision fp16", "--engine out.engine"])
 def test_a_file_for_plans_is_no_deployment(run: Run, tmp_path: Path, option: str) -> None:
     run(MODEL, "-o", tmp_path / "a.onnx", "--names", option, status=1, error="--names writes what plans are applied to")
