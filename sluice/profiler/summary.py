@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from sluice.core.deployment import ON_CPU
 from sluice.profiler.profile import ShardDone
 from sluice.profiler.view import Profile
+from sluice.runtime.base import nvidia
 
 __all__ = ["profile_summary", "shard_summary"]
 
@@ -52,7 +54,7 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
     ]
     if kept.bytes:
         lines.insert(3, f"{kept.engines} engines built, {kept.mb_per_build:.2g} MB of timing cache written for each")
-    lines[2:2] = _remarks(cover.disturbed)
+    lines[2:2] = [*_remarks(cover.disturbed), *_gpu(measured, data)]
     if offered.ranks:
         lines += [f"ranks on offer: {len(ranks)}", *(f"  {s}: {_words(v)}" for s, v in data["ranks"].items())]
     if offered.drops:
@@ -71,6 +73,15 @@ def shard_summary(done: ShardDone) -> tuple[dict[str, Any], list[str]]:
     else:
         lines.append("merge the tables of all shards (`sluice table merge`), then profile on the result to finish")
     return {**asdict(done), "shard": str(done.shard)}, lines
+
+
+def _gpu(measured: Profile, data: dict[str, Any]) -> list[str]:
+    """The state of the GPU that was measured on, where it is here and its driver tells."""
+    state = nvidia.gpu_state() if measured.target not in ON_CPU and not measured.address else None
+    if state is None:
+        return []
+    data["gpu"] = asdict(state)
+    return state.lines()
 
 
 def _remarks(disturbed: int) -> list[str]:

@@ -68,6 +68,25 @@ class FakeNvml:
         clock._obj.value = 1980
         return int(self.failing == "nvmlDeviceGetClockInfo")
 
+    def nvmlDeviceGetMaxClockInfo(self, handle: Any, kind: int, clock: Any) -> int:
+        assert (handle.value, kind) == (7, 1)
+        clock._obj.value = 2010
+        return int(self.failing == "nvmlDeviceGetMaxClockInfo")
+
+    def nvmlDeviceGetTemperature(self, handle: Any, sensor: int, degrees: Any) -> int:
+        assert (handle.value, sensor) == (7, 0)
+        degrees._obj.value = 54
+        return int(self.failing == "nvmlDeviceGetTemperature")
+
+    def nvmlDeviceGetPowerManagementLimit(self, handle: Any, milliwatts: Any) -> int:
+        milliwatts._obj.value = 700_000
+        return int(self.failing == "nvmlDeviceGetPowerManagementLimit")
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: Any, bits: Any) -> int:
+        failed = self.failing == "nvmlDeviceGetCurrentClocksThrottleReasons"
+        bits._obj.value = 0 if failed else 0x1 | 0x4 | 0x40  # idle is no reason
+        return int(failed)
+
 
 Install = Callable[..., None]
 
@@ -116,6 +135,36 @@ def test_what_nvml_does_not_tell_is_unknown(failing: str, install: Install) -> N
     install(FakeCuda(), FakeNvml(failing))
     assert (nvidia.driver_version() == "unknown") == (failing != "nvmlDeviceGetClockInfo")
     assert (nvidia.sm_clock_mhz() is None) == (failing != "nvmlSystemGetDriverVersion")
+
+
+def test_what_holds_the_clock_is_told(install: Install) -> None:
+    install(FakeCuda(), FakeNvml())
+    state = nvidia.gpu_state()
+    assert state == nvidia.GpuState(1980, 2010, 54, 700, ("the power limit", "heat, by hardware"))
+    assert state is not None and state.lines() == [
+        "the GPU computes at 1980 MHz of 2010, 54 degrees, power limit 700 W, "
+        "held back by the power limit and heat, by hardware",
+        "steadier figures: sudo nvidia-smi -lgc 1980 (and -rgc afterwards)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("failing", "lacks"),
+    [
+        ("nvmlDeviceGetMaxClockInfo", "most_mhz"),
+        ("nvmlDeviceGetTemperature", "celsius"),
+        ("nvmlDeviceGetPowerManagementLimit", "limit_w"),
+    ],
+)
+def test_one_figure_that_is_not_told_hides_no_other(failing: str, lacks: str, install: Install) -> None:
+    nvml = FakeNvml(failing)
+    install(FakeCuda(), nvml)
+    state = nvidia.gpu_state()
+    assert state is not None and getattr(state, lacks) is None and state.sm_mhz == 1980 and nvml.opened == 0
+    assert sum(value is None for value in (state.most_mhz, state.celsius, state.limit_w)) == 1
+    install(FakeCuda(), FakeNvml("nvmlDeviceGetCurrentClocksThrottleReasons"))
+    unknown = nvidia.gpu_state()
+    assert unknown is not None and "held back" not in unknown.lines()[0]
 
 
 def test_a_library_that_is_not_there_is_none() -> None:
