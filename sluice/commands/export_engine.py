@@ -81,9 +81,10 @@ def write_engine(model: onnx.ModelProto, asked: Asked, batch: int) -> Engine:
         SluiceError: TensorRT is not here, cannot start, or refuses the model; or the file cannot be written.
     """
     from sluice.core.files import write_atomically
-    from sluice.runtime.trt.build import build_engine, find_tensorrt, product
+    from sluice.runtime.trt.build import build_engine, check_int8, find_tensorrt, product
 
     trt, cache = find_tensorrt(), Path(cache_of(asked.file))
+    check_int8(trt, model)
     before = asked.cache or (cache.read_bytes() if cache.is_file() else b"")
     built = build_engine(trt, model, batch=batch, cache=before)
     write_atomically(asked.file, built.plan)

@@ -379,6 +379,9 @@ def test_a_real_engine(tmp_path: Path, precision: str) -> None:
         [sys.executable, "-m", "sluice", *line.split(), "-o", str(tmp_path / "a.onnx")],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
+    if precision == "int8":
+        assert done.returncode == 1 and "gains nothing from int8" in done.stderr
+        return
     assert done.returncode == 0, done.stderr
     engine = json.loads(done.stdout)["engine"]
     assert engine["builder"].startswith("TensorRT-RTX ") and engine["bytes"] == (tmp_path / "a.engine").stat().st_size

@@ -14,6 +14,8 @@
    builds many engines keeps a builder.
 7. An engine of RTX can be captured as a CUDA graph only if it allocates no memory while it runs. So it is built to be
    given its scratch memory, where the version knows that flag, and a session gives it.
+   It is built for the device that is here, where there is one; elsewhere for all that RTX serves. Its convolutions
+   write floating point whatever follows them, so that int8 gains nothing, and is not deployed (`check_int8`).
 8. An engine runs in one stream. By default TensorRT puts branches, such as the convolution of a shortcut, into a second
    one, where their time does not add to that of the others, and the sum of parts says nothing of the whole.
 9. Inside a network activations lie with the channels last, at the borders of an engine plainly. A part of a network is
@@ -32,9 +34,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from sluice.core.errors import SluiceError, first_line
+from sluice.runtime.base import nvidia
 from sluice.runtime.base.inputs import parsed, place, serialized, static_shapes
 from sluice.runtime.base.runner import PLAIN
 from sluice.runtime.trt.inspect import node_name
+from sluice.runtime.trt.settings import Settings
 from sluice.runtime.trt.timing import TimingCache
 
 if TYPE_CHECKING:
@@ -44,8 +48,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Built",
-    "Settings",
     "build_engine",
+    "check_int8",
     "find_tensorrt",
     "is_rtx",
     "listener",
@@ -59,7 +63,6 @@ INSTALL = (
     "install tensorrt, or tensorrt-rtx-cu13-libs and tensorrt-rtx-cu13-bindings where only the package index is reached"
 )
 OLDEST = 10
-LEVELS = range(6)
 IMAGE = 4  # axes of a tensor that has the channels last
 CHANNELS_LAST = {"FLOAT": "HWC", "HALF": "HWC8", "BF16": "HWC8", "INT8": "HWC16"}
 
@@ -67,37 +70,6 @@ CHANNELS_LAST = {"FLOAT": "HWC", "HALF": "HWC8", "BF16": "HWC8", "INT8": "HWC16"
 SOURCE = re.compile(r"\.?\s+In \w+ at /?[\w/.]+:\d+\)?$")
 ERROR_CODE = re.compile(r"^.*?Error Code \d+: [\w ]+\((.*?)\)?$")
 QUOTED = re.compile(r'^.*&& "(.*)"$')
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What the builder may use: MiB of scratch memory (None: all), optimization level 0 to 5 (None: TensorRT's).
-
-    ``aux_streams`` are those beside the first (rule 8). ``timings`` is how often the builder times a kernel that it may
-    choose.
-    """
-
-    workspace_mib: int | None = None
-    optimization_level: int | None = None
-    aux_streams: int = 0
-    timings: int = 8
-
-    def __post_init__(self) -> None:
-        if self.workspace_mib is not None and self.workspace_mib < 1:
-            raise SluiceError(f"cannot build with workspace_mib={self.workspace_mib}; give 1 or more")
-        if self.optimization_level is not None and self.optimization_level not in LEVELS:
-            raise SluiceError(f"there is no optimization level {self.optimization_level}; give 0 to {LEVELS[-1]}")
-        if self.aux_streams < 0 or self.timings < 1:
-            raise SluiceError(
-                f"cannot build with aux_streams={self.aux_streams} and timings={self.timings}; "
-                f"give 0 streams or more, and 1 timing or more"
-            )
-
-    def __str__(self) -> str:
-        """What the times of engines depend on, for fingerprints."""
-        level = "" if self.optimization_level is None else f"level {self.optimization_level}, "
-        scratch = "" if self.workspace_mib is None else f"{self.workspace_mib} MiB, "
-        return f"{level}{scratch}streams {1 + self.aux_streams}, timings {self.timings}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +136,15 @@ def make_builder(trt: Any) -> Any:
         ) from error
 
 
+def check_int8(trt: Any, model: Model) -> None:
+    """Raises `SluiceError` for an int8 network on RTX (rule 7)."""
+    if is_rtx(trt) and any(node.op_type == "QuantizeLinear" for node in parsed(model).graph.node):
+        raise SluiceError(
+            f"{product(trt)} gains nothing from int8 in {place(model)}: its convolutions write floating point; choose "
+            f"fp16, or install the full TensorRT"
+        )
+
+
 def build_engine(
     trt: Any,
     model: Model,
@@ -209,8 +190,8 @@ def build_engine(
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
     if settings.optimization_level is not None:
         config.builder_optimization_level = settings.optimization_level
-    if is_rtx(trt) and hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
-        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    if is_rtx(trt):
+        _for_rtx(trt, config)
     timing = TimingCache(cache) if isinstance(cache, bytes) else cache
     if not is_rtx(trt) and not timing.attach(config):
         log.errors.clear()  # a fault of the cache is no reason why a build fails
@@ -286,6 +267,15 @@ def _channels_last(trt: Any, network: Any, plain: Set[str]) -> None:
         layout = CHANNELS_LAST.get(tensor.dtype.name)
         if layout is not None and len(tensor.shape) == IMAGE and tensor.name not in plain:
             tensor.allowed_formats = 1 << int(getattr(trt.TensorFormat, layout))
+
+
+def _for_rtx(trt: Any, config: Any) -> None:
+    """Rule 7, as far as the version knows it."""
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    if hasattr(trt, "ComputeCapability") and nvidia.compute_capability() is not None:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(trt.ComputeCapability.CURRENT, 0)
 
 
 def _network_flags(trt: Any) -> int:

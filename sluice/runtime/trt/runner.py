@@ -22,10 +22,11 @@ from sluice.runtime.base import nvidia
 from sluice.runtime.base.cuda import Cuda
 from sluice.runtime.base.inputs import parsed, place, serialized
 from sluice.runtime.base.runner import Clock
-from sluice.runtime.trt.build import Settings, build_engine, find_tensorrt, is_rtx, make_builder, product
+from sluice.runtime.trt.build import build_engine, check_int8, find_tensorrt, is_rtx, make_builder, product
 from sluice.runtime.trt.inspect import kernels
 from sluice.runtime.trt.session import TensorRtSession
-from sluice.runtime.trt.timing import TimingCache
+from sluice.runtime.trt.settings import Settings
+from sluice.runtime.trt.timing import RuntimeCache, TimingCache
 
 if TYPE_CHECKING:
     from sluice.runtime.base.inputs import Model
@@ -69,7 +70,7 @@ class TensorRtRunner:
         self._cuda = Cuda.load()
         self._settings = settings or Settings()
         self._builder: Any = None
-        self._timing = TimingCache(cache)
+        self._timing, self._compiled = TimingCache(cache), RuntimeCache(cache)
         self._plans: dict[tuple[object, ...], bytes] = {}
 
     free_borders = True
@@ -88,12 +89,12 @@ class TensorRtRunner:
 
     @property
     def cache(self) -> bytes:
-        """The content of the timing cache now (rule 1)."""
-        return bytes(self._timing)
+        """The content of the timing cache now (rule 1), with RTX that of the runtime cache."""
+        return bytes(self._compiled if is_rtx(self._trt) else self._timing)
 
     @cache.setter
     def cache(self, content: bytes) -> None:
-        self._timing = TimingCache(content)
+        self._timing, self._compiled = TimingCache(content), RuntimeCache(content)
 
     def sm_clock_mhz(self) -> int | None:
         """The clock at which the device computes right now, where its driver tells."""
@@ -127,6 +128,7 @@ class TensorRtRunner:
         feeds_shapes: Mapping[str, Sequence[int]] | None = None,
         part: bool = False,
     ) -> TensorRtSession:
+        check_int8(self._trt, model)
         shapes = tuple((name, *dims) for name, dims in sorted((feeds_shapes or {}).items()))
         key = (hashlib.sha256(serialized(parsed(model, weights=True))).digest(), batch, shapes, part)
         plan = self._plans.pop(key, None)
@@ -150,4 +152,4 @@ class TensorRtRunner:
 
     def load(self, plan: bytes, where: str = "the engine in memory") -> TensorRtSession:
         """A session for a serialized engine, built by this version for this device."""
-        return TensorRtSession(self._trt, self._cuda, plan, where)
+        return TensorRtSession(self._trt, self._cuda, plan, where, self._compiled)

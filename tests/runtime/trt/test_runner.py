@@ -25,9 +25,10 @@ from sluice.runtime.base.runner import PLAIN, TRIAL, TRIALS_MS
 from sluice.runtime.ort.cpu import OrtRunner
 from sluice.runtime.targets import make_runner
 from sluice.runtime.trt import runner as tensorrt
-from sluice.runtime.trt.build import Settings, listener, static_model
+from sluice.runtime.trt.build import listener, static_model
 from sluice.runtime.trt.runner import TensorRtRunner, missing
 from sluice.runtime.trt.session import TensorRtSession
+from sluice.runtime.trt.settings import Settings
 from tests.device import chain
 from tests.fake_tensorrt import MS, FakeCuda, fake_tensorrt
 
@@ -443,11 +444,24 @@ def test_an_engine_that_is_asked_for_again_is_loaded(here: Here, monkeypatch: py
     assert trt.calls["builds"] == 6, "what does not fit is built again"
 
 
-def test_rtx_leaves_the_timing_cache_as_it_is(here: Here) -> None:
-    here(name="tensorrt_rtx")
-    runner = TensorRtRunner(b"[old]")
+@pytest.mark.parametrize(("before", "kept"), [(b"", b""), (b"[old]", b"[old]"), (b"foreign", b"")])
+def test_rtx_keeps_what_it_compiled(before: bytes, kept: bytes, here: Here) -> None:
+    _, trt = here(name="tensorrt_rtx")
+    runner = TensorRtRunner(before)
+    assert runner.cache == before
+    session = runner.build(chain([5], batch="N"), batch=BATCH)
+    runner.build(chain([6]))
+    assert runner.cache == kept + 2 * b"[kernels]" and trt.calls["runtime caches"] == 1 and not trt.calls["caches"]
+    assert_close(run(session, {"x": X}), run(OrtRunner().build(chain([5], batch="N")), {"x": X}), 1e-5)
+    runner.cache = b"[other]"
     runner.build(chain([5]))
-    assert runner.cache == b"[old]"
+    assert runner.cache == b"[other][kernels]"
+
+
+def test_int8_on_rtx_is_refused(here: Here) -> None:
+    here(name="tensorrt_rtx")
+    with pytest.raises(SluiceError, match="gains nothing from int8"):
+        TensorRtRunner().build(to_precision(chain([5]), "int8", target="tensorrt"))
 
 
 def test_an_engine_can_be_loaded_from_its_file(here: Here) -> None:

@@ -1,0 +1,42 @@
+"""What the builder of TensorRT may use, and what the times of its engines depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sluice.core.errors import SluiceError
+
+__all__ = ["Settings"]
+
+LEVELS = range(6)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the builder may use: MiB of scratch memory (None: all), optimization level 0 to 5 (None: TensorRT's).
+
+    ``aux_streams`` are those beside the first (rule 8). ``timings`` is how often the builder times a kernel that it may
+    choose.
+    """
+
+    workspace_mib: int | None = None
+    optimization_level: int | None = None
+    aux_streams: int = 0
+    timings: int = 8
+
+    def __post_init__(self) -> None:
+        if self.workspace_mib is not None and self.workspace_mib < 1:
+            raise SluiceError(f"cannot build with workspace_mib={self.workspace_mib}; give 1 or more")
+        if self.optimization_level is not None and self.optimization_level not in LEVELS:
+            raise SluiceError(f"there is no optimization level {self.optimization_level}; give 0 to {LEVELS[-1]}")
+        if self.aux_streams < 0 or self.timings < 1:
+            raise SluiceError(
+                f"cannot build with aux_streams={self.aux_streams} and timings={self.timings}; "
+                f"give 0 streams or more, and 1 timing or more"
+            )
+
+    def __str__(self) -> str:
+        """What the times of engines depend on, for fingerprints."""
+        level = "" if self.optimization_level is None else f"level {self.optimization_level}, "
+        scratch = "" if self.workspace_mib is None else f"{self.workspace_mib} MiB, "
+        return f"{level}{scratch}streams {1 + self.aux_streams}, timings {self.timings}"
