@@ -242,16 +242,22 @@ def static_model(
 
 @functools.cache
 def listener(trt: Any) -> Any:
-    """The logger (rule 5): it keeps the errors; ``reason()`` is the first, without TensorRT's own places."""
+    """The logger (rule 5): it keeps the errors; ``reason()`` is the first, without TensorRT's own places.
+
+    Where ``notes`` is a list, everything else that TensorRT says comes into it, its own list of an engine's layers too.
+    """
 
     class Listener(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.notes: list[str] | None = None
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
                 self.errors.append(message)
+            elif self.notes is not None:
+                self.notes.append(message)
 
         def reason(self) -> str:
             return next((text for error in self.errors if (text := _reason(error))), "")
