@@ -6,8 +6,8 @@ RTX builds engines on a CPU and lists the kernels of each: kind, tensors, and th
 
 ``macs'`` are those of the convolutions and matrix products in it, with channels rounded up to blocks of 8 (4 in fp32),
 ``bytes`` those of all tensors that it reads and writes. An operator that is told of several kernels counts for those
-that are no mere arithmetic, in equal parts. An engine takes the sum of its kernels. Rates are those of a small desktop GPU,
-where half of the kernels of a small network are bound by their launch.
+that are no mere arithmetic, in equal parts. An engine takes the sum of its kernels. Rates are those of a small desktop
+GPU, where half of the kernels of a small network are bound by their launch.
 
 So engines and their parts differ as they do on a device where nothing but the choice of kernels matters: fusion across
 borders of parts, changes of layout, kernels that come and go. Times of single kernels are no forecast of any GPU.
@@ -42,7 +42,7 @@ ITEM = {"Half": 2, "BFloat16": 2, "Int8": 1, "Bool": 1, "Int64": 8}  # else 4
 ARITHMETIC = "kgen"  # kernels that RTX writes itself, for what is no convolution or matrix product
 
 LINE = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), (?P<rest>.*)$", re.MULTILINE)
-SECTION = re.compile(r"(Inputs|Constants|Outputs): \[(.*?) \](?=, \w+:|$)")
+SECTION = re.compile(r"(Inputs|Constants|Outputs): \[ (\{.*?\})\]")
 TENSOR = re.compile(r"\{ Name: .*?, Dimensions: \[([\d,]*)\],.*?Datatype: (\w+)")
 TACTIC = re.compile(r"TacticName: ([^,]*)")
 NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")

@@ -40,7 +40,6 @@ __all__ = [
     "outcome",
 ]
 
-STREAMS = ("--maxAuxStreams=0", "--avgTiming=8")  # as `sluice.runtime.trt.build` builds
 TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "bf16": None, "int8": 1e-1}
 
 
@@ -168,6 +167,8 @@ def commands(
     Raises:
         SluiceError: an input has a dynamic dimension that is not its batch.
     """
+    from sluice.runtime.trt.settings import Settings
+
     shapes = _dynamic_inputs(model, batch)
     cache = cache_of(engine)
     saved = Path(engine).with_suffix(".trtexec.engine") if written else engine
@@ -176,7 +177,13 @@ def commands(
         trtexec.append("--stronglyTyped")
     if shapes:
         trtexec.append("--shapes=" + ",".join(f"{name}:{'x'.join(map(str, dims))}" for name, dims in shapes.items()))
-    trtexec += [f"--timingCacheFile={cache}", *STREAMS, "--useCudaGraph", "--useSpinWait", "--noDataTransfers"]
+    trtexec += [
+        f"--timingCacheFile={cache}",
+        *Settings.from_environment().trtexec(),
+        "--useCudaGraph",
+        "--useSpinWait",
+        "--noDataTransfers",
+    ]
     polygraphy = ["run", os.fspath(path), "--trt", "--strongly-typed"]
     tolerance = TOLERANCES[precision]
     if tolerance is None:

@@ -82,11 +82,12 @@ def write_engine(model: onnx.ModelProto, asked: Asked, batch: int) -> Engine:
     """
     from sluice.core.files import write_atomically
     from sluice.runtime.trt.build import build_engine, check_int8, find_tensorrt, product
+    from sluice.runtime.trt.settings import Settings
 
     trt, cache = find_tensorrt(), Path(cache_of(asked.file))
     check_int8(trt, model)
     before = asked.cache or (cache.read_bytes() if cache.is_file() else b"")
-    built = build_engine(trt, model, batch=batch, cache=before)
+    built = build_engine(trt, model, batch=batch, cache=before, settings=Settings.from_environment())
     write_atomically(asked.file, built.plan)
     # RTX has no cache; one that the full TensorRT left is not lost by that.
     if built.cache and built.cache != before:

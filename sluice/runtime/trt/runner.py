@@ -60,7 +60,7 @@ class TensorRtRunner:
 
     Args:
         cache: a timing cache to begin with.
-        settings: the limits of the builder.
+        settings: those of the builder; by default those of the environment (`sluice.runtime.trt.settings`).
     Raises:
         SluiceError: TensorRT, the CUDA runtime or the device is not here.
     """
@@ -68,7 +68,7 @@ class TensorRtRunner:
     def __init__(self, cache: bytes = b"", settings: Settings | None = None) -> None:
         self._trt = find_tensorrt()
         self._cuda = Cuda.load()
-        self._settings = settings or Settings()
+        self._settings = settings or Settings.from_environment()
         self._builder: Any = None
         self._timing, self._compiled = TimingCache(cache), RuntimeCache(cache)
         self._plans: dict[tuple[object, ...], bytes] = {}
