@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,6 +41,10 @@ class FakeCuda:
     def cuDeviceGetPCIBusId(self, text: Any, size: int, handle: ctypes.c_int) -> int:
         text.value = {10: b"0000:41:00.0"}[handle.value]
         return self._status("cuDeviceGetPCIBusId")
+
+    def cuDeviceGetUuid(self, number: Any, handle: ctypes.c_int) -> int:
+        number._obj[:] = range(handle.value, handle.value + 16)
+        return self._status("cuDeviceGetUuid")
 
 
 class FakeNvml:
@@ -93,9 +98,9 @@ Install = Callable[..., None]
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Install:
-    def use(cuda: Any = None, nvml: Any = None) -> None:
+    def use(cuda: Any = None, nvml: Any = None, cudnn: Any = None) -> None:
         def load(names: Sequence[str]) -> Any:
-            return {nvidia.LIBCUDA: cuda, nvidia.NVML: nvml}[tuple(names)]
+            return {nvidia.LIBCUDA: cuda, nvidia.NVML: nvml, nvidia.CUDNN: cudnn}[tuple(names)]
 
         monkeypatch.setattr(nvidia, "load", load)
 
@@ -165,6 +170,14 @@ def test_one_figure_that_is_not_told_hides_no_other(failing: str, lacks: str, in
     install(FakeCuda(), FakeNvml("nvmlDeviceGetCurrentClocksThrottleReasons"))
     unknown = nvidia.gpu_state()
     assert unknown is not None and "held back" not in unknown.lines()[0]
+
+
+def test_the_device_and_cudnn_are_identified(install: Install) -> None:
+    install(FakeCuda(), FakeNvml(), SimpleNamespace(cudnnGetVersion=lambda: 91301))
+    assert nvidia.uuid() == "GPU-0a0b0c0d-0e0f-1011-1213-141516171819"
+    assert nvidia.cudnn_version() == "9.13.1"
+    install(FakeCuda("cuDeviceGetUuid"), FakeNvml())
+    assert (nvidia.uuid(), nvidia.cudnn_version()) == ("no GPU", "unknown")
 
 
 def test_a_library_that_is_not_there_is_none() -> None:

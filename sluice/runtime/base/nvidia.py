@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import uuid as identity
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
-    "GpuState", "compute_capability", "device_name", "driver_version", "gpu_names", "gpu_state", "missing",
-    "sm_clock_mhz",
+    "GpuState", "compute_capability", "cudnn_version", "device_name", "driver_version", "gpu_names", "gpu_state",
+    "missing", "sm_clock_mhz", "uuid",
 ]  # fmt: skip
 
 LIBCUDA = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so")
 NVML = ("nvml.dll",) if sys.platform == "win32" else ("libnvidia-ml.so.1",)
+CUDNN = ("cudnn64_9.dll",) if sys.platform == "win32" else ("libcudnn.so.9",)
 SM_CLOCK = 1  # NVML_CLOCK_SM
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 TEXT = 256
@@ -87,6 +89,28 @@ def compute_capability() -> tuple[int, int] | None:
         ctypes.byref(minor), MINOR, handle
     )
     return None if failed else (major.value, minor.value)
+
+
+def uuid() -> str:
+    """The identity of device 0 among all GPUs, as ``nvidia-smi -L`` writes it; ``"no GPU"`` where it is not told."""
+    cuda, handle, number = load(LIBCUDA), ctypes.c_int(), (ctypes.c_ubyte * 16)()
+    if (
+        cuda is None
+        or cuda.cuInit(0)
+        or cuda.cuDeviceGet(ctypes.byref(handle), 0)
+        or cuda.cuDeviceGetUuid(ctypes.byref(number), handle)
+    ):
+        return "no GPU"
+    return f"GPU-{identity.UUID(bytes=bytes(number))}"
+
+
+def cudnn_version() -> str:
+    """The version of the cuDNN that programs find here, ``"unknown"`` where there is none."""
+    cudnn = load(CUDNN)
+    if cudnn is None:
+        return "unknown"
+    number = int(cudnn.cudnnGetVersion())
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
 
 def missing() -> str:
