@@ -209,7 +209,8 @@ def export(args: argparse.Namespace) -> int:
     from sluice.artifacts.deploy import deploy_onnx, rounding_error
     from sluice.artifacts.labels import labelled, provenance
     from sluice.artifacts.rounding_check import compare_precisions, specs_at
-    from sluice.commands.export import Asked, check_files, known_cache, outcome
+    from sluice.commands.export import check_files, outcome
+    from sluice.commands.export_engine import Asked, asked_with
     from sluice.core.address import split_target
     from sluice.core.deployment import check_fit, check_precision
     from sluice.passes.cut.export import check_opset, finalize, save_onnx, to_onnx
@@ -217,6 +218,8 @@ def export(args: argparse.Namespace) -> int:
     check_precision(args.precision)
     if args.calibration and args.precision != "int8":
         raise SluiceError(f"--calibration is for int8, not {args.precision}; leave it out, or give --precision int8")
+    if args.exclude and args.precision != "int8":
+        raise SluiceError(f"--exclude keeps layers out of int8, not {args.precision}; leave it out")
     if args.names and (args.engine or args.precision != "fp32"):
         raise SluiceError("--names writes what plans are applied to, in fp32; leave out --engine and --precision")
     if args.table and not args.engine:
@@ -226,11 +229,14 @@ def export(args: argparse.Namespace) -> int:
             f"--engine is built by the TensorRT of this machine, not for --target {args.target}; leave out one of the "
             f"two, or build it where it runs"
         )
+    place = "" if args.engine else args.target or ""
     if args.target:
         check_fit(args.target, args.precision)
         args.target, _ = split_target(args.target)  # a file is the same wherever its runtime is
     check_files(args.out, args.engine, args.plan, args.table)
-    asked = None if args.engine is None else Asked(args.engine, known_cache(args.table) if args.table else b"")
+    asked = None
+    if args.engine:
+        asked = asked_with(args.engine, args.table) if args.table else Asked(args.engine)
     # A network that does not leave its batch free is exported at the batch of these inputs.
     inputs = inputs_of(args.model, args.shape, args.batch, args.inputs)
     model = model_of(args.model, args.weights)
@@ -246,7 +252,7 @@ def export(args: argparse.Namespace) -> int:
     first = list(islice(batches, 1))  # also of data that can be read only once
     calibration = chain(first, batches) if args.calibration else None
     wide = finalize(exported)
-    done = deploy_onnx(wide, args.precision, calibration, target=target)
+    done = deploy_onnx(wide, args.precision, calibration, target=target, exclude=args.exclude)
     done = labelled(done, provenance(_plan_in(args.plan)), args.input_names, args.output_names)
     save_onnx(done, args.out)
     error, rounding = None, None
@@ -254,7 +260,10 @@ def export(args: argparse.Namespace) -> int:
         with suppress(SluiceError):  # a file that this machine cannot run is of use on another
             error = rounding_error(done, wide, first or [inputs])
             rounding = compare_precisions(done, wide, args.precision, specs_at(wide, args.batch))
-    found = outcome(done, args.out, asked, precision=args.precision, target=target, batch=args.batch, error=error)
+    found = outcome(
+        done, args.out, asked, precision=args.precision, target=target, batch=args.batch, error=error, wide=wide,
+        place=place,
+    )  # fmt: skip
     print_result(args, found.data, found.lines)
     if rounding is not None and not rounding.same:
         raise SluiceError(

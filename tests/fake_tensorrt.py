@@ -201,6 +201,7 @@ def fake_tensorrt(
             self.content = content
 
         def serialize(self) -> memoryview:
+            calls["serialized"] = calls.get("serialized", 0) + 1
             return memoryview(self.content)
 
     class Config:
@@ -229,6 +230,9 @@ def fake_tensorrt(
 
         def set_flag(self, flag: str) -> None:
             calls.setdefault("builder_flags", []).append(flag)
+
+        def set_compute_capability(self, capability: str, index: int) -> None:
+            calls.setdefault("capabilities", []).append((capability, index))
 
         def set_memory_pool_limit(self, pool: str, size: int) -> None:
             calls[pool] = size
@@ -268,7 +272,7 @@ def fake_tensorrt(
             content = model.SerializeToString()
             entry = f"[{hash(content) % 1000}]".encode()
             if entry not in config.cache.content:
-                config.cache = Cache(config.cache.content + entry)
+                config.cache.content += entry
             return memoryview(content)
 
     class Network:
@@ -345,13 +349,48 @@ def fake_tensorrt(
         def get_tensor_mode(self, name: str) -> str:
             return "OUTPUT" if name in {info.name for info in self.model.graph.output} else "INPUT"
 
-        def create_execution_context(self, strategy: str = "STATIC") -> Context | None:
-            return Context(self, strategy)
+        def create_execution_context(self, given: Any = "STATIC") -> Context | None:
+            if isinstance(given, RuntimeConfig):
+                assert given.cache is not None
+                given.cache.content += b"[kernels]"
+                given = given.strategy
+            return Context(self, given)
+
+        def create_runtime_config(self) -> RuntimeConfig:
+            assert "rtx" in name
+            return RuntimeConfig()
 
         def create_engine_inspector(self) -> SimpleNamespace:
             nodes = self.model.graph.node
             layers = [{"Name": n.output[0], "Metadata": f"[ONNX Layer: {node_name(n)}]"} for n in nodes]
             return SimpleNamespace(get_engine_information=lambda layout: json.dumps({"Layers": layers, "as": layout}))
+
+    class RuntimeConfig:
+        cache: RuntimeCache | None = None
+        strategy = "STATIC"
+
+        def create_runtime_cache(self) -> RuntimeCache:
+            calls["runtime caches"] = calls.get("runtime caches", 0) + 1
+            return RuntimeCache()
+
+        def set_runtime_cache(self, cache: RuntimeCache) -> None:
+            self.cache = cache
+
+        def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+            self.strategy = strategy
+
+    class RuntimeCache:
+        content = b""
+
+        def deserialize(self, content: bytes) -> bool:
+            self.content = content
+            return not content.startswith(b"foreign")
+
+        def reset(self) -> None:
+            self.content = b""
+
+        def serialize(self) -> memoryview:
+            return memoryview(self.content)
 
     class Context:
         def __init__(self, engine: Engine, strategy: str) -> None:
@@ -409,6 +448,7 @@ def fake_tensorrt(
         OnnxParser=OnnxParser,
         Runtime=Runtime,
         BuilderFlag=SimpleNamespace(**{"REQUIRE_USER_ALLOCATION": "user_allocation"} if "rtx" in name else {}),
+        **({"ComputeCapability": SimpleNamespace(CURRENT="current")} if "rtx" in name else {}),
         ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="USER_MANAGED"),
         TensorFormat=SimpleNamespace(HWC=1, HWC8=2, HWC16=3),
         MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"),

@@ -16,6 +16,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
+from benchmarks.kernels_networks import CASES
 from sluice import models
 from sluice.core.deployment import PRECISIONS
 from sluice.core.plan import Drop, Edits, Factorize, Merge, Plan
@@ -159,6 +160,17 @@ def test_every_reference_network_is_here() -> None:
 @pytest.mark.parametrize("name", REFERENCE)
 def test_a_dense_network(rtx: Rtx, name: str, precision: str) -> None:
     accepted(rtx, to_precision(finalize(named(name)), precision, target=TARGET))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert_two_layers", "convnext_atto", "crepe_tiny", "vit_tiny"])
+def test_a_network_of_another_family(rtx: Rtx, name: str) -> None:
+    """In every precision; their attention, layer norms and depthwise convolutions are in no reference network."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        exported = to_onnx(CASES[name].make().eval(), (CASES[name].example(BATCH),))
+    for precision in PRECISIONS:
+        accepted(rtx, to_precision(finalize(exported), precision, target=TARGET))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

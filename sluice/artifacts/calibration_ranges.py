@@ -12,6 +12,8 @@ logits, 1.2% on average; the maximum had 1.4%, the clipping with the least squar
 percentiles 99.99, 99.9 and 99.5 1.6%, 6% and 18%. Those figures were taken with percentiles over whole batches; over
 slices a percentile lies nearer to the maximum.
 
+Fewer than `FEW` inputs are told in the log: ranges of so few are too small for others.
+
 Inputs that a batch names are matched by name, in any order: by order, two of one shape could be exchanged without an
 error. The names are those of the file's inputs. Where the model takes a mapping as one argument, the exporter puts the
 argument's name in front of its keys (``batch_x`` for ``batch["x"]``), so those names may have a prefix in common.
@@ -19,6 +21,7 @@ argument's name in front of its keys (``batch_x`` for ``batch["x"]``), so those 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -35,6 +38,8 @@ from sluice.passes.precision.quantize import tensors_to_calibrate
 __all__ = ["PERCENTILE", "activation_ranges", "slices"]
 
 PERCENTILE = 99.999
+FEW = 100  # inputs, below which ranges are told to be uncertain
+log = logging.getLogger(__name__)
 ROWS = 16  # of a batch that are run at once
 
 
@@ -64,7 +69,9 @@ def activation_ranges(
     names = tensors_to_calibrate(model, target=target, exclude=exclude)
     session = make_runner("ort-cpu").build(_with_outputs(fold_batch_norms(model), names))
     found: dict[str, float] = {}
+    count = 0
     for feeds in slices(batches, model):
+        count += max((len(array) for array in feeds.values() if array.ndim), default=1)
         values = {**feeds, **session.run(feeds)}
         for name in names:
             amplitude = _amplitude(values[name], percentile)
@@ -76,6 +83,11 @@ def activation_ranges(
             found[name] = max(found.get(name, 0.0), amplitude)
     if names and not found:
         raise SluiceError("there is no calibration batch; give at least one, of inputs as they occur in deployment")
+    if names and count < FEW:
+        log.warning(
+            "int8 was calibrated on %d input%s, too few to know the ranges of activations; give some hundred",
+            count, "" if count == 1 else "s",
+        )  # fmt: skip
     return found
 
 

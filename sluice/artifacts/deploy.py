@@ -4,18 +4,20 @@
    was exported before.
 2. `as_module`: a deployment file as ``nn.Module``, so that the code that evaluates the model gives the accuracy in
    every precision. fp32 and int8 run in ONNX Runtime as they are, 16 bits are emulated
-   (`sluice.passes.precision.emulation`).
+   (`sluice.passes.precision.emulation`). With a ``runner`` the engine itself runs, at the batch that it has.
 3. `rounding_error`: the relative error of a precision on a few inputs.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 import torch
+from onnx import helper
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -32,7 +34,7 @@ from sluice.passes.precision.to_precision import to_precision
 from sluice.runtime.base.compare import relative_error
 
 if TYPE_CHECKING:
-    from sluice.runtime.base.runner import Session
+    from sluice.runtime.base.runner import Runner
 
 __all__ = ["as_module", "deploy_onnx", "export", "rounding_error"]
 
@@ -85,7 +87,7 @@ def deploy_onnx(
         calibration: for int8, some hundred inputs as they occur in deployment, in batches of ``(inputs, labels)`` or of
             inputs alone; a mapping names the file's inputs, anything else gives them in order.
         target, threads: the runtime that the file is for; int8 and paddings have other forms for others.
-        exclude: for int8, names of weights whose layers stay float, often the first and the last.
+        exclude: for int8, names or shell patterns of layers that stay float, often the first and the last.
         percentile: for int8, see `sluice.artifacts.calibration_ranges`.
     Raises:
         SluiceError: there is no such precision or target, int8 has no calibration, or the network cannot be written in
@@ -114,8 +116,8 @@ def rounding_error(narrow: onnx.ModelProto, wide: onnx.ModelProto, batches: Iter
     return relative_error(runner.build(emulated(narrow)).run(feeds), runner.build(wide).run(feeds))
 
 
-def as_module(model: onnx.ModelProto, like: Any = None) -> nn.Module:
-    """The network of a deployment file as a module, without gradients; it computes on the CPU.
+def as_module(model: onnx.ModelProto, like: Any = None, *, runner: Runner | None = None, batch: int = 1) -> nn.Module:
+    """The network of a deployment file as a module, without gradients; by default it computes on the CPU.
 
     It takes tensors in the order of the file's inputs, nested as the exported model's were. Keyword arguments with the
     names of inputs may come in any order. Arguments that are no tensors are ignored, since the file holds their values.
@@ -125,6 +127,9 @@ def as_module(model: onnx.ModelProto, like: Any = None) -> nn.Module:
         like: how the results are nested: outputs of the exported model, whose tensors are replaced and whose other
             leaves (None, flags) stay, or a ``TreeSpec`` with tensors alone. Without it, the output, or a tuple of them
             if there are several.
+        runner: runs the file's engine, as it is deployed (`sluice.runtime.targets.make_runner`).
+        batch: that of the engine. Where the file leaves the batch free, inputs are given in slices of that many, the
+            last one filled up with its last input, so that any number of inputs can be evaluated.
     Raises:
         SluiceError: ``like`` has another number of tensors than the file has outputs.
     """
@@ -139,13 +144,50 @@ def as_module(model: onnx.ModelProto, like: Any = None) -> nn.Module:
         )
     from sluice.runtime.targets import make_runner
 
-    return _Deployed(make_runner("ort-cpu").build(emulated(model)), tuple(OnnxGraph(model).inputs), like)
+    inputs = tuple(OnnxGraph(model).inputs)
+    if runner is None:
+        return _Deployed(make_runner("ort-cpu").build(emulated(model)).run, inputs, like)
+    return _Deployed(_in_slices(runner.build(model, batch=batch).run, model, batch), inputs, like)
+
+
+Run = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+
+
+def _in_slices(run: Run, model: onnx.ModelProto, size: int) -> Run:
+    """Inputs of any number for an engine of ``size``; of another network as they come."""
+    graph = OnnxGraph(model)
+    types = {n: helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for n, i in graph.inputs.items()}
+    infos = [*graph.inputs.values(), *model.graph.output]
+    axes = {next((dim.dim_param for dim in info.type.tensor_type.shape.dim), "") for info in infos}
+    free = len(axes) == 1 and "" not in axes
+
+    def called(feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        given = {name: x.astype(types[name]) for name, x in feeds.items()}
+        counts = {len(x) for x in given.values()} if free else {size}
+        if len(counts) != 1:
+            raise SluiceError(f"the inputs have batches of {sorted(counts)}; give one batch to all")
+        count = counts.pop()
+        if count == size:
+            return _plain(run(given))
+        parts = []
+        for start in range(0, count, size):
+            part = {name: x[start : start + size] for name, x in given.items()}
+            missing = size - len(next(iter(part.values())))
+            parts.append(run({n: np.concatenate([x, x[-1:].repeat(missing, 0)]) for n, x in part.items()}))
+        return _plain({n: np.concatenate([np.asarray(part[n]) for part in parts])[:count] for n in parts[0]})
+
+    return called
+
+
+def _plain(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """16 bits as float32, as the emulation gives them; torch knows no bfloat16 of numpy."""
+    return {n: x.astype("float32") if x.dtype.name in ("float16", "bfloat16") else x for n, x in outputs.items()}
 
 
 class _Deployed(nn.Module):
-    def __init__(self, session: Session, inputs: tuple[str, ...], like: Any):
+    def __init__(self, run: Run, inputs: tuple[str, ...], like: Any):
         super().__init__()
-        self.session, self.inputs = session, inputs
+        self.run, self.inputs = run, inputs
         self.like = pytree.tree_map_only(Tensor, lambda _: torch.empty(0), like)
         # Code that evaluates a model moves data to the device of its parameters.
         self.placeholder = nn.Parameter(torch.empty(0), requires_grad=False)
@@ -162,7 +204,7 @@ class _Deployed(nn.Module):
         given.update(zip([name for name in self.inputs if name not in given], leaves, strict=True))
         feeds = {name: x.detach().cpu().numpy() for name, x in given.items()}
         device = next((given[name].device for name in self.inputs), self.placeholder.device)
-        found = [torch.from_numpy(array).to(device) for array in self.session.run(feeds).values()]
+        found = [torch.from_numpy(array).to(device) for array in self.run(feeds).values()]
         if self.like is not None:
             results = iter(found)
             return pytree.tree_map_only(Tensor, lambda _: next(results), self.like)

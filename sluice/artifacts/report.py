@@ -1,10 +1,10 @@
 """The report of a compression: promised and measured figures, and reasons of everything left alone, as a frozen value.
 
-It is JSON (``version`` 7; 1, which knew widths only, 2, which knew fp32 only, 3, which did not say how often an engine
+It is JSON (``version`` 8; 1, which knew widths only, 2, which knew fp32 only, 3, which did not say how often an engine
 was measured, 4, which did not say how the slim network was trained, 5, which knew no plain export and no search for the
-least latency, and 6, whose figure of merit was always called accuracy, still load) and a terminal table. Times are
-milliseconds, ``parity_max_rel`` is the largest deviation of the slim network's output relative to the dense output's
-scale. Figures that were not taken are ``None``.
+least latency, 6, whose figure of merit was always called accuracy, and 7, which compared no engines, still load) and a
+terminal table. Times are milliseconds, ``parity_max_rel`` is the largest deviation of the slim network's output
+relative to the dense output's scale. Figures that were not taken are ``None``.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from sluice.core.schema import Misfit, parse, typed
 
 __all__ = ["Report"]
 
-VERSION = 7
+VERSION = 8
 # Fields that reports of earlier versions lack, by version.
 MEASURING: dict[str, Any] = {
     "runs": None, "dense_runs": None, "uncertainty": None, "quiet": True, "points": None, "complete": None,
     "disturbed": 0, "estimated": 0.0, "gap": None,
 }  # fmt: skip
-FIGURE: dict[str, Any] = {"figure": "accuracy"}
+OUTPUTS: dict[str, Any] = {"engine_error": None, "engine_tolerance": None}
+FIGURE: dict[str, Any] = {"figure": "accuracy", **OUTPUTS}
 NEWEST: dict[str, Any] = {
     "slower": 0.0, "plain_ms": None, "plain_uncertainty": None, "from_plain": False, "least": None,
     **FIGURE,
@@ -43,6 +44,7 @@ LATER: dict[int, dict[str, Any]] = {
     4: TRAINING,
     5: NEWEST,
     6: FIGURE,
+    7: OUTPUTS,
     VERSION: {},
 }
 
@@ -67,6 +69,9 @@ class Report:
     The table held ``points`` of those that a ``complete`` one holds, ``disturbed`` of them of a machine that was never
     quiet. The part ``estimated`` of the promise rests on points that were not measured. Unless one of these takes less
     than its bound (`sluice.profiler.need`), no plan has a loss that is lower by more than the share ``gap``.
+
+    Outputs of the deployed engine differ from fp32 (of an int8 engine from its file) by ``engine_error``, relative, of
+    which the precision explains ``engine_tolerance``.
 
     ``recovery`` says how the slim network was trained, and by what trial; None where it was not. ``least`` is the
     curve of a search for the least latency, whose result has this report.
@@ -110,6 +115,8 @@ class Report:
     from_plain: bool = False
     least: LeastRow | None = None
     figure: str = "accuracy"
+    engine_error: float | None = None
+    engine_tolerance: float | None = None
 
     def met(self) -> bool:
         """Whether the measured (where there is none, the promised) time is within the budget."""

@@ -120,6 +120,10 @@ def _certainty(report: Report) -> Iterator[str]:
         yield f"promises against engines of this network: {', '.join(errors)}"
     if report.parity_max_rel is not None:
         yield f"slim network, its file and the closed network differ by {report.parity_max_rel:.1e} of the output"
+    if report.engine_tolerance is not None:
+        of = "its int8 file" if report.fingerprint.get("precision") == "int8" else "the network in fp32"
+        error = "no number" if report.engine_error is None else f"{report.engine_error:.1e}"
+        yield f"the engine differs from {of} by {error}, of which its precision explains {report.engine_tolerance:.1e}"
     yield f"made in {report.seconds:,.0f} s"
 
 

@@ -39,7 +39,7 @@ from sluice.passes.precision.emulation import emulated
 from sluice.runtime.base.compare import relative_error
 from sluice.runtime.targets import make_runner
 
-__all__ = ["RoundingCheck", "compare_precisions", "drawn", "outputs_of", "specs_at"]
+__all__ = ["RoundingCheck", "compare_precisions", "drawn", "input_ranges", "outputs_of", "shuffled", "specs_at"]
 
 EPS = {"fp16": 2.0**-10, "bf16": 2.0**-7, "int8": 1 / 127}
 ROUNDINGS = 16.0
@@ -76,11 +76,11 @@ def compare_precisions(
     feeds = [drawn(specs, seed) for seed in range(DRAWS)]
     want = list(outputs_of(wide, feeds))
     error = relative_error(list(outputs_of(emulated(_with_float_activations(narrow)), feeds)), want)
-    by_chance = min(relative_error(list(outputs_of(_shuffled(wide), feeds)), want), 1.0)
+    by_chance = min(relative_error(list(outputs_of(shuffled(wide), feeds)), want), 1.0)
     tolerance = min(ROUNDINGS * math.sqrt(len(wide.graph.node)) * EPS[precision] / 2, by_chance / 2)
     as_run = error
     if precision == "int8":
-        within = [drawn(specs, seed, _input_ranges(narrow)) for seed in range(DRAWS)]
+        within = [drawn(specs, seed, input_ranges(narrow)) for seed in range(DRAWS)]
         as_run = relative_error(list(outputs_of(narrow, within)), list(outputs_of(wide, within)))
     return RoundingCheck(error, tolerance, by_chance, as_run)
 
@@ -123,7 +123,7 @@ def outputs_of(model: onnx.ModelProto, feeds: Sequence[Sequence[np.ndarray]]) ->
         yield list(session.run(dict(zip(names, arrays, strict=True))).values())
 
 
-def _input_ranges(model: onnx.ModelProto) -> list[tuple[float, float] | None]:
+def input_ranges(model: onnx.ModelProto) -> list[tuple[float, float] | None]:
     """For every input the numbers that its pair can hold, if it has one."""
     graph = OnnxGraph(model)
     found: dict[str, tuple[float, float]] = {}
@@ -153,7 +153,7 @@ def _with_float_activations(model: onnx.ModelProto) -> onnx.ModelProto:
     return done
 
 
-def _shuffled(model: onnx.ModelProto) -> onnx.ModelProto:
+def shuffled(model: onnx.ModelProto) -> onnx.ModelProto:
     """Rule 2: the entries of every weight in random order."""
     rng = np.random.default_rng(0)
     done = onnx.ModelProto()

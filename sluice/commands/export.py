@@ -1,4 +1,4 @@
-"""An engine of an exported file, and the commands that build, time and check it elsewhere.
+"""An exported file in words, and the commands that build, time and check its engine elsewhere.
 
 1. ``trtexec``: the types are in the file, so no flag gives a precision. TensorRT 10 wants ``--stronglyTyped`` as well,
    which 11 refuses, so the line is for the one found here, and for 11 where there is none. Times are those of a CUDA
@@ -23,6 +23,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sluice.commands.export_engine import Asked, Engine, cache_of, difference_told, session_of, unmeasured, write_engine
 from sluice.commands.specs import fixed_rows
 from sluice.core.errors import SluiceError
 from sluice.core.files import ONNX, check_output
@@ -30,19 +31,15 @@ from sluice.core.files import ONNX, check_output
 if TYPE_CHECKING:
     import onnx
 
+
 __all__ = [
-    "Asked",
     "Commands",
-    "Engine",
     "Outcome",
     "check_files",
     "commands",
-    "known_cache",
     "outcome",
-    "write_engine",
 ]
 
-STREAMS = ("--maxAuxStreams=0", "--avgTiming=8")  # as `sluice.runtime.trt.build` builds
 TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "bf16": None, "int8": 1e-1}
 
 
@@ -52,23 +49,6 @@ class Commands:
 
     trtexec: str
     polygraphy: str
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """The file for an engine, and a timing cache to build it with (else the one next to the file, if any)."""
-
-    file: str
-    cache: bytes = b""
-
-
-@dataclass(frozen=True, slots=True)
-class Engine:
-    """An engine that was written: its file, its size, and the TensorRT that built it."""
-
-    file: str
-    bytes: int
-    builder: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +72,14 @@ def check_files(path: str, engine: str | None, plan: str | None = None, table: s
     check_output(path, read, ONNX)
     if engine is None:
         return
-    files = {"-o": path, "--engine": engine, "the timing cache beside the engine": _cache_of(engine)}
+    files = {"-o": path, "--engine": engine, "the timing cache beside the engine": cache_of(engine)}
     for (one, first), (other, second) in combinations(files.items(), 2):
         if Path(first).resolve() == Path(second).resolve():
             raise SluiceError(
                 f"{one} and {other} are both {second!r}; give each a file of its own, the engine *.engine"
             )
     check_output(engine, read)
-    check_output(_cache_of(engine), read)
+    check_output(cache_of(engine), read)
 
 
 def outcome(
@@ -111,14 +91,19 @@ def outcome(
     target: str,
     batch: int,
     error: float | None = None,
+    wide: onnx.ModelProto | None = None,
+    place: str = "",
 ) -> Outcome:
     """Build the engine, if the user wants one, and describe file and engine; ``model`` is the content of ``path``.
 
-    Where there is no engine, the file and the commands are still of use on another machine.
+    Where there is no engine, the file and the commands are still of use on another machine. An engine that can run, of
+    TensorRT or of the target at ``place``, is compared with the fp32 network ``wide``.
 
     Args:
         error: of a file in another precision, relative to fp32; on the calibration inputs for int8.
     """
+    from sluice.artifacts.engine_check import check_engine
+
     fixed = bool(fixed_rows(model))  # the batch, by the network
     data: dict[str, Any] = {"out": path, "bytes": model.ByteSize(), "precision": precision, "batch_fixed": fixed}
     lines = [f"{path}: {model.ByteSize():,} bytes, {precision}{f', batch fixed at {batch}' * fixed}"]
@@ -135,6 +120,21 @@ def outcome(
         else:
             data["engine"] = asdict(built)
             lines.append(f"{built.file}: {built.bytes:,} bytes, batch {batch}, by {built.builder}")
+    if wide is not None and refusal is None and (built is not None or place):
+        engine = built.file if built is not None else f"the engine of {path} on {place}"
+        try:
+            session = session_of(model, built, place or target, batch)
+            check = check_engine(session, model, wide, precision, target=place or target, batch=batch)
+        except SluiceError as reason:
+            lines.append(f"{engine} was not compared with fp32: {reason}")
+        else:
+            data["engine_error"] = check.error if math.isfinite(check.error) else None
+            lines.append(f"{engine}: relative error to {_reference(precision)} {check.error:.1e}, as it runs")
+            refusal = None if check.same else check.refusal(engine)
+            if asked is not None and asked.kernels:
+                apart, count = unmeasured(session.layers(), asked.kernels)
+                data["kernels"], data["kernels_not_in_table"] = count, apart
+                lines.append(difference_told(apart, count))
     if precision != "int8" or target == "tensorrt":
         own = asked.file if asked is not None else str(Path(path).with_suffix(".engine"))
         version = _version(built)
@@ -167,15 +167,23 @@ def commands(
     Raises:
         SluiceError: an input has a dynamic dimension that is not its batch.
     """
+    from sluice.runtime.trt.settings import Settings
+
     shapes = _dynamic_inputs(model, batch)
-    cache = _cache_of(engine)
+    cache = cache_of(engine)
     saved = Path(engine).with_suffix(".trtexec.engine") if written else engine
     trtexec = [f"--onnx={os.fspath(path)}", f"--saveEngine={os.fspath(saved)}"]
     if version == 10:
         trtexec.append("--stronglyTyped")
     if shapes:
         trtexec.append("--shapes=" + ",".join(f"{name}:{'x'.join(map(str, dims))}" for name, dims in shapes.items()))
-    trtexec += [f"--timingCacheFile={cache}", *STREAMS, "--useCudaGraph", "--useSpinWait", "--noDataTransfers"]
+    trtexec += [
+        f"--timingCacheFile={cache}",
+        *Settings.from_environment().trtexec(),
+        "--useCudaGraph",
+        "--useSpinWait",
+        "--noDataTransfers",
+    ]
     polygraphy = ["run", os.fspath(path), "--trt", "--strongly-typed"]
     tolerance = TOLERANCES[precision]
     if tolerance is None:
@@ -188,50 +196,8 @@ def commands(
     return Commands(shlex.join(["trtexec", *trtexec]), shlex.join(["polygraphy", *polygraphy]))
 
 
-def known_cache(table: str | os.PathLike[str]) -> bytes:
-    """The timing cache in a latency table of this TensorRT on this device.
-
-    Raises:
-        SluiceError: the table cannot be read, is of another runtime, version or device, or holds no cache.
-    """
-    from sluice.core.deployment import Deployment
-    from sluice.profiler.profile import fingerprint_here
-    from sluice.profiler.table.fingerprint import difference
-    from sluice.profiler.table.latency_table import LatencyTable
-    from sluice.profiler.timing.timing_cache import NAME
-
-    with LatencyTable.open(table) as opened:
-        there, cache = opened.fingerprint, opened.get_blob(NAME)
-    if there.runtime != "tensorrt" or not cache:
-        raise SluiceError(
-            f"{os.fspath(table)!r} holds no timing cache (its runtime is {there.runtime}); give a table that "
-            f"`sluice profile --target tensorrt` filled, or leave out --table"
-        )
-    here = fingerprint_here(Deployment("tensorrt", there.batch, there.threads, there.precision))
-    if differences := difference(there, here):
-        raise SluiceError(
-            f"the timing cache in {os.fspath(table)!r} is of no use here: {'; '.join(differences)}; leave out --table"
-        )
-    return cache
-
-
-def write_engine(model: onnx.ModelProto, asked: Asked, batch: int) -> Engine:
-    """Build ``model`` with the TensorRT of this machine and write the engine; its timing cache is kept next to it.
-
-    Raises:
-        SluiceError: TensorRT is not here, cannot start, or refuses the model; or the file cannot be written.
-    """
-    from sluice.core.files import write_atomically
-    from sluice.runtime.trt.build import build_engine, find_tensorrt, product
-
-    trt, cache = find_tensorrt(), Path(_cache_of(asked.file))
-    before = asked.cache or (cache.read_bytes() if cache.is_file() else b"")
-    built = build_engine(trt, model, batch=batch, cache=before)
-    write_atomically(asked.file, built.plan)
-    # RTX has no cache; one that the full TensorRT left is not lost by that.
-    if built.cache and built.cache != before:
-        write_atomically(cache, built.cache)
-    return Engine(asked.file, len(built.plan), product(trt))
+def _reference(precision: str) -> str:
+    return "its int8 file" if precision == "int8" else "fp32"
 
 
 def _dynamic_inputs(model: onnx.ModelProto, batch: int) -> dict[str, list[int]]:
@@ -262,8 +228,3 @@ def _version(built: Engine | None) -> int | None:
             name = product(find_tensorrt())
     found = re.match(r"TensorRT (\d+)\.", name)
     return int(found[1]) if found else None
-
-
-def _cache_of(engine: str | os.PathLike[str]) -> str:
-    """Where the timing cache of an engine is kept."""
-    return str(Path(engine).with_suffix(".cache"))

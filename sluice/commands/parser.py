@@ -107,6 +107,10 @@ def _export(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--calibration", metavar="DATA", help="for int8: package.module:factory of some hundred inputs in batches"
     )
+    p.add_argument(
+        "--exclude", action="append", default=[], metavar="LAYER", help="for int8: layer, or shell pattern of layers, "
+        "that stays in fp32",
+    )  # fmt: skip
     # No default here: only a target that the user gives must fit the precision and the engine.
     p.add_argument(
         "--target", help="runtime that the file is for; int8 has another form for each (default ort-cpu, with "

@@ -5,7 +5,9 @@
    only in the two training stages, in the decision between them, and in the precision of the file.
 3. All networks up to that file are fp32; engines are timed in the precision of the deployment. int8 is calibrated on
    `CALIBRATION` inputs of the training data.
-4. Two steps may fail with a precision, writing the file and evaluating it. Both are tried on the cut network before it
+4. The engine of the file is compared with fp32, and the figure of merit in another precision is the engine's own. One
+   that computes another network is an error; the result is saved even so.
+5. Two steps may fail with a precision, writing the file and evaluating it. Both are tried on the cut network before it
    is trained.
 """
 
@@ -43,6 +45,7 @@ from sluice.pipeline.close import close
 from sluice.pipeline.figures import captured_inputs, count_parameters, example_outputs, parity
 from sluice.pipeline.gate_candidate import GateCandidate
 from sluice.pipeline.kept_stages import Reading, verified_once
+from sluice.pipeline.pairs import engine_check
 from sluice.pipeline.plain import counted_from
 from sluice.pipeline.prepare import Prepared, fits, trainable
 from sluice.pipeline.price import price_problem
@@ -50,6 +53,7 @@ from sluice.pipeline.recipe import REHEARSAL, Evaluate, Recipe, recovery_of
 from sluice.pipeline.recover import recover
 from sluice.pipeline.report_figures import make_report
 from sluice.pipeline.verify import AIM, VerifiedSolution, final_pair, first_verified
+from sluice.runtime.base.runner import Runner
 from sluice.solver.options import BSR, check_methods
 from sluice.training.budget import Budget
 from sluice.training.losses import loss_of
@@ -148,14 +152,16 @@ def carry_out(
     closed = parity(close(gated, verified.solution).eval(), slim, cut, stripped)
     _same(closed)
 
-    def deploy(model: onnx.ModelProto) -> tuple[onnx.ModelProto, float | None]:
+    def deploy(model: onnx.ModelProto, runner: Runner | None = None) -> tuple[onnx.ModelProto, float | None]:
         if precision == "fp32":
             return measured.engine(model), None
         batches = None if data is None else _first(data, CALIBRATION)
         made = deploy_onnx(model, precision, batches, target=measured.target)
-        return made, None if evaluate is None else evaluate(as_module(made, example_outputs(slim, stripped)))
+        like = example_outputs(slim, stripped)
+        module = as_module(made, like, runner=runner, batch=measured.fingerprint.batch)
+        return made, None if evaluate is None else evaluate(module)
 
-    deploy(cut)  # rule 4
+    deploy(cut)  # rule 5
     metric_dense = ready.metric if evaluate is None or ready.metric is not None else evaluate(reference)
     recovered = None
     if verified.plan.edited():  # what was not cut has nothing to recover
@@ -166,10 +172,13 @@ def carry_out(
         with stage("export and measure", progress) as advance:
             slim_onnx = finalize(to_onnx(slim, captured_inputs(stripped)))
             dense_engine = finalize(dense_onnx)
-            deployed, metric_deployed = deploy(slim_onnx)
+            runner = measured.runner()
+            deployed, metric_deployed = deploy(slim_onnx, runner)
             file = deployed if precision == "fp32" else slim_onnx
             exported = parity(slim, slim, file, stripped)
             times = final_pair(measured, measured.engine(dense_engine), deployed, budget, verified, advance)
+            engine = runner.build(deployed, batch=measured.fingerprint.batch)
+            outputs = engine_check(measured, engine, deployed, slim_onnx)
         report = make_report(
             measured, verified, times=times, worst=max(closed, exported),
             params=(count_parameters(stripped), count_parameters(slim)),
@@ -178,7 +187,7 @@ def carry_out(
             frozen={**measured.space.left_alone, **gated.meta["space"].left_alone, **measured.refused},
             seconds=time.perf_counter() - started, losses=ready.problem.losses, plain=ready.plain,
             readings=readings, recovery=recovered,
-            methods=("rank",) if ready.methods == (BSR,) else ready.methods,
+            methods=("rank",) if ready.methods == (BSR,) else ready.methods, outputs=outputs,
         )  # fmt: skip
         origin = provenance(verified.plan, report)
         named, deployed = labelled(file, origin), labelled(deployed, origin)
@@ -187,6 +196,8 @@ def carry_out(
             done.save(out)
     stages.end()
     _same(exported)  # last: the trained network is saved even then
+    if not outputs.same:
+        raise outputs.refusal(f"the engine of {measured.target}")
     return done
 
 

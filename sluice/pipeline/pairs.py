@@ -15,7 +15,9 @@
    engines at most, and mostly one.
 5. Latency does not depend on the weights. So engines of equal structure (`structure`) are one engine, which is known
    once it is measured.
-6. A run waits for a quiet machine for `PATIENCE_MS`, and a quarter of that where the last one waited in vain: two
+6. The first engine of every structure is compared with fp32, where that is given (`sluice.artifacts.engine_check`). One
+   that the runtime computes wrongly is refused. A file that its precision does not suit is not: it is not trained yet.
+7. A run waits for a quiet machine for `PATIENCE_MS`, and a quarter of that where the last one waited in vain: two
    engines that take turns are slowed together.
 """
 
@@ -29,6 +31,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from sluice.artifacts.engine_check import EngineCheck, check_engine
 from sluice.core.budget_spec import BudgetSpec
 from sluice.core.errors import EngineFault, LostLine
 from sluice.passes.graph.onnx_graph import attributes
@@ -38,7 +41,7 @@ from sluice.profiler.view import Profile
 from sluice.runtime.base.faults import building, running
 from sluice.runtime.base.runner import Runner, Session
 
-__all__ = ["APART", "PairTimes", "Pairs", "is_faster", "structure"]
+__all__ = ["APART", "PairTimes", "Pairs", "engine_check", "is_faster", "structure"]
 
 RUNS = 3
 REBUILT = 0.015
@@ -114,11 +117,17 @@ class Pairs:
     _runs: dict[str, list[_Run]] = field(default_factory=dict)
     _in_vain: bool = False
 
-    def settle(self, slim: onnx.ModelProto, limit: float) -> PairTimes:
-        """The times of a file as it is, clear enough to say whether it takes ``limit`` of the budget (rule 3)."""
+    def settle(self, slim: onnx.ModelProto, limit: float, wide: onnx.ModelProto | None = None) -> PairTimes:
+        """The times of a file as it is, clear enough to say whether it takes ``limit`` of the budget (rule 3).
+
+        Args:
+            wide: the network in fp32, for rule 6.
+        Raises:
+            SluiceError: the runtime computes another network.
+        """
         runs = self._runs.setdefault(structure(slim), [])
         while not runs or (len(runs) < RUNS and _near(self._times(runs), limit)):
-            runs.append(self._run(slim, len(runs)))
+            runs.append(self._run(slim, len(runs), wide if not runs else None))
         return self._times(runs)
 
     def once(self, slim: onnx.ModelProto) -> PairTimes:
@@ -148,10 +157,10 @@ class Pairs:
             slower=min(run.slower for run in counted),
         )
 
-    def _run(self, slim: onnx.ModelProto, number: int) -> _Run:
+    def _run(self, slim: onnx.ModelProto, number: int, wide: onnx.ModelProto | None = None) -> _Run:
         """One run; a fault of the runtime leaves no engine behind that may have gone with it."""
         try:
-            return self._timed(slim, number)
+            return self._timed(slim, number, wide)
         except EngineFault as error:
             if isinstance(error, LostLine) and (revive := getattr(self._runner, "revive", None)) is not None:
                 revive()
@@ -159,7 +168,7 @@ class Pairs:
             self._dense_engines.clear()
             raise
 
-    def _timed(self, slim: onnx.ModelProto, number: int) -> _Run:
+    def _timed(self, slim: onnx.ModelProto, number: int, wide: onnx.ModelProto | None) -> _Run:
         batch = self.profile.fingerprint.batch
         if self._runner is None:
             self._runner = self.profile.runner()
@@ -170,6 +179,10 @@ class Pairs:
                 self._dense_engines.append(self._runner.build(self.dense, batch=batch))
             engines = [self._dense_engines[number], self._runner.build(slim, batch=batch)]
         with running(self.profile.target):
+            if wide is not None:
+                check = engine_check(self.profile, engines[1], slim, wide)
+                if check.runtime and not check.same:
+                    raise check.refusal(f"the engine of {self.profile.target}")
             dense_ms, slim_ms, witness = measure(
                 engines, min_bursts=BURSTS, target_spread=TARGET_SPREAD, reference=self._reference,
                 with_reference=True, patience_ms=self.patience_ms / 4 if self._in_vain else self.patience_ms,
@@ -178,6 +191,12 @@ class Pairs:
         excess = witness.ms / self._reference.ms - 1.0
         self._in_vain = excess > QUIET
         return _Run(dense_ms, slim_ms, excess if self._in_vain else 0.0)
+
+
+def engine_check(profile: Profile, session: Session, slim: onnx.ModelProto, wide: onnx.ModelProto) -> EngineCheck:
+    """The comparison of an engine of the profile's deployment with the network in fp32."""
+    form = profile.fingerprint
+    return check_engine(session, slim, wide, form.precision, target=form.runtime, batch=form.batch)
 
 
 def _near(times: PairTimes, limit: float) -> bool:

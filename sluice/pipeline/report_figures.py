@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 import numpy as np
 
+from sluice.artifacts.engine_check import EngineCheck
 from sluice.artifacts.report import Report
 from sluice.artifacts.report_recovery import RecoveryRow
 from sluice.artifacts.report_rows import JOINT, GroupRow, MethodRow, PieceRow, edit_rows
@@ -127,6 +128,7 @@ def make_report(
     frozen: Mapping[str, str], seconds: float, losses: Mapping[str, np.ndarray] | None = None,
     readings: Sequence[tuple[str, float, tuple[float, ...]]] = (), recovery: RecoveryRow | None = None,
     plain: PairTimes | None = None, methods: Sequence[str] = METHODS, figure: str = "accuracy",
+    outputs: EngineCheck | None = None,
 ) -> Report:  # fmt: skip
     """The report of a verified plan.
 
@@ -141,6 +143,7 @@ def make_report(
         plain: plain export's file beside ours, if it was measured.
         methods: those that were asked for.
         figure: what the metrics are.
+        outputs: the comparison of the deployed engine with fp32.
     """
     latency, widths, cover = measured.latency, dict(verified.choice.widths), measured.coverage
     descriptions = {p.name: p.description for p in measured.partition.pieces}
@@ -182,4 +185,6 @@ def make_report(
         plain_uncertainty=None if plain is None else plain.uncertainty,
         from_plain=is_faster(plain),
         figure=figure,
+        engine_error=None if outputs is None else _finite(outputs.error),
+        engine_tolerance=None if outputs is None else outputs.tolerance,
     )

@@ -92,7 +92,7 @@ def solve_verified(
         pairs: what was measured for this budget so far; more is added.
         rehearsed: a solution of the problem to begin with.
     Raises:
-        SluiceError: the budget cannot be met.
+        SluiceError: the budget cannot be met, or the runtime computes another network.
     """
     profile = problem.profile
     if pairs is None:
@@ -124,8 +124,9 @@ def _search(
             break
         if any(solution.choice.widths == one.choice.widths for one in found):
             break
-        engines.append(profile.engine(finalize(rewrite_onnx(dense, solution.plan))))
-        times = pairs.settle(engines[-1], ACCEPTED)
+        wide = finalize(rewrite_onnx(dense, solution.plan))
+        engines.append(profile.engine(wide))
+        times = pairs.settle(engines[-1], ACCEPTED, wide)
         found.append(VerifiedSolution(solution, times, 0, structure(engines[-1])))
         if solution.choice.widths == profile.latency.dense and times.share <= 1.0:
             return replace(found[-1], rounds=len(found))

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from sluice.core.deployment import ON_CPU
 from sluice.profiler.profile import ShardDone
 from sluice.profiler.view import Profile
+from sluice.runtime.base import nvidia
 
 __all__ = ["profile_summary", "shard_summary"]
 
@@ -20,7 +22,7 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
     offered = measured.options
     ranks = {option.rank for option in offered.ranks}
     least, cover = _least(measured, methods), measured.coverage
-    model = measured.latency
+    model, kept = measured.latency, measured.bench.kept
     data: dict[str, Any] = {
         "dense_ms": model.dense_ms(),
         "least_ms": None if least is None else least[0],
@@ -29,6 +31,8 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
         "points": cover.points,
         "complete": cover.complete,
         "disturbed": cover.disturbed,
+        "engines_built": kept.engines,
+        "cache_mb_per_build": kept.mb_per_build,
         "levels": {g: list(v) for g, v in model.levels.items() if g not in model.switches and g not in ranks},
         "ranks": {option.switch: list(model.levels[option.rank]) for option in offered.ranks},
         "blocks": [drop.name for drop in offered.drops.values()],
@@ -48,7 +52,9 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
         "widths on offer",
         *(f"  {group}: {_words(widths)}" for group, widths in data["levels"].items()),
     ]
-    lines[2:2] = _remarks(cover.disturbed)
+    if kept.bytes:
+        lines.insert(3, f"{kept.engines} engines built, {kept.mb_per_build:.2g} MB of timing cache written for each")
+    lines[2:2] = [*_remarks(cover.disturbed), *_gpu(measured, data)]
     if offered.ranks:
         lines += [f"ranks on offer: {len(ranks)}", *(f"  {s}: {_words(v)}" for s, v in data["ranks"].items())]
     if offered.drops:
@@ -67,6 +73,15 @@ def shard_summary(done: ShardDone) -> tuple[dict[str, Any], list[str]]:
     else:
         lines.append("merge the tables of all shards (`sluice table merge`), then profile on the result to finish")
     return {**asdict(done), "shard": str(done.shard)}, lines
+
+
+def _gpu(measured: Profile, data: dict[str, Any]) -> list[str]:
+    """The state of the GPU that was measured on, where it is here and its driver tells."""
+    state = nvidia.gpu_state() if measured.target not in ON_CPU and not measured.address else None
+    if state is None:
+        return []
+    data["gpu"] = asdict(state)
+    return state.lines()
 
 
 def _remarks(disturbed: int) -> list[str]:

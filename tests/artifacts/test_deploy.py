@@ -73,6 +73,34 @@ def test_forms_of_int8() -> None:
         assert {value.dtype for value in zeros} == {np.dtype(kind)}
 
 
+@pytest.mark.parametrize("patterns", [("0.weight",), ("0",), ("[01]",)])
+@pytest.mark.parametrize("folded", [True, False])
+def test_linear_layers_of_three_axes_have_their_names(patterns: tuple[str, ...], folded: bool) -> None:
+    """The exporter writes the weight behind a transpose, and folding it would leave no name."""
+    model, x = (
+        torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.GELU(), torch.nn.Linear(6, 4)).eval(),
+        torch.randn(2, 5, 8),
+    )
+    dense = to_onnx(model, (x,))
+    dense = finalize(dense) if folded else dense
+    with torch.no_grad():
+        assert_close(as_module(dense)(x), model(x))
+    if folded:
+        values = arrays(dense)
+        assert "0.weight" not in values, "a plan would cut its wrong axis"
+        assert_close(values["0.weight:transposed"], model[0].weight.T)
+    values = arrays(deploy_onnx(dense, "int8", [x], exclude=patterns))
+    assert values["0.weight:transposed"].dtype == np.float32 and "0.weight:transposed:int8:1" not in values
+    assert values["2.weight:transposed:int8:1"].dtype == np.int8 and "2.weight:transposed" not in values
+
+
+@pytest.mark.parametrize(("count", "told"), [(1, "1 input, too few"), (99, "99 inputs, too few"), (100, "")])
+def test_too_few_calibration_inputs_are_told(count: int, told: str, caplog: pytest.LogCaptureFixture) -> None:
+    dense, (x,) = deployed("plain"), build("plain")[1]
+    deploy_onnx(dense, "int8", [x[:1].repeat(count, 1, 1, 1)])
+    assert (told in caplog.text) if told else not caplog.text
+
+
 def test_inputs_and_outputs_of_a_module() -> None:
     """In the order of the file, nested as they may be."""
     model, (x, y) = build("tied")

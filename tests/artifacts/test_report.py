@@ -242,8 +242,8 @@ def test_other_files_are_refused(report: Report) -> None:
     data = json.loads(report.to_json())
     with pytest.raises(SluiceError, match="no report"):
         Report.from_json("{")
-    with pytest.raises(SluiceError, match="its version is 8"):
-        Report.from_json(json.dumps({**data, "version": 8}))
+    with pytest.raises(SluiceError, match="its version is 9"):
+        Report.from_json(json.dumps({**data, "version": 9}))
     with pytest.raises(SluiceError, match=r"lacks or adds \['rounds'\]"):
         Report.from_json(json.dumps({k: v for k, v in data.items() if k != "rounds"}))
 

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -25,6 +26,9 @@ from sluice.commands.specs import inputs_of
 from sluice.core.deployment import PRECISIONS
 from sluice.core.errors import SluiceError
 from sluice.runtime.base.compare import relative_error
+from sluice.runtime.openvino.runner import OpenVinoSession
+from sluice.runtime.ort.cpu import OrtSession
+from sluice.runtime.targets import available_targets
 from sluice.runtime.trt import build as trt_build
 from sluice.runtime.trt.build import static_model
 from tests import tiny
@@ -291,7 +295,31 @@ def test_lines_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     first, second, *rest = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{tmp_path / 'a.onnx'}: ") and first.endswith("bytes, fp32")
     assert second.startswith(f"{tmp_path / 'a.engine'}: ") and second.endswith("batch 1, by TensorRT 11.4.0.106")
-    assert [line.split()[0] for line in rest] == ["build", "trtexec", "check", "polygraphy"]
+    assert rest[0].startswith(f"{tmp_path / 'a.engine'} was not compared with fp32: target 'tensorrt' cannot run here")
+    assert [line.split()[0] for line in rest[1:]] == ["build", "trtexec", "check", "polygraphy"]
+
+
+@pytest.mark.parametrize(("target", "precision"), [("ort-cpu", "fp32"), ("openvino", "fp32"), ("openvino", "int8")])
+def test_the_engine_of_a_target_is_compared_with_fp32(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str,
+    precision: str,
+) -> None:  # fmt: skip
+    if reason := available_targets()[target]:
+        pytest.skip(reason)
+    calibration = "--calibration tests.tiny:data" if precision == "int8" else ""
+    line = f"{MODEL} --precision {precision} {calibration} --target {target} -o {tmp_path / 'a.onnx'}"
+    assert 0 <= run(line)["engine_error"] < (0.05 if precision == "int8" else 1e-5)
+    session = OrtSession if target == "ort-cpu" else OpenVinoSession
+    own = session.run
+
+    def shifted(self: Any, feeds: Any) -> dict[str, Any]:
+        return {name: np.roll(x, 1, -1) for name, x in own(self, feeds).items()}
+
+    if target == "ort-cpu":  # it computes the reference, too
+        return
+    monkeypatch.setattr(session, "run", shifted)
+    data = run(line, status=1, error=f"on {target} computes another network than the one in fp32")
+    assert data["engine_error"] > 0.1 and (tmp_path / "a.onnx").exists()
 
 
 def test_where_no_engine_can_be_built_the_rest_is_there(
@@ -321,6 +349,16 @@ def test_int8_is_for_one_runtime(run: Run, tmp_path: Path) -> None:
     assert zero_points != {init.data_type for init in onnx.load(path).graph.initializer if "zero" in init.name}
 
 
+def test_layers_that_stay_out_of_int8(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "a.onnx"
+    run(MODEL, "-o", path, "--precision int8 --calibration tests.tiny:data --exclude conv1 --exclude f?")
+    names = {init.name for init in onnx.load(path).graph.initializer if init.data_type == TensorProto.FLOAT}
+    assert {"conv1.weight", "fc.weight"} <= names and "conv2.weight" not in names
+    run(MODEL, "-o", path, "--precision int8 --calibration tests.tiny:data --exclude con", status=1,
+        error="exclude names 'con', which is no layer of the network")  # fmt: skip
+    run(MODEL, "-o", path, "--precision fp16 --exclude conv1", status=1, error="--exclude keeps layers out of int8")
+
+
 @pytest.mark.parametrize("option", ["--precision fp16", "--engine out.engine"])
 def test_a_file_for_plans_is_no_deployment(run: Run, tmp_path: Path, option: str) -> None:
     run(MODEL, "-o", tmp_path / "a.onnx", "--names", option, status=1, error="--names writes what plans are applied to")
@@ -341,6 +379,9 @@ def test_a_real_engine(tmp_path: Path, precision: str) -> None:
         [sys.executable, "-m", "sluice", *line.split(), "-o", str(tmp_path / "a.onnx")],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
+    if precision == "int8":
+        assert done.returncode == 1 and "gains nothing from int8" in done.stderr
+        return
     assert done.returncode == 0, done.stderr
     engine = json.loads(done.stdout)["engine"]
     assert engine["builder"].startswith("TensorRT-RTX ") and engine["bytes"] == (tmp_path / "a.engine").stat().st_size

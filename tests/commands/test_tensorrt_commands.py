@@ -23,7 +23,7 @@ from sluice.profiler.table.fingerprint import Fingerprint
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.table.measurement import Measurement
 from sluice.profiler.timing import sm_clock as clocks
-from sluice.profiler.timing.timing_cache import NAME
+from sluice.profiler.timing.timing_cache import NAME, keep_kernels
 from sluice.profiler.view import Profile
 from sluice.runtime.base import nvidia
 from sluice.runtime.base import runner as runner_module
@@ -32,8 +32,9 @@ from sluice.runtime.ort.cuda import OrtCudaRunner
 from sluice.runtime.torch_cuda.runner import TorchCudaRunner
 from sluice.runtime.trt import build as trt_build
 from sluice.runtime.trt import runner as tensorrt
-from sluice.runtime.trt.inspect import EngineLayers
+from sluice.runtime.trt.inspect import EngineLayers, kernels
 from sluice.runtime.trt.runner import TensorRtRunner
+from sluice.runtime.trt.session import TensorRtSession
 from sluice.solver.options import EditSpace
 from tests.device import FINGERPRINT, chain
 from tests.fake_tensorrt import MS, FakeCuda, fake_tensorrt
@@ -139,6 +140,38 @@ def test_an_engine_is_built_with_the_timing_cache_of_the_table(trt: Any, run: Ru
     run(*export(tmp_path, tmp_path / "t.db"))
     assert trt.calls["caches"] == [b"[measured]"]
     assert (tmp_path / "a.cache").read_bytes().startswith(b"[measured]")
+
+
+@pytest.mark.parametrize("strange", [0, 2])
+def test_kernels_that_no_part_of_the_table_ran_are_told(trt: Any, run: Run, tmp_path: Path, strange: int) -> None:
+    """And the outputs of the engine are compared."""
+    runner = TensorRtRunner()
+    file = tmp_path / "first.onnx"
+    run("export tests.tiny:model --shape 3,9,9 -o", file)
+    engine = runner.build(str(file), batch=1)
+    own = [kernel for layer in engine.layers()[strange:] for kernel in kernels([layer])]
+    with LatencyTable.create(tmp_path / "t.db", fingerprint_of(runner)) as table:
+        table.put_blob(NAME, b"[measured]")
+        keep_kernels(runner, table, own if strange == 0 else ["another"])
+    out, _ = run(*export(tmp_path, tmp_path / "t.db"), "--json")
+    found, names = json.loads(out), [layer.name for layer in engine.layers()]
+    assert found["kernels"] == len(names) and found["engine_error"] < 1e-5
+    assert found["kernels_not_in_table"] == ([] if strange == 0 else names)
+    out, _ = run(*export(tmp_path, tmp_path / "t.db"))
+    count = len(names)
+    assert (f"all {count} kernels of the engine are among those" in out) == (strange == 0)
+    assert (f"{count} of {count} kernels of the engine were measured in no part" in out) == (strange > 0)
+
+
+def test_an_engine_that_computes_something_else_is_an_error(
+    trt: Any, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = TensorRtSession.run
+    monkeypatch.setattr(TensorRtSession, "run", lambda self, feeds: {n: -y for n, y in own(self, feeds).items()})
+    words = ["export tests.tiny:model --shape 3,9,9 -o", tmp_path / "a.onnx", "--engine", tmp_path / "a.engine"]
+    out, error = run(*words, status=1)
+    assert "a.engine: relative error to fp32 2.0e+00, as it runs" in out
+    assert "a.engine computes another network than the one in fp32" in error and (tmp_path / "a.engine").exists()
 
 
 def test_tables_without_a_cache_for_this_device_are_refused(trt: Any, run: Run, tmp_path: Path) -> None:

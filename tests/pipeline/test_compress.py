@@ -16,7 +16,9 @@ from torch import nn
 import sluice
 from sluice.artifacts.check import check, check_deployed
 from sluice.artifacts.deploy import as_module
+from sluice.artifacts.engine_check import EngineCheck
 from sluice.artifacts.report import Report
+from sluice.artifacts.result import Compressed
 from sluice.core.budget_spec import BudgetSpec
 from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError
@@ -27,7 +29,8 @@ from sluice.passes.gates.gating import insert_gates
 from sluice.passes.graph.onnx_file import buffers_of, finalize
 from sluice.pipeline import prepare, verify
 from sluice.pipeline.bsr import BeamProblem
-from sluice.pipeline.compress import Compressed, compress, finish, sweep
+from sluice.pipeline.compress import compress, sweep
+from sluice.pipeline.finish import finish
 from sluice.pipeline.one_shot import plan_one_shot
 from sluice.pipeline.pairs import structure
 from sluice.pipeline.problem import Problem
@@ -136,7 +139,7 @@ def test_the_report_on_disk_is_the_report(compressed: tuple[Compressed, Path]) -
     names = ["manifest.json", "plan.json", "report.json", "slim.onnx", "slim.safetensors"]
     assert sorted(p.name for p in out.iterdir()) == names
     assert Report.from_json((out / "report.json").read_text()) == done.report
-    assert json.loads((out / "report.json").read_text())["version"] == 7
+    assert json.loads((out / "report.json").read_text())["version"] == 8
     assert Plan.load(out / "plan.json") == done.plan
 
 
@@ -206,6 +209,8 @@ def test_another_precision(precision: str, tmp_path: Path, monkeypatch: pytest.M
     assert report.met() and report.fingerprint["precision"] == precision
     assert file == done.deployed != done.onnx and structure(file) in {structure(model) for model in built}
     assert report.metric_deployed == accuracy(as_module(file))
+    assert report.engine_error is not None and report.engine_tolerance is not None
+    assert 0 < report.engine_error < report.engine_tolerance < 1
     narrow = {"int8": (onnx.TensorProto.UINT8, onnx.TensorProto.INT8), "fp16": (onnx.TensorProto.FLOAT16,)}[precision]
     pieces = [m for m in built if m.graph.input[0].type.tensor_type.elem_type in narrow]
     assert len(pieces) > 10
@@ -214,6 +219,19 @@ def test_another_precision(precision: str, tmp_path: Path, monkeypatch: pytest.M
         (f"slim.{precision}.onnx", True)
     ]
     assert Report.from_json((tmp_path / "out" / "report.json").read_text()) == report
+
+
+def test_an_engine_of_another_network_is_an_error_and_the_result_is_saved(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sluice.pipeline.finish.engine_check", lambda *_: EngineCheck(float("inf"), 0.1, runtime=True))
+    with pytest.raises(SluiceError, match="the relative error of its outputs is inf, of which the precision explains"):
+        compress(
+            tiny.model(), tiny.inputs(), budget=BUDGET, data=tiny.data(), table=table, out=tmp_path / "out",
+            batch=tiny.BATCH, methods=("filter",), epochs=0, rehearsal=0, progress=False,
+        )  # fmt: skip
+    report = Report.load(tmp_path / "out" / "report.json")
+    assert (report.engine_error, report.engine_tolerance) == (None, 0.1)
 
 
 def test_what_may_fail_with_a_precision_fails_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

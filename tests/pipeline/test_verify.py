@@ -34,7 +34,7 @@ from sluice.profiler.profile import profile_onnx
 from sluice.profiler.timing.measure import measure
 from sluice.profiler.view import Profile
 from sluice.solver.amplitude_losses import amplitude_losses
-from tests.device import Cost, FakeRunner, chain, line, profile_on, staircase
+from tests.device import Cost, FakeRunner, FakeSession, chain, line, profile_on, staircase
 
 DENSE, SLIM = chain([62, 36, 20], batch="N"), chain([31, 18, 10], batch="N")
 
@@ -399,3 +399,11 @@ def test_engines_built_anew_differ_and_the_budget_is_met_all_the_same(
         missed += true_ms(found.choice.promised_ms) > share * dense_ms
     assert missed <= max(1, budgets // 50)
     assert len(calls) < 3 * budgets and device.runner.built - built < 5 * budgets
+
+
+def test_an_engine_that_computes_something_else_is_refused(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is trained, and whatever time it takes."""
+    own = FakeSession.run
+    monkeypatch.setattr(FakeSession, "run", lambda self, feeds: {n: -y for n, y in own(self, feeds).items()})
+    with pytest.raises(SluiceError, match="the engine of ort-cpu computes another network than the one in fp32"):
+        device.solve_verified("60%")

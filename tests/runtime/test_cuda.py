@@ -160,3 +160,24 @@ def test_wheels_are_looked_into_without_importing_them(monkeypatch: pytest.Monke
     assert list(module._in_wheels()) == [str(tmp_path / file) for file in files]
     spec.clear()
     assert list(module._in_wheels()) == []
+
+
+@pytest.mark.parametrize(
+    ("where", "file"),
+    [
+        (module.LINUX, "cu13/lib/libcudart.so.13"),
+        (module.LINUX, "cuda_runtime/lib/libcudart.so.12"),
+        (module.WINDOWS, "cu13/bin/x86_64/cudart64_13.dll"),
+        (module.WINDOWS, "cu13/bin/cudart64_13.dll"),
+        (module.WINDOWS, "cuda_runtime/bin/cudart64_12.dll"),
+    ],
+)
+def test_the_library_is_found_inside_wheels_of_both_systems(
+    where: Any, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).touch()
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "nvidia" else None)
+    monkeypatch.setattr(module, "FOLDERS", where[1])
+    assert list(module._in_wheels()) == [str(tmp_path / file)]

@@ -1,7 +1,8 @@
 """ONNX files: read, fold for deployment, write whole or not at all. No torch.
 
 Folding comes last, since a plan is applied by names: folding merges batch norms into convolutions, and named tensors
-disappear.
+disappear. A weight that is stored transposed is called after the weight (`named_transposes`): not by its name, under
+which a plan would cut the wrong axis.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ from sluice.core.errors import SluiceError, first_line
 from sluice.core.files import write_atomically
 from sluice.passes.graph.onnx_graph import OnnxGraph
 
-__all__ = ["buffers_of", "finalize", "load_onnx", "note_buffers", "quiet", "save_onnx", "without_defaults"]
+__all__ = [
+    "TRANSPOSED", "buffers_of", "finalize", "load_onnx", "named_transposes", "note_buffers", "quiet", "save_onnx",
+    "without_defaults",
+]  # fmt: skip
 
+TRANSPOSED = ":transposed"
 BUFFERS = "sluice.buffers"
 ALLOWZERO = 14  # the first operator set whose Reshape has it
 
@@ -88,7 +93,7 @@ def finalize(model: onnx.ModelProto) -> onnx.ModelProto:
 
     metadata = list(model.metadata_props)
     with quiet():
-        done = onnxscript.optimizer.optimize(model)
+        done = onnxscript.optimizer.optimize(named_transposes(model))
     assert isinstance(done, onnx.ModelProto)
     del done.metadata_props[:]
     done.metadata_props.extend(metadata)
@@ -98,6 +103,28 @@ def finalize(model: onnx.ModelProto) -> onnx.ModelProto:
             del node.attribute[:]
             node.attribute.extend(kept)
     onnx.checker.check_model(done, full_check=True)
+    return done
+
+
+def named_transposes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with transposed weights called ``WEIGHT:transposed``; itself where there are none."""
+    there = OnnxGraph(model)
+    taken = {name for node in model.graph.node for name in node.output} | there.initializers.keys()
+    names: dict[str, str] = {}
+    for node in model.graph.node:
+        new = f"{node.input[0]}{TRANSPOSED}" if node.op_type == "Transpose" else ""
+        if new and node.input[0] in there.initializers and node.output[0] not in there.outputs and new not in taken:
+            names[node.output[0]] = new
+            taken.add(new)
+    if not names:
+        return model
+    done = onnx.ModelProto()
+    done.CopyFrom(model)
+    for node in done.graph.node:
+        for values in (node.input, node.output):
+            values[:] = [names.get(name, name) for name in values]
+    for info in done.graph.value_info:
+        info.name = names.get(info.name, info.name)
     return done
 
 

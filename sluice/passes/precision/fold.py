@@ -8,7 +8,8 @@ In evaluation a batch norm is one affine map per channel, ``y = s x + t`` with
    tensors: ``W' = s W`` along the output channels, ``b' = s b + t``. Computed in float64, stored in the type of W.
 2. A weight or bias that others read as well is copied first.
 3. A norm with no such layer in front becomes ``Mul`` and ``Add``; one whose tensors are not constant stays.
-4. A weight behind a transpose (``MatMul(x, Transpose(W))``, which exporters write) is first stored transposed.
+4. A weight behind a transpose (``MatMul(x, Transpose(W))``, which exporters write) is first stored transposed, and
+   called after the weight (`sluice.passes.graph.onnx_file.named_transposes`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from sluice.passes.graph.onnx_file import named_transposes
 from sluice.passes.graph.onnx_graph import OnnxGraph, attributes, reads
 
 __all__ = ["fold_batch_norms", "remove_unused"]
@@ -34,9 +36,9 @@ class _Affine:
 
 
 def fold_batch_norms(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy without the batch norms of constant statistics; every remaining value keeps its name and its numbers."""
+    """A copy without the batch norms of constant statistics; every other value keeps its name and its numbers."""
     done = onnx.ModelProto()
-    done.CopyFrom(model)
+    done.CopyFrom(named_transposes(model))
     _store_transposed(done.graph)
     if any(node.op_type == "BatchNormalization" for node in done.graph.node):
         _Folder(done).fold()

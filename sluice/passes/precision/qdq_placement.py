@@ -38,6 +38,8 @@ import onnx
 from onnx import TensorProto
 
 from sluice.core.errors import SluiceError
+from sluice.passes.graph.exclusion import excluded_by
+from sluice.passes.graph.onnx_file import TRANSPOSED
 from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
 from sluice.passes.graph.operators import ONNX, onnx_with
 
@@ -73,15 +75,13 @@ def dialect_of(target: str) -> Dialect:
 
 
 class Pairs:
-    """A folded fp32 network, read for its pairs; ``exclude`` names weights whose layers stay float."""
+    """A folded fp32 network, read for its pairs; ``exclude`` are names or patterns of layers that stay float."""
 
     def __init__(self, model: onnx.ModelProto, dialect: Dialect, exclude: Collection[str] = ()):
         self.there = there = OnnxGraph(model)
-        self.graph, self.dialect, self.exclude = model.graph, dialect, frozenset(exclude)
+        self.graph, self.dialect = model.graph, dialect
         self.initial, self.made, self.readers = there.initializers, there.producers, there.readers
-        unknown = sorted(self.exclude - self.initial.keys())
-        if unknown:
-            raise SluiceError(f"exclude names {unknown[0]!r}, which is no weight of the network; name one that is")
+        self.exclude = self._excluded(tuple(exclude))
         self.finals = set(there.outputs)
         inferred = OnnxGraph(onnx.shape_inference.infer_shapes(model))
         self.floats = {
@@ -146,6 +146,22 @@ class Pairs:
         if node.input[0] in self.nonnegative:
             low = max(low, 0.0)
         return max(abs(low), abs(high))
+
+    def _excluded(self, patterns: tuple[str, ...]) -> frozenset[str]:
+        """The weights that the patterns mean (`sluice.passes.graph.exclusion`, 1).
+
+        Raises:
+            SluiceError: a pattern means none.
+        """
+        layers = [node for node in self.graph.node if node.op_type in WEIGHTED and node.input[1] in self.initial]
+        weights = {node.input[1]: node.input[1].removesuffix(TRANSPOSED) for node in layers}
+        for pattern in patterns:
+            if not any(excluded_by(name, [pattern]) for name in weights.values()):
+                told = ", ".join(sorted(weights.values())[:5])
+                raise SluiceError(
+                    f"exclude names {pattern!r}, which is no layer of the network; its weights are {told}"
+                )
+        return frozenset(own for own, name in weights.items() if excluded_by(name, patterns))
 
     def _products(self) -> set[str]:
         """The results of matrix products and softmaxes, and values that are only arrangements of them."""

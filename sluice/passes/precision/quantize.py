@@ -49,7 +49,7 @@ def quantize(
     """An fp32 network with pairs; the arguments are those of `sluice.passes.precision.to_precision.to_precision`.
 
     Raises:
-        SluiceError: ``exclude`` names no weight, or ``ranges`` lack a tensor.
+        SluiceError: ``exclude`` names no layer, or ``ranges`` lack a tensor.
     """
     done = fold_batch_norms(model)
     _Quantizer(done, Pairs(done, dialect_of(target), exclude), ranges).rewrite(part)

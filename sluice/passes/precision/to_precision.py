@@ -44,7 +44,7 @@ def to_precision(
         ranges: for int8, the largest absolute value by tensor (`sluice.artifacts.calibration_ranges`); without them
             every scale is the same arbitrary constant, enough for timing, since latency does not depend on scales.
         target: the runtime of the file; it decides on the form of int8 (`sluice.passes.precision.qdq_placement`).
-        exclude: for int8, names of weights whose layers stay float.
+        exclude: for int8, layers that stay float: names or shell patterns of modules or of their weights.
         threads: of the runtime; one decides on the form of 1-D layers and paddings.
     Raises:
         SluiceError: there is no such precision, or the network cannot be written in it.

@@ -104,6 +104,7 @@ class Bench:
     rng: np.random.Generator
     progress: Advance = lambda done, total: None
     waits: Waits = field(default_factory=Waits)
+    kept: timing_cache.Kept = field(default_factory=timing_cache.Kept)
     closed: bool = False
     deadline: float = math.inf  # by `time.monotonic`: no call begins after it
     refused: dict[tuple[str, tuple[int, ...]], str] = field(default_factory=dict)  # with the reason (rule 4)
@@ -160,7 +161,8 @@ class Bench:
     def _timed(self, points: Sequence[PiecePoint | JointPoint], call_ms: float, last: bool = False) -> list[Row]:
         """The rows of these points, less those that are refused (rule 4)."""
         try:
-            return self._time_call([self._engines(*point) for point in points], call_ms)
+            engines = [self._engines(*point) for point in points]
+            rows = self._time_call(engines, call_ms)
         except EngineFault as error:
             self.stand_up(error)
             if last:
@@ -168,10 +170,12 @@ class Bench:
                 self.refused[part.key, extents] = str(error)
                 log.warning("%s at %s is left out: %s", part.description, "x".join(map(str, extents)), error)
                 return []
-        if len(points) == 1:
-            return self._timed(points, call_ms, last=True)
-        half = len(points) // 2
-        return self._timed(points[:half], call_ms) + self._timed(points[half:], call_ms)
+            if len(points) == 1:
+                return self._timed(points, call_ms, last=True)
+            half = len(points) // 2
+            return self._timed(points[:half], call_ms) + self._timed(points[half:], call_ms)
+        self.keep(session for e in engines for session in e.sessions)
+        return rows
 
     def stand_up(self, error: EngineFault) -> None:
         """Go on after a fault; the error itself where the device does not come back."""
@@ -240,10 +244,14 @@ class Bench:
         asked = self.table.fingerprint
         build = getattr(self.runner, "build_part", self.runner.build) if part else self.runner.build
         form = to_precision(model, asked.precision, part=part, target=asked.runtime, threads=asked.threads)
+        self.kept.engines += 1
         with building(asked.runtime):
-            built = build(form)
-        timing_cache.keep(self.runner, self.table)
-        return built
+            return build(form)
+
+    def keep(self, sessions: Iterable[Session]) -> None:
+        """What the table keeps of engines beside their times."""
+        timing_cache.keep(self.runner, self.table, self.kept)
+        timing_cache.keep_kernels(self.runner, self.table, {k for session in sessions for k in _kernels(session)})
 
     def time(self, sessions: Sequence[Session], most: int = MAX_BURSTS) -> tuple[Measurement, ...]:
         """All of them in turns, `BURSTS` to ``most`` bursts each."""

@@ -94,6 +94,7 @@ def measure_engines(
         ratios = [there.ms / m.ms for (_, there), m in zip(known, now, strict=False)]
         scale = float(np.median(ratios)) if known else 1.0
         found += [replace(m, ms=scale * m.ms) for m in now[len(known) :]]
+        bench.keep(())
         bench.progress(len(found), len(plans))
     if record:
         bench.table.put_engines(record, zip(plans, found, strict=True))

@@ -31,6 +31,11 @@
    ``warmup_ms`` is; the other sessions find the device awake. A session on an accelerator says so with an attribute
    ``ramps``, which sessions by the wall clock need; without that attribute, a session with the clock ``"cuda"`` ramps.
 
+7. A GPU (the clock ``"cuda"``) settles at the clock that its heat and its power allow, and everything takes that much
+   longer. No waiting changes that. So there all figures, that of the reference engine among them, are in the time of
+   the reference engine: ``ms * reference.ms / (lowest of the reference engine)``. They are uncertain where its own
+   turns do not agree within `BUSY`. What is bound by memory does not follow the clock, and is scaled too much.
+
 The figures behind each rule are in docs/measuring.md.
 """
 
@@ -138,6 +143,7 @@ def measure(
 
     turns = _ready(sessions, reference, burst_ms, warmup_ms)
     own, witness = turns[: len(sessions)], turns[len(sessions) :]
+    on_gpu = clocks[0] == "cuda"
     fraction = FRACTION if reference is None else 0.0
     seen: list[float] = []
     excess, waited_ms, told = 0.0, 0.0, time.monotonic()
@@ -145,7 +151,7 @@ def measure(
         waits = False
         if few := [each for each in own if each.samples < min_bursts]:
             going = [*few, *witness]
-        elif excess > QUIET:
+        elif excess > QUIET and not on_gpu:
             waits = True
             going = turns if waited_ms <= patience_ms else []
         else:
@@ -165,14 +171,18 @@ def measure(
             waiting(sum(quiet) / len(quiet), max(0.0, patience_ms - waited_ms))
 
     far = excess > BUSY
-    doubt, scale = (UNCERTAIN + excess if far else 0.0), (1.0 + excess if far and clocks[0] == "thread_cpu" else 1.0)
+    if on_gpu:
+        far = bool(witness) and witness[0].figure(0.0)[1] > BUSY
+    doubt = UNCERTAIN + max(excess, 0.0) if far else 0.0
+    scale = 1.0 + excess if on_gpu or (far and clocks[0] == "thread_cpu") else 1.0
     found = []
     for each in own:
         ms, spread = each.figure(fraction)
         found.append(Measurement(ms / scale, max(spread, doubt), each.samples, clocks[0]))
     if reference is not None and with_reference:
         spread = max(witness[0].figure(0.0)[1], doubt)
-        found.append(Measurement((1.0 + excess) * reference.ms, spread, witness[0].samples, clocks[0]))
+        ms = (1.0 + excess) * reference.ms / (scale if on_gpu else 1.0)
+        found.append(Measurement(ms, spread, witness[0].samples, clocks[0]))
     return tuple(found)
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,25 @@ from sluice.core.errors import SluiceError
 
 __all__ = ["Cuda", "Resources"]
 
-NAMES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so")
-FOLDERS = {
-    "nvidia": ("cu[0-9]*/lib/libcudart.so*", "cuda_runtime/lib/libcudart.so*"),
-    "torch": ("lib/libcudart*.so*",),
-}
+Where = tuple[tuple[str, ...], Mapping[str, tuple[str, ...]]]
+
+
+# Names, and patterns of files inside packages.
+LINUX: Where = (
+    ("libcudart.so.13", "libcudart.so.12", "libcudart.so"),
+    {
+        "nvidia": ("cu[0-9]*/lib/libcudart.so*", "cuda_runtime/lib/libcudart.so*"),
+        "torch": ("lib/libcudart*.so*",),
+    },
+)
+WINDOWS: Where = (
+    ("cudart64_13.dll", "cudart64_12.dll"),
+    {
+        "nvidia": ("cu[0-9]*/bin/**/cudart64_*.dll", "cuda_runtime/bin/cudart64_*.dll"),
+        "torch": ("lib/cudart64_*.dll",),
+    },
+)
+NAMES, FOLDERS = WINDOWS if sys.platform == "win32" else LINUX
 
 NON_BLOCKING = 1
 THREAD_LOCAL_CAPTURE = 1

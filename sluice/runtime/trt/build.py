@@ -5,8 +5,8 @@
 2. Sizes are written into the model's inputs before it is parsed. Shape arithmetic then folds in the parser, no kernel
    is chosen for sizes that never come, and the context needs no profile of shapes; a budget speaks of an
    engine of one shape.
-3. The timing cache goes in and comes out as bytes. With it a rebuild is fast and picks the same tactics, without it two
-   builds of one file may differ by several percent. RTX has none: it chooses without measuring.
+3. With a timing cache (`sluice.runtime.trt.timing`) a rebuild is fast and picks the same tactics, without it two builds
+   of one file may differ by several percent. RTX has none: it chooses without measuring.
 4. Layers are described in detail in the engine, so that they can be traced to the ONNX nodes they are made of.
 5. TensorRT knows one logger in a process: the first that any builder or runtime was given is used by all of them, and
    must outlive them. So there is one, never freed, and a caller that wants a reason empties it before.
@@ -14,6 +14,8 @@
    builds many engines keeps a builder.
 7. An engine of RTX can be captured as a CUDA graph only if it allocates no memory while it runs. So it is built to be
    given its scratch memory, where the version knows that flag, and a session gives it.
+   It is built for the device that is here, where there is one; elsewhere for all that RTX serves. Its convolutions
+   write floating point whatever follows them, so that int8 gains nothing, and is not deployed (`check_int8`).
 8. An engine runs in one stream. By default TensorRT puts branches, such as the convolution of a shortcut, into a second
    one, where their time does not add to that of the others, and the sum of parts says nothing of the whole.
 9. Inside a network activations lie with the channels last, at the borders of an engine plainly. A part of a network is
@@ -32,9 +34,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from sluice.core.errors import SluiceError, first_line
+from sluice.runtime.base import nvidia
 from sluice.runtime.base.inputs import parsed, place, serialized, static_shapes
 from sluice.runtime.base.runner import PLAIN
 from sluice.runtime.trt.inspect import node_name
+from sluice.runtime.trt.settings import Settings
+from sluice.runtime.trt.timing import TimingCache
 
 if TYPE_CHECKING:
     import onnx
@@ -43,8 +48,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Built",
-    "Settings",
     "build_engine",
+    "check_int8",
     "find_tensorrt",
     "is_rtx",
     "listener",
@@ -58,7 +63,6 @@ INSTALL = (
     "install tensorrt, or tensorrt-rtx-cu13-libs and tensorrt-rtx-cu13-bindings where only the package index is reached"
 )
 OLDEST = 10
-LEVELS = range(6)
 IMAGE = 4  # axes of a tensor that has the channels last
 CHANNELS_LAST = {"FLOAT": "HWC", "HALF": "HWC8", "BF16": "HWC8", "INT8": "HWC16"}
 
@@ -69,42 +73,16 @@ QUOTED = re.compile(r'^.*&& "(.*)"$')
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """What the builder may use: MiB of scratch memory (None: all), optimization level 0 to 5 (None: TensorRT's).
-
-    ``aux_streams`` are those beside the first (rule 8). ``timings`` is how often the builder times a kernel that it may
-    choose.
-    """
-
-    workspace_mib: int | None = None
-    optimization_level: int | None = None
-    aux_streams: int = 0
-    timings: int = 8
-
-    def __post_init__(self) -> None:
-        if self.workspace_mib is not None and self.workspace_mib < 1:
-            raise SluiceError(f"cannot build with workspace_mib={self.workspace_mib}; give 1 or more")
-        if self.optimization_level is not None and self.optimization_level not in LEVELS:
-            raise SluiceError(f"there is no optimization level {self.optimization_level}; give 0 to {LEVELS[-1]}")
-        if self.aux_streams < 0 or self.timings < 1:
-            raise SluiceError(
-                f"cannot build with aux_streams={self.aux_streams} and timings={self.timings}; "
-                f"give 0 streams or more, and 1 timing or more"
-            )
-
-    def __str__(self) -> str:
-        """What the times of engines depend on, for fingerprints."""
-        level = "" if self.optimization_level is None else f"level {self.optimization_level}, "
-        scratch = "" if self.workspace_mib is None else f"{self.workspace_mib} MiB, "
-        return f"{level}{scratch}streams {1 + self.aux_streams}, timings {self.timings}"
-
-
-@dataclass(frozen=True, slots=True)
 class Built:
-    """A serialized engine, and the timing cache after it was built."""
+    """A serialized engine, and the timing cache that it was built with."""
 
     plan: bytes
-    cache: bytes
+    timing: TimingCache
+
+    @property
+    def cache(self) -> bytes:
+        """The content of the timing cache now."""
+        return bytes(self.timing)
 
 
 def find_tensorrt() -> ModuleType:
@@ -158,13 +136,22 @@ def make_builder(trt: Any) -> Any:
         ) from error
 
 
+def check_int8(trt: Any, model: Model) -> None:
+    """Raises `SluiceError` for an int8 network on RTX (rule 7)."""
+    if is_rtx(trt) and any(node.op_type == "QuantizeLinear" for node in parsed(model).graph.node):
+        raise SluiceError(
+            f"{product(trt)} gains nothing from int8 in {place(model)}: its convolutions write floating point; choose "
+            f"fp16, or install the full TensorRT"
+        )
+
+
 def build_engine(
     trt: Any,
     model: Model,
     *,
     batch: int | None = None,
     feeds_shapes: Mapping[str, Sequence[int]] | None = None,
-    cache: bytes = b"",
+    cache: bytes | TimingCache = b"",
     settings: Settings | None = None,
     builder: Any = None,
     part: bool = False,
@@ -175,7 +162,7 @@ def build_engine(
         trt: the module that `find_tensorrt` returned.
         batch: the size of every dynamic first dimension.
         feeds_shapes: whole shapes by input; they win over ``batch``.
-        cache: timing cache of earlier builds on the same device.
+        cache: timing cache of earlier builds on the same device; an object is added to, bytes are not.
         builder: one of `make_builder` that is kept (rule 6); by default one for this build alone.
         part: build with the borders of a part of a network (rule 9).
     Raises:
@@ -203,18 +190,18 @@ def build_engine(
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
     if settings.optimization_level is not None:
         config.builder_optimization_level = settings.optimization_level
-    if is_rtx(trt) and hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
-        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-    if not is_rtx(trt) and not _take_cache(config, cache):
+    if is_rtx(trt):
+        _for_rtx(trt, config)
+    timing = TimingCache(cache) if isinstance(cache, bytes) else cache
+    if not is_rtx(trt) and not timing.attach(config):
         log.errors.clear()  # a fault of the cache is no reason why a build fails
-        config.set_timing_cache(config.create_timing_cache(b""), False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise SluiceError(
             f"{product(trt)} cannot build {where}: {log.reason() or 'it gives no reason'}; change the model there, or "
             f"export it in another precision"
         )
-    return Built(bytes(plan), b"" if is_rtx(trt) else bytes(config.get_timing_cache().serialize()))
+    return Built(bytes(plan), timing)
 
 
 def static_model(
@@ -255,16 +242,22 @@ def static_model(
 
 @functools.cache
 def listener(trt: Any) -> Any:
-    """The logger (rule 5): it keeps the errors; ``reason()`` is the first, without TensorRT's own places."""
+    """The logger (rule 5): it keeps the errors; ``reason()`` is the first, without TensorRT's own places.
+
+    Where ``notes`` is a list, everything else that TensorRT says comes into it, its own list of an engine's layers too.
+    """
 
     class Listener(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.notes: list[str] | None = None
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
                 self.errors.append(message)
+            elif self.notes is not None:
+                self.notes.append(message)
 
         def reason(self) -> str:
             return next((text for error in self.errors if (text := _reason(error))), "")
@@ -282,10 +275,13 @@ def _channels_last(trt: Any, network: Any, plain: Set[str]) -> None:
             tensor.allowed_formats = 1 << int(getattr(trt.TensorFormat, layout))
 
 
-def _take_cache(config: Any, content: bytes) -> bool:
-    """False where the timing cache is of another device or version, or is cut short."""
-    found = config.create_timing_cache(content)
-    return found is not None and bool(config.set_timing_cache(found, False))
+def _for_rtx(trt: Any, config: Any) -> None:
+    """Rule 7, as far as the version knows it."""
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    if hasattr(trt, "ComputeCapability") and nvidia.compute_capability() is not None:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(trt.ComputeCapability.CURRENT, 0)
 
 
 def _network_flags(trt: Any) -> int:

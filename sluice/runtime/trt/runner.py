@@ -1,27 +1,32 @@
 """TensorRT on an NVIDIA GPU, without torch: ONNX -> engine -> session.
 
 1. The timing cache belongs to the device and the version, as a latency table does. The runner takes one, adds to it in
-   every build, and `TensorRtRunner.cache` is the present one, to be stored with the table.
+   every build, and `TensorRtRunner.cache` is the present one, to be stored with the table. It is serialized whenever
+   it is asked for (`sluice.runtime.trt.timing`).
 2. Warming up to the clock that a device settles at is a matter of time, not of counts, and of all engines together:
    `sluice.profiler.timing.measure` does it. `TensorRtRunner.sm_clock_mhz` is for the record.
 3. A part of a network has the borders that it has inside, and its kernels are told (`sluice.runtime.trt.build`, 9).
    An operand of an addition is fused as it comes, so no source has to make it (`sluice.runtime.base.runner`, 6).
+   An engine that is asked for again, to be timed once more, is loaded and not built; `KEPT_BYTES` of engines are kept.
 4. RTX serves the GPUs of desktops and refuses others only when it builds; of `NOT_RTX` that is said beforehand.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sluice.core.errors import SluiceError
 from sluice.runtime.base import nvidia
 from sluice.runtime.base.cuda import Cuda
-from sluice.runtime.base.inputs import place
+from sluice.runtime.base.inputs import parsed, place, serialized
 from sluice.runtime.base.runner import Clock
-from sluice.runtime.trt.build import Settings, build_engine, find_tensorrt, is_rtx, make_builder, product
+from sluice.runtime.trt.build import build_engine, check_int8, find_tensorrt, is_rtx, make_builder, product
 from sluice.runtime.trt.inspect import kernels
 from sluice.runtime.trt.session import TensorRtSession
+from sluice.runtime.trt.settings import Settings
+from sluice.runtime.trt.timing import RuntimeCache, TimingCache
 
 if TYPE_CHECKING:
     from sluice.runtime.base.inputs import Model
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["TensorRtRunner", "missing"]
 
 NOT_RTX = ((9, 0),)  # Hopper
+KEPT_BYTES = 2**28
 
 
 def missing() -> str:
@@ -54,7 +60,7 @@ class TensorRtRunner:
 
     Args:
         cache: a timing cache to begin with.
-        settings: the limits of the builder.
+        settings: those of the builder; by default those of the environment (`sluice.runtime.trt.settings`).
     Raises:
         SluiceError: TensorRT, the CUDA runtime or the device is not here.
     """
@@ -62,9 +68,10 @@ class TensorRtRunner:
     def __init__(self, cache: bytes = b"", settings: Settings | None = None) -> None:
         self._trt = find_tensorrt()
         self._cuda = Cuda.load()
-        self._settings = settings or Settings()
+        self._settings = settings or Settings.from_environment()
         self._builder: Any = None
-        self.cache = cache
+        self._timing, self._compiled = TimingCache(cache), RuntimeCache(cache)
+        self._plans: dict[tuple[object, ...], bytes] = {}
 
     free_borders = True
 
@@ -79,6 +86,15 @@ class TensorRtRunner:
     @property
     def version(self) -> str:
         return f"{product(self._trt)}, driver {nvidia.driver_version()}, {self._settings}"
+
+    @property
+    def cache(self) -> bytes:
+        """The content of the timing cache now (rule 1), with RTX that of the runtime cache."""
+        return bytes(self._compiled if is_rtx(self._trt) else self._timing)
+
+    @cache.setter
+    def cache(self, content: bytes) -> None:
+        self._timing, self._compiled = TimingCache(content), RuntimeCache(content)
 
     def sm_clock_mhz(self) -> int | None:
         """The clock at which the device computes right now, where its driver tells."""
@@ -112,22 +128,28 @@ class TensorRtRunner:
         feeds_shapes: Mapping[str, Sequence[int]] | None = None,
         part: bool = False,
     ) -> TensorRtSession:
-        # Kept until the runner goes: without a builder TensorRT unloads its kernels.
-        self._builder = self._builder or make_builder(self._trt)
-        built = build_engine(
-            self._trt,
-            model,
-            batch=batch,
-            feeds_shapes=feeds_shapes,
-            cache=self.cache,
-            settings=self._settings,
-            builder=self._builder,
-            part=part,
-        )
-        # RTX has no cache; one that the full TensorRT left is not lost by that.
-        self.cache = built.cache or self.cache
-        return self.load(built.plan, place(model))
+        check_int8(self._trt, model)
+        shapes = tuple((name, *dims) for name, dims in sorted((feeds_shapes or {}).items()))
+        key = (hashlib.sha256(serialized(parsed(model, weights=True))).digest(), batch, shapes, part)
+        plan = self._plans.pop(key, None)
+        if plan is None:
+            # Kept until the runner goes: without a builder TensorRT unloads its kernels.
+            self._builder = self._builder or make_builder(self._trt)
+            plan = build_engine(
+                self._trt,
+                model,
+                batch=batch,
+                feeds_shapes=feeds_shapes,
+                cache=self._timing,
+                settings=self._settings,
+                builder=self._builder,
+                part=part,
+            ).plan
+        self._plans[key] = plan  # the last one that was asked for
+        while len(self._plans) > 1 and sum(map(len, self._plans.values())) > KEPT_BYTES:
+            del self._plans[next(iter(self._plans))]
+        return self.load(plan, place(model))
 
     def load(self, plan: bytes, where: str = "the engine in memory") -> TensorRtSession:
         """A session for a serialized engine, built by this version for this device."""
-        return TensorRtSession(self._trt, self._cuda, plan, where)
+        return TensorRtSession(self._trt, self._cuda, plan, where, self._compiled)

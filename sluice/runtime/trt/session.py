@@ -32,6 +32,7 @@ from sluice.runtime.base.inputs import made_up
 from sluice.runtime.base.runner import Clock, inferences_per_launch
 from sluice.runtime.trt.build import is_rtx, listener, product
 from sluice.runtime.trt.inspect import EngineLayer, read_layers
+from sluice.runtime.trt.timing import RuntimeCache
 
 __all__ = ["TensorRtSession"]
 
@@ -65,7 +66,7 @@ class Port:
 class TensorRtSession:
     """One engine on the device; made by `TensorRtRunner`. Its memory is given back with the last reference to it."""
 
-    def __init__(self, trt: Any, cuda: Cuda, plan: bytes, where: str) -> None:
+    def __init__(self, trt: Any, cuda: Cuda, plan: bytes, where: str, compiled: RuntimeCache | None = None) -> None:
         self._trt, self._cuda, self._where = trt, cuda, where
         self._log = listener(trt)
         self._log.errors.clear()
@@ -76,7 +77,7 @@ class TensorRtSession:
             raise SluiceError(self._refused("load"))
         # Rule 7 of `sluice.runtime.trt.build`; the full TensorRT allocates scratch memory with the context.
         given = [trt.ExecutionContextAllocationStrategy.USER_MANAGED] if is_rtx(trt) else []
-        self._context = self._engine.create_execution_context(*given)
+        self._context = self._engine.create_execution_context(*self._configured(given, compiled))
         if self._context is None:
             raise SluiceError(self._refused("run"))
         self._resources = Resources()
@@ -135,6 +136,15 @@ class TensorRtSession:
             self._prepared = True
         launches = math.ceil(repeats / self._copies)
         return self._burst(launches) / (launches * self._copies)
+
+    def _configured(self, given: list[Any], compiled: RuntimeCache | None) -> list[Any]:
+        """How a context is made: with a runtime cache, if RTX knows it in this version."""
+        if not given or compiled is None or not hasattr(self._engine, "create_runtime_config"):
+            return given
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(*given)
+        compiled.attach(config)
+        return [config]
 
     def _port(self, index: int) -> Port:
         name = self._engine.get_tensor_name(index)

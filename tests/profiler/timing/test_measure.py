@@ -337,7 +337,7 @@ def test_what_was_spent_on_waiting_is_not_counted_against_a_session() -> None:
     assert 500 < witness.samples < found.samples - 100
 
 
-@pytest.mark.parametrize(("clock", "ms"), [("thread_cpu", 0.6), ("wall", 0.72), ("cuda", 0.72)])
+@pytest.mark.parametrize(("clock", "ms"), [("thread_cpu", 0.6), ("wall", 0.72)])
 def test_the_anchor_is_told_as_it_was_and_scales_cpu_time_alone(clock: Clock, ms: float) -> None:
     host = Stretches(*[1.2] * 100)
     session, own = host.session("a", 0.6), host.session("*", 0.5)
@@ -349,6 +349,28 @@ def test_the_anchor_is_told_as_it_was_and_scales_cpu_time_alone(clock: Clock, ms
     assert found.spread == witness.spread == pytest.approx(UNCERTAIN + 0.2)
     (alone,) = measure([session], rng=rng(), with_reference=True)
     assert alone.ms == pytest.approx(0.72)
+
+
+@pytest.mark.parametrize("speed", [0.9, 1.0, 1.02, 1.1, 1.5])
+def test_a_gpu_at_another_clock_is_no_busy_machine(speed: float) -> None:
+    """Figures are in the time of the anchor, nobody waits, and nothing is uncertain."""
+    host = Stretches(*[speed] * 1000)
+    session, own = host.session("a", 0.6), host.session("*", 0.5)
+    session.clock = own.clock = "cuda"
+    reference = ReferenceEngine(own, 0.5)
+    found, witness = measure(
+        [session], rng=rng(), reference=reference, patience_ms=40_000.0, with_reference=True, min_bursts=40
+    )
+    assert (found.ms, witness.ms) == (pytest.approx(0.6), pytest.approx(0.5))
+    assert not found.uncertain and not witness.uncertain and found.samples <= 42
+
+
+def test_a_gpu_whose_clock_will_not_settle_is_uncertain() -> None:
+    session, own = Fake("a", 0.6), Fake("*", 0.5, noise=9.0)
+    session.clock = own.clock = "cuda"
+    found, witness = measure([session], rng=rng(), reference=ReferenceEngine(own, 0.5), with_reference=True,
+                             min_bursts=6, max_bursts=6)  # fmt: skip
+    assert found.uncertain and witness.uncertain
 
 
 def test_the_anchors_bursts_last_as_long_as_the_longest_inference() -> None:

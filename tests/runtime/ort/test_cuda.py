@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from sluice.runtime.ort.cuda import CUDA, OrtCudaRunner, Provider, missing
 from sluice.runtime.ort.session import load_library
 from sluice.runtime.targets import available_targets
 from tests.device import chain
+from tests.fake_tensorrt import FakeCuda
 from tests.networks import build
 
 ON_CPU = OrtCudaRunner(Provider("CPUExecutionProvider", "cpu"))
@@ -128,6 +130,7 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused(monkeypatch: pytest.Monk
 
 def test_an_operator_on_the_cpu_is_refused_where_shapes_are_static(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort_cuda, "load_library", lambda *, cuda: "")
+    monkeypatch.setattr(Cuda, "load", FakeCuda)
     with pytest.warns(UserWarning), pytest.raises(SluiceError, match=r"cannot load the model in memory: .*CPU EP"):
         OrtCudaRunner().build(chain([7]))
     with pytest.warns(UserWarning), pytest.raises(SluiceError, match="did not start"):
@@ -144,10 +147,11 @@ def test_what_a_session_is_told(batch: int | str, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(ort_cuda, "load_library", lambda *, cuda: "")
     monkeypatch.setattr(ort_cuda, "load_session", load)
+    monkeypatch.setattr(Cuda, "load", FakeCuda)
     OrtCudaRunner().build(chain([7], batch=batch))
     name, options = told["provider"]
     assert name == "CUDAExecutionProvider" and options["cudnn_conv_algo_search"] == "EXHAUSTIVE"
-    assert ("enable_cuda_graph" in options) == (batch == 2)
+    assert ("enable_cuda_graph" in options) == ("user_compute_stream" in options) == (batch == 2)
     assert told["entries"] == ({"session.disable_cpu_ep_fallback": "1"} if batch == 2 else {})
 
 
@@ -291,7 +295,9 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_version_names_toolkit_and_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvidia, "driver_version", lambda: "580.1")
     monkeypatch.setattr(onnxruntime, "cuda_version", "13.0", raising=False)
-    assert OrtCudaRunner().version == f"{onnxruntime.__version__}, CUDA 13.0, driver 580.1"
+    monkeypatch.setattr(nvidia, "cudnn_version", lambda: "9.13.1")
+    monkeypatch.setattr(nvidia, "uuid", lambda: "GPU-1")
+    assert OrtCudaRunner().version == f"{onnxruntime.__version__}, CUDA 13.0, cuDNN 9.13.1, driver 580.1, GPU-1"
 
 
 @pytest.mark.device
@@ -307,3 +313,45 @@ def test_on_a_gpu(name: str) -> None:
         assert_close(session.run(feeds), want, tol)
         assert session.sample(3) > 0
         assert_close(session.run(feeds), want, tol)
+
+
+def test_a_burst_is_timed_by_events_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it lies between two events on the stream that the provider was given."""
+    cuda = FakeCuda()
+    monkeypatch.setattr(Cuda, "load", lambda: cuda)
+    provider = Provider("CPUExecutionProvider", "cpu", stream="user_compute_stream")
+    given: list[dict[str, str]] = []
+    load = ort_cuda.load_session
+
+    def loading(model: Any, shapes: Any, asked: tuple[str, dict[str, str]], **options: Any) -> Any:
+        given.append(asked[1])
+        return load(model, shapes, asked[0], **options)
+
+    monkeypatch.setattr(ort_cuda, "load_session", loading)
+    runner = OrtCudaRunner(provider)
+    session = runner.build(chain([7, 5], batch=2))
+    (address,) = {handle for handle in cuda.alive if str(handle) == given[0]["user_compute_stream"]}
+    assert runner.clock == session.clock == "cuda" and address
+    runs: list[bool] = []
+
+    class Counting:
+        own = session._session
+
+        def run_with_iobinding(self, binding: Any, options: Any = None) -> None:
+            key = "disable_synchronize_execution_providers"
+            runs.append(options is not None and options.get_run_config_entry(key) == "1")
+            cuda._later(lambda: setattr(cuda, "now", cuda.now + 0.25))
+            self.own.run_with_iobinding(binding, options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.own, name)
+
+    session._session = Counting()
+    assert session.sample(4) == pytest.approx(0.25)
+    assert runs == [False, True, *[True] * 4], "one is waited for, one keeps the device busy"
+    assert cuda.log[-2:] == ["record", "record"]
+    del session
+    gc.collect()
+    assert not cuda.alive
+    assert OrtCudaRunner(provider).build(chain([7], batch="n")).clock == "cuda" and len(given) == 2
+    assert "user_compute_stream" not in given[1], "a network of open sizes is for run alone"

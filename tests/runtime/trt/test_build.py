@@ -13,10 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sluice.core.errors import SluiceError
+from sluice.passes.precision.quantize import quantize
+from sluice.runtime.base import nvidia
 from sluice.runtime.base.compare import assert_close
 from sluice.runtime.ort.cpu import OrtRunner
 from sluice.runtime.trt import build as trt_build
-from sluice.runtime.trt.build import Settings, build_engine, find_tensorrt, listener, make_builder, static_model
+from sluice.runtime.trt.build import build_engine, check_int8, find_tensorrt, listener, make_builder, static_model
+from sluice.runtime.trt.settings import Settings
 from tests.device import chain
 from tests.fake_tensorrt import fake_tensorrt
 from tests.runtime.trt.test_runner import X
@@ -142,7 +145,7 @@ def test_one_logger_outlives_all_builds() -> None:
 
 def test_rtx_has_no_timing_cache() -> None:
     trt = fake_tensorrt(name="tensorrt_rtx")
-    assert build_engine(trt, chain([5]), cache=b"[old]").cache == b""
+    assert build_engine(trt, chain([5]), cache=b"[old]").cache == b"[old]"
     assert not trt.calls["caches"]
 
 
@@ -156,6 +159,28 @@ def test_engines_of_rtx_can_be_captured() -> None:
     for trt in (old, fake_tensorrt()):
         assert build_engine(trt, chain([5])).plan
         assert "builder_flags" not in trt.calls
+
+
+@pytest.mark.parametrize("capability", [None, (8, 9)])
+def test_engines_of_rtx_are_for_the_device_that_is_here(
+    capability: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvidia, "compute_capability", lambda: capability)
+    trt = fake_tensorrt(name="tensorrt_rtx")
+    build_engine(trt, chain([5]))
+    assert trt.calls.get("capabilities") == ([("current", 0)] if capability else None)
+    assert trt.calls.get("num_compute_capabilities") == (1 if capability else None)
+    full = fake_tensorrt()
+    build_engine(full, chain([5]))
+    assert "capabilities" not in full.calls
+
+
+def test_int8_is_not_for_rtx() -> None:
+    model = quantize(chain([5]), target="tensorrt")
+    with pytest.raises(SluiceError, match="gains nothing from int8 in the model in memory: its conv"):
+        check_int8(fake_tensorrt(name="tensorrt_rtx", version="1.7.1"), model)
+    check_int8(fake_tensorrt(), model)
+    check_int8(fake_tensorrt(name="tensorrt_rtx"), chain([5]))
 
 
 MISMATCH = """Invalid Node - conv

@@ -25,9 +25,10 @@ from sluice.runtime.base.runner import PLAIN, TRIAL, TRIALS_MS
 from sluice.runtime.ort.cpu import OrtRunner
 from sluice.runtime.targets import make_runner
 from sluice.runtime.trt import runner as tensorrt
-from sluice.runtime.trt.build import Settings, listener, static_model
+from sluice.runtime.trt.build import listener, static_model
 from sluice.runtime.trt.runner import TensorRtRunner, missing
 from sluice.runtime.trt.session import TensorRtSession
+from sluice.runtime.trt.settings import Settings
 from tests.device import chain
 from tests.fake_tensorrt import MS, FakeCuda, fake_tensorrt
 
@@ -414,14 +415,53 @@ def test_the_timing_cache_goes_round(here: Here) -> None:
     first = runner.cache
     assert trt.calls["caches"] == [b"[old]"] and first.startswith(b"[old]") and len(first) > 5
     runner.build(chain([7]))
-    assert trt.calls["caches"][1] == first and runner.cache.startswith(first) and len(runner.cache) > len(first)
+    assert trt.calls["caches"] == [b"[old]"], "one object for all builds, parsed once"
+    assert runner.cache.startswith(first) and len(runner.cache) > len(first)
+    assert trt.calls["serialized"] == 3, "when somebody asks for it, and at no build"
+    runner.cache = b"[other]"
+    runner.build(chain([9]))
+    assert trt.calls["caches"] == [b"[old]", b"[other]"] and runner.cache.startswith(b"[other]")
 
 
-def test_rtx_leaves_the_timing_cache_as_it_is(here: Here) -> None:
-    here(name="tensorrt_rtx")
-    runner = TensorRtRunner(b"[old]")
+def test_an_engine_that_is_asked_for_again_is_loaded(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, trt = here()
+    runner = TensorRtRunner()
+    feeds = {"x": X}
+    one = runner.build(chain([5], batch="N"), batch=BATCH).run(feeds)
+    assert_close(runner.build(chain([5], batch="N"), batch=BATCH).run(feeds), one, 1e-6)
+    assert trt.calls["builds"] == 1
+    runner.build(chain([5], batch="N"), batch=BATCH + 1)
+    runner.build_part(chain([5], batch=BATCH))
+    runner.build(chain([5], batch=BATCH))
+    assert trt.calls["builds"] == 4, "another batch, a part, and the whole are engines of their own"
+    runner.build_part(chain([5], batch=BATCH))
+    assert trt.calls["builds"] == 4
+    monkeypatch.setattr(tensorrt, "KEPT_BYTES", 1)
+    runner.build(chain([6]))
+    runner.build(chain([6]))
+    assert trt.calls["builds"] == 5
+    runner.build(chain([5], batch=BATCH))
+    assert trt.calls["builds"] == 6, "what does not fit is built again"
+
+
+@pytest.mark.parametrize(("before", "kept"), [(b"", b""), (b"[old]", b"[old]"), (b"foreign", b"")])
+def test_rtx_keeps_what_it_compiled(before: bytes, kept: bytes, here: Here) -> None:
+    _, trt = here(name="tensorrt_rtx")
+    runner = TensorRtRunner(before)
+    assert runner.cache == before
+    session = runner.build(chain([5], batch="N"), batch=BATCH)
+    runner.build(chain([6]))
+    assert runner.cache == kept + 2 * b"[kernels]" and trt.calls["runtime caches"] == 1 and not trt.calls["caches"]
+    assert_close(run(session, {"x": X}), run(OrtRunner().build(chain([5], batch="N")), {"x": X}), 1e-5)
+    runner.cache = b"[other]"
     runner.build(chain([5]))
-    assert runner.cache == b"[old]"
+    assert runner.cache == b"[other][kernels]"
+
+
+def test_int8_on_rtx_is_refused(here: Here) -> None:
+    here(name="tensorrt_rtx")
+    with pytest.raises(SluiceError, match="gains nothing from int8"):
+        TensorRtRunner().build(to_precision(chain([5]), "int8", target="tensorrt"))
 
 
 def test_an_engine_can_be_loaded_from_its_file(here: Here) -> None:
