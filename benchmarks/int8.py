@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from torch import nn
 
 from benchmarks.fidelity_runs import NETWORKS
 from sluice.artifacts.deploy import deploy_onnx
@@ -51,7 +52,7 @@ def theirs(model: onnx.ModelProto, inputs: np.ndarray) -> onnx.ModelProto:
 
     (name,) = OnnxGraph(model).inputs
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             self.batches: Iterator[np.ndarray] = iter(np.split(inputs, len(inputs) // BATCH))
 
@@ -74,6 +75,7 @@ def row(name: str) -> dict[str, Any]:
     """The comparison on one network."""
     torch.manual_seed(0)
     labels = None
+    network: nn.Module
     if name == TRAINED:
         digits, network = load_digits(), resnet20_mnist().eval()
         calibration, tested = digits.train_x[:CALIBRATION], digits.test_x[:TESTED]
