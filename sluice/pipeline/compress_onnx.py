@@ -35,7 +35,7 @@ from sluice.core.errors import SluiceError, first_line
 from sluice.core.plan import Plan
 from sluice.core.progress import stage
 from sluice.importance.activity import activity_scores
-from sluice.importance.onnx_losses import onnx_losses
+from sluice.importance.onnx_losses import examples_for, onnx_losses
 from sluice.importance.output_distance import OutputDistance, cosine, outputs_of
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.files.read import OnnxFile, load_whole, read_onnx_file, written_back
@@ -56,7 +56,7 @@ from sluice.training.refit_onnx import refit_onnx
 __all__ = ["FILE_METHODS", "compress_onnx"]
 
 FILE_METHODS = ("filter", "rank", "block")
-PRICED, REFITTED = 64, 512  # examples
+SCORED, REFITTED = 64, 512  # examples
 HELD = 4  # every which part of the examples is held out
 PARITY = 1e-4
 KEPT = "cosine of outputs in percent"
@@ -123,12 +123,11 @@ def compress_onnx(
     wanted = counted_from(plain, asked)
     sites = measured.options.sites(measured.latency, methods)
     with stage("price every choice", progress) as advance:
-        priced = kept.spread(PRICED)
-        scores = activity_scores(dense, analysis, priced)
-        losses = onnx_losses(
-            dense, analysis, restricted(measured.latency, sites), measured.options, scores,
-            OutputDistance(dense, priced, loss), advance,
-        )  # fmt: skip
+        scores = activity_scores(dense, analysis, kept.spread(SCORED))
+        offered = restricted(measured.latency, sites)
+        priced = kept.spread(examples_for(count_macs(finalize(timed)), offered))
+        distance = OutputDistance(dense, priced, loss)
+        losses = onnx_losses(dense, analysis, offered, measured.options, scores, distance, advance)
     problem = Problem(measured, analysis, sites, losses, scores)
     with stage("decide and verify on engines", progress):
         verified = solve_verified(problem, wanted, timed)
