@@ -160,6 +160,8 @@ def compress(args: argparse.Namespace) -> int:
         report = compress_onnx(args.model, **file_arguments(args, settings, data_of, figure)).report
         print_report(args, report)
         return 0 if report.met() else 1
+    if args.steps:
+        raise SluiceError("--steps trains an ONNX file towards its own outputs; give --epochs for a network")
     from sluice import compress as run
 
     deployment = asdict(settings.pop("deployment"))
@@ -272,7 +274,10 @@ def check(args: argparse.Namespace) -> int:
     from sluice.commands.onnx_input import model_in
 
     of_file = is_onnx(args.model) and not args.weights
-    errors = run(model_in(args.model) if of_file else model_of(args.model, args.weights), args.folder)
+    errors = run(
+        model_in(args.model, args.inputs, dict(args.fixed)) if of_file else model_of(args.model, args.weights),
+        args.folder,
+    )
     worst = max(errors.values())
     lines = [*(f"{pair}: {value:.1e}" for pair, value in errors.items()), f"tolerance {args.tolerance:.1e}"]
     deployed = check_deployed(args.folder)

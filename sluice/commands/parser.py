@@ -70,6 +70,10 @@ def _compress(p: argparse.ArgumentParser) -> None:
         "--gates", action="store_true", help="gates make one more plan of the best one, in a third of the epochs on top"
     )
     p.add_argument("--evaluate", metavar="FUNCTION", help="package.module:function from a module to its accuracy")
+    p.add_argument(
+        "--steps", type=options.count, default=0, metavar="N", help="of an ONNX file: steps of training towards the "
+        "file's own outputs, which needs torch (default 0)",
+    )  # fmt: skip
     p.add_argument("--seed", type=options.count, help="of all random numbers of the trainings")
     options.loss(p)
     options.recovery(p)
@@ -123,9 +127,10 @@ def _export(p: argparse.ArgumentParser) -> None:
 
 
 def _check(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", metavar="MODEL", help=f"{options.MODEL}, or its dense ONNX with parameter names")
+    p.add_argument("model", metavar="MODEL", help=f"{options.MODEL}, or its dense ONNX file")
     p.add_argument("folder", metavar="DIR", help="folder that `sluice compress` wrote")
     options.weights(p)
+    onnx_inputs(p)
     p.add_argument("--tolerance", type=float, default=TOLERANCE, help=f"relative, in fp32 (default {TOLERANCE:g})")
 
 
