@@ -138,11 +138,16 @@ def run(way: Way, budget: str, cache: Path) -> Row:
     assert report.measured_ms is not None
     share = report.measured_ms / report.dense_ms
     norm = cut_by_norm(file.model, {name: shown[:1]}, share)
+    kept = {
+        arm: _kept(file.model, made, unseen)
+        for arm, made in (("cut", cut), ("refitted", refitted), ("distilled", done.onnx))
+    }
+    if norm.model is not None:  # its batch is fixed
+        kept["by_norm"] = _kept(file.model, norm.model, replace(unseen, batch=1))
     return Row(
-        way.name, budget, share, report.promised_ms / report.dense_ms, report.met(),
-        *(_kept(file.model, made, unseen) for made in (cut, refitted, done.onnx)),
-        None if norm.model is None else _kept(file.model, norm.model, replace(unseen, batch=1)), norm.share,
-        norm.reason, seconds,
+        way.name, budget, share, report.promised_ms / report.dense_ms, report.met(), by_norm_share=norm.share,
+        by_norm_reason=norm.reason, seconds=seconds, cut=kept["cut"], refitted=kept["refitted"],
+        distilled=kept["distilled"], by_norm=kept.get("by_norm"),
     )  # fmt: skip
 
 

@@ -32,9 +32,7 @@ class NormCut:
     reason: str = ""
 
 
-def cut_by_norm(
-    dense: onnx.ModelProto, ours: onnx.ModelProto, example: Mapping[str, np.ndarray], share: float
-) -> NormCut:
+def cut_by_norm(dense: onnx.ModelProto, example: Mapping[str, np.ndarray], share: float) -> NormCut:
     """The file, simplified at these sizes, with as few channels removed as bring it to ``share`` of the dense latency.
 
     Args:

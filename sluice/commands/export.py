@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shlex
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -35,6 +36,7 @@ __all__ = [
     "Commands",
     "Engine",
     "Outcome",
+    "Sized",
     "check_files",
     "commands",
     "known_cache",
@@ -69,6 +71,14 @@ class Engine:
     file: str
     bytes: int
     builder: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sized:
+    """A model with numbers for its open sizes but the batch, and the shape of every input that is open in the file."""
+
+    model: onnx.ModelProto
+    shapes: Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +121,7 @@ def outcome(
     target: str,
     batch: int,
     error: float | None = None,
+    sized: Sized | None = None,
 ) -> Outcome:
     """Build the engine, if the user wants one, and describe file and engine; ``model`` is the content of ``path``.
 
@@ -118,6 +129,7 @@ def outcome(
 
     Args:
         error: of a file in another precision, relative to fp32; on the calibration inputs for int8.
+        sized: of a file with more open sizes than the batch: the model of the engine, and the shapes of open inputs.
     """
     fixed = bool(fixed_rows(model))  # the batch, by the network
     data: dict[str, Any] = {"out": path, "bytes": model.ByteSize(), "precision": precision, "batch_fixed": fixed}
@@ -129,7 +141,7 @@ def outcome(
     refusal, built = None, None
     if asked is not None:
         try:
-            built = write_engine(model, asked, batch)
+            built = write_engine(model if sized is None else sized.model, asked, batch)
         except SluiceError as error:
             refusal = error
         else:
@@ -138,7 +150,11 @@ def outcome(
     if precision != "int8" or target == "tensorrt":
         own = asked.file if asked is not None else str(Path(path).with_suffix(".engine"))
         version = _version(built)
-        found = commands(model, path, own, precision=precision, batch=batch, written=built is not None, version=version)
+        shapes = None if sized is None else sized.shapes
+        found = commands(
+            model, path, own, precision=precision, batch=batch, written=built is not None, version=version,
+            shapes=shapes,
+        )  # fmt: skip
         data |= asdict(found)
         lines += [
             f"build and time with TensorRT {version or '11 (10 wants --stronglyTyped as well)'}:",
@@ -158,16 +174,18 @@ def commands(
     batch: int = 1,
     written: bool = False,
     version: int | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> Commands:
     """The command lines for ``model``, written to ``path``, and its engine.
 
     Args:
         written: the engine is there already; the command saves its own beside it.
         version: of TensorRT, the major one.
+        shapes: of all open inputs, where more than the batch is open.
     Raises:
         SluiceError: an input has a dynamic dimension that is not its batch.
     """
-    shapes = _dynamic_inputs(model, batch)
+    shapes = _dynamic_inputs(model, batch) if shapes is None else shapes
     cache = _cache_of(engine)
     saved = Path(engine).with_suffix(".trtexec.engine") if written else engine
     trtexec = [f"--onnx={os.fspath(path)}", f"--saveEngine={os.fspath(saved)}"]

@@ -96,10 +96,10 @@ def _apply(p: argparse.ArgumentParser) -> None:
 
 
 def _export(p: argparse.ArgumentParser) -> None:
-    options.model(p)
+    options.network(p)
     options.precision(p)
     p.add_argument("--plan", metavar="DIR", help="folder that `sluice compress` wrote, or a plan")
-    p.add_argument("--opset", type=options.positive, default=20, help="of the file (default 20)")
+    p.add_argument("--opset", type=options.positive, help="of the file (default 20; an ONNX file keeps its own)")
     for side in ("input", "output"):
         p.add_argument(
             f"--{side}-names", type=options.names, default=(), metavar="A,B", help=f"what its {side}s are called, in "
@@ -108,7 +108,10 @@ def _export(p: argparse.ArgumentParser) -> None:
     p.add_argument("--names", action="store_true", help="fold nothing: what `sluice apply` and `sluice profile` take")
     p.add_argument("-o", "--out", required=True, help="the ONNX file to write")
     p.add_argument(
-        "--calibration", metavar="DATA", help="for int8: package.module:factory of some hundred inputs in batches"
+        "--calibration",
+        metavar="DATA",
+        help="for int8: package.module:factory of some hundred inputs in batches; of an ONNX file, what compress takes "
+        "as --data",
     )
     # No default here: only a target that the user gives must fit the precision and the engine.
     p.add_argument(

@@ -91,7 +91,7 @@ def _train(
         found = module({name: torch.from_numpy(value) for name, value in feeds.items()})
         distance = _distance(found, want, loss)
         optimizer.zero_grad()
-        distance.backward()  # type: ignore[no-untyped-call]
+        distance.backward()
         optimizer.step()
         schedule.step()
         seen.append(float(distance.detach()))
