@@ -63,6 +63,11 @@ def child(name: str, path: Path) -> None:
     """One file, in a process without torch; the row as JSON."""
     sys.modules["torch"] = None  # type: ignore[assignment]
     import onnx
+    import onnx_graphsurgeon  # noqa: F401
+    import rich.table  # noqa: F401
+    import scipy.optimize
+    import scipy.sparse  # noqa: F401
+    import tqdm  # noqa: F401
 
     import sluice
     from sluice.passes.files.read import read_onnx_file

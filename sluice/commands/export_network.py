@@ -5,22 +5,26 @@ from __future__ import annotations
 import argparse
 from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnx
-
-from sluice.artifacts.labels import labelled, provenance
-from sluice.artifacts.rounding_check import specs_at
-from sluice.artifacts.store import load
 from sluice.commands.export_file import ToExport
 from sluice.commands.specs import data_of, inputs_of, model_of
-from sluice.core.plan import Plan
-from sluice.passes.cut.export import OPSET, check_opset, finalize, to_onnx
+
+if TYPE_CHECKING:
+    import onnx
+
+    from sluice.core.plan import Plan
 
 __all__ = ["network_to_export"]
 
 
 def network_to_export(args: argparse.Namespace) -> ToExport:
     """The words of the command line for a network; with ``--names`` nothing is folded."""
+    from sluice.artifacts.labels import labelled, provenance
+    from sluice.artifacts.rounding_check import specs_at
+    from sluice.artifacts.store import load
+    from sluice.passes.cut.export import OPSET, check_opset, finalize, to_onnx
+
     # A network that does not leave its batch free is exported at the batch of these inputs.
     inputs = inputs_of(args.model, args.shape, args.batch, args.inputs)
     model = model_of(args.model, args.weights)
@@ -40,6 +44,8 @@ def network_to_export(args: argparse.Namespace) -> ToExport:
 
 def _plan_in(path: str | None) -> Plan | None:
     """The plan of a folder that `compress` wrote, or of a file."""
+    from sluice.core.plan import Plan
+
     if path is None:
         return None
     return Plan.load(Path(path) / "plan.json" if Path(path).is_dir() else path)
