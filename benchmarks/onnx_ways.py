@@ -7,8 +7,9 @@
    trained towards the file's own outputs in `STEPS` steps.
 3. Beside them channels are removed by norm with onnxsim (`benchmarks.onnx_ways_norm`), as many as it takes for the same
    measured latency. It is installed by ``pip install --no-deps onnxsim==0.8.1``; without it that arm is empty.
-4. A finished row is kept and not done again. ``--show`` prints the committed rows. The last line is JSON: the number of
-   ``rows``, the share that ``met`` its budget, and the median cosines of all arms, in percent.
+4. A finished row is kept and not done again; one of an earlier run that lacks the training is. ``--show`` prints the
+   committed rows. The last line is JSON: the number of ``rows``, the share that ``met`` its budget, and the median
+   cosines of all arms, in percent.
 """
 
 from __future__ import annotations
@@ -171,7 +172,13 @@ def _median(values: Sequence[float | None]) -> float:
     return round(float(np.median(known)), 2) if known else float("nan")
 
 
+def _trained(row: Row) -> str:
+    return "not trained" if row.distilled is None else f"{row.distilled:.2f} trained"
+
+
 def _norm(row: Row) -> str:
+    if not row.by_norm_reason and row.by_norm is None:
+        return "not cut by norm"
     told = f" at {row.by_norm_share:.1%}" if row.by_norm_share is not None else ""
     return f"{row.by_norm:.2f} by norm{told}" if row.by_norm is not None else f"by norm: {row.by_norm_reason}"
 
@@ -190,10 +197,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = _load(args.result)
     for way in [] if args.show else WAYS:
         for budget in BUDGETS if args.only in way.name else ():
-            if any((row.file, row.budget) == (way.name, budget) for row in rows):
+            known = [row for row in rows if (row.file, row.budget) == (way.name, budget)]
+            if any(row.distilled is not None or row.reason for row in known):
                 continue
             print(f"{way.name} at {budget}", file=sys.stderr, flush=True)
-            rows.append(run(way, budget, args.cache))
+            rows = [*(row for row in rows if row not in known), run(way, budget, args.cache)]
             save(args.result, rows)
     for row in rows:
         if row.share is None:
@@ -201,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(
                 f"{row.file} at {row.budget}: {row.share:.1%} measured, {'met' if row.met else 'MISSED'}, cosine "
-                f"{row.cut:.2f} cut, {row.refitted:.2f} refitted, {row.distilled:.2f} trained, {_norm(row)}, "
+                f"{row.cut:.2f} cut, {row.refitted:.2f} refitted, {_trained(row)}, {_norm(row)}, "
                 f"{row.seconds:.0f} CPU s"
             )
     print(json.dumps(summary(rows)))
