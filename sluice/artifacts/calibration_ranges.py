@@ -119,6 +119,8 @@ def slices(batches: Iterable[Any], model: onnx.ModelProto) -> Iterator[Mapping[s
 
 def _feeds(batch: Any, names: list[str]) -> Mapping[str, np.ndarray]:
     """The tensors of a batch by the names of the network's inputs: those of mappings first, the others in order."""
+    if isinstance(batch, Mapping) and all(isinstance(batch.get(name), np.ndarray) for name in names):
+        return {name: batch[name] for name in names}
     from torch import Tensor
     from torch.utils import _pytree as pytree
 

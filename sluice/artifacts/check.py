@@ -36,6 +36,7 @@ from sluice.passes.cut.merge_region import bias_name
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.graph.onnx_file import finalize, load_onnx
 from sluice.runtime.base.compare import relative_error
+from sluice.training.refit_onnx import with_biases
 
 if TYPE_CHECKING:
     from torch import nn
@@ -121,6 +122,7 @@ def _filled(model: onnx.ModelProto, plan: Plan, path: Path) -> onnx.ModelProto:
         tensors: Mapping[str, np.ndarray] = load_bytes(path.read_bytes())
     except (OSError, SafetensorError) as error:
         raise SluiceError(f"cannot read the weights {str(path)!r}: {error}; give a .safetensors file") from None
+    with_biases(model, tensors)
     own = {*plan.fingerprint, *(bias_name(run[-1]) for merge in plan.merges for run in merge.runs)}
     own |= {name(f.param) for f in plan.factorizations for name in (first_name, second_name)}
     for init in model.graph.initializer:

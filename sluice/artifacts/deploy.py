@@ -1,7 +1,7 @@
 """The file that is deployed, in any precision, and its evaluation before it is deployed.
 
 1. `export`: module -> ONNX in its precision, written whole or not at all. `deploy_onnx` is the same for a graph that
-   was exported before.
+   was exported before (`sluice.artifacts.in_precision`).
 2. `as_module`: a deployment file as ``nn.Module``, so that the code that evaluates the model gives the accuracy in
    every precision. fp32 and int8 run in ONNX Runtime as they are, 16 bits are emulated
    (`sluice.passes.precision.emulation`). With a ``runner`` the engine itself runs, at the batch that it has.
@@ -21,17 +21,15 @@ from onnx import helper
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sluice.artifacts.calibration_ranges import PERCENTILE, activation_ranges, slices
+from sluice.artifacts.in_precision import deploy_onnx, rounding_error
 from sluice.artifacts.labels import labelled, provenance
-from sluice.core.deployment import check_precision, check_target
+from sluice.core.deployment import check_precision
 from sluice.core.errors import SluiceError
 from sluice.passes.cut.export import OPSET, check_opset, to_onnx
 from sluice.passes.graph.capture import Inputs
 from sluice.passes.graph.onnx_file import finalize, save_onnx
 from sluice.passes.graph.onnx_graph import OnnxGraph
 from sluice.passes.precision.emulation import emulated
-from sluice.passes.precision.to_precision import to_precision
-from sluice.runtime.base.compare import relative_error
 
 if TYPE_CHECKING:
     from sluice.runtime.base.runner import Runner
@@ -69,51 +67,6 @@ def export(
     done = labelled(done, provenance(), input_names, output_names)
     save_onnx(done, path)
     return done
-
-
-def deploy_onnx(
-    model: onnx.ModelProto,
-    precision: str,
-    calibration: Iterable[Any] | None = None,
-    *,
-    target: str = "ort-cpu",
-    exclude: Collection[str] = (),
-    percentile: float = PERCENTILE,
-    threads: int = 1,
-) -> onnx.ModelProto:
-    """An fp32 network, finalized, as it is deployed in ``precision``.
-
-    Args:
-        calibration: for int8, some hundred inputs as they occur in deployment, in batches of ``(inputs, labels)`` or of
-            inputs alone; a mapping names the file's inputs, anything else gives them in order.
-        target, threads: the runtime that the file is for; int8 and paddings have other forms for others.
-        exclude: for int8, names or shell patterns of layers that stay float, often the first and the last.
-        percentile: for int8, see `sluice.artifacts.calibration_ranges`.
-    Raises:
-        SluiceError: there is no such precision or target, int8 has no calibration, or the network cannot be written in
-            the precision.
-    """
-    check_target(target)
-    if check_precision(precision) != "int8":
-        return to_precision(model, precision, target=target, threads=threads)
-    if calibration is None:
-        raise SluiceError(
-            "int8 needs to know the ranges of activations; give calibration= some hundred inputs, in batches"
-        )
-    ranges = activation_ranges(model, calibration, percentile=percentile, target=target, exclude=exclude)
-    return to_precision(model, precision, ranges=ranges, target=target, exclude=exclude)
-
-
-def rounding_error(narrow: onnx.ModelProto, wide: onnx.ModelProto, batches: Iterable[Any]) -> float:
-    """The relative error of a file to the one in fp32 on the first inputs of ``batches``, 16 where that can be.
-
-    Raises:
-        SluiceError: the batch does not fit the network.
-    """
-    from sluice.runtime.targets import make_runner
-
-    runner, feeds = make_runner("ort-cpu"), next(slices(batches, wide))
-    return relative_error(runner.build(emulated(narrow)).run(feeds), runner.build(wide).run(feeds))
 
 
 def as_module(model: onnx.ModelProto, like: Any = None, *, runner: Runner | None = None, batch: int = 1) -> nn.Module:

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shlex
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Commands",
     "Outcome",
+    "Sized",
     "check_files",
     "commands",
     "outcome",
@@ -49,6 +51,14 @@ class Commands:
 
     trtexec: str
     polygraphy: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sized:
+    """A model with numbers for its open sizes but the batch, and the shape of every input that is open in the file."""
+
+    model: onnx.ModelProto
+    shapes: Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +103,7 @@ def outcome(
     error: float | None = None,
     wide: onnx.ModelProto | None = None,
     place: str = "",
+    sized: Sized | None = None,
 ) -> Outcome:
     """Build the engine, if the user wants one, and describe file and engine; ``model`` is the content of ``path``.
 
@@ -101,6 +112,7 @@ def outcome(
 
     Args:
         error: of a file in another precision, relative to fp32; on the calibration inputs for int8.
+        sized: of a file with more open sizes than the batch: the model of the engine, and the shapes of open inputs.
     """
     from sluice.artifacts.engine_check import check_engine
 
@@ -111,10 +123,10 @@ def outcome(
         data["error"] = error if math.isfinite(error) else None  # JSON has no infinity
         inputs = "the first calibration inputs" if precision == "int8" else "random inputs"
         lines.append(f"relative error to fp32 {error:.1e}, on {inputs}")
-    refusal, built = None, None
+    refusal, built, whole = None, None, model if sized is None else sized.model
     if asked is not None:
         try:
-            built = write_engine(model, asked, batch)
+            built = write_engine(whole, asked, batch)
         except SluiceError as error:
             refusal = error
         else:
@@ -123,8 +135,8 @@ def outcome(
     if wide is not None and refusal is None and (built is not None or place):
         engine = built.file if built is not None else f"the engine of {path} on {place}"
         try:
-            session = session_of(model, built, place or target, batch)
-            check = check_engine(session, model, wide, precision, target=place or target, batch=batch)
+            session = session_of(whole, built, place or target, batch)
+            check = check_engine(session, whole, wide, precision, target=place or target, batch=batch)
         except SluiceError as reason:
             lines.append(f"{engine} was not compared with fp32: {reason}")
         else:
@@ -138,7 +150,11 @@ def outcome(
     if precision != "int8" or target == "tensorrt":
         own = asked.file if asked is not None else str(Path(path).with_suffix(".engine"))
         version = _version(built)
-        found = commands(model, path, own, precision=precision, batch=batch, written=built is not None, version=version)
+        shapes = None if sized is None else sized.shapes
+        found = commands(
+            model, path, own, precision=precision, batch=batch, written=built is not None, version=version,
+            shapes=shapes,
+        )  # fmt: skip
         data |= asdict(found)
         lines += [
             f"build and time with TensorRT {version or '11 (10 wants --stronglyTyped as well)'}:",
@@ -158,18 +174,20 @@ def commands(
     batch: int = 1,
     written: bool = False,
     version: int | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> Commands:
     """The command lines for ``model``, written to ``path``, and its engine.
 
     Args:
         written: the engine is there already; the command saves its own beside it.
         version: of TensorRT, the major one.
+        shapes: of all open inputs, where more than the batch is open.
     Raises:
         SluiceError: an input has a dynamic dimension that is not its batch.
     """
     from sluice.runtime.trt.settings import Settings
 
-    shapes = _dynamic_inputs(model, batch)
+    shapes = _dynamic_inputs(model, batch) if shapes is None else shapes
     cache = cache_of(engine)
     saved = Path(engine).with_suffix(".trtexec.engine") if written else engine
     trtexec = [f"--onnx={os.fspath(path)}", f"--saveEngine={os.fspath(saved)}"]

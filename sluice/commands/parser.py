@@ -71,6 +71,10 @@ def _compress(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--evaluate", metavar="FUNCTION", help="package.module:function from a module to its accuracy")
     options.widths(p)
+    p.add_argument(
+        "--steps", type=options.count, default=0, metavar="N", help="of an ONNX file: steps of training towards the "
+        "file's own outputs, which needs torch (default 0)",
+    )  # fmt: skip
     p.add_argument("--seed", type=options.count, help="of all random numbers of the trainings")
     options.loss(p)
     options.recovery(p)
@@ -93,10 +97,10 @@ def _apply(p: argparse.ArgumentParser) -> None:
 
 
 def _export(p: argparse.ArgumentParser) -> None:
-    options.model(p)
+    options.network(p)
     options.precision(p)
     p.add_argument("--plan", metavar="DIR", help="folder that `sluice compress` wrote, or a plan")
-    p.add_argument("--opset", type=options.positive, default=20, help="of the file (default 20)")
+    p.add_argument("--opset", type=options.positive, help="of the file (default 20; an ONNX file keeps its own)")
     for side in ("input", "output"):
         p.add_argument(
             f"--{side}-names", type=options.names, default=(), metavar="A,B", help=f"what its {side}s are called, in "
@@ -105,7 +109,10 @@ def _export(p: argparse.ArgumentParser) -> None:
     p.add_argument("--names", action="store_true", help="fold nothing: what `sluice apply` and `sluice profile` take")
     p.add_argument("-o", "--out", required=True, help="the ONNX file to write")
     p.add_argument(
-        "--calibration", metavar="DATA", help="for int8: package.module:factory of some hundred inputs in batches"
+        "--calibration",
+        metavar="DATA",
+        help="for int8: package.module:factory of some hundred inputs in batches; of an ONNX file, what compress takes "
+        "as --data",
     )
     p.add_argument(
         "--exclude", action="append", default=[], metavar="LAYER", help="for int8: layer, or shell pattern of layers, "
@@ -128,9 +135,10 @@ def _export(p: argparse.ArgumentParser) -> None:
 
 
 def _check(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", metavar="MODEL", help=f"{options.MODEL}, or its dense ONNX with parameter names")
+    p.add_argument("model", metavar="MODEL", help=f"{options.MODEL}, or its dense ONNX file")
     p.add_argument("folder", metavar="DIR", help="folder that `sluice compress` wrote")
     options.weights(p)
+    onnx_inputs(p)
     p.add_argument("--tolerance", type=float, default=TOLERANCE, help=f"relative, in fp32 (default {TOLERANCE:g})")
 
 

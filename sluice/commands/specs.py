@@ -253,7 +253,7 @@ def _value(word: str) -> Any:
 
 
 def _is_fixed(dim: onnx.TensorShapeProto.Dimension) -> bool:
-    return dim.HasField("dim_value")
+    return dim.dim_value > 0  # some exporters write -1 for an open one
 
 
 def _not_float32(model: onnx.ModelProto) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from sluice.core.latency import LatencyModel
 
-__all__ = ["FLOOR", "curve", "floored"]
+__all__ = ["FLOOR", "LEVELS", "curve", "floored"]
 
 LEVELS = 4
 FLOOR = 1e-3  # of the median loss of a whole site

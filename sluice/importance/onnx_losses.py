@@ -6,11 +6,17 @@
 2. Widths, dropped blocks and merged runs are cut and rewritten as the plan will be; a rank is priced by the weight that
    the two factors make together, all ranks of a weight from one decomposition.
 3. Levels between those that were measured are interpolated (`sluice.importance.curves`).
+4. Changes are priced in the order of the graph, so that what lies before a change is not computed again for each
+   (`sluice.importance.resumed`).
+5. All prices together run the file on about `MACS` multiply-accumulates, so a slow file is priced on fewer examples:
+   on `FEWEST` at least, and on `MOST` at most (`examples_for`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from operator import itemgetter
 
 import numpy as np
 import onnx
@@ -19,7 +25,7 @@ from onnx import numpy_helper
 from sluice.core.errors import SluiceError
 from sluice.core.latency import LatencyModel
 from sluice.core.plan import Edits
-from sluice.importance.curves import curve, floored
+from sluice.importance.curves import LEVELS, curve, floored
 from sluice.importance.output_distance import BROKEN, OutputDistance
 from sluice.passes.cut.factor import truncations
 from sluice.passes.cut.rewrite_onnx import cut_graph, restructure
@@ -28,7 +34,16 @@ from sluice.passes.graph.onnx_graph import OnnxGraph
 from sluice.solver.amplitude_losses import by_importance
 from sluice.solver.options import EditSpace, RankOption
 
-__all__ = ["onnx_losses"]
+__all__ = ["examples_for", "onnx_losses"]
+
+MACS = 5e12
+FEWEST, MOST = 8, 64
+
+
+def examples_for(macs: int, latency: LatencyModel) -> int:
+    """Rule 5, for a file of ``macs`` multiply-accumulates an example."""
+    prices = sum(min(LEVELS, len(levels) - 1) for levels in latency.levels.values())
+    return int(np.clip(MACS / max(1, macs * prices), FEWEST, MOST))
 
 
 def onnx_losses(
@@ -42,45 +57,58 @@ def onnx_losses(
 ) -> dict[str, np.ndarray]:
     """Loss of every value of every site, shape ``(len(latency.levels[site]),)``; zero at the dense value."""
     levels = latency.levels
-    groups = [group.name for group in analysis.groups if len(levels.get(group.name, ())) > 1]
-    ranks = [option for option in options.ranks if len(levels.get(option.switch, ())) > 1]
+    asked: list[tuple[int, Callable[[], dict[str, np.ndarray]]]] = []
+    for group in analysis.groups:
+        if len(levels.get(group.name, ())) > 1:
+            cut = _cut(model, analysis, group.name, scores[group.name], distance)
+            at = distance.position(ref.param for ref in group.refs)
+            asked.append((at, partial(_widths, group.name, levels[group.name], cut)))
+    for option in options.ranks:
+        if len(levels.get(option.switch, ())) > 1:
+            priced = partial(_ranks, option, levels[option.rank], _truncated(model, option, distance))
+            asked.append((distance.position((option.param,)), priced))
     edits = {name: Edits(drops=(drop,)) for name, drop in options.drops.items() if len(levels.get(name, ())) > 1}
     edits |= {name: Edits(merges=(run,)) for name, run in options.merges.items() if len(levels.get(name, ())) > 1}
-    total, done, found = len(groups) + len(ranks) + len(edits), 0, dict[str, np.ndarray]()
-    for name in groups:
-        order = by_importance(scores[name])
-
-        def cut(width: int, name: str = name, order: np.ndarray = order) -> float:
-            keeps = keep_masks(analysis, {name: order[:width].tolist()})
-            return distance.of(cut_graph(model, analysis, keeps))
-
-        found[name] = curve(levels[name], cut, dense=levels[name][-1])
-        advance(done := done + 1, total)
-    for option in ranks:
-        losses = curve(levels[option.rank], _truncated(model, option, distance), dense=None)
-        # Even the largest rank is a truncation; its loss is that of the switch.
-        found[option.switch], found[option.rank] = np.array([0.0, losses[-1]]), losses - losses[-1]
-        advance(done := done + 1, total)
-    for name, edit in edits.items():
-        found[name] = np.array([0.0, _restructured(model, edit, distance)])
-        advance(done := done + 1, total)
+    asked += [(0, partial(_edit, name, model, edit, distance)) for name, edit in edits.items()]
+    found = dict[str, np.ndarray]()
+    for done, (_, losses) in enumerate(sorted(asked, key=itemgetter(0)), 1):
+        found |= losses()
+        advance(done, len(asked))
     return floored(found, latency)
 
 
+def _widths(name: str, levels: Sequence[int], cut: Callable[[int], float]) -> dict[str, np.ndarray]:
+    return {name: curve(levels, cut, dense=levels[-1])}
+
+
+def _cut(
+    model: onnx.ModelProto, analysis: Analysis, name: str, scores: np.ndarray, distance: OutputDistance
+) -> Callable[[int], float]:
+    order = by_importance(scores)
+    return lambda width: distance.of(cut_graph(model, analysis, keep_masks(analysis, {name: order[:width].tolist()})))
+
+
+def _ranks(option: RankOption, levels: Sequence[int], truncated: Callable[[int], float]) -> dict[str, np.ndarray]:
+    """Even the largest rank is a truncation; its loss is that of the switch."""
+    losses = curve(levels, truncated, dense=None)
+    return {option.switch: np.array([0.0, losses[-1]]), option.rank: losses - losses[-1]}
+
+
+def _edit(name: str, model: onnx.ModelProto, edits: Edits, distance: OutputDistance) -> dict[str, np.ndarray]:
+    try:
+        loss = distance.of(restructure(model, edits))
+    except SluiceError:
+        loss = BROKEN
+    return {name: np.array([0.0, loss])}
+
+
 def _truncated(model: onnx.ModelProto, option: RankOption, distance: OutputDistance) -> Callable[[int], float]:
-    at = truncations(numpy_helper.to_array(OnnxGraph(model).initializers[option.param]), option.form)
+    """The decomposition is made when it is first asked for."""
+    kept: list[Callable[[int], np.ndarray]] = []
 
     def loss(rank: int) -> float:
-        changed = onnx.ModelProto()
-        changed.CopyFrom(model)
-        OnnxGraph(changed).initializers[option.param].CopyFrom(numpy_helper.from_array(at(rank), option.param))
-        return distance.of(changed)
+        if not kept:
+            kept.append(truncations(numpy_helper.to_array(OnnxGraph(model).initializers[option.param]), option.form))
+        return distance.of_weight(option.param, np.ascontiguousarray(kept[0](rank), np.float32))
 
     return loss
-
-
-def _restructured(model: onnx.ModelProto, edits: Edits, distance: OutputDistance) -> float:
-    try:
-        return distance.of(restructure(model, edits))
-    except SluiceError:
-        return BROKEN

@@ -1,11 +1,12 @@
-"""An ONNX file's whole way to a faster one, without torch: read, profile, score, price, decide and verify, cut, refit.
+"""An ONNX file's whole way to a faster one: read, profile, score, price, decide and verify, cut, refit, distil.
 
 1. The file is read as the runtime runs it (`sluice.passes.files.read`). What comes back is the file's own graph with
    fewer channels: inputs, outputs, opset and metadata are as they were.
 2. The loss of a change is the distance of the outputs from the file's own on some examples
    (`sluice.importance.output_distance`). Channels go by their activations and weights (`sluice.importance.activity`).
-3. Nothing is trained. Weights behind a cut are refitted by least squares (`sluice.training.refit_onnx`) on three
-   quarters of the examples. They count only where the refitted file is nearer on the last quarter.
+3. Weights behind a cut are refitted by least squares (`sluice.training.refit_onnx`) on three quarters of the examples.
+   Where steps are asked for, which takes torch, all weights are then trained towards the file's own outputs
+   (`sluice.training.distill_onnx`). Either counts only where the file is nearer by it on the last quarter.
 4. That quarter also says what was kept: the figure of merit is ``evaluate``'s, or 100 times the cosine between the
    outputs of both files.
 5. Engines are built and timed at the sizes of the examples; what the file leaves open stays open in what comes back.
@@ -19,10 +20,12 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from sluice.artifacts.folder import check_writable
 from sluice.artifacts.labels import provenance
@@ -32,10 +35,11 @@ from sluice.artifacts.result_file import CompressedFile
 from sluice.core.budget_spec import BudgetSpec
 from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError, first_line
-from sluice.core.plan import Plan
+from sluice.core.plan import InputSpec, Plan
 from sluice.core.progress import stage
+from sluice.core.version import INSTALL_TORCH
 from sluice.importance.activity import activity_scores
-from sluice.importance.onnx_losses import onnx_losses
+from sluice.importance.onnx_losses import examples_for, onnx_losses
 from sluice.importance.output_distance import OutputDistance, cosine, outputs_of
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.files.read import OnnxFile, load_whole, read_onnx_file, written_back
@@ -57,10 +61,11 @@ from sluice.training.refit_onnx import refit_onnx
 __all__ = ["FILE_METHODS", "compress_onnx"]
 
 FILE_METHODS = ("filter", "rank", "block")
-PRICED, REFITTED = 64, 512  # examples
+SCORED, REFITTED = 64, 512  # examples
 HELD = 4  # every which part of the examples is held out
 PARITY = 1e-4
 KEPT = "cosine of outputs in percent"
+OWN_OUTPUTS = "distance to the file's outputs"
 
 
 def compress_onnx(
@@ -81,11 +86,12 @@ def compress_onnx(
     loss: str = "auto",
     evaluate: Callable[[Any], float] | None = None,
     refit: bool = True,
+    steps: int = 0,
     note: str = "",
     minutes: float = math.inf,
     progress: bool = True,
 ) -> CompressedFile:
-    """Make an ONNX file fit a measured latency budget; no torch, no labels, no training.
+    """Make an ONNX file fit a measured latency budget; no labels, and without ``steps`` no torch and no training.
 
     Args:
         source: the file, in float32.
@@ -99,6 +105,7 @@ def compress_onnx(
         loss: ``auto``, ``mse``, ``logits`` or ``cosine``: the distance between outputs.
         evaluate: figure of merit of a session of ONNX Runtime, the higher the better, for the report.
         refit: refit the weights behind a cut by least squares.
+        steps: of training towards the file's own outputs; needs torch.
         note: on the inputs, for the report.
         minutes: of profiling; afterwards points that a plan needs are estimated, and the report says how much.
     Raises:
@@ -107,6 +114,8 @@ def compress_onnx(
     started = time.perf_counter()
     methods, asked = check_methods(methods), BudgetSpec.parse(budget)
     limits = WidthLimits(keep or {}, multiple or {})
+    if steps and find_spec("torch") is None:
+        raise SluiceError(f"steps={steps} train the file, which needs PyTorch; {INSTALL_TORCH}, or leave steps out")
     if out is not None:
         check_writable(out, 0, {"the latency table": table})
     with stage("read", progress):
@@ -128,20 +137,17 @@ def compress_onnx(
     wanted = counted_from(plain, asked)
     sites = measured.options.sites(measured.latency, methods)
     with stage("price every choice", progress) as advance:
-        priced = kept.spread(PRICED)
-        scores = activity_scores(dense, analysis, priced)
-        losses = onnx_losses(
-            dense, analysis, restricted(measured.latency, sites), measured.options, scores,
-            OutputDistance(dense, priced, loss), advance,
-        )  # fmt: skip
-    problem = Problem(measured, analysis, sites, losses, scores)
+        scores = activity_scores(dense, analysis, kept.spread(SCORED))
+        offered = restricted(measured.latency, sites)
+        priced = kept.spread(examples_for(count_macs(finalize(timed)), offered))
+        distance = OutputDistance(dense, priced, loss)
+        losses = onnx_losses(dense, analysis, offered, measured.options, scores, distance, advance)
+    specs = tuple(InputSpec(value.shape, str(value.dtype), name) for name, value in next(kept.batches(2)).items())
+    problem = Problem(measured, analysis, sites, losses, scores, specs)
     with stage("decide and verify on engines", progress):
         verified = solve_verified(problem, wanted, timed)
     slim = rewrite_onnx(dense, verified.plan)
-    refitted = 0
-    if refit:
-        with stage("refit", progress):
-            slim, refitted = _nearer(slim, dense, verified.plan, kept.spread(REFITTED), held, loss)
+    slim, recovered = _recovered(slim, dense, verified.plan, (kept, held), (refit, steps, loss), progress)
     with stage("measure", progress) as advance:
         done = finalize(_sized(slim, file))
         times = final_pair(measured, measured.engine(finalize(timed)), measured.engine(done), wanted, verified, advance)
@@ -153,11 +159,11 @@ def compress_onnx(
         frozen={**measured.space.left_alone, **measured.refused, **({"the data": note} if note else {})},
         seconds=time.perf_counter() - started, losses=losses, plain=plain,
         methods=methods, figure="accuracy" if evaluate else KEPT,
-        recovery=RecoveryRow(0.0, "", "plain", 0, refitted=refitted) if refitted else None,
+        recovery=recovered,
     )  # fmt: skip
     for key, value in provenance(verified.plan, report).items():
         made.metadata_props.add(key=f"sluice.{key}", value=value)
-    result = CompressedFile(made, verified.plan, report)
+    result = CompressedFile(made, verified.plan, report, _tensors(slim))
     if worst > PARITY:
         raise AssertionError(f"the file that is handed out differs by {worst:.2e} from the one that was cut")
     if out is not None:
@@ -209,15 +215,28 @@ def _figure(
     return taken
 
 
-def _nearer(
-    slim: onnx.ModelProto, dense: onnx.ModelProto, plan: Plan, kept: Rows, held: Rows, loss: str
-) -> tuple[onnx.ModelProto, int]:
-    """Rule 3."""
-    refitted, count = refit_onnx(slim, dense, plan, kept)
-    if not count:
-        return slim, 0
+def _recovered(
+    slim: onnx.ModelProto, dense: onnx.ModelProto, plan: Plan, examples: tuple[Rows, Rows],
+    asked: tuple[bool, int, str], progress: bool,
+) -> tuple[onnx.ModelProto, RecoveryRow | None]:  # fmt: skip
+    """Rule 3: the nearest of the cut file, the refitted and the trained one, and how it was made."""
+    (kept, held), (refit, steps, loss), row = examples, asked, None
     distance = OutputDistance(dense, held, loss)
-    return (refitted, count) if distance.of(refitted) < distance.of(slim) else (slim, 0)
+    before = nearest = distance.of(slim)
+    if refit:
+        with stage("refit", progress):
+            made, count = refit_onnx(slim, dense, plan, kept.spread(REFITTED))
+        if count and (found := distance.of(made)) < nearest:
+            slim, nearest, row = made, found, RecoveryRow(0.0, "", "plain", 0, refitted=count)
+    if steps:
+        from sluice.training.distill_onnx import distill_onnx
+
+        with stage("train towards the file's outputs", progress) as advance:
+            made, rate = distill_onnx(slim, dense, kept, steps, loss=loss, advance=advance)
+        if (found := distance.of(made)) < nearest:
+            refitted = row.refitted if row else 0
+            slim, row = made, RecoveryRow(rate, OWN_OUTPUTS, "plain", steps, (), OWN_OUTPUTS, before, 0.0, refitted)
+    return slim, row
 
 
 def _sized(model: onnx.ModelProto, file: OnnxFile) -> onnx.ModelProto:
@@ -234,6 +253,11 @@ def _sized(model: onnx.ModelProto, file: OnnxFile) -> onnx.ModelProto:
     if file.sizes:
         del done.graph.value_info[:]
     return done
+
+
+def _tensors(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    found = {name: numpy_helper.to_array(init) for name, init in OnnxGraph(model).initializers.items()}
+    return {name: value for name, value in found.items() if value.dtype.kind in "fiub"}
 
 
 def _size(model: onnx.ModelProto) -> int:

@@ -32,9 +32,10 @@ from sluice.runtime.base.runner import Session
 from sluice.runtime.targets import make_runner
 from sluice.training.least_squares import Geometry, Misfit, NormalEquations
 
-__all__ = ["refit_onnx"]
+__all__ = ["refit_onnx", "with_biases"]
 
 COLUMNS = 4096
+BIAS = ".refit_bias"
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +157,22 @@ def _bias_of(model: onnx.ModelProto, graph: OnnxGraph, layer: _Layer) -> onnx.Te
     if len(node.input) > 2 and node.input[2]:
         return graph.initializers[node.input[2]]
     out = graph.initializers[layer.weight].dims[1 if layer.turned else 0]
-    name = f"{layer.weight}.refit_bias"
+    return _with_bias(model, node, np.zeros(out, np.float32))
+
+
+def with_biases(model: onnx.ModelProto, tensors: Mapping[str, np.ndarray]) -> None:
+    """Give layers, in place, the biases among ``tensors`` that a refit made."""
+    for node in model.graph.node:
+        made = f"{node.input[1]}{BIAS}" if len(node.input) == 2 else ""
+        if made in tensors:
+            _with_bias(model, node, tensors[made])
+
+
+def _with_bias(model: onnx.ModelProto, node: onnx.NodeProto, value: np.ndarray) -> onnx.TensorProto:
+    name = f"{node.input[1]}{BIAS}"
     del node.input[2:]
     node.input.append(name)
-    model.graph.initializer.append(numpy_helper.from_array(np.zeros(out, np.float32), name))
+    model.graph.initializer.append(numpy_helper.from_array(value, name))
     return model.graph.initializer[-1]
 
 

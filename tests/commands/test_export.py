@@ -391,7 +391,7 @@ def test_a_file_of_another_network_is_a_failure(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """fp16 whose weights are all zero, as an overflow would leave them."""
-    import sluice.artifacts.deploy as deploy
+    import sluice.artifacts.in_precision as deploy
 
     own = deploy.to_precision
 

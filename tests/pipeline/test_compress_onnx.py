@@ -28,7 +28,7 @@ from sluice.passes.files.rows import Rows, rows_of
 from sluice.passes.graph.onnx_axes import analyze_onnx
 from sluice.passes.graph.onnx_graph import OnnxGraph
 from sluice.runtime.base.compare import assert_close
-from sluice.training.refit_onnx import refit_onnx
+from sluice.training.refit_onnx import refit_onnx, with_biases
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -97,6 +97,64 @@ def test_the_file_is_the_one_that_its_plan_cuts(tmp_path: Path) -> None:
     (feeds,) = rows.part(0, 5).batches(5)
     assert_close(tiny_run(done.onnx, feeds), tiny_run(cut, feeds))
     assert done.report.parity_max_rel is not None and done.report.parity_max_rel < 1e-5
+
+
+def test_training_counts_where_the_file_is_nearer_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [tmp_path / name for name in ("plain", "trained", "kept")]
+    for folder in folders:  # a table that knows more may give another plan
+        folder.mkdir()
+    plain = compressed(folders[0], refit=False)
+    trained = compressed(folders[1], refit=False, steps=60)
+    assert trained.plan == plain.plan and trained.report.recovery.loss == "distance to the file's outputs"
+    assert trained.report.metric_slim > plain.report.metric_slim
+    assert [str(i) for i in trained.onnx.graph.input] == [str(i) for i in given().graph.input]
+
+    def worse(slim: onnx.ModelProto, dense: onnx.ModelProto, *rest: Any, **more: Any) -> tuple[onnx.ModelProto, float]:
+        made = onnx.ModelProto()
+        made.CopyFrom(slim)
+        for init in made.graph.initializer:
+            if init.data_type == onnx.TensorProto.FLOAT:
+                init.CopyFrom(numpy_helper.from_array(3 * numpy_helper.to_array(init), init.name))
+        return made, 1e-3
+
+    monkeypatch.setattr("sluice.training.distill_onnx.distill_onnx", worse)
+    kept = compressed(folders[2], refit=False, steps=4)
+    assert kept.report.metric_slim == pytest.approx(plain.report.metric_slim, abs=1e-6)
+    assert kept.report.recovery is None or not kept.report.recovery.loss
+
+
+def test_the_folder_is_checked_against_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("given.onnx").write_bytes(content())
+    compressed(tmp_path, out=tmp_path / "out")
+    asked = ["check", "given.onnx", "out", "--input", "picture=2,3,9,9"]
+    assert main(asked) == 0 and "slim.onnx and plan on dense ONNX" in capsys.readouterr().out
+    slim = onnx.load("out/slim.onnx")
+    last = max((i for i in slim.graph.initializer if len(i.dims) == 2), key=lambda init: init.dims[1])
+    last.CopyFrom(numpy_helper.from_array(1.01 * numpy_helper.to_array(last), last.name))
+    onnx.save(slim, "out/slim.onnx")
+    Path("out/manifest.json").unlink()
+    assert main(asked) == 1
+
+
+def test_biases_that_a_refit_made_are_put_back() -> None:
+    file, _ = read()
+    bare = onnx.ModelProto()
+    bare.CopyFrom(file.model)
+    first = next(node for node in bare.graph.node if node.op_type == "Conv")
+    del first.input[2:]
+    values = np.arange(OnnxGraph(bare).initializers[first.input[1]].dims[0], dtype=np.float32)
+    with_biases(bare, {f"{first.input[1]}.refit_bias": values, "other.refit_bias": values})
+    assert first.input[2] == f"{first.input[1]}.refit_bias" and len(bare.graph.initializer) > 0
+    assert np.array_equal(numpy_helper.to_array(bare.graph.initializer[-1]), values)
+
+
+def test_steps_need_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sluice.pipeline.compress_onnx.find_spec", lambda name: None)
+    with pytest.raises(SluiceError, match="steps=5 train the file, which needs PyTorch"):
+        sluice.compress_onnx(given(), examples(), budget="60%", steps=5, progress=False)
 
 
 def tiny_run(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -273,6 +331,7 @@ def test_it_runs_without_torch(tmp_path: Path) -> None:
     ("words", "sentence"),
     [
         (["--data", "random"], ""),
+        (["--data", "folder", "--steps", "4"], ""),
         (["--data", "folder"], ""),
         (["--data", "tests.pipeline.test_compress_onnx:examples"], ""),
         (["--data", "data.csv"], "is no data of an ONNX file"),

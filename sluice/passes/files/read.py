@@ -212,15 +212,19 @@ def _weightless(model: onnx.ModelProto) -> onnx.ModelProto:
     return done
 
 
-def written_back(file: OnnxFile, model: onnx.ModelProto) -> onnx.ModelProto:
-    """A changed model in the form of the file: opset where nothing newer is needed, inputs, outputs and metadata."""
+def written_back(file: OnnxFile, model: onnx.ModelProto, *, opset: bool = True) -> onnx.ModelProto:
+    """A changed model in the form of the file: opset where nothing newer is needed, inputs, outputs and metadata.
+
+    Args:
+        opset: False leaves the operators as they are.
+    """
     done = onnx.ModelProto()
     done.CopyFrom(model)
     for field in ("input", "output"):
         del getattr(done.graph, field)[:]
         getattr(done.graph, field).extend(getattr(file.given.graph, field))
     del done.graph.value_info[:]
-    done = as_opset(done, opset_of(file.given))
+    done = as_opset(done, opset_of(file.given)) if opset else done
     own = {entry.key for entry in file.given.metadata_props}
     added = [entry for entry in done.metadata_props if entry.key not in own and entry.key != SIZES]
     del done.metadata_props[:]

@@ -36,15 +36,16 @@ class Rows:
 
     def part(self, start: int, stop: int) -> Rows:
         """The examples from ``start`` to before ``stop``."""
-        return self._at(np.arange(start, stop))
+        return self.at(np.arange(start, stop))
 
     def spread(self, count: int) -> Rows:
         """At most ``count`` examples, evenly spread; whole batches where the batch is fixed."""
         step = self.batch or 1
         wanted = max(step, min(self.count, count) // step * step)
-        return self._at(np.linspace(0, self.count - 1, wanted).round().astype(int))
+        return self.at(np.linspace(0, self.count - 1, wanted).round().astype(int))
 
-    def _at(self, picked: np.ndarray) -> Rows:
+    def at(self, picked: np.ndarray) -> Rows:
+        """The examples at these places."""
         kept = {n: np.take(x, picked, self.axes[n]) if n in self.axes else x for n, x in self.values.items()}
         return Rows(kept, self.axes, len(picked), self.batch)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sluice.core.errors import SluiceError
 
 if TYPE_CHECKING:
@@ -136,6 +138,7 @@ def group_norm(x: Args, a: Attributes) -> Tensor:
 
 def pad(x: Args, a: Attributes) -> Tensor:
     """Operands: data, begins and ends, value, axes."""
+    import torch
     from torch.nn import functional as F
 
     data, amounts = x[0], x[1].tolist()
@@ -148,9 +151,11 @@ def pad(x: Args, a: Attributes) -> Tensor:
     mode = modes[a.get("mode", "constant")]
     if mode == "constant":
         return F.pad(data, _backwards(pairs), value=value)
-    if any(pair != (0, 0) for pair in pairs[:2]):
-        raise SluiceError(f"padding of the batch or the channels in mode {mode!r} is not supported; use zeros")
-    return F.pad(data, _backwards(pairs[2:]), mode=mode)
+    for axis in (0, 1):  # torch pads positions alone
+        if pairs[axis] != (0, 0):
+            places = np.pad(np.arange(data.shape[axis]), pairs[axis], mode=a["mode"])
+            data = data.index_select(axis, torch.from_numpy(places).to(data.device))
+    return F.pad(data, _backwards(pairs[2:]), mode=mode) if any(pair != (0, 0) for pair in pairs[2:]) else data
 
 
 def resize(x: Args, a: Attributes) -> Tensor:

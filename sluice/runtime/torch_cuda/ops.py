@@ -44,6 +44,7 @@ from sluice.runtime.torch_cuda.layout import (
     transpose,
     unsqueeze,
 )
+from sluice.runtime.torch_cuda.recurrent import gru, lstm
 
 if TYPE_CHECKING:
     import torch
@@ -188,9 +189,12 @@ OPS: Mapping[str, Op] = {
     "LayerNormalization": Op(layer_norm),
     "Pad": Op(pad, frozenset({1, 2, 3})),
     "Resize": Op(resize, frozenset({1, 2, 3})),
+    "GRU": Op(gru),
+    "LSTM": Op(lstm),
     # element by element
     "Abs": Op(lambda x, a: x[0].abs()),
     "Add": Op(lambda x, a: x[0] + x[1], scalars=True),
+    "And": Op(lambda x, a: x[0].logical_and(x[1])),
     "Clip": Op(_clip, frozenset({1, 2})),
     "Div": Op(_div, scalars=True),
     "Elu": Op(_elu),
@@ -198,14 +202,20 @@ OPS: Mapping[str, Op] = {
     "Erf": Op(lambda x, a: x[0].erf()),
     "Exp": Op(lambda x, a: x[0].exp()),
     "Gelu": Op(_gelu),
+    "Greater": Op(lambda x, a: x[0] > x[1], scalars=True),
+    "GreaterOrEqual": Op(lambda x, a: x[0] >= x[1], scalars=True),
     "HardSigmoid": Op(_hard_sigmoid),
     "HardSwish": Op(_hard_swish),
     "LeakyRelu": Op(_leaky_relu),
+    "Less": Op(lambda x, a: x[0] < x[1], scalars=True),
+    "LessOrEqual": Op(lambda x, a: x[0] <= x[1], scalars=True),
     "Log": Op(lambda x, a: x[0].log()),
     "Max": Op(_several(lambda left, right: left.maximum(right)), scalars=True),
     "Min": Op(_several(lambda left, right: left.minimum(right)), scalars=True),
     "Mul": Op(lambda x, a: x[0] * x[1], scalars=True),
     "Neg": Op(lambda x, a: -x[0]),
+    "Not": Op(lambda x, a: x[0].logical_not()),
+    "Or": Op(lambda x, a: x[0].logical_or(x[1])),
     "PRelu": Op(_prelu),
     "Pow": Op(lambda x, a: x[0].pow(x[1]).to(x[0].dtype), scalars=True),
     "Reciprocal": Op(lambda x, a: x[0].reciprocal()),

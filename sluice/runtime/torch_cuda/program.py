@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,10 +32,21 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Step", "TorchProgram", "build_program", "check_operators", "to_numpy", "to_tensor"]
+__all__ = [
+    "SIZES",
+    "Step",
+    "TorchProgram",
+    "attributes_of",
+    "build_program",
+    "check_operators",
+    "size_of",
+    "to_numpy",
+    "to_tensor",
+]
 
 OLDEST = 13  # before, softmax flattened its operand and axes were attributes
 STANDARD = ("", "ai.onnx")
+SIZES = ("Shape", "Size")
 QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul")
 
 
@@ -85,7 +97,7 @@ def check_operators(model: onnx.ModelProto, where: str) -> None:
             raise SluiceError(
                 f"torch has no int8 kernels for {_called(node)} of {where}; deploy int8 with TensorRT, or choose fp16"
             )
-        if (node.op_type not in OPS and node.op_type != "Shape") or node.domain not in STANDARD:
+        if (node.op_type not in OPS and node.op_type not in SIZES) or node.domain not in STANDARD:
             raise SluiceError(
                 f"{_called(node)} of {where} has no counterpart in torch; use another target, or replace that operator"
             )
@@ -110,12 +122,11 @@ def build_program(
     steps = []
     with torch.no_grad():
         nodes = _fold_norms(model.graph, known)
-        last = {name: k for k, node in enumerate(nodes) if node.op_type != "Shape" for name in node.input}
+        last = {name: k for k, node in enumerate(nodes) if node.op_type not in SIZES for name in node.input}
         for k, node in enumerate(nodes):
-            if node.op_type == "Shape":
-                part = slice(*(_attributes(node).get(name) for name in ("start", "end")))
+            if node.op_type in SIZES:
                 shape = known[node.input[0]].shape if node.input[0] in known else shapes[node.input[0]]
-                known[node.output[0]] = torch.tensor(list(shape)[part], dtype=torch.int64)
+                known[node.output[0]] = size_of(node, shape)
                 continue
             step = _step(node, known, placed, device, where)
             found = _first(step, node, values, where)
@@ -132,6 +143,16 @@ def build_program(
         fixed = {name: laid_out(known[name].to(device)) for name in finals if name in known}
     outputs = tuple(output.name for output in model.graph.output)
     return TorchProgram(tuple(inputs), outputs, tuple(steps), fixed)
+
+
+def size_of(node: onnx.NodeProto, shape: Sequence[int]) -> Tensor:
+    """What a Shape or a Size gives of a value of this shape, on the host."""
+    import torch
+
+    if node.op_type == "Size":
+        return torch.tensor(math.prod(shape), dtype=torch.int64)
+    a = attributes_of(node)
+    return torch.tensor(list(shape)[slice(a.get("start"), a.get("end"))], dtype=torch.int64)
 
 
 def laid_out(value: Tensor) -> Tensor:
@@ -185,7 +206,7 @@ def _step(
                 f"operand {i} ({name!r}) of {_called(node)} of {where} depends on the data; sizes must be fixed when "
                 f"the network is built"
             )
-    return Step(op, _attributes(node), tuple(node.input), tuple(node.output), bound)
+    return Step(op, attributes_of(node), tuple(node.input), tuple(node.output), bound)
 
 
 def _first(step: Step, node: onnx.NodeProto, values: Mapping[str, Tensor], where: str) -> tuple[Tensor, ...]:
@@ -223,7 +244,7 @@ def _fold_norms(graph: onnx.GraphProto, known: dict[str, Tensor]) -> list[onnx.N
             continue
         weight, bias = known[conv.input[1]], known.get(conv.input[2]) if len(conv.input) > 2 else None
         scale, shift, mean, var = (known[name].double() for name in node.input[1:])
-        ratio = scale / torch.sqrt(var + _attributes(node).get("epsilon", 1e-5))
+        ratio = scale / torch.sqrt(var + attributes_of(node).get("epsilon", 1e-5))
         names = [f"{node.output[0]}:weight", f"{node.output[0]}:bias"]
         known[names[0]] = (weight.double() * ratio.reshape(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
         known[names[1]] = (((0 if bias is None else bias.double()) - mean) * ratio + shift).to(weight.dtype)
@@ -241,7 +262,8 @@ def _tensor(init: onnx.TensorProto) -> Tensor:
     return to_tensor(numpy_helper.to_array(init))
 
 
-def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
+    """Attributes by name, tensors and words as Python has them."""
     import onnx
 
     found: dict[str, Any] = {"outputs": len(node.output)} if node.op_type == "Split" else {}

@@ -160,6 +160,15 @@ def ints(*values: int) -> np.ndarray:
     return np.array(values, np.int64)
 
 
+def recurrent(kind: str, gates: int, way: str, order: tuple[str, ...], **attributes: Any) -> onnx.ModelProto:
+    """A layer from 3 features to 2 over 5 steps."""
+    sides, outputs = 2 if way == "bidirectional" else 1, 3 if kind == "LSTM" else 2
+    shapes = {"w": (gates * 2, 3), "r": (gates * 2, 2), "b": (gates * 4,), "h": (4, 2), "c": (4, 2)}
+    held = {n: normal(sides, *shape, seed=k) for k, (n, shape) in enumerate(shapes.items()) if n in order}
+    inputs = {"x": normal(5, 4, 3)}
+    return node_model(kind, inputs, held, outputs, order=order, direction=way, hidden_size=2, **attributes)
+
+
 X, IMAGE = {"x": normal(3, 5)}, {"x": normal(2, 3, 7, 5)}
 WEIGHT = {"w": normal(4, 3, 3, 2, seed=1), "b": normal(4, seed=2)}
 # Operators, or attributes of theirs, that no network above has.
@@ -189,6 +198,7 @@ NODES: dict[str, onnx.ModelProto] = {
         num_groups=3, opset=21),
     "layer norm, two axes": node_model("LayerNormalization", IMAGE, {"s": normal(7, 5)}, axis=2, epsilon=1e-3),
     "reflected": node_model("Pad", IMAGE, {"p": ints(0, 0, 2, 1, 0, 0, 1, 3)}, mode="reflect"),
+    "reflected channels": node_model("Pad", IMAGE, {"p": ints(1, 2, 0, 0, 0, 1, 0, 3)}, mode="reflect"),
     "edges": node_model("Pad", IMAGE, {"p": ints(0, 0, 2, 1, 0, 0, 1, 3)}, mode="edge"),
     "cropped": node_model("Pad", IMAGE, {"p": ints(0, 1, -2, 1, 0, 0, 1, -1), "v": np.float32(0.5)}),
     "padded axes": node_model("Pad", IMAGE, {"p": ints(1, 2, 0, 3), "v": np.float32(0), "a": ints(1, -1)}),
@@ -242,6 +252,17 @@ NODES: dict[str, onnx.ModelProto] = {
     "split, as it comes": node_model("Split", IMAGE, outputs=3, axis=2, num_outputs=3),
     "squeeze all": node_model("Squeeze", {"x": normal(1, 3, 1)}),
     "turned": node_model("Transpose", IMAGE),
+    "size": node_model("Size", X),
+    "not": node_model("Not", {"x": normal(3, 5) > 0}),
+    "and": node_model("And", {"x": normal(3, 5) > 0, "z": normal(5, seed=1) > 0}),
+    "or": node_model("Or", {"x": normal(3, 5) > 0, "z": normal(5, seed=1) > 0}),
+    **{kind: node_model(kind, X, {"z": normal(5, seed=1)})
+       for kind in ("Greater", "GreaterOrEqual", "Less", "LessOrEqual")},
+    **{f"lstm {way}": recurrent("LSTM", 4, way, ("x", "w", "r", "b", "", "h", "c"))
+       for way in ("forward", "reverse", "bidirectional")},
+    "lstm, plain": recurrent("LSTM", 4, "forward", ("x", "w", "r")),
+    **{f"gru {way}": recurrent("GRU", 3, way, ("x", "w", "r", "b", "", "h"), linear_before_reset=1)
+       for way in ("forward", "reverse", "bidirectional")},
     "tile": node_model("Tile", X, {"r": ints(2, 3)}),
 }  # fmt: skip
 
@@ -511,6 +532,13 @@ def test_faults_are_caught(fault: str, exported: dict[str, onnx.ModelProto], mon
         (
             graph_of([helper.make_node("MaxPool", ["x"], ["y", "where"], kernel_shape=[2])], {}, [1, 2, 4]),
             "output 'where' of MaxPool 'y' of the model is not supported",
+        ),
+        (
+            graph_of(
+                [helper.make_node("GRU", ["x", "w", "r"], ["y"], hidden_size=1)],
+                {"w": normal(1, 3, 2), "r": normal(1, 3, 1)}, [4, 1, 2],
+            ),
+            "GRU 'y' of the model cannot run in torch: a GRU that resets before its product",
         ),
         (
             graph_of([helper.make_node("Reshape", ["x", "s"], ["y"])], {"s": ints(4, 2)}, [2, 3]),

@@ -1,0 +1,141 @@
+"""Memory of making an ONNX file faster without torch: ``python -m benchmarks.onnx_memory``.
+
+1. Each file of `FILES_HERE` goes through `sluice.compress_onnx` in a process of its own in which torch cannot be
+   imported. Counted is the peak of its resident memory, less what it holds when everything is imported, one file has
+   run in ONNX Runtime and the examples are drawn.
+2. The allowance is 4 times the file and the statistics of one layer: in float64 ``A^T A`` and ``A^T Y`` of the layer
+   that needs most of them (`sluice.training.least_squares`). Values of one batch, which grow with the inputs and not
+   with the file, are told beside it: the sum of all inner values of one example, times the examples that run at once.
+3. A finished row is kept. ``--show`` prints the committed rows. The last line is JSON: ``rows``, and how many of them
+   are ``within`` the allowance by itself and ``with_values`` of one batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.wild import CACHE, fetch, save
+from benchmarks.wild_files import FILES
+
+__all__ = ["main"]
+
+RESULT = Path(__file__).parent / "results" / "onnx-memory.json"
+# Shapes of one example of the single input.
+FILES_HERE = {
+    "nudenet/320n.onnx": (3, 320, 320),
+    "openwakeword/embedding_model.onnx": (76, 32, 1),
+    "brainmaze-eeg-models/modelA_paper.onnx": (100, 64),
+}
+EXAMPLES = 48
+MB = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Megabytes; ``over`` is the peak less the start."""
+
+    file: str
+    size: float
+    start: float
+    over: float
+    statistics: float
+    values: float
+
+    @property
+    def allowed(self) -> float:
+        return 4 * self.size + self.statistics
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MB
+
+
+def child(name: str, path: Path) -> None:
+    """One file, in a process without torch; the row as JSON."""
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    import onnx
+    import onnx_graphsurgeon  # noqa: F401
+    import rich.table  # noqa: F401
+    import scipy.optimize
+    import scipy.sparse  # noqa: F401
+    import tqdm  # noqa: F401
+
+    import sluice
+    from sluice.passes.files.read import read_onnx_file
+    from sluice.passes.files.rows import BATCH
+    from sluice.passes.graph.onnx_graph import OnnxGraph
+    from sluice.passes.graph.static_shapes import static_sizes
+    from sluice.profiler.profile import profile_onnx  # noqa: F401
+    from sluice.runtime.targets import make_runner
+    from sluice.training.refit_onnx import COLUMNS
+
+    shown = np.random.default_rng(0).random((EXAMPLES, *FILES_HERE[name]), np.float32)
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    ends = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [3]) for n in "xy"]
+    tiny = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "g", ends[:1], ends[1:]),
+        ir_version=8,
+        opset_imports=[onnx.helper.make_opsetid("", 17)],
+    )
+    make_runner("ort-cpu").build(tiny).run({"x": np.zeros(3, np.float32)})
+    start = _peak_mb()
+    given = [info.name for info in read_onnx_file(path).model.graph.input]
+    sluice.compress_onnx(path, {given[0]: shown}, budget="75%", methods=("filter",), minutes=1.0, progress=True)
+    peak = _peak_mb()
+    file = read_onnx_file(path, {given[0]: shown[:2]})
+    needed = [0.0]
+    for node in file.model.graph.node:
+        if node.op_type in ("Conv", "Gemm", "MatMul") and node.input[1] in OnnxGraph(file.model).initializers:
+            dims = OnnxGraph(file.model).initializers[node.input[1]].dims
+            outputs, columns = (dims[0], int(np.prod(dims[1:]))) if node.op_type == "Conv" else (dims[1], dims[0])
+            needed.append(8.0 * columns * (columns + outputs) if columns <= COLUMNS else 0.0)
+    shapes = OnnxGraph(static_sizes(file.model, 1)).shapes
+    held = sum(4.0 * np.prod(shapes[n]) for node in file.model.graph.node for n in node.output if n in shapes)
+    values = held * min(BATCH, EXAMPLES)
+    row = Row(name, path.stat().st_size / MB, start, peak - start, max(needed) / MB, float(values) / MB)
+    print(json.dumps(asdict(row)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.onnx_memory")
+    parser.add_argument("--only", default="", help="word that a file's name must have")
+    parser.add_argument("--show", action="store_true", help="run nothing")
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.child:
+        child(args.child[0], Path(args.child[1]))
+        return 0
+    rows = [Row(**row) for row in json.loads(args.result.read_text())["rows"]] if args.result.is_file() else []
+    for name in [] if args.show else FILES_HERE:
+        if args.only not in name or any(row.file == name for row in rows):
+            continue
+        path = fetch(next(wild for wild in FILES if wild.name == name), args.cache)
+        asked = [sys.executable, "-m", "benchmarks.onnx_memory", "--child", name, str(path)]
+        found = subprocess.run(asked, check=True, stdout=subprocess.PIPE, text=True)
+        rows.append(Row(**json.loads(found.stdout.splitlines()[-1])))
+        save(args.result, rows)
+    for row in rows:
+        print(
+            f"{row.file}: {row.size:.1f} MB, {row.over:.0f} MB more than the {row.start:.0f} at the start; allowed "
+            f"{row.allowed:.0f} with {row.statistics:.0f} of one layer; values of a batch {row.values:.0f}"
+        )
+    within = sum(row.over <= row.allowed for row in rows)
+    print(json.dumps({
+        "rows": len(rows), "within": within, "with_values": sum(row.over <= row.allowed + row.values for row in rows)
+    }))  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
