@@ -428,6 +428,14 @@ def turned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((k @ q.mT).adjoint() * 0.5).softmax(-1) @ v.mT.mH
 
 
+def shifted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Heads lie in the batch; a number of each query is spread over the keys."""
+    b, h, n, d = q.shape
+    q, k, v = (t.reshape(b * h, n, d) for t in (q, k, v))
+    spread = q.tanh().sum(-1)[:, :, None].expand(-1, -1, n) * torch.linspace(-1.0, 1.0, n)
+    return ((q @ k.transpose(1, 2) + spread).softmax(-1) @ v).view(b, h, n, d)
+
+
 class Repeated(nn.Module):
     """6 heads of q share 2 of k and v, each repeated one by one; so is every channel of the result."""
 
@@ -466,6 +474,7 @@ FORMS: dict[str, Network] = {
     "shared": (Shared, words),
     "columns": (Gpt, words),
     "turned": (lambda: Block(lambda e: Attention(e, turned)), rows),
+    "shifted": (lambda: Block(lambda e: Attention(e, shifted)), rows),
     "repeated": (lambda: Block(Repeated), rows),
     "pooled": (Pooled, rows),
     "weight norm": (lambda: Causal(nn.utils.parametrizations.weight_norm), rows),

@@ -98,6 +98,14 @@ class Mender:
                 sizes[place_of] = -1 if sizes[place_of] == -1 else int(mask.sum())
             node.inputs[place] = constant(name, sizes)
             return
+        if node.op == "Expand" and old is not None:  # a 1 keeps what the input has, whatever that is
+            sizes = old.copy()
+            for dim, mask in cut.items():
+                place_of = dim - len(after) + len(sizes)
+                if place_of >= 0 and sizes[place_of] != 1:
+                    sizes[place_of] = int(mask.sum())
+            node.inputs[place] = constant(name, sizes)
+            return
         if expands:
             before = (1,) * (len(after) - len(before)) + tuple(before)
         sizes = [self._literal(expands, size, before[d : d + 1]) for d, size in enumerate(after)]

@@ -41,8 +41,8 @@ EXACT = 1e-10  # of double precision
 DIMS = ("sdpa", "fused, by hand", "bmm", "cross", "grouped", "vision", "window")  # with the dimensions of heads
 QUICK = (
     "fused", "multihead, positions first", "grouped", "vision", "window", "language, tied", "lstm cell",
-    "llama, grouped", "t5", "seen", "folded", "turned", "repeated", "weight norm", "standardised, by hand", "shortcut",
-    "gru, dropout, both ways",
+    "llama, grouped", "t5", "seen", "folded", "turned", "repeated", "shifted", "weight norm",
+    "standardised, by hand", "shortcut", "gru, dropout, both ways",
 )  # fmt: skip
 
 
@@ -161,6 +161,7 @@ WIDTHS = {
     "t5": {"word": 10, "table": 3, "layers.0.up": 13, "layers.1.up": 13},
     "columns": {"word": 12, "qkv": 3, "up": 14},
     "turned": {"embed": 10, "attention.q": 3, "up": 13},
+    "shifted": {"embed": 10, "attention.q": 3, "up": 13},
     "repeated": {"embed": 10, "attention.q": 2, "attention.q#2": 3, "attention.proj": 7, "up": 13},
     "weight norm, a hook": {"a": 7, "b": 9, "d": 11},
     "standardised": {"a": 3, "b": 4},
