@@ -263,10 +263,7 @@ def export(args: argparse.Namespace) -> int:
     )  # fmt: skip
     print_result(args, found.data, found.lines)
     if rounding is not None and not rounding.same:
-        raise SluiceError(
-            f"{args.out} computes another network than the one in fp32: by its weights the relative error is "
-            f"{rounding.error:.1e}, of which rounding explains {rounding.tolerance:.1e}; choose another precision"
-        )
+        raise rounding.refusal(args.out)
     if found.refusal is not None:
         raise found.refusal
     return 0

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from sluice.artifacts.in_precision import deploy_onnx, rounding_error
 from sluice.artifacts.labels import labelled, provenance
+from sluice.artifacts.rounding_check import refuse_another
 from sluice.core.deployment import check_precision
 from sluice.core.errors import SluiceError
 from sluice.passes.cut.export import OPSET, check_opset, to_onnx
@@ -58,7 +59,8 @@ def export(
         calibration, target, threads, exclude: as for `deploy_onnx`.
         input_names, output_names: in the order of the file; by default those of ``forward()``.
     Raises:
-        SluiceError: the model cannot be exported, or not in this precision, or the file cannot be written.
+        SluiceError: the model cannot be exported, or not in this precision, the file cannot be written,
+            or it computes another network than in fp32, which is told when it is written.
     """
     check_precision(precision)
     check_opset(opset)
@@ -66,6 +68,8 @@ def export(
     done = deploy_onnx(fp32, precision, calibration, target=target, exclude=exclude, threads=threads)
     done = labelled(done, provenance(), input_names, output_names)
     save_onnx(done, path)
+    if precision != "fp32":
+        refuse_another(path, done, fp32, precision)
     return done
 
 

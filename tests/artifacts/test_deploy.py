@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import sluice
@@ -25,6 +26,20 @@ from tests.exported import arrays, deployed, ops
 from tests.networks import build
 
 TOLERANCE = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 6e-2, "int8": 6e-2}
+
+
+class Overflowing(nn.Module):
+    """Beyond what fp16 can hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 6e4 * 6e4
+
+
+def test_export_refuses_another_network(tmp_path: Path) -> None:
+    with pytest.raises(SluiceError, match=r"a\.onnx computes another network than the one in fp32.*choose another"):
+        export(Overflowing(), tmp_path / "a.onnx", torch.randn(3, 5), precision="fp16")
+    assert (tmp_path / "a.onnx").exists()
+    export(Overflowing(), tmp_path / "b.onnx", torch.randn(3, 5), precision="bf16")
 
 
 def test_export_writes_what_it_returns(tmp_path: Path) -> None:
