@@ -62,4 +62,6 @@ def test_figures() -> None:
 
 
 def test_patterns() -> None:
-    assert patterns(None) == () and patterns("conv*") == ("conv*",) and patterns(["a", "b"]) == ("a", "b")
+    model = tiny.model()
+    assert patterns(None, model) == () and patterns("conv*", model) == ("conv*",)
+    assert patterns(["a", "b"], model) == ("a", "b") and patterns(nn.Linear, model) == ("fc",)
