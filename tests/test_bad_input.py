@@ -95,7 +95,9 @@ def test_shapes(refused: Refused) -> None:
 
 
 def test_torch_model_where_a_factory_is_needed(refused: Refused, tmp_path: Path) -> None:
-    assert "is an ONNX file" in refused("export", dense_onnx_in(tmp_path), "-o", tmp_path / "out.onnx")
+    table = table_in(tmp_path)
+    line = ("plan", dense_onnx_in(tmp_path), "--budget 50% --data tests.tiny:data --table", table, "-o")
+    assert "is an ONNX file" in refused(*line, tmp_path / "p.json", new=("t.db",))
 
 
 @pytest.mark.parametrize(
@@ -310,9 +312,10 @@ def test_disk_full_while_saving(refused: Refused, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr("sluice.artifacts.result.save_onnx", full)
     trained = [f"slim.trained/{name}" for name in ("manifest.json", "plan.json", "slim.safetensors")]
+    kept = [f"slim.unfinished/{name}.safetensors" for name in ("fine-tune", "prices", "trial", "verified")]
     said = refused(
         f"compress tests.tiny:model {COMPRESS} --gate-epochs 0 --data tests.tiny:data --budget 80% --out", folder,
-        "--table", table, new=("t.db", *trained),
+        "--table", table, new=("t.db", *trained, *kept),
     )  # fmt: skip
     assert "No space left" in said and "what was trained is kept in" in said
     assert [name for name in files_of(tmp_path) if ".trained" in name] == trained
