@@ -141,7 +141,7 @@ def check_content(connection: sqlite3.Connection, name: str) -> Fingerprint:
                 f"({error}); make the file and its folder writable, or copy it together with {name}-journal"
             ) from error
         sound, rows = False, []
-    except sqlite3.DatabaseError:
+    except (sqlite3.DatabaseError, UnicodeDecodeError):
         sound, rows = False, []
     if not sound or len(rows) != 1:
         raise SluiceError(f"the latency table {name} is damaged; restore a copy, or remove it and measure again")

@@ -7,6 +7,7 @@ import io
 from dataclasses import asdict
 from typing import Any
 
+from sluice.core.errors import SluiceError
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.timing.reference_engine import KEY as REFERENCE_KEY
 from sluice.profiler.timing.sm_clock import clock_range
@@ -19,6 +20,8 @@ def to_data(table: LatencyTable) -> dict[str, Any]:
     pieces = []
     for key in table.keys():  # noqa: SIM118 (a table is no mapping)
         points = table.points(key)
+        if not points:  # a key of letters that SQLite reads back as others
+            raise SluiceError(f"{table.path} is damaged: the points of {key!r:.60} are not found; restore a copy")
         ms = [found.ms for found in points.values()]
         pieces.append(
             {

@@ -234,6 +234,13 @@ def test_damage_found_while_reading_is_the_users_error(tmp_path: Path) -> None:
             table.points("piece 1")
 
 
+def test_names_that_are_no_text_are_damage(tmp_path: Path) -> None:
+    path = with_weights(tmp_path / "table.db")
+    path.write_bytes(path.read_bytes().replace(b"CREATE TABLE points", b"CREATE TABLE p\xe8ints", 1))
+    with pytest.raises(SluiceError, match="damaged"):
+        LatencyTable.open(path)
+
+
 def test_points_of_unlike_extents_are_damage(tmp_path: Path) -> None:
     with LatencyTable.open(with_weights(tmp_path / "table.db")) as table:
         table._connection.execute("INSERT INTO points VALUES ('piece 1', '[3, 4, 5, 6, 7]', 1.0, 0.0, 3)")
