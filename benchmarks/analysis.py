@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
+from benchmarks.methods_pruning import torch_pruning
 from sluice.commands.specs import inputs_of, model_of
 from sluice.core.errors import SluiceError
 from sluice.passes.cut.resolve import make_plan
@@ -66,12 +67,7 @@ def theirs(model: nn.Module, inputs: Inputs) -> nn.Module:
     Raises:
         SluiceError: Torch-Pruning is not installed.
     """
-    try:
-        import torch_pruning as tp
-    except ImportError as error:
-        raise SluiceError(
-            f"the comparison lacks {error.name}; install it with 'pip install --no-deps torch-pruning==1.6.1'"
-        ) from None
+    tp = torch_pruning()
     last = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1:]
     pruner = tp.pruner.BasePruner(
         model, inputs, tp.importance.RandomImportance(), pruning_ratio=0.5, ignored_layers=last

@@ -15,6 +15,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,18 +39,28 @@ VARIANTS = tuple(
 )
 
 
+def torch_pruning() -> Any:
+    """The package that is compared with.
+
+    Raises:
+        SluiceError: it is not installed.
+    """
+    try:
+        import torch_pruning as found
+    except ImportError as error:
+        raise SluiceError(
+            f"the arm torch-pruning lacks {error.name}; install it with 'pip install --no-deps torch-pruning==1.6.1'"
+        ) from None
+    return found
+
+
 def prune(job: Job, variant: str, ratio: float) -> nn.Module:
     """A copy of the job's network without ``ratio`` of its channels, in eval mode.
 
     Raises:
         SluiceError: Torch-Pruning is not installed.
     """
-    try:
-        import torch_pruning as tp
-    except ImportError as error:
-        raise SluiceError(
-            f"the arm torch-pruning lacks {error.name}; install it with 'pip install --no-deps torch-pruning==1.6.1'"
-        ) from None
+    tp = torch_pruning()
     name, _, rounded = variant.partition(" ")
     model = copy.deepcopy(job.plain).eval()
     importance = tp.importance.GroupTaylorImportance() if name == "taylor" else tp.importance.GroupMagnitudeImportance()

@@ -26,6 +26,8 @@ from sluice.core.deployment import Deployment
 from sluice.models import enliven
 from sluice.models.resnet import BasicBlock
 from sluice.passes.cut.export import to_onnx
+from sluice.passes.files.read import OnnxFile, read_onnx_file
+from sluice.passes.files.rows import Rows, rows_of
 from sluice.passes.graph.onnx_file import save_onnx
 from sluice.passes.graph.static_shapes import static_graph
 from sluice.profiler.profile import profile_onnx
@@ -86,6 +88,24 @@ def other_model() -> nn.Module:
 
 def uncuttable() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(243, 5))
+
+
+@cache
+def plain_file() -> bytes:
+    """`residual` as torch's own exporter writes it, its batch open."""
+    program = torch.onnx.export(
+        residual().eval(), (inputs(),), dynamo=True, verbose=False, input_names=["picture"],
+        dynamic_shapes=({0: torch.export.Dim("n")},), output_names=["scores"], opset_version=18,
+    )  # fmt: skip
+    assert program is not None
+    return bytes(program.model_proto.SerializeToString())
+
+
+def plain_file_and_rows(count: int) -> tuple[OnnxFile, Rows]:
+    """The file of `plain_file`, read, and so many random examples."""
+    examples = {"picture": np.random.default_rng(3).standard_normal((count, 3, 9, 9)).astype(np.float32)}
+    file = read_onnx_file(onnx.load_model_from_string(plain_file()), examples)
+    return file, rows_of(file, examples)
 
 
 def inputs(batch: int = BATCH) -> Tensor:

@@ -58,7 +58,7 @@ def file_arguments(
         "batch": deployment.batch, "target": target_at(deployment.target, deployment.address),
         "threads": deployment.threads, "methods": [m for m in settings["methods"] if m != "merge"],
         "fixed": dict(args.fixed), "loss": args.loss or "auto", "evaluate": figure,
-        "refit": args.compensate is not False, "steps": args.steps, "out": args.out,
+        "refit": args.compensate is not False, "steps": args.steps, "seed": args.seed or 0, "out": args.out,
     }  # fmt: skip
     return {
         **{k: settings[k] for k in ("table", "exclude", "keep", "multiple", "progress", "minutes") if k in settings},

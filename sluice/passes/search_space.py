@@ -26,7 +26,7 @@ from sluice.core.errors import SluiceError
 from sluice.passes.cut.factor import forms_of, max_rank
 from sluice.passes.graph.blocks import Block, find_blocks
 from sluice.passes.graph.chains import Chain
-from sluice.passes.graph.exclusion import excluded_by, leave_out
+from sluice.passes.graph.exclusion import TYPE, excluded_by, leave_out
 from sluice.passes.graph.groups import Analysis, agreeing, module_of, named_like
 from sluice.passes.graph.view import GraphView
 from sluice.passes.graph.width_limits import FREE, WidthLimit, WidthLimits
@@ -175,7 +175,7 @@ def _named(reading: Reading, exclude: Sequence[str]) -> Sequence[str]:
     found: list[str] = []
     layers = {param for param, _ in reading.analysis.producers}
     for each in exclude:
-        kind = each.removeprefix("type:")
+        kind = each.removeprefix(TYPE)
         own = [n for node in reading.view.nodes if node.op == kind for n in node.tensors if n in layers]
         if kind != each and not own:
             raise SluiceError(f"exclude={each!r} means no operator with a weight; see `sluice inspect` for the layers")

@@ -87,6 +87,7 @@ def compress_onnx(
     evaluate: Callable[[Any], float] | None = None,
     refit: bool = True,
     steps: int = 0,
+    seed: int = 0,
     note: str = "",
     minutes: float = math.inf,
     progress: bool = True,
@@ -106,6 +107,7 @@ def compress_onnx(
         evaluate: figure of merit of a session of ONNX Runtime, the higher the better, for the report.
         refit: refit the weights behind a cut by least squares.
         steps: of training towards the file's own outputs; needs torch.
+        seed: of the order of the examples in that training.
         note: on the inputs, for the report.
         minutes: of profiling; afterwards points that a plan needs are estimated, and the report says how much.
     Raises:
@@ -147,7 +149,7 @@ def compress_onnx(
     with stage("decide and verify on engines", progress):
         verified = solve_verified(problem, wanted, timed)
     slim = rewrite_onnx(dense, verified.plan)
-    slim, recovered = _recovered(slim, dense, verified.plan, (kept, held), (refit, steps, loss), progress)
+    slim, recovered = _recovered(slim, dense, verified.plan, (kept, held), (refit, steps, seed, loss), progress)
     with stage("measure", progress) as advance:
         done = finalize(_sized(slim, file))
         times = final_pair(measured, measured.engine(finalize(timed)), measured.engine(done), wanted, verified, advance)
@@ -217,10 +219,10 @@ def _figure(
 
 def _recovered(
     slim: onnx.ModelProto, dense: onnx.ModelProto, plan: Plan, examples: tuple[Rows, Rows],
-    asked: tuple[bool, int, str], progress: bool,
+    asked: tuple[bool, int, int, str], progress: bool,
 ) -> tuple[onnx.ModelProto, RecoveryRow | None]:  # fmt: skip
     """Rule 3: the nearest of the cut file, the refitted and the trained one, and how it was made."""
-    (kept, held), (refit, steps, loss), row = examples, asked, None
+    (kept, held), (refit, steps, seed, loss), row = examples, asked, None
     distance = OutputDistance(dense, held, loss)
     before = nearest = distance.of(slim)
     if refit:
@@ -232,7 +234,7 @@ def _recovered(
         from sluice.training.distill_onnx import distill_onnx
 
         with stage("train towards the file's outputs", progress) as advance:
-            made, rate = distill_onnx(slim, dense, kept, steps, loss=loss, advance=advance)
+            made, rate = distill_onnx(slim, dense, kept, steps, loss=loss, seed=seed, advance=advance)
         if (found := distance.of(made)) < nearest:
             refitted = row.refitted if row else 0
             slim, row = made, RecoveryRow(rate, OWN_OUTPUTS, "plain", steps, (), OWN_OUTPUTS, before, 0.0, refitted)

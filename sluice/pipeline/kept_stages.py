@@ -67,11 +67,7 @@ def keep_prices(stages: Stages, problem: Problem) -> None:
 
 
 def rate_once(stages: Stages, find: Callable[[], float]) -> float:
-    found = _of(stages, "rate", lambda stage: float(stage.words))
-    if found is None:
-        found = find()
-        stages.keep("rate", Stage({}, found))
-    return found
+    return _once(stages, "rate", float, find, lambda rate: rate)
 
 
 def rehearsed_once(
@@ -79,36 +75,28 @@ def rehearsed_once(
 ) -> list[tuple[float, ...]]:
     """The losses of these plans, trained unless they were kept."""
     own = stages.for_([plan.to_json() for plan in plans])
-    found = _of(own, name, lambda stage: [tuple(map(float, losses)) for losses in stage.words])
-    if found is None or len(found) != len(plans):
-        found = rehearse()
-        own.keep(name, Stage({}, found))
-    return found
+    return _once(own, name, lambda words: [tuple(map(float, losses)) for losses in words], rehearse, list)
 
 
 def trial_once(stages: Stages, try_settings: Callable[[], Trial]) -> Trial:
-    found = _of(stages, "trial", lambda stage: _trial(**stage.words))
-    if found is None:
-        found = try_settings()
-        stages.keep("trial", Stage({}, asdict(found)))
-    return found
+    return _once(stages, "trial", lambda words: _trial(**words), try_settings, asdict)
 
 
 def verified_once(
     stages: Stages, problem: Problem, verify: Callable[[], tuple[VerifiedSolution, list[Reading]]]
 ) -> tuple[VerifiedSolution, list[Reading]]:
     """The solution that is settled on, and the readings of the rehearsal."""
-    found = _of(stages, "verified", lambda stage: _verified(problem, stage))
+    return _once(stages, "verified", lambda words: _verified(problem, words), verify, _words)
+
+
+def _once(
+    stages: Stages, name: str, read: Callable[[Any], Found], make: Callable[[], Found], words: Callable[[Found], Any]
+) -> Found:
+    """What was kept under the name, or else what is made now, and kept as ``words``."""
+    found = _of(stages, name, lambda stage: read(stage.words))
     if found is None:
-        verified, readings = verify()
-        kept = verified.solution.kept
-        words = {
-            "choice": asdict(verified.choice), "times": asdict(verified.times), "rounds": verified.rounds,
-            "engine": verified.engine, "readings": readings, "plan": verified.plan.to_json(),
-            "kept": {name: list(channels) for name, channels in kept.items()},
-        }  # fmt: skip
-        stages.keep("verified", Stage({}, words))
-        found = verified, readings
+        found = make()
+        stages.keep(name, Stage({}, words(found)))
     return found
 
 
@@ -141,8 +129,17 @@ def _trial(chosen: dict[str, Any], runs: list[dict[str, Any]], **others: Any) ->
     return Trial(Setting(**chosen), runs=made, **others)
 
 
-def _verified(problem: Problem, stage: Stage) -> tuple[VerifiedSolution, list[Reading]]:
-    words = stage.words
+def _words(found: tuple[VerifiedSolution, list[Reading]]) -> dict[str, Any]:
+    """The inverse of `_verified`."""
+    verified, readings = found
+    return {
+        "choice": asdict(verified.choice), "times": asdict(verified.times), "rounds": verified.rounds,
+        "engine": verified.engine, "readings": readings, "plan": verified.plan.to_json(),
+        "kept": {name: list(channels) for name, channels in verified.solution.kept.items()},
+    }  # fmt: skip
+
+
+def _verified(problem: Problem, words: dict[str, Any]) -> tuple[VerifiedSolution, list[Reading]]:
     choice = Choice(**words["choice"])
     if choice.widths.keys() != problem.profile.latency.dense.keys():
         raise ValueError("the choice is about other sites")

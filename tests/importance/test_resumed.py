@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 import onnx
 import pytest
-import torch
 from onnx import numpy_helper
 
 from sluice.core.plan import Edits
@@ -15,8 +12,8 @@ from sluice.importance import resumed
 from sluice.importance.output_distance import OutputDistance, outputs_of
 from sluice.importance.resumed import Resumed
 from sluice.passes.cut.rewrite_onnx import cut_graph, restructure
-from sluice.passes.files.read import OnnxFile, read_onnx_file
-from sluice.passes.files.rows import Rows, rows_of
+from sluice.passes.files.read import OnnxFile
+from sluice.passes.files.rows import Rows
 from sluice.passes.graph.groups import keep_masks
 from sluice.passes.graph.onnx_axes import analyze_onnx
 from sluice.passes.graph.onnx_graph import OnnxGraph
@@ -28,21 +25,9 @@ from tests import tiny
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-@cache
-def content() -> bytes:
-    program = torch.onnx.export(
-        tiny.residual().eval(), (tiny.inputs(),), dynamo=True, verbose=False, input_names=["picture"],
-        dynamic_shapes=({0: torch.export.Dim("n")},), output_names=["scores"], opset_version=18,
-    )  # fmt: skip
-    assert program is not None
-    return bytes(program.model_proto.SerializeToString())
-
-
 def given() -> tuple[OnnxFile, Rows]:
     """More examples than one batch holds, so that the last batch is smaller."""
-    examples = {"picture": np.random.default_rng(3).standard_normal((35, 3, 9, 9)).astype(np.float32)}
-    file = read_onnx_file(onnx.load_model_from_string(content()), examples)
-    return file, rows_of(file, examples)
+    return tiny.plain_file_and_rows(35)
 
 
 def changes(model: onnx.ModelProto) -> dict[str, onnx.ModelProto]:

@@ -43,12 +43,7 @@ def device() -> Iterator[None]:
 @cache
 def content() -> bytes:
     """The file as torch exports it, its batch open, with an entry of metadata."""
-    program = torch.onnx.export(
-        tiny.residual().eval(), (tiny.inputs(),), dynamo=True, verbose=False, input_names=["picture"],
-        dynamic_shapes=({0: torch.export.Dim("n")},), output_names=["scores"], opset_version=18,
-    )  # fmt: skip
-    assert program is not None
-    model = program.model_proto
+    model = onnx.load_model_from_string(tiny.plain_file())
     model.metadata_props.add(key="owner", value="somebody")
     return bytes(model.SerializeToString())
 
@@ -362,3 +357,22 @@ def test_words_of_the_command_line(
         assert status == 0, err
         assert (tmp_path / "out" / "slim.onnx").exists()
         assert ("chosen blindly" in out) == ("random" in words)
+
+
+def test_the_seed_reaches_the_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from sluice.cli import main
+    from sluice.training import distill_onnx as training
+
+    class Seen(Exception):
+        pass
+
+    def distill(*_: object, seed: int, **__: object) -> object:
+        raise Seen(seed)
+
+    monkeypatch.setattr(training, "distill_onnx", distill)
+    onnx.save(given(), tmp_path / "m.onnx")
+    np.savez(tmp_path / "x.npz", **examples())
+    line = ["compress", tmp_path / "m.onnx", "--data", tmp_path / "x.npz", "--budget", "60%", "--methods", "filter"]
+    line += ["--table", tmp_path / "t.db", "--out", tmp_path / "o", "--steps", "4", "--seed", "7", "--quiet"]
+    with pytest.raises(Seen, match="7"):
+        main([str(word) for word in line])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 import onnx
 import pytest
@@ -14,8 +12,8 @@ from sluice.core.errors import SluiceError
 from sluice.importance.output_distance import LOSSES, OutputDistance, outputs_of
 from sluice.passes.cut.resolve import make_plan
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
-from sluice.passes.files.read import OnnxFile, read_onnx_file
-from sluice.passes.files.rows import Rows, rows_of
+from sluice.passes.files.read import OnnxFile
+from sluice.passes.files.rows import Rows
 from sluice.passes.graph.onnx_axes import analyze_onnx
 from sluice.passes.graph.onnx_graph import OnnxGraph
 from sluice.runtime.base.compare import assert_close
@@ -26,20 +24,8 @@ from tests import tiny
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-@cache
-def content() -> bytes:
-    program = torch.onnx.export(
-        tiny.residual().eval(), (tiny.inputs(),), dynamo=True, verbose=False, input_names=["picture"],
-        dynamic_shapes=({0: torch.export.Dim("n")},), output_names=["scores"], opset_version=18,
-    )  # fmt: skip
-    assert program is not None
-    return bytes(program.model_proto.SerializeToString())
-
-
 def given(count: int = 64) -> tuple[OnnxFile, Rows]:
-    examples = {"picture": np.random.default_rng(3).standard_normal((count, 3, 9, 9)).astype(np.float32)}
-    file = read_onnx_file(onnx.load_model_from_string(content()), examples)
-    return file, rows_of(file, examples)
+    return tiny.plain_file_and_rows(count)
 
 
 def halved(file: OnnxFile) -> onnx.ModelProto:

@@ -10,13 +10,15 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from sluice.core.errors import SluiceError
 from sluice.passes.graph.groups import Analysis, module_of, without_groups
 
-__all__ = ["excluded_by", "leave_out"]
+__all__ = ["TYPE", "check_meant", "excluded_by", "leave_out"]
+
+TYPE = "type:"  # before the name of a type of layers, in the place of a pattern
 
 
 def excluded_by(param: str, patterns: Sequence[str]) -> str | None:
@@ -32,6 +34,14 @@ def excluded_by(param: str, patterns: Sequence[str]) -> str | None:
     )
 
 
+def check_meant(word: str, patterns: Iterable[str], analysis: Analysis) -> None:
+    """Raises `SluiceError` unless every pattern means a layer (rule 3); ``word`` is what the user calls them."""
+    layers = list(dict.fromkeys(param for param, _ in analysis.producers))
+    for pattern in patterns:
+        if not any(excluded_by(name, [pattern]) for name in layers):
+            raise SluiceError(f"{word} pattern {pattern!r} matches no layer; layers are {layers}")
+
+
 def leave_out(analysis: Analysis, patterns: Sequence[str]) -> Analysis:
     """The analysis without the groups that a pattern means (rule 2).
 
@@ -40,10 +50,7 @@ def leave_out(analysis: Analysis, patterns: Sequence[str]) -> Analysis:
     """
     if not patterns:
         return analysis
-    layers = [param for param, _ in analysis.producers]
-    for pattern in patterns:
-        if not any(excluded_by(name, [pattern]) for name in layers):
-            raise SluiceError(f"exclude pattern {pattern!r} matches no layer; layers are {list(dict.fromkeys(layers))}")
+    check_meant("exclude", patterns, analysis)
     meant = {
         key: f"excluded by {p!r}" for key in analysis.producers if (p := excluded_by(key[0], patterns)) is not None
     }

@@ -10,10 +10,9 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from sluice.core.errors import SluiceError
+from sluice.passes.graph.exclusion import TYPE
 
-__all__ = ["TYPE", "named_by_type"]
-
-TYPE = "type:"
+__all__ = ["named_by_type"]
 
 
 def named_by_type(model: nn.Module, patterns: Iterable[object]) -> Sequence[str]:

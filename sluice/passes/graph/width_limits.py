@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sluice.core.errors import SluiceError
-from sluice.passes.graph.exclusion import excluded_by
+from sluice.passes.graph.exclusion import check_meant, excluded_by
 from sluice.passes.graph.groups import Analysis
 
 __all__ = ["FREE", "WidthLimit", "WidthLimits"]
@@ -63,11 +63,8 @@ class WidthLimits:
         Raises:
             SluiceError: a pattern means no layer.
         """
-        layers = list(dict.fromkeys(param for param, _ in analysis.producers))
-        for name, given in (("keep", self.keep), ("multiple", self.multiple)):
-            for pattern in given:
-                if not any(excluded_by(layer, [pattern]) for layer in layers):
-                    raise SluiceError(f"{name} pattern {pattern!r} matches no layer; layers are {layers}")
+        check_meant("keep", self.keep, analysis)
+        check_meant("multiple", self.multiple, analysis)
         found: dict[str, WidthLimit] = {}
         for group in analysis.groups:
             makers = {ref.param for ref in group.refs if (ref.param, ref.axis) in analysis.producers}
