@@ -41,7 +41,16 @@ from sluice.passes.precision.emulation import emulated
 from sluice.runtime.base.compare import relative_error
 from sluice.runtime.targets import make_runner
 
-__all__ = ["RoundingCheck", "compare_precisions", "drawn", "input_ranges", "outputs_of", "shuffled", "specs_at"]
+__all__ = [
+    "RoundingCheck",
+    "compare_precisions",
+    "drawn",
+    "input_ranges",
+    "largest_error",
+    "outputs_of",
+    "refuse_another",
+    "specs_at",
+]
 
 EPS = {"fp16": 2.0**-10, "bf16": 2.0**-7, "int8": 1 / 127}
 ROUNDINGS = 16.0
@@ -97,14 +106,25 @@ def compare_precisions(
     feeds = [drawn(specs, seed) for seed in range(DRAWS)]
     want = list(outputs_of(wide, feeds))
     error = relative_error(list(outputs_of(emulated(_with_float_activations(narrow)), feeds)), want)
-    by_chance = min(relative_error(list(outputs_of(shuffled(wide), feeds)), want), 1.0)
-    tolerance = ROUNDINGS * math.sqrt(len(wide.graph.node)) * EPS[precision] / 2
-    tolerance = min(tolerance, by_chance / 2) if by_chance else tolerance
+    tolerance, by_chance = largest_error(wide, EPS[precision], feeds, want)
     as_run = error
     if precision == "int8":
         within = [drawn(specs, seed, input_ranges(narrow)) for seed in range(DRAWS)]
         as_run = relative_error(list(outputs_of(narrow, within)), list(outputs_of(wide, within)))
     return RoundingCheck(error, tolerance, by_chance, as_run)
+
+
+def largest_error(
+    wide: onnx.ModelProto, eps: float, feeds: Sequence[Sequence[np.ndarray]], want: Sequence[Sequence[np.ndarray]]
+) -> tuple[float, float]:
+    """Rules 1 and 2: the largest relative error that still is the same network, and the error by chance.
+
+    Args:
+        want: outputs of ``wide`` for ``feeds``.
+    """
+    by_chance = min(relative_error(list(outputs_of(shuffled(wide), feeds)), want), 1.0)
+    rounded = ROUNDINGS * math.sqrt(len(wide.graph.node)) * eps / 2
+    return min(rounded, by_chance / 2) if by_chance else rounded, by_chance
 
 
 def specs_at(model: onnx.ModelProto, batch: int) -> list[InputSpec]:

@@ -9,10 +9,12 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper, parser
+from torch import Tensor, nn
 
 from sluice.artifacts.deploy import as_module, deploy_onnx
 from sluice.artifacts.engine_check import EngineCheck, check_engine
 from sluice.core.errors import SluiceError
+from sluice.passes.cut.export import finalize, to_onnx
 from sluice.passes.precision.emulation import emulated
 from sluice.runtime.base.runner import Session
 from sluice.runtime.targets import available_targets, make_runner
@@ -152,3 +154,17 @@ def test_an_engine_evaluates_any_number_of_inputs(batch: int, target: str) -> No
     with torch.no_grad():
         torch.testing.assert_close(module(x), model.eval()(x), rtol=1e-4, atol=1e-5)
     assert seen == [batch] * -(-7 // batch)
+
+
+def test_a_network_without_weights_is_no_other_one() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 3.1 + 0.7
+
+    wide = finalize(to_onnx(Scaled(), torch.randn(3, 5)))
+    for precision in ("fp32", "fp16"):
+        file = deploy_onnx(wide, precision)
+        found = check_engine(
+            make_runner("ort-cpu").build(file, batch=3), file, wide, precision, target="ort-cpu", batch=3
+        )
+        assert found.same and found.tolerance > 0.0
