@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             # torch 2.13 exports by copying its own pytree specs, which calls what it has itself deprecated.
             warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", category=FutureWarning)
-            with blamed([args.model] if hasattr(args, "model") else getattr(args, "models", [])):
+            read = [args.model] if hasattr(args, "model") else getattr(args, "models", [])
+            with blamed([*read, *([args.folder] if getattr(args, "folder", None) else [])]):
                 status = int(args.run(args))
         sys.stdout.flush()  # an output that cannot be written is an error here rather than at exit
         return status

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     Model = onnx.ModelProto | bytes | str | os.PathLike[str]
 
-__all__ = ["Shapes", "made_up", "parsed", "place", "serialized", "sized", "static_shapes"]
+__all__ = ["Shapes", "made_up", "messages", "parsed", "place", "serialized", "sized", "static_shapes"]
 
 Dims = tuple[int | str | None, ...]
 ALIGNMENT = 64  # bytes
@@ -58,6 +58,17 @@ def parsed(model: Model, *, weights: bool = False) -> onnx.ModelProto:
         return onnx.load_model(model, load_external_data=weights)
     except Exception as error:  # protobuf's errors share no public base class
         raise SluiceError(f"cannot load {place(model)}: {first_line(error)}; check that it is an ONNX file") from error
+
+
+def messages(model: Any) -> Iterator[Any]:
+    """The model and all messages in it, at any depth."""
+    stack = [model]
+    while stack:
+        message = stack.pop()
+        yield message
+        for told, value in message.ListFields():
+            if told.message_type is not None:
+                stack += [value] if hasattr(value, "ListFields") else list(value)
 
 
 def serialized(model: onnx.ModelProto | bytes) -> bytes:

@@ -10,12 +10,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import onnx
 
 from sluice.core.errors import SluiceError, first_line
+from sluice.runtime.base.inputs import messages
 
 __all__ = ["model_of"]
 
@@ -33,7 +31,7 @@ def model_of(content: bytes | bytearray) -> onnx.ModelProto:
         raise SluiceError(f"what was sent is no ONNX model ({first_line(error)}); send the whole file") from None
     model.DiscardUnknownFields()
     del model.metadata_props[:]
-    for message in _messages(model):
+    for message in messages(model):
         if isinstance(message, onnx.TensorProto) and (
             message.external_data or message.data_location == onnx.TensorProto.EXTERNAL
         ):
@@ -46,14 +44,3 @@ def model_of(content: bytes | bytearray) -> onnx.ModelProto:
                 f"the node {message.name!r} is an EPContext, which may name a file; send the network itself"
             )
     return model
-
-
-def _messages(model: Any) -> Iterator[Any]:
-    """The model and all messages in it, at any depth."""
-    stack = [model]
-    while stack:
-        message = stack.pop()
-        yield message
-        for field, value in message.ListFields():
-            if field.message_type is not None:
-                stack += [value] if hasattr(value, "ListFields") else list(value)
