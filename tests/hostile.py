@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import os
@@ -77,7 +78,7 @@ def changed_json(text: str, rng: np.random.Generator) -> bytes:
         holder, key = places[rng.integers(len(places))]
         what = rng.random()
         if what < 0.6:
-            holder[key] = VALUES[rng.integers(len(VALUES))]
+            holder[key] = copy.deepcopy(VALUES[rng.integers(len(VALUES))])  # it may be changed in its turn
         elif what < 0.8:
             del holder[key]
         elif isinstance(holder, list):
