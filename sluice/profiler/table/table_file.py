@@ -13,7 +13,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sluice.core.errors import SluiceError
@@ -50,6 +50,14 @@ CREATE TABLE engines (
 BLOBS = "CREATE TABLE blobs (name TEXT PRIMARY KEY, content BLOB NOT NULL)"
 
 
+class Connection(sqlite3.Connection):
+    """Closed when nothing refers to it any more, as CPython before 3.13 does without a warning."""
+
+    def __del__(self) -> None:
+        with suppress(sqlite3.Error):  # SQLite closes it where it belongs to another thread
+            self.close()
+
+
 def connect(name: str, draft: Path | None = None) -> sqlite3.Connection:
     """A connection to the table, or to the draft that is to become the table.
 
@@ -63,7 +71,7 @@ def connect(name: str, draft: Path | None = None) -> sqlite3.Connection:
                 f"table would be written; remove the link"
             )
     with translated(name):
-        connection = sqlite3.connect(draft or name, timeout=30.0, isolation_level=None)
+        connection = sqlite3.connect(draft or name, timeout=30.0, isolation_level=None, factory=Connection)
         connection.execute("PRAGMA trusted_schema = OFF")
         return connection
 
