@@ -220,6 +220,8 @@ def export(args: argparse.Namespace) -> int:
         raise SluiceError(f"--calibration is for int8, not {args.precision}; leave it out, or give --precision int8")
     if args.exclude and args.precision != "int8":
         raise SluiceError(f"--exclude keeps layers out of int8, not {args.precision}; leave it out")
+    if args.reduce_range is not None and args.precision != "int8":
+        raise SluiceError(f"--reduce-range is about weights in int8, not {args.precision}; leave it out")
     if args.names and (args.engine or args.precision != "fp32"):
         raise SluiceError("--names writes what plans are applied to, in fp32; leave out --engine and --precision")
     if args.table and not args.engine:
@@ -251,7 +253,8 @@ def export(args: argparse.Namespace) -> int:
             size = given.wide.ByteSize()
             return print_result(args, {"out": args.out, "bytes": size}, [f"{args.out}: {size:,} bytes"])
     wide = given.wide
-    done = given.label(deploy_onnx(wide, args.precision, given.calibration, target=target, exclude=args.exclude))
+    form = {"target": target, "exclude": args.exclude, "reduce_range": args.reduce_range}
+    done = given.label(deploy_onnx(wide, args.precision, given.calibration, **form))
     save_onnx(done, args.out)
     error, rounding = None, None
     if args.precision != "fp32":

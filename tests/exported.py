@@ -44,8 +44,8 @@ def random_feeds(model: onnx.ModelProto, batch: int = 3) -> dict[str, np.ndarray
     }
 
 
-def run(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return OrtRunner().build(model).run(feeds)
+def run(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray], *, as_written: bool = False) -> dict[str, np.ndarray]:
+    return OrtRunner(as_written=as_written).build(model).run(feeds)
 
 
 def ops(model: onnx.ModelProto) -> Counter[str]:

@@ -3,8 +3,8 @@
 1. `export`: module -> ONNX in its precision, written whole or not at all. `deploy_onnx` is the same for a graph that
    was exported before (`sluice.artifacts.in_precision`).
 2. `as_module`: a deployment file as ``nn.Module``, so that the code that evaluates the model gives the accuracy in
-   every precision. fp32 and int8 run in ONNX Runtime as they are, 16 bits are emulated
-   (`sluice.passes.precision.emulation`). With a ``runner`` the engine itself runs, at the batch that it has.
+   every precision, as the file says it (`sluice.artifacts.in_precision.reference_session`). With a ``runner`` the
+   engine itself runs, at the batch that it has.
 3. `rounding_error`: the relative error of a precision on a few inputs.
 """
 
@@ -21,7 +21,7 @@ from onnx import helper
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sluice.artifacts.in_precision import deploy_onnx, rounding_error
+from sluice.artifacts.in_precision import deploy_onnx, reference_session, rounding_error
 from sluice.artifacts.labels import labelled, provenance
 from sluice.artifacts.rounding_check import refuse_another
 from sluice.core.deployment import check_precision
@@ -30,7 +30,6 @@ from sluice.passes.cut.export import OPSET, check_opset, to_onnx
 from sluice.passes.graph.capture import Inputs
 from sluice.passes.graph.onnx_file import finalize, save_onnx
 from sluice.passes.graph.onnx_graph import OnnxGraph
-from sluice.passes.precision.emulation import emulated
 
 if TYPE_CHECKING:
     from sluice.runtime.base.runner import Runner
@@ -48,6 +47,7 @@ def export(
     target: str = "ort-cpu",
     threads: int = 1,
     exclude: Collection[str] = (),
+    reduce_range: bool | None = None,
     opset: int = OPSET,
     input_names: Sequence[str] = (),
     output_names: Sequence[str] = (),
@@ -56,7 +56,7 @@ def export(
 
     Args:
         precision: one of `sluice.core.deployment.PRECISIONS`.
-        calibration, target, threads, exclude: as for `deploy_onnx`.
+        calibration, target, threads, exclude, reduce_range: as for `deploy_onnx`.
         input_names, output_names: in the order of the file; by default those of ``forward()``.
     Raises:
         SluiceError: the model cannot be exported, or not in this precision, the file cannot be written,
@@ -65,7 +65,9 @@ def export(
     check_precision(precision)
     check_opset(opset)
     fp32 = finalize(to_onnx(model, example_inputs, opset=opset))
-    done = deploy_onnx(fp32, precision, calibration, target=target, exclude=exclude, threads=threads)
+    done = deploy_onnx(
+        fp32, precision, calibration, target=target, exclude=exclude, threads=threads, reduce_range=reduce_range
+    )
     done = labelled(done, provenance(), input_names, output_names)
     save_onnx(done, path)
     if precision != "fp32":
@@ -99,11 +101,9 @@ def as_module(model: onnx.ModelProto, like: Any = None, *, runner: Runner | None
             f"the file has {len(outputs)} outputs ({', '.join(outputs)}), but like= holds {count} tensors; give "
             f"outputs of the model that was exported"
         )
-    from sluice.runtime.targets import make_runner
-
     inputs = tuple(OnnxGraph(model).inputs)
     if runner is None:
-        return _Deployed(make_runner("ort-cpu").build(emulated(model)).run, inputs, like)
+        return _Deployed(reference_session(model).run, inputs, like)
     return _Deployed(_in_slices(runner.build(model, batch=batch).run, model, batch), inputs, like)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from sluice.artifacts.in_precision import reference_session
 from sluice.artifacts.rounding_check import (
     DRAWS,
     EPS,
@@ -36,9 +37,7 @@ from sluice.core.deployment import ON_CPU
 from sluice.core.errors import SluiceError
 from sluice.passes.graph.onnx_graph import OnnxGraph
 from sluice.runtime.base.compare import relative_error
-from sluice.runtime.base.inputs import Shapes
 from sluice.runtime.base.runner import Session
-from sluice.runtime.ort.session import compute, load_session
 
 __all__ = ["EngineCheck", "check_engine"]
 
@@ -109,7 +108,6 @@ def _rounded(arrays: Sequence[np.ndarray], model: onnx.ModelProto) -> list[np.nd
 
 def _as_written(model: onnx.ModelProto, feeds: Sequence[Sequence[np.ndarray]]) -> Iterator[list[np.ndarray]]:
     """Rule 2: outputs of an int8 file without any change to its graph."""
-    session = load_session(model, Shapes(), "CPUExecutionProvider", optimize=False)
-    names = list(OnnxGraph(model).inputs)
+    session, names = reference_session(model), list(OnnxGraph(model).inputs)
     for arrays in feeds:
-        yield list(compute(session, "the int8 file", dict(zip(names, arrays, strict=True))).values())
+        yield list(session.run(dict(zip(names, arrays, strict=True))).values())

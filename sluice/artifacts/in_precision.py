@@ -2,23 +2,30 @@
 
 1. `deploy_onnx`: the graph in its precision.
 2. `rounding_error`: the relative error of a precision on a few inputs.
+3. `reference_session`: what the file says, whatever a processor makes of it: 16 bits are emulated, int8 is computed
+   operator by operator.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable
 from typing import Any
 
 import onnx
 
 from sluice.artifacts.calibration_ranges import PERCENTILE, activation_ranges, slices
-from sluice.core.deployment import check_precision, check_target
+from sluice.core.deployment import ON_CPU, check_precision, check_target
 from sluice.core.errors import SluiceError
 from sluice.passes.precision.emulation import emulated
 from sluice.passes.precision.to_precision import to_precision
 from sluice.runtime.base.compare import relative_error
+from sluice.runtime.ort.cpu import OrtRunner, OrtSession
+from sluice.runtime.ort.saturation import sums_saturate
 
-__all__ = ["deploy_onnx", "rounding_error"]
+__all__ = ["deploy_onnx", "reference_session", "rounding_error"]
+
+log = logging.getLogger(__name__)
 
 
 def deploy_onnx(
@@ -30,6 +37,7 @@ def deploy_onnx(
     exclude: Collection[str] = (),
     percentile: float = PERCENTILE,
     threads: int = 1,
+    reduce_range: bool | None = None,
 ) -> onnx.ModelProto:
     """An fp32 network, finalized, as it is deployed in ``precision``.
 
@@ -39,6 +47,8 @@ def deploy_onnx(
         target, threads: the runtime that the file is for; int8 and paddings have other forms for others.
         exclude: for int8, names or shell patterns of layers that stay float, often the first and the last.
         percentile: for int8, see `sluice.artifacts.calibration_ranges`.
+        reduce_range: for int8, weights of 7 bits, so that no sum overflows on x86 without VNNI; by default where the
+            target runs on a CPU and this one overflows (`sluice.runtime.ort.saturation`).
     Raises:
         SluiceError: there is no such precision or target, int8 has no calibration, or the network cannot be written in
             the precision.
@@ -51,7 +61,17 @@ def deploy_onnx(
             "int8 needs to know the ranges of activations; give calibration= some hundred inputs, in batches"
         )
     ranges = activation_ranges(model, calibration, percentile=percentile, target=target, exclude=exclude)
-    return to_precision(model, precision, ranges=ranges, target=target, exclude=exclude)
+    if reduce_range is None:
+        reduce_range = target in ON_CPU and sums_saturate()
+        if reduce_range:
+            log.info("int8 weights have 7 bits, since this CPU adds products of 8 bits in 16")
+    return to_precision(model, precision, ranges=ranges, target=target, exclude=exclude, reduce_range=reduce_range)
+
+
+def reference_session(model: onnx.ModelProto) -> OrtSession:
+    """Rule 3, on this CPU; any precision."""
+    quantised = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    return OrtRunner(as_written=quantised).build(emulated(model))
 
 
 def rounding_error(narrow: onnx.ModelProto, wide: onnx.ModelProto, batches: Iterable[Any]) -> float:
@@ -60,7 +80,5 @@ def rounding_error(narrow: onnx.ModelProto, wide: onnx.ModelProto, batches: Iter
     Raises:
         SluiceError: the batch does not fit the network.
     """
-    from sluice.runtime.targets import make_runner
-
-    runner, feeds = make_runner("ort-cpu"), next(slices(batches, wide))
-    return relative_error(runner.build(emulated(narrow)).run(feeds), runner.build(wide).run(feeds))
+    feeds = next(slices(batches, wide))
+    return relative_error(reference_session(narrow).run(feeds), reference_session(wide).run(feeds))

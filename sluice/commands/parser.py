@@ -118,6 +118,10 @@ def _export(p: argparse.ArgumentParser) -> None:
         "--exclude", action="append", default=[], metavar="LAYER", help="for int8: layer, or shell pattern of layers, "
         "that stays in fp32",
     )  # fmt: skip
+    p.add_argument(
+        "--reduce-range", action=argparse.BooleanOptionalAction, help="for int8: weights of 7 bits, which x86 without "
+        "VNNI needs (default: as this CPU does)",
+    )  # fmt: skip
     # No default here: only a target that the user gives must fit the precision and the engine.
     p.add_argument(
         "--target", help="runtime that the file is for; int8 has another form for each (default ort-cpu, with "

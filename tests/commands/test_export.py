@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from sluice.artifacts.deploy import as_module
@@ -357,6 +357,13 @@ def test_layers_that_stay_out_of_int8(run: Run, tmp_path: Path) -> None:
     run(MODEL, "-o", path, "--precision int8 --calibration tests.tiny:data --exclude con", status=1,
         error="exclude names 'con', which is no layer of the network")  # fmt: skip
     run(MODEL, "-o", path, "--precision fp16 --exclude conv1", status=1, error="--exclude keeps layers out of int8")
+    run(MODEL, "-o", path, "--precision fp16 --reduce-range", status=1, error="--reduce-range is about weights in int8")
+    for option, largest in (("--reduce-range", 64), ("--no-reduce-range", 127)):
+        run(MODEL, "-o", path, f"--precision int8 --calibration tests.tiny:data {option}")
+        weights = [
+            numpy_helper.to_array(w) for w in onnx.load(path).graph.initializer if w.data_type == TensorProto.INT8
+        ]
+        assert max(int(abs(w.astype(int)).max()) for w in weights) == largest
 
 
 @pytest.mark.parametrize("option", ["--precision fp16", "--engine out.engine"])

@@ -4,7 +4,8 @@
 
 1. Batch norms are folded first.
 2. Weights are int8 with one scale per output channel, ``s = max|w| / 127`` and ``z = 0``, in front of
-   ``DequantizeLinear``. Biases stay fp32.
+   ``DequantizeLinear``; ``s = max|w| / 64`` with a reduced range, for processors that add products in 16 bits
+   (`sluice.runtime.ort.saturation`). Biases stay fp32.
 3. Activations have one scale per tensor. For TensorRT they are int8 with ``s = max|x| / 127``, ``z = 0``. For ONNX
    Runtime they are uint8, with ``z = 128`` and the same scale, or ``z = 0`` and ``s = max|x| / 255`` where nothing is
    negative. Which of them have a pair is said in `sluice.passes.precision.qdq_placement`.
@@ -12,9 +13,6 @@
 5. For ONNX Runtime, ``Gemm`` leaves its bias to an ``Add``, and the bias behind ``MatMul`` becomes a row (1, N), which
    it does not fuse into a ``Gemm``: one with a bias and floating-point results is computed in fp32, twice as slowly as
    before quantisation.
-
-On CPUs without VNNI the kernels of ONNX Runtime for uint8 by int8 may saturate sums of two products in 16 bits; an
-evaluation of `sluice.artifacts.deploy.as_module` on such a machine shows the cost.
 """
 
 from __future__ import annotations
@@ -30,10 +28,11 @@ from sluice.passes.graph.onnx_graph import attributes
 from sluice.passes.precision.fold import fold_batch_norms, remove_unused
 from sluice.passes.precision.qdq_placement import Pairs, dialect_of
 
-__all__ = ["quantize", "tensors_to_calibrate"]
+__all__ = ["REDUCED_STEPS", "STEPS", "quantize", "tensors_to_calibrate"]
 
 # Without ranges, and for a tensor or channel of zeros, which may have any.
 ANY_RANGE = 1.0
+STEPS, REDUCED_STEPS = 127, 64
 # A smaller scale has fewer digits, or is zero.
 LEAST_SCALE = np.finfo(np.float32).tiny
 
@@ -45,6 +44,7 @@ def quantize(
     part: bool = False,
     target: str = "ort-cpu",
     exclude: Collection[str] = (),
+    reduce_range: bool = False,
 ) -> onnx.ModelProto:
     """An fp32 network with pairs; the arguments are those of `sluice.passes.precision.to_precision.to_precision`.
 
@@ -52,7 +52,7 @@ def quantize(
         SluiceError: ``exclude`` names no layer, or ``ranges`` lack a tensor.
     """
     done = fold_batch_norms(model)
-    _Quantizer(done, Pairs(done, dialect_of(target), exclude), ranges).rewrite(part)
+    _Quantizer(done, Pairs(done, dialect_of(target), exclude), ranges, reduce_range).rewrite(part)
     remove_unused(done.graph)
     onnx.checker.check_model(done, full_check=True)
     return done
@@ -69,8 +69,9 @@ def tensors_to_calibrate(
 class _Quantizer:
     """Rewrites the graph that ``pairs`` has read."""
 
-    def __init__(self, model: onnx.ModelProto, pairs: Pairs, ranges: Mapping[str, float] | None):
+    def __init__(self, model: onnx.ModelProto, pairs: Pairs, ranges: Mapping[str, float] | None, reduced: bool):
         self.graph, self.pairs, self.ranges = model.graph, pairs, ranges
+        self.steps = REDUCED_STEPS if reduced else STEPS
         self.dialect = pairs.dialect
         self.integer = TensorProto.UINT8 if self.dialect.unsigned else TensorProto.INT8
         self.added: set[str] = set()
@@ -148,10 +149,10 @@ class _Quantizer:
         weight = numpy_helper.to_array(self.pairs.initial[name])
         others = tuple(d for d in range(weight.ndim) if d != axis)
         amplitudes = np.abs(weight).max(axis=others)
-        scale = np.maximum(np.where(amplitudes > 0, amplitudes, ANY_RANGE) / 127, LEAST_SCALE).astype(np.float32)
+        scale = np.maximum(np.where(amplitudes > 0, amplitudes, ANY_RANGE) / self.steps, LEAST_SCALE).astype(np.float32)
         along = scale.reshape([-1 if d == axis else 1 for d in range(weight.ndim)])
         operands = [
-            self.put(base, np.clip(np.rint(weight / along), -127, 127).astype(np.int8)),
+            self.put(base, np.clip(np.rint(weight / along), -self.steps, self.steps).astype(np.int8)),
             self.put(f"{base}:scale", scale),
             self.put(f"{base}:zero", np.zeros(scale.shape, np.int8)),
         ]

@@ -36,6 +36,7 @@ def to_precision(
     target: str = "ort-cpu",
     exclude: Collection[str] = (),
     threads: int = 1,
+    reduce_range: bool = False,
 ) -> onnx.ModelProto:
     """An fp32 network as it is deployed in ``precision``.
 
@@ -45,6 +46,7 @@ def to_precision(
             every scale is the same arbitrary constant, enough for timing, since latency does not depend on scales.
         target: the runtime of the file; it decides on the form of int8 (`sluice.passes.precision.qdq_placement`).
         exclude: for int8, layers that stay float: names or shell patterns of modules or of their weights.
+        reduce_range: for int8, weights have 7 bits, for processors that add products in 16.
         threads: of the runtime; one decides on the form of 1-D layers and paddings.
     Raises:
         SluiceError: there is no such precision, or the network cannot be written in it.
@@ -58,7 +60,8 @@ def to_precision(
         return model if threads != 1 else with_padded_lines(with_lines_as_rows(model, part=part))
     try:
         if precision == "int8":
-            return quantize(at_opset(model, LEAST_OPSET), ranges=ranges, part=part, target=target, exclude=exclude)
+            model = at_opset(model, LEAST_OPSET)
+            return quantize(model, ranges=ranges, part=part, target=target, exclude=exclude, reduce_range=reduce_range)
         return to_half(model, precision, part=part)
     except (checker.ValidationError, shape_inference.InferenceError, version_converter.ConvertError) as error:
         reason = first_line(error).rstrip(": ")

@@ -53,9 +53,13 @@ def missing() -> str:
 
 @dataclass(frozen=True, slots=True)
 class OrtRunner:
-    """ONNX Runtime, CPU execution provider, ``threads`` threads inside an operator, one operator at a time."""
+    """ONNX Runtime, CPU execution provider, ``threads`` threads inside an operator, one operator at a time.
+
+    ``as_written``: engines compute operator by operator, in the types that the file gives, for figures of the file.
+    """
 
     threads: int = 1
+    as_written: bool = False
 
     def __post_init__(self) -> None:
         if self.threads < 1:
@@ -91,7 +95,10 @@ class OrtRunner:
         """
         given = batch is not None or bool(feeds_shapes)
         shapes = static_shapes(model, batch, feeds_shapes or {}) if given else Shapes()
-        session = load_session(model, shapes, "CPUExecutionProvider", threads=self.threads, entries=self._entries)
+        session = load_session(
+            model, shapes, "CPUExecutionProvider", threads=self.threads, entries=self._entries,
+            optimize=not self.as_written,
+        )  # fmt: skip
         return OrtSession(session, self.clock, shapes.inputs, place(model), self.threads)
 
     def build_part(self, model: onnx.ModelProto) -> OrtSession:

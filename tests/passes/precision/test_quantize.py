@@ -15,8 +15,9 @@ from onnx import TensorProto, numpy_helper, parser
 from sluice.core.errors import SluiceError
 from sluice.passes.precision.fold import fold_batch_norms
 from sluice.passes.precision.qdq_placement import Pairs, dialect_of
-from sluice.passes.precision.quantize import quantize, tensors_to_calibrate
+from sluice.passes.precision.quantize import REDUCED_STEPS, STEPS, quantize, tensors_to_calibrate
 from sluice.runtime.base.compare import assert_close, relative_error
+from sluice.runtime.ort.saturation import sums_saturate
 from tests.exported import arrays, deployed, named, ops, optimised, random_feeds, run
 
 Q, DQ = "QuantizeLinear", "DequantizeLinear"
@@ -164,7 +165,7 @@ def test_numbers(name: str, target: str) -> None:
     dense = deployed(name)
     feeds = random_feeds(dense, 5)
     done = quantize(dense, ranges=maxima(dense, feeds, target), target=target)
-    assert_close(run(done, feeds), run(dense, feeds), 0.06)
+    assert_close(run(done, feeds, as_written=True), run(dense, feeds), 0.06)
     assert ops(done)[Q]
 
 
@@ -193,7 +194,7 @@ def test_an_input_that_is_moved_before_its_layer(moved: str, shape: tuple[int, .
     feeds = random_feeds(dense)
     done = quantize(dense, ranges=maxima(dense, feeds, target), target=target)
     assert set(pairs(done)) == {"x", "a"}
-    assert_close(run(done, feeds), run(dense, feeds), 0.03)
+    assert_close(run(done, feeds, as_written=True), run(dense, feeds), 0.03)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -215,7 +216,7 @@ def test_scales_behind_a_clip(low: float | None, high: float | None, largest: fl
     done = quantize(dense, ranges={"c": range_}, target=target)
     steps = 255 if low == 0 and target == "ort-cpu" else 127
     assert float(arrays(done)["c:scale"]) == pytest.approx(min(range_, largest) / steps, rel=1e-6)
-    assert_close(run(done, feeds), run(dense, feeds), 0.03)
+    assert_close(run(done, feeds, as_written=True), run(dense, feeds), 0.03)
 
 
 def test_what_is_not_negative_has_no_lower_bound() -> None:
@@ -239,7 +240,7 @@ def test_a_norm_between_an_activation_and_a_layer(target: str) -> None:
     feeds = random_feeds(model)
     done = quantize(model, ranges=maxima(model, feeds, target), target=target)
     onnx.checker.check_model(done, full_check=True)
-    assert relative_error(run(done, feeds), run(model, feeds)) < 0.05
+    assert relative_error(run(done, feeds, as_written=True), run(model, feeds)) < 0.05
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -249,7 +250,7 @@ def test_scales_do_not_vanish(target: str) -> None:
     scales = [value for name, value in arrays(done).items() if name.endswith(":scale")]
     assert len(scales) == 2
     assert all((value >= np.finfo(np.float32).tiny).all() for value in scales)
-    assert run(done, {"x": np.ones((2, 4), np.float32)})["y"].tolist() == [[0.0] * 3] * 2
+    assert run(done, {"x": np.ones((2, 4), np.float32)}, as_written=True)["y"].tolist() == [[0.0] * 3] * 2
 
 
 def test_coarse_ranges_show() -> None:
@@ -260,7 +261,7 @@ def test_coarse_ranges_show() -> None:
     exact = run(dense, feeds)
     for factor in (0.2, 30.0):
         wrong = quantize(dense, ranges={name: factor * value for name, value in ranges.items()})
-        assert relative_error(run(wrong, feeds), exact) > 0.06
+        assert relative_error(run(wrong, feeds, as_written=True), exact) > 0.06
 
 
 LAYERS = {
@@ -361,6 +362,24 @@ def test_excluded_layers_stay_float(tmp_path: Path) -> None:
         quantize(model(), exclude=("w9",))
 
 
+@pytest.mark.parametrize("reduced", [False, True])
+def test_weights_of_a_reduced_range(reduced: bool) -> None:
+    """Seven bits: half as fine, and no sum of two products with uint8 leaves 16 bits."""
+    dense = deployed("plain")
+    feeds = random_feeds(dense, 5)
+    done = quantize(dense, ranges=maxima(dense, feeds, "ort-cpu"), reduce_range=reduced)
+    weights = [x.astype(int) for name, x in arrays(done).items() if x.dtype == np.int8 and x.ndim > 1]
+    largest = max(int(np.abs(x).max()) for x in weights)
+    assert largest == (REDUCED_STEPS if reduced else STEPS)
+    assert (2 * 255 * largest <= np.iinfo(np.int16).max) == reduced
+    as_written = run(done, feeds, as_written=True)
+    assert_close(as_written, run(dense, feeds), 0.06)
+    if reduced or not sums_saturate():
+        assert_close(run(done, feeds), as_written, 0.06)
+    else:
+        assert relative_error(run(done, feeds), as_written) > 0.06
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_borders_of_parts(target: str) -> None:
     """The second convolution with its addition, as it lies in the network: int8 in, int8 out."""
@@ -388,7 +407,7 @@ def test_borders_of_parts(target: str) -> None:
     ints = {
         n: np.clip(np.rint(x / scale[n]) + zero[n], *_limits(zero[n])).astype(zero[n].dtype) for n, x in feeds.items()
     }
-    out = {n: scale[n] * (q.astype(np.float32) - zero[n]) for n, q in run(done, ints).items()}
+    out = {n: scale[n] * (q.astype(np.float32) - zero[n]) for n, q in run(done, ints, as_written=True).items()}
     assert_close(out, {n: values[n] for n in out}, 0.03)
 
 
@@ -435,4 +454,4 @@ def test_one_weight_read_along_two_axes() -> None:
     feeds = random_feeds(tied)
     done = quantize(tied, ranges=maxima(tied, feeds, "ort-cpu"))
     assert sum(v.dtype == np.int8 and v.ndim > 1 for v in arrays(done).values()) == 2
-    assert_close(run(done, feeds), run(tied, feeds), 0.05)
+    assert_close(run(done, feeds, as_written=True), run(tied, feeds), 0.05)
