@@ -1,0 +1,165 @@
+"""Borders of a part of a network as they are inside the network's engine.
+
+1. Inside an engine activations lie with the channels last, at its borders plainly. So inputs and outputs of four axes
+   get a layout with the channels last, unless they are plain inside too (`sluice.runtime.base.runner.PLAIN`). In half
+   precision it comes in vectors of eight channels. Where these are no whole vectors, the builder may also leave out the
+   padding, as it does inside.
+2. The compiler computes matrix products, and what works line by line around them, on matrices of rows (N * S, C). Inside
+   a network it moves the change of shape from (N, S, C) to where it costs nothing. At a border it cannot, and then it
+   fuses nothing across it: a product and its activation are two kernels in place of one. So a *region*, a largest
+   connected set of operators that work on rows and of which one is such a product, is written on rows, up to the borders.
+   Where other operators read or make what a region makes or reads, a ``Reshape`` stands between them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Set
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper, shape_inference
+
+__all__ = ["on_rows", "set_layouts"]
+
+IMAGE, LINES = 4, 3  # axes of a tensor with channels second, and of one with the channels last anyway
+CHANNELS_LAST = {"FLOAT": "HWC", "HALF": "HWC8", "BF16": "HWC8", "INT8": "HWC16"}
+VECTOR = {"HWC8": 8}
+UNARY = frozenset(["Cast", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Neg",
+                   "Relu", "Sigmoid", "Softplus", "Sqrt", "Tanh", "QuantizeLinear", "DequantizeLinear"])  # fmt: skip
+BINARY = frozenset(["Add", "Div", "Mul", "Pow", "Sub"])
+LAST_AXIS = frozenset(["LayerNormalization", "Softmax"])
+Shape = tuple[int, ...]
+
+
+def set_layouts(trt: Any, network: Any, plain: Set[str]) -> None:
+    """Rule 1, for a parsed network of TensorRT's; ``plain`` are names of tensors."""
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    for tensor in (*inputs, *outputs):
+        layout = CHANNELS_LAST.get(tensor.dtype.name)
+        if layout is None or len(tensor.shape) != IMAGE or tensor.name in plain:
+            continue
+        formats = [layout, "HWC"] if int(tensor.shape[1]) % VECTOR.get(layout, 1) else [layout]
+        tensor.allowed_formats = sum(1 << int(getattr(trt.TensorFormat, name)) for name in formats)
+
+
+def on_rows(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its regions on rows (rule 2), itself if there are none; sizes are fixed. Names stay."""
+    shapes = _shapes(model)
+    held = _held(model)
+    working = [node for node in model.graph.node if _works_on_rows(node, shapes, held)]
+    region = {id(node) for own in _connected(working, shapes, held) if any(n.op_type == "MatMul" for n in own) for node in own}
+    if not region:
+        return model
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    of_region = [id(node) in region for node in model.graph.node]
+    made = {name for node, own in zip(model.graph.node, of_region, strict=True) if own for name in node.output}
+    given = {info.name for info in model.graph.input}
+    read = {name for node, own in zip(model.graph.node, of_region, strict=True) if own for name in node.input}
+    rows = {name for name in made | (read & given) if _is_lines(name, shapes, held)}  # what has two axes from now on
+    del result.graph.node[:], result.graph.value_info[:]
+    for info in (*result.graph.input, *result.graph.output):
+        if info.name in rows:
+            _resize(info, _rows(shapes[info.name]))
+    added: dict[str, onnx.NodeProto] = {}
+    for node, own in zip(model.graph.node, of_region, strict=True):
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        for k, name in enumerate(node.input):
+            if own == (name in rows) or not _is_lines(name, shapes, held):
+                continue
+            target = _rows(shapes[name]) if own else shapes[name]
+            copy.input[k] = f"{name}:{'rows' if own else 'lines'}"
+            if copy.input[k] not in added:
+                added[copy.input[k]] = _reshape(name, copy.input[k], target, result.graph)
+                result.graph.node.append(added[copy.input[k]])
+        if own and node.op_type in LAST_AXIS:
+            _set_axis(copy)
+        result.graph.node.append(copy)
+    return result
+
+
+def _shapes(model: onnx.ModelProto) -> dict[str, Shape]:
+    inferred = shape_inference.infer_shapes(model).graph
+    found = {init.name: tuple(init.dims) for init in model.graph.initializer}
+    for info in (*inferred.input, *inferred.value_info, *inferred.output):
+        dims = info.type.tensor_type.shape.dim
+        if all(dim.HasField("dim_value") for dim in dims):
+            found[info.name] = tuple(dim.dim_value for dim in dims)
+    return found
+
+
+def _held(model: onnx.ModelProto) -> set[str]:
+    """Initialisers, and what follows from them alone."""
+    held = {init.name for init in model.graph.initializer} | {""}
+    for node in model.graph.node:
+        if held.issuperset(node.input):
+            held.update(node.output)
+    return held
+
+
+def _is_lines(name: str, shapes: dict[str, Shape], held: Set[str]) -> bool:
+    return name not in held and len(shapes.get(name, ())) == LINES
+
+
+def _works_on_rows(node: onnx.NodeProto, shapes: dict[str, Shape], held: Set[str]) -> bool:
+    """Whether every row of what the operator makes follows from the same row of what it reads."""
+    shape = shapes.get(node.output[0], ())
+    if len(shape) != LINES or len([name for name in node.output if name]) != 1 or node.input[0] in held:
+        return node.op_type in BINARY and len(shape) == LINES and _elementwise(node, shape, shapes, held)
+    others = node.input[1:]
+    small = held.issuperset(others) and all(len(shapes.get(name, ())) <= 1 for name in others if name)
+    if node.op_type in UNARY:
+        return small and all(math.prod(shapes.get(name, ())) == 1 for name in others if name)
+    if node.op_type in LAST_AXIS:
+        return small and _axis(node) in (-1, LINES - 1)
+    if node.op_type == "MatMul":
+        return node.input[1] in held and len(shapes.get(node.input[1], ())) == 2 and len(shapes[node.input[0]]) == LINES
+    return node.op_type in BINARY and _elementwise(node, shape, shapes, held)
+
+
+def _elementwise(node: onnx.NodeProto, shape: Shape, shapes: dict[str, Shape], held: Set[str]) -> bool:
+    return all(
+        len(shapes.get(name, shape)) <= 1 if name in held else shapes.get(name) == shape for name in node.input
+    )
+
+
+def _axis(node: onnx.NodeProto) -> int:
+    return next((attribute.i for attribute in node.attribute if attribute.name == "axis"), -1)
+
+
+def _set_axis(node: onnx.NodeProto) -> None:
+    for attribute in node.attribute:
+        if attribute.name == "axis":
+            attribute.i = -1
+
+
+def _connected(
+    nodes: Iterable[onnx.NodeProto], shapes: dict[str, Shape], held: Set[str]
+) -> list[list[onnx.NodeProto]]:
+    """The nodes in sets that share activations."""
+    found: list[tuple[set[str], list[onnx.NodeProto]]] = []
+    for node in nodes:
+        names = {name for name in (*node.input, *node.output) if _is_lines(name, shapes, held)}
+        meets = [one for one in found if one[0] & names]
+        found = [one for one in found if not one[0] & names]
+        found.append((names.union(*(one[0] for one in meets)), [*(n for one in meets for n in one[1]), node]))
+    return [own for _, own in found]
+
+
+def _rows(shape: Shape) -> Shape:
+    return shape[0] * shape[1], shape[2]
+
+
+def _resize(info: onnx.ValueInfoProto, shape: Shape) -> None:
+    del info.type.tensor_type.shape.dim[:]
+    for size in shape:
+        info.type.tensor_type.shape.dim.add().dim_value = size
+
+
+def _reshape(name: str, to: str, shape: Shape, graph: onnx.GraphProto) -> onnx.NodeProto:
+    graph.initializer.append(numpy_helper.from_array(np.array(shape, dtype=np.int64), f"{to}:shape"))
+    return helper.make_node("Reshape", [name, f"{to}:shape"], [to], name=f"reshape {to}")
