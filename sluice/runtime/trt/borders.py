@@ -1,14 +1,16 @@
 """Borders of a part of a network as they are inside the network's engine.
 
 1. Inside an engine activations lie with the channels last, at its borders plainly. So inputs and outputs of four axes
-   get a layout with the channels last, unless they are plain inside too (`sluice.runtime.base.runner.PLAIN`). In half
-   precision it comes in vectors of eight channels. Where these are no whole vectors, the builder may also leave out the
-   padding, as it does inside.
-2. The compiler computes matrix products, and what works line by line around them, on matrices of rows (N * S, C). Inside
-   a network it moves the change of shape from (N, S, C) to where it costs nothing. At a border it cannot, and then it
+   get a layout with the channels last, unless they are plain inside too (`sluice.runtime.base.runner.PLAIN`), or their
+   last axis is that of the channels already: norms and products over it say so, and transpositions that move it. In
+   half precision the layout comes in vectors of eight channels. Where these are no whole vectors, the builder may also
+   leave out the padding, as it does inside.
+2. The compiler computes matrix products, and what works row by row around them, on matrices (rows, channels). Inside a
+   network it moves the change of shape from (N, S, C) to where it costs nothing. At a border it cannot, and then it
    fuses nothing across it: a product and its activation are two kernels in place of one. So a *region*, a largest
-   connected set of operators that work on rows and of which one is such a product, is written on rows, up to the borders.
-   Where other operators read or make what a region makes or reads, a ``Reshape`` stands between them.
+   connected set of operators that work on rows and of which one is such a product, is written on matrices, up to the
+   borders. Where other operators read or make what a region makes or reads, a ``Reshape`` stands between them.
+   Products on (N, H, W, C) are two kernels inside a network as well, and stay as they are.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper, shape_inference
 
-__all__ = ["on_rows", "set_layouts"]
+__all__ = ["channels_last_already", "on_rows", "set_layouts"]
 
-IMAGE, LINES = 4, 3  # axes of a tensor with channels second, and of one with the channels last anyway
+IMAGE = 4  # axes of a tensor with height and width
+LINES = (3, IMAGE)  # axes of what operators may work on row by row
 CHANNELS_LAST = {"FLOAT": "HWC", "HALF": "HWC8", "BF16": "HWC8", "INT8": "HWC16"}
 VECTOR = {"HWC8": 8}
 UNARY = frozenset(["Cast", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Neg",
@@ -45,12 +48,35 @@ def set_layouts(trt: Any, network: Any, plain: Set[str]) -> None:
         tensor.allowed_formats = sum(1 << int(getattr(trt.TensorFormat, name)) for name in formats)
 
 
+def channels_last_already(model: onnx.ModelProto) -> set[str]:
+    """Values whose last axis is that of the channels in the file (rule 1)."""
+    shapes, held = _shapes(model), _held(model)
+    working = [node for node in model.graph.node if _works_on_rows(node, shapes, held)]
+    found = {
+        name
+        for own in _connected(working, shapes, held)
+        if any(node.op_type in LAST_AXIS | {"MatMul"} for node in own)
+        for node in own
+        for name in (*node.input, *node.output)
+    }
+    for node in model.graph.node:
+        if node.op_type == "Transpose":
+            axes = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), [])
+            if len(axes) == IMAGE and axes[1] == IMAGE - 1:
+                found.add(node.input[0])
+            if len(axes) == IMAGE and axes[-1] == 1:
+                found.add(node.output[0])
+    return found
+
+
 def on_rows(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with its regions on rows (rule 2), itself if there are none; sizes are fixed. Names stay."""
     shapes = _shapes(model)
     held = _held(model)
     working = [node for node in model.graph.node if _works_on_rows(node, shapes, held)]
-    region = {id(node) for own in _connected(working, shapes, held) if any(n.op_type == "MatMul" for n in own) for node in own}
+    flat = [node for node in working if len(shapes[node.output[0]]) < IMAGE]
+    regions = [own for own in _connected(flat, shapes, held) if any(node.op_type == "MatMul" for node in own)]
+    region = {id(node) for own in regions for node in own}
     if not region:
         return model
     result = onnx.ModelProto()
@@ -102,22 +128,22 @@ def _held(model: onnx.ModelProto) -> set[str]:
 
 
 def _is_lines(name: str, shapes: dict[str, Shape], held: Set[str]) -> bool:
-    return name not in held and len(shapes.get(name, ())) == LINES
+    return name not in held and len(shapes.get(name, ())) in LINES
 
 
 def _works_on_rows(node: onnx.NodeProto, shapes: dict[str, Shape], held: Set[str]) -> bool:
     """Whether every row of what the operator makes follows from the same row of what it reads."""
     shape = shapes.get(node.output[0], ())
-    if len(shape) != LINES or len([name for name in node.output if name]) != 1 or node.input[0] in held:
-        return node.op_type in BINARY and len(shape) == LINES and _elementwise(node, shape, shapes, held)
+    if len(shape) not in LINES or len([name for name in node.output if name]) != 1 or node.input[0] in held:
+        return node.op_type in BINARY and len(shape) in LINES and _elementwise(node, shape, shapes, held)
     others = node.input[1:]
     small = held.issuperset(others) and all(len(shapes.get(name, ())) <= 1 for name in others if name)
     if node.op_type in UNARY:
         return small and all(math.prod(shapes.get(name, ())) == 1 for name in others if name)
     if node.op_type in LAST_AXIS:
-        return small and _axis(node) in (-1, LINES - 1)
+        return small and _axis(node) in (-1, len(shape) - 1)
     if node.op_type == "MatMul":
-        return node.input[1] in held and len(shapes.get(node.input[1], ())) == 2 and len(shapes[node.input[0]]) == LINES
+        return node.input[1] in held and len(shapes.get(node.input[1], ())) == 2
     return node.op_type in BINARY and _elementwise(node, shape, shapes, held)
 
 
@@ -151,7 +177,7 @@ def _connected(
 
 
 def _rows(shape: Shape) -> Shape:
-    return shape[0] * shape[1], shape[2]
+    return math.prod(shape[:-1]), shape[-1]
 
 
 def _resize(info: onnx.ValueInfoProto, shape: Shape) -> None:

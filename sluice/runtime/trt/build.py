@@ -36,7 +36,7 @@ from sluice.core.errors import SluiceError, first_line
 from sluice.runtime.base import nvidia
 from sluice.runtime.base.inputs import parsed, place, serialized, static_shapes
 from sluice.runtime.base.runner import PLAIN
-from sluice.runtime.trt.borders import on_rows, set_layouts
+from sluice.runtime.trt.borders import channels_last_already, on_rows, set_layouts
 from sluice.runtime.trt.inspect import node_name
 from sluice.runtime.trt.settings import Settings
 from sluice.runtime.trt.timing import TimingCache
@@ -181,7 +181,8 @@ def build_engine(
             f"{product(trt)} cannot parse {where}: {_parser_error(parser, static.graph)}; change the model there"
         )
     if part:
-        set_layouts(trt, network, {info.name for info in static.graph.input if info.doc_string == PLAIN})
+        plain = {info.name for info in static.graph.input if info.doc_string == PLAIN}
+        set_layouts(trt, network, plain | channels_last_already(static))
     config = builder.create_builder_config()
     config.max_aux_streams = settings.aux_streams
     config.avg_timing_iterations = settings.timings
