@@ -77,6 +77,7 @@ class Partition:
     """A graph at one batch, its analysis and its pieces in execution order.
 
     ``small`` is the same graph at a smaller batch, for its joints; without it joints are measured at this batch.
+    ``by_kernels``: its pieces follow the kernels of engines (`sluice.profiler.pieces.fused`).
     """
 
     model: onnx.ModelProto
@@ -84,6 +85,7 @@ class Partition:
     pieces: tuple[Piece, ...]
     batch: int
     small: Partition | None = None
+    by_kernels: bool = False
 
     @property
     def dense(self) -> dict[str, int]:

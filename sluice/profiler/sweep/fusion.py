@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -61,13 +62,11 @@ def regrouped(
     space: SearchSpace | None = None,
     methods: Collection[str] = ("filter",),
 ) -> Partition:
-    """The partition with parts that follow these kernels; itself if they cross none."""
+    """The partition with parts that follow these kernels."""
     static, parts = partition.model, parts_of(partition.model)
     leaving = {info.name for info in static.graph.output}
     found = regroup(parts, static.graph.node, leaving, partition.analysis, kernels, states_of(parts, space, methods))
-    if [part.made for part in found] == [part.made for part in parts]:
-        return partition
-    return of_parts(found, static, partition.analysis, partition.batch)
+    return replace(of_parts(found, static, partition.analysis, partition.batch), by_kernels=True)
 
 
 def kernels_of(partition: Partition, runner: Runner, form: Fingerprint) -> list[Kernel]:
