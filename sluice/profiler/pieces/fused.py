@@ -1,14 +1,14 @@
 """Parts follow the kernels of engines: what one kernel computes belongs to one part.
 
-A compiler fuses across the borders of parts (`sluice.profiler.pieces.split`): the projections of an attention become one
-product, a residual addition goes into another convolution, a mean into a norm. A sum over parts then counts kernels
+A compiler fuses across the borders of parts (`sluice.profiler.pieces.split`): the projections of an attention become
+one product, a residual addition goes into another convolution, a mean into a norm. A sum over parts then counts kernels
 that no engine runs. The runtime tells which operators each kernel of an engine computes, so no list of patterns is
-needed. For the kernels of the dense engine and of some random ones, in this order:
+needed. For the kernels of the dense engine and of some random ones:
 
-1. Where one part alone has an anchor among a kernel's operators, the other operators move to that part. No part depends
-   on more widths than before by much: what moves works on what the kernel reads or makes.
+1. Where one part alone has an anchor among a kernel's operators, the other operators move to that part.
 2. Where no part has an anchor there, or several have, the parts are joined.
-3. A part that no kernel computes, such as a change of shape that costs nothing, goes to its only reader.
+3. A part without an anchor that no kernel computes, such as a change of shape that costs nothing, goes to its only
+   reader.
 4. None of this happens if a part would depend on what depends on it, or on more than `MOST` widths, since its points
    are a grid over them. Nor between parts that may leave the dense network apart: what ranks or merges replace stays as
    it is, and parts that change hands belong to the same residual blocks.
@@ -122,7 +122,8 @@ class _Grouping:
         for index in sorted(set(self.owner.values())):
             own = [name for name, holder in self.owner.items() if holder == index]
             readers = {reader for maker, reader in self._edges(self.owner) if maker == index}
-            if not computed.intersection(own) and len(readers) == 1:
+            anchored = any(self.nodes[name].op_type in ANCHORS for name in own)
+            if not anchored and not computed.intersection(own) and len(readers) == 1:
                 self._try(dict.fromkeys(own, next(iter(readers))), next(iter(readers)))
 
     def _try(self, change: Mapping[str, int], to: int) -> None:

@@ -1,7 +1,7 @@
 """The pieces of a network by the kernels of its engines, where the runtime tells them (`Runner`, rule 8).
 
-The dense engine and `RANDOM` engines of random widths are built, before anything is measured, and their kernels are kept
-in the table: a table serves where nothing can be built, and a later call must find the same pieces.
+The dense engine and `RANDOM` engines of random widths are built before anything is measured. Their kernels are kept in
+the table: a table serves where nothing can be built, and a later call must find the same pieces.
 """
 
 from __future__ import annotations

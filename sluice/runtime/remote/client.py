@@ -2,8 +2,8 @@
 
 1. Device, version, clock and identity are the device's. So the fingerprint of a table that is measured over a line is
    the fingerprint of one that a job measures there, and either goes on with the other's table.
-2. What the runner of the device lacks is lacking here: ``build_part``, ``cache``, ``fused``. Kernels are told by a text each, of
-   which equal ones are equal kernels.
+2. What the runner of the device lacks is lacking here: ``build_part``, ``cache``, ``fused``. Kernels are told by a text
+   each, of which equal ones are equal kernels.
 3. The device takes no timing cache from anybody (`sluice.runtime.remote.device`, 2). If the cache of a table is one
    that it made itself since it was started, it knows all that is in there. If it is not, the table keeps its own, and
    a line in the log says that engines may get other kernels than those that were measured.
@@ -133,7 +133,7 @@ class RemoteRunner:
         """By kernel of the engine of ``model``, the ONNX nodes that it computes."""
         told = self._sent("/fused", model, {} if batch is None else {"batch": int(batch)}).get("fused")
         if not isinstance(told, list) or not all(isinstance(own, list) for own in told):
-            raise SluiceError(f"{self._line.address} tells kernels that are none; use one release of sluice on both sides")
+            raise SluiceError(f"{self._line.address} tells no kernels; use one release of sluice on both sides")
         return [[str(name) for name in own] for own in told]
 
     def _built(self, model: Model, query: dict[str, Any]) -> RemoteSession:

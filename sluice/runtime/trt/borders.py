@@ -29,8 +29,9 @@ IMAGE = 4  # axes of a tensor with height and width
 LINES = (3, IMAGE)  # axes of what operators may work on row by row
 CHANNELS_LAST = {"FLOAT": "HWC", "HALF": "HWC8", "BF16": "HWC8", "INT8": "HWC16"}
 VECTOR = {"HWC8": 8}
-UNARY = frozenset(["Cast", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Neg",
-                   "Relu", "Sigmoid", "Softplus", "Sqrt", "Tanh", "QuantizeLinear", "DequantizeLinear"])  # fmt: skip
+UNARY = frozenset(["Cast", "Clip", "DequantizeLinear", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish",
+                   "Identity", "LeakyRelu", "Neg", "QuantizeLinear", "Relu", "Sigmoid", "Softplus", "Sqrt",
+                   "Tanh"])  # fmt: skip
 BINARY = frozenset(["Add", "Div", "Mul", "Pow", "Sub"])
 LAST_AXIS = frozenset(["LayerNormalization", "Softmax"])
 Shape = tuple[int, ...]
@@ -148,9 +149,7 @@ def _works_on_rows(node: onnx.NodeProto, shapes: dict[str, Shape], held: Set[str
 
 
 def _elementwise(node: onnx.NodeProto, shape: Shape, shapes: dict[str, Shape], held: Set[str]) -> bool:
-    return all(
-        len(shapes.get(name, shape)) <= 1 if name in held else shapes.get(name) == shape for name in node.input
-    )
+    return all(len(shapes.get(name, shape)) <= 1 if name in held else shapes.get(name) == shape for name in node.input)
 
 
 def _axis(node: onnx.NodeProto) -> int:
@@ -163,9 +162,7 @@ def _set_axis(node: onnx.NodeProto) -> None:
             attribute.i = -1
 
 
-def _connected(
-    nodes: Iterable[onnx.NodeProto], shapes: dict[str, Shape], held: Set[str]
-) -> list[list[onnx.NodeProto]]:
+def _connected(nodes: Iterable[onnx.NodeProto], shapes: dict[str, Shape], held: Set[str]) -> list[list[onnx.NodeProto]]:
     """The nodes in sets that share activations."""
     found: list[tuple[set[str], list[onnx.NodeProto]]] = []
     for node in nodes:
