@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -69,8 +70,12 @@ def regrouped(
     return replace(of_parts(found, static, partition.analysis, partition.batch), by_kernels=True)
 
 
-def kernels_of(partition: Partition, runner: Runner, form: Fingerprint) -> list[Kernel]:
-    """The kernels of the dense engine and of random ones, each as the operators that it computes."""
+def kernels_of(partition: Partition, runner: Any, form: Fingerprint) -> list[Kernel]:
+    """The kernels of the dense engine and of random ones, each as the operators that it computes.
+
+    Args:
+        runner: one that has `fused` (`sluice.runtime.base.runner`, 8).
+    """
     rng, levels = np.random.default_rng(0), group_levels(partition, form.precision, {})
     drawn = [{name: int(rng.choice(values)) for name, values in levels.items()} for _ in range(RANDOM)]
     found: dict[Kernel, None] = {}
@@ -78,7 +83,7 @@ def kernels_of(partition: Partition, runner: Runner, form: Fingerprint) -> list[
         model = build_engine(partition, {**partition.dense, **widths})
         deployed = to_precision(model, form.precision, target=form.runtime, threads=form.threads)
         try:
-            told = runner.fused(deployed, batch=partition.batch)  # type: ignore[attr-defined]
+            told = runner.fused(deployed, batch=partition.batch)
         except SluiceError:
             if not widths:
                 raise

@@ -135,7 +135,7 @@ class Device:
             raise SluiceError(f"{self.hello.target} tells no kernels of whole engines; ask for none")
         parsed = model_of(model)
         with self._work:
-            return self._runner.fused(parsed, batch=batch)  # type: ignore[attr-defined, no-any-return]
+            return self._runner.fused(parsed, batch=batch)  # type: ignore[attr-defined]
 
     def sample(self, lease: Lease, session: Any, repeats: Any, count: Any) -> list[float]:
         if type(repeats) is not int or not 1 <= repeats <= MOST_REPEATS:

@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Set
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ LAST_AXIS = frozenset(["LayerNormalization", "Softmax"])
 Shape = tuple[int, ...]
 
 
-def set_layouts(trt: Any, network: Any, plain: Set[str]) -> None:
+def set_layouts(trt: Any, network: Any, plain: Collection[str]) -> None:
     """Rule 1, for a parsed network of TensorRT's; ``plain`` are names of tensors."""
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
@@ -128,17 +128,17 @@ def _held(model: onnx.ModelProto) -> set[str]:
     return held
 
 
-def _is_lines(name: str, shapes: dict[str, Shape], held: Set[str]) -> bool:
+def _is_lines(name: str, shapes: dict[str, Shape], held: Collection[str]) -> bool:
     return name not in held and len(shapes.get(name, ())) in LINES
 
 
-def _works_on_rows(node: onnx.NodeProto, shapes: dict[str, Shape], held: Set[str]) -> bool:
+def _works_on_rows(node: onnx.NodeProto, shapes: dict[str, Shape], held: Collection[str]) -> bool:
     """Whether every row of what the operator makes follows from the same row of what it reads."""
     shape = shapes.get(node.output[0], ())
     if len(shape) not in LINES or len([name for name in node.output if name]) != 1 or node.input[0] in held:
         return node.op_type in BINARY and len(shape) in LINES and _elementwise(node, shape, shapes, held)
     others = node.input[1:]
-    small = held.issuperset(others) and all(len(shapes.get(name, ())) <= 1 for name in others if name)
+    small = all(name in held for name in others) and all(len(shapes.get(name, ())) <= 1 for name in others if name)
     if node.op_type in UNARY:
         return small and all(math.prod(shapes.get(name, ())) == 1 for name in others if name)
     if node.op_type in LAST_AXIS:
@@ -148,7 +148,7 @@ def _works_on_rows(node: onnx.NodeProto, shapes: dict[str, Shape], held: Set[str
     return node.op_type in BINARY and _elementwise(node, shape, shapes, held)
 
 
-def _elementwise(node: onnx.NodeProto, shape: Shape, shapes: dict[str, Shape], held: Set[str]) -> bool:
+def _elementwise(node: onnx.NodeProto, shape: Shape, shapes: dict[str, Shape], held: Collection[str]) -> bool:
     return all(len(shapes.get(name, shape)) <= 1 if name in held else shapes.get(name) == shape for name in node.input)
 
 
@@ -162,7 +162,9 @@ def _set_axis(node: onnx.NodeProto) -> None:
             attribute.i = -1
 
 
-def _connected(nodes: Iterable[onnx.NodeProto], shapes: dict[str, Shape], held: Set[str]) -> list[list[onnx.NodeProto]]:
+def _connected(
+    nodes: Iterable[onnx.NodeProto], shapes: dict[str, Shape], held: Collection[str]
+) -> list[list[onnx.NodeProto]]:
     """The nodes in sets that share activations."""
     found: list[tuple[set[str], list[onnx.NodeProto]]] = []
     for node in nodes:
