@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 from benchmarks.kernels import BATCH, exported
@@ -39,7 +40,7 @@ RESULT = Path("benchmarks/results/builds-rtx-cpu.json")
 SPREAD, GAP, SOLVER_S = 0.5, 1e-2, 30.0
 
 
-def count(network: str, share: float, methods: Sequence[str], runner: RooflineRunner) -> dict[str, object]:
+def count(network: str, share: float, methods: Sequence[str], runner: RooflineRunner) -> dict[str, Any]:
     """What one plan cost."""
     started = time.process_time()
     with (
@@ -68,10 +69,10 @@ def count(network: str, share: float, methods: Sequence[str], runner: RooflineRu
     }  # fmt: skip
 
 
-def show(rows: Mapping[str, Mapping[str, object]]) -> None:
+def show(rows: Mapping[str, Mapping[str, Any]]) -> None:
     for found in rows.values():
         print(
-            f"{found['network']} at {found['share']:.0%}, {', '.join(found['methods'])}: {found['builds']} builds "  # type: ignore[arg-type, str-format]
+            f"{found['network']} at {found['share']:.0%}, {', '.join(found['methods'])}: {found['builds']} builds "
             f"({found['dense_builds']} of the dense network), {found['points']} points of "
             f"{found['points_of_a_complete_table']}"
         )

@@ -152,7 +152,7 @@ def pieces(profile: Profile) -> dict[str, Any]:
     """Milliseconds of every distinct piece of the dense network as measured, and of the whole engine."""
     count = Counter(piece.key for piece in profile.partition.pieces)
     dense, table = profile.partition.dense, profile.bench.table
-    rows = []
+    rows: list[dict[str, Any]] = []
     for piece in {piece.key: piece for piece in profile.partition.pieces}.values():
         found = table.require(piece.key, tuple(int(extent.at(dense)) for extent in piece.extents))
         rows.append({"piece": piece.description, "times": count[piece.key], "ms": found.ms, "spread": found.spread})

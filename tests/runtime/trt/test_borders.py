@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,10 +19,15 @@ RNG = np.random.default_rng(3)
 Sized = tuple[str, tuple[int, ...]]
 
 
-def graph(nodes: list[onnx.NodeProto], given: list[Sized], made: list[Sized], **weights: Any) -> onnx.ModelProto:
-    infos = [[helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in each] for each in (given, made)]
+def graph(
+    nodes: Sequence[onnx.NodeProto], given: Sequence[Sized], made: Sequence[Sized], **weights: Any
+) -> onnx.ModelProto:
+    inputs, outputs = (
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in each]
+        for each in (given, made)
+    )
     held = [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()]
-    built = helper.make_graph(nodes, "part", *infos, held)
+    built = helper.make_graph(nodes, "part", inputs, outputs, held)
     return helper.make_model(built, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
