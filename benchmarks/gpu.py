@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu [--seconds 540] [--target torch-cuda ort-cuda tensorrt] [--network resnet50] [--batch 1]
                              [--skip-staircases] [--out benchmarks/results] [--plots docs] [--tables build/gpu]
+    python -m benchmarks.gpu --check                         the tests that need a GPU, and two small networks
     python -m benchmarks.gpu --small --target ort-cpu        the same code on a machine without a GPU
 
 1. Cheap stages come first: staircases of one convolution, then whole dense networks, then, network by network, a
@@ -40,7 +41,21 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_plot import staircase_plot
-from benchmarks.gpu_stages import FULL, SMALL, Layer, Network, Sizes, dense, fidelity, half, profiled, staircase
+from benchmarks.gpu_stages import (
+    CHECK,
+    FULL,
+    SMALL,
+    Layer,
+    Network,
+    Sizes,
+    dense,
+    device_tests,
+    fidelity,
+    half,
+    pieces,
+    profiled,
+    staircase,
+)
 from sluice.core.deployment import ON_CPU
 from sluice.core.errors import SluiceError
 from sluice.core.files import write_atomically
@@ -53,7 +68,7 @@ __all__ = ["main"]
 
 AGAIN_S = 0.25
 SAME = ("device", "precision", "small")  # of all results in one file
-MEASURED = ("dense", "profile", "half", "fidelity")  # of every network, target and batch
+MEASURED = ("dense", "profile", "pieces", "half", "fidelity")  # of every network, target and batch
 NEEDED = ("onnxscript", "onnx_ir", "onnx_graphsurgeon", "scipy", "ml_dtypes")
 
 
@@ -172,6 +187,8 @@ def run(sizes: Sizes, runners: Mapping[str, Runner], record: Record, tables: Pat
         )
         if made is None:
             continue
+        if not record.known(f"pieces {which}"):
+            record.stage(f"pieces {which}", partial(pieces, made["profile"]))
         if not record.known(f"half {which}"):
             record.stage(f"half {which}", partial(half, made["profile"]))
         if not record.known(f"fidelity {which}"):
@@ -255,6 +272,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--network", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument("--batch", nargs="+", type=int, metavar="N", help="default: 1 and 32")
     parser.add_argument("--skip-staircases", action="store_true", help="measure networks alone")
+    parser.add_argument(
+        "--check", action="store_true", help="`pytest -m device`, then ResNet-20 and MobileNetV2 in fp16 at batch 8"
+    )
     parser.add_argument("--small", action="store_true", help="tiny sizes: a test of the code, not a measurement")
     parser.add_argument("--out", type=Path, help="folder of the JSON file (default benchmarks/results)")
     parser.add_argument("--plots", type=Path, help="folder of the plot (default docs)")
@@ -268,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if absent:
             raise SluiceError(f"the packages {', '.join(absent)} are missing here; install them or carry their wheels")
         targets = _targets(options.target)
-        sizes = _chosen(SMALL if options.small else FULL, options.network, options.batch)
+        sizes = _chosen(SMALL if options.small else CHECK if options.check else FULL, options.network, options.batch)
         if options.skip_staircases:
             sizes = replace(sizes, staircases=())
         runners = {target: make_runner(target) for target in targets}
@@ -288,6 +308,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     plots = options.plots or (apart if options.small else Path("docs"))
     options.tables.mkdir(parents=True, exist_ok=True)
+    if options.check and not record.known("tests"):
+        record.stage("tests", device_tests)
     run(sizes, runners, record, options.tables, plots)
     print(json.dumps(record.found))
     return int(record.failed)

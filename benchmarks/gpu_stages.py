@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from sluice.core.deployment import Deployment
-from sluice.models import mobilenet_v2_224, resnet50
+from sluice.core.errors import SluiceError
+from sluice.models import mobilenet_v2, mobilenet_v2_224, resnet20, resnet50
 from sluice.models.imagenet import ImageNetResNet
 from sluice.passes.precision.to_precision import to_precision
 from sluice.pipeline.verify import measure_configurations
@@ -30,9 +34,25 @@ from sluice.solver.amplitude_losses import amplitude_losses
 from sluice.solver.decide import decide, least_ms
 from sluice.solver.random_configurations import random_configuration
 
-__all__ = ["FULL", "SMALL", "Layer", "Network", "Sizes", "dense", "fidelity", "half", "profiled", "staircase"]
+__all__ = [
+    "CHECK",
+    "FULL",
+    "SMALL",
+    "Layer",
+    "Network",
+    "Sizes",
+    "dense",
+    "device_tests",
+    "fidelity",
+    "half",
+    "pieces",
+    "profiled",
+    "staircase",
+]
 
 SHARE = 0.5
+TESTS_S = 150.0  # for the tests that need a GPU
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-m", "device", "-p", "no:cacheprovider")
 AT_A_TIME = 24  # sessions that are alive together
 SOLVER_S = 5.0  # for each problem: the GPU waits meanwhile
 
@@ -73,6 +93,15 @@ FULL = Sizes(
     {"mobilenet_v2_224": Network(mobilenet_v2_224, (3, 224, 224)), "resnet50": Network(resnet50, (3, 224, 224))},
     (1, 32),
     ("fp16", "fp32"),
+    "fp16",
+    12,
+)
+# What a GPU that is lent for some minutes is asked, after the tests that need one.
+CHECK = Sizes(
+    FULL.layer,
+    {"resnet20": Network(resnet20, (1, 28, 28)), "mobilenet_v2": Network(mobilenet_v2, (1, 28, 28))},
+    (8,),
+    (),
     "fp16",
     12,
 )
@@ -117,6 +146,34 @@ def profiled(model: onnx.ModelProto, table: Path, *, batch: int, target: str, pr
         "calibration": dict(profile.latency.error),
         "promised_dense_ms": profile.latency.dense_ms(),
     }
+
+
+def pieces(profile: Profile) -> dict[str, Any]:
+    """Milliseconds of every distinct piece of the dense network as measured, and of the whole engine."""
+    count = Counter(piece.key for piece in profile.partition.pieces)
+    dense, table = profile.partition.dense, profile.bench.table
+    rows: list[dict[str, Any]] = []
+    for piece in {piece.key: piece for piece in profile.partition.pieces}.values():
+        found = table.require(piece.key, tuple(int(extent.at(dense)) for extent in piece.extents))
+        rows.append({"piece": piece.description, "times": count[piece.key], "ms": found.ms, "spread": found.spread})
+    engine = next(m.ms for widths, m in table.engines(profile.model_key) if widths == dict(profile.layout.dense))
+    return {"engine_ms": engine, "pieces_ms": sum(row["times"] * row["ms"] for row in rows), "rows": rows}
+
+
+def device_tests(command: Sequence[str] = PYTEST) -> dict[str, Any]:
+    """The tests that need a GPU: exit status, and the last lines of what they say.
+
+    Raises:
+        SluiceError: they failed, or took too long.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TESTS_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise SluiceError(f"the tests took more than {TESTS_S:.0f} s; run `pytest -m device` by itself") from None
+    last = done.stdout.strip().splitlines()[-12:]
+    if done.returncode:
+        raise SluiceError(f"the tests failed with status {done.returncode}: {' | '.join(last)}")
+    return {"status": done.returncode, "told": last}
 
 
 def fidelity(profile: Profile, table: Path, plans: int, seed: int = 1000) -> dict[str, Any]:

@@ -43,6 +43,8 @@ from sluice.passes.precision.to_precision import to_precision
 from sluice.profiler.pieces.engine import build_engine
 from sluice.profiler.pieces.partition import Partition, build_piece, partition_graph
 from sluice.profiler.profile import Profile, profile_onnx
+from sluice.profiler.sweep.fusion import kernels_of, regrouped
+from sluice.profiler.table.fingerprint import Fingerprint
 from sluice.solver.random_configurations import random_configuration
 
 RESULT = Path("benchmarks/results/kernels-rtx-cpu.json")
@@ -68,6 +70,7 @@ def exported(name: str) -> onnx.ModelProto:
 def counts(model: onnx.ModelProto, precision: str, runner: RooflineRunner) -> dict[str, Any]:
     """The kernels of one network (rule 1)."""
     cut = partition_graph(model, BATCH)
+    cut = regrouped(cut, kernels_of(cut, runner, _form(precision, runner)))
     whole = runner.build(to_precision(cut.model, precision, target="tensorrt")).list
     found = {part: _of_pieces(cut, precision, runner, part) for part in (True, False)}
     count = sum(map(len, found[True]))
@@ -81,6 +84,10 @@ def counts(model: onnx.ModelProto, precision: str, runner: RooflineRunner) -> di
         "ratio": count / len(whole),
         "several": sorted({p.description for p, k in zip(cut.pieces, found[True], strict=True) if len(k) > 1}),
     }
+
+
+def _form(precision: str, runner: RooflineRunner) -> Fingerprint:
+    return Fingerprint(runner.device, "tensorrt", runner.version, 1, precision, BATCH, runner.clock)
 
 
 def _of_pieces(cut: Partition, precision: str, runner: RooflineRunner, part: bool) -> list[Sequence[Kernel]]:

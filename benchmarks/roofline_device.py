@@ -176,6 +176,9 @@ class RooflineRunner:
     def build_part(self, model: onnx.ModelProto) -> RooflineSession:
         return self._built(model, part=True)
 
+    def fused(self, model: onnx.ModelProto, *, batch: int | None = None) -> list[list[str]]:
+        return [list(kernel.nodes) for kernel in self.build(model, batch=batch).list]
+
     def _built(self, model: onnx.ModelProto, *, part: bool) -> RooflineSession:
         key = structure(model) + "".join(info.doc_string for info in model.graph.input), part
         if key not in self.known:

@@ -296,7 +296,10 @@ def fake_tensorrt(
         kind = info.type.tensor_type
         name = KINDS[kind.elem_type]
         return SimpleNamespace(
-            name=info.name, dtype=SimpleNamespace(name=name), shape=kind.shape.dim, allowed_formats=0
+            name=info.name,
+            dtype=SimpleNamespace(name=name),
+            shape=tuple(dim.dim_value for dim in kind.shape.dim),
+            allowed_formats=0,
         )
 
     class OnnxParser:

@@ -27,6 +27,7 @@ from sluice.profiler.pieces.partition import Partition, partition_static, static
 from sluice.profiler.survey import closed_bench, complete_points, measure_slots, survey
 from sluice.profiler.sweep.bench import Bench, Unknown
 from sluice.profiler.sweep.engine_times import missing_plans
+from sluice.profiler.sweep.fusion import by_kernels
 from sluice.profiler.sweep.shards import Shard
 from sluice.profiler.table.fingerprint import Fingerprint
 from sluice.profiler.table.latency_table import LatencyTable
@@ -131,6 +132,7 @@ def profile_onnx(
         raise SluiceError(f"minutes={minutes} leave no time to measure; give more than 0, or leave it out")
     deadline = time.monotonic() + 60.0 * minutes
     bench = _open_bench(table, fingerprint, deployment.place, seed)
+    partition = by_kernels(partition, bench.table, bench.runner, space, methods)
     with show("dense network") as advance:
         layout = survey(partition, replace(bench, progress=advance), methods=methods, space=space)
     limited = replace(bench, deadline=deadline)
@@ -160,6 +162,7 @@ def profile_known(
     opened = LatencyTable.open(table)
     there, bench = opened.fingerprint, closed_bench(opened)
     partition, space = _partition(model, there, exclude, methods, like)
+    partition = by_kernels(partition, opened, None, space, methods)
     try:
         layout = survey(partition, bench, methods=methods, space=space)
         known = any(widths == dict(layout.dense) for widths, _ in opened.engines(model_key(partition, layout.dense)))
@@ -198,6 +201,7 @@ def profile_shard(
     bench = _open_bench(table, fingerprint, deployment.place, seed)
     with bench.table:
         before = len(bench.table)
+        partition = by_kernels(partition, bench.table, bench.runner, space, methods)
         with show("dense network") as advance:
             layout = survey(partition, replace(bench, progress=advance), methods=methods, space=space)
         points = complete_points(layout)

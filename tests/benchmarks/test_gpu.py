@@ -5,21 +5,24 @@ from __future__ import annotations
 import gc
 import json
 import signal
+import sys
 import time
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import onnx
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import gpu, gpu_stages
 from benchmarks.gpu import Record, TimeUp, main, time_limit
 from benchmarks.gpu_plot import staircase_plot, ticks
-from benchmarks.gpu_stages import FULL, SMALL
+from benchmarks.gpu_stages import CHECK, FULL, SMALL
 from sluice.core.errors import SluiceError
 from sluice.runtime.base.compare import assert_close
 from tests.device import FakeRunner, chain, profile_on, staircase
@@ -54,7 +57,7 @@ def test_every_stage_has_its_figures(simulated: FakeRunner, tmp_path: Path, caps
     assert list(stages) == [
         "staircase torch-cuda batch 2 fp32",
         "export resnet",
-        *(f"{kind} {which}" for kind in ("dense", "profile", "half", "fidelity")),
+        *(f"{kind} {which}" for kind in ("dense", "profile", "pieces", "half", "fidelity")),
     ]
     stairs = dict(stages["staircase torch-cuda batch 2 fp32"])
     assert list(stairs) == sorted(SMALL.layer.widths)
@@ -68,10 +71,39 @@ def test_every_stage_has_its_figures(simulated: FakeRunner, tmp_path: Path, caps
     # Where times add up, what is promised is what is measured, and the solver comes close to half.
     assert half["promised_over_measured"] == pytest.approx(1.0, abs=1e-6)
     assert 0.3 < half["slim_over_dense"] <= 0.5 and 0.0 < half["channels_kept"] < 1.0
+    table = stages[f"pieces {which}"]
+    assert_close([table["engine_ms"], table["pieces_ms"]], [dense, dense], 1e-6)
+    assert sum(row["times"] for row in table["rows"]) == 3  # two convolutions and a product
     fidelity = stages[f"fidelity {which}"]
     assert fidelity["n"] == SMALL.plans and fidelity["p95_abs_err"] < 1e-6
     picture = ElementTree.parse(tmp_path / "plots" / "gpu-a-fake-device-staircase.svg").getroot()
     assert len(picture.findall("{*}polyline")) == 1
+
+
+def test_a_check_runs_the_tests_first_and_says_when_they_fail(
+    simulated: FakeRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def python(code: str) -> tuple[str, ...]:
+        return sys.executable, "-c", code
+
+    monkeypatch.setattr(gpu, "device_tests", partial(gpu_stages.device_tests, python("print('3 passed')")))
+    assert called(tmp_path, "--check", "--target", "torch-cuda", "--batch", "2") == 0
+    stages = written(tmp_path)["stages"]
+    assert next(iter(stages)) == "tests" and stages["tests"]["result"] == {"status": 0, "told": ["3 passed"]}
+    assert "half resnet torch-cuda batch 2 fp32" in stages
+
+    failing = python("print('1 failed'); raise SystemExit(1)")
+    monkeypatch.setattr(gpu, "device_tests", partial(gpu_stages.device_tests, failing))
+    assert called(tmp_path / "again", "--check", "--target", "torch-cuda", "--batch", "2") == 1
+    stages = written(tmp_path / "again")["stages"]
+    assert "1 failed" in stages["tests"]["reason"]
+    assert stages["half resnet torch-cuda batch 2 fp32"]["result"]  # the others go on
+
+
+def test_what_a_lent_gpu_is_asked() -> None:
+    assert CHECK.precision == "fp16" and set(CHECK.networks) == {"resnet20", "mobilenet_v2"}
+    for network in CHECK.networks.values():
+        assert network.make().eval()(torch.randn(2, *network.image)).shape[0] == 2
 
 
 def test_a_wrong_promise_shows(simulated: FakeRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

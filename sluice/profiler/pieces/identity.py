@@ -23,7 +23,7 @@ from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
 from sluice.profiler.pieces.split import ANCHORS, RECURRENT
 from sluice.runtime.base.runner import PLAIN
 
-__all__ = ["Composition", "Identity", "compositions_of", "identify", "weights_only"]
+__all__ = ["Composition", "Identity", "compositions_of", "free_extents", "identify", "weights_only"]
 
 SCHEME = 5  # version of how a piece is timed; keys of two schemes never meet
 Size = Callable[[str], list[object]]
@@ -102,6 +102,11 @@ def compositions_of(analysis: Analysis, value: str) -> tuple[Composition, ...]:
                 coefs[names] = coefs.get(names, 0) + own.shape[1] // len(np.unique(own, axis=1).T)
         found.append(Composition(axis.dim, coefs, int((groups < 0).all(0).sum())))
     return tuple(found)
+
+
+def free_extents(analysis: Analysis, values: Collection[str]) -> int:
+    """On how many extents a piece with these values depends."""
+    return len(_classes({v: found for v in sorted(values) if (found := compositions_of(analysis, v))}, ()))
 
 
 def _classes(compositions: Mapping[str, Sequence[Composition]], joined_only: Collection[str]) -> list[list[str]]:

@@ -34,6 +34,10 @@ is work on t, hence in proportion to the batch. The time that several threads ta
    the tensor that its neighbour's threads made. Within the accuracy of timing (`sluice.profiler.sweep.bench.DOUBT` of
    the time of the joined pieces) they still save their calls.
 
+4. Where pieces follow the kernels of engines, a consumer that depends on another one of the same tensor has no part in
+   the joint. Joined without what lies between them, such as a residual addition and the block before it, they would be
+   fused as no engine can fuse them. What engines do fuse is a piece already. The tensor stays an output then.
+
 Chains of three convolutions at batch 8, with changes of layout at all borders (one core with 2 MB of its own). The
 figures are the part of the difference between the three alone and the chain that the joints of both tensors leave over,
 in percent of the chain:
@@ -70,6 +74,7 @@ class Joint:
     """One tensor between pieces; ``extent`` is its labelled size (None if nothing in it can be cut).
 
     ``calls`` is the number of engine calls that it saves: one per consumer, less the calls of its own sources.
+    ``kept``: other pieces read the tensor as well (rule 4).
     """
 
     tensor: str
@@ -79,6 +84,7 @@ class Joint:
     producer: Piece
     consumers: tuple[Piece, ...]
     calls: int
+    kept: bool = False
 
     @property
     def pair(self) -> bool:
@@ -91,10 +97,12 @@ def find_joints(partition: Partition) -> tuple[Joint, ...]:
     for piece in partition.pieces:
         for tensor in dict.fromkeys(piece.inputs):
             readers.setdefault(tensor, []).append(piece)
+    behind = _behind(partition) if partition.by_kernels else {}
     joints = []
     for producer in partition.pieces:
         for tensor in producer.outputs:
-            consumers = tuple(readers.get(tensor, ()))
+            everyone = tuple(readers.get(tensor, ()))
+            consumers = tuple(p for p in everyone if not behind.get(p.name, set()) & {q.name for q in everyone})
             if not consumers:
                 continue
             groups = _groups(partition, tensor)
@@ -107,9 +115,20 @@ def find_joints(partition: Partition) -> tuple[Joint, ...]:
             key = hashlib.sha256(";".join(own).encode()).hexdigest()[:24]
             text = f"joint of {producer.description.split(' ->')[0]} with {len(consumers)} consumer(s)"
             sourced = has_source(partition.analysis.shapes[tensor]) * sum(tensor in p.bare for p in consumers)
-            kind = "jp" if len(consumers) == 1 else "j"
-            joints.append(Joint(tensor, kind + key, text, extent, producer, consumers, len(consumers) - sourced))
+            kept = len(consumers) < len(everyone)
+            kind = ("jp" if len(consumers) == 1 else "j") + "k" * kept
+            joints.append(Joint(tensor, kind + key, text, extent, producer, consumers, len(consumers) - sourced, kept))
     return tuple(joints)
+
+
+def _behind(partition: Partition) -> dict[str, set[str]]:
+    """By piece, those that it depends on."""
+    makers = {tensor: piece.name for piece in partition.pieces for tensor in piece.outputs}
+    found: dict[str, set[str]] = {}
+    for piece in partition.pieces:
+        direct = {makers[tensor] for tensor in piece.inputs if tensor in makers}
+        found[piece.name] = direct.union(*(found[name] for name in direct))
+    return found
 
 
 def _groups(partition: Partition, tensor: str) -> list[str]:
@@ -135,8 +154,9 @@ def joint_models(
     own = [shape for m, p in zip(bare, pieces, strict=True) if joint.tensor in p.bare
            for shape in add_sources(m, [joint.tensor], threads)[1]]  # fmt: skip
     if not sourced:
-        return tuple(bare) if joint.pair else (_join(bare),), _join(bare, joint.tensor), own
-    whole = _join([add_sources(m, names, threads)[0] for m, names in zip(bare, others, strict=True)], joint.tensor)
+        return tuple(bare) if joint.pair else (_join(bare),), _join(bare, joint.tensor, joint.kept), own
+    inner = [add_sources(m, names, threads)[0] for m, names in zip(bare, others, strict=True)]
+    whole = _join(inner, joint.tensor, joint.kept)
     parts = tuple(add_sources(m, p.bare, threads)[0] for m, p in zip(bare, pieces, strict=True))
     return parts if joint.pair else (_join(parts),), whole, own
 
@@ -162,8 +182,11 @@ def _in_a_row(count: int) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def _join(parts: Sequence[onnx.ModelProto], tensor: str | None = None) -> onnx.ModelProto:
-    """One model in which ``tensor``, if any, runs from the first part to the others; other names are kept apart."""
+def _join(parts: Sequence[onnx.ModelProto], tensor: str | None = None, kept: bool = False) -> onnx.ModelProto:
+    """One model in which ``tensor``, if any, runs from the first part to the others; other names are kept apart.
+
+    A tensor that is ``kept`` is an output, too.
+    """
     nodes: list[onnx.NodeProto] = []
     inputs: list[onnx.ValueInfoProto] = []
     outputs: list[onnx.ValueInfoProto] = []
@@ -182,7 +205,7 @@ def _join(parts: Sequence[onnx.ModelProto], tensor: str | None = None) -> onnx.M
             nodes.append(copy)
         for source, target in ((part.graph.input, inputs), (part.graph.output, outputs)):
             for info in source:
-                if info.name != tensor:
+                if info.name != tensor or (kept and target is outputs):
                     renamed = onnx.ValueInfoProto()
                     renamed.CopyFrom(info)
                     renamed.name = rename(info.name)

@@ -43,8 +43,10 @@ __all__ = [
     "anchor_weight",
     "build_piece",
     "cut_out",
+    "of_parts",
     "partition_graph",
     "partition_static",
+    "parts_of",
     "spread_widths",
     "static_at",
     "weights_of",
@@ -75,6 +77,7 @@ class Partition:
     """A graph at one batch, its analysis and its pieces in execution order.
 
     ``small`` is the same graph at a smaller batch, for its joints; without it joints are measured at this batch.
+    ``by_kernels``: its pieces follow the kernels of engines (`sluice.profiler.pieces.fused`).
     """
 
     model: onnx.ModelProto
@@ -82,6 +85,7 @@ class Partition:
     pieces: tuple[Piece, ...]
     batch: int
     small: Partition | None = None
+    by_kernels: bool = False
 
     @property
     def dense(self) -> dict[str, int]:
@@ -117,9 +121,19 @@ def partition_graph(
 
 def partition_static(static: onnx.ModelProto, analysis: Analysis, batch: int) -> Partition:
     """All pieces of what `static_at` returned; ``analysis`` is of that graph."""
+    return of_parts(parts_of(static), static, analysis, batch)
+
+
+def parts_of(static: onnx.ModelProto) -> list[Part]:
+    """The parts of what `static_at` returned, one for every piece."""
     graph = OnnxGraph(static)
     entering, leaving = {info.name for info in static.graph.input}, set(graph.outputs)
-    parts = split(static.graph.node, entering, leaving, _means(static.graph.node, graph))
+    return split(static.graph.node, entering, leaving, _means(static.graph.node, graph))
+
+
+def of_parts(parts: Sequence[Part], static: onnx.ModelProto, analysis: Analysis, batch: int) -> Partition:
+    """The partition of a graph into given parts."""
+    graph = OnnxGraph(static)
     pieces = cut_out(parts, range(len(parts)), static, analysis, graph.initializers, graph.infos)
     return Partition(static, analysis, pieces, batch)
 

@@ -24,7 +24,7 @@ import onnx
 
 from sluice.passes.graph.onnx_graph import reads
 
-__all__ = ["ANCHORS", "RECURRENT", "Part", "anchored_pads", "split"]
+__all__ = ["ANCHORS", "RECURRENT", "Part", "anchored_pads", "part_of", "split"]
 
 RECURRENT = frozenset(["GRU", "LSTM", "RNN"])
 ANCHORS = frozenset(["Attention", "Conv", "ConvTranspose", "Gemm", "MatMul"]) | RECURRENT
@@ -78,21 +78,34 @@ def split(
         owner.update(dict.fromkeys([name for n in (*pads, node) for name in n.output], index))
         activations.update(node.output)
     members = _with_fronts(members, cores, activations, leaving)
-    owner = {name: index for index, own in enumerate(members) for node in own for name in node.output}
     readers: dict[str, set[int]] = {}
     for index, own in enumerate(members):
         for node in own:
             for name in reads(node):
                 readers.setdefault(name, set()).add(index)
-    parts = []
-    for index, own in enumerate(members):
-        made = tuple(name for node in own for name in node.output if name)
-        outputs = tuple(n for n in made if n in leaving or readers.get(n, set()) - {index})
-        inputs = tuple(
-            dict.fromkeys(n for node in own for n in reads(node) if n in activations and owner.get(n, -1) != index)
-        )
-        parts.append(Part((*_preparation(own, prepared), *own), made, inputs, outputs))
-    return parts
+    return [part_of(own, index, readers, activations, prepared, leaving) for index, own in enumerate(members)]
+
+
+def part_of(
+    own: Sequence[onnx.NodeProto],
+    index: int,
+    readers: Mapping[str, Collection[int]],
+    activations: Collection[str],
+    prepared: Mapping[str, onnx.NodeProto],
+    leaving: Collection[str],
+) -> Part:
+    """A part of the nodes ``own``, behind what they need of ``prepared``.
+
+    Args:
+        index: of the part among all of them.
+        readers: by activation, the parts that read it.
+        activations: what does not depend on weights only.
+        prepared: by value, the operator that makes it of weights.
+    """
+    made = tuple(name for node in own for name in node.output if name)
+    outputs = tuple(n for n in made if n in leaving or set(readers.get(n, ())) - {index})
+    inputs = tuple(dict.fromkeys(n for node in own for n in reads(node) if n in activations and n not in made))
+    return Part((*_preparation(own, prepared), *own), made, inputs, outputs)
 
 
 def anchored_pads(nodes: Sequence[onnx.NodeProto], leaving: Collection[str]) -> dict[str, onnx.NodeProto]:

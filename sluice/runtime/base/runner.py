@@ -20,6 +20,8 @@
    sources (`sluice.profiler.pieces.sources`).
 7. A session that is far away has a method ``turn(repeats, count)``: ``count`` bursts in a row, for one way there and
    back. Its runner has a method ``host_identity`` (`sluice.runtime.base.host`), that of the machine of the device.
+8. A runner that knows which operators a kernel of an engine computes has a method ``fused(model, batch=None)``: lists
+   of names of the ONNX nodes of ``model``, one for each kernel (`sluice.profiler.pieces.fused`).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 1. Device, version, clock and identity are the device's. So the fingerprint of a table that is measured over a line is
    the fingerprint of one that a job measures there, and either goes on with the other's table.
-2. What the runner of the device lacks is lacking here: ``build_part``, ``cache``. Kernels are told by a text each, of
-   which equal ones are equal kernels.
+2. What the runner of the device lacks is lacking here: ``build_part``, ``cache``, ``fused``. Kernels are told by a text
+   each, of which equal ones are equal kernels.
 3. The device takes no timing cache from anybody (`sluice.runtime.remote.device`, 2). If the cache of a table is one
    that it made itself since it was started, it knows all that is in there. If it is not, the table keeps its own, and
    a line in the log says that engines may get other kernels than those that were measured.
@@ -62,10 +62,12 @@ class RemoteRunner:
                 f"{address} times by {hello.clock!r}, which is unknown here; use one release on both sides"
             )
         self.clock: Clock = hello.clock  # type: ignore[assignment]
-        self._cache, self._digest, self._foreign = b"", "", False
+        self._cache, self._foreign, self._built_since = b"", False, False
         self.free_borders = hello.free_borders
         if hello.parts:
             self.build_part = self._build_part
+        if hello.fuses:
+            self.fused = self._fused
 
     def revive(self) -> bool:
         """Whether the device answers again after a `LostLine`; engines that were there are gone."""
@@ -93,9 +95,10 @@ class RemoteRunner:
         """The timing cache of the device, None where its runner has none (rule 3)."""
         if not self._hello.caches:
             return None
-        if not self._foreign and self._digest and hashlib.sha256(self._cache).hexdigest() != self._digest:
-            self._cache = self._line.fetch("/cache", self._target)
-            self._digest = hashlib.sha256(self._cache).hexdigest()
+        if self._built_since and not self._foreign:
+            known = json.dumps({"digest": hashlib.sha256(self._cache).hexdigest()})
+            self._cache = self._line.fetch("/cache", self._target, known.encode()) or self._cache
+            self._built_since = False
         return self._cache
 
     @cache.setter
@@ -126,15 +129,24 @@ class RemoteRunner:
     def _build_part(self, model: Model) -> RemoteSession:
         return self._built(model, {"part": 1})
 
+    def _fused(self, model: Model, *, batch: int | None = None) -> list[list[str]]:
+        """By kernel of the engine of ``model``, the ONNX nodes that it computes."""
+        told = self._sent("/fused", model, {} if batch is None else {"batch": int(batch)}).get("fused")
+        if not isinstance(told, list) or not all(isinstance(own, list) for own in told):
+            raise SluiceError(f"{self._line.address} tells no kernels; use one release of sluice on both sides")
+        return [[str(name) for name in own] for own in told]
+
     def _built(self, model: Model, query: dict[str, Any]) -> RemoteSession:
+        answer = self._sent("/build", model, query)
+        return RemoteSession(self._line, self._target, self._hello, answer, place(model))
+
+    def _sent(self, path: str, model: Model, query: dict[str, Any]) -> dict[str, Any]:
         whole = model if isinstance(model, bytes) else parsed(model, weights=True)
         content = serialized(whole)
         if len(content) > MOST_BYTES:
             raise SluiceError(f"{place(model)} has {len(content):,} bytes, beyond {MOST_BYTES:,}; it cannot be sent")
-        answer = self._line.send("/build", self._target, query, content)
-        if isinstance(digest := answer.get("cache"), str):
-            self._digest = digest
-        return RemoteSession(self._line, self._target, self._hello, answer, place(model))
+        self._built_since = True
+        return self._line.send(path, self._target, query, content)
 
 
 class RemoteSession:

@@ -69,7 +69,7 @@ class Device:
         host = tuple(sorted(host_identity()))
         self.hello = Hello(
             VERSION, target, runner.device, runner.version, runner.clock, threads, host, parts, caches,
-            free_borders=getattr(runner, "free_borders", False),
+            free_borders=getattr(runner, "free_borders", False), fuses=hasattr(runner, "fused"),
         )  # fmt: skip
 
     def lease(self, client: str, line: object) -> Lease:
@@ -119,7 +119,6 @@ class Device:
                 session = self._runner.build(parsed, batch=batch, feeds_shapes=_shapes(shapes))
             if lease.ended:
                 raise Busy("the client has come back on another connection; ask there")
-            digest = self._digest()
             lease.made += 1
             lease.sessions[lease.made] = session
         kernels = getattr(session, "kernels", None)
@@ -128,8 +127,15 @@ class Device:
             "clock": session.clock,
             "ramps": getattr(session, "ramps", None),
             "kernels": None if kernels is None else _told(kernels),
-            "cache": digest,
         }
+
+    def fused(self, model: bytes | bytearray, batch: int | None) -> list[list[str]]:
+        """By kernel of the engine, the ONNX nodes that it computes (`sluice.runtime.base.runner`, 8)."""
+        if not self.hello.fuses:
+            raise SluiceError(f"{self.hello.target} tells no kernels of whole engines; ask for none")
+        parsed = model_of(model)
+        with self._work:
+            return self._runner.fused(parsed, batch=batch)  # type: ignore[attr-defined]
 
     def sample(self, lease: Lease, session: Any, repeats: Any, count: Any) -> list[float]:
         if type(repeats) is not int or not 1 <= repeats <= MOST_REPEATS:
@@ -166,19 +172,20 @@ class Device:
         read = getattr(self._runner, "sm_clock_mhz", None)
         return None if read is None else read()
 
-    def cache(self) -> bytes:
-        return bytes(getattr(self._runner, "cache", None) or b"")
+    def cache(self, known: Any = None) -> bytes:
+        """The timing cache; nothing if ``known`` is the digest of the present one.
+
+        It is serialised here, when a client wants to keep it, and not with every engine.
+        """
+        with self._work:
+            content = bytes(getattr(self._runner, "cache", None) or b"")
+        digest = hashlib.sha256(content).hexdigest()
+        self._caches.add(digest)
+        return b"" if digest == known else content
 
     def knows(self, digest: Any) -> bool:
         """Whether the timing cache with this digest is, or was, the runner's; then its present one holds all of it."""
         return isinstance(digest, str) and digest in self._caches
-
-    def _digest(self) -> str | None:
-        if not self.hello.caches:
-            return None
-        digest = hashlib.sha256(self.cache()).hexdigest()
-        self._caches.add(digest)
-        return digest
 
 
 def _session(lease: Lease, number: Any) -> Session:

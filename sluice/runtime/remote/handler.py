@@ -34,7 +34,7 @@ PIECE, MOST_LINGERED = 1 << 20, 64
 LENGTH = re.compile(r"[0-9]{1,12}", re.ASCII)
 CLIENT_NAME = re.compile(r"[A-Za-z0-9-]{8,64}", re.ASCII)
 BYTES = "application/octet-stream"
-BODY = {"/build": MOST_BYTES, "/run": MOST_BYTES} | dict.fromkeys(
+BODY = {"/build": MOST_BYTES, "/fused": MOST_BYTES, "/run": MOST_BYTES} | dict.fromkeys(
     ("/sample", "/close", "/clock", "/cache", "/offer"), MOST_JSON
 )
 
@@ -154,11 +154,13 @@ class Handler(BaseHTTPRequestHandler):
             return _json(device.build(lease, content, *_build_query(self._query)))
         if path == "/run":
             return BYTES, device.run(lease, _whole(self._query.get("session", "")), content)
-        if path == "/cache":
-            return BYTES, device.cache()
+        if path == "/fused":
+            return _json({"fused": device.fused(content, _build_query(self._query)[1])})
         asked = from_json(content) if content else {}
         if not isinstance(asked, dict):
             raise SluiceError("the body is no JSON object; send what the protocol says")
+        if path == "/cache":
+            return BYTES, device.cache(asked.get("digest"))
         if path == "/sample":
             engine, repeats, count = (asked.get(key) for key in ("session", "repeats", "count"))
             found = device.sample(lease, engine, repeats, 1 if count is None else count)

@@ -3,12 +3,13 @@
 1. Requests, all but the first with the header ``X-Sluice-Client``, a name that the client made up for itself:
 
        GET  /hello                            -> what is served (`Hello`)
-       POST /build?part=0&batch=8&shapes={}   an ONNX file -> {"session", "clock", "ramps", "kernels", "cache"}
+       POST /build?part=0&batch=8&shapes={}   an ONNX file -> {"session", "clock", "ramps", "kernels"}
        POST /sample {session, repeats, count} -> {"ms": [...]}, of ``count`` bursts in a row
        POST /run?session=1                    tensors (2) -> tensors
        POST /close {"sessions": [...]}        -> {}
        POST /clock {}                         -> {"mhz": of the accelerator, or null}
-       POST /cache {}                         -> the timing cache
+       POST /fused?batch=8                    an ONNX file -> {"fused": [[node, ...], ...]}, by kernel of its engine
+       POST /cache {"digest": ...}            -> the timing cache; nothing if it is still the one with this digest
        POST /offer {"digest": ...}            -> {"known": whether the device has made that timing cache itself}
 
    What is refused comes with a status of 4xx or 5xx as ``{"error": sentence}``. With a token every request carries
@@ -67,7 +68,7 @@ class Hello:
 
     ``host`` as `sluice.runtime.base.host.host_identity`; ``parts``: the runner builds parts of networks in a way of its
     own; ``caches``: it has a timing cache; ``free_borders``: its parts have no sources (`sluice.runtime.base.runner`,
-    rule 6).
+    rule 6); ``fuses``: it tells which operators a kernel computes (rule 8).
     """
 
     format: int
@@ -80,6 +81,7 @@ class Hello:
     parts: bool = False
     caches: bool = False
     free_borders: bool = False
+    fuses: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -94,7 +96,8 @@ class Hello:
         version = values.get("format") if isinstance(values, dict) else None
         if type(version) is int and version != VERSION:
             raise SluiceError(f"it speaks format {version}, this is {VERSION}; use one release of sluice on both sides")
-        wanted = {"format": int, "threads": int, "parts": bool, "caches": bool, "free_borders": bool, "host": list}
+        wanted: dict[str, type] = {"format": int, "threads": int, "host": list}
+        wanted |= dict.fromkeys(("parts", "caches", "free_borders", "fuses"), bool)
         names = [field.name for field in fields(cls)]
         if version is None or any(type(values.get(name)) is not wanted.get(name, str) for name in names):
             raise SluiceError("it is no `sluice serve`")

@@ -18,9 +18,8 @@
    write floating point whatever follows them, so that int8 gains nothing, and is not deployed (`check_int8`).
 8. An engine runs in one stream. By default TensorRT puts branches, such as the convolution of a shortcut, into a second
    one, where their time does not add to that of the others, and the sum of parts says nothing of the whole.
-9. Inside a network activations lie with the channels last, at the borders of an engine plainly. A part of a network is
-   built with the borders that it has inside, so that no change of layout is timed with it. Inputs that are plain inside
-   (`sluice.runtime.base.runner.PLAIN`) stay so.
+9. A part of a network is built with the borders that it has inside (`sluice.runtime.trt.borders`), so that no change of
+   layout is timed with it, and that the same operators are fused.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from __future__ import annotations
 import functools
 import importlib
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -37,6 +36,7 @@ from sluice.core.errors import SluiceError, first_line
 from sluice.runtime.base import nvidia
 from sluice.runtime.base.inputs import parsed, place, serialized, static_shapes
 from sluice.runtime.base.runner import PLAIN
+from sluice.runtime.trt.borders import channels_last_already, on_rows, set_layouts
 from sluice.runtime.trt.inspect import node_name
 from sluice.runtime.trt.settings import Settings
 from sluice.runtime.trt.timing import TimingCache
@@ -63,8 +63,6 @@ INSTALL = (
     "install tensorrt, or tensorrt-rtx-cu13-libs and tensorrt-rtx-cu13-bindings where only the package index is reached"
 )
 OLDEST = 10
-IMAGE = 4  # axes of a tensor that has the channels last
-CHANNELS_LAST = {"FLOAT": "HWC", "HALF": "HWC8", "BF16": "HWC8", "INT8": "HWC16"}
 
 # "In f at /_src/x.cpp:12", the place in TensorRT's own source, says nothing to the author of a network.
 SOURCE = re.compile(r"\.?\s+In \w+ at /?[\w/.]+:\d+\)?$")
@@ -171,6 +169,8 @@ def build_engine(
     """
     settings = settings or Settings()
     where, static = place(model), static_model(model, batch, feeds_shapes)
+    if part:
+        static = on_rows(static)
     builder = builder or make_builder(trt)
     log = listener(trt)
     log.errors.clear()
@@ -181,7 +181,8 @@ def build_engine(
             f"{product(trt)} cannot parse {where}: {_parser_error(parser, static.graph)}; change the model there"
         )
     if part:
-        _channels_last(trt, network, {info.name for info in static.graph.input if info.doc_string == PLAIN})
+        plain = {info.name for info in static.graph.input if info.doc_string == PLAIN}
+        set_layouts(trt, network, plain | channels_last_already(static))
     config = builder.create_builder_config()
     config.max_aux_streams = settings.aux_streams
     config.avg_timing_iterations = settings.timings
@@ -263,16 +264,6 @@ def listener(trt: Any) -> Any:
             return next((text for error in self.errors if (text := _reason(error))), "")
 
     return Listener()
-
-
-def _channels_last(trt: Any, network: Any, plain: Set[str]) -> None:
-    """Rule 9."""
-    inputs = [network.get_input(index) for index in range(network.num_inputs)]
-    outputs = [network.get_output(index) for index in range(network.num_outputs)]
-    for tensor in (*inputs, *outputs):
-        layout = CHANNELS_LAST.get(tensor.dtype.name)
-        if layout is not None and len(tensor.shape) == IMAGE and tensor.name not in plain:
-            tensor.allowed_formats = 1 << int(getattr(trt.TensorFormat, layout))
 
 
 def _for_rtx(trt: Any, config: Any) -> None:

@@ -26,7 +26,17 @@ from sluice.core.errors import SluiceError
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["EngineLayer", "EngineLayers", "Tensor", "kernels", "node_name", "owners", "place_pieces", "read_layers"]
+__all__ = [
+    "NO_KERNEL",
+    "EngineLayer",
+    "EngineLayers",
+    "Tensor",
+    "kernels",
+    "node_name",
+    "owners",
+    "place_pieces",
+    "read_layers",
+]
 
 NO_KERNEL = ("NoOp", "Signal", "Wait")  # kinds of layers that compute nothing
 ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]\x1e\x1f]*)\]")

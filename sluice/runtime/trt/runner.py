@@ -23,7 +23,7 @@ from sluice.runtime.base.cuda import Cuda
 from sluice.runtime.base.inputs import parsed, place, serialized
 from sluice.runtime.base.runner import Clock
 from sluice.runtime.trt.build import build_engine, check_int8, find_tensorrt, is_rtx, make_builder, product
-from sluice.runtime.trt.inspect import kernels
+from sluice.runtime.trt.inspect import NO_KERNEL, kernels
 from sluice.runtime.trt.session import TensorRtSession
 from sluice.runtime.trt.settings import Settings
 from sluice.runtime.trt.timing import RuntimeCache, TimingCache
@@ -119,6 +119,11 @@ class TensorRtRunner:
         session = self._build(model, part=True)
         session.kernels = kernels(session.layers())
         return session
+
+    def fused(self, model: Model, *, batch: int | None = None) -> list[list[str]]:
+        """By kernel of the engine, the names of the ONNX nodes that it computes."""
+        layers = self._build(model, batch=batch).layers()
+        return [list(layer.nodes) for layer in layers if layer.kind not in NO_KERNEL and layer.nodes]
 
     def _build(
         self,

@@ -23,6 +23,7 @@ from sluice.profiler.table.latency_table import LatencyTable
 from sluice.profiler.timing import sm_clock, timing_cache
 from sluice.profiler.timing.measure import measure
 from sluice.runtime.base.host import host_identity
+from sluice.runtime.base.inputs import parsed
 from sluice.runtime.ort.cpu import OrtRunner
 from sluice.runtime.remote.client import RemoteRunner
 from sluice.runtime.remote.device import Device
@@ -309,10 +310,22 @@ class Caching(FakeRunner):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cache = b""
+        self.content, self.serialised = b"", 0
+
+    @property
+    def cache(self) -> bytes:
+        self.serialised += 1
+        return self.content
+
+    @cache.setter
+    def cache(self, content: bytes) -> None:
+        self.content = content
+
+    def fused(self, model: Any, *, batch: int | None = None) -> list[list[str]]:
+        return [[f"{node.output[0]} at {batch}" for node in parsed(model).graph.node]]
 
     def build(self, model: Any, *, batch: int | None = None, feeds_shapes: Any = None) -> FakeSession:
-        self.cache += b"k"
+        self.content += b"k"
         session = super().build(model, batch=batch, feeds_shapes=feeds_shapes)
         session.clock = "cuda"
         return session
@@ -344,6 +357,28 @@ def test_a_timing_cache_comes_but_does_not_go(tmp_path: Path, caplog: pytest.Log
             runner.build(chain([4, 3]))
             timing_cache.keep(runner, table)
             assert table.get_blob(timing_cache.NAME) == b"kkk" and other.cache == b"k"
+
+
+def test_a_timing_cache_is_serialised_once_for_a_batch_and_not_for_every_engine(tmp_path: Path) -> None:
+    device = Caching()
+    with LatencyTable.create(tmp_path / "t.db", FINGERPRINT) as table, serve_in_process(device) as (address, _):
+        runner = make_runner(f"ort-cpu@{address}")
+        before = device.serialised
+        for _ in range(5):
+            runner.build(chain([4, 3]))
+        assert device.serialised == before
+        for _ in range(2):  # nothing was built between them
+            timing_cache.keep(runner, table)
+        assert device.serialised == before + 1
+        assert table.get_blob(timing_cache.NAME) == b"kkkkk"
+
+
+def test_the_kernels_of_an_engine_come_over_the_line() -> None:
+    with serve_in_process(Caching()) as (address, _):
+        told = make_runner(f"ort-cpu@{address}").fused(chain([4, 3]), batch=2)  # type: ignore[attr-defined]
+    assert told == [[f"{node.output[0]} at 2" for node in chain([4, 3]).graph.node]]
+    with serve_in_process(FakeRunner()) as (address, _):
+        assert not hasattr(make_runner(f"ort-cpu@{address}"), "fused")
 
 
 def test_what_answers_is_no_device() -> None:

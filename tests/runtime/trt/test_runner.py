@@ -495,7 +495,8 @@ def test_a_part_has_the_borders_that_it_has_inside(here: Here) -> None:
     part = static_model(model, BATCH)
     name = part.graph.input[0].name
     session = TensorRtRunner().build_part(part)
-    assert trt.calls["formats"][name] == 1 << trt.TensorFormat.HWC8
+    # Five channels are no whole vector, so the builder may leave out the padding.
+    assert trt.calls["formats"][name] == (1 << trt.TensorFormat.HWC8) | (1 << trt.TensorFormat.HWC)
     assert session.kernels is not None and session.kernels.total() == len(part.graph.node)
     sizes = {len(memory) for memory in cuda.memory.values()}
     dims = [dim.dim_value for dim in part.graph.input[0].type.tensor_type.shape.dim]
