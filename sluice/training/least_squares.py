@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -73,15 +74,16 @@ class Patches:
             self._places: tuple[int, ...] = (len(self._windows),)
         else:
             self._windows = _windows(x, geometry)
-            n, _, *rest = self._windows.shape
-            self._places = (n, *rest[: len(geometry.kernel)])
+            n, _, *sizes = map(int, self._windows.shape)
+            self._places = (n, *sizes[: len(geometry.kernel)])
         self.count = math.prod(self._places)
         self.columns = self._windows.size // max(1, self.count) // self._groups
 
     def at(self, rows: np.ndarray) -> np.ndarray:
         """Some rows by group, shape ``(groups, len(rows), columns)``."""
         first, *others = np.unravel_index(rows, self._places)
-        taken = self._windows[(first, slice(None), *others)]
+        at: tuple[Any, ...] = (first, slice(None), *others)
+        taken = self._windows[at]
         return taken.reshape(len(rows), self._groups, self.columns).swapaxes(0, 1)
 
 

@@ -53,7 +53,7 @@ class Rows:
         return Rows(kept, self.axes, len(picked), self.batch, self.at_once)
 
     def batches(self, size: int | None = None) -> Iterator[Feeds]:
-        """Batches of ``size`` examples, the last one smaller (rule 4); of the fixed batch where there is one (rule 2)."""
+        """Batches of ``size`` or ``at_once`` examples, the last one smaller; of a fixed batch whole ones (rule 2)."""
         step = self.batch or size or self.at_once
         stop = self.count if self.batch is None else self.count // step * step
         for start in range(0, stop, step):

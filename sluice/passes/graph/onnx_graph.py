@@ -32,6 +32,7 @@ __all__ = [
     "rename_reads",
     "say_sizes",
     "sizes_of",
+    "weightless",
     "with_batch",
 ]
 
@@ -134,10 +135,14 @@ def _infer(model: onnx.ModelProto) -> None:
 
 
 def infer_weightless(model: onnx.ModelProto) -> onnx.GraphProto:
-    """The graph without its weights and with all shapes inferred.
+    """The graph without its weights and with all shapes inferred."""
+    return onnx.shape_inference.infer_shapes(weightless(model), strict_mode=True, data_prop=True).graph
 
-    Inference serialises the whole model twice. Weights are left out: they are nearly all of the bytes, and only their
-    types and shapes count.
+
+def weightless(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its weights as inputs, for inference and checks.
+
+    Both serialise the whole model. Weights are nearly all of the bytes, and only their types and shapes count.
     """
     skeleton = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     skeleton.graph.name = model.graph.name
@@ -150,7 +155,7 @@ def infer_weightless(model: onnx.ModelProto) -> onnx.GraphProto:
             skeleton.graph.initializer.append(init)
         else:
             skeleton.graph.input.append(helper.make_tensor_value_info(init.name, init.data_type, init.dims))
-    return onnx.shape_inference.infer_shapes(skeleton, strict_mode=True, data_prop=True).graph
+    return skeleton
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
