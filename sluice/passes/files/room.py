@@ -15,7 +15,7 @@ import onnx
 from onnx import helper
 
 from sluice.core.errors import SluiceError
-from sluice.passes.graph.onnx_graph import OnnxGraph, reads
+from sluice.passes.graph.onnx_graph import OnnxGraph, bytes_of_weights, reads
 from sluice.passes.graph.static_shapes import static_sizes
 
 __all__ = ["LEAST", "examples_at_once", "room_of", "values_in_memory"]
@@ -30,8 +30,7 @@ def examples_at_once(model: onnx.ModelProto, most: int) -> int:
 
 def room_of(model: onnx.ModelProto) -> int:
     """Bytes that values may take beside the weights (rule 1)."""
-    weights = (i for i in model.graph.initializer if i.data_type != onnx.TensorProto.STRING)
-    return max(LEAST, sum(math.prod(init.dims) * _width(init.data_type) for init in weights))
+    return max(LEAST, bytes_of_weights(model))
 
 
 def values_in_memory(model: onnx.ModelProto) -> int:
