@@ -6,7 +6,9 @@
 2. The allowance is 4 times the file and the statistics of one layer: in float64 ``A^T A`` and ``A^T Y`` of the layer
    that needs most of them (`sluice.training.least_squares`). Values of one batch, which grow with the inputs and not
    with the file, are told beside it: the sum of all inner values of one example, times the examples that run at once.
-3. A finished row is kept. ``--show`` prints the committed rows. The last line is JSON: ``rows``, and how many of them
+3. The floor is told as well: what a plain session of the file in ONNX Runtime takes by itself, in another process,
+   over the same start, for one example after the other.
+4. A finished row is kept. ``--show`` prints the committed rows. The last line is JSON: ``rows``, and how many of them
    are ``within`` the allowance by itself and ``with_values`` of one batch.
 """
 
@@ -49,6 +51,7 @@ class Row:
     over: float
     statistics: float
     values: float
+    floor: float = 0.0
 
     @property
     def allowed(self) -> float:
@@ -59,11 +62,12 @@ def _peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MB
 
 
-def child(name: str, path: Path) -> None:
-    """One file, in a process without torch; the row as JSON."""
+def child(name: str, path: Path, *, plainly: bool) -> None:
+    """One file, in a process without torch; the row as JSON, or the megabytes of the floor."""
     sys.modules["torch"] = None  # type: ignore[assignment]
     import onnx
     import onnx_graphsurgeon  # noqa: F401
+    import onnxscript.optimizer  # noqa: F401
     import rich.table  # noqa: F401
     import scipy.optimize
     import scipy.sparse  # noqa: F401
@@ -71,7 +75,7 @@ def child(name: str, path: Path) -> None:
 
     import sluice
     from sluice.passes.files.read import read_onnx_file
-    from sluice.passes.files.rows import BATCH
+    from sluice.passes.files.rows import rows_of
     from sluice.passes.graph.onnx_graph import OnnxGraph
     from sluice.passes.graph.static_shapes import static_sizes
     from sluice.profiler.profile import profile_onnx  # noqa: F401
@@ -88,6 +92,16 @@ def child(name: str, path: Path) -> None:
     )
     make_runner("ort-cpu").build(tiny).run({"x": np.zeros(3, np.float32)})
     start = _peak_mb()
+    if plainly:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        for example in shown:
+            session.run(None, {session.get_inputs()[0].name: example[None]})
+        print(json.dumps(_peak_mb() - start))
+        return
     given = [info.name for info in read_onnx_file(path).model.graph.input]
     sluice.compress_onnx(path, {given[0]: shown}, budget="75%", methods=("filter",), minutes=1.0, progress=True)
     peak = _peak_mb()
@@ -100,9 +114,9 @@ def child(name: str, path: Path) -> None:
             needed.append(8.0 * columns * (columns + outputs) if columns <= COLUMNS else 0.0)
     shapes = OnnxGraph(static_sizes(file.model, 1)).shapes
     held = sum(4.0 * np.prod(shapes[n]) for node in file.model.graph.node for n in node.output if n in shapes)
-    values = held * min(BATCH, EXAMPLES)
+    values = held * rows_of(read_onnx_file(path, {given[0]: shown}), {given[0]: shown}).at_once
     row = Row(name, path.stat().st_size / MB, start, peak - start, max(needed) / MB, float(values) / MB)
-    print(json.dumps(asdict(row)))
+    print(json.dumps({k: v for k, v in asdict(row).items() if k != "floor"}))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,9 +126,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--plainly", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child:
-        child(args.child[0], Path(args.child[1]))
+        child(args.child[0], Path(args.child[1]), plainly=args.plainly)
         return 0
     rows = [Row(**row) for row in json.loads(args.result.read_text())["rows"]] if args.result.is_file() else []
     for name in [] if args.show else FILES_HERE:
@@ -122,13 +137,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         path = fetch(next(wild for wild in FILES if wild.name == name), args.cache)
         asked = [sys.executable, "-m", "benchmarks.onnx_memory", "--child", name, str(path)]
-        found = subprocess.run(asked, check=True, stdout=subprocess.PIPE, text=True)
-        rows.append(Row(**json.loads(found.stdout.splitlines()[-1])))
+        row, floor = (
+            json.loads(
+                subprocess.run([*asked, *more], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+            )
+            for more in ([], ["--plainly"])
+        )
+        rows.append(Row(**row, floor=floor))
         save(args.result, rows)
     for row in rows:
         print(
             f"{row.file}: {row.size:.1f} MB, {row.over:.0f} MB more than the {row.start:.0f} at the start; allowed "
-            f"{row.allowed:.0f} with {row.statistics:.0f} of one layer; values of a batch {row.values:.0f}"
+            f"{row.allowed:.0f} with {row.statistics:.0f} of one layer; values of a batch {row.values:.0f}, "
+            f"a plain session {row.floor:.0f}"
         )
     within = sum(row.over <= row.allowed for row in rows)
     print(json.dumps({

@@ -201,8 +201,8 @@ def apply(args: argparse.Namespace) -> int:
 
     check_output(args.out, {"the dense network": args.model, "the plan": args.plan}, ONNX)
     slim = applied(args.model, Plan.load(args.plan), args.inputs, dict(args.fixed))
-    save_onnx(slim, args.out)
-    return print_result(args, {"out": args.out, "bytes": slim.ByteSize()}, [f"{args.out}: {slim.ByteSize():,} bytes"])
+    size = save_onnx(slim, args.out, beside=True)
+    return print_result(args, {"out": args.out, "bytes": size}, [f"{args.out}: {size:,} bytes"])
 
 
 def export(args: argparse.Namespace) -> int:
@@ -249,13 +249,12 @@ def export(args: argparse.Namespace) -> int:
 
         given = network_to_export(args)
         if args.names:
-            save_onnx(given.wide, args.out)
-            size = given.wide.ByteSize()
+            size = save_onnx(given.wide, args.out, beside=True)
             return print_result(args, {"out": args.out, "bytes": size}, [f"{args.out}: {size:,} bytes"])
     wide = given.wide
     form = {"target": target, "exclude": args.exclude, "reduce_range": args.reduce_range}
     done = given.label(deploy_onnx(wide, args.precision, given.calibration, **form))
-    save_onnx(done, args.out)
+    save_onnx(done, args.out, beside=True)
     error, rounding = None, None
     if args.precision != "fp32":
         with suppress(SluiceError):  # a file that this machine cannot run is of use on another

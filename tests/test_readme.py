@@ -105,7 +105,7 @@ def section(title: str) -> str:
 
 
 def test_what_runs_on_the_device_parses() -> None:
-    lines = shell_lines("python")
+    lines = [line for line in shell_lines("python") if not line.startswith("python -m zipfile ")]
     assert len(lines) == 4
     for line in lines:
         program, job, *rest = shlex.split(line)

@@ -115,10 +115,12 @@ def outcome(
         sized: of a file with more open sizes than the batch: the model of the engine, and the shapes of open inputs.
     """
     from sluice.artifacts.engine_check import check_engine
+    from sluice.passes.graph.onnx_graph import bytes_of_weights, is_large
 
     fixed = bool(fixed_rows(model))  # the batch, by the network
-    data: dict[str, Any] = {"out": path, "bytes": model.ByteSize(), "precision": precision, "batch_fixed": fixed}
-    lines = [f"{path}: {model.ByteSize():,} bytes, {precision}{f', batch fixed at {batch}' * fixed}"]
+    size = bytes_of_weights(model) if is_large(model) else model.ByteSize()
+    data: dict[str, Any] = {"out": path, "bytes": size, "precision": precision, "batch_fixed": fixed}
+    lines = [f"{path}: {size:,} bytes, {precision}{f', batch fixed at {batch}' * fixed}"]
     if error is not None:
         data["error"] = error if math.isfinite(error) else None  # JSON has no infinity
         inputs = "the first calibration inputs" if precision == "int8" else "random inputs"

@@ -3,8 +3,8 @@
 1. Of a changed file only those operators run that are not the file's own, or that read from such. What they read of the
    rest, the *border*, is what the file itself computes. It is kept for all examples.
 2. The border of one change is where the way to the next one sets out, so changes should come in the order of the graph.
-   A border of more than `LIMIT` bytes is not kept: then the changed file runs as a whole. Memory is bounded, time is
-   not.
+   A border of more bytes than the file's weights (`sluice.passes.files.room`), or than `LIMIT`, is not kept: then the
+   changed file runs as a whole. Memory is bounded, time is not.
 3. A weight that takes other values of the same shape is an input of its session, which is built once for all of them.
 
 Outputs are those of the whole file, but for rounding: a runtime does not fuse operators across a border.
@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from sluice.passes.files.room import room_of
 from sluice.passes.files.rows import Rows
 from sluice.passes.graph.onnx_graph import OnnxGraph, reads
 from sluice.runtime.base.runner import Session
@@ -40,6 +41,7 @@ class Resumed:
         self._model, self._graph = model, OnnxGraph(model)
         self._feeds = list(rows.batches())
         self._kept: list[Values] = [{} for _ in self._feeds]
+        self._limit = min(LIMIT, room_of(model))
         self._weight: tuple[str, Callable[[np.ndarray], Values]] | None = None
         session = make_runner("ort-cpu").build(model)
         self._own = [session.run(feeds) for feeds in self._feeds]
@@ -108,7 +110,7 @@ class Resumed:
                 made = session.run({name: values[name] for name in sources}) if session else {}
                 found.append({name: made[name] if name in made else values[name] for name in border})
                 size += sum(value.nbytes for value in found[-1].values())
-                if size > LIMIT:
+                if size > self._limit:
                     return False
             self._kept = found
         self._kept = [{name: kept[name] for name in border} for kept in self._kept]

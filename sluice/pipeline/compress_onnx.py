@@ -10,7 +10,9 @@
 4. That quarter also says what was kept: the figure of merit is ``evaluate``'s, or 100 times the cosine between the
    outputs of both files.
 5. Engines are built and timed at the sizes of the examples; what the file leaves open stays open in what comes back.
-6. Budgets in percent count from the user's file, where that is faster than the same file in our form. A file that runs
+6. The engine of what comes back must compute what the cut file computes (`sluice.artifacts.engine_check`). Where it
+   does not, the result is saved, and that is an error.
+7. Budgets in percent count from the user's file, where that is faster than the same file in our form. A file that runs
    only with fixed inputs is compared with nothing else.
 """
 
@@ -48,6 +50,7 @@ from sluice.passes.graph.onnx_file import finalize
 from sluice.passes.graph.onnx_graph import OnnxGraph
 from sluice.passes.graph.width_limits import WidthLimits
 from sluice.passes.search_space import agreed, find_search_space, read_onnx
+from sluice.pipeline.pairs import engine_check
 from sluice.pipeline.plain import counted_from, share_beside
 from sluice.pipeline.problem import Problem
 from sluice.pipeline.report_figures import make_report
@@ -111,7 +114,8 @@ def compress_onnx(
         note: on the inputs, for the report.
         minutes: of profiling; afterwards points that a plan needs are estimated, and the report says how much.
     Raises:
-        SluiceError: a mistake that the caller can mend; no half-written file is left behind.
+        SluiceError: a mistake that the caller can mend, or the runtime computes another network than the file; no
+            half-written file is left behind.
     """
     started = time.perf_counter()
     methods, asked = check_methods(methods), BudgetSpec.parse(budget)
@@ -151,8 +155,13 @@ def compress_onnx(
     slim = rewrite_onnx(dense, verified.plan)
     slim, recovered = _recovered(slim, dense, verified.plan, (kept, held), (refit, steps, seed, loss), progress)
     with stage("measure", progress) as advance:
-        done = finalize(_sized(slim, file))
-        times = final_pair(measured, measured.engine(finalize(timed)), measured.engine(done), wanted, verified, advance)
+        wide = _sized(slim, file)
+        done = finalize(wide)
+        deployed = measured.engine(done)
+        times = final_pair(measured, measured.engine(finalize(timed)), deployed, wanted, verified, advance)
+        engine = measured.runner().build(deployed, batch=measured.fingerprint.batch)
+        computed = engine_check(measured, engine, deployed, wide)
+        del engine
     made = written_back(file, measured.engine(finalize(slim)))
     worst = relative_error(list(outputs_of(made, held).values()), list(outputs_of(slim, held).values()))
     report = make_report(
@@ -161,7 +170,7 @@ def compress_onnx(
         frozen={**measured.space.left_alone, **measured.refused, **({"the data": note} if note else {})},
         seconds=time.perf_counter() - started, losses=losses, plain=plain,
         methods=methods, figure="accuracy" if evaluate else KEPT,
-        recovery=recovered,
+        recovery=recovered, outputs=computed,
     )  # fmt: skip
     for key, value in provenance(verified.plan, report).items():
         made.metadata_props.add(key=f"sluice.{key}", value=value)
@@ -170,6 +179,8 @@ def compress_onnx(
         raise AssertionError(f"the file that is handed out differs by {worst:.2e} from the one that was cut")
     if out is not None:
         result.save(out)
+    if not computed.same:
+        raise computed.refusal(f"the engine of {measured.target}")
     return result
 
 

@@ -8,7 +8,8 @@ now, targets ``Y`` and means taken off both sides where the layer can mend a con
 
 1. ``A^T A`` and ``A^T Y`` are sums over rows, so batches come one after another and nothing but the sums is kept, in
    float64. Each group of a grouped convolution has sums of its own; a depthwise one has as many as channels.
-2. Of a batch at most `ROWS` positions count, evenly spread.
+2. Of a batch at most `ROWS` positions count, evenly spread. They are gathered a few at a time, so that their patches
+   take less than the sums.
 3. The ridge pulls towards ``W0``: directions that the inputs do not show stay as they are.
 
 Numpy alone, since networks come as modules and as ONNX files.
@@ -20,12 +21,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 __all__ = ["Geometry", "Misfit", "NormalEquations", "patches"]
 
 ROWS = 8192
+FEWEST = 256  # rows that are gathered at once
 RIDGE = 1e-3
 
 
@@ -53,20 +56,46 @@ def patches(x: np.ndarray, geometry: Geometry) -> np.ndarray:
     Args:
         x: ``(batch, channels, *positions)`` for a convolution, ``(..., features)`` for a linear layer.
     """
-    if not geometry.kernel:
-        return x.reshape(1, -1, x.shape[-1])
+    rows = Patches(x, geometry)
+    return rows.at(np.arange(rows.count))
+
+
+class Patches:
+    """The rows of ``A``, to be gathered as they are needed; arguments are those of `patches`.
+
+    Attributes:
+        count, columns: rows in all, and columns of a group.
+    """
+
+    def __init__(self, x: np.ndarray, geometry: Geometry) -> None:
+        self._groups = geometry.groups
+        if not geometry.kernel:
+            self._windows = x.reshape(-1, x.shape[-1])
+            self._places: tuple[int, ...] = (len(self._windows),)
+        else:
+            self._windows = _windows(x, geometry)
+            n, _, *sizes = map(int, self._windows.shape)
+            self._places = (n, *sizes[: len(geometry.kernel)])
+        self.count = math.prod(self._places)
+        self.columns = self._windows.size // max(1, self.count) // self._groups
+
+    def at(self, rows: np.ndarray) -> np.ndarray:
+        """Some rows by group, shape ``(groups, len(rows), columns)``."""
+        first, *others = np.unravel_index(rows, self._places)
+        at: tuple[Any, ...] = (first, slice(None), *others)
+        taken = self._windows[at]
+        return taken.reshape(len(rows), self._groups, self.columns).swapaxes(0, 1)
+
+
+def _windows(x: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """A view of the padded input, shape ``(batch, channels, *positions, *taps)``."""
     dims = len(geometry.kernel)
-    x = np.pad(x, [(0, 0), (0, 0), *geometry.padding])
+    if any(map(any, geometry.padding)):
+        x = np.pad(x, [(0, 0), (0, 0), *geometry.padding])
     windows = tuple(apart * (k - 1) + 1 for k, apart in zip(geometry.kernel, geometry.dilation, strict=True))
     x = np.lib.stride_tricks.sliding_window_view(x, windows, axis=tuple(range(2, 2 + dims)))
     steps = [slice(None, None, step) for step in (*geometry.stride, *geometry.dilation)]
-    x = x[(slice(None), slice(None), *steps)]
-    n, c = x.shape[:2]
-    positions, taps = x.shape[2 : 2 + dims], x.shape[2 + dims :]
-    x = x.reshape(n, geometry.groups, c // geometry.groups, *positions, *taps)
-    order = (1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
-    columns = c // geometry.groups * math.prod(taps)
-    return x.transpose(order).reshape(geometry.groups, n * math.prod(positions), columns)
+    return x[(slice(None), slice(None), *steps)]
 
 
 @dataclass(slots=True)
@@ -86,21 +115,21 @@ class NormalEquations:
 
     def add(self, x: np.ndarray, y: np.ndarray | None) -> None:
         """One batch: ``x`` as for `patches`, ``y`` ``(batch, out, *positions)`` or ``(..., out)``; no ``y``: gram."""
-        a = patches(x, self.geometry)
-        rows = a.shape[1]
+        rows = Patches(x, self.geometry)
         b = None if y is None else _targets(y, self.geometry)
-        if b is not None and b.shape[1] != rows:
-            raise Misfit(f"{rows} rows of inputs, {b.shape[1]} of targets")
-        step = max(1, math.ceil(rows / ROWS))
-        chosen = slice(rows % step // 2, None, step)
-        a = a[:, chosen]
-        self.count += a.shape[1]
-        self.gram = self.gram + (_turned(a) @ a).astype(np.float64)
-        self.inputs = self.inputs + a.sum(1, dtype=np.float64)
-        if b is not None:
-            b = b[:, chosen]
-            self.cross = self.cross + (_turned(a) @ b).astype(np.float64)
-            self.outputs = self.outputs + b.sum(1, dtype=np.float64)
+        if b is not None and b.shape[1] != rows.count:
+            raise Misfit(f"{rows.count} rows of inputs, {b.shape[1]} of targets")
+        step = max(1, math.ceil(rows.count / ROWS))
+        chosen = np.arange(rows.count % step // 2, rows.count, step)
+        self.count += len(chosen)
+        some = max(FEWEST, rows.columns)
+        for part in (chosen[start : start + some] for start in range(0, len(chosen), some)):
+            a = rows.at(part)
+            self.gram = _added(self.gram, _turned(a) @ a)
+            self.inputs = _added(self.inputs, a.sum(1, dtype=np.float64))
+            if b is not None:
+                self.cross = _added(self.cross, _turned(a) @ b[:, part])
+                self.outputs = _added(self.outputs, b[:, part].sum(1, dtype=np.float64))
 
     def solve(self, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The weight of least squares, in the shape of ``weight``, and the bias ``(out,)`` that goes with it.
@@ -125,7 +154,7 @@ class NormalEquations:
         gram = self.gram / self.count
         if self.centred:
             mean = self._mean(self.inputs)
-            gram = gram - _turned(mean) @ mean
+            gram -= _turned(mean) @ mean
         return gram
 
     def _mean(self, total: np.ndarray) -> np.ndarray:
@@ -135,8 +164,17 @@ class NormalEquations:
 def ridged(gram: np.ndarray) -> np.ndarray:
     """The gram with the ridge on its diagonal, positive definite even for inputs that are all zero."""
     diagonal = np.diagonal(gram, axis1=1, axis2=2)
-    ridge = RIDGE * np.maximum(diagonal.mean(1, keepdims=True), 1e-12)
-    return gram + ridge[..., None] * np.eye(gram.shape[-1])
+    done, places = gram.copy(), np.arange(gram.shape[-1])
+    done[:, places, places] += RIDGE * np.maximum(diagonal.mean(1, keepdims=True), 1e-12)
+    return done
+
+
+def _added(total: np.ndarray, more: np.ndarray) -> np.ndarray:
+    """The sum in float64, in place once there is one."""
+    if not total.ndim:
+        return more.astype(np.float64)
+    total += more
+    return total
 
 
 def _turned(matrices: np.ndarray) -> np.ndarray:

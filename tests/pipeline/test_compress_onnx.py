@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,9 +30,12 @@ from sluice.passes.files.read import OnnxFile, read_onnx_file
 from sluice.passes.files.rows import Rows, rows_of
 from sluice.passes.graph.onnx_axes import analyze_onnx
 from sluice.passes.graph.onnx_graph import OnnxGraph
+from sluice.profiler.view import Profile
 from sluice.runtime.base.compare import assert_close
 from sluice.training.refit_onnx import refit_onnx, with_biases
 from tests import tiny
+
+compress_file = importlib.import_module("sluice.pipeline.compress_onnx")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -144,6 +150,45 @@ def test_biases_that_a_refit_made_are_put_back() -> None:
     with_biases(bare, {f"{first.input[1]}.refit_bias": values, "other.refit_bias": values})
     assert first.input[2] == f"{first.input[1]}.refit_bias" and len(bare.graph.initializer) > 0
     assert np.array_equal(numpy_helper.to_array(bare.graph.initializer[-1]), values)
+
+
+class _Wrong:
+    """A runner whose engines give the outputs of others with the sign turned."""
+
+    def __init__(self, own: Any) -> None:
+        self._own = own
+
+    def build(self, model: Any, **options: Any) -> Any:
+        session = self._own.build(model, **options)
+        return SimpleNamespace(run=lambda feeds: {name: -value for name, value in session.run(feeds).items()})
+
+
+def test_an_engine_of_the_result_that_computes_something_else_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The engines of the search are right, the one of the file that comes out is not: its weights are others."""
+    monkeypatch.chdir(tmp_path)
+    Path("given.onnx").write_bytes(content())
+    np.savez("data.npz", picture=examples()["picture"])
+    timed, own = compress_file.final_pair, Profile.runner
+
+    def wrong_from_now_on(*args: Any) -> Any:
+        times = timed(*args)
+        monkeypatch.setattr(Profile, "runner", lambda self: _Wrong(own(self)))
+        return times
+
+    monkeypatch.setattr(compress_file, "final_pair", wrong_from_now_on)
+    line = ["compress", "given.onnx", "--data", "data.npz", "--budget", "60%", "--methods", "filter", "--table", "t.db"]
+    assert main([*line, "--out", "out", "--quiet"]) == 1
+    error = capsys.readouterr().err
+    assert "the engine of ort-cpu computes another network than the one in fp32" in error and error.count("\n") == 1
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["engine_error"] > report["engine_tolerance"] > 0
+    monkeypatch.setattr(Profile, "runner", own)
+    monkeypatch.setattr(compress_file, "final_pair", timed)
+    assert main([*line, "--out", "right", "--quiet"]) == 0
+    report = json.loads(Path("right/report.json").read_text())
+    assert report["engine_error"] <= report["engine_tolerance"]
 
 
 def test_steps_need_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,3 +85,17 @@ def test_what_the_inputs_do_not_show_stays() -> None:
     weight, bias = equations.solve(before.numpy())
     assert_close(weight, torch.tensor([[3.0, -7.0, -1.0]]), 1e-2)
     assert float(weight[0, 1]) == -7.0 and float(np.abs(bias).max()) == 0.0
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_sums_are_the_same_however_few_rows_are_gathered(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, shape = LAYERS[name]
+    found = []
+    for fewest in (10**6, 1):  # all rows at once, and as many as the layer has columns
+        monkeypatch.setattr("sluice.training.least_squares.FEWEST", fewest)
+        equations = NormalEquations(geometry_of(layer), centred=True)
+        for x in batches(shape, 2):
+            equations.add(x.numpy(), layer(x).detach().numpy())
+        found.append(equations)
+    for field in ("gram", "cross", "inputs", "outputs"):
+        assert_close(getattr(found[1], field), getattr(found[0], field))

@@ -14,7 +14,7 @@ from collections.abc import Container, Sequence
 import numpy as np
 import onnx
 
-from sluice.core.errors import SluiceError
+from sluice.core.errors import SluiceError, first_line
 from sluice.core.plan import Edits, Plan
 from sluice.passes.cut.drop_onnx import drop_onnx
 from sluice.passes.cut.factor import factors, random_factors
@@ -24,7 +24,7 @@ from sluice.passes.cut.merge_onnx import merge_onnx
 from sluice.passes.cut.resolve import masks_of_slices, tensor_masks
 from sluice.passes.graph.groups import Analysis
 from sluice.passes.graph.onnx_axes import analyze_onnx
-from sluice.passes.graph.onnx_graph import OnnxGraph, say_sizes, sizes_of
+from sluice.passes.graph.onnx_graph import OnnxGraph, infer_weightless, say_sizes, sizes_of, weightless
 
 __all__ = ["cut_graph", "restructure", "rewrite_onnx"]
 
@@ -53,9 +53,23 @@ def rewrite_onnx(model: onnx.ModelProto, plan: Plan) -> onnx.ModelProto:
         keeps = masks_of_slices(analysis, present, plan.fingerprint)
     edits = Edits(plan.factorizations, plan.drops, plan.merges)
     slim = restructure(cut_graph(model, analysis, keeps), edits, named=plan.fingerprint)
-    slim = onnx.shape_inference.infer_shapes(slim, strict_mode=True, data_prop=True)
-    onnx.checker.check_model(slim, full_check=True)
+    _check(slim)
     return slim
+
+
+def _check(slim: onnx.ModelProto) -> None:
+    """Infer shapes in place, strictly, and check what that gives (rule 3)."""
+    try:
+        inferred = infer_weightless(slim)
+        for field in ("value_info", "output"):
+            del getattr(slim.graph, field)[:]
+            getattr(slim.graph, field).extend(getattr(inferred, field))
+        onnx.checker.check_model(weightless(slim), full_check=True)
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
+        raise SluiceError(
+            f"the plan leaves a graph whose sizes do not fit each other ({first_line(error)}); take the plan that was "
+            f"made for this file, or read the file anew with `sluice inspect`"
+        ) from error
 
 
 def restructure(

@@ -16,12 +16,12 @@ import onnx
 from onnx import helper
 
 from sluice.core.errors import SluiceError, first_line
-from sluice.passes.graph.onnx_graph import Observed, OnnxGraph
+from sluice.passes.graph.onnx_file import save_onnx
+from sluice.passes.graph.onnx_graph import Observed, OnnxGraph, is_large
 
 __all__ = ["drawn", "observed", "session_of"]
 
 AT_ONCE = 64  # inner values in one run; they lie in memory together
-LIMIT = 2**31  # bytes of one protobuf
 
 
 def session_of(model: onnx.ModelProto, outputs: Sequence[str] = ()) -> Any:
@@ -43,14 +43,12 @@ def session_of(model: onnx.ModelProto, outputs: Sequence[str] = ()) -> Any:
     own = len(model.graph.output)
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
     try:
-        if model.ByteSize() < LIMIT:
+        if not is_large(model):
             return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         with tempfile.TemporaryDirectory() as folder:
-            place = str(Path(folder) / "model.onnx")
-            copy = onnx.ModelProto()  # saving beside the file empties the tensors of what is saved
-            copy.CopyFrom(model)
-            onnx.save_model(copy, place, save_as_external_data=True, location="data")
-            return ort.InferenceSession(place, options, providers=["CPUExecutionProvider"])
+            place = Path(folder) / "model.onnx"
+            save_onnx(model, place, beside=True)
+            return ort.InferenceSession(str(place), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # of the runtime's own kinds
         raise SluiceError(f"ONNX Runtime does not load it ({first_line(error)}); give a file that it runs") from None
     finally:

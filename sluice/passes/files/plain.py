@@ -82,9 +82,9 @@ def names_in(graph: onnx.GraphProto) -> Iterator[str]:
 def without_unread(graph: onnx.GraphProto) -> None:
     """Drop initialisers that nothing reads, in place."""
     used = {name for node in graph.node for name in reads(node)} | {info.name for info in graph.output}
-    kept = [init for init in graph.initializer if init.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    for place, init in reversed(list(enumerate(graph.initializer))):  # what stays is not copied
+        if init.name not in used:
+            del graph.initializer[place]
 
 
 def name_open_sizes(model: onnx.ModelProto) -> None:

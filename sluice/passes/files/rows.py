@@ -4,6 +4,7 @@
    (`sluice.passes.files.read`, rule 3), or axis 0 where the batch is fixed.
 2. A file with a fixed batch is fed as many examples at once as it takes. Examples that do not fill a batch are left.
 3. An input without a batch axis has the same values for every batch.
+4. As many examples run at once as `sluice.passes.files.room` leaves room for, `BATCH` at most.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from onnx import helper
 
 from sluice.core.errors import SluiceError
 from sluice.passes.files.read import OnnxFile
+from sluice.passes.files.room import examples_at_once
 from sluice.passes.graph.onnx_graph import OnnxGraph
 
 __all__ = ["Rows", "rows_of"]
@@ -27,12 +29,13 @@ BATCH = 32  # examples that are run at once
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """``count`` examples: values by input, the batch axis by input, the batch where that is fixed."""
+    """``count`` examples: values by input, the batch axis by input; the batch where it is fixed, else ``at_once``."""
 
     values: Mapping[str, np.ndarray]
     axes: Mapping[str, int]
     count: int
     batch: int | None = None
+    at_once: int = BATCH
 
     def part(self, start: int, stop: int) -> Rows:
         """The examples from ``start`` to before ``stop``."""
@@ -47,11 +50,11 @@ class Rows:
     def at(self, picked: np.ndarray) -> Rows:
         """The examples at these places."""
         kept = {n: np.take(x, picked, self.axes[n]) if n in self.axes else x for n, x in self.values.items()}
-        return Rows(kept, self.axes, len(picked), self.batch)
+        return Rows(kept, self.axes, len(picked), self.batch, self.at_once)
 
-    def batches(self, size: int = BATCH) -> Iterator[Feeds]:
-        """Batches of ``size`` examples, the last one smaller; of the fixed batch where there is one (rule 2)."""
-        step = self.batch or size
+    def batches(self, size: int | None = None) -> Iterator[Feeds]:
+        """Batches of ``size`` or ``at_once`` examples, the last one smaller; of a fixed batch whole ones (rule 2)."""
+        step = self.batch or size or self.at_once
         stop = self.count if self.batch is None else self.count // step * step
         for start in range(0, stop, step):
             yield dict(self.part(start, min(start + step, stop)).values)
@@ -96,7 +99,8 @@ def rows_of(file: OnnxFile, inputs: Mapping[str, np.ndarray]) -> Rows:
             )
     if counts[first] < (fixed or 1):
         raise SluiceError(f"the data has {counts[first]} examples, the file takes {fixed} at once; give more")
-    return Rows(values, axes, counts[first], None if file.batch_is_open else fixed)
+    at_once = examples_at_once(file.model, BATCH) if file.batch_is_open else BATCH
+    return Rows(values, axes, counts[first], None if file.batch_is_open else fixed, at_once)
 
 
 def _is_batch(dim: onnx.TensorShapeProto.Dimension, sizes: Mapping[str, int]) -> bool:

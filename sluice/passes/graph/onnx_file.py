@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import onnx
 import onnx.inliner
+from onnx import numpy_helper
 
 from sluice.core.errors import SluiceError, first_line
 from sluice.core.files import write_atomically
-from sluice.passes.graph.onnx_graph import OnnxGraph
+from sluice.passes.graph.onnx_graph import INTEGERS, LITERAL, OnnxGraph, hollow, is_large, weightless
 
 __all__ = [
     "TRANSPOSED", "buffers_of", "finalize", "load_onnx", "named_transposes", "note_buffers", "quiet", "save_onnx",
@@ -53,7 +56,7 @@ def load_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
     try:
         if model.functions:
             model = onnx.inliner.inline_local_functions(model)
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(weightless(model) if is_large(model) else model)
     except Exception as error:  # the checker's and protobuf's errors share no public base class
         raise SluiceError(
             f"{name!r} is not a sound ONNX file ({first_line(error)}); give one that `sluice export` wrote"
@@ -102,7 +105,7 @@ def finalize(model: onnx.ModelProto) -> onnx.ModelProto:
             kept = [a for a in node.attribute if node.op_type != "Reshape" or a.name != "allowzero"]
             del node.attribute[:]
             node.attribute.extend(kept)
-    onnx.checker.check_model(done, full_check=True)
+    onnx.checker.check_model(weightless(done) if is_large(done) else done, full_check=True)
     return done
 
 
@@ -128,11 +131,40 @@ def named_transposes(model: onnx.ModelProto) -> onnx.ModelProto:
     return done
 
 
-def save_onnx(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
-    """Write one self-contained file, whole or not at all."""
-    if model.ByteSize() >= 2**31:
-        raise SluiceError(f"{os.fspath(path)!r} would exceed the 2 GiB of one ONNX file; export a smaller model")
-    write_atomically(path, model.SerializeToString())
+def save_onnx(model: onnx.ModelProto, path: str | os.PathLike[str], *, beside: bool = False) -> int:
+    """Write one self-contained file, whole or not at all; how many bytes that were.
+
+    Args:
+        beside: weights beyond the 2 GiB of one protobuf may come into a file beside it, ``NAME.onnx.data``, which is
+            written first.
+    """
+    if not is_large(model):
+        content = model.SerializeToString()
+        write_atomically(path, content)
+        return len(content)
+    place = Path(path)
+    if not beside:
+        raise SluiceError(f"{str(place)!r} would exceed the 2 GiB of one ONNX file; cut more of the network")
+    data = place.with_name(f"{place.name}.data")
+    light, weights = _apart(model, data.name)
+    content = light.SerializeToString()
+    write_atomically(data, weights)
+    write_atomically(place, content)
+    return len(weights) + len(content)
+
+
+def _apart(model: onnx.ModelProto, location: str) -> tuple[onnx.ModelProto, bytes]:
+    """The model whose large tensors say that their numbers lie in the file ``location``, and what lies there."""
+    light, parts, offset = hollow(model), list[bytes](), 0
+    for init, full in zip(light.graph.initializer, model.graph.initializer, strict=True):
+        if math.prod(init.dims) <= LITERAL or init.data_type in INTEGERS:
+            continue
+        parts.append(numpy_helper.to_array(full).tobytes())
+        init.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", location), ("offset", offset), ("length", len(parts[-1]))):
+            init.external_data.add(key=key, value=str(value))
+        offset += len(parts[-1])
+    return light, b"".join(parts)
 
 
 def note_buffers(model: onnx.ModelProto, names: Iterable[str]) -> None:

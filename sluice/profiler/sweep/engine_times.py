@@ -22,6 +22,7 @@ from dataclasses import replace
 import numpy as np
 
 from sluice.core.latency import LatencyModel
+from sluice.passes.graph.onnx_graph import bytes_of_weights
 from sluice.profiler.pieces.engine import build_engine, with_ranks_in_reach
 from sluice.profiler.pieces.levels import evenly
 from sluice.profiler.pieces.partition import Partition
@@ -38,7 +39,7 @@ FEWEST = 4  # engines that say how much slower the machine is by now
 AGREE, PASSES = 0.015, 3
 REFERENCES = 16
 OF_PLANS = 1
-AT_ONCE = 2**30  # bytes of ONNX and of `_working_bytes`; a runtime takes two to three times as much
+AT_ONCE = 2**30  # bytes of weights and of `_working_bytes`; a runtime takes two to three times as much
 
 
 def missing_plans(
@@ -78,7 +79,7 @@ def measure_engines(
         return []
     found: list[Measurement] = []
     working = _working_bytes(partition)
-    room = AT_ONCE // (partition.model.ByteSize() + working)
+    room = AT_ONCE // (bytes_of_weights(partition.model) + working)
     known = evenly(sorted(known, key=lambda engine: engine[1].ms), min(REFERENCES, max(FEWEST, room)))
     references = [bench.session(build_engine(partition, plan, options), part=False) for plan, _ in known]
     while len(found) < len(plans):
@@ -86,7 +87,7 @@ def measure_engines(
         size = 0
         for plan in plans[len(found) :]:
             engine = build_engine(partition, plan, options)
-            size += engine.ByteSize() + working
+            size += bytes_of_weights(engine) + working
             if sessions and size > AT_ONCE:
                 break
             sessions.append(bench.session(engine, part=False))

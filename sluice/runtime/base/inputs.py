@@ -26,10 +26,15 @@ if TYPE_CHECKING:
 
     Model = onnx.ModelProto | bytes | str | os.PathLike[str]
 
-__all__ = ["Shapes", "made_up", "messages", "parsed", "place", "serialized", "sized", "static_shapes"]
+__all__ = [
+    "Shapes", "is_large", "made_up", "messages", "parsed", "place", "serialized", "sized", "static_shapes",
+    "weights_apart",
+]  # fmt: skip
 
 Dims = tuple[int | str | None, ...]
 ALIGNMENT = 64  # bytes
+LARGE = 2**31 - 2**26  # bytes of weights in one protobuf, with room for the graph
+APART = 2**16  # bytes of a tensor that may lie outside of its model
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,42 @@ def messages(model: Any) -> Iterator[Any]:
         for told, value in message.ListFields():
             if told.message_type is not None:
                 stack += [value] if hasattr(value, "ListFields") else list(value)
+
+
+def is_large(model: Model) -> bool:
+    """Is it a model in memory whose weights are too many for one protobuf?"""
+    if isinstance(model, (bytes, str, os.PathLike)):
+        return False
+    return sum(_bytes(init) for init in model.graph.initializer) >= LARGE
+
+
+def _bytes(init: onnx.TensorProto) -> int:
+    """By type and shape; what lies in ``raw_data`` would be copied to be counted."""
+    from onnx import TensorProto, helper
+
+    if init.data_type == TensorProto.STRING:
+        return 0
+    return math.prod(init.dims) * helper.tensor_dtype_to_np_dtype(init.data_type).itemsize
+
+
+def weights_apart(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """The model whose large tensors lie outside of it, and these by name."""
+    from onnx import TensorProto, numpy_helper
+
+    light = type(model)(ir_version=model.ir_version, opset_import=model.opset_import)
+    light.graph.name = model.graph.name
+    for name in ("node", "input", "output", "value_info"):
+        getattr(light.graph, name).extend(getattr(model.graph, name))
+    weights = {}
+    for init in model.graph.initializer:
+        if _bytes(init) < APART:
+            light.graph.initializer.append(init)
+            continue
+        weights[init.name] = numpy_helper.to_array(init)
+        place = light.graph.initializer.add(name=init.name, data_type=init.data_type, dims=init.dims)
+        place.data_location = TensorProto.EXTERNAL
+        place.external_data.add(key="location", value="in memory")
+    return light, weights
 
 
 def serialized(model: onnx.ModelProto | bytes) -> bytes:

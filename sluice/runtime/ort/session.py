@@ -5,6 +5,7 @@
    packages. Libraries that torch does not bring (cuDNN, other versions) ONNX Runtime finds itself once it is imported.
 2. Shapes are made static before the graph is optimised. A named dimension is overridden by its name, a dimension
    without one is written into the model.
+3. Weights that are too many for one protobuf lie beside the model in memory, where the session reads them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 from sluice.core.errors import SluiceError, first_line
 from sluice.runtime.base.cuda import Cuda
 from sluice.runtime.base.denormals import floating_point_mode
-from sluice.runtime.base.inputs import Dims, Shapes, made_up, place, serialized, sized
+from sluice.runtime.base.inputs import Dims, Shapes, is_large, made_up, place, serialized, sized, weights_apart
 
 if TYPE_CHECKING:
     from sluice.runtime.base.inputs import Model
@@ -71,7 +72,7 @@ def load_session(
     optimize: bool = True,
     save: Path | None = None,
 ) -> Any:
-    """An ``onnxruntime.InferenceSession`` of ``model`` with static ``shapes`` (rule 2).
+    """An ``onnxruntime.InferenceSession`` of ``model`` with static ``shapes`` (rules 2 and 3).
 
     Args:
         entries: further entries of the session's configuration.
@@ -97,13 +98,20 @@ def load_session(
     for name, size in shapes.sizes.items():
         options.add_free_dimension_override_by_name(name, size)
     given = sized(model, shapes)
+    weights = dict[str, np.ndarray]()
+    if not isinstance(given, (bytes, str, os.PathLike)) and is_large(given):
+        given, weights = weights_apart(given)
+        values = [ort.OrtValue.ortvalue_from_numpy(value) for value in weights.values()]
+        options.add_external_initializers(list(weights), values)
     source = str(Path(given)) if isinstance(given, (str, os.PathLike)) else serialized(given)
     try:
         with floating_point_mode(flush=False):
             # Without the fallback of the Python wrapper, which would try the CPU where another provider fails.
-            return ort.InferenceSession(source, options, providers=[provider], enable_fallback=0)
+            session = ort.InferenceSession(source, options, providers=[provider], enable_fallback=0)
     except Exception as error:  # ORT's exceptions share no base class of their own
         raise SluiceError(f"ONNX Runtime cannot load {place(model)}: {first_line(error)}; check the model") from error
+    session.weights = weights  # the session reads them where they lie
+    return session
 
 
 def compute(

@@ -49,6 +49,19 @@ def test_tensors_are_sliced_by_name(plain: tuple[onnx.ModelProto, Analysis]) -> 
     assert slim.ir_version == dense.ir_version and slim.opset_import == dense.opset_import
 
 
+def test_sizes_that_do_not_fit_are_one_sentence(
+    plain: tuple[onnx.ModelProto, Analysis], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a literal size stays what it was."""
+    dense, analysis = plain
+    plan = make_plan(analysis, {"conv2": [0, 2, 3]})
+    rewrite_onnx(dense, plan)
+    monkeypatch.setattr("sluice.passes.cut.rewrite_onnx.Mender.mend", lambda self, node: None)
+    with pytest.raises(SluiceError, match="the plan leaves a graph whose sizes do not fit each other") as error:
+        rewrite_onnx(dense, plan)
+    assert "\n" not in str(error.value)
+
+
 def test_empty_plan(plain: tuple[onnx.ModelProto, Analysis]) -> None:
     dense, analysis = plain
     slim = rewrite_onnx(dense, make_plan(analysis, {}))
