@@ -13,7 +13,8 @@
 
 A finished run is kept in the folder and never done again; the table of a network, its weights and what has finished
 stay there, so the command may be stopped and given again. Last line: JSON, a row per run, which goes to
-``benchmarks/results/sequences.json``; rows there of runs that the folder does not have stay. ``promise_error`` is ``promised_ms / measured_ms - 1``.
+``benchmarks/results/sequences.json``; rows there of runs that the folder does not have stay. ``promise_error`` is
+``promised_ms / measured_ms - 1``.
 """
 
 from __future__ import annotations
