@@ -66,10 +66,10 @@ def masks_of_slices(
     wanted: dict[tuple[str, int], np.ndarray] = {}
     different: dict[tuple[int, tuple[int, ...]], np.ndarray] = {}
     for cut in slices:
-        if (key := (cut.size, cut.keep)) not in different:
-            different[key] = np.zeros(cut.size, dtype=bool)
-            different[key][list(cut.keep)] = True
-        wanted[(cut.param, cut.axis)] = different[key]
+        if (sizes := (cut.size, cut.keep)) not in different:
+            different[sizes] = np.zeros(cut.size, dtype=bool)
+            different[sizes][list(cut.keep)] = True
+        wanted[(cut.param, cut.axis)] = different[sizes]
     keeps = []
     for group in analysis.groups:
         keep = np.ones(group.size, dtype=bool)

@@ -134,7 +134,7 @@ def _name_of(target: torch._ops.OpOverload) -> str:
 
 def arguments(node: fx.Node) -> Args:
     """Arguments by name in the order of the schema, defaults filled in."""
-    names, defaults = _schema_of(node.target)  # type: ignore[arg-type]
+    names, defaults = _schema_of(node.target)
     return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
