@@ -57,7 +57,7 @@ def ours(dense: fx.GraphModule) -> nn.Module:
     """The slim network, in place."""
     analysis = analyze(dense)
     kept = {group.name: list(range(-(-group.size // 2))) for group in analysis.groups}
-    rewrite_captured(dense, make_plan(analysis, kept))
+    rewrite_captured(dense, make_plan(analysis, kept), analysis=analysis)
     return dense
 
 

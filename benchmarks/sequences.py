@@ -13,7 +13,8 @@
 
 A finished run is kept in the folder and never done again; the table of a network, its weights and what has finished
 stay there, so the command may be stopped and given again. Last line: JSON, a row per run, which goes to
-``benchmarks/results/sequences.json``. ``promise_error`` is ``promised_ms / measured_ms - 1``.
+``benchmarks/results/sequences.json``; rows there of runs that the folder does not have stay. ``promise_error`` is
+``promised_ms / measured_ms - 1``.
 """
 
 from __future__ import annotations
@@ -172,8 +173,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not kept.exists():
                 write_atomically(kept, json.dumps(perform(run, options.folder), indent=1).encode())
                 print(f"{run}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        known = json.loads(options.result.read_text()) if options.result.exists() else {}
         found = {run: options.folder / f"{run}.json" for run in RUNS}
-        rows = {run: json.loads(path.read_text()) for run, path in found.items() if path.exists()}
+        known |= {run: json.loads(path.read_text()) for run, path in found.items() if path.exists()}
+        rows = {run: known[run] for run in RUNS if run in known}
         write_atomically(options.result, (json.dumps(rows, indent=1) + "\n").encode())
     show(json.loads(options.result.read_text()))
     return 0

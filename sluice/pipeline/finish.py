@@ -37,6 +37,7 @@ from sluice.passes.cut.export import to_onnx
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.cut.rewrite_torch import merge_runs
 from sluice.passes.gates.gating import Gated, strip_gates
+from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.names_torch import with_own_names
 from sluice.passes.graph.onnx_file import finalize
 from sluice.pipeline.arguments import numeric
@@ -124,6 +125,7 @@ def carry_out(
     if precision == "int8" and data is None:
         raise SluiceError("int8 is calibrated on data; give data= some batches of inputs")
     stripped = ready.captured()
+    analysis = analyze(stripped, needed=False, dims=True)  # once, for the plans of all scenarios
     dense_onnx = ready.dense_onnx(stripped)
 
     def settled() -> tuple[VerifiedSolution, list[Reading]]:
@@ -135,7 +137,7 @@ def carry_out(
                 stripped, gated.meta["space"], ready.methods, reference, recipe.loss, recipe.recovery, progress
             )  # fmt: skip
             scenarios = choose(
-                problem, ready.methods, target_ms, lambda solution: trainable(stripped, solution.plan),
+                problem, ready.methods, target_ms, lambda solution: trainable(stripped, solution.plan, analysis),
                 data=data, teacher=reference, loss=recipe.loss, recovery=recipe.recovery,
                 steps=int(recipe.rehearsal * total), total=total, gates=candidate if recipe.gates else None,
                 stages=stages, progress=progress,
@@ -147,7 +149,7 @@ def carry_out(
         return verified, [(s.name, s.solution.choice.promised_ms, s.rehearsed) for s in scenarios]
 
     verified, readings = verified_once(stages, problem, settled)
-    slim = trainable(stripped, verified.plan)
+    slim = trainable(stripped, verified.plan, analysis)
     cut = finalize(rewrite_onnx(dense_onnx, verified.plan))
     closed = parity(close(gated, verified.solution).eval(), slim, cut, stripped)
     _same(closed)

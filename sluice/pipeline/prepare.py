@@ -25,6 +25,7 @@ from sluice.passes.cut.export import to_onnx, with_values
 from sluice.passes.cut.rewrite_torch import rewrite_captured
 from sluice.passes.gates.gating import Gated, absorb_masks, insert_gates, strip_gates
 from sluice.passes.graph.capture import Inputs, capture, clone, input_specs
+from sluice.passes.graph.groups import Analysis
 from sluice.passes.graph.preflight_torch import check_module
 from sluice.passes.graph.width_limits import FREE, WidthLimits
 from sluice.passes.search_space import SearchSpace, agreed, find_search_space, read_torch
@@ -130,10 +131,10 @@ class Prepared:
         return with_values(self.exported, captured)
 
 
-def trainable(captured: fx.GraphModule, plan: Plan) -> fx.GraphModule:
-    """A slim copy, its runs unmerged, as it is trained."""
+def trainable(captured: fx.GraphModule, plan: Plan, analysis: Analysis | None = None) -> fx.GraphModule:
+    """A slim copy, its runs unmerged, as it is trained; ``analysis`` of the captured network with all dimensions."""
     slim = clone(captured)
-    rewrite_captured(slim, plan, merged=False)
+    rewrite_captured(slim, plan, merged=False, analysis=analysis)
     return slim.eval()
 
 

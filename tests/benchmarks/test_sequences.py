@@ -32,6 +32,14 @@ def test_runs_are_kept_and_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert json.loads(result.read_text()) == {"vit-25": ROW, "gru-50": ROW}
 
 
+def test_rows_of_another_folder_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequences, "perform", lambda run, folder: ROW)
+    result = tmp_path / "result.json"
+    result.write_text(json.dumps({"vit-50": {**ROW, "slim": 90.0}, "gru-50": {**ROW, "slim": 91.0}}))
+    assert sequences.main(["--runs", "gru-50", "--folder", str(tmp_path / "runs"), "--result", str(result)]) == 0
+    assert json.loads(result.read_text()) == {"vit-50": {**ROW, "slim": 90.0}, "gru-50": ROW}
+
+
 def test_what_was_published_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert sequences.main(["--show"]) == 0
     *lines, last = capsys.readouterr().out.splitlines()

@@ -41,10 +41,10 @@ def make_plan(
     """The plan that keeps the channels ``kept[group]`` (groups not named stay whole) and makes the edits."""
     edits = edits or Edits()
     keeps = tie_removed(analysis, edits.merges, keep_masks(analysis, kept))
-    slices = [
-        Slice(param, axis, len(mask), tuple(np.flatnonzero(mask).tolist()))
-        for (param, axis), mask in tensor_masks(analysis, keeps).items()
-    ]
+    masks = tensor_masks(analysis, keeps)
+    different = {mask.tobytes(): mask for mask in masks.values()}
+    indices = {bits: tuple(np.flatnonzero(mask).tolist()) for bits, mask in different.items()}
+    slices = [Slice(param, axis, len(mask), indices[mask.tobytes()]) for (param, axis), mask in masks.items()]
     widths = {group.name: int(keep.sum()) for group, keep in zip(analysis.groups, keeps, strict=True)}
     return Plan(
         dict(analysis.tensors), tuple(slices), tuple(inputs), widths,
@@ -64,17 +64,21 @@ def masks_of_slices(
         SluiceError: the slices contradict each other or this graph.
     """
     wanted: dict[tuple[str, int], np.ndarray] = {}
+    different: dict[tuple[int, tuple[int, ...]], np.ndarray] = {}
     for cut in slices:
-        mask = np.zeros(cut.size, dtype=bool)
-        mask[list(cut.keep)] = True
-        wanted[(cut.param, cut.axis)] = mask
+        if (sizes := (cut.size, cut.keep)) not in different:
+            different[sizes] = np.zeros(cut.size, dtype=bool)
+            different[sizes][list(cut.keep)] = True
+        wanted[(cut.param, cut.axis)] = different[sizes]
     keeps = []
     for group in analysis.groups:
         keep = np.ones(group.size, dtype=bool)
         for ref in group.refs:
             asked = wanted.get((ref.param, ref.axis))
             if asked is not None:
-                keep &= np.isin(np.arange(group.size), ref.channels[asked & (ref.channels >= 0)])
+                stays = np.zeros(group.size + 1, dtype=bool)  # the last entry is that of no channel, -1
+                stays[ref.channels[asked]] = True
+                keep &= stays[:-1]
         keeps.append(keep)
     implied = tensor_masks(analysis, keeps)
     for key in {**wanted, **implied}:

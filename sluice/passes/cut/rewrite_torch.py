@@ -66,10 +66,20 @@ def rewrite_torch(model: nn.Module, plan: Plan, example_inputs: Inputs, *, merge
     return slim
 
 
-def rewrite_captured(slim: fx.GraphModule, plan: Plan, *, merged: bool = True) -> None:
-    """`rewrite_torch` of a captured network, in place."""
-    plan.check_model({name: tuple(t.shape) for name, t in slim.state_dict().items()})
-    analysis = analyze(slim, needed=False, dims=True)  # whatever a plan may cut
+def rewrite_captured(
+    slim: fx.GraphModule, plan: Plan, *, merged: bool = True, analysis: Analysis | None = None
+) -> None:
+    """`rewrite_torch` of a captured network, in place.
+
+    Args:
+        analysis: of this network or of one that it is a clone of; without it the graph is read. The plan is held to it
+            all the same.
+    """
+    shapes = {name: tuple(t.shape) for name, t in slim.state_dict().items()}
+    plan.check_model(shapes)
+    if analysis is None:
+        analysis = analyze(slim, needed=False, dims=True)  # whatever a plan may cut
+    assert analysis.tensors == shapes and analysis.shapes.keys() <= {node.name for node in slim.graph.nodes}
     keeps = masks_of_slices(analysis, plan.slices)
     mend_literals(slim, analysis, keeps)
     slice_tensors(slim, plan)
@@ -101,13 +111,19 @@ def slice_tensors(module: nn.Module, plan: Plan) -> None:
     """Slice parameters and buffers in place, by name."""
     state = module.state_dict(keep_vars=True)
     by_name: dict[str, torch.Tensor] = {}
+    kept: dict[tuple[tuple[int, ...], torch.device], torch.Tensor] = {}
     for cut in plan.slices:
         tensor = by_name.get(cut.param, state[cut.param].detach())
-        by_name[cut.param] = tensor.index_select(cut.axis, torch.tensor(cut.keep, device=tensor.device))
+        if (key := (cut.keep, tensor.device)) not in kept:
+            kept[key] = torch.from_numpy(np.array(cut.keep)).to(tensor.device)
+        by_name[cut.param] = tensor.index_select(cut.axis, kept[key])
+    names: dict[int, list[str]] = {}
+    for name, old in state.items():
+        names.setdefault(id(old), []).append(name)
     for name, tensor in by_name.items():
         old = state[name]
         set_tensor(module, name, tensor.contiguous(), isinstance(old, nn.Parameter))
-        for alias in (a for a in state if a not in by_name and state[a] is old):  # tied weights stay tied
+        for alias in (a for a in names[id(old)] if a not in by_name):  # tied weights stay tied
             owner, leaf = module.get_submodule(alias.rpartition(".")[0]), alias.rpartition(".")[2]
             setattr(owner, leaf, module.get_submodule(name.rpartition(".")[0]).__getattr__(name.rpartition(".")[2]))
 

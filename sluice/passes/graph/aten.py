@@ -23,6 +23,7 @@ from sluice.passes.graph.aten_walk import (
     Walk,
     arguments,
     correction_of,
+    each_axis,
     factors_of,
     operator_name,
     padding,
@@ -138,8 +139,13 @@ def _several(w: Walk, n: fx.Node, value: Value) -> Value:
 
 def _spatial(w: Walk, n: fx.Node, a: Args) -> Value:
     axes = next(int(c) for c in operator_name(n) if c.isdigit())
-    rank = len(w.size(n.args[0]))
-    return _several(w, n, w.coupling.beside(w.of(n.args[0]), range(rank - axes, rank), where(n)))
+    rank, touched = len(w.size(n.args[0])), [True] * axes
+    if "kernel_size" in a:  # an axis of windows of one entry each passes as it is
+        kernels = each_axis(a["kernel_size"], axes)
+        strides, pads = each_axis(a["stride"] or kernels, axes), each_axis(a["padding"], axes)
+        touched = [window != (1, 1, 0) for window in zip(kernels, strides, pads, strict=True)]
+    dims = [rank - axes + k for k in range(axes) if touched[k]]
+    return _several(w, n, w.coupling.beside(w.of(n.args[0]), dims, where(n)))
 
 
 def _pad(w: Walk, n: fx.Node, a: Args) -> Value:

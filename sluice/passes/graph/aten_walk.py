@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -120,9 +121,12 @@ def static_shape(value: torch.Tensor, batch: int = BATCH) -> Shape:
 
 def operator_name(node: fx.Node) -> str:
     """``aten.relu_.default -> relu``; with the overload where the table has a row for it: ``max.other``."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target)
-    _, name, overload = str(node.target).split(".")
+    return _name_of(node.target) if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
+
+
+@cache
+def _name_of(target: torch._ops.OpOverload) -> str:
+    _, name, overload = str(target).split(".")
     name = name if name.startswith("_") else name.removesuffix("_")
     full = f"{name}.{overload}"
     return full if full in ATEN else name
@@ -130,9 +134,15 @@ def operator_name(node: fx.Node) -> str:
 
 def arguments(node: fx.Node) -> Args:
     """Arguments by name in the order of the schema, defaults filled in."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    given = {**{arg.name: value for arg, value in zip(schema, node.args, strict=False)}, **node.kwargs}
-    return {arg.name: given.get(arg.name, arg.default_value) for arg in schema}
+    names, defaults = _schema_of(node.target)
+    return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+@cache
+def _schema_of(target: torch._ops.OpOverload) -> tuple[tuple[str, ...], Args]:
+    """Names of the arguments, and what they are where nothing is given."""
+    schema = target._schema.arguments
+    return tuple(arg.name for arg in schema), {arg.name: arg.default_value for arg in schema}
 
 
 def correction_of(a: Mapping[str, Any]) -> float:

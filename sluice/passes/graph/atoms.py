@@ -44,7 +44,8 @@ class Atoms:
         self.axes: dict[tuple[str, int], np.ndarray] = {}  # (tensor, axis) -> atoms, for the axes met so far
         self.splits: list[Split] = []
         self._keys: list[tuple[str, int]] = []
-        self._parent = np.arange(64)  # of every atom; entries behind the last atom point at themselves
+        self._parent = np.arange(64)  # of every atom; entries behind the last atom point at themselves, but for -1
+        self._parent[-1] = -1
         self._home = np.full(64, -1)  # the axis that an atom was made for, an index into _keys; -1: none
         self._factors = np.full((64, 2), -1)  # of every root that is a product
         self._has_products = False
@@ -58,8 +59,10 @@ class Atoms:
 
     def new(self, count: int) -> np.ndarray:
         start, self._count = self._count, self._count + count
-        if (more := 2 * self._count - len(self._parent)) > self._count:
-            self._parent = np.concatenate([self._parent, np.arange(len(self._parent), 2 * self._count)])
+        if self._count >= len(self._parent):  # the last entry is that of no atom, -1
+            more = 2 * self._count - len(self._parent)
+            self._parent = np.concatenate([self._parent[:-1], np.arange(len(self._parent) - 1, 2 * self._count)])
+            self._parent[-1] = -1
             self._home = np.concatenate([self._home, np.full(more, -1)])
             self._factors = np.concatenate([self._factors, np.full((more, 2), -1)])
         return np.arange(start, self._count)
@@ -68,8 +71,9 @@ class Atoms:
         """The atoms of an axis of a named tensor."""
         key = (name, axis)
         if key not in self.axes:
+            start = self._count
             self.axes[key] = self.new(self.tensors[name][axis])
-            self._home[self.axes[key]] = len(self._keys)
+            self._home[start : self._count] = len(self._keys)
             self._keys.append(key)
         return self.axes[key]
 
@@ -79,34 +83,37 @@ class Atoms:
 
     def homes(self, layers: Layers) -> list[tuple[str, int]]:
         """The axes of named tensors whose atoms lie in these layers, in the order in which they appear there."""
-        found = [self._home[layer[layer >= 0]] for layer in layers]
-        return [self._keys[k] for k in dict.fromkeys(k for homes in found for k in homes.tolist()) if k >= 0]
+        found = [self._home[layer] for layer in layers if len(layer)]  # the last entry is that of no atom, -1
+        each = [homes[:1] if (homes == homes[0]).all() else homes for homes in found]
+        return [self._keys[k] for k in dict.fromkeys(k for homes in each for k in homes.tolist()) if k >= 0]
 
     def roots(self, atoms: np.ndarray) -> np.ndarray:
         """The lowest atom of the class of every one of ``atoms``, same shape; -1 where there is none."""
-        found = self._parent[atoms]
-        while ((above := self._parent[found]) != found).any():
+        parent = self._parent
+        found = parent[atoms]
+        if ((above := parent[found]) != found).any():
             found = above
-        self._parent[atoms] = found
-        return np.where(atoms < 0, -1, found)
+            while ((above := parent[found]) != found).any():
+                found = above
+            parent[atoms] = found
+        return found
 
     def resolved(self, layers: Layers) -> Layers:
         """Layers of roots that are no products, which say the same; none of them twice."""
         if not self._has_products and len(layers) == 1:
             roots = self.roots(layers[0])
             return (roots,) if (roots >= 0).any() else ()
-        todo, done = list(reversed(layers)), list[np.ndarray]()
+        todo, done = list(reversed(layers)), dict[bytes, np.ndarray]()
         while todo:
             roots = self.roots(todo.pop())
             factors = self._factors[roots]
-            factors[roots < 0] = -1
             product = factors[:, 0] >= 0
             if product.any():
                 todo.append(np.where(product, factors[:, 1], -1))
                 todo.append(np.where(product, factors[:, 0], roots))
-            elif (roots >= 0).any() and not any(np.array_equal(roots, other) for other in done):
-                done.append(roots)
-        return tuple(done)
+            elif (roots >= 0).any():
+                done.setdefault(roots.tobytes(), roots)
+        return tuple(done.values())
 
     def union(self, a: np.ndarray, b: np.ndarray) -> None:
         """``a[i]`` and ``b[i]`` are one channel, for every i; none of them is a product."""
@@ -116,11 +123,17 @@ class Atoms:
             apart = first != second
             if not apart.any():
                 return
-            low, high = np.minimum(first, second)[apart], np.maximum(first, second)[apart]
-            # A root tied to several others goes to the lowest now, and takes the rest along in the next round.
-            np.minimum.at(self._parent, high, low)
+            if not apart.all():
+                first, second = first[apart], second[apart]
+            low, high = np.minimum(first, second), np.maximum(first, second)
+            self._parent[high] = low
+            if not (done := bool((self._parent[high] == low).all())):
+                # A root tied to several others goes to the lowest now, and takes the rest along in the next round.
+                np.minimum.at(self._parent, high, low)
             for root in sorted(self._reasons.keys() & set(high.tolist())) if self._reasons else ():
                 self._reasons.setdefault(int(self.roots(np.array([root]))[0]), self._reasons.pop(root))
+            if done:
+                return
 
     def unite(self, a: Layers, b: Layers, where: str) -> None:
         """Index i of the one axis stays iff index i of the other does, for every i (rule 4)."""
@@ -129,10 +142,10 @@ class Atoms:
         why = f"{where} combines it with an axis that is cut differently"
         left, right = list(self.resolved(a)), list(self.resolved(b))
         for layer in list(left):
-            if _take(right, lambda other, own=layer: np.array_equal(own, other)) is not None:
+            if _take(right, lambda other, own=layer: _same(own, other)) is not None:
                 _drop(left, layer)
         for layer in list(left):
-            match = _take(right, lambda other, own=layer: _divides_alike(own, other))
+            match = _take(right, lambda other, own=layer: self._divides_alike(own, other))
             if match is not None:
                 self._join(layer, match, why)
                 _drop(left, layer)
@@ -199,6 +212,15 @@ class Atoms:
         for k, reason in reasons.items():
             self.freeze((atoms[k : k + 1],), reason)
 
+    def _divides_alike(self, a: np.ndarray, b: np.ndarray) -> bool:
+        """Do two layers divide the indices into the same sets, with nothing said at the same places?"""
+        met = np.empty(self._count + 1, dtype=np.int64)  # the last entry is that of no atom, -1
+        met[a] = b
+        if not _same(met[a], b):
+            return False
+        met[b] = a
+        return _same(met[b], a)
+
     def freeze(self, layers: Iterable[np.ndarray], reason: str) -> None:
         """All indices of an axis must stay."""
         for layer in self.resolved(tuple(layer.reshape(-1) for layer in layers)):
@@ -224,13 +246,10 @@ def _take(layers: list[np.ndarray], fits: Any) -> np.ndarray | None:
     return None
 
 
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Do two layers of one axis have the same atoms?"""
+    return bool((a == b).all())
+
+
 def _drop(layers: list[np.ndarray], layer: np.ndarray) -> None:
     layers[:] = [other for other in layers if other is not layer]
-
-
-def _divides_alike(a: np.ndarray, b: np.ndarray) -> bool:
-    """Do two layers divide the indices into the same sets, with nothing said at the same places?"""
-    if ((a < 0) != (b < 0)).any():
-        return False
-    (_, first, place), (_, other, theirs) = (np.unique(x, return_index=True, return_inverse=True) for x in (a, b))
-    return len(first) == len(other) and np.array_equal(first[place], other[theirs])

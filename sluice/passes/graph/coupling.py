@@ -186,6 +186,8 @@ class Coupling(Layout):
             self.variances.append(([(value[d], shape[d]) for d in dims], correction, where))
 
     def _without_few_entries(self) -> None:
+        if not self.variances:
+            return
         made = np.concatenate([np.unique(self.axes[key]) for key in self.producers] or [np.empty(0, dtype=np.int64)])
         roots = np.concatenate([np.unique(layer) for layer in self.resolved((made,))] or [made])
         roots = np.setdiff1d(roots, [-1, *self.frozen])

@@ -131,12 +131,9 @@ def find_groups(coupling: Coupling, values: Mapping[str, Value], shapes: Mapping
         for depth, layer in enumerate(coupling.resolved((atoms,)))
     }
     order = {key: rank for rank, key in enumerate(coupling.producers)}
-    members = {
-        keys: open_roots
-        for keys, roots in _alike(lies, coupling.count)
-        if any(key[:2] in order for key in keys)
-        and (open_roots := [root for root in roots.tolist() if root not in coupling.frozen])
-    }
+    free = np.ones(coupling.count + 1, dtype=bool)
+    free[[*coupling.frozen, -1]] = False
+    members = {keys: roots for keys, roots in _alike(lies, free) if any(key[:2] in order for key in keys)}
 
     def lead(signature: tuple[Place, ...]) -> Place:
         return min((key for key in signature if key[:2] in order), key=lambda key: order[key[:2]])
@@ -146,9 +143,8 @@ def find_groups(coupling: Coupling, values: Mapping[str, Value], shapes: Mapping
     group_of = np.full(coupling.count + 1, -1)  # the last entry is that of no atom, -1
     channel_of = np.zeros(coupling.count + 1, dtype=group_of.dtype)
     names: dict[str, int] = {}
-    leads = [(key := lead(signature), _first(lies[key], roots), signature) for signature, roots in members.items()]
-    for key, first, signature in sorted(leads, key=lambda one: (order[one[0][:2]], one[0][2], min(one[1].values()))):
-        roots = sorted(first, key=first.__getitem__)
+    leads = [(key := lead(signature), *_in_order(lies[key], roots), signature) for signature, roots in members.items()]
+    for key, _, roots, signature in sorted(leads, key=lambda one: (order[one[0][:2]], one[0][2], one[1])):
         name = module_of(key[0])
         if len(roots) == 1:
             frozen.setdefault(name, "has a single channel")
@@ -161,20 +157,22 @@ def find_groups(coupling: Coupling, values: Mapping[str, Value], shapes: Mapping
             own = lies[place]
             refs.append(AxisRef(*place[:2], np.where(group_of[own] == len(groups), channel_of[own], -1)))
         groups.append(AxisGroup(name, len(roots), tuple(refs)))
-    free = {ref.param for group in groups for ref in group.refs if (ref.param, ref.axis) in order}
+    made = {ref.param for group in groups for ref in group.refs if (ref.param, ref.axis) in order}
     for param, axis in coupling.producers:
-        reason = None if param in free else coupling.reason((coupling.axes[param, axis],))
+        reason = None if param in made else coupling.reason((coupling.axes[param, axis],))
         if reason is not None:
             frozen[module_of(param)] = reason
     placed = _placed(coupling, values, group_of, channel_of)
     return Analysis(tuple(groups), frozen, placed, dict(shapes), dict(coupling.tensors), tuple(coupling.producers))
 
 
-def _first(layer: np.ndarray, roots: Sequence[int]) -> dict[int, int]:
-    """The first index at which each of the roots lies."""
-    found, first = np.unique(layer, return_index=True)
-    position = dict(zip(found.tolist(), first.tolist(), strict=True))
-    return {root: position[root] for root in roots}
+def _in_order(layer: np.ndarray, roots: np.ndarray) -> tuple[int, np.ndarray]:
+    """The first index at which any of the roots lies, and the roots by the first index of each; all lie on it."""
+    first = np.empty(max(layer.max(), 0) + 2, dtype=np.int64)  # the last entry is that of no atom, -1
+    first[layer[::-1]] = np.arange(len(layer) - 1, -1, -1)  # of equal entries the last that is written stays
+    where = first[roots]
+    order = np.argsort(where)
+    return int(where[order[0]]), roots[order]
 
 
 def _placed(
@@ -198,25 +196,30 @@ def _placed(
     return placed
 
 
-def _alike(lies: Mapping[Place, np.ndarray], count: int) -> Iterator[tuple[tuple[Place, ...], np.ndarray]]:
-    """The roots that lie on the same axes, with these axes; ``count`` is above all roots.
+def _alike(lies: Mapping[Place, np.ndarray], free: np.ndarray) -> Iterator[tuple[tuple[Place, ...], np.ndarray]]:
+    """The roots that are ``free`` and lie on the same axes, with these axes.
 
     Axis by axis a class of roots is split into those on the axis and those off it.
     """
-    places = {key: np.unique(roots[roots >= 0]) for key, roots in lies.items()}
-    label, fresh = np.zeros(count, dtype=np.int64), 1
+    places = {key: roots for key, layer in lies.items() if len(roots := layer[free[layer]])}
+    label, fresh = np.zeros(len(free), dtype=np.int64), 1
     for roots in places.values():
-        known, inverse = np.unique(label[roots], return_inverse=True)
-        label[roots] = fresh + inverse
-        fresh += len(known)
+        labels = label[roots]
+        if (labels == labels[0]).all():
+            label[roots], fresh = fresh, fresh + 1
+        else:
+            known, inverse = np.unique(labels, return_inverse=True)
+            label[roots], fresh = fresh + inverse, fresh + len(known)
     keys: dict[int, list[Place]] = {}
     for key, roots in places.items():
-        for own in np.unique(label[roots]).tolist():
-            keys.setdefault(own, []).append(key)
+        labels = label[roots]
+        for own in (labels[0],) if (labels == labels[0]).all() else np.unique(labels):
+            keys.setdefault(int(own), []).append(key)
     order = np.argsort(label, kind="stable")
-    for own, axes in keys.items():
-        first, behind = np.searchsorted(label, [own, own + 1], sorter=order)
-        yield tuple(axes), order[first:behind]
+    sets = np.array(list(keys), dtype=np.int64)
+    first, behind = (np.searchsorted(label, sets, side, sorter=order) for side in ("left", "right"))
+    for axes, i, j in zip(keys.values(), first.tolist(), behind.tolist(), strict=True):
+        yield tuple(axes), order[i:j]
 
 
 def without_groups(analysis: Analysis, reasons: Mapping[str, str]) -> Analysis:

@@ -109,7 +109,13 @@ def _correction(w: OnnxWalk, n: Node, a: Attributes) -> float:
 def _spatial(w: OnnxWalk, n: Node, a: Attributes) -> Value:
     if n.op_type == "GlobalAveragePool":  # a mean over whatever stands there
         return w.coupling.statistic(w.of(n.input[0]), range(2, len(w.shape[n.input[0]])), True)
-    return w.coupling.beside(w.of(n.input[0]), range(2, len(w.shape[n.input[0]])), n.name)
+    dims = range(2, len(w.shape[n.input[0]]))
+    if "kernel_shape" in a and a.get("auto_pad", b"NOTSET") in (b"NOTSET", b"VALID"):
+        kernels, rank = a["kernel_shape"], len(dims)  # an axis of windows of one entry each passes as it is
+        strides, pads = a.get("strides") or [1] * rank, a.get("pads") or [0] * 2 * rank
+        windows = zip(dims, kernels, strides, pads[:rank], pads[rank:], strict=True)
+        return w.coupling.beside(w.of(n.input[0]), [d for d, *one in windows if one != [1, 1, 0, 0]], n.name)
+    return w.coupling.beside(w.of(n.input[0]), dims, n.name)
 
 
 def _along(w: OnnxWalk, n: Node, a: Attributes) -> Value:

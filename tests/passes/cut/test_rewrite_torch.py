@@ -12,13 +12,13 @@ from torch import Tensor, fx, nn
 
 from sluice import models
 from sluice.core.errors import SluiceError
-from sluice.core.plan import Plan
+from sluice.core.plan import Plan, Slice
 from sluice.passes.cut.resolve import make_plan, masks_of_slices
-from sluice.passes.cut.rewrite_torch import rewrite_torch
+from sluice.passes.cut.rewrite_torch import rewrite_captured, rewrite_torch
 from sluice.passes.gates.gating import bake, close_gates, insert_gates, strip_gates
 from sluice.passes.gates.placement import Placement, place_gates
 from sluice.passes.graph.aten import analyze
-from sluice.passes.graph.capture import capture
+from sluice.passes.graph.capture import capture, clone
 from sluice.passes.graph.groups import Analysis, keep_masks
 from sluice.runtime.base.compare import assert_close
 from tests.networks import NETWORKS, build, random_kept
@@ -95,6 +95,28 @@ def test_tied_weights_stay_tied() -> None:
     slim = rewrite_torch(dense, make_plan(analysis, {name: [0, 4]}), inputs)
     assert slim.encode.weight is slim.decode.weight
     assert slim.encode.weight.shape == (2, 5) and slim.unused.shape == (4,)
+
+
+@pytest.mark.parametrize("name", ["splits", "tied", "norms"])
+def test_an_analysis_at_hand_is_not_made_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, _, analysis, _ = prepared(name)
+    plan = make_plan(analysis, random_kept(analysis, 2))
+    read, given = clone(dense), clone(dense)
+    rewrite_captured(read, plan)
+    monkeypatch.setattr("sluice.passes.cut.rewrite_torch.analyze", None)
+    rewrite_captured(given, plan, analysis=analysis)
+    assert given.code == read.code
+    assert all(torch.equal(v, given.state_dict()[k]) for k, v in read.state_dict().items())
+
+
+def test_a_plan_is_held_to_an_analysis_at_hand() -> None:
+    dense, _, analysis, _ = prepared("norms")
+    plan = make_plan(analysis, random_kept(analysis, 2))
+    first = plan.slices[0]
+    wrong = Slice(first.param, first.axis, first.size, tuple(range(len(first.keep) % first.size + 1)))
+    one_differs = Plan(plan.fingerprint, (wrong, *plan.slices[1:]), plan.inputs, plan.widths)
+    with pytest.raises(SluiceError, match="does not fit this graph"):
+        rewrite_captured(clone(dense), one_differs, analysis=analysis)
 
 
 def test_order_of_slices_is_irrelevant() -> None:

@@ -294,6 +294,10 @@ CASES = [
     Case("flip beside", lambda y: y.flip(2, -1)),
     # beside the channels
     *(Case(n, lambda y, n=n: getattr(aten, n)(y, [2, 2])) for n in ("max_pool2d", "avg_pool2d")),
+    places("pooling over positions", lambda y: aten.avg_pool2d(y.unsqueeze(1), [2, 1]).squeeze(1)),
+    places("pooling with padding", lambda y: aten.max_pool2d(y.unsqueeze(1), [2, 1], [2, 1], [1, 0]).squeeze(1)),
+    places("pooling of every other channel", lambda y: aten.avg_pool2d(y.unsqueeze(1), [2, 1], [2, 2]).squeeze(1),
+           after=lambda: nn.Linear(3, 4), frozen="works along the labelled axis"),
     *(Case(n, lambda y, n=n: getattr(aten, n)(y, [2, 3])) for n in ("adaptive_avg_pool2d",)),
     *(line(n, lambda y, n=n: getattr(aten, n)(y, [2])) for n in ("max_pool1d", "avg_pool1d", "adaptive_avg_pool1d")),
     *(cube(n, lambda y, n=n: getattr(aten, n)(y, [2, 2, 1])) for n in ("max_pool3d", "avg_pool3d", "adaptive_avg_pool3d")),  # noqa: E501
@@ -303,7 +307,9 @@ CASES = [
     Case("max_pool2d_with_indices", lambda y: F.max_pool2d(y, 2, return_indices=True)[0]),
     line("max_pool1d_with_indices", lambda y: F.max_pool1d(y, 2, return_indices=True)[0]),
     cube("max_pool3d_with_indices", lambda y: F.max_pool3d(y, 2, return_indices=True)[0]),
-    line("max_pool2d over the channels", lambda y: F.max_pool2d(y, (1, 2)), frozen="works along the labelled axis"),
+    line("max_pool2d over the channels", lambda y: F.max_pool2d(y, (2, 1)), after=lambda: nn.Conv1d(3, 4, 1),
+         frozen="works along the labelled axis"),
+    line("max_pool2d beside the channels", lambda y: F.max_pool2d(y, (1, 2))),
     *(
         Case(f"upsample {mode}", lambda y, mode=mode: F.interpolate(y, scale_factor=2, mode=mode))
         for mode in ("nearest", "bilinear", "bicubic", "nearest-exact")

@@ -127,6 +127,11 @@ CASES = [
     case("AveragePool", "z = AveragePool<kernel_shape=[2, 2]>(y)"),
     case("MaxPool", "z = MaxPool<kernel_shape=[2, 2]>(y)"),
     case("LpPool", "z = LpPool<kernel_shape=[2, 2]>(y)"),
+    case("AveragePool beside", "a = Transpose<perm=[0, 2, 1, 3]>(y)  b = AveragePool<kernel_shape=[1, 2]>(a)  "
+         "z = Transpose<perm=[0, 2, 1, 3]>(b)"),
+    case("MaxPool of every other channel", "a = Transpose<perm=[0, 2, 1, 3]>(y)  "
+         "b = MaxPool<kernel_shape=[1, 2], strides=[2, 1]>(a)  z = Transpose<perm=[0, 2, 1, 3]>(b)", columns=3,
+         frozen="works along the labelled axis"),
     case("GlobalAveragePool", "z = GlobalAveragePool(y)"),
     case("GlobalMaxPool", "z = GlobalMaxPool(y)"),
     case("Resize by scales", "z = Resize(y, , s)", s=np.array([1, 1, 2, 2], np.float32)),
