@@ -216,7 +216,7 @@ def test_calls_with_other_targets_keep_what_is_known(two: dict[str, FakeRunner],
     assert called(tmp_path, "--target", "ort-cuda", "--batch", "2") == 0
     both = written(tmp_path)
     assert both["targets"] == {"torch-cuda": "0", "ort-cuda": "0"}
-    assert of(both, "torch-cuda") == of(first, "torch-cuda") and len(of(both, "ort-cuda")) == 5
+    assert of(both, "torch-cuda") == of(first, "torch-cuda") and len(of(both, "ort-cuda")) == 6
     assert all("result" in stage for stage in both["stages"].values())
     engines = [runner.built for runner in two.values()]
     assert called(tmp_path, "--target", "ort-cuda", "torch-cuda", "--batch", "2") == 0
@@ -268,7 +268,7 @@ def test_results_of_other_sizes_are_not_overwritten(
 def test_staircases_can_be_left_out(simulated: FakeRunner, tmp_path: Path) -> None:
     assert called(tmp_path, "--target", "torch-cuda", "--batch", "2", "--skip-staircases") == 0
     kinds = [name.split()[0] for name in written(tmp_path)["stages"]]
-    assert kinds == ["export", "dense", "profile", "half", "fidelity"] and not (tmp_path / "plots").exists()
+    assert kinds == ["export", "dense", "profile", "pieces", "half", "fidelity"] and not (tmp_path / "plots").exists()
     assert called(tmp_path, "--target", "torch-cuda", "--batch", "2") == 0
     assert "staircase torch-cuda batch 2 fp32" in written(tmp_path)["stages"]
 

@@ -104,7 +104,9 @@ def part_of(
     """
     made = tuple(name for node in own for name in node.output if name)
     outputs = tuple(n for n in made if n in leaving or set(readers.get(n, ())) - {index})
-    inputs = tuple(dict.fromkeys(n for node in own for n in reads(node) if n in activations and n not in made))
+    inputs = tuple(
+        dict.fromkeys(n for node in own for n in filter(None, reads(node)) if n in activations and n not in made)
+    )
     return Part((*_preparation(own, prepared), *own), made, inputs, outputs)
 
 
