@@ -115,7 +115,7 @@ def outcome(
         sized: of a file with more open sizes than the batch: the model of the engine, and the shapes of open inputs.
     """
     from sluice.artifacts.engine_check import check_engine
-    from sluice.passes.graph.onnx_graph import bytes_of_weights, is_large
+    from sluice.core.weight_bytes import bytes_of_weights, is_large
 
     fixed = bool(fixed_rows(model))  # the batch, by the network
     size = bytes_of_weights(model) if is_large(model) else model.ByteSize()

@@ -16,8 +16,9 @@ import onnx
 from onnx import helper
 
 from sluice.core.errors import SluiceError, first_line
+from sluice.core.weight_bytes import is_large
 from sluice.passes.graph.onnx_file import save_onnx
-from sluice.passes.graph.onnx_graph import Observed, OnnxGraph, is_large
+from sluice.passes.graph.onnx_graph import Observed, OnnxGraph
 
 __all__ = ["drawn", "observed", "session_of"]
 

@@ -15,7 +15,8 @@ import onnx
 from onnx import helper
 
 from sluice.core.errors import SluiceError
-from sluice.passes.graph.onnx_graph import OnnxGraph, bytes_of_weights, reads
+from sluice.core.weight_bytes import bytes_of_weights
+from sluice.passes.graph.onnx_graph import OnnxGraph, reads
 from sluice.passes.graph.static_shapes import static_sizes
 
 __all__ = ["LEAST", "examples_at_once", "room_of", "values_in_memory"]

@@ -22,7 +22,8 @@ from onnx import numpy_helper
 
 from sluice.core.errors import SluiceError, first_line
 from sluice.core.files import write_atomically
-from sluice.passes.graph.onnx_graph import INTEGERS, LITERAL, OnnxGraph, hollow, is_large, weightless
+from sluice.core.weight_bytes import is_large
+from sluice.passes.graph.onnx_graph import INTEGERS, LITERAL, OnnxGraph, hollow, weightless
 
 __all__ = [
     "TRANSPOSED", "buffers_of", "finalize", "load_onnx", "named_transposes", "note_buffers", "quiet", "save_onnx",

@@ -25,10 +25,8 @@ __all__ = [
     "Observed",
     "OnnxGraph",
     "attributes",
-    "bytes_of_weights",
     "hollow",
     "infer_weightless",
-    "is_large",
     "is_whole_shape",
     "reads",
     "rename_reads",
@@ -41,7 +39,6 @@ __all__ = [
 INTEGERS = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
 SIZES = "sluice.sizes"
 Observed = tuple[int, list[tuple[int, int]]]  # element type, and by axis (a, b): a + b * batch entries
-LARGE = 2**31 - 2**26  # bytes of weights in one protobuf, with room for the graph
 LITERAL = 1024  # elements; a shape, a scale or a list of axes has no more
 
 
@@ -140,17 +137,6 @@ def _infer(model: onnx.ModelProto) -> None:
 def infer_weightless(model: onnx.ModelProto) -> onnx.GraphProto:
     """The graph without its weights and with all shapes inferred."""
     return onnx.shape_inference.infer_shapes(weightless(model), strict_mode=True, data_prop=True).graph
-
-
-def bytes_of_weights(model: onnx.ModelProto) -> int:
-    """Bytes of the initialisers, by their types and shapes; strings count as nothing."""
-    tensors = (i for i in model.graph.initializer if i.data_type != onnx.TensorProto.STRING)
-    return sum(math.prod(i.dims) * helper.tensor_dtype_to_np_dtype(i.data_type).itemsize for i in tensors)
-
-
-def is_large(model: onnx.ModelProto) -> bool:
-    """Is the model too large for one protobuf, as a message that is serialised must be?"""
-    return bytes_of_weights(model) >= LARGE
 
 
 def weightless(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -22,7 +22,7 @@ from dataclasses import replace
 import numpy as np
 
 from sluice.core.latency import LatencyModel
-from sluice.passes.graph.onnx_graph import bytes_of_weights
+from sluice.core.weight_bytes import bytes_of_weights
 from sluice.profiler.pieces.engine import build_engine, with_ranks_in_reach
 from sluice.profiler.pieces.levels import evenly
 from sluice.profiler.pieces.partition import Partition

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sluice.core.errors import SluiceError, first_line
+from sluice.core.weight_bytes import bytes_of_tensor
 
 if TYPE_CHECKING:
     import onnx
@@ -27,13 +28,12 @@ if TYPE_CHECKING:
     Model = onnx.ModelProto | bytes | str | os.PathLike[str]
 
 __all__ = [
-    "Shapes", "is_large", "made_up", "messages", "parsed", "place", "serialized", "sized", "static_shapes",
+    "Shapes", "made_up", "messages", "parsed", "place", "serialized", "sized", "static_shapes",
     "weights_apart",
 ]  # fmt: skip
 
 Dims = tuple[int | str | None, ...]
 ALIGNMENT = 64  # bytes
-LARGE = 2**31 - 2**26  # bytes of weights in one protobuf, with room for the graph
 APART = 2**16  # bytes of a tensor that may lie outside of its model
 
 
@@ -76,22 +76,6 @@ def messages(model: Any) -> Iterator[Any]:
                 stack += [value] if hasattr(value, "ListFields") else list(value)
 
 
-def is_large(model: Model) -> bool:
-    """Is it a model in memory whose weights are too many for one protobuf?"""
-    if isinstance(model, (bytes, str, os.PathLike)):
-        return False
-    return sum(_bytes(init) for init in model.graph.initializer) >= LARGE
-
-
-def _bytes(init: onnx.TensorProto) -> int:
-    """By type and shape; what lies in ``raw_data`` would be copied to be counted."""
-    from onnx import TensorProto, helper
-
-    if init.data_type == TensorProto.STRING:
-        return 0
-    return math.prod(init.dims) * helper.tensor_dtype_to_np_dtype(init.data_type).itemsize
-
-
 def weights_apart(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     """The model whose large tensors lie outside of it, and these by name."""
     from onnx import TensorProto, numpy_helper
@@ -102,7 +86,7 @@ def weights_apart(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, np
         getattr(light.graph, name).extend(getattr(model.graph, name))
     weights = {}
     for init in model.graph.initializer:
-        if _bytes(init) < APART:
+        if bytes_of_tensor(init) < APART:
             light.graph.initializer.append(init)
             continue
         weights[init.name] = numpy_helper.to_array(init)

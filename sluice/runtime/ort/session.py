@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sluice.core.errors import SluiceError, first_line
+from sluice.core.weight_bytes import is_large
 from sluice.runtime.base.cuda import Cuda
 from sluice.runtime.base.denormals import floating_point_mode
-from sluice.runtime.base.inputs import Dims, Shapes, is_large, made_up, place, serialized, sized, weights_apart
+from sluice.runtime.base.inputs import Dims, Shapes, made_up, place, serialized, sized, weights_apart
 
 if TYPE_CHECKING:
     from sluice.runtime.base.inputs import Model

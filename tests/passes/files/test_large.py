@@ -10,14 +10,13 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from sluice.core import weight_bytes
 from sluice.core.errors import SluiceError
 from sluice.passes.cut.resolve import make_plan
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.files.read import read_onnx_file, written_back
-from sluice.passes.graph import onnx_graph
 from sluice.passes.graph.onnx_axes import analyze_onnx
 from sluice.passes.graph.onnx_file import finalize, save_onnx
-from sluice.runtime.base import inputs
 from sluice.runtime.base.compare import assert_close
 from sluice.runtime.ort.cpu import OrtRunner
 
@@ -44,8 +43,7 @@ def layers(sizes: dict[str, tuple[int, int]]) -> onnx.ModelProto:
 
 @pytest.fixture
 def low_limit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (onnx_graph, inputs):
-        monkeypatch.setattr(module, "LARGE", 2**16)
+    monkeypatch.setattr(weight_bytes, "LARGE", 2**16)
     yield
 
 
@@ -79,7 +77,7 @@ def test_a_file_beyond_two_gibibytes_is_read_cut_and_written(tmp_path: Path) -> 
 
 def way_through(model: onnx.ModelProto, folder: Path) -> None:
     """Half of every group is kept, and numpy computes the same with the same halves."""
-    assert onnx_graph.is_large(model)
+    assert weight_bytes.is_large(model)
     save_onnx(model, folder / "given.onnx", beside=True)
     del model
     file = read_onnx_file(folder / "given.onnx")
