@@ -1,9 +1,10 @@
-"""Random networks: a stem, a few random parts, a head; every operator of the networks of this field is in some part.
+"""Random networks: a stem, a few random parts, a head.
 
 1. A part is a function of random numbers and of the width that comes in. It returns a module and the width that goes
    out. Widths are odd and drawn anew, so two axes have one size only by chance or where they must.
 2. Functions that jump (sign, round, hard thresholds) are left out: a rounding error moves a number across the jump.
-3. Every channel is alive (`sluice.models.enliven`), so a cut at a wrong place changes the result.
+3. The head reads magnitudes: a mean of what a norm has centred is zero but for rounding errors, whatever was cut.
+4. Every channel is alive (`sluice.models.enliven`), so a cut at a wrong place changes the result.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from sluice.models import enliven
 from sluice.models.mobilenet import InvertedResidual
+from tests.grammar_operators import operator_case
 from tests.sequences import Attention
 
 __all__ = ["KINDS", "random_network"]
@@ -218,36 +220,70 @@ PARTS: tuple[Part, ...] = (
     pooled, resized, transposed, shuffled, channels_last, shared, parametric,
 )  # fmt: skip
 TOKENS: tuple[Part, ...] = (perceptron, attention, swiglu, projected, recurrent)
+ROWS: tuple[Part, ...] = (perceptron, swiglu, projected)
+SPREAD: dict[tuple[Part, ...], Callable[[Tensor], Tensor]] = {
+    PARTS: lambda x: x.flatten(2).abs().mean(2),
+    TOKENS: lambda x: x.abs().mean(1),
+    ROWS: lambda x: x,
+}
 KINDS = ("image", "image", "image", "line", "volume", "tokens")
+BATCH = 3
 SPATIAL = {"line": (11,), "image": (7, 6), "volume": (5, 4, 3)}
 
 
 class Network(nn.Module):
-    def __init__(self, stem: nn.Module, parts: list[nn.Module], head: nn.Module, spatial: bool):
-        super().__init__()
-        self.stem, self.parts, self.head, self.spatial = stem, nn.Sequential(*parts), head, spatial
+    """A stem, parts and a head; ``beside`` them a network with a head of its own, for a second input."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.parts(F.gelu(self.stem(x)))
-        return self.head(x.flatten(2).mean(2) if self.spatial else x.mean(1))
+    def __init__(self, stem: nn.Module, parts: list[nn.Module], head: nn.Module, spread: Callable[[Tensor], Tensor],
+                 beside: nn.Module | None) -> None:  # fmt: skip
+        super().__init__()
+        self.stem, self.parts, self.head, self.spread, self.beside = stem, nn.Sequential(*parts), head, spread, beside
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        y = self.head(self.spread(self.parts(F.gelu(self.stem(x)))))
+        return y if self.beside is None else y + self.beside(*others)
+
+
+def random_stem(rng: Random) -> tuple[nn.Module, tuple[int, ...], str]:
+    """One layer, the shape of its input without the batch, and the kind of network."""
+    kind, size = KINDS[rng.integers(len(KINDS))], width(rng)
+    if kind == "tokens":
+        return nn.Linear(3, size), (5, 3), kind
+    return conv(len(SPATIAL[kind]), 3, size), (3, *SPATIAL[kind]), kind
 
 
 def random_network(seed: int) -> tuple[nn.Module, tuple[Tensor, ...], str]:
-    """A network in eval mode with every channel alive, an input, and the names of its parts."""
+    """A network in eval mode with every channel alive, an input, and the names of its parts.
+
+    One of four begins with a layer. The others begin with the next case of `tests.grammar_operators`, and have the one
+    after that beside them.
+    """
     rng = np.random.default_rng([seed, 28])
-    kind = KINDS[rng.integers(len(KINDS))]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        size, modules, said = width(rng), [], []
-        shape = (5, 3) if kind == "tokens" else (3, *SPATIAL[kind])
-        dims = len(shape) - 1
-        stem = nn.Linear(3, size) if kind == "tokens" else conv(dims, 3, size)
-        choice = TOKENS if kind == "tokens" else PARTS
+        beside, number = None, 2 * (seed - seed // 4 - 1)
+        stem, shape, first = operator_case(number) if seed % 4 else random_stem(rng)
+        inputs = [torch.randn(BATCH, *shape)]
+        made = stem.eval()(*inputs)
+        if isinstance(getattr(stem, "after", stem), nn.Linear):
+            size, dims, choice = made.shape[-1], made.ndim - 2, TOKENS if made.ndim > 2 else ROWS
+        else:
+            size, dims, choice = made.shape[1], made.ndim - 2, PARTS
+        modules, said = [], [first]
         for _ in range(rng.integers(1, 5)):
             part = choice[rng.integers(len(choice))]
-            module, size = part(rng, size, dims)
+            module, out = part(rng, size, dims)
+            try:
+                made = module.eval()(made)
+            except ValueError:  # an instance norm of one position
+                continue
+            size = out
             modules.append(module)
             said.append(part.__name__)
-        network = Network(stem, modules, nn.Linear(size, 3), kind != "tokens")
-        inputs = (torch.randn(2, *shape),)
-    return enliven(network, seed, inputs), inputs, f"{kind} {' '.join(said)}"
+        if seed % 4:
+            other, shape, second = operator_case(number + 1)
+            said.append(second)
+            inputs.append(torch.randn(BATCH, *shape))
+            beside = nn.Sequential(other.eval(), nn.Flatten(), nn.Linear(other(inputs[1]).flatten(1).shape[1], 3))
+        network = Network(stem, modules, nn.Linear(size, 3), SPREAD[choice], beside)
+    return enliven(network.eval(), seed, tuple(inputs)), tuple(inputs), " > ".join(said)

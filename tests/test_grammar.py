@@ -8,16 +8,25 @@ from typing import Any
 from sluice.core.plan import Plan
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.cut.rewrite_torch import rewrite_torch
+from sluice.passes.graph.operators import ATEN, ONNX
 from tests.grammar import PLANS, run
 from tests.grammar_networks import random_network
+from tests.grammar_operators import NEVER, missing
 
 NETWORKS = 40
 
 
 def test_random_networks() -> None:
-    figures, kinds = run(NETWORKS)
+    figures, kinds, _ = run(NETWORKS)
     assert figures == {"networks": NETWORKS, "plans": NETWORKS * PLANS, "mismatches": 0}
     assert all(kinds[kind] >= 10 for kind in ("slices", "factorizations", "drops", "merges")), kinds
+
+
+def test_operators_that_no_network_has_are_told() -> None:
+    table = {f"aten.{name}" for name in ATEN} | {f"onnx.{name}" for name in ONNX}
+    assert table >= NEVER.keys()
+    assert missing(table) == [] and set(missing(())) == table - NEVER.keys()
+    assert missing(table - {"aten.einsum"}) == ["aten.einsum"]
 
 
 def test_the_same_seed_gives_the_same_network() -> None:
