@@ -17,8 +17,9 @@ needed. For the kernels of the dense engine and of some random ones:
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 
 import onnx
 
@@ -164,30 +165,33 @@ class _Grouping:
             for node in own:
                 for name in reads(node):
                     read_by.setdefault(name, set()).add(index)
-        sorted_ = _in_order(members.keys(), self._edges(self.owner))
-        return [part_of(members[i], i, read_by, activations, prepared, leaving) for i in sorted_]
+        order = _in_order(members.keys(), self._edges(self.owner))
+        return [part_of(members[i], i, read_by, activations, prepared, leaving) for i in order]
+
+
+def _sorter(nodes: Collection[int], edges: Collection[tuple[int, int]]) -> TopologicalSorter[int]:
+    """Raises `CycleError` where the edges make a circle."""
+    sorter = TopologicalSorter(dict.fromkeys(nodes, ()))
+    for first, second in edges:
+        sorter.add(second, first)
+    sorter.prepare()
+    return sorter
 
 
 def _has_circle(edges: Collection[tuple[int, int]]) -> bool:
-    nodes = {index for edge in edges for index in edge}
-    return len(_in_order(nodes, edges)) < len(nodes)
+    try:
+        _sorter((), edges)
+    except CycleError:
+        return True
+    return False
 
 
-def _in_order(nodes: Collection[int], edges: Collection[tuple[int, int]]) -> list[int]:
-    """The nodes behind those that they depend on, else by number; what lies on a circle is left out."""
-    waits = dict.fromkeys(nodes, 0)
-    behind: dict[int, list[int]] = {}
-    for first, second in edges:
-        waits[second] += 1
-        behind.setdefault(first, []).append(second)
-    ready = [index for index, count in waits.items() if not count]
-    heapq.heapify(ready)
-    found = []
-    while ready:
-        index = heapq.heappop(ready)
-        found.append(index)
-        for second in behind.get(index, ()):
-            waits[second] -= 1
-            if not waits[second]:
-                heapq.heappush(ready, second)
-    return found
+def _in_order(nodes: Collection[int], edges: Collection[tuple[int, int]]) -> Iterator[int]:
+    """The nodes behind those that they depend on, else by number."""
+    sorter = _sorter(nodes, edges)
+    ready: list[int] = []
+    while sorter.is_active():
+        for index in sorter.get_ready():
+            heapq.heappush(ready, index)
+        yield (index := heapq.heappop(ready))
+        sorter.done(index)
