@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from benchmarks.committed import demand_rows, read_rows, write_rows
 from benchmarks.kernels import BATCH, exported
 from benchmarks.kernels_networks import CASES
 from benchmarks.need import drawn_losses
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--show", action="store_true", help="print the committed result")
     asked = parser.parse_args(arguments)
-    rows = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else {}
+    rows = read_rows(RESULT)
     if not asked.show:
         try:
             runner = RooflineRunner()
@@ -96,10 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = count(asked.network, asked.share, asked.methods, runner)
         name = f"{asked.network} {asked.share} {' '.join(asked.methods)}"
         rows = {**{key: row for key, row in rows.items() if key != name}, name: found}
-        head = {"by": f"{runner.version} on a CPU, without a GPU", "batch": BATCH}
-        RESULT.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
-    if not rows:
-        sys.exit(f"there is no result yet in {RESULT}; run this without --show")
+        write_rows(RESULT, {"by": f"{runner.version} on a CPU, without a GPU", "batch": BATCH}, rows)
+    demand_rows(RESULT, rows)
     show(rows)
     return 0
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ import onnx
 import torch
 from torch import nn
 
+from benchmarks.committed import demand_rows, read_rows, write_rows
 from benchmarks.fidelity_runs import NETWORKS
 from sluice.artifacts.deploy import deploy_onnx
 from sluice.models.mnist import load_digits
@@ -131,13 +131,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--networks", nargs="+", default=CHOSEN, choices=sorted({TRAINED, *NETWORKS}))
     parser.add_argument("--show", action="store_true", help="print the committed result")
     asked = parser.parse_args(arguments)
-    rows: dict[str, Any] = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else {}
+    rows = read_rows(RESULT)
     if not asked.show:
         for name in asked.networks:
             rows[name] = row(name)
-            RESULT.write_text(json.dumps({"batch": BATCH, "calibration": CALIBRATION, "rows": rows}, indent=1) + "\n")
-    if not rows:
-        sys.exit(f"there is no result yet in {RESULT}; run this without --show")
+            write_rows(RESULT, {"batch": BATCH, "calibration": CALIBRATION}, rows)
+    demand_rows(RESULT, rows)
     show(rows)
     return 0
 

@@ -34,6 +34,7 @@ import numpy as np
 import onnx
 import torch
 
+from benchmarks.committed import demand_rows, read_rows, write_rows
 from benchmarks.kernels_networks import CASES
 from benchmarks.roofline_device import Kernel, RooflineRunner
 from sluice.core.deployment import Deployment
@@ -154,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--plans", type=int, default=PLANS, help=f"random plans of each (default {PLANS}); 0 for none")
     parser.add_argument("--show", action="store_true", help="print the committed result")
     asked = parser.parse_args(arguments)
-    rows: dict[str, Any] = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else {}
+    rows = read_rows(RESULT)
     if not asked.show:
         try:
             runner = RooflineRunner()
@@ -170,15 +171,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if model is not None and asked.plans:
                     row |= promises(model, precision, runner, asked.plans)
                     _keep(rows, runner)
-    if not rows:
-        sys.exit(f"there is no result yet in {RESULT}; run this without --show")
+    demand_rows(RESULT, rows)
     show(rows)
     return 0
 
 
 def _keep(rows: Mapping[str, Any], runner: RooflineRunner) -> None:
-    head = {"by": f"{runner.version} on a CPU, without a GPU", "batch": BATCH, "plans": PLANS}
-    RESULT.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+    write_rows(RESULT, {"by": f"{runner.version} on a CPU, without a GPU", "batch": BATCH, "plans": PLANS}, rows)
 
 
 if __name__ == "__main__":
