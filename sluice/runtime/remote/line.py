@@ -74,10 +74,10 @@ class Line:
 
     def again(self, target: str) -> bool:
         """Whether the device answers again, after the line to it was lost."""
-        if self._child is not None:
-            self._child.revive()
         end = time.monotonic() + AGAIN_S
         while True:
+            if self._child is not None:  # at each try: one that has just ended may not be known to have ended
+                self._child.revive()
             try:
                 self.hello(target)
                 return True

@@ -88,5 +88,7 @@ class LocalServer:
     def _watch(self, child: subprocess.Popen[bytes]) -> None:
         """Rule 3."""
         child.wait()
-        while self._child is child and select.select([self._listening], [], [], 0.2)[0]:
-            self._listening.accept()[0].close()
+        with suppress(OSError, ValueError):  # closed
+            while self._child is child:
+                if select.select([self._listening], [], [], 0.2)[0]:
+                    self._listening.accept()[0].close()

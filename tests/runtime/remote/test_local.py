@@ -116,6 +116,23 @@ def test_a_child_that_was_killed_is_replaced(servers: dict[tuple[str, int], loca
     assert server._child is not None and server._child.pid != child.pid
 
 
+def test_a_child_is_replaced_that_is_not_yet_known_to_have_ended(
+    servers: dict[tuple[str, int], local.LocalServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connections close before the system tells that it ended, the longer before the fuller the machine is."""
+    runner = make_runner("ort-cpu@local")
+    assert isinstance(runner, RemoteRunner)
+    (server,) = servers.values()
+    child = server._child
+    assert child is not None
+    os.killpg(child.pid, signal.SIGKILL)
+    told = iter([None, None])
+    real = child.poll
+    monkeypatch.setattr(child, "poll", lambda: next(told, real()))
+    assert runner.revive()
+    assert server._child is not None and server._child.pid != child.pid
+
+
 def test_the_child_ends_with_its_host() -> None:
     code = (
         "from sluice.runtime.targets import make_runner\n"
