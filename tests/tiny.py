@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 import sluice
 from sluice.artifacts.macs import count_macs
+from sluice.commands import options
 from sluice.core.deployment import Deployment
 from sluice.models import enliven
 from sluice.models.resnet import BasicBlock
@@ -172,6 +173,7 @@ def simulated_device() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OrtRunner, "build", build)
         patch.setattr(OrtRunner, "build_part", build)
+        patch.setattr(options, "LOCAL", "")  # a process of its own would have the real device
         yield
 
 

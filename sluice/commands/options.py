@@ -9,6 +9,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from sluice.commands.input_options import fix, named_inputs, shape, whole
+from sluice.core.address import LOCAL, split_target, target_at
 
 if TYPE_CHECKING:
     from sluice.profiler.sweep.shards import Shard
@@ -160,6 +161,10 @@ def _profiled(p: argparse.ArgumentParser) -> None:
     device(p)
     precision(p)
     exclude(p)
+    p.add_argument(
+        "--in-process", action="store_true", help="run the runtime in this process, not in one of its own whose crash "
+        "or hang costs one point: for networks above 2 GiB",
+    )  # fmt: skip
     p.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
@@ -222,12 +227,19 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
     found = {
         "table": args.table,
-        "deployment": Deployment(args.target, args.batch, args.threads, args.precision),
+        "deployment": Deployment(_place(args), args.batch, args.threads, args.precision),
         "exclude": args.exclude,
         "methods": check_methods(args.methods.split(",")),
         "progress": not args.quiet,
     }
     return {**found, "minutes": args.minutes} if getattr(args, "minutes", None) else found
+
+
+def _place(args: argparse.Namespace) -> str:
+    """The target as it is measured: a runtime that crashes in a process of its own costs a point, not the run."""
+    name, address = split_target(args.target)
+    here = args.in_process or getattr(args, "pack", False) or getattr(args, "layers", False)
+    return args.target if address or here else target_at(name, LOCAL)
 
 
 def rate(text: str) -> float | str:

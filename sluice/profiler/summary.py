@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from sluice.core.address import LOCAL
 from sluice.core.deployment import ON_CPU
 from sluice.profiler.profile import ShardDone
 from sluice.profiler.view import Profile
@@ -37,6 +38,7 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
         "ranks": {option.switch: list(model.levels[option.rank]) for option in offered.ranks},
         "blocks": [drop.name for drop in offered.drops.values()],
         "merges": list(offered.merges),
+        "refused": measured.refused,
     }
     dense = data["dense_ms"]
     reached = "least reachable not known without scipy"
@@ -54,7 +56,8 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
     ]
     if kept.bytes:
         lines.insert(3, f"{kept.engines} engines built, {kept.mb_per_build:.2g} MB of timing cache written for each")
-    lines[2:2] = [*_remarks(cover.disturbed), *_gpu(measured, data)]
+    left_out = [f"left out: {part}, {why}" for part, why in measured.refused.items()]
+    lines[2:2] = [*left_out, *_remarks(cover.disturbed), *_gpu(measured, data)]
     if offered.ranks:
         lines += [f"ranks on offer: {len(ranks)}", *(f"  {s}: {_words(v)}" for s, v in data["ranks"].items())]
     if offered.drops:
@@ -77,7 +80,7 @@ def shard_summary(done: ShardDone) -> tuple[dict[str, Any], list[str]]:
 
 def _gpu(measured: Profile, data: dict[str, Any]) -> list[str]:
     """The state of the GPU that was measured on, where it is here and its driver tells."""
-    state = nvidia.gpu_state() if measured.target not in ON_CPU and not measured.address else None
+    state = nvidia.gpu_state() if measured.target not in ON_CPU and measured.address in ("", LOCAL) else None
     if state is None:
         return []
     data["gpu"] = asdict(state)

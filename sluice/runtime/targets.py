@@ -37,21 +37,17 @@ def make_runner(target: str, threads: int = 1) -> Runner:
         SluiceError: there is no such target, or its runtime or device is not here.
     """
     name, address = split_target(check_target(target))
-    if address and (address != LOCAL or not _missing(name)):
+    if address in ("", LOCAL):
+        if reason := _missing(name):
+            raise SluiceError(f"target {name!r} cannot run here: {reason}; targets that can: {_here()}")
+        if name not in ON_CPU and threads != 1:
+            raise SluiceError(f"cannot run target {name!r} with threads={threads}: a GPU has no such threads; give 1")
+    if address:
         from sluice.runtime.remote.client import RemoteRunner
 
         return RemoteRunner(name, address, threads)
-    target = name
-    if reason := _missing(target):
-        raise SluiceError(f"target {target!r} cannot run here: {reason}; targets that can: {_here()}")
-    make = getattr(_module(target), RUNTIMES[target][1])
-    runner: Runner
-    if target in ON_CPU:
-        runner = make(threads)
-    elif threads == 1:
-        runner = make()
-    else:
-        raise SluiceError(f"cannot run target {target!r} with threads={threads}: a GPU has no such threads; give 1")
+    make = getattr(_module(name), RUNTIMES[name][1])
+    runner: Runner = make(threads) if name in ON_CPU else make()
     return runner
 
 

@@ -46,7 +46,8 @@ class RemoteRunner:
 
     def __init__(self, target: str, address: str, threads: int = 1) -> None:
         self._target = target
-        if address == LOCAL:
+        self._local = address == LOCAL
+        if self._local:
             child = local_server(target, threads)
             self._line = line_to(child.address, child)
         else:
@@ -144,7 +145,10 @@ class RemoteRunner:
         whole = model if isinstance(model, bytes) else parsed(model, weights=True)
         content = serialized(whole)
         if len(content) > MOST_BYTES:
-            raise SluiceError(f"{place(model)} has {len(content):,} bytes, beyond {MOST_BYTES:,}; it cannot be sent")
+            mend = "give --in-process, or the target without @local" if self._local else "measure on the device itself"
+            raise SluiceError(
+                f"{place(model)} has {len(content):,} bytes, beyond the {MOST_BYTES:,} that can be sent; {mend}"
+            )
         self._built_since = True
         return self._line.send(path, self._target, query, content)
 

@@ -123,13 +123,21 @@ class Line:
             self._close_collected(where)
         # Another connection may have another engine of the same number.
         if number is not None and (number != self.number or not self._held):
-            raise LostLine(_lost(where, "the engines there went with it"))
+            raise LostLine(self._lost(where, "the engines there went with it"))
         try:
             return self._once(method, path, where, body, most)
         except LostLine:
             if not kept or self._open or number is not None:
                 raise
         return self._once(method, path, where, body, most)  # rule 2
+
+    def _lost(self, where: str, reason: str) -> str:
+        if self._child is not None:
+            return f"the runtime of {where.partition('@')[0]} ended or hung in its own process ({readable(reason)})"
+        return (
+            f"the line to {where} was lost ({readable(reason)}); what was measured is kept, see that `sluice serve` "
+            f"runs there and start again"
+        )
 
     def _close_collected(self, where: str) -> None:
         sessions = []
@@ -158,7 +166,7 @@ class Line:
             _hang_up(self._held)
             if isinstance(error, TimeoutError) and self._child is not None:
                 self._child.kill()
-            raise LostLine(_lost(where, first_line(error) or type(error).__name__)) from None
+            raise LostLine(self._lost(where, first_line(error) or type(error).__name__)) from None
         except BaseException:  # interrupted in the middle of an answer, which nobody would read
             _hang_up(self._held)
             raise
@@ -192,13 +200,6 @@ class Line:
 def _hang_up(held: list[http.client.HTTPConnection]) -> None:
     while held:
         held.pop().close()
-
-
-def _lost(where: str, reason: str) -> str:
-    return (
-        f"the line to {where} was lost ({readable(reason)}); what was measured is kept, see that `sluice serve` runs "
-        f"there and start again"
-    )
 
 
 def _reason(content: bytes, status: int) -> str:

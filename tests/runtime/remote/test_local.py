@@ -13,6 +13,7 @@ from pathlib import Path
 import onnx
 import pytest
 
+from sluice.cli import main
 from sluice.core.address import LOCAL, split_target
 from sluice.core.deployment import Deployment
 from sluice.core.errors import LostLine, SluiceError
@@ -87,6 +88,25 @@ def test_a_crash_or_a_hang_costs_its_points(
     other = {**asked, first: next(width for width in profile.latency.levels[first] if width != 8)}
     profile.ask([other])  # the profile goes on
     assert profile.knows(other)
+
+
+def test_the_command_survives_its_runtime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], servers: dict[object, object]
+) -> None:
+    monkeypatch.setattr(local, "PROGRAM", ("-c", FAULTY.format(gone=(8,), when="run", fault="end")))
+    file = tmp_path / "dense.onnx"
+    file.write_bytes(tiny._dense_bytes())
+    words = ["profile", str(file), "--batch", str(tiny.BATCH), "--methods", "filter", "--quiet", "--complete"]
+    assert main([*words, "--table", str(tmp_path / "t.db")]) == 0
+    assert "left out" in capsys.readouterr().out and servers
+
+
+def test_the_command_may_run_it_in_its_own_process(tmp_path: Path, servers: dict[object, object]) -> None:
+    file = tmp_path / "dense.onnx"
+    file.write_bytes(tiny._dense_bytes())
+    with tiny.simulated_device():
+        assert main(["profile", str(file), "--in-process", "--quiet", "--table", str(tmp_path / "t.db")]) == 0
+    assert not servers
 
 
 def test_it_measures_what_a_runner_of_this_process_measures(servers: object) -> None:
