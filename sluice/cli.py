@@ -157,7 +157,9 @@ def compress(args: argparse.Namespace) -> int:
     if is_onnx(args.model):
         from sluice import compress_onnx
         from sluice.commands.compress_file import file_arguments
+        from sluice.core.heap import give_back_blocks
 
+        give_back_blocks()
         report = compress_onnx(args.model, **file_arguments(args, settings, data_of, figure)).report
         print_report(args, report)
         return 0 if report.met() else 1

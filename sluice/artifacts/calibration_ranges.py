@@ -64,10 +64,10 @@ def activation_ranges(
     """
     if not 0 < percentile <= 100:
         raise SluiceError(f"cannot take percentile {percentile:g} of activations; give one above 0 and up to 100")
-    from sluice.runtime.targets import make_runner
+    from sluice.runtime.targets import untimed_runner
 
     names = tensors_to_calibrate(model, target=target, exclude=exclude)
-    session = make_runner("ort-cpu").build(_with_outputs(fold_batch_norms(model), names))
+    session = untimed_runner().build(_with_outputs(fold_batch_norms(model), names))
     found: dict[str, float] = {}
     count = 0
     for feeds in slices(batches, model):

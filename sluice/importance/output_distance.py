@@ -23,7 +23,7 @@ import onnx
 from sluice.core.errors import SluiceError
 from sluice.importance.resumed import Resumed, joined
 from sluice.passes.files.rows import Rows
-from sluice.runtime.targets import make_runner
+from sluice.runtime.targets import untimed_runner
 
 __all__ = ["BROKEN", "LOSSES", "OutputDistance", "cosine", "outputs_of"]
 
@@ -83,7 +83,7 @@ class OutputDistance:
 
 def outputs_of(model: onnx.ModelProto, rows: Rows) -> dict[str, np.ndarray]:
     """Outputs by name for all examples, along axis 0; of every batch where they have no such axis."""
-    session, parts = make_runner("ort-cpu").build(model), list[Mapping[str, np.ndarray]]()
+    session, parts = untimed_runner().build(model), list[Mapping[str, np.ndarray]]()
     for feeds in rows.batches():
         parts.append(session.run(feeds))
     return joined(parts)

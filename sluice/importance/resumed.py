@@ -22,7 +22,7 @@ from sluice.passes.files.room import room_of
 from sluice.passes.files.rows import Rows
 from sluice.passes.graph.onnx_graph import OnnxGraph, reads
 from sluice.runtime.base.runner import Session
-from sluice.runtime.targets import make_runner
+from sluice.runtime.targets import untimed_runner
 
 __all__ = ["Resumed", "joined"]
 
@@ -43,7 +43,7 @@ class Resumed:
         self._kept: list[Values] = [{} for _ in self._feeds]
         self._limit = min(LIMIT, room_of(model))
         self._weight: tuple[str, Callable[[np.ndarray], Values]] | None = None
-        session = make_runner("ort-cpu").build(model)
+        session = untimed_runner().build(model)
         self._own = [session.run(feeds) for feeds in self._feeds]
         self.reference = joined(self._own)
 
@@ -88,9 +88,9 @@ class Resumed:
             return lambda more: self.reference
         if self._hold(border):
             part = _part(changed, nodes, wanted, self._kept, border)
-            session, feeds = make_runner("ort-cpu").build(part), self._kept
+            session, feeds = untimed_runner().build(part), self._kept
         else:
-            session, feeds = make_runner("ort-cpu").build(changed), self._feeds
+            session, feeds = untimed_runner().build(changed), self._feeds
         return lambda more: joined(self._ran(session, feeds, more))
 
     def _ran(self, session: Session, feeds: Sequence[Values], more: Values) -> list[Mapping[str, np.ndarray]]:
@@ -105,7 +105,7 @@ class Resumed:
             nodes, sources = _needed(self._model, inner, have[0].__contains__)
             session, found, size = None, list[Values](), 0
             if inner:
-                session = make_runner("ort-cpu").build(_part(self._model, nodes, inner, have, sources))
+                session = untimed_runner().build(_part(self._model, nodes, inner, have, sources))
             for values in have:
                 made = session.run({name: values[name] for name in sources}) if session else {}
                 found.append({name: made[name] if name in made else values[name] for name in border})

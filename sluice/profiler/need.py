@@ -16,7 +16,8 @@
 
 6. *Walk*. A profile without a task in view measures the plans of some budgets, the least of all among them, under
    *neutral* losses: ``(1 - width / size)^2`` for widths and ranks, `STRUCTURE` for a change of structure. Engines of
-   these plans calibrate the model along the way from the dense network to the quickest one.
+   these plans calibrate the model along the way from the dense network to the quickest one. These losses are made up,
+   so a plan need be no nearer to the optimum than `GAP`.
 
 How much of a promise is estimated under rules 4 and 5, `LatencyModel.share_estimated` tells.
 """
@@ -38,6 +39,7 @@ __all__ = ["SHARES", "Solve", "by_need", "solve_by_need", "walk"]
 ROUNDS, LAST, NEAR = 24, 4, 8
 SHARES = (0.75, 0.5, 0.35, 0.25)  # of the dense milliseconds, of the plans of a walk
 STRUCTURE = 0.3
+GAP = 0.05
 SLACK = 1e-6  # relative, of two sums of the same milliseconds
 # Chooses under a model; near a former choice, if there is one and the solver can.
 Solve = Callable[[LatencyModel, Mapping[str, int] | None], Choice]
@@ -124,7 +126,7 @@ def walk(profile: Profile, methods: Sequence[str], shares: Sequence[float] = SHA
     dense_ms = profile.latency.dense_ms()
 
     def plan(share: float) -> Solve:
-        return lambda latency, near: decide(restricted(latency, sites), losses, share * dense_ms, near=near)
+        return lambda latency, near: decide(restricted(latency, sites), losses, share * dense_ms, gap=GAP, near=near)
 
     solvers: list[Solve] = [lambda latency, near: least_ms(restricted(latency, sites)), *map(plan, shares)]
     chosen = [choice.widths for choice in by_need(profile, solvers) if not isinstance(choice, Unreachable)]

@@ -15,7 +15,7 @@ from sluice.core.deployment import ON_CPU, TARGETS, check_target
 from sluice.core.errors import SluiceError
 from sluice.runtime.base.runner import Runner
 
-__all__ = ["available_targets", "make_runner"]
+__all__ = ["available_targets", "make_runner", "untimed_runner"]
 
 # Module below `sluice.runtime` and class by target. A module is imported when its target is asked for.
 RUNTIMES: Mapping[str, tuple[str, str]] = {
@@ -49,6 +49,19 @@ def make_runner(target: str, threads: int = 1) -> Runner:
     make = getattr(_module(name), RUNTIMES[name][1])
     runner: Runner = make(threads) if name in ON_CPU else make()
     return runner
+
+
+def untimed_runner() -> Runner:
+    """For the outputs of files and not for times: ONNX Runtime on the CPU, whose engines keep no memory between runs.
+
+    Raises:
+        SluiceError: it is not here.
+    """
+    if reason := _missing("ort-cpu"):
+        raise SluiceError(f"files are run by ONNX Runtime: {reason}")
+    from sluice.runtime.ort.cpu import OrtRunner
+
+    return OrtRunner(timed=False)
 
 
 def available_targets() -> dict[str, str]:

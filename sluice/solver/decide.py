@@ -6,7 +6,8 @@
                LatencyModel.ms(widths) <= target
 
 1. A price per millisecond and a search of what it leaves find the optimum (`sluice.solver.lagrangian`). Where layers
-   share too much for that, the same program is a mixed-integer one.
+   share too much for that, the same program is a mixed-integer one. Where that finds nothing in time, the best that the
+   price met stands, with the gap that it proved.
 2. Its latency row (`sluice.solver.milp`) is the model itself up to the solver's tolerance. ``promised_ms`` is
    nevertheless recomputed from ``LatencyModel.ms``; a solution that exceeds the target by more than a millionth is
    solved again, tightened.
@@ -109,8 +110,6 @@ def decide(
     unit = (sum(float(loss.max()) for loss in checked.values()) or 1.0) / SCALE
     costs = {g: loss / unit + (TIE * _edits(model, g) if g in model.switches else 0.0) for g, loss in checked.items()}
     exact = least_loss(model, costs, target_ms)
-    if exact is not None and exact.gap <= gap:
-        return chosen(downhill(model, checked, exact.widths, max(target_ms, model.ms(exact.widths))), exact.gap)
     if exact is None:
         _check_reached(model, target_ms)
         if near is not None:
@@ -121,8 +120,17 @@ def decide(
             except (Unreachable, OutOfTime):
                 pass
         return chosen(*_least_loss(model, costs, checked, target_ms, gap, time_limit_s))
+    met = downhill(model, checked, exact.widths, max(target_ms, model.ms(exact.widths)))
+    if exact.gap <= gap:
+        return chosen(met, exact.gap)
     left = _narrowed(model, costs, checked, exact.levels)
-    return chosen(*_least_loss(*left, target_ms, gap, time_limit_s))
+    try:
+        widths, proved = _least_loss(*left, target_ms, gap, time_limit_s)
+    except OutOfTime:
+        return chosen(met, exact.gap)
+    if loss_of(model, checked, met) < loss_of(model, checked, widths):
+        return chosen(met, min(exact.gap, proved))
+    return chosen(widths, proved)
 
 
 def _least_loss(

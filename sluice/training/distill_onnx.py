@@ -26,7 +26,7 @@ from sluice.core.errors import SluiceError
 from sluice.passes.files.rows import Rows
 from sluice.passes.graph.onnx_graph import OnnxGraph
 from sluice.runtime.base.runner import Session
-from sluice.runtime.targets import make_runner
+from sluice.runtime.targets import untimed_runner
 from sluice.training.file_module import FileModule
 
 __all__ = ["RATES", "distill_onnx"]
@@ -55,7 +55,7 @@ def distill_onnx(
     Raises:
         SluiceError: an operator has no counterpart in torch, or no rate gives a finite loss.
     """
-    module, teacher = FileModule(slim), make_runner("ort-cpu").build(dense)
+    module, teacher = FileModule(slim), untimed_runner().build(dense)
     short = max(4, round(TRIAL * steps))
     total = steps + len(RATES) * short
     runs = {}

@@ -29,7 +29,7 @@ from sluice.passes.cut.factor import first_name, second_name
 from sluice.passes.files.rows import Rows
 from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
 from sluice.runtime.base.runner import Session
-from sluice.runtime.targets import make_runner
+from sluice.runtime.targets import untimed_runner
 from sluice.training.least_squares import Geometry, Misfit, NormalEquations
 
 __all__ = ["refit_onnx", "with_biases"]
@@ -202,4 +202,4 @@ def _until(model: onnx.ModelProto, value: str) -> _Prefix:
     part.graph.initializer.extend(init for init in model.graph.initializer if init.name in needed)
     part.graph.input.extend(info for info in OnnxGraph(model).inputs.values() if info.name in needed)
     part.graph.output.append(helper.make_tensor_value_info(value, onnx.TensorProto.FLOAT, None))
-    return _Prefix(make_runner("ort-cpu").build(part), frozenset(i.name for i in part.graph.input), value)
+    return _Prefix(untimed_runner().build(part), frozenset(i.name for i in part.graph.input), value)

@@ -14,7 +14,7 @@ from sluice.solver import decide as decide_module
 from sluice.solver import lagrangian, milp_axes
 from sluice.solver.amplitude_losses import amplitude_losses
 from sluice.solver.decide import Choice, decide, least_ms, restricted, tightened, unreachable
-from sluice.solver.descent import downhill
+from sluice.solver.descent import downhill, loss_of
 
 
 def term(rng: np.random.Generator, extents: list[Extent], dense: dict[str, int], name: str, points: int = 4) -> Term:
@@ -234,6 +234,28 @@ def test_least_is_found_when_there_is_no_time_to_fill_it_up(monkeypatch: pytest.
     calls[0], failing = 0, 1
     with pytest.raises(SluiceError, match="no configuration found"):
         least_ms(line())
+
+
+def test_where_the_program_finds_nothing_in_time_the_best_that_was_met_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a gap that holds against brute force."""
+
+    def out_of_time(*_: object) -> object:
+        raise decide_module.OutOfTime("no configuration found in 20 s")
+
+    monkeypatch.setattr(lagrangian, "LABELS", 0)
+    monkeypatch.setattr(decide_module, "solve", out_of_time)
+    unproved = 0
+    for seed in range(8):
+        model = random_model(seed)
+        losses = amplitude_losses(model.levels, importance_of(model, seed))
+        plans = [dict(zip(model.levels, combo, strict=True)) for combo in itertools.product(*model.levels.values())]
+        target = float(np.quantile([model.ms(plan) for plan in plans], 0.3))
+        best = min(loss_of(model, losses, plan) for plan in plans if model.ms(plan) <= target)
+        choice = decide(model, losses, target, gap=1e-6)
+        assert choice.promised_ms <= target * (1 + 1e-6)
+        assert choice.loss * (1.0 - choice.gap) <= best * (1 + 1e-6) <= choice.loss * (1 + 1e-5)
+        unproved += choice.gap > 1e-6
+    assert unproved > 3
 
 
 def test_kept_takes_the_largest_and_the_first_of_equals() -> None:

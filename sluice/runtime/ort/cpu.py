@@ -12,6 +12,8 @@
 4. A part of a network is timed as it is laid out inside the network (`sluice.runtime.ort.blocked_part`).
 5. Inputs are made up (`sluice.runtime.base.inputs`), subnormal numbers are flushed while timing
    (`sluice.runtime.base.denormals`).
+6. An engine that is not timed gives the memory of its values back after every run. ONNX Runtime's arena keeps it, takes
+   twice as much whenever it grows, and every session has its own.
 """
 
 from __future__ import annotations
@@ -56,10 +58,12 @@ class OrtRunner:
     """ONNX Runtime, CPU execution provider, ``threads`` threads inside an operator, one operator at a time.
 
     ``as_written``: engines compute operator by operator, in the types that the file gives, for figures of the file.
+    ``timed``: engines keep the memory of their values from run to run, as deployed ones do (rule 6).
     """
 
     threads: int = 1
     as_written: bool = False
+    timed: bool = True
 
     def __post_init__(self) -> None:
         if self.threads < 1:
@@ -97,7 +101,7 @@ class OrtRunner:
         shapes = static_shapes(model, batch, feeds_shapes or {}) if given else Shapes()
         session = load_session(
             model, shapes, "CPUExecutionProvider", threads=self.threads, entries=self._entries,
-            optimize=not self.as_written,
+            optimize=not self.as_written, arena=self.timed,
         )  # fmt: skip
         return OrtSession(session, self.clock, shapes.inputs, place(model), self.threads)
 

@@ -71,6 +71,7 @@ def load_session(
     threads: int = 1,
     entries: Mapping[str, str] | None = None,
     optimize: bool = True,
+    arena: bool = True,
     save: Path | None = None,
 ) -> Any:
     """An ``onnxruntime.InferenceSession`` of ``model`` with static ``shapes`` (rules 2 and 3).
@@ -78,6 +79,7 @@ def load_session(
     Args:
         entries: further entries of the session's configuration.
         optimize: as a deployed engine is; else the graph is computed as it stands.
+        arena: keep the memory of values from run to run, as a deployed engine does.
         save: where the optimised graph is written to.
     Raises:
         SluiceError: the model cannot be loaded; with the file's name and ONNX Runtime's reason.
@@ -90,6 +92,7 @@ def load_session(
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    options.enable_cpu_mem_arena = arena
     if save is not None:
         options.optimized_model_filepath = str(save)
     options.log_severity_level = 3

@@ -18,6 +18,7 @@ from sluice.runtime.base.compare import assert_close
 from sluice.runtime.base.denormals import FLUSH_BITS
 from sluice.runtime.ort import cpu as ort_module
 from sluice.runtime.ort.cpu import OrtRunner
+from sluice.runtime.targets import untimed_runner
 
 
 def linear(batch: int | str | None = "n", features: int | str = 5) -> onnx.ModelProto:
@@ -208,6 +209,12 @@ def test_subnormals_are_flushed_while_timing_and_only_then(monkeypatch: pytest.M
     )
     root = Path(__file__).parents[3]
     subprocess.run([sys.executable, "-c", script], input=linear().SerializeToString(), cwd=root, check=True)
+
+
+def test_only_engines_that_are_not_timed_give_their_memory_back() -> None:
+    for runner, kept in ((OrtRunner(), True), (untimed_runner(), False)):
+        engine = runner.build(linear())
+        assert engine._session.get_session_options().enable_cpu_mem_arena is kept
 
 
 def test_settings_are_checked() -> None:

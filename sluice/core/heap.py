@@ -1,0 +1,24 @@
+"""Memory that is free goes back to the system.
+
+glibc takes a block from the system, and gives it back, if the block is larger than a threshold. The threshold grows
+with every such block that is freed, up to 32 MiB; smaller blocks come from a heap that keeps holes. Files of a few
+megabytes are copied, rewritten and run hundreds of times on their way, and the holes came to more than all that was in
+use. A fixed threshold leaves no holes of its size. It holds for the whole process and cannot be taken back, so commands
+set it, and functions that others call do not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+__all__ = ["THRESHOLD", "give_back_blocks"]
+
+THRESHOLD = 2**20  # bytes
+M_MMAP_THRESHOLD = -3  # of glibc's <malloc.h>
+
+
+def give_back_blocks() -> bool:
+    """Free blocks of `THRESHOLD` bytes and more go back at once; False where the system knows no such setting."""
+    setting = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    return setting is not None and bool(setting(M_MMAP_THRESHOLD, THRESHOLD))
