@@ -106,6 +106,10 @@ def profile(args: argparse.Namespace) -> int:
     dense = _dense_onnx(args)
     if args.shard is not None:
         return print_result(args, *shard_summary(profile_shard(dense, shard=args.shard, **settings)))
+    if not is_onnx(args.model):
+        from sluice.pipeline.attention_form import marked_for
+
+        dense = marked_for(dense, settings["deployment"])
     measured = profile_onnx(dense, complete=args.complete, **settings)
     if not args.complete:
         walk(measured, settings["methods"])

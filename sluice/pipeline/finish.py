@@ -41,6 +41,7 @@ from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.names_torch import with_own_names
 from sluice.passes.graph.onnx_file import finalize
 from sluice.pipeline.arguments import numeric
+from sluice.pipeline.attention_form import marked_like
 from sluice.pipeline.choose import Scenario, choose
 from sluice.pipeline.close import close
 from sluice.pipeline.figures import captured_inputs, count_parameters, example_outputs, parity
@@ -172,7 +173,7 @@ def carry_out(
     slim = merge_runs(slim, verified.plan).eval()
     with kept(out, slim, verified.plan):
         with stage("export and measure", progress) as advance:
-            slim_onnx = finalize(to_onnx(slim, captured_inputs(stripped)))
+            slim_onnx = finalize(marked_like(to_onnx(slim, captured_inputs(stripped)), measured))
             dense_engine = finalize(dense_onnx)
             runner = measured.runner()
             deployed, metric_deployed = deploy(slim_onnx, runner)

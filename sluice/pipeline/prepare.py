@@ -29,6 +29,7 @@ from sluice.passes.graph.groups import Analysis
 from sluice.passes.graph.preflight_torch import check_module
 from sluice.passes.graph.width_limits import FREE, WidthLimits
 from sluice.passes.search_space import SearchSpace, agreed, find_search_space, read_torch
+from sluice.pipeline.attention_form import marked_for, marked_like
 from sluice.pipeline.bsr import stable_rank_loss
 from sluice.pipeline.figures import captured_inputs
 from sluice.pipeline.insert import insert_all
@@ -95,6 +96,7 @@ def _profile(
 ) -> Profile:  # fmt: skip
     if elsewhere and measured_elsewhere(table, deployment):
         return profile_known(dense, table, exclude=exclude, methods=methods, like=space)
+    dense = marked_for(dense, deployment)
     return profile_onnx(
         dense, table, deployment=deployment, exclude=exclude, methods=methods, like=space, complete=complete,
         minutes=minutes,
@@ -127,7 +129,7 @@ class Prepared:
     def dense_onnx(self, captured: fx.GraphModule) -> onnx.ModelProto:
         """The file of `captured`, with parameter names."""
         if self.exported is None:
-            return to_onnx(captured, captured_inputs(captured))
+            return marked_like(to_onnx(captured, captured_inputs(captured)), self.measured)
         return with_values(self.exported, captured)
 
 
@@ -158,6 +160,7 @@ def prepare(
     metric = None if recipe.evaluate is None else recipe.evaluate(clone(captured).eval())
     measured = _profile(exported, deployment, space, table=table, exclude=exclude, methods=methods,
                         elsewhere=elsewhere, minutes=minutes, progress=progress)  # fmt: skip
+    exported = marked_like(exported, measured)
     with stage("plain export", progress) as advance:
         plain = plain_share(measured, model, example_inputs, exported, advance)
     budgets = [counted_from(plain, each) for each in budgets]

@@ -2,7 +2,8 @@
 
 ``fp32``: the network as it is; for ONNX Runtime on the CPU with sums that are not fused with layer norms
 (`sluice.passes.precision.plain_sums`), and with one thread one axis as a row (`sluice.passes.precision.lines_as_rows`),
-padded where that is faster (`sluice.passes.precision.padded_lines`).
+padded where that is faster (`sluice.passes.precision.padded_lines`), and attention as one operator where it is marked
+(`sluice.passes.precision.flat_attention`).
 ``fp16``, ``bf16``: strongly typed in 16 bits (`sluice.passes.precision.half`).
 ``int8``: pairs of ``QuantizeLinear`` and ``DequantizeLinear`` around fp32 operators
 (`sluice.passes.precision.quantize`).
@@ -18,6 +19,7 @@ from onnx import checker, shape_inference, version_converter
 from sluice.core.deployment import check_precision
 from sluice.core.errors import SluiceError, first_line
 from sluice.passes.graph.onnx_file import without_defaults
+from sluice.passes.precision.flat_attention import with_flat_attention
 from sluice.passes.precision.half import LEAST_OPSET, at_opset, to_half
 from sluice.passes.precision.lines_as_rows import with_lines_as_rows
 from sluice.passes.precision.padded_lines import with_padded_lines
@@ -57,7 +59,9 @@ def to_precision(
         if target != "ort-cpu":
             return model
         model = with_plain_sums(model)
-        return model if threads != 1 else with_padded_lines(with_lines_as_rows(model, part=part))
+        if threads != 1:
+            return model
+        return with_padded_lines(with_lines_as_rows(with_flat_attention(model), part=part))
     try:
         if precision == "int8":
             model = at_opset(model, LEAST_OPSET)
