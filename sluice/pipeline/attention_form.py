@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from sluice.core.address import LOCAL
 from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError
 from sluice.passes.precision.flat_attention import ATTENTION, has_marked_cores, with_marked_cores
@@ -25,13 +26,9 @@ __all__ = ["marked_for", "marked_like"]
 
 def marked_for(exported: onnx.ModelProto, deployment: Deployment) -> onnx.ModelProto:
     """The network, which we exported, as it is profiled for a deployment (rule 1)."""
-    here = (deployment.target, deployment.address, deployment.precision, deployment.threads) == (
-        "ort-cpu",
-        "",
-        "fp32",
-        1,
-    )
-    return with_marked_cores(exported, deployment.batch) if here and runs_attention() else exported
+    here = deployment.address in ("", LOCAL)
+    asked = (deployment.target, deployment.precision, deployment.threads) == ("ort-cpu", "fp32", 1)
+    return with_marked_cores(exported, deployment.batch) if here and asked and runs_attention() else exported
 
 
 def marked_like(exported: onnx.ModelProto, measured: Profile) -> onnx.ModelProto:
