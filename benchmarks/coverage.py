@@ -18,6 +18,7 @@ import json
 import os
 import resource
 import subprocess
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
@@ -74,10 +75,21 @@ def run_one(network: Network) -> Row:
 
 
 def state_of_code() -> str:
-    """The commit of this checkout, with ``+`` if a file of it was changed; empty where there is none."""
+    """The last commit of the files that read and cut, as far as they are loaded; with ``+`` if one was changed since.
+
+    Commits of other files leave the rows as they are. Empty where there is no checkout.
+    """
+    loaded = [m for name, m in sys.modules.items() if name == measure.__module__ or name.startswith("sluice.passes.")]
+    files = [str(module.__file__) for module in loaded if getattr(module, "__file__", None)]
     with suppress(OSError, subprocess.CalledProcessError):
-        given = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-        return subprocess.run(given, cwd=RESULTS.parent, capture_output=True, text=True, check=True).stdout.strip()
+        last, changed = (
+            subprocess.run(given, cwd=RESULTS.parent, capture_output=True, text=True, check=True)
+            for given in (
+                ["git", "log", "-1", "--format=%h", "--abbrev=7", "--", *files],
+                ["git", "status", "--porcelain", "--", *files],
+            )
+        )
+        return last.stdout.strip() + ("+" if changed.stdout else "")
     return ""
 
 
@@ -92,8 +104,9 @@ def warm_up() -> None:
 
 
 def sweep(wanted: list[Network], path: Path, again: bool) -> dict[str, Row]:
-    rows, state = load(path), state_of_code()
+    rows = load(path)
     warm_up()
+    state = state_of_code()
     for network in wanted:
         known = rows.get(network.spec)
         if known is not None and not (again and known.failed):

@@ -101,7 +101,7 @@ def _states(rows: Sequence[Row]) -> str:
     """How many rows are of which commit."""
     counted = Counter(row.state or "no commit that was noted" for row in rows)
     told = ", ".join(f"{count} of {state}" for state, count in counted.most_common())
-    return f"Rows by the commit that they were measured at: {told}."
+    return f"Rows by the last commit of the files that read and cut, as they were measured: {told}."
 
 
 def _left(row: Row) -> str:

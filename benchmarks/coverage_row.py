@@ -13,8 +13,9 @@ class Row:
     """``failed`` is the stage that fell short, ``reason`` says how. Shares are of matrix parameters.
 
     ``left_alone`` has the weightiest reasons with the share that each holds and the first of its matrices, ``seconds``
-    are CPU seconds by stage, ``batch_free`` says whether the file leaves its batch free. ``state`` is the commit that
-    it was measured at, with ``+`` if files were changed since, and empty where nobody noted it.
+    are CPU seconds by stage, ``batch_free`` says whether the file leaves its batch free. ``state`` is the last
+    commit of the files that read and cut when it was measured, with ``+`` if one was changed since, and empty where
+    nobody noted it.
     """
 
     spec: str
