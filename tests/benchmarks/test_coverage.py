@@ -96,4 +96,4 @@ def test_the_list() -> None:
 
 def test_the_page_tells_commits_of_rows() -> None:
     rows = [Row(f"timm:{k}", "text", state=state) for k, state in enumerate(("abc", "", "abc"))]
-    assert "measured at: 2 of abc, 1 of no commit that was noted." in document(rows, ["text"], 3)
+    assert "measured: 2 of abc, 1 of no commit that was noted." in document(rows, ["text"], 3)
