@@ -106,7 +106,7 @@ timm:repvit_m1_0@3,64,64 timm:vitamin_small_224?img_size=64 timm:efficientvim_m1
 timm:lowformer_b0@3,64,64
 hf:SegformerConfig?hidden_sizes=[16,24,32,48]&num_attention_heads=[1,2,4,6]&depths=[1,1,1,1]&decoder_hidden_size=32&architecture=SegformerForSemanticSegmentation@3,64,64
 hf:MobileViTConfig?hidden_sizes=[32,40,48]&num_attention_heads=2&image_size=64&architecture=MobileViTForImageClassification
-hf:CvtConfig?embed_dim=[16,32,48]&num_heads=[1,2,3]&depth=[1,1,1]&architecture=CvtForImageClassification@3,64,64
+hf:CvtConfig?embed_dim=[16,32,48]&num_heads=[1,2,3]&depth=[1,2,3]&architecture=CvtForImageClassification@3,64,64
 hf:DPTConfig?hidden_size=48&num_hidden_layers=4&num_attention_heads=3&intermediate_size=96&image_size=64&backbone_out_indices=[0,1,2,3]&neck_hidden_sizes=[16,24,32,48]&fusion_hidden_size=32&architecture=DPTForDepthEstimation
 diffusers:UNet2DModel?sample_size=16&block_out_channels=[32,64]&down_block_types=["DownBlock2D","AttnDownBlock2D"]&up_block_types=["AttnUpBlock2D","UpBlock2D"]
 diffusers:UNet2DConditionModel?sample_size=16&block_out_channels=[32,64]&down_block_types=["CrossAttnDownBlock2D","DownBlock2D"]&up_block_types=["UpBlock2D","CrossAttnUpBlock2D"]&cross_attention_dim=24&attention_head_dim=8

@@ -137,16 +137,17 @@ def read_onnx(model: onnx.ModelProto) -> Reading:
 
 
 def read_torch(gm: fx.GraphModule) -> Reading:
-    """The reading of a captured torch graph."""
+    """The reading of a captured torch graph; groups that no masks can close are left alone."""
     from sluice.passes.graph.aten import analyze
     from sluice.passes.graph.chains_torch import chains_torch
+    from sluice.passes.graph.placement import closable
     from sluice.passes.graph.view_torch import view_torch
 
     state = {name: tensor.detach().cpu() for name, tensor in gm.state_dict().items()}
     # numpy has no bfloat16, and the norms of weights are added up in float anyway
     tensors = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in state.items()}
     buffers = frozenset(name for name, _ in gm.named_buffers())
-    return Reading("torch", analyze(gm, needed=False), view_torch(gm), chains_torch(gm), tensors, buffers)
+    return Reading("torch", closable(gm, analyze(gm, needed=False)), view_torch(gm), chains_torch(gm), tensors, buffers)
 
 
 def find_search_space(reading: Reading, exclude: Sequence[str] = (), limits: WidthLimits = FREE) -> SearchSpace:

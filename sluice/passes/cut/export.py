@@ -23,7 +23,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from sluice.core.errors import SluiceError
-from sluice.passes.cut.pools_onnx import with_global_pools
+from sluice.passes.cut.pools_onnx import with_global_pools, with_padded_axes
 from sluice.passes.graph.aten_walk import arguments
 from sluice.passes.graph.capture import Inputs, capture, clone, export_again, has_captured_form, normalize_inputs
 from sluice.passes.graph.capture_attention import SDPA, can_be_written, write_attention
@@ -82,7 +82,7 @@ def to_onnx(model: nn.Module, example_inputs: Inputs, *, opset: int = OPSET) -> 
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
             common.ClearMetadataAndDocStringPass(),
         )(ir_model)
-        done = with_global_pools(_without_bias(to_proto(ir_model), names))
+        done = with_padded_axes(with_global_pools(_without_bias(to_proto(ir_model), names)))
     note_buffers(done, (name for name, tensor in gm.named_buffers() if tensor.ndim > 1))
     return done
 

@@ -1,4 +1,4 @@
-"""Means over all positions become ``GlobalAveragePool``, as a runtime expects them.
+"""Means over all positions become ``GlobalAveragePool``, as a runtime expects them; padding stays what it is.
 
 The exporter writes a pool to one position as ``ReduceMean`` over the last axes, one of a 1-D network between an
 ``Unsqueeze`` and its ``Squeeze``. Runtimes have a kernel for the pool in the layout of convolutions, and change the
@@ -8,18 +8,23 @@ layout for a mean: ONNX Runtime reorders the whole feature map.
 2. ``Squeeze(ReduceMean(Unsqueeze(x)))`` is ``GlobalAveragePool(x)`` where ``Unsqueeze`` puts in one spatial axis,
    ``Squeeze`` takes out the same, nobody else reads what lies between, and rule 1 holds for the mean.
 3. A mean that goes into a sum, a quotient or a root is a step of a norm that is written by hand, and stays.
+4. ``MaxPool(Pad(x))`` names the axes that are padded. ONNX Runtime 1.31 moves padding of all axes by 0 into the pool,
+   where it counts as -inf: another result wherever a window at the border is negative. It does not move padding of
+   named axes. Where x is never negative both are the same, and the padding stays as it is.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import onnx
 from onnx import numpy_helper
 
 from sluice.passes.graph.onnx_graph import OnnxGraph, attributes, reads
+from sluice.passes.graph.operators import onnx_operator
 
-__all__ = ["with_global_pools"]
+__all__ = ["with_global_pools", "with_padded_axes"]
 
 _NORM = ("Add", "Sub", "Div", "Sqrt")
 
@@ -48,6 +53,30 @@ def with_global_pools(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in gone:
         nodes.remove(node)
     _without_unread(model, {name for name in graph.initializers if readers[name]})
+    return model
+
+
+def with_padded_axes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """``model``, changed in place, with the axes named that are padded before a largest pool (rule 4)."""
+    graph, read = OnnxGraph(model), {name for node in model.graph.node for name in reads(node)}
+    for node in model.graph.node:
+        pads = graph.array(node.input[1]) if node.op_type == "Pad" and not any(node.input[3:]) else None
+        before = graph.producers.get(node.input[0]) if node.input else None
+        if pads is None or (before is not None and onnx_operator(before.op_type).is_a("nonnegative")):
+            continue
+        if not any(reader.op_type == "MaxPool" for reader in graph.readers.get(node.output[0], ())):
+            continue
+        pairs = pads.reshape(2, -1)
+        padded = np.flatnonzero(pairs.any(axis=0))
+        if not padded.size:
+            continue
+        given = {"pads": pairs[:, padded].reshape(-1), "axes": padded}
+        names = {what: graph.fresh(f"{node.output[0]}.{what}") for what in given}
+        for what, values in given.items():
+            model.graph.initializer.append(numpy_helper.from_array(values.astype(np.int64), names[what]))
+        value = node.input[2] if len(node.input) > 2 else ""
+        node.input[:] = [node.input[0], names["pads"], value, names["axes"]]
+    _without_unread(model, read & graph.initializers.keys())
     return model
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, fx
 
 from sluice.passes.gates.filter_gates import Gates
 from sluice.passes.gates.masked_statistics import TAG, mask_norm
-from sluice.passes.gates.placement import Placement, normed_axes
 from sluice.passes.graph.groups import Analysis
+from sluice.passes.graph.placement import Placement, normed_axes
 
 __all__ = ["TAG", "Inserter", "along"]
 

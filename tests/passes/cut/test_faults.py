@@ -24,10 +24,10 @@ from sluice.passes.cut.resolve import make_plan
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.cut.rewrite_torch import mend_literals, rewrite_torch, slice_tensors
 from sluice.passes.gates.gating import bake
-from sluice.passes.gates.placement import Placement, place_gates
 from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.capture import capture, clone
 from sluice.passes.graph.groups import Analysis, keep_masks
+from sluice.passes.graph.placement import Placement, place_gates
 from sluice.runtime.base.compare import assert_close, relative_error
 from tests.networks import build
 
@@ -185,7 +185,7 @@ def test_a_gate_at_the_wrong_place(case: tuple[frozenset[tuple[str, int]], froze
     p = prepared("plain")
     removed, added = case
     assert removed <= p.placement.refs
-    wrong = Placement((p.placement.refs - removed) | added, p.placement.norms)
+    wrong = dataclasses.replace(p.placement, refs=(p.placement.refs - removed) | added)
     slim = rewrite_torch(p.dense, p.plan, p.inputs)(*p.inputs)
     assert_close(slim, p.closed)
     assert relative_error(slim, bake(p.dense, p.analysis, wrong, p.keeps)(*p.inputs)) > 1e-3
@@ -202,4 +202,7 @@ def test_statistics_over_removed_channels() -> None:
     right = bake(dense, analysis, placement, keeps)(*inputs)
     for name in placement.norms:
         rest = tuple(n for n in placement.norms if n != name)
-        assert relative_error(bake(dense, analysis, Placement(placement.refs, rest), keeps)(*inputs), right) > 1e-3
+        assert (
+            relative_error(bake(dense, analysis, dataclasses.replace(placement, norms=rest), keeps)(*inputs), right)
+            > 1e-3
+        )

@@ -131,3 +131,28 @@ def test_factors_leave_no_operators_of_a_layout(kernel: int, form: str, rank: in
     mark_as_cut(slim)
     found = operators(finalize(to_onnx(slim, (x,))))
     assert found == {"Conv": 3, "Relu": 2, "GlobalAveragePool": 1, "Reshape": 1, "Gemm": 1}
+
+
+class PaddedPool(nn.Module):
+    def __init__(self, before: nn.Module, value: float):
+        super().__init__()
+        self.conv, self.before, self.value = nn.Conv2d(3, 5, 3), before, value
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = nn.functional.pad(self.before(self.conv(x)), (0, 1, 1, 0), value=self.value)
+        return nn.functional.max_pool2d(padded, 2, 1)
+
+
+@pytest.mark.parametrize(("before", "value", "named"), [
+    (nn.SiLU(), 0.0, True), (nn.Identity(), 0.0, True), (nn.ReLU(), 0.0, False), (nn.SiLU(), -0.1, True)
+])  # fmt: skip
+@torch.no_grad()
+def test_padding_before_a_largest_pool_counts_as_it_says(before: nn.Module, value: float, named: bool) -> None:
+    torch.manual_seed(0)
+    model, x = PaddedPool(before, value).eval(), torch.randn(2, 3, 7, 9)
+    model.conv.bias.sub_(1.0)  # so that windows at the border are negative
+    exported = to_onnx(model, x)
+    assert_close(run(exported, x.numpy())[0], model(x), what="padded pool")
+    (pad,) = [node for node in exported.graph.node if node.op_type == "Pad"]
+    assert any(pad.input[3:]) == named
+    onnx.checker.check_model(exported, full_check=True)

@@ -16,10 +16,10 @@ from sluice.core.plan import Plan, Slice
 from sluice.passes.cut.resolve import make_plan, masks_of_slices
 from sluice.passes.cut.rewrite_torch import rewrite_captured, rewrite_torch
 from sluice.passes.gates.gating import bake, close_gates, insert_gates, strip_gates
-from sluice.passes.gates.placement import Placement, place_gates
 from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.capture import capture, clone
 from sluice.passes.graph.groups import Analysis, keep_masks
+from sluice.passes.graph.placement import Placement, place_gates
 from sluice.runtime.base.compare import assert_close
 from tests.networks import NETWORKS, build, random_kept
 

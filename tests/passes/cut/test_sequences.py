@@ -24,11 +24,11 @@ from sluice.passes.cut.resolve import make_plan
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.cut.rewrite_torch import mend_literals, rewrite_torch, slice_tensors
 from sluice.passes.gates.gating import bake, insert_gates
-from sluice.passes.gates.placement import Placement, place_gates
 from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.capture import capture, clone
 from sluice.passes.graph.groups import Analysis, agreeing, keep_masks
 from sluice.passes.graph.onnx_axes import analyze_onnx
+from sluice.passes.graph.placement import place_gates
 from sluice.passes.search_space import find_search_space, read_torch
 from sluice.runtime.base.compare import assert_close, relative_error
 from sluice.runtime.ort.cpu import OrtRunner
@@ -270,7 +270,7 @@ def test_heads_closed_by_q_and_k_alone() -> None:
     closed, _ = closed_and_plan(c)
     rows = {(f"attention.{x}.{leaf}", 0) for x in "qk" for leaf in ("weight", "bias")}
     placement = place_gates(c.dense, c.analysis)
-    wrong = Placement((placement.refs - {("attention.proj.weight", 1)}) | rows, placement.norms)
+    wrong = dataclasses.replace(placement, refs=(placement.refs - {("attention.proj.weight", 1)}) | rows)
     keeps = keep_masks(c.analysis, {"attention.q": KEPT["attention.q"]})
     with torch.no_grad():
         assert relative_error(bake(c.dense, c.analysis, wrong, keeps)(*c.inputs), closed) > 1e-3

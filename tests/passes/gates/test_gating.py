@@ -10,8 +10,11 @@ from torch import Tensor, fx, nn
 
 from sluice import models
 from sluice.core.errors import SluiceError
+from sluice.passes.cut.resolve import make_plan
+from sluice.passes.cut.rewrite_torch import rewrite_torch
 from sluice.passes.gates.gating import Gated, close_gates, insert_gates, masked_norm, strip_gates
 from sluice.passes.graph.capture import capture
+from sluice.passes.search_space import find_search_space, read_torch
 from sluice.runtime.base.compare import assert_close, relative_error
 from tests.networks import NETWORKS, build, random_kept
 
@@ -209,3 +212,43 @@ def test_constants_are_no_tensors_of_the_gated_network() -> None:
     network = insert_gates(model, x)
     for one in (network, strip_gates(network)):
         assert {name for name in one.state_dict() if not name.startswith("gates.")} == set(model.state_dict())
+
+
+class Standardised(nn.Module):
+    """A convolution whose rows have mean zero: masked columns would not stay zero, so masks go before it or nowhere."""
+
+    def __init__(self, between: nn.Module):
+        super().__init__()
+        self.first, self.between = nn.Conv2d(3, 10, 3), between
+        self.second, self.head = nn.Conv2d(10, 7, 3), nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, weight = self.between(self.first(x)), self.second.weight
+        x = nn.functional.conv2d(x, weight - weight.mean((1, 2, 3), keepdim=True), self.second.bias)
+        return self.head(x.relu().mean((2, 3)))
+
+
+class PaddedPool(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.max_pool2d(nn.functional.pad(x.relu(), (0, 1, 0, 1), value=-torch.inf), 3, 2)
+
+
+@torch.no_grad()
+def test_masks_reach_through_padding_with_the_least_value() -> None:
+    torch.manual_seed(0)
+    model, x = Standardised(PaddedPool()).eval(), torch.randn(2, 3, 14, 14)
+    network = insert_gates(model, x).eval()
+    kept = {"first": [0, 3, 4, 8], "second": list(range(7))}
+    harden(network, kept)
+    dense = capture(model, x)
+    plan = make_plan(read_torch(dense).analysis, kept)
+    closed, slim = close_gates(network, kept), rewrite_torch(dense, plan, (x,)).eval()
+    assert_close(closed(x), slim(x), what="closed and cut")
+    assert relative_error(closed(x), model(x)) > 1e-2
+
+
+def test_a_group_that_no_mask_can_close_is_left_alone() -> None:
+    model, x = Standardised(nn.Sigmoid()).eval(), torch.randn(2, 3, 14, 14)
+    space = find_search_space(read_torch(capture(model, x)))
+    assert [group.name for group in space.analysis.groups] == ["second"]
+    assert "no tensor before conv2d (conv2d_1) that a mask could multiply" in space.left_alone["first"]

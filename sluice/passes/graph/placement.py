@@ -15,6 +15,10 @@ consumer (an operator that contracts the axis), once for every group that lies o
 4. Where two activations are multiplied and summed over the axis (q and k over the dimensions of a head), one of them
    is multiplied, the first for which there is a place; both would square the mask.
 
+5. A group that some consumer can see, and for which there is no place, cannot be closed: `closable` leaves it alone.
+6. Padding with -inf is the largest pool's own padding, written apart: what the pool gives is zero where its inner
+   entries are, since no window lies in the padding alone.
+
 Masks multiply tensors of the size of a weight, never activations. A layer, group or RMS norm over a gated axis takes
 its statistics over the kept channels only, and so does a mean, sum, variance or norm over them, as in norms that are
 written by hand; those nodes are listed too.
@@ -22,7 +26,8 @@ written by hand; those nodes are listed too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +35,12 @@ import torch
 from torch import fx
 
 from sluice.passes.graph.aten_recurrent import GATES, layer_weights
-from sluice.passes.graph.aten_walk import arguments, factors_of, keeps_zero, operator_name, reduced
+from sluice.passes.graph.aten_walk import arguments, factors_of, keeps_zero, operator_name, reduced, where
 from sluice.passes.graph.capture_modes import BatchNorm
-from sluice.passes.graph.groups import Analysis, ValueAxis
+from sluice.passes.graph.groups import Analysis, ValueAxis, without_groups
 from sluice.passes.graph.operators import Operator, aten_operator
 
-__all__ = ["Norm", "Placement", "normed_axes", "place_gates"]
+__all__ = ["Norm", "Placement", "closable", "normed_axes", "place_gates"]
 
 Ref = tuple[str, int]  # (tensor, axis)
 
@@ -51,24 +56,39 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Tensors whose axes are multiplied by masks, and nodes that need masked statistics."""
+    """Tensors whose axes are multiplied by masks, and nodes that need masked statistics.
+
+    ``unplaced`` names, by group, a consumer before which there is no place for a mask (rule 5).
+    """
 
     refs: frozenset[Ref]
     norms: tuple[Norm, ...]
+    unplaced: Mapping[str, str]
 
 
 def place_gates(gm: fx.GraphModule, analysis: Analysis) -> Placement:
     walk = _Walk(gm, analysis)
     refs: set[Ref] = set()
     norms: list[Norm] = []
+    unplaced: dict[str, str] = {}
     for node in gm.graph.nodes:
         for values in walk.consumed(node):
             for group in sorted(frozenset.intersection(*(walk.groups(v, dim) for v, dim in values))):
                 found = (walk.demand(value, group) for value, _ in values)
-                refs |= next((own for own in found if own is not None), frozenset())
+                own = next((own for own in found if own is not None), None)
+                if own is None:
+                    unplaced[analysis.groups[group].name] = where(node, values[-1][0])
+                refs |= own or frozenset()
         refs |= walk.recurrent(node)
         norms += walk.normalised(node)
-    return Placement(frozenset(refs), tuple(norms))
+    return Placement(frozenset(refs), tuple(norms), unplaced)
+
+
+def closable(gm: fx.GraphModule, analysis: Analysis) -> Analysis:
+    """The analysis without the groups that no masks can close (rule 5)."""
+    unplaced = place_gates(gm, analysis).unplaced
+    told = "there is no tensor before {} that a mask could multiply to close its channels"
+    return without_groups(analysis, {name: told.format(consumer) for name, consumer in unplaced.items()})
 
 
 def normed_axes(analysis: Analysis, norm: Norm) -> list[ValueAxis]:
@@ -78,6 +98,11 @@ def normed_axes(analysis: Analysis, norm: Norm) -> list[ValueAxis]:
 
 def _is(node: fx.Node, *names: str) -> bool:
     return node.op == "call_function" and operator_name(node) in names
+
+
+def _is_least(node: Any) -> bool:
+    """Is it padded with -inf (rule 6)."""
+    return _is(node, "pad", "constant_pad_nd") and arguments(node).get("value") == -math.inf
 
 
 class _Walk:
@@ -208,6 +233,8 @@ class _Walk:
             return frozenset()  # zeros that stand beside what is padded
         if row.kind == "combine" and group not in self.groups(node.args[0]):
             return None
+        if "max_pool" in operator_name(node) and _is_least(node.args[0]):
+            return self.demand(node.args[0].args[0], group)  # type: ignore[union-attr]
         return self.demand(node.args[0], group) if keeps_zero(row, node) else None
 
     def _demand_of_part(self, node: fx.Node, group: int) -> frozenset[Ref] | None:
