@@ -5,7 +5,8 @@
 2. A stage counts in batches, one after the other. The total is that of its first call and never grows: a stage that
    begins with ``advance(0, most)`` announces how many there are at most. Where there are more than were announced, the
    display counts without a total.
-3. A note says what the stage waits for. It goes with the next step, and after `NOTE_S` unless it is renewed.
+3. A note says what the stage waits for. It goes with the next step, and after `NOTE_S` unless it is renewed. A figure,
+   such as a loss, stays beside the count until the next one.
 4. On a terminal the display is one line, drawn by tqdm and gone at the end. Where standard error is no terminal, or
    tqdm is missing, there are plain lines: at most one every `EVERY_S` while there is news, else one every `ALIVE_S`,
    and one at the end.
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TextIO
 
-__all__ = ["Advance", "Progress", "progress_of", "silent", "stage", "told_to"]
+__all__ = ["Advance", "Progress", "progress_of", "show_figure", "silent", "stage", "told_to"]
 
 Advance = Callable[[int, int], None]  # (done, total) of one batch after the other; one with a `note` shows notes
 Progress = Callable[[str], AbstractContextManager[Advance]]  # by the name of the stage
@@ -37,7 +38,7 @@ class Display:
         self.done = self.finished = 0
         self.total: int | None = None  # of the first call; 0 once that was too little
         self.at_most = self.news = False
-        self.text = ""
+        self.text = self.figure = ""
         self.lock = threading.Lock()
         self.bar = _bar(name, stream)
 
@@ -79,6 +80,7 @@ class Display:
     def _draw(self) -> None:
         if self.bar is not None:
             counted = "" if self.total is None else f" {self._number()}"
+            counted += f", {self.figure}" if self.figure else ""
             known = self.total and not self.text  # a note needs the room of the bar
             self.bar.bar_format = f"{{l_bar}}{{bar}}|{counted} [{{elapsed}}<{{remaining}}]" if known else (
                 f"{{desc}}{counted} {{elapsed}}{{postfix}}"
@@ -93,7 +95,7 @@ class Display:
         parts = [self._count(), f"{_duration(now - self.started)} so far"]
         if self.total and 0 < self.done < self.total:
             parts.append(f"{_duration((now - self.started) * (self.total - self.done) / self.done)} left")
-        self._write(", ".join([*parts, *([self.text] if self.text else [])]))
+        self._write(", ".join([*parts, *(text for text in (self.figure, self.text) if text)]))
         self.shown, self.news = now, False
 
     def _count(self) -> str:
@@ -151,6 +153,12 @@ def stage(name: str, show: bool) -> Iterator[Advance]:
         return
     with running(Display(name, sys.stderr)) as advance:
         yield advance
+
+
+def show_figure(advance: Advance, text: str) -> None:
+    """Show a figure of the stage beside its count, if the stage is shown."""
+    if isinstance(advance, Display):
+        advance.figure = text
 
 
 def progress_of(wanted: bool | Progress) -> Progress:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sluice.core.errors import SluiceError
+from sluice.core.progress import show_figure, stage
 
 __all__ = ["MEAN", "STD", "Digits", "accuracy", "load_digits", "random_affine", "split_per_class", "train"]
 
@@ -105,8 +106,6 @@ def train(
     Raises:
         SluiceError: the loss is no longer a finite number, or there is nothing to train.
     """
-    from tqdm import tqdm
-
     total = len(data.train_x)
     batch = min(batch, total)
     if epochs < 1 or batch < 1:
@@ -120,11 +119,10 @@ def train(
     model.train()
     if teacher is not None:
         teacher.eval()
-    bar = tqdm(total=epochs * steps, desc="train", unit="step", disable=not progress, leave=False)
-    with bar:
+    with stage("train", progress) as advance:
         for epoch in range(epochs):
             order = torch.randperm(total, generator=generator)
-            for chosen in order[: steps * batch].split(batch):
+            for step, chosen in enumerate(order[: steps * batch].split(batch), 1):
                 x, y = data.train_x[chosen], data.train_y[chosen]
                 if augment:
                     x = random_affine(x, generator)
@@ -142,8 +140,8 @@ def train(
                 schedule.step()
                 if after_step is not None:
                     after_step()
-                bar.update()
-                bar.set_postfix(epoch=epoch + 1, loss=f"{value:.4f}", refresh=False)
+                advance(epoch * steps + step, epochs * steps)
+                show_figure(advance, f"loss {value:.4f}")
     return model.eval()
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sluice.core.progress import stage
 from sluice.passes.gates.filter_gates import gate_parameters, other_parameters
 from sluice.passes.gates.gating import Gated
 from sluice.training.budget import Budget
@@ -42,8 +43,6 @@ def learn_gates(
     progress: bool = True,
 ) -> bool:
     """Train for ``steps`` steps, in place; False as soon as a loss is not finite."""
-    from tqdm import tqdm
-
     weights = recovery.optimizer_of(other_parameters(gated), lr)
     # A short memory of the second moment: the budget's pull changes within tens of steps.
     rate = min(FASTEST, TRAVEL / steps)
@@ -53,8 +52,8 @@ def learn_gates(
         torch.optim.lr_scheduler.LambdaLR(gates, late(steps)),
     ]
     gated.train()
-    with tqdm(total=steps, desc="gates", unit="step", disable=not progress, leave=False) as bar:
-        for batch in itertools.islice(stream, steps):
+    with stage("gates", progress) as advance:
+        for done, batch in enumerate(itertools.islice(stream, steps), 1):
             inputs, labels = on_device(split_batch(batch), gated)
             with torch.no_grad():
                 taught = call(teacher.eval(), inputs)
@@ -68,6 +67,6 @@ def learn_gates(
                 optimizer.step()
                 schedule.step()
             gated.step()
-            bar.update()
+            advance(done, steps)
     gated.eval()
     return True

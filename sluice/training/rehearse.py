@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from sluice.core.progress import stage
 from sluice.training.recovery import Recovery
 from sluice.training.train import Data, Given, Loss, call, on_device, split_batch
 
@@ -166,16 +167,14 @@ def train_together(
     trainees: Sequence[Trainee], stream: Iterator[Any], steps: int, *, teacher: nn.Module, name: str, progress: bool
 ) -> None:
     """``steps`` steps of all, each batch and the teacher's word for it read once."""
-    from tqdm import tqdm
-
-    with tqdm(total=steps, desc=name, unit="step", disable=not progress, leave=False) as bar:
-        for batch in itertools.islice(stream, steps):
+    with stage(name, progress) as advance:
+        for done, batch in enumerate(itertools.islice(stream, steps), 1):
             inputs, labels = on_device(split_batch(batch), teacher)
             with torch.no_grad():
                 taught = call(teacher.eval(), inputs)
             for trainee in trainees:
                 trainee.step(inputs, taught, labels)
-            bar.update()
+            advance(done, steps)
 
 
 def batches_behind(data: Data, held: int) -> Iterator[Any]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sluice.core.errors import SluiceError
+from sluice.core.progress import show_figure, stage
 from sluice.passes.gates.filter_gates import gate_parameters, other_parameters
 from sluice.training.budget import Budget
 from sluice.training.distill import logit_distillation
@@ -160,8 +161,6 @@ def fit(
     Raises:
         SluiceError: the loss is not finite, or there is no data.
     """
-    from tqdm import tqdm
-
     total = epochs * len(data) if isinstance(data, Sized) else None
     if total == 0:
         raise SluiceError(f"cannot train: {epochs} epochs over no batches; give data with at least one batch")
@@ -178,9 +177,8 @@ def fit(
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [cosine(total), late(total)])
     teacher.eval()
     model.train()
-    # A disabled bar does not count.
     first, done = find_epoch(stages, name, model, optimizer, schedule) if budget is None else (0, 0)
-    with tqdm(total=total, initial=done, desc=name, unit="step", disable=not progress, leave=False) as bar:
+    with stage(name, progress) as advance:
         for epoch in range(first, epochs):
             before = done
             for batch in data:
@@ -200,8 +198,8 @@ def fit(
                 if budget is not None:
                     model.step()  # type: ignore[operator]
                 done += 1
-                bar.update()
-                bar.set_postfix(loss=f"{number:.4f}", refresh=False)
+                advance(*((1, 1) if total is None else (done, total)))
+                show_figure(advance, f"loss {number:.4f}")
             if done == before:
                 raise SluiceError(f"epoch {epoch + 1} had no batches; give data that can be read again, as a list can")
             if budget is None:

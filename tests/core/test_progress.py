@@ -15,6 +15,7 @@ from sluice.core.progress import (
     Display,
     progress_of,
     running,
+    show_figure,
     silent,
     stage,
     told_to,
@@ -229,3 +230,19 @@ def test_steps_and_ticks_do_not_meet() -> None:
             done += 1
             display(done, 10**9)
     assert display.done == done
+
+
+def test_a_figure_stays_beside_the_count(clock: Clock) -> None:
+    display, stream = plain(clock)
+    for done in (1, 2):
+        clock.now += EVERY_S
+        display(done, 8)
+        show_figure(display, f"loss {1 / done}")
+    assert stream.getvalue().splitlines()[1] == "price 2/8, 10 s so far, 30 s left, loss 1.0"
+    terminal = Terminal()
+    shown = Display("price", terminal, now=clock)
+    show_figure(shown, "loss 0.5")
+    shown(1, 8)
+    assert "1/8, loss 0.5" in last(terminal)
+    with silent("price") as advance:
+        show_figure(advance, "loss 0.5")

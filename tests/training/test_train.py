@@ -62,15 +62,22 @@ def test_no_epochs_is_an_error() -> None:
             fit(toy(0), data, epochs=epochs, teacher=toy(1), progress=False)
 
 
-def test_data_without_a_length() -> None:
+def test_data_without_a_length(capsys: pytest.CaptureFixture[str]) -> None:
     class Stream:
         def __iter__(self) -> Iterator[object]:
             return iter(batches(3))
 
     student, teacher = toy(0), toy(1)
     before = distance(student, teacher)
-    fit(student, Stream(), epochs=9, teacher=teacher, lr=1e-2, progress=False)
+    fit(student, Stream(), epochs=9, teacher=teacher, lr=1e-2)
     assert distance(student, teacher) < before
+    (line,) = capsys.readouterr().err.splitlines()  # plain lines, where there is no terminal
+    assert line.startswith("train 27, took") and "\r" not in line
+
+
+def test_steps_are_counted_of_those_that_there_will_be(capsys: pytest.CaptureFixture[str]) -> None:
+    fit(toy(0), batches(3), epochs=2, teacher=toy(1), lr=1e-2)
+    assert capsys.readouterr().err.startswith("train 6/6, took")
 
 
 def test_a_loss_that_is_not_finite_is_an_error_with_its_step() -> None:
