@@ -50,7 +50,7 @@ skresnet18 starnet_s050 vgg11_bn xception41 poolformer_s12 convformer_s18 focaln
 VISION_CONVOLUTIONAL = """
 alexnet@3,96,96 efficientnet_b0 fcn_resnet50
 googlenet@3,96,96 inception_v3@3,128,128 lraspp_mobilenet_v3_large mnasnet0_5 mobilenet_v2 mobilenet_v3_small
-r2plus1d_18@3,4,32,32 r3d_18@3,4,32,32 s3d@3,16,64,64 resnet18
+r2plus1d_18@3,4,32,32 r3d_18@3,4,32,32 s3d@3,16,224,224 resnet18
 resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_1 wide_resnet50_2
 """
 
