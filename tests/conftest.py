@@ -1,14 +1,28 @@
-"""What is the same at every export is worked out once per process."""
+"""What is the same at every export is worked out once per process, and what stays is not searched for garbage."""
 
 from __future__ import annotations
 
 import copy
 import functools
+import gc
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+CYCLES = (50_000, 20, 20)
+
+
+def pytest_collection_finish() -> None:
+    """Modules stay until the end, and exports make objects by the million, few of them in cycles.
+
+    To search all of them again and again took a fifth of the time of tests that export, and a collection that a test
+    asks for took a second.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*CYCLES)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -27,7 +41,10 @@ def exporters_read_their_operators_once() -> Iterator[None]:
     read = functools.cache(ONNXRegistry.from_torchlib)
 
     def from_torchlib(*args: Any, **options: Any) -> ONNXRegistry:
+        known = read.cache_info().currsize
         registry = copy.copy(read(*args, **options))
+        if read.cache_info().currsize > known:
+            gc.freeze()
         registry.functions = {target: list(found) for target, found in registry.functions.items()}
         return registry
 
