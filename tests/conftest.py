@@ -1,17 +1,33 @@
-"""What is the same at every export is worked out once per process, and what stays is not searched for garbage."""
+"""What tests have in common is made once.
+
+What is the same at every export is worked out once per process. Files of networks (`tests.exported`) are shared by the
+processes of a run. What stays until the end is not searched for garbage.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
 import gc
+import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 CYCLES = (50_000, 20, 20)
+SHARED = "SLUICE_TEST_EXPORTS"  # as in `tests.exported`, which is not imported before a test needs it
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers have the environment of the process that starts them."""
+    if not hasattr(config, "workerinput") and SHARED not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="sluice-exports-")
+        os.environ[SHARED] = folder.name
+        config.add_cleanup(folder.cleanup)
+        config.add_cleanup(lambda: os.environ.pop(SHARED))
 
 
 def pytest_collection_finish() -> None:

@@ -1,9 +1,11 @@
-"""Small networks as fp32 ONNX, exported once per run, and running one."""
+"""Small networks as fp32 ONNX, each exported by one process of a run for all of them, and running one."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -14,24 +16,52 @@ from onnx import numpy_helper
 from sluice.passes.cut.export import finalize, to_onnx
 from sluice.runtime.ort.cpu import OrtRunner
 from tests.networks import any_network
+from tests.sequences import sequence
 
-__all__ = ["arrays", "deployed", "named", "ops", "optimised", "random_feeds", "run"]
+__all__ = ["SHARED", "arrays", "deployed", "named", "named_sequence", "ops", "optimised", "random_feeds", "run"]
+
+SHARED = "SLUICE_TEST_EXPORTS"  # names the folder that the processes of a run have in common
 
 
 @cache
-def _bytes(name: str, deployed: bool) -> bytes:
-    exported = to_onnx(*any_network(name))
-    return (finalize(exported) if deployed else exported).SerializeToString()
+def _shared(kind: str, name: str, make: Callable[[str], onnx.ModelProto]) -> bytes:
+    """The file, from the process that was first to need it. Two that need it at once both make it."""
+    folder = os.environ.get(SHARED)
+    if folder is None:
+        return make(name).SerializeToString()
+    path = Path(folder, hashlib.sha256(f"{kind} {name}".encode()).hexdigest())
+    if not path.exists():
+        draft = path.with_suffix(f".{os.getpid()}")
+        draft.write_bytes(make(name).SerializeToString())
+        draft.replace(path)
+    return path.read_bytes()
+
+
+def _network(name: str) -> onnx.ModelProto:
+    return to_onnx(*any_network(name))
+
+
+def _sequence(name: str) -> onnx.ModelProto:
+    return to_onnx(*sequence(name))
+
+
+def _deployed(name: str) -> onnx.ModelProto:
+    return finalize(named(name))
 
 
 def named(name: str) -> onnx.ModelProto:
     """With parameter names, as pieces are cut from it."""
-    return onnx.load_model_from_string(_bytes(name, False))
+    return onnx.load_model_from_string(_shared("named", name, _network))
+
+
+def named_sequence(name: str) -> onnx.ModelProto:
+    """One of `tests.sequences`, with parameter names."""
+    return onnx.load_model_from_string(_shared("sequence", name, _sequence))
 
 
 def deployed(name: str) -> onnx.ModelProto:
     """Folded."""
-    return onnx.load_model_from_string(_bytes(name, True))
+    return onnx.load_model_from_string(_shared("deployed", name, _deployed))
 
 
 def random_feeds(model: onnx.ModelProto, batch: int = 3) -> dict[str, np.ndarray]:
