@@ -406,7 +406,7 @@ def test_gates_make_one_more_candidate_end_to_end(residual_table: Path) -> None:
     assert done.report.met() and (done.report.parity_max_rel or 0.0) < 1e-5
 
 
-@pytest.mark.parametrize("gate_epochs", [0, 2])
+@pytest.mark.parametrize("gate_epochs", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_ranks_by_beam_search_end_to_end(gate_epochs: int, residual_table: Path, tmp_path: Path) -> None:
     done = compress(
         tiny.residual(), tiny.inputs(), budget="75%", data=tiny.data()[:2], table=residual_table, out=tmp_path / "out",
