@@ -1,7 +1,7 @@
 """What tests have in common is made once.
 
-What is the same at every export is worked out once per process. Files of networks (`tests.exported`) are shared by the
-processes of a run. What stays until the end is not searched for garbage.
+What is the same at every export is worked out once per process. Files that many tests read are shared by the processes
+of a run (`tests.shared`). What stays until the end is not searched for garbage.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from typing import Any
 
 import pytest
 
+from tests.shared import FOLDER
+
 CYCLES = (50_000, 20, 20)
-SHARED = "SLUICE_TEST_EXPORTS"  # as in `tests.exported`, which is not imported before a test needs it
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Workers have the environment of the process that starts them."""
-    if not hasattr(config, "workerinput") and SHARED not in os.environ:
-        folder = tempfile.TemporaryDirectory(prefix="sluice-exports-")
-        os.environ[SHARED] = folder.name
+    if not hasattr(config, "workerinput") and FOLDER not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="sluice-tests-")
+        os.environ[FOLDER] = folder.name
         config.add_cleanup(folder.cleanup)
-        config.add_cleanup(lambda: os.environ.pop(SHARED))
+        config.add_cleanup(lambda: os.environ.pop(FOLDER))
 
 
 def pytest_collection_finish() -> None:

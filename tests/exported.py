@@ -1,12 +1,9 @@
-"""Small networks as fp32 ONNX, each exported by one process of a run for all of them, and running one."""
+"""Small networks as fp32 ONNX, exported once per run, and running one."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections import Counter
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,51 +14,39 @@ from sluice.passes.cut.export import finalize, to_onnx
 from sluice.runtime.ort.cpu import OrtRunner
 from tests.networks import any_network
 from tests.sequences import sequence
+from tests.shared import shared
 
-__all__ = ["SHARED", "arrays", "deployed", "named", "named_sequence", "ops", "optimised", "random_feeds", "run"]
-
-SHARED = "SLUICE_TEST_EXPORTS"  # names the folder that the processes of a run have in common
-
-
-@cache
-def _shared(kind: str, name: str, make: Callable[[str], onnx.ModelProto]) -> bytes:
-    """The file, from the process that was first to need it. Two that need it at once both make it."""
-    folder = os.environ.get(SHARED)
-    if folder is None:
-        return make(name).SerializeToString()
-    path = Path(folder, hashlib.sha256(f"{kind} {name}".encode()).hexdigest())
-    if not path.exists():
-        draft = path.with_suffix(f".{os.getpid()}")
-        draft.write_bytes(make(name).SerializeToString())
-        draft.replace(path)
-    return path.read_bytes()
+__all__ = ["arrays", "deployed", "named", "named_sequence", "ops", "optimised", "random_feeds", "run"]
 
 
-def _network(name: str) -> onnx.ModelProto:
-    return to_onnx(*any_network(name))
+@shared
+def _named(name: str) -> bytes:
+    return to_onnx(*any_network(name)).SerializeToString()
 
 
-def _sequence(name: str) -> onnx.ModelProto:
-    return to_onnx(*sequence(name))
+@shared
+def _named_sequence(name: str) -> bytes:
+    return to_onnx(*sequence(name)).SerializeToString()
 
 
-def _deployed(name: str) -> onnx.ModelProto:
-    return finalize(named(name))
+@shared
+def _deployed(name: str) -> bytes:
+    return finalize(named(name)).SerializeToString()
 
 
 def named(name: str) -> onnx.ModelProto:
     """With parameter names, as pieces are cut from it."""
-    return onnx.load_model_from_string(_shared("named", name, _network))
+    return onnx.load_model_from_string(_named(name))
 
 
 def named_sequence(name: str) -> onnx.ModelProto:
     """One of `tests.sequences`, with parameter names."""
-    return onnx.load_model_from_string(_shared("sequence", name, _sequence))
+    return onnx.load_model_from_string(_named_sequence(name))
 
 
 def deployed(name: str) -> onnx.ModelProto:
     """Folded."""
-    return onnx.load_model_from_string(_shared("deployed", name, _deployed))
+    return onnx.load_model_from_string(_deployed(name))
 
 
 def random_feeds(model: onnx.ModelProto, batch: int = 3) -> dict[str, np.ndarray]:
