@@ -38,6 +38,9 @@ demo-all: $(READY)
 	@mkdir -p build/demo
 	$(BIN)/python -m examples.demo --budgets 50% 25% --least
 
+# Every process reads the same sources, so their bytecode is kept, whatever the environment says.
+test test-slow: export PYTHONDONTWRITEBYTECODE :=
+
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not device"
 

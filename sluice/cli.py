@@ -87,7 +87,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 def profile(args: argparse.Namespace) -> int:
     """Measure the network, and plans on its way to the least time, on this device; with --pack, write a job instead."""
-    from sluice.profiler.engine_layers import check_inspector, place_profile, placement_lines
+    from sluice.commands.engine_layers import check_inspector, place_profile, placement_lines
     from sluice.profiler.need import walk
     from sluice.profiler.profile import profile_onnx, profile_shard
     from sluice.profiler.summary import profile_summary, shard_summary

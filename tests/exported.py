@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,24 +13,40 @@ from onnx import numpy_helper
 from sluice.passes.cut.export import finalize, to_onnx
 from sluice.runtime.ort.cpu import OrtRunner
 from tests.networks import any_network
+from tests.sequences import sequence
+from tests.shared import shared
 
-__all__ = ["arrays", "deployed", "named", "ops", "optimised", "random_feeds", "run"]
+__all__ = ["arrays", "deployed", "named", "named_sequence", "ops", "optimised", "random_feeds", "run"]
 
 
-@cache
-def _bytes(name: str, deployed: bool) -> bytes:
-    exported = to_onnx(*any_network(name))
-    return (finalize(exported) if deployed else exported).SerializeToString()
+@shared
+def _named(name: str) -> bytes:
+    return to_onnx(*any_network(name)).SerializeToString()
+
+
+@shared
+def _named_sequence(name: str) -> bytes:
+    return to_onnx(*sequence(name)).SerializeToString()
+
+
+@shared
+def _deployed(name: str) -> bytes:
+    return finalize(named(name)).SerializeToString()
 
 
 def named(name: str) -> onnx.ModelProto:
     """With parameter names, as pieces are cut from it."""
-    return onnx.load_model_from_string(_bytes(name, False))
+    return onnx.load_model_from_string(_named(name))
+
+
+def named_sequence(name: str) -> onnx.ModelProto:
+    """One of `tests.sequences`, with parameter names."""
+    return onnx.load_model_from_string(_named_sequence(name))
 
 
 def deployed(name: str) -> onnx.ModelProto:
     """Folded."""
-    return onnx.load_model_from_string(_bytes(name, True))
+    return onnx.load_model_from_string(_deployed(name))
 
 
 def random_feeds(model: onnx.ModelProto, batch: int = 3) -> dict[str, np.ndarray]:

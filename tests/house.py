@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import sluice
@@ -22,7 +23,8 @@ MODULES = {
 FRONT = ("sluice", "sluice.__main__")  # what users import; its names lie in every room
 
 
-def imports(path: Path, top_level: bool = False) -> set[str]:
+@cache
+def imports(path: Path, top_level: bool = False) -> frozenset[str]:
     """Absolute names of imported modules, also those under a function unless ``top_level``."""
     tree = ast.parse(path.read_text())
     functions = [f for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))]
@@ -38,7 +40,7 @@ def imports(path: Path, top_level: bool = False) -> set[str]:
             assert not node.level, f"{path.name} has a relative import"
             found.add(node.module)
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return frozenset(found)
 
 
 def room_of(module: str) -> str:

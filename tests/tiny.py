@@ -6,7 +6,9 @@ the whole way check is what is done with times; that real ones are taken well is
 
 from __future__ import annotations
 
+import io
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -34,6 +36,7 @@ from sluice.passes.graph.static_shapes import static_graph
 from sluice.profiler.profile import profile_onnx
 from sluice.runtime.ort.cpu import OrtRunner, OrtSession
 from sluice.solver.options import METHODS
+from tests.shared import shared
 
 BATCH = 3
 CALL_MS, MAC_MS = 1e-3, 1e-4
@@ -91,7 +94,7 @@ def uncuttable() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(243, 5))
 
 
-@cache
+@shared
 def plain_file() -> bytes:
     """`residual` as torch's own exporter writes it, its batch open."""
     program = torch.onnx.export(
@@ -177,7 +180,7 @@ def simulated_device() -> Iterator[None]:
         yield
 
 
-@cache
+@shared
 def table_bytes() -> bytes:
     """The table of `model` on the simulated device, as `sluice.profile` fills it."""
     with tempfile.TemporaryDirectory() as folder, simulated_device():
@@ -186,7 +189,7 @@ def table_bytes() -> bytes:
         return path.read_bytes()
 
 
-@cache
+@shared
 def dense_table_bytes() -> bytes:
     """The same with nothing but the dense network."""
     with tempfile.TemporaryDirectory() as folder, simulated_device():
@@ -196,7 +199,7 @@ def dense_table_bytes() -> bytes:
         return path.read_bytes()
 
 
-@cache
+@shared
 def residual_table_bytes() -> bytes:
     """The table of `residual`."""
     with tempfile.TemporaryDirectory() as folder, simulated_device():
@@ -212,9 +215,19 @@ def table_in(folder: Path, content: bytes | None = None) -> Path:
     return path
 
 
-@cache
+@shared
 def _dense_bytes() -> bytes:
     return to_onnx(model(), inputs()).SerializeToString()
+
+
+@shared
+def _residual_bytes() -> bytes:
+    return to_onnx(residual(), inputs()).SerializeToString()
+
+
+def residual_onnx() -> onnx.ModelProto:
+    """`residual` with its parameter names."""
+    return onnx.load_model_from_string(_residual_bytes())
 
 
 def dense_onnx_in(folder: Path) -> Path:
@@ -226,13 +239,23 @@ def dense_onnx_in(folder: Path) -> Path:
 
 @cache
 def _compressed() -> Mapping[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(_compressed_bytes())) as content:
+        return {name: content.read(name) for name in content.namelist()}
+
+
+@shared
+def _compressed_bytes() -> bytes:
     with tempfile.TemporaryDirectory() as name, simulated_device():
         folder = Path(name)
         sluice.compress(
             model(), inputs(), budget="60%", data=data(), table=table_in(folder), out=folder / "out", batch=BATCH,
             methods=("filter",), gate_epochs=0, epochs=1, progress=False,
         )  # fmt: skip
-        return files_of(folder / "out")
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w") as written:
+            for place, part in files_of(folder / "out").items():
+                written.writestr(place, part)
+        return content.getvalue()
 
 
 def compressed_in(folder: Path) -> Path:

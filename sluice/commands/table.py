@@ -57,8 +57,8 @@ def merge(args: argparse.Namespace) -> int:
 
 def show(args: argparse.Namespace) -> int:
     """Show what a table holds: conditions, pieces, points, engines, calibration errors."""
+    from sluice.commands.table_listing import to_data, to_lines
     from sluice.profiler.table.latency_table import LatencyTable
-    from sluice.profiler.table_tools.listing import to_data, to_lines
 
     with LatencyTable.open(args.table) as table:
         data = to_data(table)
@@ -67,8 +67,8 @@ def show(args: argparse.Namespace) -> int:
 
 def diff(args: argparse.Namespace) -> int:
     """Compare two tables piece by piece, those with the largest effect first; they may be of different devices."""
+    from sluice.commands.table_diff import diff_data, diff_lines
     from sluice.profiler.table.latency_table import LatencyTable
-    from sluice.profiler.table_tools.diff import diff_data, diff_lines
 
     with LatencyTable.open(args.a) as a, LatencyTable.open(args.b) as b:
         data = diff_data(a, b)
@@ -91,9 +91,9 @@ def forget(args: argparse.Namespace) -> int:
 
 def csv(args: argparse.Namespace) -> int:
     """Write one row per point: key, description, extents, ms, spread, samples."""
+    from sluice.commands.table_listing import to_csv
     from sluice.core.files import check_output, write_atomically
     from sluice.profiler.table.latency_table import LatencyTable
-    from sluice.profiler.table_tools.listing import to_csv
 
     with LatencyTable.open(args.table) as table:
         if args.out:

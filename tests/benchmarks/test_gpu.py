@@ -225,7 +225,7 @@ def test_calls_with_other_targets_keep_what_is_known(two: dict[str, FakeRunner],
     assert len(picture.findall("{*}polyline")) == 2
 
 
-@pytest.mark.parametrize("named", [["ort-cuda"], ["torch-cuda", "ort-cuda"]])
+@pytest.mark.parametrize("named", [pytest.param(["ort-cuda"], marks=pytest.mark.slow), ["torch-cuda", "ort-cuda"]])
 def test_figures_of_another_version_go_and_no_others(
     named: list[str], two: dict[str, FakeRunner], tmp_path: Path
 ) -> None:
@@ -252,17 +252,17 @@ def test_tables_of_other_devices_have_other_names(two: dict[str, FakeRunner], tm
     assert all("result" in stage for stage in written(tmp_path, "a-second-device")["stages"].values())
 
 
-@pytest.mark.parametrize("key", ["device", "precision", "small"])
 def test_results_of_other_sizes_are_not_overwritten(
-    key: str, simulated: FakeRunner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    simulated: FakeRunner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert called(tmp_path, "--target", "torch-cuda", "--batch", "2", seconds=0) == 0
-    path = tmp_path / "results" / "gpu-a-fake-device.json"
-    other = json.dumps(written(tmp_path) | {key: "other"})
-    path.write_text(other)
-    capsys.readouterr()
-    assert called(tmp_path, "--target", "torch-cuda", "--batch", "2") == 1
-    assert f"holds results with {key} 'other', not " in capsys.readouterr().err and path.read_text() == other
+    path, first = tmp_path / "results" / "gpu-a-fake-device.json", written(tmp_path)
+    for key in ("device", "precision", "small"):
+        other = json.dumps(first | {key: "other"})
+        path.write_text(other)
+        capsys.readouterr()
+        assert called(tmp_path, "--target", "torch-cuda", "--batch", "2") == 1
+        assert f"holds results with {key} 'other', not " in capsys.readouterr().err and path.read_text() == other
 
 
 def test_staircases_can_be_left_out(simulated: FakeRunner, tmp_path: Path) -> None:

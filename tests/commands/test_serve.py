@@ -16,10 +16,10 @@ import onnx
 import pytest
 
 from sluice.cli import main
+from sluice.commands.engine_layers import check_inspector
 from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError
 from sluice.passes.graph.onnx_file import save_onnx
-from sluice.profiler.engine_layers import check_inspector
 from sluice.profiler.job import Job, read_job, write_job
 from sluice.profiler.profile import fingerprint_here, measured_elsewhere, profile_onnx
 from sluice.profiler.table.latency_table import LatencyTable

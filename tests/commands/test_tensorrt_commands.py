@@ -12,9 +12,9 @@ import onnx
 import pytest
 
 from sluice.cli import main
+from sluice.commands.engine_layers import check_inspector, place_profile, placement_lines
 from sluice.core.errors import SluiceError
 from sluice.passes.search_space import find_search_space, read_onnx
-from sluice.profiler.engine_layers import check_inspector, place_profile, placement_lines
 from sluice.profiler.fit.assemble import lay_out
 from sluice.profiler.pieces.partition import partition_graph
 from sluice.profiler.pieces.variants import Alternatives

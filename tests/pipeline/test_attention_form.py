@@ -21,7 +21,7 @@ from sluice.pipeline import attention_form
 from sluice.pipeline.attention_form import marked_for, marked_like
 from sluice.pipeline.pairs import structure
 from sluice.profiler.pieces.partition import partition_graph
-from tests.exported import ops
+from tests.exported import named_sequence, ops
 from tests.networks import random_kept
 from tests.sequences import sequence
 
@@ -32,7 +32,7 @@ def profile_of(model: Any) -> Any:
 
 def test_the_file_after_training_is_the_engine_that_was_verified() -> None:
     model, inputs = sequence("fused")
-    dense = marked_for(to_onnx(model, inputs), Deployment())
+    dense = marked_for(named_sequence("fused"), Deployment())
     assert has_marked_cores(dense)
     captured = capture(model, inputs)
     analysis = analyze(captured)
@@ -45,7 +45,7 @@ def test_the_file_after_training_is_the_engine_that_was_verified() -> None:
 
 
 def test_marked_on_this_machine_in_fp32_with_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    exported = to_onnx(*sequence("fused"))
+    exported = named_sequence("fused")
     for other in (
         Deployment(threads=2), Deployment(precision="int8"), Deployment(target="openvino"), Deployment("ort-cpu@host"),
     ):  # fmt: skip

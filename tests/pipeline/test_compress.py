@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -406,7 +405,7 @@ def test_gates_make_one_more_candidate_end_to_end(residual_table: Path) -> None:
     assert done.report.met() and (done.report.parity_max_rel or 0.0) < 1e-5
 
 
-@pytest.mark.parametrize("gate_epochs", [0, 2])
+@pytest.mark.parametrize("gate_epochs", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_ranks_by_beam_search_end_to_end(gate_epochs: int, residual_table: Path, tmp_path: Path) -> None:
     done = compress(
         tiny.residual(), tiny.inputs(), budget="75%", data=tiny.data()[:2], table=residual_table, out=tmp_path / "out",
@@ -439,11 +438,6 @@ def test_a_negative_rehearsal_is_refused(residual_table: Path) -> None:
         )  # fmt: skip
 
 
-@functools.cache
-def residual_onnx() -> onnx.ModelProto:
-    return to_onnx(tiny.residual(), tiny.inputs())
-
-
 def check_methods(methods: tuple[str, ...], budget: str, table: Path, folder: Path, gates: int) -> None:
     """Within the budget, no edit of another method, and all forms of what comes out are one network."""
     model, out = tiny.residual(), folder / "out"
@@ -459,7 +453,7 @@ def check_methods(methods: tuple[str, ...], budget: str, table: Path, folder: Pa
     if len(methods) == 1:
         assert used[methods[0]]
     loaded = sluice.load(tiny.residual, out)
-    rewritten = finalize(rewrite_onnx(residual_onnx(), plan))
+    rewritten = finalize(rewrite_onnx(tiny.residual_onnx(), plan))
     for batch in (1, tiny.BATCH, 4):
         x = tiny.inputs(batch)
         with torch.no_grad():

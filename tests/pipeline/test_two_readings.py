@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import sluice
 from sluice.artifacts.result import Compressed
 from sluice.core.deployment import Deployment
-from sluice.passes.cut.export import to_onnx
 from sluice.passes.graph import aten, onnx_axes
 from sluice.passes.graph.groups import Analysis, without_groups
 from sluice.passes.search_space import find_search_space, read_torch
@@ -91,7 +90,7 @@ def test_a_table_serves_whether_or_not_both_graphs_were_at_hand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A device fills a table by the file alone; the host then limits the choice to what its torch graph has."""
-    table, dense = tmp_path / "t.db", to_onnx(tiny.residual(), tiny.inputs())
+    table, dense = tmp_path / "t.db", tiny.residual_onnx()
     profile_onnx(dense, table, deployment=Deployment(batch=tiny.BATCH), methods=METHODS, progress=False)
     lose(monkeypatch, aten, "analyze", "conv1")
     like = find_search_space(read_torch(sluice.capture(tiny.residual(), tiny.inputs())))

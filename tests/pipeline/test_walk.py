@@ -14,7 +14,6 @@ import torch
 import sluice
 from sluice.core.budget_spec import BudgetSpec
 from sluice.core.deployment import Deployment
-from sluice.passes.cut.export import to_onnx
 from sluice.passes.graph.capture import capture
 from sluice.pipeline.compress import sweep
 from sluice.profiler.profile import profile_known
@@ -79,7 +78,7 @@ def test_one_sweep(tmp_path: Path, calls: Counter[str]) -> None:
             with LatencyTable.open(path) as opened:
                 (network,) = opened.networks()
                 held.append((len(opened), len(opened.engines(network))))
-        complete = profile_known(to_onnx(tiny.residual(), tiny.inputs()), path).coverage.complete
+        complete = profile_known(tiny.residual_onnx(), path).coverage.complete
     # In a network of this size the best steps from two plans lead nearly everywhere.
     assert held[0][0] < 0.8 * complete and held[0][0] <= held[1][0] < complete
     assert 2 <= held[0][1] < held[1][1]  # the dense engine, and one at least of every budget

@@ -61,9 +61,8 @@ def on_device(job: Path, *arguments: object, simulated: bool = True) -> subproce
 
 @pytest.fixture(scope="module")
 def residual() -> onnx.ModelProto:
-    from sluice.passes.cut.export import to_onnx
 
-    return to_onnx(tiny.residual(), tiny.inputs())
+    return tiny.residual_onnx()
 
 
 def test_all_methods_without_any_other_package(tmp_path: Path, residual: onnx.ModelProto) -> None:

@@ -93,6 +93,9 @@ def compositions_of(analysis: Analysis, value: str) -> tuple[Composition, ...]:
     """The labelled axes of a value, in order."""
     found = []
     for axis in analysis.values.get(value, ()):
+        if len(axis.layers) == 1:  # by far the most: one group or none at every position
+            found.append(_alone(analysis, axis.dim, *axis.layers[0]))
+            continue
         groups, channels = (np.stack(each) for each in zip(*axis.layers, strict=True))
         coefs: dict[tuple[str, ...], int] = {}
         for column in np.unique(groups, axis=1).T:
@@ -102,6 +105,15 @@ def compositions_of(analysis: Analysis, value: str) -> tuple[Composition, ...]:
                 coefs[names] = coefs.get(names, 0) + own.shape[1] // len(np.unique(own, axis=1).T)
         found.append(Composition(axis.dim, coefs, int((groups < 0).all(0).sum())))
     return tuple(found)
+
+
+def _alone(analysis: Analysis, dim: int, groups: np.ndarray, channels: np.ndarray) -> Composition:
+    """One axis with a single layer: what `compositions_of` finds of several, in a fraction of the time."""
+    coefs: dict[tuple[str, ...], int] = {}
+    for group in np.unique(groups[groups >= 0]).tolist():
+        own = channels[groups == group]
+        coefs[(analysis.groups[group].name,)] = len(own) // len(np.unique(own))
+    return Composition(dim, coefs, int(np.count_nonzero(groups < 0)))
 
 
 def free_extents(analysis: Analysis, values: Collection[str]) -> int:

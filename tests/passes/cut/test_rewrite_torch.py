@@ -35,7 +35,7 @@ def prepared(name: str) -> tuple[fx.GraphModule, tuple[Tensor, ...], Analysis, P
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 @torch.no_grad()
 def test_cutting_is_exact(name: str, data: st.DataObject) -> None:

@@ -612,7 +612,10 @@ def bench(layers: int, blocks: bool) -> tuple[LatencyModel, dict[str, Tensor]]:
     return model, weights
 
 
-@pytest.mark.parametrize("kinds", [("rank",), ("block",), ("filter", "rank"), ("filter", "rank", "block")])
+SLOWLY = [pytest.param(kinds, marks=pytest.mark.slow) for kinds in (("rank",), ("filter", "rank"))]
+
+
+@pytest.mark.parametrize("kinds", [("block",), ("filter", "rank", "block"), *SLOWLY])
 def test_budget_is_met_by(kinds: tuple[str, ...]) -> None:
     steps, layers = 300, 7
     torch.manual_seed(0)

@@ -251,7 +251,8 @@ EXPORTED: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
     "networks": lambda: beside({name: build(name) for name in NETWORKS}),
     **{name: functools.partial(reference, name) for name in REFERENCE},
 }
-LONG = ("resnet32", "mobilenet_v2")  # nothing is in them that the others lack, but for the number of blocks
+# Nothing is in them that the others lack, but for the number of blocks.
+LONG = ("resnet32", "mobilenet_v2", "se_resnet")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in EXPORTED])

@@ -18,7 +18,7 @@ from sluice.passes.precision.flat_attention import MOST, has_marked_cores, with_
 from sluice.passes.precision.to_precision import to_precision
 from sluice.profiler.pieces.partition import partition_graph
 from sluice.runtime.base.compare import assert_close
-from tests.exported import ops, random_feeds, run
+from tests.exported import named_sequence, ops, random_feeds, run
 from tests.networks import random_kept
 from tests.sequences import sequence
 
@@ -46,7 +46,7 @@ def test_cut_networks_compute_the_same(name: str, q: int, k: int) -> None:
 
 
 def test_pieces_have_the_form_of_the_network_and_a_key_of_their_own() -> None:
-    exported = to_onnx(*sequence("fused"))
+    exported = named_sequence("fused")
     marked = with_marked_cores(exported, 1)
     plain, flat = (partition_graph(model, 1) for model in (exported, marked))
     cores = [[p for p in each.pieces if ops(p.model)["Softmax"]] for each in (plain, flat)]
@@ -61,7 +61,7 @@ def test_pieces_have_the_form_of_the_network_and_a_key_of_their_own() -> None:
 
 
 def test_marked_for_one_thread_of_a_cpu_alone() -> None:
-    marked = with_marked_cores(to_onnx(*sequence("fused")), 1)
+    marked = with_marked_cores(named_sequence("fused"), 1)
     assert has_marked_cores(marked) and marked.opset_import[0].version == 23
     assert ops(to_precision(marked, "fp32"))["Attention"] == 1
     for target, threads in (("ort-cpu", 2), ("openvino", 1), ("tensorrt", 1)):
@@ -181,7 +181,7 @@ def test_large_scores_stay() -> None:
 
 
 def test_operands_are_told_by_their_columns() -> None:
-    (found,) = find_flat_cores(with_marked_cores(to_onnx(*sequence("fused")), 1))
+    (found,) = find_flat_cores(with_marked_cores(named_sequence("fused"), 1))
     assert [(one.first, one.heads, one.order) for one in (found.q, found.k, found.v)] == [
         (0, 3, BATCH_FIRST), (found.q.dims * 3, 3, BATCH_FIRST), (found.q.dims * 6, 3, BATCH_FIRST)
     ]  # fmt: skip

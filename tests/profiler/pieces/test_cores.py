@@ -6,7 +6,6 @@ import functools
 from collections import Counter
 
 import numpy as np
-import onnx
 import pytest
 import torch
 
@@ -29,6 +28,7 @@ from sluice.profiler.pieces.work import work_of
 from sluice.runtime.base.compare import assert_close
 from sluice.runtime.ort.blocked_part import kernels, without_reorders
 from sluice.runtime.ort.cpu import OrtRunner
+from tests.exported import named_sequence
 from tests.sequences import sequence
 
 QUICK = ("sdpa", "fused, by hand", "multihead", "lstm", "gru, last state")
@@ -39,14 +39,8 @@ ATTENTION = ("sdpa", "multihead")
 
 
 @functools.cache
-def exported(name: str) -> onnx.ModelProto:
-    model, inputs = sequence(name)
-    return to_onnx(model, inputs)
-
-
-@functools.cache
 def cut(name: str, dims: bool = False) -> Partition:
-    static = static_at(exported(name), 3)
+    static = static_at(named_sequence(name), 3)
     return partition_static(static, analyze_onnx(static, dims=dims), 3)
 
 

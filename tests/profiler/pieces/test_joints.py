@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 import pytest
 
-from sluice.passes.cut.export import to_onnx
 from sluice.profiler.pieces.joints import SMALL, call_models, find_joints, joint_models, joint_widths
 from sluice.profiler.pieces.partition import Partition, build_piece, partition_graph
 from sluice.profiler.pieces.sources import add_sources
@@ -19,6 +18,7 @@ from sluice.runtime.base.compare import assert_close
 from sluice.runtime.ort.blocked_part import block_size
 from sluice.runtime.ort.cpu import OrtRunner
 from tests.device import FINGERPRINT, FakeRunner, FakeSession, chain
+from tests.exported import named
 from tests.networks import any_network
 
 NAMES = [
@@ -31,8 +31,7 @@ NAMES = [
 
 @cache
 def partition_of(name: str) -> Partition:
-    model, inputs = any_network(name)
-    return partition_graph(to_onnx(model, inputs), len(inputs[0]))
+    return partition_graph(named(name), len(any_network(name)[1][0]))
 
 
 def feeds_of(model: onnx.ModelProto) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from sluice.artifacts.macs import count_macs
+from sluice.profiler.pieces.identity import compositions_of
 from sluice.profiler.pieces.partition import Partition, Piece, build_piece, partition_graph, spread_widths
 from sluice.profiler.pieces.split import ANCHORS
 from sluice.profiler.pieces.work import work_of
@@ -135,3 +137,15 @@ def test_a_piece_without_an_anchor_moves_what_it_reads_and_makes() -> None:
     macs, moved = work.at(nothing)
     assert (work.kind, macs.tolist(), moved.tolist()) == ("MaxPool", [0.0], [2 * 2 * 3 * 9 * 9])
     assert work.channels(nothing).tolist() == [[1.0, 1.0]]
+
+
+@pytest.mark.parametrize("name", ["splits", "shuffle", "grouped", "tokens"])
+def test_an_axis_with_one_layer_is_read_as_those_with_several_are(name: str) -> None:
+    """A layer twice says nothing new, and is read the general way."""
+    analysis = cut(name).analysis
+    twice = {v: tuple(replace(a, layers=a.layers * 2) for a in axes) for v, axes in analysis.values.items()}
+    single = [v for v, axes in analysis.values.items() if axes and all(len(axis.layers) == 1 for axis in axes)]
+    assert len(single) > 3
+    for value in single:
+        found, general = (compositions_of(a, value) for a in (analysis, replace(analysis, values=twice)))
+        assert found == general and [list(c.coefs) for c in found] == [list(c.coefs) for c in general]

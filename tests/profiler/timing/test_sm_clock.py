@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from sluice.commands.table_listing import to_data, to_lines
 from sluice.profiler.pieces.partition import partition_graph
 from sluice.profiler.table.latency_table import LatencyTable
-from sluice.profiler.table_tools.listing import to_data, to_lines
 from sluice.profiler.timing import sm_clock as clocks
 from tests.device import FINGERPRINT, FakeRunner, chain
 from tests.profiler.on_device import bench_on

@@ -26,7 +26,8 @@ from sluice.runtime.ort.cpu import OrtRunner
 from sluice.runtime.torch_cuda import ops as torch_ops
 from sluice.runtime.torch_cuda.ops import OPS, Op
 from sluice.runtime.torch_cuda.program import TorchProgram, build_program, laid_out, to_numpy, to_tensor
-from tests.networks import NETWORKS, build
+from tests.exported import named
+from tests.networks import NETWORKS
 
 CPU = torch.device("cpu")
 Arrays = dict[str, np.ndarray]
@@ -64,20 +65,9 @@ def check(dense: onnx.ModelProto, tol: float = 1e-5) -> None:
         assert_close(computed(model, feeds), OrtRunner().build(model).run(feeds), tol)
 
 
-@pytest.fixture(scope="module")
-def exported() -> dict[str, onnx.ModelProto]:
-    return {}
-
-
-def onnx_of(name: str, exported: dict[str, onnx.ModelProto]) -> onnx.ModelProto:
-    if name not in exported:
-        exported[name] = to_onnx(*build(name))
-    return exported[name]
-
-
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_network_computes_what_onnx_runtime_computes(name: str, exported: dict[str, onnx.ModelProto]) -> None:
-    check(onnx_of(name, exported))
+def test_a_network_computes_what_onnx_runtime_computes(name: str) -> None:
+    check(named(name))
 
 
 REFERENCE: dict[str, dict[str, Any]] = {
@@ -105,8 +95,8 @@ def test_crepe_computes_what_onnx_runtime_computes() -> None:
 
 
 @pytest.mark.parametrize("name", ["in_place", "sequence1d", "splits", "tokens", "squeeze_excite"])
-def test_pieces_of_a_network_run_as_they_are_timed(name: str, exported: dict[str, onnx.ModelProto]) -> None:
-    for piece in partition_graph(onnx_of(name, exported), 3).pieces:
+def test_pieces_of_a_network_run_as_they_are_timed(name: str) -> None:
+    for piece in partition_graph(named(name), 3).pieces:
         model, _ = add_sources(piece.model, piece.bare)
         feeds = random_feeds(model)
         assert_close(computed(model, feeds), OrtRunner().build(model).run(feeds), 1e-5)
@@ -117,8 +107,8 @@ def test_pieces_of_a_network_run_as_they_are_timed(name: str, exported: dict[str
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("name", ["squeeze_excite", "tokens", "norms"])
-def test_sixteen_bits(name: str, precision: str, exported: dict[str, onnx.ModelProto]) -> None:
-    dense = onnx_of(name, exported)
+def test_sixteen_bits(name: str, precision: str) -> None:
+    dense = named(name)
     narrow = to_precision(dense, precision)
     feeds = random_feeds(dense)
     program = program_of(narrow, feeds)
@@ -294,10 +284,10 @@ def _feeds(model: onnx.ModelProto) -> Arrays:
     return found
 
 
-def test_every_operator_of_the_table_is_tested(exported: dict[str, onnx.ModelProto]) -> None:
+def test_every_operator_of_the_table_is_tested() -> None:
     seen = {model.graph.node[0].op_type for model in NODES.values()} | {"Shape"}
     for name in NETWORKS:
-        seen |= {node.op_type for node in onnx_of(name, exported).graph.node}
+        seen |= {node.op_type for node in named(name).graph.node}
     on_host = {"Constant", "ConstantOfShape", "Range"}  # test_sizes_are_computed_on_the_host
     assert set(OPS) - seen - on_host == set()
 
@@ -388,9 +378,9 @@ def test_a_norm_is_folded_into_the_convolution_that_it_alone_reads(bias: bool, r
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_steps_read_the_device_alone(name: str, exported: dict[str, onnx.ModelProto]) -> None:
+def test_the_steps_read_the_device_alone(name: str) -> None:
     """On a device without data: whoever asks for a value, as no captured graph may, or mixes devices, fails."""
-    model = onnx_of(name, exported)
+    model = named(name)
     feeds = random_feeds(model)
     there = {name: laid_out(to_tensor(value)).to("meta") for name, value in feeds.items()}
     program = build_program(model, there, torch.device("meta"))
@@ -453,8 +443,8 @@ def test_one_channel_between_two_layers_keeps_the_layout(kind: str) -> None:
     assert_close(computed(model, feeds), OrtRunner().build(model).run(feeds), 1e-6)
 
 
-def test_a_value_lives_until_its_last_reader(exported: dict[str, onnx.ModelProto]) -> None:
-    model = onnx_of("splits", exported)
+def test_a_value_lives_until_its_last_reader() -> None:
+    model = named("splits")
     program = program_of(model, random_feeds(model))
     made = [name for step in program.steps for name in step.outputs]
     dropped = [name for step in program.steps for name in step.drop]
@@ -490,9 +480,9 @@ OPS_SLICE, OPS_DEPTH = OPS["Slice"].run, OPS["DepthToSpace"].run
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_caught(fault: str, exported: dict[str, onnx.ModelProto], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_are_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, kind, wrong = FAULTS[fault]
-    model = onnx_of(name, exported)
+    model = named(name)
     feeds = random_feeds(model)
     want = OrtRunner().build(model).run(feeds)
     assert_close(computed(model, feeds), want, 1e-5)
