@@ -23,7 +23,17 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper, shape_inference
 
-__all__ = ["channels_last_already", "on_rows", "set_layouts"]
+__all__ = [
+    "BINARY",
+    "IMAGE",
+    "UNARY",
+    "channels_last_already",
+    "held_in",
+    "on_rows",
+    "resize",
+    "set_layouts",
+    "shapes_of",
+]
 
 IMAGE = 4  # axes of a tensor with height and width
 LINES = (3, IMAGE)  # axes of what operators may work on row by row
@@ -51,7 +61,7 @@ def set_layouts(trt: Any, network: Any, plain: Collection[str]) -> None:
 
 def channels_last_already(model: onnx.ModelProto) -> set[str]:
     """Values whose last axis is that of the channels in the file (rule 1)."""
-    shapes, held = _shapes(model), _held(model)
+    shapes, held = shapes_of(model), held_in(model)
     working = [node for node in model.graph.node if _works_on_rows(node, shapes, held)]
     found = {
         name
@@ -72,8 +82,8 @@ def channels_last_already(model: onnx.ModelProto) -> set[str]:
 
 def on_rows(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with its regions on rows (rule 2), itself if there are none; sizes are fixed. Names stay."""
-    shapes = _shapes(model)
-    held = _held(model)
+    shapes = shapes_of(model)
+    held = held_in(model)
     working = [node for node in model.graph.node if _works_on_rows(node, shapes, held)]
     flat = [node for node in working if len(shapes[node.output[0]]) < IMAGE]
     regions = [own for own in _connected(flat, shapes, held) if any(node.op_type == "MatMul" for node in own)]
@@ -90,7 +100,7 @@ def on_rows(model: onnx.ModelProto) -> onnx.ModelProto:
     del result.graph.node[:], result.graph.value_info[:]
     for info in (*result.graph.input, *result.graph.output):
         if info.name in rows:
-            _resize(info, _rows(shapes[info.name]))
+            resize(info, _rows(shapes[info.name]))
     added: dict[str, onnx.NodeProto] = {}
     for node, own in zip(model.graph.node, of_region, strict=True):
         copy = onnx.NodeProto()
@@ -109,7 +119,8 @@ def on_rows(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
-def _shapes(model: onnx.ModelProto) -> dict[str, Shape]:
+def shapes_of(model: onnx.ModelProto) -> dict[str, Shape]:
+    """The sizes of all values of a model of fixed sizes."""
     inferred = shape_inference.infer_shapes(model).graph
     found = {init.name: tuple(init.dims) for init in model.graph.initializer}
     for info in (*inferred.input, *inferred.value_info, *inferred.output):
@@ -119,7 +130,7 @@ def _shapes(model: onnx.ModelProto) -> dict[str, Shape]:
     return found
 
 
-def _held(model: onnx.ModelProto) -> set[str]:
+def held_in(model: onnx.ModelProto) -> set[str]:
     """Initialisers, and what follows from them alone."""
     held = {init.name for init in model.graph.initializer} | {""}
     for node in model.graph.node:
@@ -179,7 +190,8 @@ def _rows(shape: Shape) -> Shape:
     return math.prod(shape[:-1]), shape[-1]
 
 
-def _resize(info: onnx.ValueInfoProto, shape: Shape) -> None:
+def resize(info: onnx.ValueInfoProto, shape: Shape) -> None:
+    """Write the sizes of an input or output."""
     del info.type.tensor_type.shape.dim[:]
     for size in shape:
         info.type.tensor_type.shape.dim.add().dim_value = size
