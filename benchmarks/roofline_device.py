@@ -29,6 +29,7 @@ from sluice.artifacts.macs import macs_by_node
 from sluice.core.errors import SluiceError
 from sluice.pipeline.pairs import structure
 from sluice.runtime.base.runner import Clock
+from sluice.runtime.trt.borders import on_rows
 from sluice.runtime.trt.build import build_engine, find_tensorrt, is_rtx, listener, make_builder, product, static_model
 from sluice.runtime.trt.inspect import EngineLayer, Tensor, node_name
 from sluice.runtime.trt.products import products_on_rows, without_copies
@@ -193,7 +194,9 @@ class RooflineRunner:
         layers = {kernel.layer: kernel for kernel in found.list}
         rows = products_on_rows(model, [*layers])
         if rows is model:
-            return found
+            turned = on_rows(model, positions_first=True)
+            other = found if turned is model else self._built(turned, part=True)
+            return other if len(other.list) < len(found.list) else found
         written = self._built(rows, part=True)
         inside = Counter(layers[layer].identity for layer in without_copies([*layers]))
         return RooflineSession(written.list, written.ms, inside)

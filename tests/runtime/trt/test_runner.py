@@ -32,7 +32,7 @@ from sluice.runtime.trt.session import TensorRtSession
 from sluice.runtime.trt.settings import Settings
 from tests.device import chain
 from tests.fake_tensorrt import MS, FakeCuda, fake_tensorrt
-from tests.runtime.trt.test_borders import drawn, graph, node
+from tests.runtime.trt.test_borders import drawn, graph, heads, node
 
 BATCH = 3
 X = np.random.default_rng(1).standard_normal((BATCH, 3, 9, 9)).astype(np.float32)
@@ -539,3 +539,23 @@ def test_a_part_whose_product_is_copied_is_built_on_rows(here: Here, monkeypatch
     monkeypatch.setattr(TensorRtSession, "layers", lambda self: (product,))
     TensorRtRunner().build_part(part)
     assert trt.calls["builds"] == 3
+
+
+@pytest.mark.parametrize("fewer", [False, True])
+def test_a_part_with_rows_in_two_orders_has_the_one_of_fewer_kernels(
+    fewer: bool, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, trt = here()
+    tell = TensorRtSession.layers
+
+    def layers(self: TensorRtSession) -> tuple[EngineLayer, ...]:
+        """One more in the file's order, or in the other one."""
+        told = tell(self)
+        turned = any(layer.name.endswith(":turned") for layer in told)
+        return told[:3] if turned == fewer else told[:4]
+
+    monkeypatch.setattr(TensorRtSession, "layers", layers)
+    session = TensorRtRunner().build_part(heads())
+    assert trt.calls["builds"] == 2
+    assert session.kernels is not None and session.kernels.total() == 3
+    assert any(layer.name.endswith(":turned") for layer in tell(session)) == fewer
