@@ -29,8 +29,10 @@ from sluice.artifacts.macs import macs_by_node
 from sluice.core.errors import SluiceError
 from sluice.pipeline.pairs import structure
 from sluice.runtime.base.runner import Clock
+from sluice.runtime.trt.borders import on_rows
 from sluice.runtime.trt.build import build_engine, find_tensorrt, is_rtx, listener, make_builder, product, static_model
-from sluice.runtime.trt.inspect import node_name
+from sluice.runtime.trt.inspect import EngineLayer, Tensor, node_name
+from sluice.runtime.trt.products import products_on_rows, without_copies
 
 __all__ = ["Kernel", "RooflineRunner", "RooflineSession", "kernels_in"]
 
@@ -66,6 +68,12 @@ class Kernel:
     @property
     def item(self) -> int:
         return 2 if any(ITEM.get(kind) == 2 for _, kind in self.reads) else 4
+
+    @property
+    def layer(self) -> EngineLayer:
+        """As the inspector of an engine tells it."""
+        reads, writes = (tuple(Tensor("", *each, "") for each in side) for side in (self.reads, self.writes))
+        return EngineLayer(self.name, self.kind, self.nodes, reads, writes, self.tactic)
 
     @property
     def identity(self) -> Hashable:
@@ -118,14 +126,14 @@ def _rounded(model: onnx.ModelProto, block: int) -> list[tuple[onnx.NodeProto, f
 
 
 class RooflineSession:
-    """An engine that takes ``ms``."""
+    """An engine that takes ``ms``; ``inside``: the kernels that a network has in its place, if others."""
 
     clock: Clock = "cuda"
     ramps = False
 
-    def __init__(self, kernels: Sequence[Kernel], ms: float) -> None:
+    def __init__(self, kernels: Sequence[Kernel], ms: float, inside: Counter[Hashable] | None = None) -> None:
         self.list, self.ms = kernels, ms
-        self.kernels: Counter[Hashable] = Counter(kernel.identity for kernel in kernels)
+        self.kernels: Counter[Hashable] = inside or Counter(kernel.identity for kernel in kernels)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         raise SluiceError("the engine was built on a CPU, which cannot run it; only its kernels are known")
@@ -155,6 +163,7 @@ class RooflineRunner:
         listener(self.trt).notes = self.notes
         self.builder: Any = make_builder(self.trt)
         self.known: dict[tuple[str, bool], RooflineSession] = {}
+        self.parts: dict[str, RooflineSession] = {}
 
     @property
     def version(self) -> str:
@@ -174,13 +183,29 @@ class RooflineRunner:
         return self._built(static_model(model, batch, feeds_shapes), part=False)
 
     def build_part(self, model: onnx.ModelProto) -> RooflineSession:
-        return self._built(model, part=True)
+        key = _key(model)
+        if key not in self.parts:
+            self.parts[key] = self._part(model)
+        return self.parts[key]
+
+    def _part(self, model: onnx.ModelProto) -> RooflineSession:
+        """As `sluice.runtime.trt.runner.TensorRtRunner.build_part`."""
+        found = self._built(model, part=True)
+        layers = {kernel.layer: kernel for kernel in found.list}
+        rows = products_on_rows(model, [*layers])
+        if rows is model:
+            turned = on_rows(model, positions_first=True)
+            other = found if turned is model else self._built(turned, part=True)
+            return other if len(other.list) < len(found.list) else found
+        written = self._built(rows, part=True)
+        inside = Counter(layers[layer].identity for layer in without_copies([*layers]))
+        return RooflineSession(written.list, written.ms, inside)
 
     def fused(self, model: onnx.ModelProto, *, batch: int | None = None) -> list[list[str]]:
         return [list(kernel.nodes) for kernel in self.build(model, batch=batch).list]
 
     def _built(self, model: onnx.ModelProto, *, part: bool) -> RooflineSession:
-        key = structure(model) + "".join(info.doc_string for info in model.graph.input), part
+        key = _key(model), part
         if key not in self.known:
             self.notes.clear()
             build_engine(self.trt, model, builder=self.builder, part=part)
@@ -188,3 +213,7 @@ class RooflineRunner:
             kernels = kernels_in(listed)
             self.known[key] = RooflineSession(kernels, milliseconds(kernels, model))
         return self.known[key]
+
+
+def _key(model: onnx.ModelProto) -> str:
+    return structure(model) + "".join(info.doc_string for info in model.graph.input)

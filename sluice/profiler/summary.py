@@ -39,6 +39,7 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
         "blocks": [drop.name for drop in offered.drops.values()],
         "merges": list(offered.merges),
         "refused": measured.refused,
+        "kernels_in_several": [sorted(kernel) for kernel in measured.partition.in_several],
     }
     dense = data["dense_ms"]
     reached = "least reachable not known without scipy"
@@ -57,7 +58,12 @@ def profile_summary(measured: Profile, methods: Sequence[str]) -> tuple[dict[str
     if kept.bytes:
         lines.insert(3, f"{kept.engines} engines built, {kept.mb_per_build:.2g} MB of timing cache written for each")
     left_out = [f"left out: {part}, {why}" for part, why in measured.refused.items()]
-    lines[2:2] = [*left_out, *_remarks(cover.disturbed), *_gpu(measured, data)]
+    lines[2:2] = [
+        *left_out,
+        *_in_several(data["kernels_in_several"]),
+        *_remarks(cover.disturbed),
+        *_gpu(measured, data),
+    ]
     if offered.ranks:
         lines += [f"ranks on offer: {len(ranks)}", *(f"  {s}: {_words(v)}" for s, v in data["ranks"].items())]
     if offered.drops:
@@ -85,6 +91,15 @@ def _gpu(measured: Profile, data: dict[str, Any]) -> list[str]:
         return []
     data["gpu"] = asdict(state)
     return state.lines()
+
+
+def _in_several(kernels: Sequence[Sequence[str]]) -> list[str]:
+    if not kernels:
+        return []
+    return [
+        f"{len(kernels)} kernels of engines compute operators of several pieces that may change apart, such as "
+        f"{' + '.join(kernels[0])}; the pieces count more kernels than the engine runs, which calibration makes up for"
+    ]
 
 
 def _remarks(disturbed: int) -> list[str]:

@@ -17,10 +17,12 @@ from benchmarks.roofline_device import (
     milliseconds,
 )  # fmt: skip
 from sluice.core.errors import SluiceError
+from sluice.passes.precision.to_precision import to_precision
 from sluice.runtime.trt import build
 from tests.device import chain
 from tests.fake_tensorrt import fake_tensorrt
 from tests.rtx import INSTALLED
+from tests.runtime.trt.test_borders import drawn, graph, node
 
 
 def tensor(name: str, dims: str, kind: str = "Half") -> str:
@@ -85,6 +87,25 @@ def test_an_engine_is_known_by_its_kernels(monkeypatch: pytest.MonkeyPatch) -> N
     assert wider.ms > whole.ms
     part = runner.build_part(chain([16, 24], batch=4))
     assert part is not whole and runner.builds == 3
+
+
+@pytest.mark.skipif(not INSTALLED, reason="TensorRT-RTX is not installed")
+def test_a_product_that_a_part_would_copy_is_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = RooflineRunner()
+    monkeypatch.setattr(build.listener(runner.trt), "notes", runner.notes)
+    nodes = [node("Conv", "x w b", "a"), node("Relu", "a", "y")]
+    part = to_precision(
+        graph(nodes, [("x", (8, 1024, 14, 14))], [("y", (8, 256, 14, 14))], w=drawn(256, 1024, 1, 1),
+              b=drawn(256)),
+        "fp16", part=True, target="tensorrt",
+    )  # fmt: skip
+    product, copy = runner._built(part, part=True).list
+    assert product.writes == (((8, 256, 196), "Half"),) == copy.reads and copy.writes == (((8, 256, 14, 14), "Half"),)
+    found = runner.build_part(part)
+    (kernel,) = found.list
+    assert (kernel.kind, kernel.writes) == (product.kind, (((1568, 256), "Half"),))
+    assert found.kernels == {product.identity: 1} and found.ms < runner._built(part, part=True).ms
+    assert runner.build_part(part) is found
 
 
 def test_the_committed_result_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,8 @@ needed. For the kernels of the dense engine and of some random ones:
    reader.
 4. None of this happens if a part would depend on what depends on it, or on more than `MOST` widths, since its points
    are a grid over them. Nor between parts that may leave the dense network apart: what ranks or merges replace stays as
-   it is, and parts that change hands belong to the same residual blocks.
+   it is, and parts that change hands belong to the same residual blocks. A kernel that is in several parts for that
+   reason is told by `in_several`: the parts count more kernels than an engine runs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from sluice.profiler.pieces.identity import free_extents
 from sluice.profiler.pieces.split import ANCHORS, Part, part_of
 from sluice.solver.options import BSR
 
-__all__ = ["Kernel", "name_of", "regroup", "states_of"]
+__all__ = ["Kernel", "in_several", "name_of", "regroup", "states_of"]
 
 MOST = 3
 Kernel = frozenset[str]  # operators, by `name_of`
@@ -84,6 +85,12 @@ def regroup(
     if computed:
         grouping.give_away(computed)
     return grouping.parts(leaving)
+
+
+def in_several(parts: Iterable[Part], kernels: Iterable[Kernel]) -> list[Kernel]:
+    """The kernels that compute operators of several parts (rule 4)."""
+    owner = {name: index for index, part in enumerate(parts) for name in map(name_of, part.nodes) if name in part.made}
+    return [kernel for kernel in kernels if len({owner[name] for name in kernel & owner.keys()}) > 1]
 
 
 @dataclass(slots=True, eq=False)

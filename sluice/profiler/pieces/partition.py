@@ -77,7 +77,8 @@ class Partition:
     """A graph at one batch, its analysis and its pieces in execution order.
 
     ``small`` is the same graph at a smaller batch, for its joints; without it joints are measured at this batch.
-    ``by_kernels``: its pieces follow the kernels of engines (`sluice.profiler.pieces.fused`).
+    ``by_kernels``: its pieces follow the kernels of engines (`sluice.profiler.pieces.fused`), but for those
+    ``in_several`` pieces.
     """
 
     model: onnx.ModelProto
@@ -86,6 +87,7 @@ class Partition:
     batch: int
     small: Partition | None = None
     by_kernels: bool = False
+    in_several: tuple[frozenset[str], ...] = ()
 
     @property
     def dense(self) -> dict[str, int]:

@@ -18,7 +18,7 @@ from sluice.core.errors import SluiceError
 from sluice.passes.precision.to_precision import to_precision
 from sluice.passes.search_space import SearchSpace
 from sluice.profiler.pieces.engine import build_engine, model_key
-from sluice.profiler.pieces.fused import Kernel, name_of, regroup, states_of
+from sluice.profiler.pieces.fused import Kernel, in_several, name_of, regroup, states_of
 from sluice.profiler.pieces.levels import group_levels
 from sluice.profiler.pieces.partition import Partition, of_parts, parts_of
 from sluice.profiler.table.fingerprint import Fingerprint
@@ -67,7 +67,8 @@ def regrouped(
     static, parts = partition.model, parts_of(partition.model)
     leaving = {info.name for info in static.graph.output}
     found = regroup(parts, static.graph.node, leaving, partition.analysis, kernels, states_of(parts, space, methods))
-    return replace(of_parts(found, static, partition.analysis, partition.batch), by_kernels=True)
+    cut = of_parts(found, static, partition.analysis, partition.batch)
+    return replace(cut, by_kernels=True, in_several=tuple(in_several(found, kernels)))
 
 
 def kernels_of(partition: Partition, runner: Any, form: Fingerprint) -> list[Kernel]:

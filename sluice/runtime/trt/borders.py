@@ -11,6 +11,10 @@
    connected set of operators that work on rows and of which one is such a product, is written on matrices, up to the
    borders. Where other operators read or make what a region makes or reads, a ``Reshape`` stands between them.
    Products on (N, H, W, C) are two kernels inside a network as well, and stay as they are.
+3. The order of rows at a border is nobody's concern. Behind an attention of several heads the compiler lets the rows of
+   one position follow each other, (S, N, C), since its kernel can write that order; in front of an output in the order
+   of the file it lays them out anew, and a residual in that order as well. So a part in which a region reads what other
+   operators make is written in both orders, and the one with fewer kernels counts (`sluice.runtime.trt.runner`).
 """
 
 from __future__ import annotations
@@ -23,7 +27,17 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper, shape_inference
 
-__all__ = ["channels_last_already", "on_rows", "set_layouts"]
+__all__ = [
+    "BINARY",
+    "IMAGE",
+    "UNARY",
+    "channels_last_already",
+    "held_in",
+    "on_rows",
+    "resize",
+    "set_layouts",
+    "shapes_of",
+]
 
 IMAGE = 4  # axes of a tensor with height and width
 LINES = (3, IMAGE)  # axes of what operators may work on row by row
@@ -51,7 +65,7 @@ def set_layouts(trt: Any, network: Any, plain: Collection[str]) -> None:
 
 def channels_last_already(model: onnx.ModelProto) -> set[str]:
     """Values whose last axis is that of the channels in the file (rule 1)."""
-    shapes, held = _shapes(model), _held(model)
+    shapes, held = shapes_of(model), held_in(model)
     working = [node for node in model.graph.node if _works_on_rows(node, shapes, held)]
     found = {
         name
@@ -70,10 +84,13 @@ def channels_last_already(model: onnx.ModelProto) -> set[str]:
     return found
 
 
-def on_rows(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with its regions on rows (rule 2), itself if there are none; sizes are fixed. Names stay."""
-    shapes = _shapes(model)
-    held = _held(model)
+def on_rows(model: onnx.ModelProto, *, positions_first: bool = False) -> onnx.ModelProto:
+    """The model with its regions on rows (rule 2), itself if there are none; sizes are fixed. Names stay.
+
+    With ``positions_first`` in the other order (rule 3); the model itself if no region reads what other operators make.
+    """
+    shapes = shapes_of(model)
+    held = held_in(model)
     working = [node for node in model.graph.node if _works_on_rows(node, shapes, held)]
     flat = [node for node in working if len(shapes[node.output[0]]) < IMAGE]
     regions = [own for own in _connected(flat, shapes, held) if any(node.op_type == "MatMul" for node in own)]
@@ -90,8 +107,8 @@ def on_rows(model: onnx.ModelProto) -> onnx.ModelProto:
     del result.graph.node[:], result.graph.value_info[:]
     for info in (*result.graph.input, *result.graph.output):
         if info.name in rows:
-            _resize(info, _rows(shapes[info.name]))
-    added: dict[str, onnx.NodeProto] = {}
+            resize(info, _rows(shapes[info.name]))
+    added: dict[str, bool] = {}  # by value, whether a region reads it
     for node, own in zip(model.graph.node, of_region, strict=True):
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
@@ -101,15 +118,18 @@ def on_rows(model: onnx.ModelProto) -> onnx.ModelProto:
             target = _rows(shapes[name]) if own else shapes[name]
             copy.input[k] = f"{name}:{'rows' if own else 'lines'}"
             if copy.input[k] not in added:
-                added[copy.input[k]] = _reshape(name, copy.input[k], target, result.graph)
-                result.graph.node.append(added[copy.input[k]])
+                added[copy.input[k]] = own
+                result.graph.node.extend(
+                    _moved(name, copy.input[k], shapes[name], target, result.graph, positions_first)
+                )
         if own and node.op_type in LAST_AXIS:
             _set_axis(copy)
         result.graph.node.append(copy)
-    return result
+    return model if positions_first and not any(added.values()) else result
 
 
-def _shapes(model: onnx.ModelProto) -> dict[str, Shape]:
+def shapes_of(model: onnx.ModelProto) -> dict[str, Shape]:
+    """The sizes of all values of a model of fixed sizes."""
     inferred = shape_inference.infer_shapes(model).graph
     found = {init.name: tuple(init.dims) for init in model.graph.initializer}
     for info in (*inferred.input, *inferred.value_info, *inferred.output):
@@ -119,7 +139,7 @@ def _shapes(model: onnx.ModelProto) -> dict[str, Shape]:
     return found
 
 
-def _held(model: onnx.ModelProto) -> set[str]:
+def held_in(model: onnx.ModelProto) -> set[str]:
     """Initialisers, and what follows from them alone."""
     held = {init.name for init in model.graph.initializer} | {""}
     for node in model.graph.node:
@@ -179,10 +199,25 @@ def _rows(shape: Shape) -> Shape:
     return math.prod(shape[:-1]), shape[-1]
 
 
-def _resize(info: onnx.ValueInfoProto, shape: Shape) -> None:
+def resize(info: onnx.ValueInfoProto, shape: Shape) -> None:
+    """Write the sizes of an input or output."""
     del info.type.tensor_type.shape.dim[:]
     for size in shape:
         info.type.tensor_type.shape.dim.add().dim_value = size
+
+
+def _moved(
+    name: str, to: str, lines: Shape, target: Shape, graph: onnx.GraphProto, positions_first: bool
+) -> list[onnx.NodeProto]:
+    """The operators between a value of these lines and the same on rows, to the shape ``target``."""
+    if not positions_first:
+        return [_reshape(name, to, target, graph)]
+    between, perm = f"{to}:turned", [1, 0, 2]
+    if target != lines:
+        turned = helper.make_node("Transpose", [name], [between], name=f"turn {to}", perm=perm)
+        return [turned, _reshape(between, to, target, graph)]
+    turned = helper.make_node("Transpose", [between], [to], name=f"turn {to}", perm=perm)
+    return [_reshape(name, between, (lines[1], lines[0], lines[2]), graph), turned]
 
 
 def _reshape(name: str, to: str, shape: Shape, graph: onnx.GraphProto) -> onnx.NodeProto:

@@ -6,6 +6,8 @@
 2. Warming up to the clock that a device settles at is a matter of time, not of counts, and of all engines together:
    `sluice.profiler.timing.measure` does it. `TensorRtRunner.sm_clock_mhz` is for the record.
 3. A part of a network has the borders that it has inside, and its kernels are told (`sluice.runtime.trt.build`, 9).
+   Where its result would be copied once more, it is built another time (`sluice.runtime.trt.products`), and also
+   where its rows have two orders (`sluice.runtime.trt.borders`, 3).
    An operand of an addition is fused as it comes, so no source has to make it (`sluice.runtime.base.runner`, 6).
    An engine that is asked for again, to be timed once more, is loaded and not built; `KEPT_BYTES` of engines are kept.
 4. RTX serves the GPUs of desktops and refuses others only when it builds; of `NOT_RTX` that is said beforehand.
@@ -22,8 +24,10 @@ from sluice.runtime.base import nvidia
 from sluice.runtime.base.cuda import Cuda
 from sluice.runtime.base.inputs import parsed, place, serialized
 from sluice.runtime.base.runner import Clock
+from sluice.runtime.trt.borders import on_rows
 from sluice.runtime.trt.build import build_engine, check_int8, find_tensorrt, is_rtx, make_builder, product
 from sluice.runtime.trt.inspect import NO_KERNEL, kernels
+from sluice.runtime.trt.products import products_on_rows, without_copies
 from sluice.runtime.trt.session import TensorRtSession
 from sluice.runtime.trt.settings import Settings
 from sluice.runtime.trt.timing import RuntimeCache, TimingCache
@@ -117,7 +121,15 @@ class TensorRtRunner:
     def build_part(self, model: Model) -> TensorRtSession:
         """The engine of a part of a network (static shapes), for timing (rule 3)."""
         session = self._build(model, part=True)
-        session.kernels = kernels(session.layers())
+        layers = session.layers()
+        given = parsed(model, weights=True)
+        if (rows := products_on_rows(given, layers)) is not given:
+            session = self._build(rows, part=True)
+        elif (turned := on_rows(given, positions_first=True)) is not given:
+            other = self._build(turned, part=True)
+            if kernels(other.layers()).total() < kernels(layers).total():
+                session, layers = other, other.layers()
+        session.kernels = kernels(without_copies(layers))
         return session
 
     def fused(self, model: Model, *, batch: int | None = None) -> list[list[str]]:

@@ -187,3 +187,12 @@ def test_consumers_that_depend_on_each_other_have_no_joint_together() -> None:
         assert joint.tensor in {info.name for info in whole.graph.output}
     plain = {j.tensor: j.key for j in find_joints(before) if j.pair}
     assert {j.tensor: j.key for j in find_joints(found) if not j.kept} == plain
+
+
+def test_a_kernel_that_stays_in_several_parts_is_told() -> None:
+    before = cut("residual")
+    apart, within = frozenset(nodes(before, "Add")), frozenset(nodes(before, "Conv")[:1])
+    found = regrouped(before, [apart, within])
+    assert len(found.pieces) == len(before.pieces) and found.in_several == (apart,), "they depend on each other"
+    slim = cut("slim")
+    assert regrouped(slim, [frozenset(nodes(slim, "Conv")[:2])]).in_several == (), "joined"

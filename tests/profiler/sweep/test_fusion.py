@@ -11,6 +11,7 @@ import pytest
 from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError
 from sluice.profiler.profile import profile_known, profile_onnx
+from sluice.profiler.summary import profile_summary
 from sluice.profiler.sweep.fusion import NAME
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.runtime.base.inputs import parsed
@@ -33,6 +34,16 @@ class Telling(FakeRunner):
         names = [node.name or f"node_of_{node.output[0]}" for node in parsed(model).graph.node]
         first = [n for n, node in zip(names, parsed(model).graph.node, strict=True) if node.op_type == "Conv"][:2]
         return [first, *([name] for name in names if name not in first)]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_kernels_that_no_piece_has_alone_are_told(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile_on(lambda target, threads=1: Telling(), monkeypatch)
+    if apart:
+        monkeypatch.setattr("sluice.profiler.sweep.fusion.states_of", lambda parts, space, methods: [None] * len(parts))
+    measured = profile_onnx(chain([6, 7, 8]), deployment=DEPLOYMENT, progress=False)
+    data, lines = profile_summary(measured, ("filter",))
+    assert len(data["kernels_in_several"]) == apart == any("compute operators of several pieces" in x for x in lines)
 
 
 def test_a_profile_has_the_pieces_of_its_kernels_and_so_has_its_table(

@@ -71,6 +71,21 @@ def test_a_part_on_rows_computes_the_same(make: Any) -> None:
         assert_close(found[name].reshape(value.shape), value, what=name)
 
 
+def test_rows_in_the_other_order_compute_the_same() -> None:
+    model = heads()
+    rows = on_rows(model, positions_first=True)
+    onnx.checker.check_model(rows, full_check=True)
+    kinds = [n.op_type for n in rows.graph.node]
+    assert kinds[1:3] == ["Reshape", "Transpose"] and kinds[-4:-2] == ["Transpose", "Reshape"]
+    x = drawn(3, 5, 7)
+    wanted = OrtRunner().build(model).run({"x": x})
+    found = OrtRunner().build(rows).run({"x": x.transpose(1, 0, 2).reshape(15, 7)})
+    for name, value in wanted.items():
+        assert_close(found[name].reshape(5, 3, -1).transpose(1, 0, 2), value, what=name)
+    alone = feed_forward()
+    assert on_rows(alone, positions_first=True) is alone, "no region reads what others make"
+
+
 def test_what_has_no_product_stays_as_it_is() -> None:
     lines = graph([node("Conv", "x w", "a"), node("Relu", "a", "y")], [("x", (3, 5, 9))], [("y", (3, 4, 7))],
                   w=drawn(4, 5, 3))  # fmt: skip

@@ -26,11 +26,13 @@ from sluice.runtime.ort.cpu import OrtRunner
 from sluice.runtime.targets import make_runner
 from sluice.runtime.trt import runner as tensorrt
 from sluice.runtime.trt.build import listener, static_model
+from sluice.runtime.trt.inspect import EngineLayer, Tensor, kernels, node_name
 from sluice.runtime.trt.runner import TensorRtRunner, missing
 from sluice.runtime.trt.session import TensorRtSession
 from sluice.runtime.trt.settings import Settings
 from tests.device import chain
 from tests.fake_tensorrt import MS, FakeCuda, fake_tensorrt
+from tests.runtime.trt.test_borders import drawn, graph, heads, node
 
 BATCH = 3
 X = np.random.default_rng(1).standard_normal((BATCH, 3, 9, 9)).astype(np.float32)
@@ -520,3 +522,40 @@ def test_an_engine_runs_in_one_stream(here: Here) -> None:
     assert runner.version != other.version  # their times do not share a table
     with pytest.raises(SluiceError, match="timings=0"):
         Settings(timings=0)
+
+
+def test_a_part_whose_product_is_copied_is_built_on_rows(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, trt = here()
+    nodes = [node("Conv", "x w", "a"), node("Relu", "a", "y")]
+    part = graph(nodes, [("x", (BATCH, 3, 4, 4))], [("y", (BATCH, 6, 4, 4))], w=drawn(6, 3, 1, 1))
+    shape = (BATCH, 6, 16)
+    tensors = {size: (Tensor("t", size, "Half", ""),) for size in (shape, (BATCH, 6, 4, 4))}
+    product = EngineLayer("fc", "runtime_fusion", tuple(map(node_name, part.graph.node)), (), tensors[shape])
+    copy = EngineLayer("reshape", "kgen", (), tensors[shape], tensors[BATCH, 6, 4, 4])
+    monkeypatch.setattr(TensorRtSession, "layers", lambda self: (product, copy))
+    session = TensorRtRunner().build_part(part)
+    assert trt.calls["builds"] == 2 and trt.calls["formats"] == {}, "rows have no layout"
+    assert session.kernels == kernels([product]), "what the network runs"
+    monkeypatch.setattr(TensorRtSession, "layers", lambda self: (product,))
+    TensorRtRunner().build_part(part)
+    assert trt.calls["builds"] == 3
+
+
+@pytest.mark.parametrize("fewer", [False, True])
+def test_a_part_with_rows_in_two_orders_has_the_one_of_fewer_kernels(
+    fewer: bool, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, trt = here()
+    tell = TensorRtSession.layers
+
+    def layers(self: TensorRtSession) -> tuple[EngineLayer, ...]:
+        """One more in the file's order, or in the other one."""
+        told = tell(self)
+        turned = any(layer.name.endswith(":turned") for layer in told)
+        return told[:3] if turned == fewer else told[:4]
+
+    monkeypatch.setattr(TensorRtSession, "layers", layers)
+    session = TensorRtRunner().build_part(heads())
+    assert trt.calls["builds"] == 2
+    assert session.kernels is not None and session.kernels.total() == 3
+    assert any(layer.name.endswith(":turned") for layer in tell(session)) == fewer
