@@ -14,7 +14,7 @@ import sys
 
 __all__ = ["THRESHOLD", "give_back_blocks"]
 
-THRESHOLD = 2**20  # bytes
+THRESHOLD = 2**17  # bytes
 M_MMAP_THRESHOLD = -3  # of glibc's <malloc.h>
 
 
