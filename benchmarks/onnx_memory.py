@@ -1,8 +1,9 @@
 """Memory of making an ONNX file faster without torch: ``python -m benchmarks.onnx_memory``.
 
 1. Each file of `FILES_HERE` goes through `sluice.compress_onnx` in a process of its own in which torch cannot be
-   imported. Counted is the peak of its resident memory, less what it holds when everything is imported, one file has
-   run in ONNX Runtime and the examples are drawn.
+   imported, and which gives free blocks back as the command does (`sluice.core.heap`). Counted is the peak of its
+   resident memory, less what it holds when everything is imported, one file has run in ONNX Runtime and the examples
+   are drawn.
 2. The allowance is 4 times the file and the statistics of one layer: in float64 ``A^T A`` and ``A^T Y`` of the layer
    that needs most of them (`sluice.training.least_squares`). Values of one batch, which grow with the inputs and not
    with the file, are told beside it: the sum of all inner values of one example, times the examples that run at once.
@@ -33,9 +34,10 @@ __all__ = ["main"]
 RESULT = Path(__file__).parent / "results" / "onnx-memory.json"
 # Shapes of one example of the single input.
 FILES_HERE = {
-    "nudenet/320n.onnx": (3, 320, 320),
+    "openwakeword/hey_mycroft_v0.1.onnx": (16, 96),
     "openwakeword/embedding_model.onnx": (76, 32, 1),
     "brainmaze-eeg-models/modelA_paper.onnx": (100, 64),
+    "nudenet/320n.onnx": (3, 320, 320),
 }
 EXAMPLES = 48
 MB = 1e6
@@ -74,6 +76,7 @@ def child(name: str, path: Path, *, plainly: bool) -> None:
     import tqdm  # noqa: F401
 
     import sluice
+    from sluice.core.heap import give_back_blocks
     from sluice.passes.files.read import read_onnx_file
     from sluice.passes.files.rows import rows_of
     from sluice.passes.graph.onnx_graph import OnnxGraph
@@ -82,6 +85,7 @@ def child(name: str, path: Path, *, plainly: bool) -> None:
     from sluice.runtime.targets import make_runner
     from sluice.training.refit_onnx import COLUMNS
 
+    give_back_blocks()
     shown = np.random.default_rng(0).random((EXAMPLES, *FILES_HERE[name]), np.float32)
     node = onnx.helper.make_node("Relu", ["x"], ["y"])
     ends = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [3]) for n in "xy"]

@@ -6,10 +6,12 @@ The error of a type says how a word is wrong and what to write instead; `argpars
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 from sluice.commands.input_options import fix, named_inputs, shape, whole
 from sluice.core.address import LOCAL, split_target, target_at
+from sluice.core.errors import SluiceError
 
 if TYPE_CHECKING:
     from sluice.profiler.sweep.shards import Shard
@@ -239,7 +241,31 @@ def _place(args: argparse.Namespace) -> str:
     """The target as it is measured: a runtime that crashes in a process of its own costs a point, not the run."""
     name, address = split_target(args.target)
     here = args.in_process or getattr(args, "pack", False) or getattr(args, "layers", False)
-    return args.target if address or here else target_at(name, LOCAL)
+    if address or here:
+        return args.target
+    if _is_large_file(getattr(args, "model", "")):
+        print(
+            f"{args.model} is too large to be sent to a process of its own; the runtime runs in this one, as with "
+            f"--in-process",
+            file=sys.stderr,
+        )
+        return args.target
+    return target_at(name, LOCAL)
+
+
+def _is_large_file(path: str) -> bool:
+    """Is it an ONNX file with more weights than one message holds? One that cannot be read is refused later on."""
+    from sluice.commands.specs import is_onnx
+
+    if not is_onnx(path):
+        return False
+    from sluice.core.weight_bytes import is_large
+    from sluice.runtime.base.inputs import parsed
+
+    try:
+        return is_large(parsed(path))
+    except SluiceError:
+        return False
 
 
 def rate(text: str) -> float | str:

@@ -4,21 +4,34 @@ glibc takes a block from the system, and gives it back, if the block is larger t
 with every such block that is freed, up to 32 MiB; smaller blocks come from a heap that keeps holes. Files of a few
 megabytes are copied, rewritten and run hundreds of times on their way, and the holes came to more than all that was in
 use. A fixed threshold leaves no holes of its size. It holds for the whole process and cannot be taken back, so commands
-set it, and functions that others call do not.
+set it, and functions that others call do not. Holes of smaller blocks go back when they are asked for, between stages,
+which changes nothing for whoever allocates later.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from typing import Any
 
-__all__ = ["THRESHOLD", "give_back_blocks"]
+__all__ = ["THRESHOLD", "give_back_blocks", "give_back_holes"]
 
-THRESHOLD = 2**20  # bytes
+THRESHOLD = 2**17  # bytes
 M_MMAP_THRESHOLD = -3  # of glibc's <malloc.h>
 
 
 def give_back_blocks() -> bool:
     """Free blocks of `THRESHOLD` bytes and more go back at once; False where the system knows no such setting."""
-    setting = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    setting = _of_glibc("mallopt")
     return setting is not None and bool(setting(M_MMAP_THRESHOLD, THRESHOLD))
+
+
+def give_back_holes() -> None:
+    """Whole pages that are free inside the heap go back now, where the system knows how."""
+    trim = _of_glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _of_glibc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -5,8 +5,8 @@ A layer that reads channel ``j`` as its input ``x`` adds ``W_j x_j`` to its outp
     s_j = E[x_j^2] |W_j|^2
 
 1. The score of a channel is the sum of this over the layers that read it, each divided by its sum over all channels:
-   every layer counts alike. Mean squares come from a run of the file, in which the file itself computes them, so no
-   activation is kept.
+   every layer counts alike, and sums of squares serve as well as means. They come from a run of the file, in which the
+   file itself computes them. Each is computed as soon as its activation is there, so that none is kept for it.
 2. A group that no such layer reads has the squared norms of the weights that make it.
 
 Source: |W| |x| per weight is the score of Wanda (Sun et al., ICLR 2024); the sum over the entries of a channel is ours.
@@ -29,7 +29,7 @@ from sluice.runtime.targets import untimed_runner
 
 __all__ = ["activity_scores"]
 
-AXES_ARE_INPUTS = 18  # the first operator set in which ReduceMean takes its axes as an input
+AXES_ARE_INPUTS = 18  # the first operator set in which ReduceSumSquare takes its axes as an input
 SQUARES = "sluice.squares."
 
 
@@ -53,7 +53,7 @@ def activity_scores(model: onnx.ModelProto, analysis: Analysis, rows: Rows) -> d
         for ref in group.refs
         if (key := (ref.param, ref.axis)) in readers and key not in analysis.producers
     }
-    squares = _mean_squares(model, sorted(wanted), analysis, rows)
+    squares = _squares(model, sorted(wanted), analysis, rows)
     return {group.name: _score(group, graph, analysis, readers, squares) for group in analysis.groups}
 
 
@@ -74,32 +74,37 @@ def _readers(graph: OnnxGraph, analysis: Analysis) -> list[_Reader]:
     return found
 
 
-def _mean_squares(
+def _squares(
     model: onnx.ModelProto, wanted: list[tuple[str, int]], analysis: Analysis, rows: Rows
 ) -> dict[tuple[str, int], np.ndarray]:
-    """By value and axis the mean square of every channel."""
+    """By value and axis the sum of squares of every channel (rule 1)."""
     if not wanted:
         return {}
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
-    del probe.graph.output[:]
+    del probe.graph.output[:], probe.graph.node[:]
+    probes = dict[str, list[onnx.NodeProto]]()
     for index, (value, axis) in enumerate(wanted):
         name, others = f"{SQUARES}{index}", [d for d in range(len(analysis.shapes[value])) if d != axis]
-        probe.graph.node.append(helper.make_node("Mul", [value, value], [f"{name}.all"]))
         if opset_of(model) >= AXES_ARE_INPUTS:
             probe.graph.initializer.append(numpy_helper.from_array(np.array(others, np.int64), f"{name}.axes"))
-            mean = helper.make_node("ReduceMean", [f"{name}.all", f"{name}.axes"], [name], keepdims=0)
+            node = helper.make_node("ReduceSumSquare", [value, f"{name}.axes"], [name], keepdims=0)
         else:
-            mean = helper.make_node("ReduceMean", [f"{name}.all"], [name], keepdims=0, axes=others)
-        probe.graph.node.append(mean)
+            node = helper.make_node("ReduceSumSquare", [value], [name], keepdims=0, axes=others)
+        probes.setdefault(value, []).append(node)
         probe.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-    session, count = untimed_runner().build(probe), 0
+    for value in OnnxGraph(model).inputs:
+        probe.graph.node.extend(probes.get(value, ()))
+    for node in model.graph.node:
+        probe.graph.node.append(node)
+        for value in node.output:
+            probe.graph.node.extend(probes.get(value, ()))
+    session = untimed_runner().build(probe)
     sums = [np.zeros(()) for _ in wanted]
     for feeds in rows.batches():
         found = session.run(feeds)
         sums = [total + found[f"{SQUARES}{k}"].astype(np.float64) for k, total in enumerate(sums)]
-        count += 1
-    return {key: total / count for key, total in zip(wanted, sums, strict=True)}
+    return dict(zip(wanted, sums, strict=True))
 
 
 def _score(

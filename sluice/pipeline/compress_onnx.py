@@ -21,7 +21,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -37,8 +38,9 @@ from sluice.artifacts.result_file import CompressedFile
 from sluice.core.budget_spec import BudgetSpec
 from sluice.core.deployment import Deployment
 from sluice.core.errors import SluiceError, first_line
+from sluice.core.heap import give_back_holes
 from sluice.core.plan import InputSpec, Plan
-from sluice.core.progress import stage
+from sluice.core.progress import Advance, stage
 from sluice.core.version import INSTALL_TORCH
 from sluice.importance.activity import activity_scores
 from sluice.importance.onnx_losses import examples_for, onnx_losses
@@ -124,7 +126,7 @@ def compress_onnx(
         raise SluiceError(f"steps={steps} train the file, which needs PyTorch; {INSTALL_TORCH}, or leave steps out")
     if out is not None:
         check_writable(out, 0, {"the latency table": table})
-    with stage("read", progress):
+    with _stage("read", progress):
         examples = _arrays(inputs)
         file = read_onnx_file(source, examples, fixed)
         rows = rows_of(file, examples)
@@ -138,11 +140,11 @@ def compress_onnx(
         minutes=minutes, progress=progress,
     )  # fmt: skip
     analysis = agreed(space, measured.space).analysis
-    with stage("the file as it is", progress) as advance:
+    with _stage("the file as it is", progress) as advance:
         plain = share_beside(measured, _sized(dense if fixed else load_whole(source), file), timed, advance)
     wanted = counted_from(plain, asked)
     sites = measured.options.sites(measured.latency, methods)
-    with stage("price every choice", progress) as advance:
+    with _stage("price every choice", progress) as advance:
         scores = activity_scores(dense, analysis, kept.spread(SCORED))
         offered = restricted(measured.latency, sites)
         priced = kept.spread(examples_for(count_macs(finalize(timed)), offered))
@@ -150,11 +152,11 @@ def compress_onnx(
         losses = onnx_losses(dense, analysis, offered, measured.options, scores, distance, advance)
     specs = tuple(InputSpec(value.shape, str(value.dtype), name) for name, value in next(kept.batches(2)).items())
     problem = Problem(measured, analysis, sites, losses, scores, specs)
-    with stage("decide and verify on engines", progress):
+    with _stage("decide and verify on engines", progress):
         verified = solve_verified(problem, wanted, timed)
     slim = rewrite_onnx(dense, verified.plan)
     slim, recovered = _recovered(slim, dense, verified.plan, (kept, held), (refit, steps, seed, loss), progress)
-    with stage("measure", progress) as advance:
+    with _stage("measure", progress) as advance:
         wide = _sized(slim, file)
         done = finalize(wide)
         deployed = measured.engine(done)
@@ -182,6 +184,14 @@ def compress_onnx(
     if not computed.same:
         raise computed.refusal(f"the engine of {measured.target}")
     return result
+
+
+@contextmanager
+def _stage(name: str, progress: bool) -> Iterator[Advance]:
+    """A stage that leaves no holes behind, which would come on top of what the next one needs."""
+    with stage(name, progress) as advance:
+        yield advance
+    give_back_holes()
 
 
 def _arrays(inputs: object) -> dict[str, np.ndarray]:
@@ -237,14 +247,14 @@ def _recovered(
     distance = OutputDistance(dense, held, loss)
     before = nearest = distance.of(slim)
     if refit:
-        with stage("refit", progress):
+        with _stage("refit", progress):
             made, count = refit_onnx(slim, dense, plan, kept.spread(REFITTED))
         if count and (found := distance.of(made)) < nearest:
             slim, nearest, row = made, found, RecoveryRow(0.0, "", "plain", 0, refitted=count)
     if steps:
         from sluice.training.distill_onnx import distill_onnx
 
-        with stage("train towards the file's outputs", progress) as advance:
+        with _stage("train towards the file's outputs", progress) as advance:
             made, rate = distill_onnx(slim, dense, kept, steps, loss=loss, seed=seed, advance=advance)
         if (found := distance.of(made)) < nearest:
             refitted = row.refitted if row else 0

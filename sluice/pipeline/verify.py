@@ -114,7 +114,7 @@ def _search(
     profile = problem.profile
     target_ms = AIM * budget.ms(profile.latency.dense_ms())
     least = problem.least_from(target_ms)
-    engines: list[onnx.ModelProto] = []
+    fastest: onnx.ModelProto | None = None  # the others are not needed again, and each is as large as the network
     while len(found) < ROUNDS:
         try:
             solution = rehearsed if rehearsed and not found else problem.solve(max(target_ms, least))
@@ -125,9 +125,11 @@ def _search(
         if any(solution.choice.widths == one.choice.widths for one in found):
             break
         wide = finalize(rewrite_onnx(dense, solution.plan))
-        engines.append(profile.engine(wide))
-        times = pairs.settle(engines[-1], ACCEPTED, wide)
-        found.append(VerifiedSolution(solution, times, 0, structure(engines[-1])))
+        engine = profile.engine(wide)
+        times = pairs.settle(engine, ACCEPTED, wide)
+        if fastest is None or times.share < min(one.times.share for one in found):
+            fastest = engine
+        found.append(VerifiedSolution(solution, times, 0, structure(engine)))
         if solution.choice.widths == profile.latency.dense and times.share <= 1.0:
             return replace(found[-1], rounds=len(found))
         if ENOUGH <= times.share <= ACCEPTED:
@@ -136,7 +138,7 @@ def _search(
         if aimed_ms is None:
             break
         target_ms = aimed_ms
-    return _best(found, engines, pairs)
+    return _best(found, fastest, pairs)
 
 
 def _next_target(found: Sequence[VerifiedSolution], target_ms: float) -> float | None:
@@ -154,8 +156,8 @@ def _next_target(found: Sequence[VerifiedSolution], target_ms: float) -> float |
     return (kept + missed) / 2 if kept < missed else None
 
 
-def _best(found: Sequence[VerifiedSolution], engines: Sequence[onnx.ModelProto], pairs: Pairs) -> VerifiedSolution:
-    """Rules 3 and 4.
+def _best(found: Sequence[VerifiedSolution], engine: onnx.ModelProto | None, pairs: Pairs) -> VerifiedSolution:
+    """Rules 3 and 4; ``engine`` is the file of the fastest one.
 
     Raises:
         SluiceError: no engine is within the budget.
@@ -163,7 +165,8 @@ def _best(found: Sequence[VerifiedSolution], engines: Sequence[onnx.ModelProto],
     rounds = len(found)
     if accepted := [one for one in found if one.times.share <= ACCEPTED]:
         return replace(min(accepted, key=lambda one: one.choice.loss), rounds=rounds)
-    fastest, engine = min(zip(found, engines, strict=True), key=lambda pair: pair[0].times.share)
+    fastest = min(found, key=lambda one: one.times.share)
+    assert engine is not None
     times = pairs.settle(engine, 1.0)
     if times.share > 1.0:
         busy = "" if times.quiet else ", on a machine that was never quiet"

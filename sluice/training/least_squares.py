@@ -11,8 +11,9 @@ now, targets ``Y`` and means taken off both sides where the layer can mend a con
 2. Of a batch at most `ROWS` positions count, evenly spread. They are gathered a few at a time, so that their patches
    take less than the sums.
 3. The ridge pulls towards ``W0``: directions that the inputs do not show stay as they are.
+4. Sums are mended and solved where they lie, by Cholesky: the largest layer of a network takes its ``A^T A`` once.
 
-Numpy alone, since networks come as modules and as ONNX files.
+No torch, since networks come as modules and as ONNX files.
 
 Source: ridge regression of pruned layers, as in He et al. (ICCV 2017), who refit after every layer.
 """
@@ -29,6 +30,7 @@ __all__ = ["Geometry", "Misfit", "NormalEquations", "patches"]
 
 ROWS = 8192
 FEWEST = 256  # rows that are gathered at once
+SHARE = 4  # of the sums, one part in so many: rows gathered at once, and products of them
 RIDGE = 1e-3
 
 
@@ -122,27 +124,43 @@ class NormalEquations:
         step = max(1, math.ceil(rows.count / ROWS))
         chosen = np.arange(rows.count % step // 2, rows.count, step)
         self.count += len(chosen)
-        some = max(FEWEST, rows.columns)
+        some = max(FEWEST, rows.columns // SHARE)
         for part in (chosen[start : start + some] for start in range(0, len(chosen), some)):
             a = rows.at(part)
-            self.gram = _added(self.gram, _turned(a) @ a)
+            self._add_products(a)
             self.inputs = _added(self.inputs, a.sum(1, dtype=np.float64))
             if b is not None:
                 self.cross = _added(self.cross, _turned(a) @ b[:, part])
                 self.outputs = _added(self.outputs, b[:, part].sum(1, dtype=np.float64))
 
+    def _add_products(self, a: np.ndarray) -> None:
+        """``A^T A`` of some rows, a band of columns after the other."""
+        columns = a.shape[-1]
+        if not self.gram.ndim:
+            self.gram = np.zeros((len(a), columns, columns))
+        for band in _bands(columns):
+            self.gram[:, band] += _turned(a[..., band]) @ a
+
     def solve(self, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The weight of least squares, in the shape of ``weight``, and the bias ``(out,)`` that goes with it.
 
-        The bias is zero where the equations are not centred.
+        The bias is zero where the equations are not centred. The sums are used up (rule 4). Where they cannot be
+        solved, since they hold no finite numbers or too few digits of them, the weight is not finite.
         """
+        from scipy.linalg import cho_factor, cho_solve
+
         groups = self.geometry.groups
         before = weight.astype(np.float64).reshape(groups, weight.shape[0] // groups, -1)
         gram, cross = self.covariance(), self.cross / self.count
         if self.centred:
             cross = cross - _turned(self._mean(self.inputs)) @ self._mean(self.outputs)
         missed = cross - gram @ _turned(before)
-        after = before + _turned(np.linalg.solve(ridged(gram), missed))
+        try:  # of a symmetric matrix the transposed is itself, and it lies as LAPACK takes it: no copy is made
+            factors = (cho_factor(one.T, lower=True, overwrite_a=True, check_finite=False) for one in ridged(gram))
+            moved = [cho_solve(one, by, check_finite=False) for one, by in zip(factors, missed, strict=True)]
+        except np.linalg.LinAlgError:  # more is lost in the sums than the ridge holds up
+            return np.full_like(weight, np.nan), np.full(weight.shape[0], np.nan, weight.dtype)
+        after = before + _turned(np.stack(moved))
         bias = np.zeros(weight.shape[0])
         if self.centred:
             held = self._mean(self.inputs) @ _turned(after)
@@ -150,11 +168,13 @@ class NormalEquations:
         return after.reshape(weight.shape).astype(weight.dtype), bias.astype(weight.dtype)
 
     def covariance(self) -> np.ndarray:
-        """``A^T A`` per row, centred if the equations are, shape ``(groups, columns, columns)``."""
-        gram = self.gram / self.count
+        """``A^T A`` per row, centred if the equations are, shape ``(groups, columns, columns)``; once (rule 4)."""
+        gram, self.gram = self.gram, np.zeros(())
+        gram /= self.count
         if self.centred:
             mean = self._mean(self.inputs)
-            gram -= _turned(mean) @ mean
+            for band in _bands(gram.shape[-1]):
+                gram[:, band] -= _turned(mean[..., band]) @ mean
         return gram
 
     def _mean(self, total: np.ndarray) -> np.ndarray:
@@ -162,11 +182,16 @@ class NormalEquations:
 
 
 def ridged(gram: np.ndarray) -> np.ndarray:
-    """The gram with the ridge on its diagonal, positive definite even for inputs that are all zero."""
-    diagonal = np.diagonal(gram, axis1=1, axis2=2)
-    done, places = gram.copy(), np.arange(gram.shape[-1])
-    done[:, places, places] += RIDGE * np.maximum(diagonal.mean(1, keepdims=True), 1e-12)
-    return done
+    """The gram with the ridge on its diagonal, in place, positive definite even for inputs that are all zero."""
+    places = np.arange(gram.shape[-1])
+    mean = np.diagonal(gram, axis1=1, axis2=2).mean(1, keepdims=True)
+    gram[:, places, places] += RIDGE * np.maximum(mean, 1e-12)
+    return gram
+
+
+def _bands(columns: int) -> list[slice]:
+    width = max(FEWEST, columns // SHARE)
+    return [slice(start, start + width) for start in range(0, columns, width)]
 
 
 def _added(total: np.ndarray, more: np.ndarray) -> np.ndarray:

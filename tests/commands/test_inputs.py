@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sluice.cli import main
+from sluice.cli import main, parser
+from sluice.commands import options
 from sluice.commands.input_options import named_input
 from sluice.commands.specs import inputs_of, model_of
 from sluice.core.errors import SluiceError
@@ -64,3 +65,20 @@ def test_what_does_not_go_together(capsys: pytest.CaptureFixture[str]) -> None:
         model_of(f"{SPEC}?depth=3")
     assert main(["inspect", SPEC, "--shape", "5"]) == 1
     assert "on the command line --input NAME=" in capsys.readouterr().err
+
+
+def test_a_file_beyond_one_message_runs_in_this_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sizes and types say how large it is; its weights, beside it, are not read for that."""
+    ends = [onnx.helper.make_tensor_value_info(name, 1, [2**15]) for name in "xy"]
+    for name, rows in (("large", 2**15), ("small", 2)):
+        weight = onnx.TensorProto(name="w", data_type=1, dims=[rows, 2**15], data_location=onnx.TensorProto.EXTERNAL)
+        weight.external_data.add(key="location", value="nothing.bin")
+        node = onnx.helper.make_node("MatMul", ["w", "x"], ["y"])
+        graph = onnx.helper.make_graph([node], "g", ends[:1], ends[1:], [weight])
+        (tmp_path / f"{name}.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    words = ["compress", "--budget", "50%", "--data", "random", "--table", ":memory:", "--out", str(tmp_path / "o")]
+    found = options.settings(parser().parse_args([*words, str(tmp_path / "large.onnx")]))["deployment"]
+    assert found.address == "" and "runs in this one, as with --in-process" in capsys.readouterr().err
+    for other in ("small.onnx", "none.onnx"):  # one that is not there is refused by its reader
+        found = options.settings(parser().parse_args([*words, str(tmp_path / other)]))["deployment"]
+        assert found.address == "local" and not capsys.readouterr().err

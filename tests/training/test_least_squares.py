@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -91,7 +93,7 @@ def test_what_the_inputs_do_not_show_stays() -> None:
 def test_sums_are_the_same_however_few_rows_are_gathered(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, shape = LAYERS[name]
     found = []
-    for fewest in (10**6, 1):  # all rows at once, and as many as the layer has columns
+    for fewest in (10**6, 1):  # all at once, and as many rows and columns as a part of the sums has
         monkeypatch.setattr("sluice.training.least_squares.FEWEST", fewest)
         equations = NormalEquations(geometry_of(layer), centred=True)
         for x in batches(shape, 2):
@@ -99,3 +101,24 @@ def test_sums_are_the_same_however_few_rows_are_gathered(name: str, monkeypatch:
         found.append(equations)
     for field in ("gram", "cross", "inputs", "outputs"):
         assert_close(getattr(found[1], field), getattr(found[0], field))
+
+
+def test_sums_without_finite_numbers_give_a_weight_that_is_not_finite() -> None:
+    equations = NormalEquations(Geometry(), centred=True)
+    with np.errstate(invalid="ignore"):
+        equations.add(np.full((4, 2), np.nan, np.float32), np.ones((4, 3), np.float32))
+        weight, _ = equations.solve(np.ones((3, 2), np.float32))
+    assert not np.isfinite(weight).any()
+
+
+def test_sums_are_solved_where_they_lie() -> None:
+    """What is taken at once beside ``A^T A`` is less than another one of it."""
+    rng, columns = np.random.default_rng(0), 1200
+    equations = NormalEquations(Geometry(), centred=True)
+    x, weight = rng.standard_normal((300, columns)).astype(np.float32), np.zeros((4, columns), np.float32)
+    tracemalloc.start()
+    equations.add(x, x[:, :4])
+    equations.solve(weight)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.9 * 8 * columns**2

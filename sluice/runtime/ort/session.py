@@ -79,7 +79,8 @@ def load_session(
     Args:
         entries: further entries of the session's configuration.
         optimize: as a deployed engine is; else the graph is computed as it stands.
-        arena: keep the memory of values from run to run, as a deployed engine does.
+        arena: keep the memory of values from run to run, as a deployed engine does; else operators also run in the
+            order of the file, so that a value goes where its last reader stands.
         save: where the optimised graph is written to.
     Raises:
         SluiceError: the model cannot be loaded; with the file's name and ONNX Runtime's reason.
@@ -93,6 +94,8 @@ def load_session(
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = arena
+    if not arena:
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     if save is not None:
         options.optimized_model_filepath = str(save)
     options.log_severity_level = 3
