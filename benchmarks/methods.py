@@ -15,8 +15,8 @@ other, one for the rest. All runs together take many hours on two cores: a finis
 When nothing is left, or with ``--publish``, the result goes to ``benchmarks/results`` and a plot of it to ``docs``.
 ``--show`` prints that result; the last line is JSON with the number of ``points`` (cells compared),
 ``ours_minus_best_other_min_50``, ``_25`` and ``_15`` in points of accuracy, and ``least_share_ratio_worst`` and
-``_median``: the least share of dense latency at no more than a point lost, ours by the best other's
-(`benchmarks.methods_results` has the rules).
+``_median``: the least share of dense latency at no more than a point lost, ours by the best other's, and the shares
+themselves by job (`benchmarks.methods_results` has the rules).
 """
 
 from __future__ import annotations

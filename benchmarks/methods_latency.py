@@ -22,13 +22,15 @@ from torch import Tensor, nn
 
 from sluice.core.files import write_atomically
 from sluice.passes.graph.onnx_file import quiet
+from sluice.passes.precision.to_precision import to_precision
 from sluice.profiler.timing.measure import measure
 from sluice.runtime.targets import make_runner
 
-__all__ = ["Shares", "pair_ms", "plain_export"]
+__all__ = ["Shares", "our_file", "pair_ms", "plain_export"]
 
 TARGET, THREADS = "ort-cpu", 1
 TURNS = 3
+OURS = "our engine"
 
 
 def plain_export(model: nn.Module, example: Tensor) -> onnx.ModelProto:
@@ -40,6 +42,13 @@ def plain_export(model: nn.Module, example: Tensor) -> onnx.ModelProto:
         path = Path(folder) / "plain.onnx"
         torch.onnx.export(model.eval(), (example,), path, dynamo=True, verbose=False)
         return onnx.load(path)
+
+
+def our_file(model: nn.Module, example: Tensor) -> onnx.ModelProto:
+    """The file of a network as ours deploys it, which budgets of `sluice.compress` are shares of."""
+    from sluice.passes.cut.export import finalize, to_onnx
+
+    return to_precision(finalize(to_onnx(model, example)), "fp32", target=TARGET, threads=THREADS)
 
 
 def pair_ms(dense: onnx.ModelProto, slim: onnx.ModelProto, batch: int, turns: int = TURNS) -> tuple[float, float]:
@@ -88,10 +97,10 @@ class Shares:
     def of_ours(self, file: onnx.ModelProto) -> float:
         """The share of our file of the dense network, which our budgets are fractions of; measured once."""
         plain = self.plain()
-        if "ours" not in self._known:
+        if OURS not in self._known:
             found = [ms / dense_ms for dense_ms, ms in (pair_ms(plain, file, self.batch) for _ in range(TURNS))]
-            self._save("ours", statistics.median(found))
-        return self._known["ours"]
+            self._save(OURS, statistics.median(found))
+        return self._known[OURS]
 
     def _save(self, key: str, share: float) -> None:
         self._known[key] = share

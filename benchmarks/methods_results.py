@@ -8,9 +8,10 @@
 3. ``ours_minus_best_other_min_B`` is the least over jobs at budget B, of cells whose first seeds are through. Where an
    other arm reaches a budget that ours misses, there is no number: none would be bad enough. Where ours alone reaches
    it, there is nothing to compare.
-4. ``least_share``: of the measured shares with at most `LOST` points lost the least, over the budgets at hand; the
-   dense network itself, at 1, counts for everybody. The ratio is ours by the best other's, of every job that has
-   first seeds of ours and the others at all of its budgets.
+4. ``least_share``: of the measured shares with at most `LOST` points lost the least, over the budgets of a job at which
+   the first seeds of ours and the others are through; the dense network itself, at 1, counts for everybody. The ratio
+   is ours by the best other's. A job with fewer than `SEVERAL` such budgets has none. Budgets are halves of each other
+   or less, so a ratio tells which budget an arm can still afford, and no more.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ __all__ = [
     "Run",
     "Store",
     "figures",
+    "least_shares",
     "of_cell",
     "outstanding",
     "summary",
@@ -48,6 +50,8 @@ ARMS = (OURS, *OTHERS, "ours-old-defaults", "no-portfolio", "gates", "gates-firs
 SEEDS = (0, 1, 2)
 LIMIT = 1.02
 LOST = 1.0
+SEVERAL = 2
+ROUNDING = 1e-6  # of percent that come as float32
 # (job, budget) -> epochs in all
 Cells = Mapping[tuple[str, str], int]
 EPOCHS = {"ds-cnn": 14, "resnet20-mnist": 7, "crepe-tiny": 7, "mobilenet_v2-mnist": 7}
@@ -168,7 +172,8 @@ def summary(records: Sequence[Record], cells: Cells) -> dict[str, Any]:
             missed.append(" ".join(cell))
         elif OURS in found:
             alone.append(" ".join(cell))
-    ratios = [r for r in (_least_ratio(records, cells, job, left) for job in dict.fromkeys(j for j, _ in cells)) if r]
+    shares = least_shares(records, cells)
+    ratios = [ours / other for _, ours, other in shares.values()]
     least = {}
     for budget in DIFFERENCES:
         known = differences[budget] and not any(name.endswith(f" {budget}") for name in missed)
@@ -180,7 +185,10 @@ def summary(records: Sequence[Record], cells: Cells) -> dict[str, Any]:
         **least,
         "least_share_ratio_worst": round(max(ratios), 4) if ratios else None,
         "least_share_ratio_median": round(statistics.median(ratios), 4) if ratios else None,
-        "least_share_jobs": len(ratios),
+        "least_share_jobs": {
+            job: {"budgets": list(budgets), OURS: round(ours, 4), "best other": round(other, 4)}
+            for job, (budgets, ours, other) in shares.items()
+        },
         "ours_misses": missed,
         "ours_alone": alone,
         "runs_left": len(left),
@@ -218,19 +226,27 @@ def _best_other(found: Mapping[str, float]) -> str | None:
     return max((arm for arm in OTHERS if arm in found), key=lambda arm: found[arm], default=None)
 
 
-def _least_ratio(records: Sequence[Record], cells: Cells, job: str, left: Sequence[Run]) -> float | None:
-    """Rule 4 for one job."""
-    if any(run.job == job and run.arm in (OURS, *OTHERS) and run.seed == SEEDS[0] for run in left):
-        return None
+def least_shares(records: Sequence[Record], cells: Cells) -> dict[str, tuple[tuple[str, ...], float, float]]:
+    """Rule 4: by job the budgets that count, and the least shares of ours and of the best other."""
+    done, found = {record.run for record in records}, {}
+    for job in dict.fromkeys(job for job, _ in cells):
+        through = [
+            cell
+            for cell, epochs in cells.items()
+            if cell[0] == job and all(Run(*cell, arm, SEEDS[0], epochs) in done for arm in (OURS, *OTHERS))
+        ]
+        if len(through) >= SEVERAL:
+            own, other = (_least(records, {cell: cells[cell] for cell in through}, arms) for arms in ((OURS,), OTHERS))
+            found[job] = tuple(budget for _, budget in through), own, other
+    return found
 
-    def least(arms: Sequence[str]) -> float:
-        shares = [1.0]
-        for cell, epochs in cells.items():
-            for arm in arms if cell[0] == job else ():
-                own = [r for r in of_cell(records, cell, epochs) if r.run.arm == arm and r.accuracy is not None]
-                lost = [r.dense_accuracy - r.accuracy for r in own if r.accuracy is not None]
-                if own and statistics.fmean(lost) <= LOST:
-                    shares.append(statistics.fmean(r.share for r in own if r.share is not None))
-        return min(shares)
 
-    return least([OURS]) / least(OTHERS)
+def _least(records: Sequence[Record], cells: Cells, arms: Sequence[str]) -> float:
+    shares = [1.0]
+    for cell, epochs in cells.items():
+        for arm in arms:
+            own = [r for r in of_cell(records, cell, epochs) if r.run.arm == arm and r.accuracy is not None]
+            lost = [r.dense_accuracy - r.accuracy for r in own if r.accuracy is not None]
+            if own and statistics.fmean(lost) <= LOST + ROUNDING:
+                shares.append(statistics.fmean(r.share for r in own if r.share is not None))
+    return min(shares)

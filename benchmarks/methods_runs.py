@@ -23,18 +23,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 from torch import nn
 
 import sluice
 from benchmarks.methods_climb import Setting, climb
 from benchmarks.methods_jobs import Job, Silent
-from benchmarks.methods_latency import TARGET, THREADS, Shares, plain_export
+from benchmarks.methods_latency import TARGET, THREADS, Shares, our_file, plain_export
 from benchmarks.methods_pruning import VARIANTS, prune, search
 from benchmarks.methods_results import Record, Run
+from benchmarks.methods_tried import Tried
 from sluice.core.errors import SluiceError
-from sluice.passes.cut.export import finalize, to_onnx
 from sluice.pipeline.choose import GATES
 from sluice.pipeline.figures import count_parameters
 from sluice.pipeline.recipe import REHEARSAL
@@ -84,7 +83,7 @@ def arguments(arm: str, epochs: int) -> dict[str, Any]:
 
 def _compressed(job: Job, run: Run, table: Path, shares: Shares) -> Record:
     # Our budgets are shares of our own dense file.
-    own = run.share / shares.of_ours(_our_file(job, job.model))
+    own = run.share / shares.of_ours(our_file(job.model, job.example))
     done = sluice.compress(
         job.model, job.example, budget=f"{100 * own:.3f}%", data=job.data(run.seed), table=table, batch=job.batch,
         target=TARGET, threads=THREADS, loss=job.loss, evaluate=job.evaluate, progress=False,
@@ -144,37 +143,34 @@ def _tuned(
     job: Job, run: Run, shares: Shares, first: Record | None, make: Callable[[str], nn.Module], variants: list[str],
     log: dict[str, Any],
 ) -> Record:  # fmt: skip
-    """The best of all that the climb trains."""
-    best: tuple[float, nn.Module | None] = (-math.inf, None)
+    """The best of all that the climb trains; what was trained before a kill is not trained again."""
+    tried = Tried(shares.path.parent / "tried" / f"{run.name}.json")
 
     def train(setting: Setting) -> float:
-        nonlocal best
+        def fitted(model: nn.Module) -> float:
+            torch.manual_seed(run.seed)
+            teacher = Silent() if setting.loss == "labels" else job.model
+            try:
+                fit(
+                    model, job.data(run.seed), epochs=run.epochs, teacher=teacher, loss=job.losses[setting.loss],
+                    recovery=Recovery(setting.rate), progress=False,
+                )  # fmt: skip
+            except SluiceError as error:
+                if "the loss became" not in str(error):
+                    raise
+                return 0.0
+            return job.evaluate(model)
+
         torch.manual_seed(run.seed)
-        model = make(setting.variant)
-        teacher = Silent() if setting.loss == "labels" else job.model
-        try:
-            fit(
-                model, job.data(run.seed), epochs=run.epochs, teacher=teacher, loss=job.losses[setting.loss],
-                recovery=Recovery(setting.rate), progress=False,
-            )  # fmt: skip
-        except SluiceError as error:
-            if "the loss became" not in str(error):
-                raise
-            return 0.0
-        figure = job.evaluate(model)
-        if figure > best[0]:
-            best = figure, model
-        return figure
+        return tried.figure(setting, make(setting.variant), fitted)
 
     if first is None:
         found = climb(variants, RATES["adamw"], list(job.losses), train)
     else:
         _, rate, loss = first.log["best"]
         found = climb(variants, RATES["adamw"], [loss], train, start=rate)
-    accuracy, model = best
-    if model is None:
-        raise SluiceError(f"no training of {run.name} has a finite loss; look at the data")
     setting = max(found, key=lambda one: found[one])
+    accuracy, model = found[setting], tried.best(setting, make(setting.variant)).eval()
     dense_ms, ms = shares.measured(plain_export(model, job.example))
     return Record(
         run, host_device(), job.evaluate(job.model), 0.0, accuracy, dense_ms, ms, count_parameters(model),
@@ -190,7 +186,3 @@ def widest(shares: Sequence[float], fits: Callable[[float], bool]) -> float | No
     """The first of the falling ``shares`` that fits; bisection could miss it, since times are a staircase."""
     assert list(shares) == sorted(shares, reverse=True)
     return next((share for share in shares if fits(share)), None)
-
-
-def _our_file(job: Job, model: nn.Module) -> onnx.ModelProto:
-    return finalize(to_onnx(model, job.example))

@@ -1,4 +1,4 @@
-"""The arm of `benchmarks.onnx_ways` that removes channels by norm: onnxsim 0.8.1, at the latency that is asked for.
+"""Channels removed by norm, beside our cuts: onnxsim 0.8.1, at the latency that is asked for.
 
 1. ``apply_structured_pruning`` removes one share of the channels of every layer that it can cut, those of the least
    norm. It knows no latency: the share is bisected until the file is as fast as ours, measured beside it.
@@ -25,11 +25,15 @@ NEAR = 1.02  # times the share that is asked for
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NormCut:
-    """The file, its measured share of the dense latency; none and a reason where it does not get there."""
+    """The file, its measured share of the dense latency; none and a reason where it does not get there.
+
+    ``given`` is the simplified file that was cut.
+    """
 
     model: onnx.ModelProto | None
     share: float | None
     reason: str = ""
+    given: onnx.ModelProto | None = None
 
 
 def cut_by_norm(dense: onnx.ModelProto, example: Mapping[str, np.ndarray], share: float) -> NormCut:
@@ -52,7 +56,7 @@ def cut_by_norm(dense: onnx.ModelProto, example: Mapping[str, np.ndarray], share
         except (SluiceError, ValueError, RuntimeError, KeyError) as error:
             return NormCut(None, None, f"fails with {type(error).__name__}: {first_line(error)}")
         if ratio <= NEAR * share:
-            high, best = tried[-1], NormCut(made, ratio)
+            high, best = tried[-1], NormCut(made, ratio, given=given)
         else:
             low = tried[-1]
             if low == MOST:

@@ -41,7 +41,8 @@ class RecoveryRow:
 
     ``measure`` names the loss that all runs were judged by on held-out batches; ``before`` is that of the slim network
     before training, ``dense`` the dense network's. Without a trial there are none. ``refitted`` layers got weights by
-    least squares before; ``loss`` is empty where nothing was trained.
+    least squares before; ``loss`` is empty where nothing was trained. A rehearsal of the plan had ``foreseen`` a loss
+    for the end of the fine-tune; ``ended`` is what it is on the first batches of the data, trained on by then.
     """
 
     lr: float
@@ -53,6 +54,8 @@ class RecoveryRow:
     before: float | None = None
     dense: float | None = None
     refitted: int = 0
+    foreseen: float | None = None
+    ended: float | None = None
 
     def share(self) -> float:
         """Steps of the trial, by those of the fine-tune."""
@@ -92,6 +95,11 @@ class RecoveryRow:
         if not self.loss:
             return
         how = f"fine-tuned at a learning rate of {self.lr:.4g} on {self.loss}, {self.parametrisation} weights"
+        if self.foreseen is not None and self.ended is not None:
+            yield (
+                f"the rehearsal foresaw a loss of {self.foreseen:.3g} at the end of the fine-tune, and it is "
+                f"{self.ended:.3g}, on batches that were trained on by then"
+            )
         if not self.trials:
             yield how
             return

@@ -52,12 +52,16 @@ GATES, DUEL = 1 / 3, 1 / 3
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scenario:
-    """A problem under one pricing, its solution, the held-out loss of its plan after every round of rehearsal."""
+    """A problem under one pricing, its solution, the held-out loss of its plan after every round of rehearsal.
+
+    ``foreseen`` is the forecast for the end of the fine-tune, where there were rounds enough for one.
+    """
 
     name: str
     problem: Problem
     solution: Solution
     rehearsed: tuple[float, ...] = ()
+    foreseen: float | None = None
 
 
 def choose(
@@ -127,7 +131,7 @@ def choose(
         return rehearsed_once(own, name, [one.plan for one in solutions], train)
 
     found = trained("rehearsal", [one.solution for one in scenarios[:count]], first, strata)
-    heard = [replace(one, rehearsed=losses) for one, losses in zip(scenarios, found, strict=False)]
+    heard = [_heard(one, losses, first, total) for one, losses in zip(scenarios, found, strict=False)]
     if count > 1:
         heard.sort(key=lambda one: (-len(one.rehearsed), forecast(one.rehearsed, first, total)))
     heard += scenarios[count:]
@@ -141,8 +145,13 @@ def choose(
     rivals = [one.solution for one in (leader, *learned)]
     before, after = trained("duel", rivals, once, (0, 1), math.inf)
     better = forecast(after, once, total) < forecast(before, once, total)
-    first_two = [replace(learned[0], rehearsed=after), replace(leader, rehearsed=before)]
+    first_two = [_heard(learned[0], after, once, total), _heard(leader, before, once, total)]
     return [*(first_two if better else reversed(first_two)), *heard[1:]]
+
+
+def _heard(one: Scenario, losses: tuple[float, ...], first: int, total: int) -> Scenario:
+    foreseen = forecast(losses, first, total) if len(losses) > 1 and total > 0 else math.inf
+    return replace(one, rehearsed=losses, foreseen=foreseen if math.isfinite(foreseen) else None)
 
 
 def _room(steps: int) -> int:

@@ -147,6 +147,8 @@ def carry_out(
             rehearsed = {s.problem: s.solution for s in reversed(scenarios)}
             problems = [*(s.problem for s in scenarios), problem]
             verified = first_verified(problems, budget, dense_onnx, advance, rehearsed)
+            ahead = next((s.foreseen for s in scenarios if s.solution is verified.solution), None)
+            verified = replace(verified, foreseen=ahead)
         return verified, [(s.name, s.solution.choice.promised_ms, s.rehearsed) for s in scenarios]
 
     verified, readings = verified_once(stages, problem, settled)
@@ -169,7 +171,9 @@ def carry_out(
     recovered = None
     if verified.plan.edited():  # what was not cut has nothing to recover
         recipe = replace(recipe, stages=stages)
-        recovered = recover(slim, verified.plan, recipe, dense=stripped, teacher=reference)
+        recovered = recover(
+            slim, verified.plan, recipe, dense=stripped, teacher=reference, foreseen=verified.foreseen
+        )  # fmt: skip
     slim = merge_runs(slim, verified.plan).eval()
     with kept(out, slim, verified.plan):
         with stage("export and measure", progress) as advance:

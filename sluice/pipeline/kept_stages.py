@@ -134,7 +134,8 @@ def _words(found: tuple[VerifiedSolution, list[Reading]]) -> dict[str, Any]:
     verified, readings = found
     return {
         "choice": asdict(verified.choice), "times": asdict(verified.times), "rounds": verified.rounds,
-        "engine": verified.engine, "readings": readings, "plan": verified.plan.to_json(),
+        "engine": verified.engine, "foreseen": verified.foreseen, "readings": readings,
+        "plan": verified.plan.to_json(),
         "kept": {name: list(channels) for name, channels in verified.solution.kept.items()},
     }  # fmt: skip
 
@@ -145,5 +146,6 @@ def _verified(problem: Problem, words: dict[str, Any]) -> tuple[VerifiedSolution
         raise ValueError("the choice is about other sites")
     kept = {name: tuple(channels) for name, channels in words["kept"].items()}
     solution = Solution(choice, kept, Plan.from_json(words["plan"]))
-    verified = VerifiedSolution(solution, PairTimes(**words["times"]), words["rounds"], words["engine"])
+    times = PairTimes(**words["times"])
+    verified = VerifiedSolution(solution, times, words["rounds"], words["engine"], words["foreseen"])
     return verified, [(name, ms, tuple(losses)) for name, ms, losses in words["readings"]]

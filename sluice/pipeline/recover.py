@@ -6,6 +6,7 @@ are merged at the end, so what comes out has the parameters of the plan in any c
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from sluice.pipeline.kept_stages import trial_once
 from sluice.pipeline.recipe import Recipe
 from sluice.training.compensate import compensate
 from sluice.training.dense_parametrisation import merge_dense, narrowed, widened
+from sluice.training.rehearse import HELD, held_out_loss
 from sluice.training.train import fit
 from sluice.training.trial import Setting, Trial, losses_for, try_settings
 
@@ -25,13 +27,15 @@ __all__ = ["recover"]
 
 
 def recover(
-    slim: fx.GraphModule, plan: Plan, recipe: Recipe, *, dense: fx.GraphModule, teacher: nn.Module
-) -> RecoveryRow | None:
+    slim: fx.GraphModule, plan: Plan, recipe: Recipe, *, dense: fx.GraphModule, teacher: nn.Module,
+    foreseen: float | None = None,
+) -> RecoveryRow | None:  # fmt: skip
     """Refit and train ``slim`` in place as the recipe says; None where there is no data, or nothing to do.
 
     Args:
         dense: the network that was cut by ``plan``, with the weights it was cut with.
         teacher: gives the logits.
+        foreseen: the loss that a rehearsal forecast; what it is in the end is told beside it.
     Raises:
         SluiceError: the loss is not finite.
     """
@@ -59,7 +63,11 @@ def recover(
     )  # fmt: skip
     if wide is not slim:
         merge_dense(wide, slim)
-    return replace(_row(trial), refitted=refitted)
+    ended = None
+    if foreseen is not None:
+        held = list(itertools.islice(data, HELD))
+        ended = _finite(held_out_loss(slim, held, teacher, recipe.loss))
+    return replace(_row(trial), refitted=refitted, foreseen=foreseen, ended=ended)
 
 
 def _row(trial: Trial) -> RecoveryRow:

@@ -54,12 +54,16 @@ RELAXED = 1.3  # times the last target, at most
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VerifiedSolution:
-    """A solution whose engine was measured in one of ``rounds`` rounds; ``engine`` is the `structure` of its file."""
+    """A solution whose engine was measured in one of ``rounds`` rounds; ``engine`` is the `structure` of its file.
+
+    ``foreseen`` is the loss that a rehearsal of this plan forecast, if there was one.
+    """
 
     solution: Solution
     times: PairTimes
     rounds: int
     engine: str
+    foreseen: float | None = None
 
     @property
     def choice(self) -> Choice:

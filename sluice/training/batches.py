@@ -1,7 +1,8 @@
 """The user's batches, checked: the first one before anything is measured, later ones as they come.
 
 1. Before: the model runs on the first batch, and the loss is a finite scalar with a gradient, the teacher being the
-   model with its outputs disturbed by a tenth of their deviation (an untouched copy learns nothing from itself).
+   model with every output moved by a tenth of the way to its neighbour (an untouched copy learns nothing from itself;
+   noise would leave the range of probabilities, or their sum).
 2. The default loss is of class logits: ``(N, classes)`` with two classes or more, or ``(..., classes)`` with labels
    ``(...)``, integers below the number of classes. Of other outputs without labels it would take a softmax over an axis
    that need not hold classes, so these are refused.
@@ -135,11 +136,17 @@ def _try(model: nn.Module, batch: Any, where: str, loss: Loss | None, gradient: 
 
 
 def _disturbed(outputs: Tensor) -> Tensor:
+    """A mean of two permutations of the outputs, along the last axis that has two values or more: in every range that
+    they are in, and with their sums. Outputs that are all alike get noise."""
+    outputs = outputs.detach()
     if not outputs.is_floating_point():
-        return outputs.detach()
-    noise = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
-    scale = float(outputs.detach().float().std()) if outputs.numel() > 1 else 1.0
-    return outputs.detach() + DISTURBED * (scale or 1.0) * noise
+        return outputs
+    axis = next((k for k in range(outputs.ndim - 1, -1, -1) if outputs.shape[k] > 1), None)
+    if axis is not None:
+        moved = outputs + DISTURBED * (outputs.roll(1, axis) - outputs)
+        if not moved.equal(outputs):
+            return moved
+    return outputs + DISTURBED * torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
 
 
 def _check_logits(outputs: Any, labels: Any, where: str) -> None:

@@ -59,6 +59,11 @@ def test_a_report_tells_it() -> None:
     assert "more epochs may help\n" in text
     assert "tried rate" not in text_of(report(RecoveryRow(0.003, "own loss", "plain", 7)))
     assert "fine-tuned" not in text_of(report(None))
+    assert "foresaw" not in text
+    foreseen = RecoveryRow(0.003, "own loss", "plain", 7, foreseen=0.5, ended=0.25)
+    assert "the rehearsal foresaw a loss of 0.5 at the end of the fine-tune, and it is 0.25," in text_of(
+        report(foreseen)
+    )
 
 
 def test_the_fall_is_that_of_the_last_doubling() -> None:

@@ -101,7 +101,20 @@ def test_least_share_at_a_point_lost() -> None:
     hopeless = complete(ours=90.0, tp=97.8) + complete("25%", ours=80.0, tp=97.1, share=0.24)
     assert summary_of(hopeless, cells)["least_share_ratio_worst"] == pytest.approx(1 / 0.24, abs=1e-4)
     rest = [r for r in records if (r.run.budget, r.run.arm) != ("25%", "thin")]
-    assert summary_of(rest, cells)["least_share_ratio_worst"] is None
+    assert summary_of(rest, cells)["least_share_ratio_worst"] is None  # one budget is not several
+    lost = complete(ours=97.9, tp=97.8) + complete("25%", ours=96.9, tp=97.0)
+    assert summary_of(lost, cells)["least_share_ratio_worst"] == 2.0
+
+
+def test_least_share_counts_the_budgets_at_which_all_are_through() -> None:
+    cells = {CELL: 3, ("net", "25%"): 3, ("net", "15%"): 3, ("other", "50%"): 3}
+    records = complete(ours=97.9, tp=97.8) + complete("25%", ours=96.0, tp=97.0) + complete("15%", ours=97.9, thin=9.0)
+    found = summary_of(records, cells)
+    assert found["least_share_jobs"] == {"net": {"budgets": ["50%", "25%", "15%"], "ours": 0.15, "best other": 0.25}}
+    rest = [r for r in records if (r.run.budget, r.run.arm, r.run.seed) != ("15%", "thin", 0)]
+    found = summary_of(rest, cells)
+    assert found["least_share_jobs"] == {"net": {"budgets": ["50%", "25%"], "ours": 0.5, "best other": 0.25}}
+    assert found["least_share_ratio_median"] == 2.0
 
 
 def test_the_best_other_has_all_seeds_before_it_is_the_best() -> None:

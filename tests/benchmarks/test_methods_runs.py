@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from benchmarks import methods_latency, methods_runs
 from benchmarks.methods_climb import Setting, climb
 from benchmarks.methods_jobs import CLASSIFIER_LOSSES, Job, crepe_job
-from benchmarks.methods_latency import Shares, plain_export
+from benchmarks.methods_latency import Shares, our_file, plain_export
 from benchmarks.methods_pruning import prune, search
 from benchmarks.methods_results import Run
 from benchmarks.methods_runs import arguments, perform, widest
+from benchmarks.methods_tried import Tried
 from benchmarks.methods_words import SPEAKERS, make_words
+from sluice.core.errors import SluiceError
 from sluice.pipeline.choose import GATES
 from sluice.runtime.base.compare import relative_error
 from sluice.training.train import default_loss
@@ -179,10 +181,44 @@ def test_ours_is_told_the_budget_in_shares_of_its_own_dense_file(
         raise methods_runs.SluiceError("budget 25% cannot be met: made up")
 
     job = tiny_job()
-    (tmp_path / "shares.json").write_text('{"ours": 0.8}')
+    (tmp_path / "shares.json").write_text('{"our engine": 0.8}')
     monkeypatch.setattr(methods_runs.sluice, "compress", compress)
     found = perform(job, Run("tiny", "20%", "ours", 0, 7), tmp_path, shares_of(job, tmp_path))
     assert asked["budget"] == "25.000%" and asked["epochs"] == 5 and found.reason.endswith("made up")
+
+
+def test_our_dense_file_is_in_the_form_that_is_deployed() -> None:
+    """Fp32 files for one thread pad in front of convolutions along one line, and are faster by that."""
+    net, x = nn.Sequential(nn.Conv2d(2, 3, (64, 1), padding=(31, 0))), torch.ones(1, 2, 90, 1)
+    ours, plain = our_file(net.eval(), x), plain_export(net, x)
+    assert [node.op_type for node in ours.graph.node].count("Pad") == 1
+    assert all(node.op_type != "Pad" for node in plain.graph.node)
+
+
+def test_what_was_trained_before_a_kill_is_not_trained_again(tmp_path: Path) -> None:
+    setting, further = Setting("a", 0.01, "labels"), Setting("a", 0.03, "labels")
+    trained: list[float] = []
+
+    def training(figure: float) -> Callable[[nn.Module], float]:
+        def train(model: nn.Module) -> float:
+            trained.append(figure)
+            nn.init.constant_(model.fc.bias, figure)  # type: ignore[arg-type, union-attr]
+            return figure
+
+        return train
+
+    tried = Tried(tmp_path / "run.json")
+    assert tried.figure(setting, Net(), training(90.0)) == 90.0
+    assert tried.figure(further, Net(), training(80.0)) == 80.0
+    again = Tried(tmp_path / "run.json")
+    assert again.figure(setting, Net(), training(1.0)) == 90.0 and again.figure(further, Net(), training(1.0)) == 80.0
+    assert trained == [90.0, 80.0]
+    assert torch.equal(again.best(setting, Net()).fc.bias, torch.full((5,), 90.0))  # type: ignore[arg-type, union-attr]
+    assert again.figure(setting, Net(0.5), training(70.0)) == 70.0  # another network is trained
+    with pytest.raises(SluiceError, match="weights of another training; delete them"):
+        again.best(further, Net())
+    with pytest.raises(SluiceError, match=r"no training in .* has a finite loss"):
+        Tried(tmp_path / "none.json").best(setting, Net())
 
 
 @pytest.mark.parametrize("variant", ["taylor", "l2 4"])

@@ -160,7 +160,8 @@ def test_the_best_comes_first() -> None:
     assert any(r.name.startswith("spread prices") for r in readings)
     cost = rehearsal_cost(len(readings), len({stratum(r.solution.plan) for r in readings}))
     last = [forecast(r.rehearsed, STEPS // cost, 90) for r in finalists]
-    assert last == sorted(last)
+    assert last == sorted(last) == [r.foreseen for r in finalists]
+    assert all((r.foreseen is None) == (len(r.rehearsed) < 2) for r in readings)
 
 
 def test_the_same_data_choose_the_same() -> None:

@@ -27,7 +27,8 @@ from sluice.pipeline.recover import recover
 from sluice.runtime.base.compare import relative_error
 from sluice.training.dense_parametrisation import merge_dense, widened
 from sluice.training.recovery import RATES, Recovery
-from sluice.training.train import fit
+from sluice.training.rehearse import HELD, held_out_loss
+from sluice.training.train import default_loss, fit
 from sluice.training.trial import SHARE
 from tests import tiny
 
@@ -42,11 +43,13 @@ def cut() -> tuple[fx.GraphModule, fx.GraphModule, Plan]:
     return dense, slim, plan
 
 
-def recovered(recovery: Recovery, epochs: int = 1, data: Any = None) -> tuple[fx.GraphModule, Any]:
+def recovered(
+    recovery: Recovery, epochs: int = 1, data: Any = None, foreseen: float | None = None
+) -> tuple[fx.GraphModule, Any]:
     dense, slim, plan = cut()
     made = clone(slim)
     recipe = Recipe(tiny.data() if data is None else data, recovery=recovery, epochs=epochs, progress=False)
-    return made, recover(made, plan, recipe, dense=dense, teacher=dense)
+    return made, recover(made, plan, recipe, dense=dense, teacher=dense, foreseen=foreseen)
 
 
 def same(one: fx.GraphModule, other: fx.GraphModule) -> bool:
@@ -59,6 +62,14 @@ def test_a_number_is_obeyed_as_plain_training() -> None:
     assert (row.lr, row.loss, row.parametrisation, row.steps, row.trials) == (0.01, "default loss", "plain", 6, ())
     by_hand = fit(clone(slim), tiny.data(), epochs=1, teacher=dense, lr=0.01, progress=False)
     assert same(made, by_hand) and not same(made, slim)  # type: ignore[arg-type]
+
+
+def test_the_end_is_told_beside_the_forecast() -> None:
+    dense, _, _ = cut()
+    made, row = recovered(Recovery(0.01), foreseen=0.25)
+    assert row.foreseen == 0.25
+    assert row.ended == held_out_loss(made, tiny.data()[:HELD], dense, default_loss)
+    assert recovered(Recovery(0.01))[1].ended is None
 
 
 def test_dense_weights_are_merged_into_the_slim_network() -> None:
@@ -100,6 +111,8 @@ def test_the_whole_way_says_how_it_was_trained(table: Path, tmp_path: Path) -> N
     found = compress(tiny.model(), tiny.inputs(), epochs=50, out=tmp_path / "out", **settings).report
     assert found.recovery is not None and found.recovery.trials and found.recovery.lr in RATES["adamw"]
     assert Report.from_json((tmp_path / "out" / "report.json").read_text()) == found
+    rounds = len(found.readings[0][2])
+    assert (found.recovery.foreseen is not None) == (found.recovery.ended is not None) == (rounds > 1)
     fixed = compress(tiny.model(), tiny.inputs(), epochs=1, lr=0.02, **settings).report
     assert fixed.recovery is not None and (fixed.recovery.lr, fixed.recovery.trials) == (0.02, ())
     with pytest.raises(SluiceError, match=r"lr=0.02 and recovery= both say how to train"):

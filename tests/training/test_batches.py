@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sluice.core.errors import SluiceError
 from sluice.training.batches import check_data, checked
@@ -68,6 +69,26 @@ def test_accepted() -> None:
         check_data(model, [batch], loss=loss_of(loss))
     assert all(torch.equal(t, state[name]) for name, t in CLASSES.state_dict().items())
     assert all(p.grad is None for p in CLASSES.parameters())
+
+
+def test_accepts_losses_of_outputs_in_a_range_or_with_a_sum() -> None:
+    """The teacher of the check gives what the model could give: probabilities stay such, and differ from its own."""
+    taught: list[tuple[Tensor, Tensor]] = []
+
+    def of_probabilities(outputs: Tensor, known: Tensor, labels: Any) -> Tensor:
+        taught.append((outputs.detach(), known))
+        return F.binary_cross_entropy(outputs, known)
+
+    bins, classes = nn.Sequential(CLASSES, nn.Sigmoid()), nn.Sequential(CLASSES, nn.Softmax(1))
+    one = nn.Sequential(ONE, nn.Sigmoid())
+    for model, x in ((bins, X), (bins, X[:1]), (classes, X), (one, X)):
+        check_data(model, [100 * x], loss=of_probabilities)  # sharp ones, next to 0 and 1
+        check_data(model, [x], loss=of_probabilities)
+        own, known = taught[-1]
+        assert not torch.equal(own, known)
+    sums = [known.sum(1) for own, known in taught if own.shape[1] == 4 and torch.allclose(own.sum(1), torch.ones(1))]
+    assert sums and all(torch.allclose(total, torch.ones(1)) for total in sums)
+    check_data(one, [X[:1]], loss=loss_of("mse"))  # a single output has no neighbour
 
 
 class Raising:
