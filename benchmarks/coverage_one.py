@@ -31,7 +31,7 @@ from sluice.passes.cut.rewrite_torch import rewrite_torch
 from sluice.passes.gates.gating import bake
 from sluice.passes.graph.capture import Inputs, capture
 from sluice.passes.graph.groups import keep_masks, module_of
-from sluice.passes.graph.placement import place_gates
+from sluice.passes.graph.placement_torch import place_gates
 from sluice.passes.search_space import SearchSpace, agreed, find_search_space, read_onnx, read_torch
 from sluice.runtime.base.compare import relative_error
 from sluice.runtime.ort.cpu import OrtRunner

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 import sluice
 from sluice.artifacts.macs import count_macs
-from sluice.commands import options
+from sluice.commands import place
 from sluice.core.deployment import Deployment
 from sluice.models import enliven
 from sluice.models.resnet import BasicBlock
@@ -176,7 +176,7 @@ def simulated_device() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OrtRunner, "build", build)
         patch.setattr(OrtRunner, "build_part", build)
-        patch.setattr(options, "LOCAL", "")  # a process of its own would have the real device
+        patch.setattr(place, "LOCAL", "")  # a process of its own would have the real device
         yield
 
 

@@ -6,12 +6,9 @@ The error of a type says how a word is wrong and what to write instead; `argpars
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
 from sluice.commands.input_options import fix, named_inputs, shape, whole
-from sluice.core.address import LOCAL, split_target, target_at
-from sluice.core.errors import SluiceError
 
 if TYPE_CHECKING:
     from sluice.profiler.sweep.shards import Shard
@@ -224,48 +221,18 @@ def recovery_settings(args: argparse.Namespace) -> Recovery:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the options of a table, a device and a profile say, as arguments of a profile."""
+    from sluice.commands.place import place
     from sluice.core.deployment import Deployment
     from sluice.solver.options import check_methods
 
     found = {
         "table": args.table,
-        "deployment": Deployment(_place(args), args.batch, args.threads, args.precision),
+        "deployment": Deployment(place(args), args.batch, args.threads, args.precision),
         "exclude": args.exclude,
         "methods": check_methods(args.methods.split(",")),
         "progress": not args.quiet,
     }
     return {**found, "minutes": args.minutes} if getattr(args, "minutes", None) else found
-
-
-def _place(args: argparse.Namespace) -> str:
-    """The target as it is measured: a runtime that crashes in a process of its own costs a point, not the run."""
-    name, address = split_target(args.target)
-    here = args.in_process or getattr(args, "pack", False) or getattr(args, "layers", False)
-    if address or here:
-        return args.target
-    if _is_large_file(getattr(args, "model", "")):
-        print(
-            f"{args.model} is too large to be sent to a process of its own; the runtime runs in this one, as with "
-            f"--in-process",
-            file=sys.stderr,
-        )
-        return args.target
-    return target_at(name, LOCAL)
-
-
-def _is_large_file(path: str) -> bool:
-    """Is it an ONNX file with more weights than one message holds? One that cannot be read is refused later on."""
-    from sluice.commands.specs import is_onnx
-
-    if not is_onnx(path):
-        return False
-    from sluice.core.weight_bytes import is_large
-    from sluice.runtime.base.inputs import parsed
-
-    try:
-        return is_large(parsed(path))
-    except SluiceError:
-        return False
 
 
 def rate(text: str) -> float | str:

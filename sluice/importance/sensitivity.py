@@ -31,7 +31,7 @@ from sluice.passes.cut.resolve import tensor_masks
 from sluice.passes.gates.gating import bake
 from sluice.passes.gates.insertion import along
 from sluice.passes.graph.groups import Analysis, keep_masks
-from sluice.passes.graph.placement import Placement, normed_axes
+from sluice.passes.graph.placement_torch import Placement, normed_axes
 from sluice.solver.options import EditSpace, RankOption
 from sluice.training.train import Data, Loss
 

@@ -140,7 +140,7 @@ def read_torch(gm: fx.GraphModule) -> Reading:
     """The reading of a captured torch graph; groups that no masks can close are left alone."""
     from sluice.passes.graph.aten import analyze
     from sluice.passes.graph.chains_torch import chains_torch
-    from sluice.passes.graph.placement import closable
+    from sluice.passes.graph.placement_torch import closable
     from sluice.passes.graph.view_torch import view_torch
 
     state = {name: tensor.detach().cpu() for name, tensor in gm.state_dict().items()}

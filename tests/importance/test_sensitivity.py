@@ -20,7 +20,7 @@ from sluice.passes.cut.factor import truncations
 from sluice.passes.gates.gating import insert_gates, strip_gates
 from sluice.passes.graph.blocks import find_blocks
 from sluice.passes.graph.groups import Analysis
-from sluice.passes.graph.placement import Placement
+from sluice.passes.graph.placement_torch import Placement
 from sluice.passes.graph.view_torch import view_torch
 from sluice.solver.options import EditSpace, RankOption, dense_switch
 from sluice.training.train import default_loss

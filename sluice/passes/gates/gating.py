@@ -3,9 +3,9 @@
     effective weight = filter masks * block mask * D_tau(weight)
 
 1. `insert_gates`: a weight with a rank gate is thresholded first. Then every tensor named by
-   `sluice.passes.graph.placement` is multiplied by the masks of its groups, and the closing tensors of a block by the
-   mask of the block. Layer and group norms over gated axes get masked statistics. Parameter names do not change; the
-   gates live under ``gates``.
+   `sluice.passes.graph.placement_torch` is multiplied by the masks of its groups, and the closing tensors of a block by
+   the mask of the block. Layer and group norms over gated axes get masked statistics. Parameter names do not change;
+   the gates live under ``gates``.
 2. `close_gates` does the same to the weights, with 0/1 masks and hard ranks, and removes the gates. The closed network
    has the user's own architecture and computes what the gated network computes under those decisions. Only a norm, or a
    mean over channels, keeps its (constant) mask, because no weight can make it leave a channel out of its statistics.
@@ -33,7 +33,7 @@ from sluice.passes.gates.merge_gates import exclude_each_other
 from sluice.passes.gates.rank_gates import RankGate
 from sluice.passes.graph.capture import MARK, Inputs, capture, clone
 from sluice.passes.graph.groups import Analysis, check_cuttable, keep_masks
-from sluice.passes.graph.placement import Placement, normed_axes, place_gates
+from sluice.passes.graph.placement_torch import Placement, normed_axes, place_gates
 from sluice.passes.search_space import SearchSpace, find_search_space, read_torch
 
 __all__ = ["Gated", "absorb_masks", "bake", "close_gates", "insert_gates", "masked_norm", "strip_gates"]

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from sluice.passes.gates.filter_gates import Gates
 from sluice.passes.gates.masked_statistics import TAG, mask_norm
 from sluice.passes.graph.groups import Analysis
-from sluice.passes.graph.placement import Placement, normed_axes
+from sluice.passes.graph.placement_torch import Placement, normed_axes
 
 __all__ = ["TAG", "Inserter", "along"]
 

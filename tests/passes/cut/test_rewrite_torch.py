@@ -19,7 +19,7 @@ from sluice.passes.gates.gating import bake, close_gates, insert_gates, strip_ga
 from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.capture import capture, clone
 from sluice.passes.graph.groups import Analysis, keep_masks
-from sluice.passes.graph.placement import Placement, place_gates
+from sluice.passes.graph.placement_torch import Placement, place_gates
 from sluice.runtime.base.compare import assert_close
 from tests.networks import NETWORKS, build, random_kept
 

@@ -28,7 +28,7 @@ from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.capture import capture, clone
 from sluice.passes.graph.groups import Analysis, agreeing, keep_masks
 from sluice.passes.graph.onnx_axes import analyze_onnx
-from sluice.passes.graph.placement import place_gates
+from sluice.passes.graph.placement_torch import place_gates
 from sluice.passes.search_space import find_search_space, read_torch
 from sluice.runtime.base.compare import assert_close, relative_error
 from sluice.runtime.ort.cpu import OrtRunner
