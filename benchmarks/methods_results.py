@@ -1,7 +1,8 @@
 """The records of runs, the runs that are left, and the comparison of ours with the best other.
 
 1. A *cell* is a job at a budget. Every arm runs with the first seed; ours and the best *other* (Torch-Pruning, thin)
-   with all. The other arms are ours without a part, and compete with nobody.
+   with all. The other arms are ours without a part or with one more, and compete with nobody. A budget that has no
+   stops on its way down has no arm with them.
 2. The figure of an arm in a cell is its mean accuracy over its seeds. An arm whose file takes more than `LIMIT` of the
    budget, measured anew beside the plain export of the dense network, does not reach it: engines that are built again
    differ by 1 to 2% from themselves. The rule is the same for all.
@@ -26,6 +27,7 @@ from typing import Any
 from sluice.core.budget_spec import BudgetSpec
 from sluice.core.errors import SluiceError
 from sluice.core.files import write_atomically
+from sluice.pipeline.progressive import stops
 
 __all__ = [
     "ARMS",
@@ -45,8 +47,7 @@ __all__ = [
 
 OURS = "ours"
 OTHERS = ("torch-pruning", "thin")
-# Budgets that are reached step by step would be an arm "progressive".
-ARMS = (OURS, *OTHERS, "ours-old-defaults", "no-portfolio", "gates", "gates-first")
+ARMS = (OURS, *OTHERS, "ours-old-defaults", "no-portfolio", "gates", "gates-first", "progressive")
 SEEDS = (0, 1, 2)
 LIMIT = 1.02
 LOST = 1.0
@@ -145,7 +146,8 @@ class Store:
 def outstanding(records: Sequence[Record], cells: Cells) -> list[Run]:
     """The runs that are known to be left, first seeds first; the best other is known when its rivals are through."""
     done = {record.run for record in records}
-    firsts = [Run(*cell, arm, SEEDS[0], epochs) for cell, epochs in cells.items() for arm in ARMS]
+    all_firsts = [Run(*cell, arm, SEEDS[0], epochs) for cell, epochs in cells.items() for arm in ARMS]
+    firsts = [run for run in all_firsts if run.arm != "progressive" or stops(run.share)]
     seconds = []
     for cell, epochs in cells.items():
         arms = [OURS]

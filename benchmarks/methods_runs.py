@@ -5,6 +5,7 @@
     ours              floor(E / (1 + rehearsal + trial)), by default a rehearsal of 0.25 and a trial of 0.15
     no-portfolio      the same with a rehearsal of 0
     gates             floor(E / (1 + rehearsal + trial + 1/3)), the third for gates that start at a plan
+    progressive       the same, the third for stops on the way down
     gates-first       floor(E / 3) epochs of gates, and of the others as ours
     ours-old-defaults E, at a rate of 1e-3, without rehearsal and trial
 
@@ -74,10 +75,10 @@ def arguments(arm: str, epochs: int) -> dict[str, Any]:
     if arm == "ours-old-defaults":
         return {"epochs": epochs, "rehearsal": 0.0, "lr": OLD_RATE}
     first, rehearsal = (epochs // 3 if arm == "gates-first" else 0), (0.0 if arm == "no-portfolio" else REHEARSAL)
-    parts = 1 + rehearsal + SHARE + (GATES if arm == "gates" else 0.0)
+    parts = 1 + rehearsal + SHARE + (GATES if arm in ("gates", "progressive") else 0.0)
     return {
         "gate_epochs": first, "epochs": math.floor((epochs - first) / parts + 1e-9),
-        "rehearsal": rehearsal, "gates": arm == "gates",
+        "rehearsal": rehearsal, "gates": arm == "gates", "progressive": arm == "progressive",
     }  # fmt: skip
 
 

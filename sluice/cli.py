@@ -177,8 +177,9 @@ def compress(args: argparse.Namespace) -> int:
         model_of(args.model, args.weights), inputs_of(args.model, args.shape, args.batch, args.inputs),
         budget=options.budget_of(args),
         data=data_of(args.data), out=args.out, gate_epochs=args.gate_epochs, epochs=args.epochs,
-        rehearsal=args.rehearsal, gates=args.gates, recovery=options.recovery_settings(args),
-        evaluate=figure, loss=loss_given(args.loss), seed=args.seed, **deployment, **settings,
+        rehearsal=args.rehearsal, gates=args.gates, progressive=args.progressive,
+        recovery=options.recovery_settings(args), evaluate=figure, loss=loss_given(args.loss), seed=args.seed,
+        **deployment, **settings,
     )  # fmt: skip
     print_report(args, done.report)
     least = done.report.least

@@ -44,8 +44,8 @@ def file_arguments(
     for wrong, mend in (
         (args.budget is None, "--max-drop searches with training; give --budget for an ONNX file"),
         (
-            args.gates or args.gate_epochs,
-            "gates are trained, an ONNX file is not; leave out --gates and --gate-epochs",
+            args.gates or args.gate_epochs or args.progressive,
+            "gates and stops are trained, an ONNX file is not; leave out --gates, --gate-epochs and --progressive",
         ),
         (deployment.precision != "fp32", f"an ONNX file is compressed in fp32; leave out --precision {args.precision}"),
         (args.shape is not None, "an ONNX file has its own shapes; leave out --shape, or name open ones with --input"),

@@ -69,6 +69,10 @@ def _compress(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--gates", action="store_true", help="gates make one more plan of the best one, in a third of the epochs on top"
     )
+    p.add_argument(
+        "--progressive", action="store_true", help="a network that comes down to a deep budget in stops makes one more "
+        "plan, in a third of the epochs on top",
+    )  # fmt: skip
     p.add_argument("--evaluate", metavar="FUNCTION", help="package.module:function from a module to its accuracy")
     options.widths(p)
     p.add_argument(

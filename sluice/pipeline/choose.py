@@ -9,6 +9,7 @@ trained for a while (`sluice.training.rehearse`). The plan with the best forecas
 Where gates are asked for, they start at that plan (`sluice.pipeline.gate_candidate`), and what they make of it is
 trained beside it anew, both from the cut. That takes a third of the steps of the fine-tune on top of the rehearsal, and
 this comparison a third of these; its losses are those that both are told with. Without a rehearsal there are no gates.
+A network that came down to the budget in stops (`sluice.pipeline.progressive`) gives its plan in the same way.
 
 The first scenario is solved by need. The others are solved under estimates (`sluice.profiler.need`, 4), which measures
 less: a plan near the best is as good to compare. The one that is settled on is solved by need when it is verified.
@@ -17,7 +18,7 @@ less: a plan near the best is as good to compare. The one that is settled on is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,6 +30,7 @@ from sluice.pipeline.gate_candidate import GateCandidate
 from sluice.pipeline.kept_stages import rate_once, rehearsed_once
 from sluice.pipeline.layermerge import BONUSES, DepthProblem
 from sluice.pipeline.problem import Problem, Solution
+from sluice.pipeline.progressive import Descent
 from sluice.profiler.need import Solve, by_need
 from sluice.solver.decide import Choice
 from sluice.solver.options import EditSpace
@@ -38,7 +40,7 @@ from sluice.training.stages import NOTHING, Stages
 from sluice.training.train import Data, Loss
 from sluice.training.trial import quick_rate
 
-__all__ = ["Scenario", "choose"]
+__all__ = ["Scenario", "choose", "late_steps"]
 
 PRICES = (0.5, 2.0)
 HOPELESS = 3.0  # times the least loss of a scenario: not worth a rehearsal
@@ -48,6 +50,7 @@ TRIED = 3  # first rounds that the rate takes
 # Of the steps of the fine-tune: for gates and for the comparison of their plan with the one they started at; of these
 # the comparison's.
 GATES, DUEL = 1 / 3, 1 / 3
+Build = Callable[[Solution], fx.GraphModule]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,7 +71,7 @@ def choose(
     problem: Problem,
     methods: Sequence[str],
     target_ms: float,
-    build: Callable[[Solution], fx.GraphModule],
+    build: Build,
     *,
     data: Data,
     teacher: nn.Module,
@@ -77,6 +80,7 @@ def choose(
     steps: int,
     total: int = 0,
     gates: GateCandidate | None = None,
+    descent: Descent | None = None,
     stages: Stages = NOTHING,
     progress: bool = True,
 ) -> list[Scenario]:
@@ -89,10 +93,11 @@ def choose(
         steps: of training, of all candidates together; too few, as none, trust the measured losses.
         total: steps of the fine-tune to come.
         gates: makes one more candidate of the first one, where ``total`` leaves it steps enough; None for none.
+        descent: a network whose plan is one more candidate, on the same condition; None for none.
         stages: where the rate and the losses of the rehearsals are kept.
     """
-    once = int(DUEL * GATES * total) // rehearsal_cost(2, 2)
-    with_gates = gates is not None and type(problem) is Problem and once >= LEAST
+    learning, once = late_steps(total)
+    late = (gates is not None or descent is not None) and type(problem) is Problem and once >= LEAST
     scenarios = _scenarios(problem, methods, target_ms)
     room = _room(steps) - len(scenarios)
     if room > 0 and type(problem) is Problem:
@@ -103,9 +108,7 @@ def choose(
         for count in range(2, len(scenarios) + 1)
     }
     alone = min(ENOUGH, steps // TRIED)  # for the rate of gates at a plan without others
-    count = max(
-        (count for count, first in firsts.items() if first >= LEAST), default=int(with_gates and alone >= LEAST)
-    )
+    count = max((count for count, first in firsts.items() if first >= LEAST), default=int(late and alone >= LEAST))
     if not count:
         return scenarios
     first, strata = firsts.get(count, alone), strata[:count]
@@ -119,34 +122,50 @@ def choose(
     )  # fmt: skip
 
     def trained(
-        name: str, solutions: Sequence[Solution], steps: int, strata: Sequence[object], far: float = FAR
+        name: str, plans: Mapping[Solution, Build], steps: int, strata: Sequence[object], far: float = FAR
     ) -> list[tuple[float, ...]]:
         def train() -> list[tuple[float, ...]]:
             found = rehearse(
-                [build(one) for one in solutions], data, teacher=teacher, loss=loss, lr=lr, recovery=recovery,
+                [made(one) for one, made in plans.items()], data, teacher=teacher, loss=loss, lr=lr, recovery=recovery,
                 steps=steps, total=total, strata=strata, far=far, progress=progress,
             )  # fmt: skip
             return [tuple(losses) for losses in found]
 
-        return rehearsed_once(own, name, [one.plan for one in solutions], train)
+        return rehearsed_once(own, name, [one.plan for one in plans], train)
 
-    found = trained("rehearsal", [one.solution for one in scenarios[:count]], first, strata)
+    found = trained("rehearsal", {one.solution: build for one in scenarios[:count]}, first, strata)
     heard = [_heard(one, losses, first, total) for one, losses in zip(scenarios, found, strict=False)]
     if count > 1:
         heard.sort(key=lambda one: (-len(one.rehearsed), forecast(one.rehearsed, first, total)))
     heard += scenarios[count:]
-    if gates is None or not with_gates:
+    if not late:
         return heard
-    leader, stream = heard[0], batches_behind(data, HELD)
-    made = gates.learn(problem, leader.solution, target_ms, stream, int(GATES * total) - int(DUEL * GATES * total), lr)
-    learned = [] if made is None else _distinct(problem, {"gates": made}, target_ms, heard)
-    if not learned:
-        return heard
-    rivals = [one.solution for one in (leader, *learned)]
-    before, after = trained("duel", rivals, once, (0, 1), math.inf)
-    better = forecast(after, once, total) < forecast(before, once, total)
-    first_two = [_heard(learned[0], after, once, total), _heard(leader, before, once, total)]
-    return [*(first_two if better else reversed(first_two)), *heard[1:]]
+
+    def rivals() -> Iterator[tuple[Scenario, Build]]:
+        if gates is not None:
+            stream, leader = batches_behind(data, HELD), heard[0].solution
+            made = gates.learn(problem, leader, target_ms, stream, learning, lr)
+            for one in [] if made is None else _distinct(problem, {"gates": made}, target_ms, heard):
+                yield one, build
+        if descent is not None:
+            for one in _distinct(problem, {"stops": descent.ready.problem}, target_ms, ()):
+                yield one, descent.build
+
+    builds = {heard[0].solution: build}
+    for rival, own_build in rivals():
+        builds[rival.solution] = own_build
+        two = {one.solution: builds[one.solution] for one in (heard[0], rival)}
+        before, after = trained(f"duel with {rival.name}", two, once, (0, 1), math.inf)
+        better = forecast(after, once, total) < forecast(before, once, total)
+        first_two = [_heard(rival, after, once, total), _heard(heard[0], before, once, total)]
+        heard = [*(first_two if better else reversed(first_two)), *heard[1:]]
+    return heard
+
+
+def late_steps(total: int) -> tuple[int, int]:
+    """The steps for a late candidate, of ``total`` of the fine-tune, and of the first round of its comparison."""
+    share = int(GATES * total)
+    return share - int(DUEL * share), int(DUEL * share) // rehearsal_cost(2, 2)
 
 
 def _heard(one: Scenario, losses: tuple[float, ...], first: int, total: int) -> Scenario:

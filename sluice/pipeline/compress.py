@@ -57,6 +57,7 @@ def compress(
     epochs: int = 10,
     rehearsal: float = REHEARSAL,
     gates: bool = False,
+    progressive: bool = False,
     lr: Rate = AUTO,
     recovery: Recovery | None = None,
     loss: Loss | str | None = None,
@@ -86,6 +87,9 @@ def compress(
             fine-tune; 0 trusts the measured losses.
         gates: let gates make one more candidate of the best plan that was rehearsed, in a third of the epochs of the
             fine-tune on top (`sluice.pipeline.gate_candidate`).
+        progressive: let a network that comes down to a budget below about a third of the dense latency in stops, with
+            training and prices anew at each, make one more candidate, in as many epochs as gates
+            (`sluice.pipeline.progressive`).
         lr: learning rate of the fine-tune and the rehearsal; ``"auto"`` finds it by trial on held-out batches, and with
             it loss and parametrisation (`sluice.training.trial`). Gates train at it too, with ``"auto"`` at 1e-3.
         recovery: in place of ``lr``: rate, optimizer, weight decay, warm-up, schedule, parametrisation.
@@ -109,6 +113,7 @@ def compress(
     recipe = recipe_of(
         model, example_inputs, data, loss=loss, lr=lr, recovery=recovery, gate_epochs=gate_epochs, epochs=epochs,
         rehearsal=rehearsal, evaluate=evaluate, minutes=minutes, progress=progress, gates=gates,
+        progressive=progressive,
     )  # fmt: skip
     if out is not None:
         check_writable(out, room_for(model), {"the latency table": table})
@@ -144,6 +149,7 @@ def sweep(
     epochs: int = 10,
     rehearsal: float = REHEARSAL,
     gates: bool = False,
+    progressive: bool = False,
     lr: Rate = AUTO,
     recovery: Recovery | None = None,
     loss: Loss | str | None = None,
@@ -168,6 +174,7 @@ def sweep(
     recipe = recipe_of(
         model, example_inputs, data, loss=loss, lr=lr, recovery=recovery, gate_epochs=0, epochs=epochs,
         rehearsal=rehearsal, evaluate=evaluate, minutes=minutes, progress=progress, gates=gates,
+        progressive=progressive,
     )  # fmt: skip
     folders = {budget: None if out is None else Path(out) / budget.strip().removesuffix("%") for budget in budgets}
     for folder in folders.values():

@@ -42,7 +42,7 @@ from sluice.passes.graph.names_torch import with_own_names
 from sluice.passes.graph.onnx_file import finalize
 from sluice.pipeline.arguments import numeric
 from sluice.pipeline.attention_form import marked_like
-from sluice.pipeline.choose import Scenario, choose
+from sluice.pipeline.choose import Scenario, choose, late_steps
 from sluice.pipeline.close import close
 from sluice.pipeline.figures import captured_inputs, count_parameters, example_outputs, parity
 from sluice.pipeline.gate_candidate import GateCandidate
@@ -51,6 +51,7 @@ from sluice.pipeline.pairs import engine_check
 from sluice.pipeline.plain import counted_from
 from sluice.pipeline.prepare import Prepared, fits, trainable
 from sluice.pipeline.price import price_problem
+from sluice.pipeline.progressive import descend
 from sluice.pipeline.recipe import REHEARSAL, Evaluate, Recipe, recovery_of
 from sluice.pipeline.recover import recover
 from sluice.pipeline.report_figures import make_report
@@ -128,20 +129,23 @@ def carry_out(
     stripped = ready.captured()
     analysis = analyze(stripped, needed=False, dims=True)  # once, for the plans of all scenarios
     dense_onnx = ready.dense_onnx(stripped)
+    target_ms = AIM * budget.ms(measured.latency.dense_ms())
+    descent = None
+    if recipe.progressive and data is not None and recipe.epochs:
+        descent = descend(ready, target_ms, replace(recipe, stages=stages), late_steps(recipe.steps())[0])
 
     def settled() -> tuple[VerifiedSolution, list[Reading]]:
         scenarios: list[Scenario] = []
         if data is not None and recipe.epochs:
-            target_ms = AIM * budget.ms(measured.latency.dense_ms())
-            target_ms, total = max(target_ms, problem.least_from(target_ms)), recipe.steps()
+            reached_ms, total = max(target_ms, problem.least_from(target_ms)), recipe.steps()
             candidate = GateCandidate(
                 stripped, gated.meta["space"], ready.methods, reference, recipe.loss, recipe.recovery, progress
             )  # fmt: skip
             scenarios = choose(
-                problem, ready.methods, target_ms, lambda solution: trainable(stripped, solution.plan, analysis),
+                problem, ready.methods, reached_ms, lambda solution: trainable(stripped, solution.plan, analysis),
                 data=data, teacher=reference, loss=recipe.loss, recovery=recipe.recovery,
                 steps=int(recipe.rehearsal * total), total=total, gates=candidate if recipe.gates else None,
-                stages=stages, progress=progress,
+                descent=descent, stages=stages, progress=progress,
             )  # fmt: skip
         with stage("decide and verify on engines", progress) as advance:
             rehearsed = {s.problem: s.solution for s in reversed(scenarios)}
@@ -151,7 +155,11 @@ def carry_out(
             verified = replace(verified, foreseen=ahead)
         return verified, [(s.name, s.solution.choice.promised_ms, s.rehearsed) for s in scenarios]
 
-    verified, readings = verified_once(stages, problem, settled)
+    lower = {} if descent is None else {"stops": descent.ready.problem}
+    verified, readings = verified_once(stages, {"dense": problem, **lower}, settled)
+    if descent is not None and verified.problem is descent.ready.problem:
+        ready, gated, stripped = descent.ready, descent.ready.gated, descent.captured
+        dense_onnx = ready.dense_onnx(stripped)
     slim = trainable(stripped, verified.plan, analysis)
     cut = finalize(rewrite_onnx(dense_onnx, verified.plan))
     closed = parity(close(gated, verified.solution).eval(), slim, cut, stripped)

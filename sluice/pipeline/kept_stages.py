@@ -1,6 +1,7 @@
 """What is kept of a compression on its way, and what is found of it again (`sluice.training.stages`).
 
     gates       tensors of the gated network after its training
+    stops       tensors of the network behind the last stop on the way to a deep budget
     prices      scores of channels, and the loss of every level of every site
     rate        of the rehearsal
     rehearsal   held-out losses of the plans that it was given, in their order
@@ -19,10 +20,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from sluice.core.errors import SluiceError
 from sluice.core.plan import Plan
+from sluice.passes.graph.capture import clone
 from sluice.pipeline.pairs import PairTimes
 from sluice.pipeline.problem import Problem, Solution
 from sluice.pipeline.verify import VerifiedSolution
@@ -35,6 +37,7 @@ __all__ = [
     "found_prices",
     "gates_once",
     "keep_prices",
+    "loaded_once",
     "rate_once",
     "rehearsed_once",
     "trial_once",
@@ -53,7 +56,20 @@ def gates_once(stages: Stages, gated: nn.Module, train: Callable[[], object]) ->
         gated.eval()
         return
     train()
-    stages.keep("gates", Stage({name: t.detach().cpu().numpy() for name, t in gated.state_dict().items()}))
+    stages.keep("gates", Stage(_arrays(gated)))
+
+
+def loaded_once(
+    stages: Stages, name: str, dense: fx.GraphModule, train: Callable[[], fx.GraphModule | None]
+) -> fx.GraphModule | None:
+    """A network in the architecture of ``dense``, trained unless it was kept; what ``train`` gives none for is not."""
+    found, made = stages.find(name), clone(dense)
+    if found is not None and _loaded(made, found.arrays):
+        return made.eval()
+    trained = train()
+    if trained is not None:
+        stages.keep(name, Stage(_arrays(trained)))
+    return trained
 
 
 def found_prices(stages: Stages) -> Prices | None:
@@ -83,10 +99,16 @@ def trial_once(stages: Stages, try_settings: Callable[[], Trial]) -> Trial:
 
 
 def verified_once(
-    stages: Stages, problem: Problem, verify: Callable[[], tuple[VerifiedSolution, list[Reading]]]
+    stages: Stages, problems: Mapping[str, Problem], verify: Callable[[], tuple[VerifiedSolution, list[Reading]]]
 ) -> tuple[VerifiedSolution, list[Reading]]:
-    """The solution that is settled on, and the readings of the rehearsal."""
-    return _once(stages, "verified", lambda words: _verified(problem, words), verify, _words)
+    """The solution that is settled on, and the readings of the rehearsal.
+
+    Args:
+        problems: by name of the network that is cut. A solution of another problem counts as one of the first.
+    """
+    return _once(
+        stages, "verified", lambda words: _verified(problems, words), verify, lambda found: _words(problems, found)
+    )
 
 
 def _once(
@@ -106,6 +128,10 @@ def _of(stages: Stages, name: str, read: Callable[[Stage], Found]) -> Found | No
         return None if stage is None else read(stage)
     except (SluiceError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         return None
+
+
+def _arrays(module: nn.Module) -> dict[str, np.ndarray]:
+    return {name: t.detach().cpu().numpy() for name, t in module.state_dict().items()}
 
 
 def _loaded(gated: nn.Module, arrays: Mapping[str, np.ndarray]) -> bool:
@@ -129,10 +155,11 @@ def _trial(chosen: dict[str, Any], runs: list[dict[str, Any]], **others: Any) ->
     return Trial(Setting(**chosen), runs=made, **others)
 
 
-def _words(found: tuple[VerifiedSolution, list[Reading]]) -> dict[str, Any]:
+def _words(problems: Mapping[str, Problem], found: tuple[VerifiedSolution, list[Reading]]) -> dict[str, Any]:
     """The inverse of `_verified`."""
     verified, readings = found
     return {
+        "network": next((name for name, one in problems.items() if one is verified.problem), next(iter(problems))),
         "choice": asdict(verified.choice), "times": asdict(verified.times), "rounds": verified.rounds,
         "engine": verified.engine, "foreseen": verified.foreseen, "readings": readings,
         "plan": verified.plan.to_json(),
@@ -140,12 +167,13 @@ def _words(found: tuple[VerifiedSolution, list[Reading]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _verified(problem: Problem, words: dict[str, Any]) -> tuple[VerifiedSolution, list[Reading]]:
+def _verified(problems: Mapping[str, Problem], words: dict[str, Any]) -> tuple[VerifiedSolution, list[Reading]]:
+    problem = problems[words["network"]]
     choice = Choice(**words["choice"])
     if choice.widths.keys() != problem.profile.latency.dense.keys():
         raise ValueError("the choice is about other sites")
     kept = {name: tuple(channels) for name, channels in words["kept"].items()}
     solution = Solution(choice, kept, Plan.from_json(words["plan"]))
     times = PairTimes(**words["times"])
-    verified = VerifiedSolution(solution, times, words["rounds"], words["engine"], words["foreseen"])
+    verified = VerifiedSolution(solution, times, words["rounds"], words["engine"], words["foreseen"], problem)
     return verified, [(name, ms, tuple(losses)) for name, ms, losses in words["readings"]]

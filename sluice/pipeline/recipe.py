@@ -26,7 +26,8 @@ class Recipe:
     ``gate_epochs`` at the rate of ``recovery`` (1e-3 where that is found by trial), the candidate plans, all together,
     for a share ``rehearsal`` of the epochs (0: no rehearsal), the slim network for ``epochs``, all but the gates as
     ``recovery`` says. ``evaluate`` is the figure of merit of a module, for the report. With ``gates`` there is one
-    more candidate, that gates make of the best one (`sluice.pipeline.gate_candidate`). What is done is kept in
+    more candidate, that gates make of the best one (`sluice.pipeline.gate_candidate`); with ``progressive`` one more
+    for a deep budget, of a network that comes down in stops (`sluice.pipeline.progressive`). What is done is kept in
     ``stages`` (`sluice.training.stages`).
 
     Raises:
@@ -42,6 +43,7 @@ class Recipe:
     evaluate: Evaluate | None = None
     progress: bool = True
     gates: bool = False
+    progressive: bool = False
     stages: Stages = NOTHING
 
     def __post_init__(self) -> None:

@@ -56,7 +56,7 @@ RELAXED = 1.3  # times the last target, at most
 class VerifiedSolution:
     """A solution whose engine was measured in one of ``rounds`` rounds; ``engine`` is the `structure` of its file.
 
-    ``foreseen`` is the loss that a rehearsal of this plan forecast, if there was one.
+    ``foreseen`` is the loss that a rehearsal of this plan forecast, if there was one, ``problem`` what is solved.
     """
 
     solution: Solution
@@ -64,6 +64,7 @@ class VerifiedSolution:
     rounds: int
     engine: str
     foreseen: float | None = None
+    problem: Problem | None = None
 
     @property
     def choice(self) -> Choice:
@@ -133,7 +134,7 @@ def _search(
         times = pairs.settle(engine, ACCEPTED, wide)
         if fastest is None or times.share < min(one.times.share for one in found):
             fastest = engine
-        found.append(VerifiedSolution(solution, times, 0, structure(engine)))
+        found.append(VerifiedSolution(solution, times, 0, structure(engine), problem=problem))
         if solution.choice.widths == profile.latency.dense and times.share <= 1.0:
             return replace(found[-1], rounds=len(found))
         if ENOUGH <= times.share <= ACCEPTED:

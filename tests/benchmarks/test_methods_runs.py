@@ -33,7 +33,7 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
 @pytest.mark.parametrize("epochs", [6, 7, 10, 14])
-@pytest.mark.parametrize("arm", ["ours", "no-portfolio", "gates", "gates-first", "ours-old-defaults"])
+@pytest.mark.parametrize("arm", ["ours", "no-portfolio", "gates", "progressive", "gates-first", "ours-old-defaults"])
 def test_no_arm_of_ours_trains_for_more_epochs_than_the_others(arm: str, epochs: int) -> None:
     own = arguments(arm, epochs)
     trial = 0.0 if "lr" in own else SHARE

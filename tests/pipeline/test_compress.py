@@ -405,6 +405,17 @@ def test_gates_make_one_more_candidate_end_to_end(residual_table: Path) -> None:
     assert done.report.met() and (done.report.parity_max_rel or 0.0) < 1e-5
 
 
+@pytest.mark.slow
+def test_stops_make_one_more_candidate_end_to_end(residual_table: Path) -> None:
+    done = compress(
+        tiny.residual(), tiny.inputs(), budget="30%", data=tiny.data() * 6, table=residual_table, batch=tiny.BATCH,
+        epochs=20, rehearsal=1, progressive=True, progress=False,
+    )  # fmt: skip
+    names = [name for name, _, _ in done.report.readings]
+    assert names.count("stops") == 1 and names.index("stops") < 2
+    assert done.report.met() and (done.report.parity_max_rel or 0.0) < 1e-5
+
+
 @pytest.mark.parametrize("gate_epochs", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_ranks_by_beam_search_end_to_end(gate_epochs: int, residual_table: Path, tmp_path: Path) -> None:
     done = compress(

@@ -48,10 +48,11 @@ class Shuffled:
 
 
 def compressed(folder: Path, data: Shuffled, **more: Any) -> dict[str, bytes]:
-    arguments = {"epochs": 3, "rehearsal": 1.0, "methods": ("filter",), "seed": 11, **more}
+    arguments = {"budget": "60%", "epochs": 3, "rehearsal": 1.0, "methods": ("filter",), "seed": 11, **more}
+    folder.mkdir(exist_ok=True)
     with tiny.simulated_device():
         sluice.compress(
-            tiny.model(), tiny.inputs(), budget="60%", data=data, table=folder / "t.db", out=folder / "out",
+            tiny.model(), tiny.inputs(), data=data, table=folder / "t.db", out=folder / "out",
             batch=tiny.BATCH, progress=False, **arguments,
         )  # fmt: skip
     return {name: tiny.files_of(folder / "out")[name] for name in ("plan.json", "slim.safetensors")}
@@ -67,6 +68,20 @@ def unbroken(gate_epochs: int) -> tuple[dict[str, bytes], int]:
         found = compressed(Path(name), data, gate_epochs=gate_epochs)
     assert data.left is not None
     return found, 10**6 - data.left
+
+
+@pytest.mark.slow
+def test_a_run_with_stops_that_was_stopped_ends_in_the_same_bits(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"progressive": True, "budget": "30%", "epochs": 12}
+    whole = Shuffled(10**6)
+    expected = compressed(tmp_path / "whole", whole, **asked)
+    assert whole.left is not None
+    batches = 10**6 - whole.left
+    for share in (0.3, 0.5, 0.9):
+        folder = tmp_path / str(share)
+        with pytest.raises(Stop):
+            compressed(folder, Shuffled(int(share * batches)), **asked)
+        assert compressed(folder, Shuffled(), **asked) == expected
 
 
 @pytest.mark.parametrize("gate_epochs", [0, 1])
