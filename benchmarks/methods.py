@@ -6,10 +6,11 @@
 Jobs are in `benchmarks.methods_jobs`. Budgets are shares of the measured latency of plain export. Arms: ours, the
 default of `sluice.compress`; ``torch-pruning`` and ``thin``, a uniformly thinner network from scratch, each at the best
 of the rates and losses that our trial has, chosen by the accuracy that is told; ours at its old defaults, without
-portfolio, with gates in it, with stops on the way down, and with gates before everything else. Everything that trains counts, and the others get as
-many epochs in all for *every* setting that they try (`benchmarks.methods_runs`). Three seeds for ours and the best
-other, one for the rest. All runs together take many hours on two cores: a finished run is kept in
-``build/methods/runs`` and never done again, so the command may be stopped and given again, for a part or for all.
+portfolio, with gates in it, with stops on the way down, and with gates before everything else. Everything that trains
+counts, and the others get as many epochs in all for *every* setting that they try (`benchmarks.methods_runs`). Three
+seeds for ours and the best other, one for the rest. All runs together take many hours on two cores: a finished run is
+kept in ``build/methods/runs`` and never done again, so the command may be stopped and given again, for a part or for
+all.
 ``torch-pruning`` is no dependency of ours: ``pip install --no-deps torch-pruning==1.6.1``.
 
 When nothing is left, or with ``--publish``, the result goes to ``benchmarks/results`` and a plot of it to ``docs``.

@@ -37,13 +37,16 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 def test_no_arm_of_ours_trains_for_more_epochs_than_the_others(arm: str, epochs: int) -> None:
     own = arguments(arm, epochs)
     trial = 0.0 if "lr" in own else SHARE
-    parts = 1 + own["rehearsal"] + trial + (GATES if own.get("gates") else 0.0)
+    parts = 1 + own["rehearsal"] + trial + (GATES if own.get("gates") or own.get("progressive") else 0.0)
     total = own.get("gate_epochs", 0) + own["epochs"] * parts
     assert epochs - parts < total <= epochs + 1e-9
 
 
 def test_every_part_that_an_arm_is_named_after_is_there() -> None:
-    assert arguments("ours", 7) == {"gate_epochs": 0, "epochs": 5, "rehearsal": 0.25, "gates": False}
+    assert arguments("ours", 7) == {
+        "gate_epochs": 0, "epochs": 5, "rehearsal": 0.25, "gates": False, "progressive": False,
+    }  # fmt: skip
+    assert arguments("progressive", 7) == {**arguments("ours", 7), "epochs": 4, "progressive": True}
     assert arguments("gates", 7) == {**arguments("ours", 7), "epochs": 4, "gates": True}
     assert arguments("no-portfolio", 7)["rehearsal"] == 0.0 and arguments("gates-first", 7)["gate_epochs"] == 2
     assert arguments("ours-old-defaults", 7) == {"epochs": 7, "rehearsal": 0.0, "lr": 1e-3}
