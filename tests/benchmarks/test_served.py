@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.served import Planned, compared, main, measured, summary
-from tests import tiny
+from benchmarks.served import Planned, compared, main, summary
 
 
 class Told(Planned):
@@ -45,15 +44,3 @@ def test_tables_are_compared_at_common_points_and_plans_by_the_losses_of_one() -
 def test_wrong_words_end_in_one_sentence() -> None:
     with pytest.raises(SystemExit):
         main(["--networks", "resnet21"])
-
-
-@pytest.mark.slow
-def test_a_served_device_is_measured_and_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import served
-
-    network = SimpleNamespace(make=tiny.model, shape=tuple(tiny.inputs().shape[1:]))
-    monkeypatch.setattr(served, "NETWORKS", {"tiny": network})
-    monkeypatch.setattr(served, "BATCHES", {"tiny": tiny.BATCH})
-    monkeypatch.setattr(served, "SHARE", 0.9)
-    row = measured("tiny", "ort-cpu")
-    assert row["served"]["common"] > 4 and row["served"].keys() == row["again"].keys()
