@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from sluice.artifacts.deploy import as_module
 from sluice.cli import main
 from sluice.commands import export as cli_export
+from sluice.commands import export_network
 from sluice.commands.export import commands
 from sluice.commands.specs import inputs_of
 from sluice.core.deployment import PRECISIONS
 from sluice.core.errors import SluiceError
+from sluice.runtime.base import nvidia
 from sluice.runtime.base.compare import relative_error
 from sluice.runtime.openvino.runner import OpenVinoSession
 from sluice.runtime.ort.cpu import OrtSession
@@ -320,6 +322,38 @@ def test_the_engine_of_a_target_is_compared_with_fp32(
     monkeypatch.setattr(session, "run", shifted)
     data = run(line, status=1, error=f"on {target} computes another network than the one in fp32")
     assert data["engine_error"] > 0.1 and (tmp_path / "a.onnx").exists()
+
+
+def test_what_is_missing_is_told_before_the_export(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An export of a large network takes a minute, and nobody reads a reason for nothing then."""
+    told: list[str] = []
+    export = export_network.network_to_export
+
+    def exported(args: Any) -> Any:
+        told.append(capsys.readouterr().err)
+        return export(args)
+
+    monkeypatch.setattr(export_network, "network_to_export", exported)
+    monkeypatch.setattr(nvidia, "gpu_names", lambda: ())
+    path = tmp_path / "slim.onnx"
+    assert main(words(MODEL, "-o", path, "--target torch-cuda")) == 0
+    assert told[0].startswith(f"{path} is written, and not compared with fp32: target 'torch-cuda' cannot run here: ")
+    assert path.is_file() and "torch-cuda was not compared with fp32: target" in capsys.readouterr().out
+    assert main(words(MODEL, "-o", path, "--target ort-cpu")) == 0
+    assert told[1] == ""
+
+    def absent() -> Any:
+        raise SluiceError("TensorRT is not here; install tensorrt")
+
+    monkeypatch.setattr(trt_build, "find_tensorrt", absent)
+    path.unlink()
+    assert main(words(MODEL, "-o", path, "--engine", tmp_path / "out.engine")) == 1
+    assert "out.engine' cannot be built here: TensorRT is not here; install tensorrt; or leave out --engine" in (
+        capsys.readouterr().err
+    )
+    assert len(told) == 2 and not path.exists()
 
 
 def test_where_no_engine_can_be_built_the_rest_is_there(
