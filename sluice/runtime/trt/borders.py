@@ -34,6 +34,7 @@ __all__ = [
     "channels_last_already",
     "held_in",
     "on_rows",
+    "over_last_axis",
     "resize",
     "set_layouts",
     "shapes_of",
@@ -65,15 +66,7 @@ def set_layouts(trt: Any, network: Any, plain: Collection[str]) -> None:
 
 def channels_last_already(model: onnx.ModelProto) -> set[str]:
     """Values whose last axis is that of the channels in the file (rule 1)."""
-    shapes, held = shapes_of(model), held_in(model)
-    working = [node for node in model.graph.node if _works_on_rows(node, shapes, held)]
-    found = {
-        name
-        for own in _connected(working, shapes, held)
-        if any(node.op_type in LAST_AXIS | {"MatMul"} for node in own)
-        for node in own
-        for name in (*node.input, *node.output)
-    }
+    found = over_last_axis(model)
     for node in model.graph.node:
         if node.op_type == "Transpose":
             axes = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), [])
@@ -82,6 +75,19 @@ def channels_last_already(model: onnx.ModelProto) -> set[str]:
             if len(axes) == IMAGE and axes[-1] == 1:
                 found.add(node.output[0])
     return found
+
+
+def over_last_axis(model: onnx.ModelProto) -> set[str]:
+    """Values of regions that work row by row, and in which a norm or a product says that channels are the last axis."""
+    shapes, held = shapes_of(model), held_in(model)
+    working = [node for node in model.graph.node if _works_on_rows(node, shapes, held)]
+    return {
+        name
+        for own in _connected(working, shapes, held)
+        if any(node.op_type in LAST_AXIS | {"MatMul"} for node in own)
+        for node in own
+        for name in (*node.input, *node.output)
+    }
 
 
 def on_rows(model: onnx.ModelProto, *, positions_first: bool = False) -> onnx.ModelProto:
