@@ -47,9 +47,10 @@ Run = Callable[..., dict[str, Any]]
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     def called(*parts: object, status: int = 0, error: str = "") -> dict[str, Any]:
+        """The result; ``error`` is on standard error, which is empty without it or a status."""
         assert main(words(*parts, "--json")) == status
         out, err = capsys.readouterr()
-        assert error in err and bool(err) == bool(status)
+        assert error in err and bool(err) == bool(status or error)
         return json.loads(out) if out else {}
 
     return called
@@ -369,14 +370,15 @@ def test_where_no_engine_can_be_built_the_rest_is_there(
     assert found["trtexec"].startswith("trtexec ") and found["polygraphy"].startswith("polygraphy ")
 
 
-def test_int8_is_for_one_runtime(run: Run, tmp_path: Path) -> None:
+def test_int8_is_for_one_runtime(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(nvidia, "gpu_names", lambda: ())
     path = tmp_path / "slim.onnx"
     int8 = (MODEL, "-o", path, "--precision int8")
     run(*int8, status=1, error="int8 needs to know the ranges")
     found = run(*int8, "--calibration tests.tiny:data")
     assert "trtexec" not in found
     zero_points = {init.data_type for init in onnx.load(path).graph.initializer if "zero" in init.name}
-    found = run(*int8, "--calibration tests.tiny:data --target tensorrt")
+    found = run(*int8, "--calibration tests.tiny:data --target tensorrt", error="target 'tensorrt' cannot run here")
     assert found["trtexec"].startswith("trtexec ") and "--onnxrt" in found["polygraphy"]
     nodes = {node.op_type for node in onnx.load(path).graph.node}
     assert {"QuantizeLinear", "DequantizeLinear"} <= nodes
