@@ -5,6 +5,8 @@
    last axis is that of the channels already: norms and products over it say so, and transpositions that move it. In
    half precision the layout comes in vectors of eight channels. Where these are no whole vectors, the builder may also
    leave out the padding, as it does inside.
+   An image in float32 that the part also averages over its pixels, as in front of a squeeze, is plain inside: the
+   compiler averages along lines of pixels. With the channels last it needs partial sums and a kernel that clears them.
 2. The compiler computes matrix products, and what works row by row around them, on matrices (rows, channels). Inside a
    network it moves the change of shape from (N, S, C) to where it costs nothing. At a border it cannot, and then it
    fuses nothing across it: a product and its activation are two kernels in place of one. So a *region*, a largest
@@ -31,6 +33,7 @@ __all__ = [
     "BINARY",
     "IMAGE",
     "UNARY",
+    "averaged",
     "channels_last_already",
     "held_in",
     "on_rows",
@@ -75,6 +78,13 @@ def channels_last_already(model: onnx.ModelProto) -> set[str]:
             if len(axes) == IMAGE and axes[-1] == 1:
                 found.add(node.output[0])
     return found
+
+
+def averaged(model: onnx.ModelProto) -> set[str]:
+    """Values of float32 that a pool over all pixels reads (rule 1)."""
+    kinds = {info.name: info.type.tensor_type.elem_type for info in model.graph.output}
+    read = {node.input[0] for node in model.graph.node if node.op_type == "GlobalAveragePool"}
+    return {name for name in read if kinds.get(name) == onnx.TensorProto.FLOAT}
 
 
 def over_last_axis(model: onnx.ModelProto) -> set[str]:

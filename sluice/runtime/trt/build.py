@@ -36,7 +36,7 @@ from sluice.core.errors import SluiceError, first_line
 from sluice.runtime.base import nvidia
 from sluice.runtime.base.inputs import parsed, place, serialized, static_shapes
 from sluice.runtime.base.runner import PLAIN
-from sluice.runtime.trt.borders import channels_last_already, on_rows, set_layouts
+from sluice.runtime.trt.borders import averaged, channels_last_already, on_rows, set_layouts
 from sluice.runtime.trt.images import channels_last
 from sluice.runtime.trt.inspect import node_name
 from sluice.runtime.trt.settings import Settings
@@ -185,7 +185,7 @@ def build_engine(
         )
     if part:
         plain = {info.name for info in (*static.graph.input, *static.graph.output) if info.doc_string == PLAIN}
-        set_layouts(trt, network, plain | last | channels_last_already(static))
+        set_layouts(trt, network, plain | last | averaged(static) | channels_last_already(static))
     config = builder.create_builder_config()
     config.max_aux_streams = settings.aux_streams
     config.avg_timing_iterations = settings.timings

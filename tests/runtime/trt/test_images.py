@@ -10,10 +10,12 @@ import pytest
 from onnx import helper
 
 from benchmarks.roofline_device import RooflineRunner
+from sluice.passes.precision.to_precision import to_precision
 from sluice.runtime.base.compare import assert_close
 from sluice.runtime.base.runner import PLAIN
 from sluice.runtime.ort.cpu import OrtRunner
 from sluice.runtime.trt import build
+from sluice.runtime.trt.borders import averaged
 from sluice.runtime.trt.images import TO_FIRST, TO_LAST, channels_last
 from tests.rtx import INSTALLED
 from tests.runtime.trt.test_borders import drawn, graph, node
@@ -127,3 +129,24 @@ def test_a_large_norm_takes_the_residual_in(monkeypatch: pytest.MonkeyPatch) -> 
     part = block(40, (8, 16, 16))
     assert len(runner.build(part).list) == 3
     assert len(runner.build_part(part).list) == 2
+
+
+def squeezed(size: int, channels: int = 16) -> onnx.ModelProto:
+    """A convolution that others read, and the mean over its pixels."""
+    nodes = [node("Conv", "x w", "a"), node("Mul", "a f", "s"), node("GlobalAveragePool", "s", "m")]
+    made = [("s", (8, channels, size, size)), ("m", (8, channels, 1, 1))]
+    return graph(nodes, [("x", (8, channels, size, size))], made, w=drawn(channels, channels, 1, 1),
+                 f=drawn(1, channels, 1, 1))  # fmt: skip
+
+
+@pytest.mark.skipif(not INSTALLED, reason="TensorRT-RTX is not installed")
+@pytest.mark.parametrize("size", [7, 28])
+def test_an_averaged_image_is_plain(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between others in a network it has the same kernels as in the part, and none that clears partial sums."""
+    runner = RooflineRunner()
+    monkeypatch.setattr(build.listener(runner.trt), "notes", runner.notes)
+    part = squeezed(size)
+    assert averaged(part) == {"s"}
+    assert all(kernel.reads for kernel in runner.build_part(part).list)
+    half = to_precision(part, "fp16", part=True, target="tensorrt")
+    assert averaged(half) == set()
