@@ -216,4 +216,4 @@ class RooflineRunner:
 
 
 def _key(model: onnx.ModelProto) -> str:
-    return structure(model) + "".join(info.doc_string for info in model.graph.input)
+    return structure(model) + ",".join(info.doc_string for info in (*model.graph.input, *model.graph.output))

@@ -217,7 +217,7 @@ def export(args: argparse.Namespace) -> int:
     from sluice.artifacts.in_precision import deploy_onnx, rounding_error
     from sluice.artifacts.rounding_check import compare_precisions
     from sluice.commands.export import check_files, outcome
-    from sluice.commands.export_engine import Asked, asked_with
+    from sluice.commands.export_engine import Asked, asked_with, check_place
     from sluice.core.address import split_target
     from sluice.core.deployment import check_fit, check_precision
     from sluice.passes.graph.onnx_file import save_onnx
@@ -243,6 +243,7 @@ def export(args: argparse.Namespace) -> int:
         check_fit(args.target, args.precision)
         args.target, _ = split_target(args.target)  # a file is the same wherever its runtime is
     check_files(args.out, args.engine, args.plan, args.table)
+    check_place(args.out, args.engine, place)
     asked = None
     if args.engine:
         asked = asked_with(args.engine, args.table) if args.table else Asked(args.engine)

@@ -4,12 +4,15 @@
    there.
 2. Where it can run, its outputs are compared with fp32 (`sluice.artifacts.engine_check`), and so is the engine of a
    target that the user names.
-3. With a table it should run the kernels that were measured. Those that no part of the table ran are told.
+3. An export takes long, so what is missing here is told before it. Without TensorRT there is no engine, and nothing is
+   written. A file for a target that cannot run here is of use elsewhere, and only not compared.
+4. With a table it should run the kernels that were measured. Those that no part of the table ran are told.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +25,17 @@ if TYPE_CHECKING:
 
     from sluice.runtime.trt.inspect import EngineLayer
 
-__all__ = ["Asked", "Engine", "asked_with", "cache_of", "difference_told", "session_of", "unmeasured", "write_engine"]
+__all__ = [
+    "Asked",
+    "Engine",
+    "asked_with",
+    "cache_of",
+    "check_place",
+    "difference_told",
+    "session_of",
+    "unmeasured",
+    "write_engine",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +58,28 @@ class Engine:
     file: str
     bytes: int
     builder: str
+
+
+def check_place(out: str, engine: str | None, place: str) -> None:
+    """Tell what is missing for an engine, or for the comparison with the target at ``place`` (rule 3).
+
+    Raises:
+        SluiceError: an engine is wanted, and TensorRT is not here.
+    """
+    from sluice.core.address import LOCAL, split_target
+    from sluice.runtime.targets import make_runner
+    from sluice.runtime.trt.build import find_tensorrt
+
+    if engine is not None:
+        try:
+            find_tensorrt()
+        except SluiceError as error:
+            raise SluiceError(f"{engine!r} cannot be built here: {error}; or leave out --engine") from error
+    elif place and (where := split_target(place))[1] in ("", LOCAL):
+        try:
+            make_runner(where[0])
+        except SluiceError as error:
+            print(f"{out} is written, and not compared with fp32: {error}", file=sys.stderr)
 
 
 def asked_with(engine: str, table: str | os.PathLike[str]) -> Asked:

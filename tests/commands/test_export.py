@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from sluice.artifacts.deploy import as_module
 from sluice.cli import main
 from sluice.commands import export as cli_export
+from sluice.commands import export_network
 from sluice.commands.export import commands
 from sluice.commands.specs import inputs_of
 from sluice.core.deployment import PRECISIONS
 from sluice.core.errors import SluiceError
+from sluice.runtime.base import nvidia
 from sluice.runtime.base.compare import relative_error
 from sluice.runtime.openvino.runner import OpenVinoSession
 from sluice.runtime.ort.cpu import OrtSession
@@ -45,9 +47,10 @@ Run = Callable[..., dict[str, Any]]
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     def called(*parts: object, status: int = 0, error: str = "") -> dict[str, Any]:
+        """The result; ``error`` is on standard error, which is empty without it or a status."""
         assert main(words(*parts, "--json")) == status
         out, err = capsys.readouterr()
-        assert error in err and bool(err) == bool(status)
+        assert error in err and bool(err) == bool(status or error)
         return json.loads(out) if out else {}
 
     return called
@@ -322,6 +325,38 @@ def test_the_engine_of_a_target_is_compared_with_fp32(
     assert data["engine_error"] > 0.1 and (tmp_path / "a.onnx").exists()
 
 
+def test_what_is_missing_is_told_before_the_export(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An export of a large network takes a minute, and nobody reads a reason for nothing then."""
+    told: list[str] = []
+    export = export_network.network_to_export
+
+    def exported(args: Any) -> Any:
+        told.append(capsys.readouterr().err)
+        return export(args)
+
+    monkeypatch.setattr(export_network, "network_to_export", exported)
+    monkeypatch.setattr(nvidia, "gpu_names", lambda: ())
+    path = tmp_path / "slim.onnx"
+    assert main(words(MODEL, "-o", path, "--target torch-cuda")) == 0
+    assert told[0].startswith(f"{path} is written, and not compared with fp32: target 'torch-cuda' cannot run here: ")
+    assert path.is_file() and "torch-cuda was not compared with fp32: target" in capsys.readouterr().out
+    assert main(words(MODEL, "-o", path, "--target ort-cpu")) == 0
+    assert told[1] == ""
+
+    def absent() -> Any:
+        raise SluiceError("TensorRT is not here; install tensorrt")
+
+    monkeypatch.setattr(trt_build, "find_tensorrt", absent)
+    path.unlink()
+    assert main(words(MODEL, "-o", path, "--engine", tmp_path / "out.engine")) == 1
+    assert "out.engine' cannot be built here: TensorRT is not here; install tensorrt; or leave out --engine" in (
+        capsys.readouterr().err
+    )
+    assert len(told) == 2 and not path.exists()
+
+
 def test_where_no_engine_can_be_built_the_rest_is_there(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -335,14 +370,15 @@ def test_where_no_engine_can_be_built_the_rest_is_there(
     assert found["trtexec"].startswith("trtexec ") and found["polygraphy"].startswith("polygraphy ")
 
 
-def test_int8_is_for_one_runtime(run: Run, tmp_path: Path) -> None:
+def test_int8_is_for_one_runtime(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(nvidia, "gpu_names", lambda: ())
     path = tmp_path / "slim.onnx"
     int8 = (MODEL, "-o", path, "--precision int8")
     run(*int8, status=1, error="int8 needs to know the ranges")
     found = run(*int8, "--calibration tests.tiny:data")
     assert "trtexec" not in found
     zero_points = {init.data_type for init in onnx.load(path).graph.initializer if "zero" in init.name}
-    found = run(*int8, "--calibration tests.tiny:data --target tensorrt")
+    found = run(*int8, "--calibration tests.tiny:data --target tensorrt", error="target 'tensorrt' cannot run here")
     assert found["trtexec"].startswith("trtexec ") and "--onnxrt" in found["polygraphy"]
     nodes = {node.op_type for node in onnx.load(path).graph.node}
     assert {"QuantizeLinear", "DequantizeLinear"} <= nodes

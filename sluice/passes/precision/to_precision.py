@@ -4,7 +4,8 @@
 (`sluice.passes.precision.plain_sums`), and with one thread one axis as a row (`sluice.passes.precision.lines_as_rows`),
 padded where that is faster (`sluice.passes.precision.padded_lines`), and attention as one operator where it is marked
 (`sluice.passes.precision.flat_attention`).
-``fp16``, ``bf16``: strongly typed in 16 bits (`sluice.passes.precision.half`).
+``fp16``, ``bf16``: strongly typed in 16 bits (`sluice.passes.precision.half`). A GRU in bf16 is refused for TensorRT,
+whose parser mixes its gates with float32; a float32 GRU between casts does not build where two follow each other.
 ``int8``: pairs of ``QuantizeLinear`` and ``DequantizeLinear`` around fp32 operators
 (`sluice.passes.precision.quantize`).
 """
@@ -66,6 +67,9 @@ def to_precision(
         if precision == "int8":
             model = at_opset(model, LEAST_OPSET)
             return quantize(model, ranges=ranges, part=part, target=target, exclude=exclude, reduce_range=reduce_range)
+        gru = next((node for node in model.graph.node if node.op_type == "GRU"), None)
+        if gru is not None and (precision, target) == ("bf16", "tensorrt"):
+            raise SluiceError(f"TensorRT takes no GRU ({gru.name or gru.output[0]}) in bf16; choose fp16 or fp32")
         return to_half(model, precision, part=part)
     except (checker.ValidationError, shape_inference.InferenceError, version_converter.ConvertError) as error:
         reason = first_line(error).rstrip(": ")

@@ -58,10 +58,12 @@ def identify(
     outputs: Sequence[str],
     joined: Collection[str],
     unlaid: Collection[str] = (),
+    ends: Collection[str] = (),
 ) -> Identity:
     """The identity of a piece's graph with these activations; a concatenation made the ``joined`` ones.
 
-    The ``unlaid`` ones have no source, although they meet another operator than an anchor.
+    The ``unlaid`` ones have no source, although they meet another operator than an anchor. ``ends`` of the network are
+    as plain as what was concatenated.
     """
     joined_only = {n for n in inputs if all(node.op_type == "Concat" for node in graph.node if n in node.input)}
     values = [*inputs, *(name for node in graph.node for name in node.output if name)]
@@ -77,7 +79,8 @@ def identify(
         return dims
 
     lines = _structure(graph, analysis, inputs, outputs, compositions, size)
-    if plain := [f"i{k}" for k, name in enumerate(inputs) if name in joined]:
+    plain = [f"i{k}" for k, name in enumerate(inputs) if name in joined or name in ends]
+    if plain := [*plain, *(f"o{k}" for k, name in enumerate(outputs) if name in ends)]:
         lines.append([PLAIN, *plain])
     normed = {node.input[0] for node in graph.node if node.op_type == "LayerNormalization"}
     if any(node.op_type == "Add" and node.output[0] in normed for node in graph.node):

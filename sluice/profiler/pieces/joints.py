@@ -34,9 +34,11 @@ is work on t, hence in proportion to the batch. The time that several threads ta
    the tensor that its neighbour's threads made. Within the accuracy of timing (`sluice.profiler.sweep.bench.DOUBT` of
    the time of the joined pieces) they still save their calls.
 
-4. Where pieces follow the kernels of engines, a consumer that depends on another one of the same tensor has no part in
-   the joint. Joined without what lies between them, such as a residual addition and the block before it, they would be
-   fused as no engine can fuse them. What engines do fuse is a piece already. The tensor stays an output then.
+4. Where pieces follow the kernels of engines, a consumer that depends on the producer by way of another piece has no
+   part in the joint. Joined without what lies between them, such as a residual addition and the block before it, they
+   would be fused as no engine can fuse them: the additions and norms of a transformer of 12 layers, each joined with
+   the next, seemed to save 118 us of 870, and its engine took what its pieces take. What engines do fuse is a piece
+   already. The tensor stays an output then.
 
 Chains of three convolutions at batch 8, with changes of layout at all borders (one core with 2 MB of its own). The
 figures are the part of the difference between the three alone and the chain that the joints of both tensors leave over,
@@ -102,7 +104,9 @@ def find_joints(partition: Partition) -> tuple[Joint, ...]:
     for producer in partition.pieces:
         for tensor in producer.outputs:
             everyone = tuple(readers.get(tensor, ()))
-            consumers = tuple(p for p in everyone if not behind.get(p.name, set()) & {q.name for q in everyone})
+            consumers = tuple(
+                p for p in everyone if not any(producer.name in behind[q] for q in behind.get(p.name, ()))
+            )
             if not consumers:
                 continue
             groups = _groups(partition, tensor)

@@ -29,7 +29,7 @@ from sluice.passes.graph.onnx_axes import analyze_onnx
 from sluice.passes.graph.onnx_graph import LITERAL, OnnxGraph, rename_reads
 from sluice.passes.merge_sites import MergeSite
 from sluice.profiler.pieces.joints import find_joints
-from sluice.profiler.pieces.partition import Partition, anchor_weight, cut_out
+from sluice.profiler.pieces.partition import Partition, anchor_weight, cut_out, ends_of
 from sluice.profiler.pieces.split import Part, split
 from sluice.profiler.pieces.variants import LayerReplacement, OfferedReplacement
 from sluice.profiler.pieces.weightless import weightless
@@ -170,10 +170,11 @@ def _offered(
             there = graph.infos.get(name.removeprefix(branch.prefix))
             kind = dtype if there is None else there.type.tensor_type.elem_type
             infos[name] = helper.make_tensor_value_info(name, kind, analysis.shapes[name])
-    cut = cut_out(branch.parts, shown, model, analysis, {**light, **branch.tensors}, infos)
+    ends = ends_of(base.model) if base.by_kernels else ()
+    cut = cut_out(branch.parts, shown, model, analysis, {**light, **branch.tensors}, infos, ends)
     by_weight = {anchor_weight(piece): replace(piece, name=piece.name.removeprefix(branch.prefix)) for piece in cut}
     pieces = tuple(by_weight[weight] for weight in weights)
     inner = tuple(tensor for piece in pieces[:-1] for tensor in piece.outputs)
-    ends = tuple(tensor.removeprefix(branch.prefix) for tensor in pieces[-1].outputs)
-    place = LayerReplacement(site.switch, site.gone, pieces, inner, ends=ends)
+    last = tuple(tensor.removeprefix(branch.prefix) for tensor in pieces[-1].outputs)
+    place = LayerReplacement(site.switch, site.gone, pieces, inner, ends=last)
     return OfferedReplacement(place, Partition(model, analysis, pieces, base.batch))

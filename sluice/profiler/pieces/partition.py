@@ -6,8 +6,9 @@
 4. A source (`sluice.profiler.pieces.sources`) makes each input that meets another operator than an anchor, if a
    convolution laid it out in the network. What a matrix product, a norm over the last axis or a reshape made is plain
    there, and needs none. A concatenated input has no source either. It is plain in the network too, unless all widths
-   are whole blocks, and then its joint tells the difference. So it is marked as plain
-   (`sluice.runtime.base.runner`, 6).
+   are whole blocks, and then its joint tells the difference. So it is marked (`sluice.runtime.base.runner`, 6).
+5. Images that enter or leave the network are plain there, whatever lies inside. They are marked where pieces follow
+   kernels, so that a piece at an end of the network has the change of layout that the network has.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from sluice.profiler.pieces.weightless import with_weights
 from sluice.runtime.base.runner import PLAIN
 
 FEWER = 4
+IMAGE = 4  # axes
 CONVOLUTIONS = frozenset(["Conv", "ConvTranspose"])
 LAYS_OUT = frozenset(["Concat", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"])
 PLAINLY = frozenset(["Einsum", "Expand", "Flatten", "Gather", "LayerNormalization", "Reshape", "Squeeze", "Transpose",
@@ -43,6 +45,7 @@ __all__ = [
     "anchor_weight",
     "build_piece",
     "cut_out",
+    "ends_of",
     "of_parts",
     "partition_graph",
     "partition_static",
@@ -105,12 +108,14 @@ def partition_graph(
     like: Analysis | None = None,
     names: Mapping[tuple[str, int], str] | None = None,
     base: Analysis | None = None,
+    by_kernels: bool = False,
 ) -> Partition:
     """All pieces of a dense model with named initialisers.
 
     Args:
         like: the groups whose widths may be chosen, and their names; all groups of the graph by default.
         names, base: other names for groups, by a (tensor, axis) that they lie on, or of a graph that has them as well.
+        by_kernels: mark the ends of the network (rule 5).
     Raises:
         SluiceError: the model fixes another batch.
     """
@@ -118,7 +123,7 @@ def partition_graph(
     analysis = rename_groups(analyze_onnx(static), names or {}, base)
     if like is not None:
         analysis = replace(agreeing(analysis, like, "is left alone"), frozen=like.frozen)
-    return partition_static(static, analysis, batch)
+    return of_parts(parts_of(static), static, analysis, batch, ends_of(static) if by_kernels else ())
 
 
 def partition_static(static: onnx.ModelProto, analysis: Analysis, batch: int) -> Partition:
@@ -133,11 +138,19 @@ def parts_of(static: onnx.ModelProto) -> list[Part]:
     return split(static.graph.node, entering, leaving, _means(static.graph.node, graph))
 
 
-def of_parts(parts: Sequence[Part], static: onnx.ModelProto, analysis: Analysis, batch: int) -> Partition:
-    """The partition of a graph into given parts."""
+def of_parts(
+    parts: Sequence[Part], static: onnx.ModelProto, analysis: Analysis, batch: int, ends: Collection[str] = ()
+) -> Partition:
+    """The partition of a graph into given parts; ``ends`` are marked as plain (rule 5)."""
     graph = OnnxGraph(static)
-    pieces = cut_out(parts, range(len(parts)), static, analysis, graph.initializers, graph.infos)
+    pieces = cut_out(parts, range(len(parts)), static, analysis, graph.initializers, graph.infos, ends)
     return Partition(static, analysis, pieces, batch)
+
+
+def ends_of(static: onnx.ModelProto) -> frozenset[str]:
+    """The images among inputs and outputs of a graph (rule 5)."""
+    infos = (*static.graph.input, *static.graph.output)
+    return frozenset(info.name for info in infos if len(info.type.tensor_type.shape.dim) == IMAGE)
 
 
 def with_small(partition: Partition, model: onnx.ModelProto) -> Partition:
@@ -171,12 +184,14 @@ def cut_out(
     analysis: Analysis,
     tensors: Mapping[str, onnx.TensorProto],
     infos: Mapping[str, onnx.ValueInfoProto],
+    ends: Collection[str] = (),
 ) -> tuple[Piece, ...]:
     """The pieces of some of a graph's parts, by index, with the operator sets of the model ``like``.
 
     Args:
         tensors: the graph's initialisers.
         infos: types and sizes of the graph's activations.
+        ends: inputs and outputs of the network that are marked as plain (rule 5).
     """
     anchors = [next((n for n in part.nodes if n.op_type in ANCHORS), part.nodes[0]) for part in parts]
     producers = {name: node for part in parts for node in part.nodes for name in node.output}
@@ -197,13 +212,15 @@ def cut_out(
             value_info=[infos[n] for n in part.made if n in infos and n not in part.outputs],
         )
         for info in graph.input:
-            info.doc_string = PLAIN if info.name in joined else ""
+            info.doc_string = PLAIN if info.name in joined or info.name in ends else ""
+        for info in graph.output:
+            info.doc_string = PLAIN if info.name in ends else ""
         model = helper.make_model(graph, opset_imports=like.opset_import, ir_version=like.ir_version)
         before = names[:index].count(name)  # one weight, used again
         own = name if not before else f"{name}#{before + 1}"
         meets = _bare(part, joined)
         bare = tuple(n for n in meets if n in laid)
-        same = identify(graph, analysis, part.inputs, part.outputs, joined, unlaid=set(meets) - laid)
+        same = identify(graph, analysis, part.inputs, part.outputs, joined, unlaid=set(meets) - laid, ends=ends)
         pieces.append(Piece(own, same.key, same.description, model, same.extents, part.inputs, part.outputs, bare))
     return tuple(pieces)
 
@@ -237,8 +254,8 @@ def _is_static(model: onnx.ModelProto) -> bool:
 def build_piece(partition: Partition, piece: Piece, widths: Mapping[str, int]) -> onnx.ModelProto:
     """The piece with the first ``widths[g]`` channels of its groups, without sources; no tensor is weightless."""
     model = cut_graph(with_weights(piece.model), partition.analysis, partition.masks(widths))
-    marks = {info.name: info.doc_string for info in piece.model.graph.input}
-    for info in model.graph.input:
+    marks = {info.name: info.doc_string for info in (*piece.model.graph.input, *piece.model.graph.output)}
+    for info in (*model.graph.input, *model.graph.output):
         info.doc_string = marks[info.name]
     return model
 

@@ -119,7 +119,7 @@ def _rank_variant(base: Partition, edits: Sequence[Factorize]) -> RestructuredGr
                 names[own] = names[of]
         names[(first, out)] = names[(second, into)] = RankOption(edit.param, edit.form).rank
     model = factorize_onnx(base.model, edits, split=random_factors)
-    cut = partition_graph(model, base.batch, names=names, base=base.analysis)
+    cut = partition_graph(model, base.batch, names=names, base=base.analysis, by_kernels=base.by_kernels)
     by_weight = {anchor_weight(piece): piece for piece in cut.pieces}
     sizes = cut.dense
     places = []

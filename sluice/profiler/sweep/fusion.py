@@ -20,7 +20,7 @@ from sluice.passes.search_space import SearchSpace
 from sluice.profiler.pieces.engine import build_engine, model_key
 from sluice.profiler.pieces.fused import Kernel, in_several, name_of, regroup, states_of
 from sluice.profiler.pieces.levels import group_levels
-from sluice.profiler.pieces.partition import Partition, of_parts, parts_of
+from sluice.profiler.pieces.partition import Partition, ends_of, of_parts, parts_of
 from sluice.profiler.table.fingerprint import Fingerprint
 from sluice.profiler.table.latency_table import LatencyTable
 from sluice.runtime.base.runner import Runner
@@ -67,7 +67,7 @@ def regrouped(
     static, parts = partition.model, parts_of(partition.model)
     leaving = {info.name for info in static.graph.output}
     found = regroup(parts, static.graph.node, leaving, partition.analysis, kernels, states_of(parts, space, methods))
-    cut = of_parts(found, static, partition.analysis, partition.batch)
+    cut = of_parts(found, static, partition.analysis, partition.batch, ends_of(static))
     return replace(cut, by_kernels=True, in_several=tuple(in_several(found, kernels)))
 
 

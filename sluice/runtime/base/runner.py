@@ -16,8 +16,8 @@
    engine of a part of a network without these changes of layout has a method ``build_part(model)`` for it (static
    shapes, for timing only); for parts of the others `build` is used. Where it knows the kernels of such an engine, the
    engine has an attribute ``kernels``, a `Counter` of them. Inputs whose ``doc_string`` is `PLAIN` are plain inside as
-   well. One whose engines fuse a bare operand of an addition as well says ``free_borders = True``: its parts have no
-   sources (`sluice.profiler.pieces.sources`).
+   well, and so are such outputs. One whose engines fuse a bare operand of an addition as well says
+   ``free_borders = True``: its parts have no sources (`sluice.profiler.pieces.sources`).
 7. A session that is far away has a method ``turn(repeats, count)``: ``count`` bursts in a row, for one way there and
    back. Its runner has a method ``host_identity`` (`sluice.runtime.base.host`), that of the machine of the device.
 8. A runner that knows which operators a kernel of an engine computes has a method ``fused(model, batch=None)``: lists

@@ -3,7 +3,7 @@
 1. The provider needs the CUDA and cuDNN libraries, which `sluice.runtime.ort.session.load_library` loads before
    anything is asked of ONNX Runtime.
 2. Inputs and outputs are bound to device memory and their addresses stay, so the whole inference is one CUDA graph. It
-   runs with channels first, ONNX Runtime's default. Convolution algorithms are chosen when the engine is built:
+   runs with channels first, ONNX Runtime's default (6). Convolution algorithms are chosen when the engine is built:
    "EXHAUSTIVE" tries them all in old versions, and from 1.20 on takes the ranking of cuDNN's heuristics (mode B).
 3. The clock is the device's: events on a stream of our own, on which the provider computes. Inferences of a burst are
    not waited for, so neither the launch nor the wait is in the figure, as long as the device takes longer than a
@@ -14,10 +14,14 @@
    configuration makes ONNX Runtime refuse that, and the reason is passed on. Models whose shapes are not static are
    for `run` alone, where small shape arithmetic on the CPU is allowed.
 5. fp32 means what it means in the runtimes of a GPU by default: products may be taken in TF32.
+6. With ``SLUICE_ORT_CUDA="prefer_nhwc=1"`` in the environment the provider lays activations out with the channels last,
+   where its kernels can. Which layout is faster is a matter of network and device, and has been measured on none. The
+   layout is part of the fingerprint, so no table mixes the two.
 """
 
 from __future__ import annotations
 
+import os
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -37,8 +41,10 @@ from sluice.runtime.ort.session import compute, load_library, load_session, resi
 if TYPE_CHECKING:
     from sluice.runtime.base.inputs import Model
 
-__all__ = ["CUDA", "OrtCudaRunner", "OrtCudaSession", "Provider", "missing"]
+__all__ = ["CUDA", "VARIABLE", "OrtCudaRunner", "OrtCudaSession", "Provider", "layout_asked", "missing"]
 
+VARIABLE = "SLUICE_ORT_CUDA"
+NHWC = "prefer_nhwc"
 NO_GRAPH = "-1"  # the graph number under which ONNX Runtime neither captures nor replays
 
 
@@ -69,6 +75,20 @@ CUDA = Provider(
 )
 
 
+def layout_asked(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The provider's option for the layout in `VARIABLE` (rule 6); nothing where it is not set.
+
+    Raises:
+        SluiceError: it holds something else.
+    """
+    text = environment.get(VARIABLE, "").strip()
+    if text in ("", f"{NHWC}=0"):
+        return {}
+    if text != f"{NHWC}=1":
+        raise SluiceError(f"{VARIABLE} holds {text!r}; give {NHWC}=1 for channels last, or leave it out")
+    return {NHWC: "1"}
+
+
 def missing() -> str:
     """Why engines cannot run here, and what to do; empty where they can."""
     if not find_spec("onnxruntime"):
@@ -88,9 +108,10 @@ def missing() -> str:
 
 @dataclass(frozen=True, slots=True)
 class OrtCudaRunner:
-    """ONNX Runtime, CUDA execution provider, device 0."""
+    """ONNX Runtime, CUDA execution provider, device 0, in the layout that the environment asks for."""
 
     provider: Provider = CUDA
+    layout: Mapping[str, str] = field(default_factory=layout_asked)
 
     @property
     def clock(self) -> Clock:
@@ -104,9 +125,10 @@ class OrtCudaRunner:
     def version(self) -> str:
         import onnxruntime
 
+        last = ", channels last" if self.layout else ""
         return (
             f"{onnxruntime.__version__}, CUDA {onnxruntime.cuda_version or 'none'}, cuDNN {nvidia.cudnn_version()}, "
-            f"driver {nvidia.driver_version()}, {nvidia.uuid()}"
+            f"driver {nvidia.driver_version()}, {nvidia.uuid()}{last}"
         )
 
     def sm_clock_mhz(self) -> int | None:
@@ -129,7 +151,7 @@ class OrtCudaRunner:
             raise SluiceError(f"cannot run {place(model)}: {reason}")
         where, shapes = place(model), static_shapes(model, batch, feeds_shapes or {})
         static = all(isinstance(size, int) for shape in shapes.inputs.values() for size in shape)
-        options = {**self.provider.options, **(self.provider.static_options if static else {})}
+        options = {**self.provider.options, **self.layout, **(self.provider.static_options if static else {})}
         stream = Stream(Cuda.load()) if self.provider.stream and static else None
         if stream is not None:
             options[self.provider.stream] = str(stream.address)

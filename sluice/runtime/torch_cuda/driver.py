@@ -158,12 +158,10 @@ def kernel_choice() -> Iterator[None]:
     import torch
 
     cudnn: Any = torch.backends.cudnn  # "conv" is not among its declared names
-    products = torch.get_float32_matmul_precision()
-    benchmark, convolutions = cudnn.benchmark, cudnn.conv.fp32_precision
-    cudnn.benchmark, cudnn.conv.fp32_precision = True, "tf32"
-    torch.set_float32_matmul_precision("high")
+    products: Any = torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.conv.fp32_precision, products.fp32_precision
+    cudnn.benchmark, cudnn.conv.fp32_precision, products.fp32_precision = True, "tf32", "tf32"
     try:
         yield
     finally:
-        cudnn.benchmark, cudnn.conv.fp32_precision = benchmark, convolutions
-        torch.set_float32_matmul_precision(products)
+        cudnn.benchmark, cudnn.conv.fp32_precision, products.fp32_precision = before

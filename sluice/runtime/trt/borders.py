@@ -5,6 +5,8 @@
    last axis is that of the channels already: norms and products over it say so, and transpositions that move it. In
    half precision the layout comes in vectors of eight channels. Where these are no whole vectors, the builder may also
    leave out the padding, as it does inside.
+   An image in float32 that the part also averages over its pixels, as in front of a squeeze, is plain inside: the
+   compiler averages along lines of pixels. With the channels last it needs partial sums and a kernel that clears them.
 2. The compiler computes matrix products, and what works row by row around them, on matrices (rows, channels). Inside a
    network it moves the change of shape from (N, S, C) to where it costs nothing. At a border it cannot, and then it
    fuses nothing across it: a product and its activation are two kernels in place of one. So a *region*, a largest
@@ -31,9 +33,11 @@ __all__ = [
     "BINARY",
     "IMAGE",
     "UNARY",
+    "averaged",
     "channels_last_already",
     "held_in",
     "on_rows",
+    "over_last_axis",
     "resize",
     "set_layouts",
     "shapes_of",
@@ -65,15 +69,7 @@ def set_layouts(trt: Any, network: Any, plain: Collection[str]) -> None:
 
 def channels_last_already(model: onnx.ModelProto) -> set[str]:
     """Values whose last axis is that of the channels in the file (rule 1)."""
-    shapes, held = shapes_of(model), held_in(model)
-    working = [node for node in model.graph.node if _works_on_rows(node, shapes, held)]
-    found = {
-        name
-        for own in _connected(working, shapes, held)
-        if any(node.op_type in LAST_AXIS | {"MatMul"} for node in own)
-        for node in own
-        for name in (*node.input, *node.output)
-    }
+    found = over_last_axis(model)
     for node in model.graph.node:
         if node.op_type == "Transpose":
             axes = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), [])
@@ -82,6 +78,26 @@ def channels_last_already(model: onnx.ModelProto) -> set[str]:
             if len(axes) == IMAGE and axes[-1] == 1:
                 found.add(node.output[0])
     return found
+
+
+def averaged(model: onnx.ModelProto) -> set[str]:
+    """Values of float32 that a pool over all pixels reads (rule 1)."""
+    kinds = {info.name: info.type.tensor_type.elem_type for info in model.graph.output}
+    read = {node.input[0] for node in model.graph.node if node.op_type == "GlobalAveragePool"}
+    return {name for name in read if kinds.get(name) == onnx.TensorProto.FLOAT}
+
+
+def over_last_axis(model: onnx.ModelProto) -> set[str]:
+    """Values of regions that work row by row, and in which a norm or a product says that channels are the last axis."""
+    shapes, held = shapes_of(model), held_in(model)
+    working = [node for node in model.graph.node if _works_on_rows(node, shapes, held)]
+    return {
+        name
+        for own in _connected(working, shapes, held)
+        if any(node.op_type in LAST_AXIS | {"MatMul"} for node in own)
+        for node in own
+        for name in (*node.input, *node.output)
+    }
 
 
 def on_rows(model: onnx.ModelProto, *, positions_first: bool = False) -> onnx.ModelProto:

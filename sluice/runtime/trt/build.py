@@ -36,7 +36,8 @@ from sluice.core.errors import SluiceError, first_line
 from sluice.runtime.base import nvidia
 from sluice.runtime.base.inputs import parsed, place, serialized, static_shapes
 from sluice.runtime.base.runner import PLAIN
-from sluice.runtime.trt.borders import channels_last_already, on_rows, set_layouts
+from sluice.runtime.trt.borders import averaged, channels_last_already, on_rows, set_layouts
+from sluice.runtime.trt.images import channels_last
 from sluice.runtime.trt.inspect import node_name
 from sluice.runtime.trt.settings import Settings
 from sluice.runtime.trt.timing import TimingCache
@@ -169,7 +170,9 @@ def build_engine(
     """
     settings = settings or Settings()
     where, static = place(model), static_model(model, batch, feeds_shapes)
+    last: set[str] = set()
     if part:
+        static, last = channels_last(static)
         static = on_rows(static)
     builder = builder or make_builder(trt)
     log = listener(trt)
@@ -181,8 +184,8 @@ def build_engine(
             f"{product(trt)} cannot parse {where}: {_parser_error(parser, static.graph)}; change the model there"
         )
     if part:
-        plain = {info.name for info in static.graph.input if info.doc_string == PLAIN}
-        set_layouts(trt, network, plain | channels_last_already(static))
+        plain = {info.name for info in (*static.graph.input, *static.graph.output) if info.doc_string == PLAIN}
+        set_layouts(trt, network, plain | last | averaged(static) | channels_last_already(static))
     config = builder.create_builder_config()
     config.max_aux_streams = settings.aux_streams
     config.avg_timing_iterations = settings.timings

@@ -43,7 +43,7 @@ def products_on_rows(model: onnx.ModelProto, layers: Sequence[EngineLayer]) -> o
     """
     named = {name for layer in layers for source in _sources(layer, layers) for name in source.nodes}
     shapes, held, weights = shapes_of(model), held_in(model), {init.name for init in model.graph.initializer}
-    outputs = {info.name for info in model.graph.output}
+    outputs = {info.name for info in model.graph.output if info.doc_string != PLAIN}  # which are copied in the network
     rows: list[onnx.NodeProto] = []
     for node in model.graph.node:
         if node_name(node) in named and _is_product(node, shapes, weights):

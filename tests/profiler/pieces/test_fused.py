@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import onnx
 import pytest
@@ -15,8 +16,9 @@ from sluice.passes.graph.onnx_graph import reads
 from sluice.passes.search_space import find_search_space, read_onnx
 from sluice.profiler.pieces.fused import name_of, regroup, states_of
 from sluice.profiler.pieces.joints import find_joints, joint_models
-from sluice.profiler.pieces.partition import Partition, of_parts, partition_static, parts_of, static_at
+from sluice.profiler.pieces.partition import Partition, build_piece, of_parts, partition_static, parts_of, static_at
 from sluice.profiler.sweep.fusion import regrouped
+from sluice.runtime.base.runner import PLAIN
 from tests.sequences import sequence
 from tests.tiny import TinyResidual
 
@@ -36,6 +38,20 @@ class Slim(nn.Module):
         return self.last(torch.relu(self.first(x) + self.second(x)))
 
 
+class Stream(nn.Module):
+    """A residual stream, with a norm in front of two layers, and both its ends as images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 6, 1), nn.LayerNorm(6)
+        self.up, self.down, self.last = nn.Linear(6, 9), nn.Linear(9, 6), nn.Conv2d(6, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x)).permute(0, 2, 3, 1)
+        x = x + self.down(torch.relu(self.up(self.norm(x))))
+        return self.last(x.permute(0, 3, 1, 2))
+
+
 @functools.cache
 def cut(name: str) -> Partition:
     torch.manual_seed(0)
@@ -44,6 +60,8 @@ def cut(name: str) -> Partition:
         inputs: tuple[Tensor, ...] = (torch.randn(BATCH, 15, 7),)
     elif name == "residual":
         model, inputs = TinyResidual(), (torch.randn(BATCH, 3, 9, 9),)
+    elif name == "stream":
+        model, inputs = Stream(), (torch.randn(BATCH, 3, 4, 4),)
     else:
         model, inputs = sequence(name)
     static = static_at(to_onnx(model.eval(), inputs), BATCH)
@@ -176,8 +194,8 @@ def test_more_widths_than_a_grid_can_have_are_not_joined(monkeypatch: pytest.Mon
 
 def test_consumers_that_depend_on_each_other_have_no_joint_together() -> None:
     before = cut("residual")
-    found = regrouped(before, [])
-    assert found.by_kernels and [p.key for p in found.pieces] == [p.key for p in before.pieces]
+    found = replace(after(before, []), by_kernels=True)
+    assert [p.key for p in found.pieces] == [p.key for p in before.pieces]
     several = [joint for joint in find_joints(before) if not joint.pair]
     assert several
     for joint in several:
@@ -187,6 +205,37 @@ def test_consumers_that_depend_on_each_other_have_no_joint_together() -> None:
         assert joint.tensor in {info.name for info in whole.graph.output}
     plain = {j.tensor: j.key for j in find_joints(before) if j.pair}
     assert {j.tensor: j.key for j in find_joints(found) if not j.kept} == plain
+
+
+def test_a_consumer_behind_other_pieces_has_no_joint_with_the_producer() -> None:
+    """Its engine could not fuse the two, as the two joined would be."""
+    before = cut("stream")
+    norm, up = nodes(before, "LayerNormalization")[0], nodes(before, "MatMul")[0]
+    found = replace(follow(before, [nodes(before, "Conv")[0], norm]), by_kernels=True)
+    first = next(p for p in found.pieces if norm in p.outputs)
+    (stream,) = set(first.outputs) - {norm}
+    readers = [p.name for p in found.pieces if stream in p.inputs]
+    assert readers == holders(found, nodes(before, "MatMul")[1:])
+    assert stream in {j.tensor for j in find_joints(replace(found, by_kernels=False))}
+    joints = {j.tensor: j for j in find_joints(found)}
+    assert stream not in joints
+    assert [p.name for p in joints[norm].consumers] == holders(found, [up]) and not joints[norm].kept
+
+
+def test_images_at_the_ends_of_the_network_are_marked_as_plain() -> None:
+    before = cut("stream")
+    found = regrouped(before, [])
+    names = {info.name for info in (*before.model.graph.input, *before.model.graph.output)}
+    marked = []
+    for old, piece in zip(before.pieces, found.pieces, strict=True):
+        built = build_piece(found, piece, {name: size - 1 for name, size in found.dense.items()})
+        ends = [*built.graph.input, *built.graph.output]
+        assert [info.name for info in ends if info.doc_string == PLAIN] == [i.name for i in ends if i.name in names]
+        marked.append(old.key != piece.key)
+        assert marked[-1] == bool(names & {*piece.inputs, *piece.outputs}), "a piece at an end is another one"
+    assert marked[0] and marked[-1] and not all(marked)
+    lines = cut("slim")  # its input has three axes
+    assert regrouped(lines, []).pieces[0].key == lines.pieces[0].key
 
 
 def test_a_kernel_that_stays_in_several_parts_is_told() -> None:

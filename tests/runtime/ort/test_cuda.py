@@ -26,7 +26,7 @@ from sluice.runtime.ort import cpu as ort
 from sluice.runtime.ort import cuda as ort_cuda
 from sluice.runtime.ort import session as ort_session
 from sluice.runtime.ort.cpu import OrtRunner
-from sluice.runtime.ort.cuda import CUDA, OrtCudaRunner, Provider, missing
+from sluice.runtime.ort.cuda import CUDA, VARIABLE, OrtCudaRunner, Provider, missing
 from sluice.runtime.ort.session import load_library
 from sluice.runtime.targets import available_targets
 from tests.device import chain
@@ -153,6 +153,34 @@ def test_what_a_session_is_told(batch: int | str, monkeypatch: pytest.MonkeyPatc
     assert name == "CUDAExecutionProvider" and options["cudnn_conv_algo_search"] == "EXHAUSTIVE"
     assert ("enable_cuda_graph" in options) == ("user_compute_stream" in options) == (batch == 2)
     assert told["entries"] == ({"session.disable_cpu_ep_fallback": "1"} if batch == 2 else {})
+
+
+def test_the_layout_is_the_users_and_part_of_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of the two layouts hold times of other kernels."""
+    given: list[dict[str, str]] = []
+
+    def load(model: Any, shapes: Any, provider: Any, *, entries: Any) -> Any:
+        given.append(provider[1])
+        return SimpleNamespace(get_providers=lambda: [CUDA.name])
+
+    monkeypatch.setattr(ort_cuda, "load_library", lambda *, cuda: "")
+    monkeypatch.setattr(ort_cuda, "load_session", load)
+    monkeypatch.setattr(Cuda, "load", FakeCuda)
+    monkeypatch.setattr(onnxruntime, "cuda_version", "13.0", raising=False)
+    versions = []
+    for value in (None, "prefer_nhwc=0", " prefer_nhwc=1"):
+        monkeypatch.delenv(VARIABLE, raising=False)
+        if value is not None:
+            monkeypatch.setenv(VARIABLE, value)
+        runner = OrtCudaRunner()
+        runner.build(chain([7]))
+        versions.append(runner.version)
+    assert [options.get("prefer_nhwc") for options in given] == [None, None, "1"]
+    assert versions[0] == versions[1] and versions[2] == f"{versions[0]}, channels last"
+    for wrong in ("nhwc", "prefer_nhwc", "prefer_nhwc=2", "prefer_nhwc=1,level=3"):
+        monkeypatch.setenv(VARIABLE, wrong)
+        with pytest.raises(SluiceError, match=f"{VARIABLE} holds '{wrong}'; give prefer_nhwc=1"):
+            OrtCudaRunner()
 
 
 LINKED = """

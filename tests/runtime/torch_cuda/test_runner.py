@@ -229,15 +229,23 @@ def test_many_engines_are_measured_and_then_forgotten(fake: Fake) -> None:
 
 def settings() -> tuple[object, ...]:
     cudnn: Any = torch.backends.cudnn
-    return cudnn.benchmark, cudnn.conv.fp32_precision, torch.get_float32_matmul_precision()
+    return cudnn.benchmark, cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
 
 
-def test_settings_of_the_process_are_put_back() -> None:
-    before = settings()
-    with suppress(ZeroDivisionError), kernel_choice():
-        assert settings() == (True, "tf32", "high") != before
-        raise ZeroDivisionError
-    assert settings() == before
+@pytest.mark.parametrize("own", ["none", "ieee", "tf32"])
+def test_settings_of_the_process_are_put_back(own: str) -> None:
+    """Also those that a user made in torch's newer way, after which torch refuses the older one."""
+    products: Any = torch.backends.cuda.matmul
+    given = products.fp32_precision
+    products.fp32_precision = own
+    try:
+        before = settings()
+        with suppress(ZeroDivisionError), kernel_choice():
+            assert settings() == (True, "tf32", "tf32") != before
+            raise ZeroDivisionError
+        assert settings() == before
+    finally:
+        products.fp32_precision = given
 
 
 class FakeCudaGraph:

@@ -12,8 +12,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sluice.runtime.base.compare import assert_close
+from sluice.runtime.base.runner import PLAIN
 from sluice.runtime.ort.cpu import OrtRunner
 from sluice.runtime.trt.borders import channels_last_already, on_rows, set_layouts
+from sluice.runtime.trt.build import build_engine
+from tests.fake_tensorrt import fake_tensorrt
 
 RNG = np.random.default_rng(3)
 Sized = tuple[str, tuple[int, ...]]
@@ -124,3 +127,15 @@ def test_layouts_with_the_channels_last(kind: str, channels: int, formats: set[s
     set_layouts(trt, network, {"plain"})
     wanted = sum(1 << (k + 3) for k, name in enumerate(names) if name in formats)
     assert [port.allowed_formats for port in ports] == [wanted, 0, 0]
+
+
+def test_what_is_plain_in_the_network_has_no_layout() -> None:
+    model = graph([node("Relu", "x", "y")], [("x", (2, 8, 3, 4))], [("y", (2, 8, 3, 4))])
+    trt = fake_tensorrt()
+    build_engine(trt, model, part=True)
+    assert trt.calls["formats"].keys() == {"x", "y"}
+    for ends in (model.graph.output, model.graph.input):
+        ends[0].doc_string = PLAIN
+        build_engine(trt, model, part=True)
+        assert ends[0].name not in trt.calls["formats"]
+    assert trt.calls["formats"] == {}

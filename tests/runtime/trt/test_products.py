@@ -97,6 +97,12 @@ def test_a_plain_input_stays_an_image() -> None:
     compared(model, rows)
 
 
+def test_an_output_that_is_plain_in_the_network_is_copied_there_too() -> None:
+    model = residual()
+    model.graph.output[0].doc_string = PLAIN
+    assert products_on_rows(model, told(model, 6)) is model
+
+
 def test_what_is_not_copied_stays_as_it_is() -> None:
     model = residual()
     assert products_on_rows(model, told(model, 6, copied=False)) is model
