@@ -62,7 +62,7 @@ def with_padded_axes(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in model.graph.node:
         pads = graph.array(node.input[1]) if node.op_type == "Pad" and not any(node.input[3:]) else None
         before = graph.producers.get(node.input[0]) if node.input else None
-        if pads is None or (before is not None and onnx_operator(before.op_type).is_a("nonnegative")):
+        if pads is None or (before is not None and onnx_operator(before.op_type, before.domain).is_a("nonnegative")):
             continue
         if not any(reader.op_type == "MaxPool" for reader in graph.readers.get(node.output[0], ())):
             continue

@@ -59,7 +59,7 @@ class _Reader:
 
     def node(self, n: onnx.NodeProto) -> Node:
         op, read = n.op_type, [name for name in reads(n) if name]
-        row = onnx_operator(op)
+        row = onnx_operator(op, n.domain)
         array = self.graph.array(n.output[0]) if op == "Constant" else None
         if array is not None and array.size == 1 and array.dtype.kind in "fiu":
             self.scalars[n.output[0]] = array
