@@ -23,6 +23,7 @@ import onnx
 from onnx import numpy_helper
 
 from sluice.core.errors import SluiceError
+from sluice.core.heap import give_back_holes
 from sluice.core.latency import LatencyModel
 from sluice.core.plan import Edits
 from sluice.importance.curves import LEVELS, curve, floored
@@ -30,7 +31,7 @@ from sluice.importance.output_distance import BROKEN, OutputDistance
 from sluice.passes.cut.factor import truncations
 from sluice.passes.cut.rewrite_onnx import cut_graph, restructure
 from sluice.passes.graph.groups import Analysis, keep_masks
-from sluice.passes.graph.onnx_graph import OnnxGraph
+from sluice.passes.graph.onnx_graph import OnnxGraph, hollow
 from sluice.solver.amplitude_losses import by_importance
 from sluice.solver.options import EditSpace, RankOption
 
@@ -73,6 +74,7 @@ def onnx_losses(
     found = dict[str, np.ndarray]()
     for done, (_, losses) in enumerate(sorted(asked, key=itemgetter(0)), 1):
         found |= losses()
+        give_back_holes()  # hundreds of changed files went through the heap
         advance(done, len(asked))
     return floored(found, latency)
 
@@ -85,7 +87,9 @@ def _cut(
     model: onnx.ModelProto, analysis: Analysis, name: str, scores: np.ndarray, distance: OutputDistance
 ) -> Callable[[int], float]:
     order = by_importance(scores)
-    return lambda width: distance.of(cut_graph(model, analysis, keep_masks(analysis, {name: order[:width].tolist()})))
+    group = next(group for group in analysis.groups if group.name == name)
+    bare = hollow(model, OnnxGraph(model).initializers.keys() - {ref.param for ref in group.refs})
+    return lambda width: distance.of(cut_graph(bare, analysis, keep_masks(analysis, {name: order[:width].tolist()})))
 
 
 def _ranks(option: RankOption, levels: Sequence[int], truncated: Callable[[int], float]) -> dict[str, np.ndarray]:

@@ -121,19 +121,20 @@ class SearchSpace:
         )
 
 
-def read_onnx(model: onnx.ModelProto) -> Reading:
-    """The reading of an ONNX graph whose initialisers carry parameter names."""
-    from onnx import numpy_helper
+def read_onnx(model: onnx.ModelProto, full: onnx.ModelProto | None = None) -> Reading:
+    """The reading of an ONNX graph whose initialisers carry parameter names.
 
+    Args:
+        full: the model that has the numbers of hollow tensors.
+    """
     from sluice.passes.graph.chains_onnx import chains_onnx
     from sluice.passes.graph.onnx_axes import analyze_onnx
     from sluice.passes.graph.onnx_file import buffers_of
-    from sluice.passes.graph.onnx_graph import OnnxGraph
+    from sluice.passes.graph.onnx_numbers import Numbers
     from sluice.passes.graph.view_onnx import view_onnx
 
-    tensors = {name: numpy_helper.to_array(init) for name, init in OnnxGraph(model).initializers.items()}
     buffers = frozenset(buffers_of(model))
-    return Reading("onnx", analyze_onnx(model), view_onnx(model), chains_onnx(model), tensors, buffers)
+    return Reading("onnx", analyze_onnx(model), view_onnx(model), chains_onnx(model), Numbers(model, full), buffers)
 
 
 def read_torch(gm: fx.GraphModule) -> Reading:

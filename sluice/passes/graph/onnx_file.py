@@ -106,7 +106,7 @@ def finalize(model: onnx.ModelProto) -> onnx.ModelProto:
             kept = [a for a in node.attribute if node.op_type != "Reshape" or a.name != "allowzero"]
             del node.attribute[:]
             node.attribute.extend(kept)
-    onnx.checker.check_model(weightless(done) if is_large(done) else done, full_check=True)
+    onnx.checker.check_model(weightless(done), full_check=True)
     return done
 
 
