@@ -72,7 +72,7 @@ def untimed_runner() -> OrtRunner:
 
 def untimed_session(bare: onnx.ModelProto, tensors: Sequence[onnx.TensorProto]) -> Session:
     """An engine of `untimed_runner` for a model without its initialisers, which it reads where they lie."""
-    from sluice.runtime.base.inputs import with_tensors
+    from sluice.core.weight_bytes import with_tensors
 
     return untimed_runner().of_apart(with_tensors(bare, tensors))
 

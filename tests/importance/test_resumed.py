@@ -8,6 +8,7 @@ import pytest
 from onnx import numpy_helper
 
 from sluice.core.plan import Edits
+from sluice.core.weight_bytes import Apart
 from sluice.importance import resumed
 from sluice.importance.output_distance import OutputDistance, outputs_of
 from sluice.importance.resumed import Resumed
@@ -19,7 +20,6 @@ from sluice.passes.graph.onnx_axes import analyze_onnx
 from sluice.passes.graph.onnx_graph import OnnxGraph
 from sluice.passes.search_space import find_search_space, read_onnx
 from sluice.runtime.base.compare import assert_close
-from sluice.runtime.base.inputs import Apart
 from sluice.runtime.ort.cpu import OrtRunner
 from tests import tiny
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sluice.core.errors import SluiceError, first_line
-from sluice.core.weight_bytes import bytes_of_tensor
 
 if TYPE_CHECKING:
     import onnx
@@ -28,13 +27,11 @@ if TYPE_CHECKING:
     Model = onnx.ModelProto | bytes | str | os.PathLike[str]
 
 __all__ = [
-    "Apart", "Shapes", "made_up", "messages", "parsed", "place", "serialized", "sized", "static_shapes",
-    "weights_apart", "with_tensors",
+    "Shapes", "made_up", "messages", "parsed", "place", "serialized", "sized", "static_shapes",
 ]  # fmt: skip
 
 Dims = tuple[int | str | None, ...]
 ALIGNMENT = 64  # bytes
-APART = 2**16  # bytes of a tensor that may lie outside of its model
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,39 +71,6 @@ def messages(model: Any) -> Iterator[Any]:
         for told, value in message.ListFields():
             if told.message_type is not None:
                 stack += [value] if hasattr(value, "ListFields") else list(value)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Apart:
-    """A model whose large tensors lie outside of it, and these by name."""
-
-    light: onnx.ModelProto
-    weights: Mapping[str, np.ndarray]
-
-
-def weights_apart(model: onnx.ModelProto) -> Apart:
-    """The model as it is loaded by a runtime that reads large tensors where they lie."""
-    light = type(model)(ir_version=model.ir_version, opset_import=model.opset_import)
-    light.graph.name = model.graph.name
-    for name in ("node", "input", "output", "value_info"):
-        getattr(light.graph, name).extend(getattr(model.graph, name))
-    return with_tensors(light, model.graph.initializer)
-
-
-def with_tensors(light: onnx.ModelProto, tensors: Iterable[onnx.TensorProto]) -> Apart:
-    """A model without initialisers, which gets them in place, and the large ones beside it."""
-    from onnx import TensorProto, numpy_helper
-
-    weights = {}
-    for init in tensors:
-        if bytes_of_tensor(init) < APART:
-            light.graph.initializer.append(init)
-            continue
-        weights[init.name] = numpy_helper.to_array(init)
-        place = light.graph.initializer.add(name=init.name, data_type=init.data_type, dims=init.dims)
-        place.data_location = TensorProto.EXTERNAL
-        place.external_data.add(key="location", value="in memory")
-    return Apart(light, weights)
 
 
 def serialized(model: onnx.ModelProto | bytes) -> bytes:

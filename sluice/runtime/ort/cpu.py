@@ -28,9 +28,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sluice.core.errors import SluiceError
+from sluice.core.weight_bytes import Apart
 from sluice.runtime.base.denormals import floating_point_mode
 from sluice.runtime.base.host import cpu_clock, host_device
-from sluice.runtime.base.inputs import Apart, Dims, Shapes, place, static_shapes
+from sluice.runtime.base.inputs import Dims, Shapes, place, static_shapes
 from sluice.runtime.base.runner import Clock
 from sluice.runtime.ort.blocked_part import part_session
 from sluice.runtime.ort.session import compute, load_library, load_session, resident_inputs

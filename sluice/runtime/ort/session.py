@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sluice.core.errors import SluiceError, first_line
-from sluice.core.weight_bytes import is_large
+from sluice.core.weight_bytes import Apart, is_large, weights_apart
 from sluice.runtime.base.cuda import Cuda
 from sluice.runtime.base.denormals import floating_point_mode
-from sluice.runtime.base.inputs import Apart, Dims, Shapes, made_up, place, serialized, sized, weights_apart
+from sluice.runtime.base.inputs import Dims, Shapes, made_up, place, serialized, sized
 
 if TYPE_CHECKING:
     from sluice.runtime.base.inputs import Model
@@ -112,9 +112,8 @@ def load_session(
     if not isinstance(given, (Apart, bytes, str, os.PathLike)) and (lean or is_large(given)):
         given = weights_apart(given)
     if isinstance(given, Apart):
+        given.tell(options)
         weights, given = given.weights, given.light
-        values = [ort.OrtValue.ortvalue_from_numpy(value) for value in weights.values()]
-        options.add_external_initializers(list(weights), values)
     source = str(Path(given)) if isinstance(given, (str, os.PathLike)) else serialized(given)
     try:
         with floating_point_mode(flush=False):
