@@ -11,8 +11,8 @@
    if that is more. Runs on a machine that was never quiet count only where there is no other.
 3. One run is enough where the share is farther from the limit that decides than it is uncertain by. Otherwise both
    engines are built anew and measured again, `RUNS` times at most.
-4. The dense engine of a first run serves the first runs of all slim engines, and so on. So there are `RUNS` dense
-   engines at most, and mostly one.
+4. The dense engine of a first run serves the first runs of all slim engines, and is kept. Those of further runs are
+   rare, are built anew, and go with their run.
 5. Latency does not depend on the weights. So engines of equal structure (`structure`) are one engine, which is known
    once it is measured.
 6. The first engine of every structure is compared with fp32, where that is given (`sluice.artifacts.engine_check`). One
@@ -113,7 +113,7 @@ class Pairs:
     patience_ms: float = PATIENCE_MS
     _runner: Runner | None = None
     _reference: ReferenceEngine | None = None
-    _dense_engines: list[Session] = field(default_factory=list)
+    _dense_engine: Session | None = None
     _runs: dict[str, list[_Run]] = field(default_factory=dict)
     _in_vain: bool = False
 
@@ -165,7 +165,7 @@ class Pairs:
             if isinstance(error, LostLine) and (revive := getattr(self._runner, "revive", None)) is not None:
                 revive()
             self._runner = self._reference = None
-            self._dense_engines.clear()
+            self._dense_engine = None
             raise
 
     def _timed(self, slim: onnx.ModelProto, number: int, wide: onnx.ModelProto | None) -> _Run:
@@ -175,9 +175,10 @@ class Pairs:
         if self._reference is None:
             self._reference = self.profile.reference(self._runner)
         with building(self.profile.target):
-            while len(self._dense_engines) <= number:
-                self._dense_engines.append(self._runner.build(self.dense, batch=batch))
-            engines = [self._dense_engines[number], self._runner.build(slim, batch=batch)]
+            dense = self._runner.build(self.dense, batch=batch) if number else self._dense_engine
+            if dense is None:
+                dense = self._dense_engine = self._runner.build(self.dense, batch=batch)
+            engines = [dense, self._runner.build(slim, batch=batch)]
         with running(self.profile.target):
             if wide is not None:
                 check = engine_check(self.profile, engines[1], slim, wide)
