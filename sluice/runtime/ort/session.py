@@ -7,7 +7,8 @@
    without one is written into the model.
 3. Weights that are too many for one protobuf lie beside the model in memory, where the session reads them. So do those
    of *lean* sessions, which are for outputs and not for times, and are loaded without convolutions in blocks of
-   channels. Of a file of 6.6 MB a session so takes 15 MB at most while it is loaded, and 41 as it is deployed.
+   channels. Of a file of 6.6 MB a session so takes 15 MB at most while it is loaded, and 41 as it is deployed. Beyond
+   one protobuf they pack no weights either, which would be one more copy.
 """
 
 from __future__ import annotations
@@ -112,6 +113,8 @@ def load_session(
     if not isinstance(given, (Apart, bytes, str, os.PathLike)) and (lean or is_large(given)):
         given = weights_apart(given)
     if isinstance(given, Apart):
+        if lean and is_large(given.light):
+            options.add_session_config_entry("session.disable_prepacking", "1")
         given.tell(options)
         weights, given = given.weights, given.light
     source = str(Path(given)) if isinstance(given, (str, os.PathLike)) else serialized(given)
