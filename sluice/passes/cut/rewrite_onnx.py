@@ -108,6 +108,9 @@ def cut_graph(model: onnx.ModelProto, analysis: Analysis, keeps: Sequence[np.nda
         elif isinstance(tensor, gs.Variable) and lost:
             tensor.shape = [int(lost[d].sum()) if d in lost else size for d, size in enumerate(tensor.shape)]
     slim = gs.export_onnx(graph.cleanup().toposort())
+    for tensor in tensors.values():  # nodes and tensors refer to each other, and would hold their numbers for long
+        if isinstance(tensor, gs.Constant):
+            tensor.values = np.zeros(0, np.float32)
     slim.ir_version = model.ir_version
     del slim.metadata_props[:]
     slim.metadata_props.extend(model.metadata_props)
