@@ -6,13 +6,13 @@
    are drawn.
 2. The bound is
 
-       CONSTANT + 4 x file + statistics of one layer + values of one batch + 2 x a session
+       CONSTANT + 8 x file + 2 x statistics of one layer + values of one batch + 2 x a session
 
    The statistics are in float64 ``A^T A`` and ``A^T Y`` of the layer that needs most of them
-   (`sluice.training.least_squares`). The values of a batch grow with the inputs and not with the file: the sum of all
-   inner values of one example, times the examples that run at once. A session is what a plain one of the file takes by
-   itself, in another process, over the same start, for one example after the other. Two are timed in turns, as they are
-   deployed, and whoever runs the file has one.
+   (`sluice.training.least_squares`), once more while they are solved. The values of
+   a batch grow with the inputs and not with the file: the sum of all inner values of one example, times the examples
+   that run at once. A session is what a plain one of the file takes by itself, in another process, over the same start,
+   for one example after the other. Two are timed in turns, as they are deployed, and whoever runs the file has one.
 3. ``CONSTANT`` is what comes with every file: code that is loaded on the way, and what is known of graph and points.
 4. A finished row is kept. ``--show`` prints the committed rows. The last line is JSON: ``rows``, how many of them are
    ``within`` the bound, and how many take less than 4 times the file and the statistics alone, ``without_more``. A row
@@ -70,7 +70,7 @@ class Row:
     @property
     def bound(self) -> float:
         """Rule 2."""
-        return CONSTANT + self.aim + self.values + 2 * self.floor
+        return CONSTANT + 8 * self.size + 2 * self.statistics + self.values + 2 * self.floor
 
 
 def _peak_mb() -> float:
