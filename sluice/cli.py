@@ -208,7 +208,7 @@ def apply(args: argparse.Namespace) -> int:
 
     check_output(args.out, {"the dense network": args.model, "the plan": args.plan}, ONNX)
     slim = applied(args.model, Plan.load(args.plan), args.inputs, dict(args.fixed))
-    size = save_onnx(slim, args.out, beside=True)
+    size = save_onnx(slim, args.out)
     return print_result(args, {"out": args.out, "bytes": size}, [f"{args.out}: {size:,} bytes"])
 
 
@@ -257,12 +257,12 @@ def export(args: argparse.Namespace) -> int:
 
         given = network_to_export(args)
         if args.names:
-            size = save_onnx(given.wide, args.out, beside=True)
+            size = save_onnx(given.wide, args.out)
             return print_result(args, {"out": args.out, "bytes": size}, [f"{args.out}: {size:,} bytes"])
     wide = given.wide
     form = {"target": target, "exclude": args.exclude, "reduce_range": args.reduce_range}
     done = given.label(deploy_onnx(wide, args.precision, given.calibration, **form))
-    save_onnx(done, args.out, beside=True)
+    save_onnx(done, args.out)
     error, rounding = None, None
     if args.precision != "fp32":
         with suppress(SluiceError):  # a file that this machine cannot run is of use on another
@@ -282,17 +282,19 @@ def export(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> int:
     """Compare the slim network in torch, its ONNX files in all precisions, and the dense ONNX graph cut by the plan."""
+    from onnx import ModelProto
+
     from sluice.artifacts.check import check as run
     from sluice.artifacts.check import check_deployed
     from sluice.commands.onnx_input import model_in
+    from sluice.passes.cut.pools_onnx import padded_pools
 
     of_file = is_onnx(args.model) and not args.weights
-    errors = run(
-        model_in(args.model, args.inputs, dict(args.fixed)) if of_file else model_of(args.model, args.weights),
-        args.folder,
-    )
+    dense = model_in(args.model, args.inputs, dict(args.fixed)) if of_file else model_of(args.model, args.weights)
+    errors = run(dense, args.folder)
     worst = max(errors.values())
-    lines = [*(f"{pair}: {value:.1e}" for pair, value in errors.items()), f"tolerance {args.tolerance:.1e}"]
+    notes = [f"{name} {why}" for name, why in padded_pools(dense).items()] if isinstance(dense, ModelProto) else []
+    lines = [*notes, *(f"{pair}: {value:.1e}" for pair, value in errors.items()), f"tolerance {args.tolerance:.1e}"]
     deployed = check_deployed(args.folder)
     for name, found in deployed.items():
         as_run = "" if found.as_run == found.error else f" by its weights, {found.as_run:.1e} as it runs on noise"

@@ -29,7 +29,6 @@ ENOUGH = 2 * len(SWEPT) // 3 + 4  # consecutive networks that have every case: t
 _NO_EXPORT = "torch.onnx does not know it; test_coupling cuts it in torch"
 _STEPS = "its export shares steps between layers; tests/sequences.py has it alone"
 _NO_RULE = "it has no rule, so what it reads stays whole; test_coupling has it"
-_NO_RULE_IN_ONNX = "torch.onnx writes other operators; in a file, what it reads stays whole"
 _OF_FILES = "torch.onnx does not write it; test_onnx_axes cuts it"
 NEVER = {
     "aten.ones_like": "the export leaves out layers that nothing depends on",
@@ -40,11 +39,13 @@ NEVER = {
     )},
     "onnx.RNN": _STEPS,
     **dict.fromkeys(("aten.narrow.Tensor", "aten.view.dtype", "aten.where.default"), _NO_RULE),
-    **dict.fromkeys(("onnx.GroupNormalization", "onnx.SpaceToDepth"), _NO_RULE_IN_ONNX),
+    "onnx.GroupNormalization": "torch.onnx does not write it; files of others are read without it",
     **{f"onnx.{kind}": _OF_FILES for kind in (
-        "Attention", "CastLike", "Constant", "Dropout", "Flatten", "GlobalMaxPool", "Identity",
-        "LpPool", "RMSNormalization", "Range", "ReduceL1", "ReduceSumSquare", "Shrink", "SimplifiedLayerNormalization",
-        "Softsign", "Sum", "Swish", "ThresholdedRelu", "Upsample",
+        "Acos", "Acosh", "And", "ArgMax", "ArgMin", "Asin", "Asinh", "Atan", "Atanh", "Attention", "CastLike",
+        "Constant", "Cosh", "Dropout", "Flatten", "GlobalLpPool", "GlobalMaxPool", "GridSample",
+        "Identity", "IsInf", "LpNormalization", "LpPool", "Mean", "Or", "RMSNormalization", "Range", "ReduceL1",
+        "ReduceLogSum", "ReduceSumSquare", "Shrink", "SimplifiedLayerNormalization", "Sinh", "Softsign",
+        "SpaceToDepth", "Sum", "Swish", "Tan", "ThresholdedRelu", "TopK", "Trilu", "Upsample", "Xor",
     )},
 }  # fmt: skip
 

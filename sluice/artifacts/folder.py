@@ -21,7 +21,18 @@ from pathlib import Path
 from sluice.core.deployment import PRECISIONS
 from sluice.core.drafts import draft_beside
 from sluice.core.errors import SluiceError
-from sluice.core.files import MANIFEST, ONNX, PLAN, REPORT, WEIGHTS, check_output, read_bytes, write_atomically
+from sluice.core.files import (
+    BESIDE,
+    DATA,
+    MANIFEST,
+    ONNX,
+    PLAN,
+    REPORT,
+    WEIGHTS,
+    check_output,
+    read_bytes,
+    write_atomically,
+)
 
 __all__ = ["check_writable", "held", "save_together", "settle"]
 
@@ -30,6 +41,7 @@ FILES = {
     "plan.json": PLAN, "slim.safetensors": WEIGHTS, "slim.onnx": ONNX, "report.json": REPORT, MANIFEST_FILE: MANIFEST,
     **{f"slim.{p}.onnx": ONNX for p in PRECISIONS if p != "fp32"},
 }  # fmt: skip
+FILES |= {f"{name}{BESIDE}": DATA for name, kind in FILES.items() if kind == ONNX}
 
 
 def save_together(folder: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
@@ -92,12 +104,14 @@ def held(path: str | os.PathLike[str]) -> Path:
     manifest = path.parent / MANIFEST_FILE
     if not manifest.is_file() or not path.is_file():
         return path
-    digest = _files_of(manifest).get(path.name)
-    if digest is not None and digest != _digest(path):
-        raise SluiceError(
-            f"{str(path)!r} is not the file that was saved with the others of its folder; save the result again, or "
-            f"remove {MANIFEST_FILE} there if the change is yours"
-        )
+    digests = _files_of(manifest)
+    for one in (path, path.with_name(f"{path.name}{BESIDE}")):  # an ONNX file is both
+        digest = digests.get(one.name)
+        if digest is not None and (not one.is_file() or digest != _digest(one)):
+            raise SluiceError(
+                f"{str(one)!r} is not the file that was saved with the others of its folder; save the result again, or "
+                f"remove {MANIFEST_FILE} there if the change is yours"
+            )
     return path
 
 

@@ -71,7 +71,7 @@ def deploy_onnx(
 def reference_session(model: onnx.ModelProto) -> OrtSession:
     """Rule 3, on this CPU; any precision."""
     quantised = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
-    return OrtRunner(as_written=quantised).build(emulated(model))
+    return OrtRunner(as_written=quantised, timed=False).build(emulated(model))
 
 
 def rounding_error(narrow: onnx.ModelProto, wide: onnx.ModelProto, batches: Iterable[Any]) -> float:

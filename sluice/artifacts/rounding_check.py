@@ -38,7 +38,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sluice.artifacts.in_precision import reference_session
 from sluice.core.errors import SluiceError
 from sluice.core.plan import InputSpec
-from sluice.passes.graph.onnx_graph import OnnxGraph
+from sluice.passes.graph.onnx_graph import OnnxGraph, hollow
 from sluice.passes.precision.emulation import emulated
 from sluice.passes.precision.quantize import REDUCED_STEPS, STEPS
 from sluice.runtime.base.compare import relative_error
@@ -207,10 +207,10 @@ def _with_float_activations(model: onnx.ModelProto) -> onnx.ModelProto:
 def shuffled(model: onnx.ModelProto) -> onnx.ModelProto:
     """Rule 2: the entries of every weight in random order."""
     rng = np.random.default_rng(0)
-    done = onnx.ModelProto()
-    done.CopyFrom(model)
-    for init in done.graph.initializer:
-        if init.data_type == TensorProto.FLOAT and len(init.dims) > 1:
-            array = numpy_helper.to_array(init)
+    weights = {i.name for i in model.graph.initializer if i.data_type == TensorProto.FLOAT and len(i.dims) > 1}
+    done = hollow(model, weights)  # a message keeps what it held before
+    for init, full in zip(done.graph.initializer, model.graph.initializer, strict=True):
+        if init.name in weights:
+            array = numpy_helper.to_array(full)
             init.CopyFrom(numpy_helper.from_array(rng.permutation(array.ravel()).reshape(array.shape), init.name))
     return done

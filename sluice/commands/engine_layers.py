@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from sluice.core.address import split_target, target_at
 from sluice.core.errors import SluiceError
+from sluice.profiler.pieces.weightless import with_weights
 from sluice.profiler.view import Profile
 from sluice.runtime.trt.inspect import EngineLayers, owners, place_pieces
 from sluice.runtime.trt.runner import TensorRtRunner
@@ -34,7 +35,7 @@ def place_profile(profile: Profile) -> EngineLayers:
     runner = profile.runner()
     assert isinstance(runner, TensorRtRunner)
     partition = profile.partition
-    deployed = profile.engine(partition.model)
+    deployed = profile.engine(with_weights(partition.model))
     layers = runner.build(deployed, batch=partition.batch).layers()
     return place_pieces(layers, owners(deployed.graph, {p.name: p.model.graph for p in partition.pieces}))
 

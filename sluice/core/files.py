@@ -12,13 +12,16 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from sluice.core.drafts import draft_beside, sweep
 from sluice.core.errors import SluiceError
 
 __all__ = [
+    "BESIDE",
+    "DATA",
+    "DATA_HEAD",
     "JOB",
     "MANIFEST",
     "ONNX",
@@ -34,16 +37,19 @@ __all__ = [
 ]
 
 HEAD = 4096  # bytes that tell the kind
-PLAN, REPORT, MANIFEST, WEIGHTS, ONNX, JOB, ROWS = (
+PLAN, REPORT, MANIFEST, WEIGHTS, ONNX, JOB, ROWS, DATA = (
     "a plan", "a report", "a manifest", "a safetensors file", "an ONNX file", "a zip file, as jobs are",
-    "rows of a latency table",
+    "rows of a latency table", "weights of an ONNX file",
 )  # fmt: skip
+BESIDE = ".data"  # behind the name of an ONNX file, that of its weights
+DATA_HEAD = b"sluice: weights of the ONNX file beside this one\n"
 KINDS = (
     (rb"SQLite format 3\0", "an SQLite file, as latency tables are"),
     (rb"PK(\x03\x04|\x05\x06)", JOB),
     (rb'\s*\{\s*"format":\s*"sluice-plan"', PLAN),
     (rb'\s*\{\s*"format":\s*"sluice-manifest"', MANIFEST),
     (rb'\s*\{\s*"version":\s*\d+,\s*"budget_ms"', REPORT),
+    (re.escape(DATA_HEAD), DATA),
     (rb"key,description,extents,ms,", ROWS),
     (rb".{8}\{\"", WEIGHTS),
     (rb"\x08[\x01-\x7f][\x12\x1a\x22\x28\x32\x3a\x42]", ONNX),
@@ -103,20 +109,25 @@ def check_output(
     sweep(path)
 
 
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+def write_atomically(path: str | os.PathLike[str], content: bytes | Iterable[bytes]) -> None:
     """Write all of ``content`` or leave the old file as it was.
 
+    Args:
+        content: the bytes, or parts of them, the first of which tells the kind of the file.
     Raises:
         SluiceError: it cannot be written, or rules 1 and 2 forbid it.
     """
     path = Path(path)
     mode = _check_regular(path)
-    _check_kind(path, kind_of(content[:HEAD]))
+    parts = iter([content] if isinstance(content, bytes) else content)
+    first = next(parts, b"")
+    _check_kind(path, kind_of(first[:HEAD]))
     try:
         with draft_beside(path) as folder:
             draft = folder / "content"
             with open(draft, "xb") as file:
-                file.write(content)
+                file.write(first)
+                file.writelines(parts)
                 file.flush()
                 os.fsync(file.fileno())
             if mode is not None:

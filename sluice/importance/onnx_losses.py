@@ -23,6 +23,7 @@ import onnx
 from onnx import numpy_helper
 
 from sluice.core.errors import SluiceError
+from sluice.core.heap import give_back_holes
 from sluice.core.latency import LatencyModel
 from sluice.core.plan import Edits
 from sluice.importance.curves import LEVELS, curve, floored
@@ -30,7 +31,7 @@ from sluice.importance.output_distance import BROKEN, OutputDistance
 from sluice.passes.cut.factor import truncations
 from sluice.passes.cut.rewrite_onnx import cut_graph, restructure
 from sluice.passes.graph.groups import Analysis, keep_masks
-from sluice.passes.graph.onnx_graph import OnnxGraph
+from sluice.passes.graph.onnx_graph import OnnxGraph, hollow
 from sluice.solver.amplitude_losses import by_importance
 from sluice.solver.options import EditSpace, RankOption
 
@@ -65,7 +66,7 @@ def onnx_losses(
             asked.append((at, partial(_widths, group.name, levels[group.name], cut)))
     for option in options.ranks:
         if len(levels.get(option.switch, ())) > 1:
-            priced = partial(_ranks, option, levels[option.rank], _truncated(model, option, distance))
+            priced = partial(_ranks, option, levels[option.rank], model, distance)
             asked.append((distance.position((option.param,)), priced))
     edits = {name: Edits(drops=(drop,)) for name, drop in options.drops.items() if len(levels.get(name, ())) > 1}
     edits |= {name: Edits(merges=(run,)) for name, run in options.merges.items() if len(levels.get(name, ())) > 1}
@@ -73,6 +74,7 @@ def onnx_losses(
     found = dict[str, np.ndarray]()
     for done, (_, losses) in enumerate(sorted(asked, key=itemgetter(0)), 1):
         found |= losses()
+        give_back_holes()  # hundreds of changed files went through the heap
         advance(done, len(asked))
     return floored(found, latency)
 
@@ -85,12 +87,21 @@ def _cut(
     model: onnx.ModelProto, analysis: Analysis, name: str, scores: np.ndarray, distance: OutputDistance
 ) -> Callable[[int], float]:
     order = by_importance(scores)
-    return lambda width: distance.of(cut_graph(model, analysis, keep_masks(analysis, {name: order[:width].tolist()})))
+    group = next(group for group in analysis.groups if group.name == name)
+    bare = hollow(model, OnnxGraph(model).initializers.keys() - {ref.param for ref in group.refs})
+    return lambda width: distance.of(cut_graph(bare, analysis, keep_masks(analysis, {name: order[:width].tolist()})))
 
 
-def _ranks(option: RankOption, levels: Sequence[int], truncated: Callable[[int], float]) -> dict[str, np.ndarray]:
-    """Even the largest rank is a truncation; its loss is that of the switch."""
-    losses = curve(levels, truncated, dense=None)
+def _ranks(
+    option: RankOption, levels: Sequence[int], model: onnx.ModelProto, distance: OutputDistance
+) -> dict[str, np.ndarray]:
+    """Even the largest rank is a truncation; its loss is that of the switch. One decomposition lives at a time."""
+    truncated = truncations(numpy_helper.to_array(OnnxGraph(model).initializers[option.param]), option.form)
+
+    def loss(rank: int) -> float:
+        return distance.of_weight(option.param, np.ascontiguousarray(truncated(rank), np.float32))
+
+    losses = curve(levels, loss, dense=None)
     return {option.switch: np.array([0.0, losses[-1]]), option.rank: losses - losses[-1]}
 
 
@@ -100,15 +111,3 @@ def _edit(name: str, model: onnx.ModelProto, edits: Edits, distance: OutputDista
     except SluiceError:
         loss = BROKEN
     return {name: np.array([0.0, loss])}
-
-
-def _truncated(model: onnx.ModelProto, option: RankOption, distance: OutputDistance) -> Callable[[int], float]:
-    """The decomposition is made when it is first asked for."""
-    kept: list[Callable[[int], np.ndarray]] = []
-
-    def loss(rank: int) -> float:
-        if not kept:
-            kept.append(truncations(numpy_helper.to_array(OnnxGraph(model).initializers[option.param]), option.form))
-        return distance.of_weight(option.param, np.ascontiguousarray(kept[0](rank), np.float32))
-
-    return loss

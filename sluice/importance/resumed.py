@@ -6,6 +6,8 @@
    A border of more bytes than the file's weights (`sluice.passes.files.room`), or than `LIMIT`, is not kept: then the
    changed file runs as a whole. Memory is bounded, time is not.
 3. A weight that takes other values of the same shape is an input of its session, which is built once for all of them.
+4. A tensor of a changed file that has no numbers (`sluice.passes.graph.onnx_graph.hollow`) is the file's own. No model
+   is copied for a run: a session reads the tensors that it needs where they lie.
 
 Outputs are those of the whole file, but for rounding: a runtime does not fuse operators across a border.
 """
@@ -20,9 +22,9 @@ from onnx import helper
 
 from sluice.passes.files.room import room_of
 from sluice.passes.files.rows import Rows
-from sluice.passes.graph.onnx_graph import OnnxGraph, reads
+from sluice.passes.graph.onnx_graph import OnnxGraph, is_hollow, reads
 from sluice.runtime.base.runner import Session
-from sluice.runtime.targets import untimed_runner
+from sluice.runtime.targets import untimed_runner, untimed_session
 
 __all__ = ["Resumed", "joined"]
 
@@ -56,8 +58,9 @@ class Resumed:
         """Outputs by name for all examples, along axis 0 where they have the examples there."""
         known, makers = self._graph.initializers, self._graph.producers
         others = {i.name for i in changed.graph.initializer if i.name not in known or not _same(i, known[i.name])}
+        tensors = known | {init.name: init for init in changed.graph.initializer if init.name in others}
         others |= {n for node in changed.graph.node for n in node.output if not _alike(node, makers.get(n))}
-        return self._from(changed, others)({})
+        return self._from(changed, tensors, others)({})
 
     def outputs_with(self, param: str, value: np.ndarray) -> Values:
         """`outputs` of the file with another weight, of the shape of the initializer ``param`` (rule 3)."""
@@ -66,16 +69,19 @@ class Resumed:
         return self._weight[1](value)
 
     def _with(self, param: str) -> Callable[[np.ndarray], Values]:
-        bare = onnx.ModelProto()
-        bare.CopyFrom(self._model)
-        places = [k for k, init in enumerate(bare.graph.initializer) if init.name == param]
-        init = bare.graph.initializer[places[0]]
+        tensors = dict(self._graph.initializers)
+        init = tensors.pop(param)
+        bare = _bare(self._model)
+        bare.graph.node.extend(self._model.graph.node)
+        bare.graph.output.extend(self._model.graph.output)
+        bare.graph.input.extend(self._graph.inputs.values())
         bare.graph.input.append(helper.make_tensor_value_info(param, init.data_type, list(init.dims)))
-        del bare.graph.initializer[places[0]]
-        run = self._from(bare, {param})
+        run = self._from(bare, tensors, {param})
         return lambda value: run({param: value})
 
-    def _from(self, changed: onnx.ModelProto, others: set[str]) -> Callable[[Values], Values]:
+    def _from(
+        self, changed: onnx.ModelProto, tensors: Mapping[str, onnx.TensorProto], others: set[str]
+    ) -> Callable[[Values], Values]:
         """A run of what hangs on the values and tensors ``others``, given those of them that are inputs."""
         stale = set(others)
         for node in changed.graph.node:
@@ -87,10 +93,12 @@ class Resumed:
         if not wanted:
             return lambda more: self.reference
         if self._hold(border):
-            part = _part(changed, nodes, wanted, self._kept, border)
-            session, feeds = untimed_runner().build(part), self._kept
+            feeds = self._kept
         else:
-            session, feeds = untimed_runner().build(changed), self._feeds
+            feeds = self._feeds
+            nodes, border = _needed(changed, wanted, lambda name: False)
+            border -= others
+        session = _session(changed, tensors, nodes, wanted, feeds, border)
         return lambda more: joined(self._ran(session, feeds, more))
 
     def _ran(self, session: Session, feeds: Sequence[Values], more: Values) -> list[Mapping[str, np.ndarray]]:
@@ -105,7 +113,7 @@ class Resumed:
             nodes, sources = _needed(self._model, inner, have[0].__contains__)
             session, found, size = None, list[Values](), 0
             if inner:
-                session = untimed_runner().build(_part(self._model, nodes, inner, have, sources))
+                session = _session(self._model, self._graph.initializers, nodes, inner, have, sources)
             for values in have:
                 made = session.run({name: values[name] for name in sources}) if session else {}
                 found.append({name: made[name] if name in made else values[name] for name in border})
@@ -130,6 +138,8 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
 def _same(one: onnx.TensorProto, other: onnx.TensorProto) -> bool:
     if one.dims != other.dims or one.data_type != other.data_type:
         return False
+    if is_hollow(one):
+        return True
     if one.HasField("raw_data") and other.HasField("raw_data"):
         return bool(one.raw_data == other.raw_data)
     return np.array_equal(onnx.numpy_helper.to_array(one), onnx.numpy_helper.to_array(other))
@@ -166,16 +176,20 @@ def _needed(
     return [nodes[k] for k in sorted(used)], border
 
 
-def _part(
-    model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], outputs: Sequence[str], values: Sequence[Values],
-    border: set[str],
-) -> onnx.ModelProto:  # fmt: skip
-    """A model of these operators, whose inputs are the values of the border, and whatever the model is fed besides."""
+def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
     part = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
     part.graph.name = "from the border"
+    return part
+
+
+def _session(
+    model: onnx.ModelProto, tensors: Mapping[str, onnx.TensorProto], nodes: Sequence[onnx.NodeProto],
+    outputs: Sequence[str], values: Sequence[Values], border: set[str],
+) -> Session:  # fmt: skip
+    """Of these operators, whose inputs are the values of the border, and whatever the model is fed besides."""
+    part = _bare(model)
     read = {name for node in nodes for name in reads(node)}
     part.graph.node.extend(nodes)
-    part.graph.initializer.extend(init for init in model.graph.initializer if init.name in read)
     given = {info.name: info for info in model.graph.input}
     for name in sorted(border):
         shapes = [batch[name].shape for batch in values]
@@ -185,4 +199,4 @@ def _part(
     part.graph.input.extend(given[name] for name in sorted(read & given.keys() - border))
     known = OnnxGraph(model).outputs
     part.graph.output.extend(known.get(name) or onnx.ValueInfoProto(name=name) for name in outputs)
-    return part
+    return untimed_session(part, [init for name, init in tensors.items() if name in read])

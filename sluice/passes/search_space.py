@@ -57,7 +57,7 @@ class Reading:
     """What one front end says of a network, before anything is left out.
 
     ``kind`` is ``"torch"`` or ``"onnx"``. ``tensors`` holds the named tensors, ``buffers`` the names of those that
-    nothing trains.
+    nothing trains, ``notes`` what a runtime makes of an operator of a file, where that is not what is written.
     """
 
     kind: str
@@ -66,6 +66,7 @@ class Reading:
     chains: tuple[Chain, ...]
     tensors: Mapping[str, np.ndarray]
     buffers: frozenset[str] = frozenset()
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,19 +122,29 @@ class SearchSpace:
         )
 
 
-def read_onnx(model: onnx.ModelProto) -> Reading:
-    """The reading of an ONNX graph whose initialisers carry parameter names."""
-    from onnx import numpy_helper
+def read_onnx(model: onnx.ModelProto, full: onnx.ModelProto | None = None) -> Reading:
+    """The reading of an ONNX graph whose initialisers carry parameter names.
 
+    Args:
+        full: the model that has the numbers of hollow tensors.
+    """
+    from sluice.passes.cut.pools_onnx import padded_pools
     from sluice.passes.graph.chains_onnx import chains_onnx
     from sluice.passes.graph.onnx_axes import analyze_onnx
     from sluice.passes.graph.onnx_file import buffers_of
-    from sluice.passes.graph.onnx_graph import OnnxGraph
+    from sluice.passes.graph.onnx_numbers import Numbers
     from sluice.passes.graph.view_onnx import view_onnx
 
-    tensors = {name: numpy_helper.to_array(init) for name, init in OnnxGraph(model).initializers.items()}
     buffers = frozenset(buffers_of(model))
-    return Reading("onnx", analyze_onnx(model), view_onnx(model), chains_onnx(model), tensors, buffers)
+    return Reading(
+        "onnx",
+        analyze_onnx(model),
+        view_onnx(model),
+        chains_onnx(model),
+        Numbers(model, full),
+        buffers,
+        padded_pools(model),
+    )
 
 
 def read_torch(gm: fx.GraphModule) -> Reading:
@@ -166,7 +177,7 @@ def find_search_space(reading: Reading, exclude: Sequence[str] = (), limits: Wid
     blocks, undropped = _blocks(reading, exclude)
     merges, unmerged = find_merge_sites(reading.chains, reading.tensors, analysis, exclude)
     untrained = {name: why for name, why in unfactorised.items() if name in reading.buffers}
-    left_alone = {**analysis.frozen, **_silent(reading, analysis), **untrained}
+    left_alone = {**analysis.frozen, **_silent(reading, analysis), **untrained, **reading.notes}
     return SearchSpace(analysis, ranks, blocks, merges, left_alone, unfactorised, undropped, unmerged, reading.kind,
                        limits=limits.of(analysis))  # fmt: skip
 

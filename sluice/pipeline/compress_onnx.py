@@ -59,6 +59,7 @@ from sluice.pipeline.report_figures import make_report
 from sluice.pipeline.verify import final_pair, solve_verified
 from sluice.profiler.profile import profile_onnx
 from sluice.runtime.base.compare import relative_error
+from sluice.runtime.base.inputs import Shapes
 from sluice.solver.decide import restricted
 from sluice.solver.options import check_methods
 from sluice.training.refit_onnx import refit_onnx
@@ -141,15 +142,17 @@ def compress_onnx(
     )  # fmt: skip
     analysis = agreed(space, measured.space).analysis
     with _stage("the file as it is", progress) as advance:
-        plain = share_beside(measured, _sized(dense if fixed else load_whole(source), file), timed, advance)
+        plain = share_beside(measured, timed if fixed else _sized(load_whole(source), file), timed, advance)
     wanted = counted_from(plain, asked)
     sites = measured.options.sites(measured.latency, methods)
     with _stage("price every choice", progress) as advance:
         scores = activity_scores(dense, analysis, kept.spread(SCORED))
         offered = restricted(measured.latency, sites)
-        priced = kept.spread(examples_for(count_macs(finalize(timed)), offered))
+        macs = count_macs(finalize(timed))
+        priced = kept.spread(examples_for(macs, offered))
         distance = OutputDistance(dense, priced, loss)
         losses = onnx_losses(dense, analysis, offered, measured.options, scores, distance, advance)
+        del distance, priced  # an engine, and values of the file
     specs = tuple(InputSpec(value.shape, str(value.dtype), name) for name, value in next(kept.batches(2)).items())
     problem = Problem(measured, analysis, sites, losses, scores, specs)
     with _stage("decide and verify on engines", progress):
@@ -168,7 +171,7 @@ def compress_onnx(
     worst = relative_error(list(outputs_of(made, held).values()), list(outputs_of(slim, held).values()))
     report = make_report(
         measured, verified, times=times, worst=worst, params=(_size(dense), _size(slim)),
-        macs=(count_macs(finalize(timed)), count_macs(done)), metrics=(metric_dense, figure(made), None),
+        macs=(macs, count_macs(done)), metrics=(metric_dense, figure(made), None),
         frozen={**measured.space.left_alone, **measured.refused, **({"the data": note} if note else {})},
         seconds=time.perf_counter() - started, losses=losses, plain=plain,
         methods=methods, figure="accuracy" if evaluate else KEPT,
@@ -225,9 +228,9 @@ def _figure(
         raise SluiceError(f"evaluate={evaluate!r} is no function; give one from a session of ONNX Runtime to a number")
 
     def taken(model: onnx.ModelProto) -> float:
-        import onnxruntime as ort
+        from sluice.runtime.ort.session import load_session
 
-        session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        session = load_session(model, Shapes(), "CPUExecutionProvider", threads=0)  # all cores
         try:
             return float(evaluate(session))
         except SluiceError:
@@ -263,7 +266,13 @@ def _recovered(
 
 
 def _sized(model: onnx.ModelProto, file: OnnxFile) -> onnx.ModelProto:
-    """A copy whose inputs have numbers for all sizes but the batch (rule 5), whatever they declared before."""
+    """The model whose inputs have numbers for all sizes but the batch (rule 5), whatever they declared before.
+
+    It is itself where they have, else a copy.
+    """
+    read = OnnxGraph(file.model).inputs
+    if not file.sizes and all(read.get(name) == info for name, info in OnnxGraph(model).inputs.items()):
+        return model
     done = onnx.ModelProto()
     done.CopyFrom(model)
     known = OnnxGraph(file.model).inputs

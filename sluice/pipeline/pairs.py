@@ -11,8 +11,8 @@
    if that is more. Runs on a machine that was never quiet count only where there is no other.
 3. One run is enough where the share is farther from the limit that decides than it is uncertain by. Otherwise both
    engines are built anew and measured again, `RUNS` times at most.
-4. The dense engine of a first run serves the first runs of all slim engines, and so on. So there are `RUNS` dense
-   engines at most, and mostly one.
+4. The dense engine of a first run serves the first runs of all slim engines, and is kept, unless its file is beyond one
+   protobuf. Those of further runs are rare, are built anew, and go with their run.
 5. Latency does not depend on the weights. So engines of equal structure (`structure`) are one engine, which is known
    once it is measured.
 6. The first engine of every structure is compared with fp32, where that is given (`sluice.artifacts.engine_check`). One
@@ -34,6 +34,7 @@ from onnx import numpy_helper
 from sluice.artifacts.engine_check import EngineCheck, check_engine
 from sluice.core.budget_spec import BudgetSpec
 from sluice.core.errors import EngineFault, LostLine
+from sluice.core.weight_bytes import is_large
 from sluice.passes.graph.onnx_graph import attributes
 from sluice.profiler.table.measurement import Measurement
 from sluice.profiler.timing.measure import QUIET, ReferenceEngine, Waiting, measure
@@ -113,7 +114,7 @@ class Pairs:
     patience_ms: float = PATIENCE_MS
     _runner: Runner | None = None
     _reference: ReferenceEngine | None = None
-    _dense_engines: list[Session] = field(default_factory=list)
+    _dense_engine: Session | None = None
     _runs: dict[str, list[_Run]] = field(default_factory=dict)
     _in_vain: bool = False
 
@@ -165,7 +166,7 @@ class Pairs:
             if isinstance(error, LostLine) and (revive := getattr(self._runner, "revive", None)) is not None:
                 revive()
             self._runner = self._reference = None
-            self._dense_engines.clear()
+            self._dense_engine = None
             raise
 
     def _timed(self, slim: onnx.ModelProto, number: int, wide: onnx.ModelProto | None) -> _Run:
@@ -175,14 +176,20 @@ class Pairs:
         if self._reference is None:
             self._reference = self.profile.reference(self._runner)
         with building(self.profile.target):
-            while len(self._dense_engines) <= number:
-                self._dense_engines.append(self._runner.build(self.dense, batch=batch))
-            engines = [self._dense_engines[number], self._runner.build(slim, batch=batch)]
+            engine = self._runner.build(slim, batch=batch)
+        if wide is not None:  # before there is a dense engine, since both take the memory of several files
+            with running(self.profile.target):
+                check = engine_check(self.profile, engine, slim, wide)
+            if check.runtime and not check.same:
+                raise check.refusal(f"the engine of {self.profile.target}")
+        with building(self.profile.target):
+            dense = None if number else self._dense_engine
+            if dense is None:
+                dense = self._runner.build(self.dense, batch=batch)
+            if not number and not is_large(self.dense):
+                self._dense_engine = dense
+        engines = [dense, engine]
         with running(self.profile.target):
-            if wide is not None:
-                check = engine_check(self.profile, engines[1], slim, wide)
-                if check.runtime and not check.same:
-                    raise check.refusal(f"the engine of {self.profile.target}")
             dense_ms, slim_ms, witness = measure(
                 engines, min_bursts=BURSTS, target_spread=TARGET_SPREAD, reference=self._reference,
                 with_reference=True, patience_ms=self.patience_ms / 4 if self._in_vain else self.patience_ms,

@@ -17,7 +17,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -119,7 +119,6 @@ def _search(
     profile = problem.profile
     target_ms = AIM * budget.ms(profile.latency.dense_ms())
     least = problem.least_from(target_ms)
-    fastest: onnx.ModelProto | None = None  # the others are not needed again, and each is as large as the network
     while len(found) < ROUNDS:
         try:
             solution = rehearsed if rehearsed and not found else problem.solve(max(target_ms, least))
@@ -132,9 +131,8 @@ def _search(
         wide = finalize(rewrite_onnx(dense, solution.plan))
         engine = profile.engine(wide)
         times = pairs.settle(engine, ACCEPTED, wide)
-        if fastest is None or times.share < min(one.times.share for one in found):
-            fastest = engine
         found.append(VerifiedSolution(solution, times, 0, structure(engine), problem=problem))
+        del wide, engine  # each is as large as the network
         if solution.choice.widths == profile.latency.dense and times.share <= 1.0:
             return replace(found[-1], rounds=len(found))
         if ENOUGH <= times.share <= ACCEPTED:
@@ -143,7 +141,7 @@ def _search(
         if aimed_ms is None:
             break
         target_ms = aimed_ms
-    return _best(found, fastest, pairs)
+    return _best(found, lambda plan: profile.engine(finalize(rewrite_onnx(dense, plan))), pairs)
 
 
 def _next_target(found: Sequence[VerifiedSolution], target_ms: float) -> float | None:
@@ -161,8 +159,8 @@ def _next_target(found: Sequence[VerifiedSolution], target_ms: float) -> float |
     return (kept + missed) / 2 if kept < missed else None
 
 
-def _best(found: Sequence[VerifiedSolution], engine: onnx.ModelProto | None, pairs: Pairs) -> VerifiedSolution:
-    """Rules 3 and 4; ``engine`` is the file of the fastest one.
+def _best(found: Sequence[VerifiedSolution], made: Callable[[Plan], onnx.ModelProto], pairs: Pairs) -> VerifiedSolution:
+    """Rules 3 and 4; ``made`` gives the file of an engine by its plan.
 
     Raises:
         SluiceError: no engine is within the budget.
@@ -171,8 +169,7 @@ def _best(found: Sequence[VerifiedSolution], engine: onnx.ModelProto | None, pai
     if accepted := [one for one in found if one.times.share <= ACCEPTED]:
         return replace(min(accepted, key=lambda one: one.choice.loss), rounds=rounds)
     fastest = min(found, key=lambda one: one.times.share)
-    assert engine is not None
-    times = pairs.settle(engine, 1.0)
+    times = pairs.settle(made(fastest.plan), 1.0)
     if times.share > 1.0:
         busy = "" if times.quiet else ", on a machine that was never quiet"
         raise SluiceError(

@@ -24,6 +24,7 @@ from sluice.passes.graph.width_limits import FREE, WidthLimits
 from sluice.passes.search_space import SearchSpace, agreed, called_like, find_search_space, read_onnx
 from sluice.profiler.pieces.engine import model_key
 from sluice.profiler.pieces.partition import Partition, partition_static, static_at, with_small
+from sluice.profiler.pieces.weightless import light
 from sluice.profiler.survey import closed_bench, complete_points, measure_slots, survey
 from sluice.profiler.sweep.bench import Bench, Unknown
 from sluice.profiler.sweep.engine_times import missing_plans
@@ -248,14 +249,15 @@ def _partition(
     limits: WidthLimits = FREE,
 ) -> tuple[Partition, SearchSpace]:
     """The network at the batch of the deployment, its pieces, and what it can become."""
-    static = static_at(model, fingerprint.batch)
-    space = find_search_space(read_onnx(static), exclude, limits)
+    bare = light(model)
+    static = static_at(bare, fingerprint.batch)
+    space = find_search_space(read_onnx(static, model), exclude, limits)
     if like is not None:
         space = replace(called_like(space, like), limits=like.limits)
     partition = partition_static(static, space.analysis, fingerprint.batch)
     # Less work takes no less time where a small batch leaves an accelerator idle, or threads wait for each other.
     if fingerprint.runtime in ON_CPU and fingerprint.threads == 1:
-        partition = with_small(partition, model)
+        partition = with_small(partition, bare)
     if tuple(methods) == ("filter",):
         _check_choice(space if like is None else agreed(space, like), EditSpace())
     return partition, space

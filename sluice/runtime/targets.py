@@ -6,16 +6,22 @@ empty where they can.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from sluice.core.address import LOCAL, split_target
 from sluice.core.deployment import ON_CPU, TARGETS, check_target
 from sluice.core.errors import SluiceError
-from sluice.runtime.base.runner import Runner
+from sluice.runtime.base.runner import Runner, Session
 
-__all__ = ["available_targets", "make_runner", "untimed_runner"]
+if TYPE_CHECKING:
+    import onnx
+
+    from sluice.runtime.ort.cpu import OrtRunner
+
+__all__ = ["available_targets", "make_runner", "untimed_runner", "untimed_session"]
 
 # Module below `sluice.runtime` and class by target. A module is imported when its target is asked for.
 RUNTIMES: Mapping[str, tuple[str, str]] = {
@@ -51,7 +57,7 @@ def make_runner(target: str, threads: int = 1) -> Runner:
     return runner
 
 
-def untimed_runner() -> Runner:
+def untimed_runner() -> OrtRunner:
     """For the outputs of files and not for times: ONNX Runtime on the CPU, whose engines keep no memory between runs.
 
     Raises:
@@ -62,6 +68,13 @@ def untimed_runner() -> Runner:
     from sluice.runtime.ort.cpu import OrtRunner
 
     return OrtRunner(timed=False)
+
+
+def untimed_session(bare: onnx.ModelProto, tensors: Sequence[onnx.TensorProto]) -> Session:
+    """An engine of `untimed_runner` for a model without its initialisers, which it reads where they lie."""
+    from sluice.core.weight_bytes import with_tensors
+
+    return untimed_runner().of_apart(with_tensors(bare, tensors))
 
 
 def available_targets() -> dict[str, str]:

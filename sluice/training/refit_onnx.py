@@ -29,7 +29,7 @@ from sluice.passes.cut.factor import first_name, second_name
 from sluice.passes.files.rows import Rows
 from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
 from sluice.runtime.base.runner import Session
-from sluice.runtime.targets import untimed_runner
+from sluice.runtime.targets import untimed_session
 from sluice.training.least_squares import Geometry, Misfit, NormalEquations
 
 __all__ = ["refit_onnx", "with_biases"]
@@ -199,7 +199,7 @@ def _until(model: onnx.ModelProto, value: str) -> _Prefix:
     part = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
     part.graph.name = "prefix"
     part.graph.node.extend(node for node in model.graph.node if needed & set(node.output))
-    part.graph.initializer.extend(init for init in model.graph.initializer if init.name in needed)
     part.graph.input.extend(info for info in OnnxGraph(model).inputs.values() if info.name in needed)
     part.graph.output.append(helper.make_tensor_value_info(value, onnx.TensorProto.FLOAT, None))
-    return _Prefix(untimed_runner().build(part), frozenset(i.name for i in part.graph.input), value)
+    session = untimed_session(part, [init for init in model.graph.initializer if init.name in needed])
+    return _Prefix(session, frozenset(i.name for i in part.graph.input), value)

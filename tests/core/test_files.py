@@ -15,7 +15,7 @@ from onnx import helper
 
 from sluice.core.drafts import draft_beside, drafts_of, sweep
 from sluice.core.errors import SluiceError
-from sluice.core.files import KINDS, check_output, kind_of, write_atomically
+from sluice.core.files import DATA_HEAD, KINDS, check_output, kind_of, write_atomically
 from sluice.core.plan import Plan
 
 PLAN = Plan({"a": (3,)}).to_json().encode()
@@ -33,7 +33,7 @@ def test_kinds() -> None:
         b'{"format": "sluice-manifest"',
         b'{"version": 3, "budget_ms": 1',
     ]
-    heads += [b"key,description,extents,ms,spread,samples\n", b'\x40\0\0\0\0\0\0\0{"a": 1}', onnx_bytes()]
+    heads += [DATA_HEAD, b"key,description,extents,ms,spread,samples\n", b'\x40\0\0\0\0\0\0\0{"a": 1}', onnx_bytes()]
     assert [kind_of(head) for head in heads] == [name for _, name in KINDS]
     assert kind_of("Grüße".encode() * 900) == "a text"  # whatever letter the head ends in
     assert kind_of(b"\x00\x01\xff\xfe" * 9) == kind_of(b"ftrt\0\0") == "a file of another kind"

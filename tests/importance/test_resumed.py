@@ -8,6 +8,7 @@ import pytest
 from onnx import numpy_helper
 
 from sluice.core.plan import Edits
+from sluice.core.weight_bytes import Apart
 from sluice.importance import resumed
 from sluice.importance.output_distance import OutputDistance, outputs_of
 from sluice.importance.resumed import Resumed
@@ -74,13 +75,13 @@ def test_another_weight_gives_the_outputs_of_the_file_that_holds_it() -> None:
 def test_operators_before_a_change_do_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     file, rows = given()
     walk, sizes = Resumed(file.model, rows), list[int]()
-    real = OrtRunner.build
+    real = OrtRunner.of_apart
 
-    def build(self: OrtRunner, model: onnx.ModelProto, **more: object) -> object:
-        sizes.append(len(model.graph.node))
-        return real(self, model, **more)  # type: ignore[arg-type]
+    def build(self: OrtRunner, model: Apart) -> object:
+        sizes.append(len(model.light.graph.node))
+        return real(self, model)
 
-    monkeypatch.setattr(OrtRunner, "build", build)
+    monkeypatch.setattr(OrtRunner, "of_apart", build)
     analysis = analyze_onnx(file.model)
     last = max(analysis.groups, key=lambda group: walk.position(ref.param for ref in group.refs))
     for width in (3, 2):

@@ -20,6 +20,7 @@ from onnx import numpy_helper
 
 import sluice
 from sluice.cli import main
+from sluice.core import weight_bytes
 from sluice.core.errors import SluiceError
 from sluice.core.plan import Plan
 from sluice.importance.activity import activity_scores
@@ -29,6 +30,7 @@ from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.files.read import OnnxFile, read_onnx_file
 from sluice.passes.files.rows import Rows, rows_of
 from sluice.passes.graph.onnx_axes import analyze_onnx
+from sluice.passes.graph.onnx_file import save_onnx
 from sluice.passes.graph.onnx_graph import OnnxGraph
 from sluice.profiler.view import Profile
 from sluice.runtime.base.compare import assert_close
@@ -122,6 +124,38 @@ def test_training_counts_where_the_file_is_nearer_by_it(tmp_path: Path, monkeypa
     kept = compressed(folders[2], refit=False, steps=4)
     assert kept.report.metric_slim == pytest.approx(plain.report.metric_slim, abs=1e-6)
     assert kept.report.recovery is None or not kept.report.recovery.loss
+
+
+def test_a_result_beyond_two_gibibytes_lies_in_two_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The limit is lowered: the result has weights beside it, and every verb reads them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(weight_bytes, "LARGE", 2**13)
+    save_onnx(given(), "given.onnx")
+    done = sluice.compress_onnx(
+        "given.onnx", examples(), budget="60%", table="t.db", batch=tiny.BATCH, progress=False, out="out"
+    )
+    assert weight_bytes.is_large(done.onnx) and Path("given.onnx.data").is_file()
+    assert "slim.onnx.data" in json.loads(Path("out/manifest.json").read_text())["files"]
+    sized = ["--input", "picture=2,3,9,9"]
+    assert main(["check", "given.onnx", "out", *sized]) == 0
+    assert main(["apply", "given.onnx", "out/plan.json", "-o", "cut.onnx", *sized]) == 0
+    assert main(["export", "given.onnx", "--plan", "out", "-o", "again.onnx", *sized]) == 0
+    assert main(["inspect", "out/slim.onnx", *sized]) == 0
+    feeds = {name: value[:2] for name, value in examples().items()}
+    want = tiny_run(done.onnx, feeds)
+    for name in ("out/slim.onnx", "again.onnx"):
+        assert Path(f"{name}.data").is_file()
+        assert_close(tiny_run(onnx.load(name), feeds), want)
+    assert Path("cut.onnx.data").is_file() and len(tiny_run(onnx.load("cut.onnx"), feeds)) == len(want)
+    data = Path("out/slim.onnx.data")
+    data.write_bytes(data.read_bytes() + b"other")
+    assert main(["check", "given.onnx", "out", *sized]) == 1
+    assert "'out/slim.onnx.data' is not the file that was saved" in capsys.readouterr().err
+    monkeypatch.setattr(weight_bytes, "LARGE", 2**31)
+    done.save("out")
+    assert not data.exists() and main(["check", "given.onnx", "out", *sized]) == 0
 
 
 def test_the_folder_is_checked_against_the_file(

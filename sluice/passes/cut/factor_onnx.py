@@ -19,7 +19,7 @@ from onnx import helper, numpy_helper
 from sluice.core.errors import SluiceError
 from sluice.core.plan import Factorize
 from sluice.passes.cut.factor import Split, check_form, factors, first_name, per_axis, second_name
-from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
+from sluice.passes.graph.onnx_graph import OnnxGraph, attributes, infer_checked, is_hollow
 
 __all__ = ["factorize_onnx"]
 
@@ -57,7 +57,7 @@ def factorize_onnx(model: onnx.ModelProto, edits: Sequence[Factorize], split: Sp
                 f"cannot factorize {edit.param!r}: the ONNX graph has no such dense weight; apply the plan once, to "
                 "the model that it was made for"
             )
-        weight = numpy_helper.to_array(tensors[edit.param])
+        weight = _numbers(tensors[edit.param])
         layer = _find(read, edit.param, weight.ndim)
         check_form(edit, weight.shape)
         first, second = split(weight.T if layer.flipped else weight, edit.form, edit.rank)
@@ -96,9 +96,15 @@ def factorize_onnx(model: onnx.ModelProto, edits: Sequence[Factorize], split: Sp
     _replace(graph.initializer, initializers)
     _replace(graph.value_info, [info for info in graph.value_info if info.name not in gone])
     _replace(graph.input, [info for info in graph.input if info.name not in gone])
-    result = onnx.shape_inference.infer_shapes(result, strict_mode=True, data_prop=True)
-    onnx.checker.check_model(result, full_check=True)
+    infer_checked(result)
     return result
+
+
+def _numbers(init: onnx.TensorProto) -> np.ndarray:
+    """The weight; of one that has a shape alone (`random_factors` looks at nothing else) zeros that take no memory."""
+    if not is_hollow(init):
+        return numpy_helper.to_array(init)
+    return np.broadcast_to(np.zeros((), helper.tensor_dtype_to_np_dtype(init.data_type)), tuple(init.dims))
 
 
 def _find(graph: OnnxGraph, param: str, rank: int) -> _Layer:

@@ -30,7 +30,7 @@ from sluice.passes.cut.merge_region import (
     merged_shape,
 )
 from sluice.passes.graph.chains_onnx import chains_onnx
-from sluice.passes.graph.onnx_graph import OnnxGraph
+from sluice.passes.graph.onnx_graph import OnnxGraph, infer_checked
 
 __all__ = ["MergedNodes", "merge_onnx", "random_weight", "replaced", "replacement"]
 
@@ -48,21 +48,21 @@ def merge_onnx(model: onnx.ModelProto, merges: Sequence[Merge], *, values: bool 
     for merge in merges:
         _apply(done, find_region(chains_onnx(done), merge), values)
     if merges:
-        inferred = onnx.shape_inference.infer_shapes(done, strict_mode=True, data_prop=True)
-        onnx.checker.check_model(inferred, full_check=True)
-        return inferred
+        infer_checked(done)
     return done
 
 
 def _apply(model: onnx.ModelProto, region: MergeRegion, values: bool) -> None:
     graph, there = model.graph, OnnxGraph(model)
-    arrays = {n: numpy_helper.to_array(init) for n, init in there.initializers.items() if n in region.tensors}
+    tensors = {n: init for n, init in there.initializers.items() if n in region.tensors}
+    arrays = {n: numpy_helper.to_array(init) for n, init in tensors.items()} if values else {}
     new = replacement(region, there.initializers.keys())
     nodes = list(graph.node)
     kept = replaced(nodes, there.outputs.keys(), region, new)
     weights: dict[str, np.ndarray] = {}
     for name, run in new.runs.items():
-        conv, dtype = compose_run(run, arrays) if values else _random(run), arrays[name].dtype
+        conv = compose_run(run, arrays) if values else _random(run)
+        dtype = helper.tensor_dtype_to_np_dtype(tensors[name].data_type)
         weights[name], weights[bias_name(name)] = conv.weight.astype(dtype), conv.bias.astype(dtype)
     before = {name for node in nodes for name in (*node.input, *node.output)}
     read = {name for node in kept for name in (*node.input, *node.output)}

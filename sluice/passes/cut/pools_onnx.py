@@ -11,11 +11,13 @@ layout for a mean: ONNX Runtime reorders the whole feature map.
 4. ``MaxPool(Pad(x))`` names the axes that are padded. ONNX Runtime 1.31 moves padding of all axes by 0 into the pool,
    where it counts as -inf: another result wherever a window at the border is negative. It does not move padding of
    named axes. Where x is never negative both are the same, and the padding stays as it is.
+5. A file of others keeps its padding: what it computes is what the runtime gives. `padded_pools` says so.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 import onnx
@@ -24,7 +26,7 @@ from onnx import numpy_helper
 from sluice.passes.graph.onnx_graph import OnnxGraph, attributes, reads
 from sluice.passes.graph.operators import onnx_operator
 
-__all__ = ["with_global_pools", "with_padded_axes"]
+__all__ = ["padded_pools", "with_global_pools", "with_padded_axes"]
 
 _NORM = ("Add", "Sub", "Div", "Sqrt")
 
@@ -59,17 +61,8 @@ def with_global_pools(model: onnx.ModelProto) -> onnx.ModelProto:
 def with_padded_axes(model: onnx.ModelProto) -> onnx.ModelProto:
     """``model``, changed in place, with the axes named that are padded before a largest pool (rule 4)."""
     graph, read = OnnxGraph(model), {name for node in model.graph.node for name in reads(node)}
-    for node in model.graph.node:
-        pads = graph.array(node.input[1]) if node.op_type == "Pad" and not any(node.input[3:]) else None
-        before = graph.producers.get(node.input[0]) if node.input else None
-        if pads is None or (before is not None and onnx_operator(before.op_type).is_a("nonnegative")):
-            continue
-        if not any(reader.op_type == "MaxPool" for reader in graph.readers.get(node.output[0], ())):
-            continue
-        pairs = pads.reshape(2, -1)
+    for node, pairs in _padded(graph):
         padded = np.flatnonzero(pairs.any(axis=0))
-        if not padded.size:
-            continue
         given = {"pads": pairs[:, padded].reshape(-1), "axes": padded}
         names = {what: graph.fresh(f"{node.output[0]}.{what}") for what in given}
         for what, values in given.items():
@@ -78,6 +71,31 @@ def with_padded_axes(model: onnx.ModelProto) -> onnx.ModelProto:
         node.input[:] = [node.input[0], names["pads"], value, names["axes"]]
     _without_unread(model, read & graph.initializers.keys())
     return model
+
+
+def padded_pools(model: onnx.ModelProto) -> dict[str, str]:
+    """By name of a padding what the runtime makes of it (rules 4 and 5)."""
+    graph, found = OnnxGraph(model), dict[str, str]()
+    for node, pairs in _padded(graph):
+        value = graph.scalar(node.input[2]) if len(node.input) > 2 and node.input[2] else 0.0
+        readers = graph.readers[node.output[0]]
+        if value == 0.0 and len(readers) == 1 and not pairs[:, :2].any():
+            found[node.name or node.output[0]] = (
+                f"pads by zeros in front of MaxPool {readers[0].name!r}, and ONNX Runtime 1.31 counts them as the "
+                f"least number there, so the file is measured by the outputs that the runtime gives"
+            )
+    return found
+
+
+def _padded(graph: OnnxGraph) -> Iterator[tuple[onnx.NodeProto, np.ndarray]]:
+    """Paddings of all axes that a largest pool reads, and that what comes in may be below; front and behind by axis."""
+    for node in graph.graph.node:
+        pads = graph.array(node.input[1]) if node.op_type == "Pad" and not any(node.input[3:]) else None
+        before = graph.producers.get(node.input[0]) if node.input else None
+        if pads is None or (before is not None and onnx_operator(before.op_type, before.domain).is_a("nonnegative")):
+            continue
+        if pads.any() and any(reader.op_type == "MaxPool" for reader in graph.readers.get(node.output[0], ())):
+            yield node, pads.reshape(2, -1)
 
 
 def _opposite(graph: OnnxGraph, before: onnx.NodeProto, after: onnx.NodeProto, rank: int) -> bool:

@@ -24,7 +24,7 @@ from sluice.passes.cut.merge_onnx import merge_onnx
 from sluice.passes.cut.resolve import masks_of_slices, tensor_masks
 from sluice.passes.graph.groups import Analysis
 from sluice.passes.graph.onnx_axes import analyze_onnx
-from sluice.passes.graph.onnx_graph import OnnxGraph, infer_weightless, say_sizes, sizes_of, weightless
+from sluice.passes.graph.onnx_graph import OnnxGraph, infer_checked, say_sizes, sizes_of
 
 __all__ = ["cut_graph", "restructure", "rewrite_onnx"]
 
@@ -60,11 +60,7 @@ def rewrite_onnx(model: onnx.ModelProto, plan: Plan) -> onnx.ModelProto:
 def _check(slim: onnx.ModelProto) -> None:
     """Infer shapes in place, strictly, and check what that gives (rule 3)."""
     try:
-        inferred = infer_weightless(slim)
-        for field in ("value_info", "output"):
-            del getattr(slim.graph, field)[:]
-            getattr(slim.graph, field).extend(getattr(inferred, field))
-        onnx.checker.check_model(weightless(slim), full_check=True)
+        infer_checked(slim)
     except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
         raise SluiceError(
             f"the plan leaves a graph whose sizes do not fit each other ({first_line(error)}); take the plan that was "
@@ -112,6 +108,9 @@ def cut_graph(model: onnx.ModelProto, analysis: Analysis, keeps: Sequence[np.nda
         elif isinstance(tensor, gs.Variable) and lost:
             tensor.shape = [int(lost[d].sum()) if d in lost else size for d, size in enumerate(tensor.shape)]
     slim = gs.export_onnx(graph.cleanup().toposort())
+    for tensor in tensors.values():  # nodes and tensors refer to each other, and would hold their numbers for long
+        if isinstance(tensor, gs.Constant):
+            tensor.values = np.zeros(0, np.float32)
     slim.ir_version = model.ir_version
     del slim.metadata_props[:]
     slim.metadata_props.extend(model.metadata_props)

@@ -6,9 +6,7 @@ outputs, a few at a time. A size at two batches tells how it grows with the batc
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +14,7 @@ import onnx
 from onnx import helper
 
 from sluice.core.errors import SluiceError, first_line
-from sluice.core.weight_bytes import is_large
-from sluice.passes.graph.onnx_file import save_onnx
+from sluice.core.weight_bytes import weights_apart
 from sluice.passes.graph.onnx_graph import Observed, OnnxGraph
 
 __all__ = ["drawn", "observed", "session_of"]
@@ -44,12 +41,11 @@ def session_of(model: onnx.ModelProto, outputs: Sequence[str] = ()) -> Any:
     own = len(model.graph.output)
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
     try:
-        if not is_large(model):
-            return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        with tempfile.TemporaryDirectory() as folder:
-            place = Path(folder) / "model.onnx"
-            save_onnx(model, place, beside=True)
-            return ort.InferenceSession(str(place), options, providers=["CPUExecutionProvider"])
+        apart = weights_apart(model)
+        apart.tell(options)
+        session = ort.InferenceSession(apart.light.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session.weights = apart.weights  # it reads them where they lie
+        return session
     except Exception as error:  # of the runtime's own kinds
         raise SluiceError(f"ONNX Runtime does not load it ({first_line(error)}); give a file that it runs") from None
     finally:

@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 
 from sluice.core.errors import SluiceError
 from sluice.passes.files.plain import graphs_in
-from sluice.passes.graph.onnx_graph import OnnxGraph, attributes, hollow
+from sluice.passes.graph.onnx_graph import OnnxGraph, attributes, hollow, infer_weightless
 
 __all__ = ["OLDEST", "PLAIN", "as_opset", "at_plain_opset", "opset_of"]
 
@@ -177,7 +177,7 @@ def as_opset(model: onnx.ModelProto, old: int) -> onnx.ModelProto:
     done.graph.initializer.extend(kept)
     _say(done, old)
     try:
-        onnx.shape_inference.infer_shapes(done, strict_mode=True)
+        infer_weightless(done)
     except Exception:  # of several kinds, where an operator is not of that set
         return model
     return done

@@ -21,6 +21,7 @@ import onnx
 
 from sluice.core.errors import SluiceError, first_line
 from sluice.passes.files.branches import fold_branches
+from sluice.passes.files.group_norms import write_out_group_norms
 from sluice.passes.files.observe import observed
 from sluice.passes.files.opset import PLAIN, as_opset, at_plain_opset, opset_of
 from sluice.passes.files.plain import graphs_in, plain, with_fixed, without_unread
@@ -82,6 +83,7 @@ def read_onnx_file(
     model = plain(model, keep=isinstance(source, onnx.ModelProto))
     with_fixed(model, fixed or {})
     at_plain_opset(model)
+    write_out_group_norms(model)
     declared = _forgotten(model)
     feeds, sizes = run_once(model, name, inputs or {})
     fold_branches(model, sizes)

@@ -60,7 +60,7 @@ def _composed(graph: OnnxGraph, numbers: Container[str]) -> dict[str, Composed[s
 
     def operands(value: str) -> list[str] | None:
         node = made.get(value)
-        if node is None or onnx_operator(node.op_type).kind not in ELEMENTWISE:
+        if node is None or onnx_operator(node.op_type, node.domain).kind not in ELEMENTWISE:
             return None
         read = [name for name in node.input if name and name not in numbers]
         return read if read and graph.initializers.keys().isdisjoint(read) else None
@@ -68,7 +68,9 @@ def _composed(graph: OnnxGraph, numbers: Container[str]) -> dict[str, Composed[s
     found = {}
     for value in made:
         piece = composed(value, operands, readers)
-        if piece and any(onnx_operator(made[member].op_type).is_a("activation") for member in piece.members):
+        if piece and any(
+            onnx_operator(made[member].op_type, made[member].domain).is_a("activation") for member in piece.members
+        ):
             found[value] = piece
     return found
 
@@ -81,7 +83,7 @@ def _read(node: onnx.NodeProto, graph: OnnxGraph) -> ChainOp:
     if inputs != tuple(node.input)[:1] or len(outputs) > 1:
         plain = node.op_type == "Add" and len(inputs) == 2
         return replace(other, kind="add") if plain else other
-    if onnx_operator(node.op_type).is_a("activation"):
+    if onnx_operator(node.op_type, node.domain).is_a("activation"):
         return replace(other, kind="act")
     if not all(name in graph.initializers for name in node.input[1:] if name):
         return other

@@ -20,7 +20,7 @@ from sluice.passes.graph.exclusion import leave_out
 from sluice.passes.graph.groups import Analysis, find_groups
 from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
 from sluice.passes.graph.onnx_walk import Attributes, Node, OnnxRule, OnnxWalk, entry, open_size, unknown
-from sluice.passes.graph.operators import ONNX
+from sluice.passes.graph.operators import ONNX, onnx_operator
 from sluice.passes.graph.static_shapes import stand_in_batch, static_sizes
 
 __all__ = ["RULES", "analyze_onnx"]
@@ -122,6 +122,26 @@ def _along(w: OnnxWalk, n: Node, a: Attributes) -> Value:
     return w.coupling.along(w.of(n.input[0]), a.get("axis", -1) % len(w.shape[n.input[0]]), n.name)
 
 
+def _arg(w: OnnxWalk, n: Node, a: Attributes) -> Value:
+    return w.coupling.reduce(w.of(n.input[0]), [a.get("axis", 0)], bool(a.get("keepdims", 1)), n.name)
+
+
+def _top(w: OnnxWalk, n: Node, a: Attributes) -> Value:
+    found = w.coupling.beside(w.of(n.input[0]), [a.get("axis", -1) % len(w.shape[n.input[0]])], n.name)
+    w.value.update((name, found) for name in n.output if name)
+    return found
+
+
+def _trilu(w: OnnxWalk, n: Node, a: Attributes) -> Value:
+    rank = len(w.shape[n.input[0]])
+    return w.coupling.beside(w.of(n.input[0]), (rank - 2, rank - 1), n.name)
+
+
+def _grid_sample(w: OnnxWalk, n: Node, a: Attributes) -> Value:
+    w.coupling.unknown([w.of(n.input[1])], f"{n.name} reads it as positions")
+    return w.coupling.beside(w.of(n.input[0]), range(2, len(w.shape[n.input[0]])), n.name)
+
+
 def _fixed(w: OnnxWalk, n: Node, a: Attributes) -> Value:
     return fixed(w.shape.get(n.output[0], ()))
 
@@ -139,6 +159,7 @@ KINDS: dict[str, OnnxRule] = {
     "lstm": recurrent.recurrent,
     "batch_norm": _per_channel,
     "instance_norm": _per_channel,
+    "lp_norm": _unary,
     "layer_norm": _layer_norm,
     "rms_norm": _layer_norm,
     "spatial": _spatial,
@@ -146,6 +167,10 @@ KINDS: dict[str, OnnxRule] = {
     "reduce": _reduce,
     "statistic": _statistic,
     "along": _along,
+    "arg": _arg,
+    "top": _top,
+    "trilu": _trilu,
+    "grid_sample": _grid_sample,
     "fixed": _fixed,
     "full": layout.full,
     "reshape": layout.reshape,
@@ -158,6 +183,7 @@ KINDS: dict[str, OnnxRule] = {
     "select": layout.gather,
     "index": layout.gather_nd,
     "pixel_shuffle": layout.depth_to_space,
+    "pixel_unshuffle": layout.space_to_depth,
 }
 RULES: dict[str, OnnxRule] = {name: KINDS[row.kind] for name, row in ONNX.items() if row.kind in KINDS}
 
@@ -174,7 +200,7 @@ def analyze_onnx(model: onnx.ModelProto, exclude: Sequence[str] = (), *, dims: b
     static = static_sizes(model, batch or 1)
     w = OnnxWalk(static, OnnxGraph(static), batch)
     for node in static.graph.node:
-        rule = RULES.get(node.op_type, unknown)
+        rule = KINDS.get(onnx_operator(node.op_type, node.domain).kind, unknown)
         if rule is not _fixed and any(name not in w.shape for name in (*node.input, *node.output) if name):
             rule = open_size if rule is not unknown else unknown
         if node.input and all(name in w.weights for name in node.input if name):

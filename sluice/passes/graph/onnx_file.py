@@ -21,8 +21,8 @@ import onnx.inliner
 from onnx import numpy_helper
 
 from sluice.core.errors import SluiceError, first_line
-from sluice.core.files import write_atomically
-from sluice.core.weight_bytes import is_large
+from sluice.core.files import BESIDE, DATA_HEAD, write_atomically
+from sluice.core.weight_bytes import bytes_of_tensor, is_large
 from sluice.passes.graph.onnx_graph import INTEGERS, LITERAL, OnnxGraph, hollow, weightless
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
 ]  # fmt: skip
 
 TRANSPOSED = ":transposed"
+ALIGNED = 4096  # where tensors begin in it, so that runtimes can map them
 BUFFERS = "sluice.buffers"
 ALLOWZERO = 14  # the first operator set whose Reshape has it
 
@@ -106,7 +107,7 @@ def finalize(model: onnx.ModelProto) -> onnx.ModelProto:
             kept = [a for a in node.attribute if node.op_type != "Reshape" or a.name != "allowzero"]
             del node.attribute[:]
             node.attribute.extend(kept)
-    onnx.checker.check_model(weightless(done) if is_large(done) else done, full_check=True)
+    onnx.checker.check_model(weightless(done), full_check=True)
     return done
 
 
@@ -132,40 +133,45 @@ def named_transposes(model: onnx.ModelProto) -> onnx.ModelProto:
     return done
 
 
-def save_onnx(model: onnx.ModelProto, path: str | os.PathLike[str], *, beside: bool = False) -> int:
-    """Write one self-contained file, whole or not at all; how many bytes that were.
+def save_onnx(model: onnx.ModelProto, path: str | os.PathLike[str]) -> int:
+    """Write the file, whole or not at all; how many bytes that were.
 
-    Args:
-        beside: weights beyond the 2 GiB of one protobuf may come into a file beside it, ``NAME.onnx.data``, which is
-            written first.
+    Weights beyond the 2 GiB of one protobuf come into a file beside it, ``NAME.onnx.data``, which is written first.
     """
     if not is_large(model):
         content = model.SerializeToString()
         write_atomically(path, content)
         return len(content)
     place = Path(path)
-    if not beside:
-        raise SluiceError(f"{str(place)!r} would exceed the 2 GiB of one ONNX file; cut more of the network")
-    data = place.with_name(f"{place.name}.data")
-    light, weights = _apart(model, data.name)
+    data = place.with_name(f"{place.name}{BESIDE}")
+    light, far, size = _apart(model, data.name)
     content = light.SerializeToString()
-    write_atomically(data, weights)
+    write_atomically(data, _parts(far))
     write_atomically(place, content)
-    return len(weights) + len(content)
+    return size + len(content)
 
 
-def _apart(model: onnx.ModelProto, location: str) -> tuple[onnx.ModelProto, bytes]:
-    """The model whose large tensors say that their numbers lie in the file ``location``, and what lies there."""
-    light, parts, offset = hollow(model), list[bytes](), 0
+def _apart(model: onnx.ModelProto, location: str) -> tuple[onnx.ModelProto, list[onnx.TensorProto], int]:
+    """The model whose large tensors say that their numbers lie in the file ``location``; these; its size."""
+    light, far, offset = hollow(model), list[onnx.TensorProto](), len(DATA_HEAD) + -len(DATA_HEAD) % ALIGNED
     for init, full in zip(light.graph.initializer, model.graph.initializer, strict=True):
         if math.prod(init.dims) <= LITERAL or init.data_type in INTEGERS:
             continue
-        parts.append(numpy_helper.to_array(full).tobytes())
+        far.append(full)
         init.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", location), ("offset", offset), ("length", len(parts[-1]))):
+        length = bytes_of_tensor(full)
+        for key, value in (("location", location), ("offset", offset), ("length", length)):
             init.external_data.add(key=key, value=str(value))
-        offset += len(parts[-1])
-    return light, b"".join(parts)
+        offset += length + -length % ALIGNED
+    return light, far, offset
+
+
+def _parts(far: Iterable[onnx.TensorProto]) -> Iterator[bytes]:
+    """What lies in the file, one tensor in memory at a time."""
+    yield DATA_HEAD + bytes(-len(DATA_HEAD) % ALIGNED)
+    for full in far:
+        yield numpy_helper.to_array(full).tobytes()
+        yield bytes(-bytes_of_tensor(full) % ALIGNED)
 
 
 def note_buffers(model: onnx.ModelProto, names: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -26,7 +26,9 @@ __all__ = [
     "OnnxGraph",
     "attributes",
     "hollow",
+    "infer_checked",
     "infer_weightless",
+    "is_hollow",
     "is_whole_shape",
     "reads",
     "rename_reads",
@@ -51,8 +53,12 @@ def say_sizes(model: onnx.ModelProto, sizes: Mapping[str, int], shapes: Mapping[
         model.metadata_props.add(key=SIZES, value=json.dumps({"sizes": dict(sizes), "shapes": dict(shapes or {})}))
 
 
-def hollow(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy for questions of sizes: large tensors of floats have a type and a shape, and no numbers."""
+def hollow(model: onnx.ModelProto, which: Collection[str] | None = None) -> onnx.ModelProto:
+    """A copy for questions of sizes: large tensors of floats have a type and a shape, and no numbers.
+
+    Args:
+        which: those that lose them; all of them by default.
+    """
     done, graph = onnx.ModelProto(), model.graph
     for field, value in model.ListFields():
         if field.name == "graph":
@@ -65,11 +71,17 @@ def hollow(model: onnx.ModelProto) -> onnx.ModelProto:
     for name in ("node", "input", "output", "value_info"):
         getattr(done.graph, name).extend(getattr(graph, name))
     for init in graph.initializer:
-        if math.prod(init.dims) <= LITERAL or init.data_type in INTEGERS:
+        told = math.prod(init.dims) <= LITERAL or init.data_type in INTEGERS
+        if told or (which is not None and init.name not in which):
             done.graph.initializer.append(init)
         else:
             done.graph.initializer.add(name=init.name, data_type=init.data_type, dims=init.dims)
     return done
+
+
+def is_hollow(tensor: onnx.TensorProto) -> bool:
+    """Whether only name, type and shape are set."""
+    return not tensor.HasField("raw_data") and {f.name for f, _ in tensor.ListFields()} == {"name", "data_type", "dims"}
 
 
 def sizes_of(model: onnx.ModelProto) -> tuple[dict[str, int], dict[str, Observed]]:
@@ -137,6 +149,22 @@ def _infer(model: onnx.ModelProto) -> None:
 def infer_weightless(model: onnx.ModelProto) -> onnx.GraphProto:
     """The graph without its weights and with all shapes inferred."""
     return onnx.shape_inference.infer_shapes(weightless(model), strict_mode=True, data_prop=True).graph
+
+
+def infer_checked(model: onnx.ModelProto) -> None:
+    """Infer all shapes in place, strictly, and check what that gives; shapes that nothing infers stay as they were.
+
+    Raises:
+        onnx.shape_inference.InferenceError, onnx.checker.ValidationError: the graph is not well typed.
+    """
+    inferred = infer_weightless(model)
+    found = {info.name for info in (*inferred.value_info, *inferred.output)}
+    made = {name for node in model.graph.node for name in node.output} - found
+    kept = [info for info in model.graph.value_info if info.name in made]
+    for field, items in (("value_info", [*inferred.value_info, *kept]), ("output", inferred.output)):
+        del getattr(model.graph, field)[:]
+        getattr(model.graph, field).extend(items)
+    onnx.checker.check_model(weightless(model), full_check=True)
 
 
 def weightless(model: onnx.ModelProto) -> onnx.ModelProto:

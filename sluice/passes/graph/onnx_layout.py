@@ -15,6 +15,7 @@ __all__ = [
     "pad",
     "reshape",
     "slice_",
+    "space_to_depth",
     "split",
     "tile",
     "transpose",
@@ -124,3 +125,9 @@ def depth_to_space(w: OnnxWalk, n: Node, a: Attributes) -> Value:
     else:
         inner, order = (b, r, r, c // r**2, h, v), [0, 3, 4, 1, 5, 2]
     return w.coupling.shuffle(x, (b, c, h, v), inner, order, w.shape[n.output[0]], n.name)
+
+
+def space_to_depth(w: OnnxWalk, n: Node, a: Attributes) -> Value:
+    (b, c, h, v), r = w.shape[n.input[0]], a["blocksize"]
+    inner, order = (b, c, h // r, r, v // r, r), [0, 3, 5, 1, 2, 4]
+    return w.coupling.shuffle(w.of(n.input[0]), (b, c, h, v), inner, order, w.shape[n.output[0]], n.name)

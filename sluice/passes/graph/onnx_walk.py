@@ -61,7 +61,8 @@ def entry(n: Node, index: int) -> str:
 
 def unknown(w: OnnxWalk, n: Node, a: Attributes, why: str = "") -> Value:
     """Everything that the operator reads stays whole."""
-    w.coupling.unknown([w.of(i) for i in reads(n) if i], why or f"unknown operator {n.op_type} ({n.name})")
+    called = f"{n.domain}.{n.op_type}" if n.domain else n.op_type
+    w.coupling.unknown([w.of(i) for i in reads(n) if i], why or f"unknown operator {called} ({n.name})")
     for name in n.input:
         init = w.graph.initializers.get(name)
         whole = init is not None and init.data_type in (onnx.TensorProto.BOOL, *INTEGERS)

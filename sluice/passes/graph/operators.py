@@ -113,6 +113,8 @@ ROWS = (
     Operator("log1p expm1 log2 log10 exp2 erfc logit", "", "unary"),
     Operator("trunc frac sgn", "", "unary", "zero"),
     Operator("sin", "Sin", "unary", "zero", "arithmetic"),
+    Operator("", "Tan Asin Atan Sinh Asinh Atanh", "unary", "zero"),
+    Operator("", "Acos Acosh Cosh IsInf", "unary"),
     Operator("cos", "Cos", "unary", "", "arithmetic"),
     Operator("sign", "Sign", "unary", "zero", "arithmetic"),
     Operator("floor", "Floor", "unary", "zero", "arithmetic"),
@@ -132,6 +134,8 @@ ROWS = (
     # Functions of several operands, entry by entry, with broadcasting.
     Operator("add", "Add", "combine", "sum", "integer arithmetic limit"),
     Operator("", "Sum", "combine", "sum", "arithmetic"),
+    Operator("", "Mean", "combine", "sum"),
+    Operator("", "And Or Xor", "combine"),
     Operator("sub rsub subtract", "Sub", "combine", "sum", "arithmetic limit"),
     Operator("mul multiply", "Mul", "combine", "mul", "integer arithmetic"),
     Operator("div true_divide divide", "Div", "combine", "zero", "arithmetic"),
@@ -177,7 +181,8 @@ ROWS = (
     Operator("adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d", "GlobalMaxPool", "spatial", "zero"),
     Operator("avg_pool1d avg_pool2d avg_pool3d", "AveragePool", "spatial", "zero", "average integer"),
     Operator("adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d", "GlobalAveragePool", "spatial", "zero", "average integer"),  # noqa: E501
-    Operator("", "LpPool", "spatial", "zero"),
+    Operator("", "LpPool GlobalLpPool", "spatial", "zero"),
+    Operator("", "GridSample", "grid_sample", "zero"),
     Operator("upsample_nearest1d upsample_nearest2d upsample_nearest3d", "Resize", "spatial", "zero", "moves"),
     Operator("_upsample_nearest_exact1d _upsample_nearest_exact2d", "", "spatial", "zero"),
     Operator("upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d", "", "spatial", "zero"),
@@ -195,6 +200,11 @@ ROWS = (
     Operator("prod", "ReduceProd", "reduce", "", "arithmetic"),
     Operator("norm linalg_vector_norm", "ReduceL1 ReduceL2", "statistic", "zero"),
     Operator("", "ReduceSumSquare", "statistic", "zero"),
+    Operator("", "ReduceLogSum", "reduce"),
+    Operator("", "ArgMax ArgMin", "arg"),
+    Operator("", "TopK", "top"),
+    Operator("", "LpNormalization", "lp_norm"),
+    Operator("", "Trilu", "trilu", "zero"),
     Operator("softmax _softmax", "Softmax", "along", "", "nonnegative"),
     Operator("log_softmax", "LogSoftmax", "along"),
     Operator("cumsum", "CumSum", "along", "", "arithmetic"),
@@ -226,6 +236,8 @@ ROWS = (
 )  # fmt: skip
 
 UNKNOWN = Operator("", "", "")
+STANDARD = ("", "ai.onnx")  # domains
+ALIKE = (("com.microsoft", "Gelu"),)  # computes what the standard one does
 ATEN: dict[str, Operator] = {name: row for row in ROWS for name in row.aten.split()}
 ONNX: dict[str, Operator] = {name: row for row in ROWS for name in row.onnx.split()}
 
@@ -235,9 +247,9 @@ def aten_operator(name: str) -> Operator:
     return ATEN.get(name, UNKNOWN)
 
 
-def onnx_operator(name: str) -> Operator:
-    """The row of an ONNX operator type, `UNKNOWN` if it has none."""
-    return ONNX.get(name, UNKNOWN)
+def onnx_operator(name: str, domain: str = "") -> Operator:
+    """The row of an ONNX operator type, `UNKNOWN` if it has none; one of another domain is another operator."""
+    return ONNX.get(name, UNKNOWN) if domain in STANDARD or (domain, name) in ALIKE else UNKNOWN
 
 
 def onnx_with(trait: str) -> frozenset[str]:

@@ -13,7 +13,7 @@ from collections.abc import Container, Sequence
 import onnx
 from onnx import numpy_helper
 
-from sluice.passes.graph.onnx_graph import OnnxGraph, attributes, reads
+from sluice.passes.graph.onnx_graph import OnnxGraph, attributes, is_hollow, reads
 from sluice.passes.graph.operators import Operator, onnx_operator
 from sluice.passes.graph.static_shapes import stand_in_batch, static_sizes
 from sluice.passes.graph.view import GraphView, Node
@@ -53,13 +53,13 @@ class _Reader:
         }
         self.alias = {name: name for name in self.tensors}
         constants = [init for name, init in initializers.items() if name not in self.tensors]
-        self.zeros = {i.name for i in constants if i.data_type in _FLOATS and not numpy_helper.to_array(i).any()}
+        self.zeros = {i.name for i in constants if i.data_type in _FLOATS and _is_zero(i)}
         self.derived = set(initializers)
         self.scalars = {n: numpy_helper.to_array(i) for n, i in initializers.items() if math.prod(i.dims) == 1}
 
     def node(self, n: onnx.NodeProto) -> Node:
         op, read = n.op_type, [name for name in reads(n) if name]
-        row = onnx_operator(op)
+        row = onnx_operator(op, n.domain)
         array = self.graph.array(n.output[0]) if op == "Constant" else None
         if array is not None and array.size == 1 and array.dtype.kind in "fiu":
             self.scalars[n.output[0]] = array
@@ -132,6 +132,10 @@ class _Reader:
                 return None
             found.append(number)
         return found[0], found[1]
+
+
+def _is_zero(init: onnx.TensorProto) -> bool:
+    return not is_hollow(init) and not numpy_helper.to_array(init).any()
 
 
 def _is_named(init: onnx.TensorProto) -> bool:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from sluice.passes.graph.onnx_graph import infer_weightless
+
 __all__ = ["emulated"]
 
 _HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -17,7 +19,7 @@ _HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
     """The network with every 16-bit value as a float32 of the same number; one without 16-bit values as it is."""
-    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
+    inferred = infer_weightless(model)
     values = [*inferred.input, *inferred.value_info, *inferred.output]
     halves = {i.name: i.type.tensor_type.elem_type for i in values if i.type.tensor_type.elem_type in _HALVES}
     if not halves and not any(init.data_type in _HALVES for init in model.graph.initializer):

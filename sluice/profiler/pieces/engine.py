@@ -17,6 +17,7 @@ from sluice.passes.cut.merge_ties import tie_removed
 from sluice.passes.cut.resolve import tensor_masks
 from sluice.passes.cut.rewrite_onnx import cut_graph, restructure
 from sluice.profiler.pieces.partition import Partition
+from sluice.profiler.pieces.weightless import with_weights
 from sluice.solver.options import EditSpace, chosen_edits
 
 __all__ = ["build_engine", "model_key", "with_ranks_in_reach"]
@@ -28,7 +29,7 @@ def build_engine(
     """The engine of ``configuration``, a value per site of the latency model."""
     edits = chosen_edits(options or EditSpace(), configuration)
     keeps = tie_removed(partition.analysis, edits.merges, partition.masks(configuration))
-    return restructure(cut_graph(partition.model, partition.analysis, keeps), edits, values=False)
+    return restructure(cut_graph(with_weights(partition.model), partition.analysis, keeps), edits, values=False)
 
 
 def with_ranks_in_reach(

@@ -1,9 +1,9 @@
 """The bench: points are measured, many at once, and kept in the table.
 
 1. A point that the table holds is not measured again. Pieces, joints and the sources that they need take their turns in
-   one call (`sluice.profiler.timing.measure`), `AT_ONCE` engines in each. The fuller a call, the less it waits for a
-   quiet machine per point. Points come in mixed order, so that the error that all points of one call share does not
-   fall on one piece.
+   one call (`sluice.profiler.timing.measure`), `AT_ONCE` engines in each, fewer where their weights are large. The
+   fuller a call, the less it waits for a quiet machine per point. Points come in mixed order, so that the error that
+   all points of one call share does not fall on one piece.
 2. Every call is committed as a whole. A kill costs the call in flight.
 3. A tenant that fills the caches that cores share slows large activations, and not the reference engine: points of
    DenseNet were up to 20% off in one call and not in the next. So a point that seems to take longer than a larger one
@@ -28,6 +28,7 @@ import onnx
 
 from sluice.core.errors import EngineFault, LostLine
 from sluice.core.progress import Advance, told_to
+from sluice.core.weight_bytes import bytes_of_weights
 from sluice.passes.precision.to_precision import to_precision
 from sluice.profiler.pieces.joints import Joint, call_models, joint_models, joint_widths
 from sluice.profiler.pieces.net_time import CALL_KEY, known_call
@@ -46,6 +47,7 @@ __all__ = ["SOURCE_KEY", "Bench", "JointPoint", "PiecePoint", "Unknown"]
 log = logging.getLogger(__name__)
 
 AT_ONCE = 32  # engines in one call
+WEIGHTS_AT_ONCE = 2**28  # bytes of weights in them, beyond which no point is added
 DOUBT = 0.03
 BURSTS, MAX_BURSTS = 24, 160
 SOURCE_KEY = "source-v4"
@@ -146,9 +148,10 @@ class Bench:
         """Time these points; where the table has a figure already, the lower one is kept."""
         done, call_ms = 0, self.call() if points else 0.0
         while done < len(points) and self.open:
-            count, sessions = 0, 0
-            while sessions < AT_ONCE and done + count < len(points):
+            count, sessions, size = 0, 0, 0.0
+            while sessions < AT_ONCE and size < WEIGHTS_AT_ONCE and done + count < len(points):
                 sessions += _engines_of(points[done + count][1])
+                size += _weights_of(*points[done + count])
                 count += 1
             rows = self._timed(points[done : done + count], call_ms)
             done += count
@@ -270,6 +273,14 @@ class Bench:
 def _engines_of(part: Piece | Joint) -> int:
     """How many engines a point of the part takes, sources aside."""
     return 1 if isinstance(part, Piece) else 2 + len(part.consumers)
+
+
+def _weights_of(cut: Partition, part: Piece | Joint, extents: tuple[int, ...]) -> float:
+    """Bytes of weights of a point: in proportion to its sizes. What a joint joins is small."""
+    if isinstance(part, Joint):
+        return 0.0
+    share = math.prod(at / extent.at(cut.dense) for at, extent in zip(extents, part.extents, strict=True))
+    return share * bytes_of_weights(part.model)
 
 
 def _mixed(points: Sequence[PiecePoint | JointPoint]) -> list[PiecePoint | JointPoint]:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sluice.core.errors import SluiceError, first_line
-from sluice.core.weight_bytes import bytes_of_tensor
 
 if TYPE_CHECKING:
     import onnx
@@ -29,12 +28,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Shapes", "made_up", "messages", "parsed", "place", "serialized", "sized", "static_shapes",
-    "weights_apart",
 ]  # fmt: skip
 
 Dims = tuple[int | str | None, ...]
 ALIGNMENT = 64  # bytes
-APART = 2**16  # bytes of a tensor that may lie outside of its model
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,26 +71,6 @@ def messages(model: Any) -> Iterator[Any]:
         for told, value in message.ListFields():
             if told.message_type is not None:
                 stack += [value] if hasattr(value, "ListFields") else list(value)
-
-
-def weights_apart(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
-    """The model whose large tensors lie outside of it, and these by name."""
-    from onnx import TensorProto, numpy_helper
-
-    light = type(model)(ir_version=model.ir_version, opset_import=model.opset_import)
-    light.graph.name = model.graph.name
-    for name in ("node", "input", "output", "value_info"):
-        getattr(light.graph, name).extend(getattr(model.graph, name))
-    weights = {}
-    for init in model.graph.initializer:
-        if bytes_of_tensor(init) < APART:
-            light.graph.initializer.append(init)
-            continue
-        weights[init.name] = numpy_helper.to_array(init)
-        place = light.graph.initializer.add(name=init.name, data_type=init.data_type, dims=init.dims)
-        place.data_location = TensorProto.EXTERNAL
-        place.external_data.add(key="location", value="in memory")
-    return light, weights
 
 
 def serialized(model: onnx.ModelProto | bytes) -> bytes:

@@ -12,8 +12,8 @@
 4. A part of a network is timed as it is laid out inside the network (`sluice.runtime.ort.blocked_part`).
 5. Inputs are made up (`sluice.runtime.base.inputs`), subnormal numbers are flushed while timing
    (`sluice.runtime.base.denormals`).
-6. An engine that is not timed gives the memory of its values back after every run. ONNX Runtime's arena keeps it, takes
-   twice as much whenever it grows, and every session has its own.
+6. An engine that is not timed is lean (`sluice.runtime.ort.session`, 3): it gives the memory of its values back after
+   every run. ONNX Runtime's arena keeps it, takes twice as much whenever it grows, and every session has its own.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sluice.core.errors import SluiceError
+from sluice.core.weight_bytes import Apart
 from sluice.runtime.base.denormals import floating_point_mode
 from sluice.runtime.base.host import cpu_clock, host_device
 from sluice.runtime.base.inputs import Dims, Shapes, place, static_shapes
@@ -101,9 +102,17 @@ class OrtRunner:
         shapes = static_shapes(model, batch, feeds_shapes or {}) if given else Shapes()
         session = load_session(
             model, shapes, "CPUExecutionProvider", threads=self.threads, entries=self._entries,
-            optimize=not self.as_written, arena=self.timed,
+            optimize=not self.as_written, lean=not self.timed,
         )  # fmt: skip
         return OrtSession(session, self.clock, shapes.inputs, place(model), self.threads)
+
+    def of_apart(self, model: Apart) -> OrtSession:
+        """A session for a model whose weights lie beside it."""
+        session = load_session(
+            model, Shapes(), "CPUExecutionProvider", threads=self.threads, entries=self._entries,
+            optimize=not self.as_written, lean=not self.timed,
+        )  # fmt: skip
+        return OrtSession(session, self.clock, {}, place(model.light), self.threads)
 
     def build_part(self, model: onnx.ModelProto) -> OrtSession:
         """A session for a part of a network with static shapes, laid out as inside the network

@@ -18,7 +18,9 @@ from sluice.passes.cut.factor_torch import factorize_torch
 from sluice.passes.cut.pools_onnx import with_global_pools
 from sluice.passes.graph.capture import capture, mark_as_cut
 from sluice.passes.graph.onnx_file import finalize
-from sluice.runtime.base.compare import assert_close
+from sluice.passes.search_space import find_search_space, read_onnx
+from sluice.runtime.base.compare import assert_close, relative_error
+from sluice.runtime.ort.cpu import OrtRunner
 
 HEAD = '<ir_version: 8, opset_import: ["" : 18]> g '
 
@@ -156,3 +158,28 @@ def test_padding_before_a_largest_pool_counts_as_it_says(before: nn.Module, valu
     (pad,) = [node for node in exported.graph.node if node.op_type == "Pad"]
     assert any(pad.input[3:]) == named
     onnx.checker.check_model(exported, full_check=True)
+
+
+@pytest.mark.parametrize(("before", "value", "told"), [("Neg", 0.0, True), ("Relu", 0.0, False), ("Neg", -0.5, False)])
+def test_what_the_runtime_makes_of_padding_is_told(before: str, value: float, told: bool) -> None:
+    """Of a file of others, whose padding names no axes: where the runtime computes something else than is written."""
+    model = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 17]>
+        g (float[N, 3, 7, 9] x) => (float[N, 5, a, b] y) {
+            c = Conv(x, w)  s = Neg(c)
+            p = Pad(s, pads, value)
+            m = MaxPool<kernel_shape = [2, 2]>(p)
+            y = Conv(m, v)
+        }""")
+    model.graph.node[1].op_type, model.graph.node[3].name = before, "largest"
+    rng = np.random.default_rng(0)
+    tensors = {
+        "w": rng.standard_normal((4, 3, 3, 3), np.float32), "v": rng.standard_normal((5, 4, 1, 1), np.float32),
+        "pads": np.array([0, 0, 1, 0, 0, 0, 0, 1]), "value": np.array(value, np.float32),
+    }  # fmt: skip
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in tensors.items())
+    notes = {name: why for name, why in find_search_space(read_onnx(model)).left_alone.items() if "1.31" in why}
+    assert [("MaxPool 'largest'" in why) for why in notes.values()] == ([True] if told else [])
+    x = rng.standard_normal((2, 3, 7, 9)).astype(np.float32)
+    written = onnx.reference.ReferenceEvaluator(model).run(None, {"x": x})[0]
+    found = OrtRunner().build(model).run({"x": x})["y"]
+    assert (relative_error(found, written) > 1e-3) == told

@@ -52,7 +52,7 @@ def test_weights_lie_beside_a_large_file_and_a_large_model(tmp_path: Path) -> No
     model, feeds = layers(SIZES), {"x": np.random.default_rng(1).standard_normal((2, 7)).astype(np.float32)}
     want = onnx.load_from_string(model.SerializeToString())
     expected = list(onnx.reference.ReferenceEvaluator(want).run(None, feeds))
-    size = save_onnx(model, tmp_path / "large.onnx", beside=True)
+    size = save_onnx(model, tmp_path / "large.onnx")
     assert {path.name for path in tmp_path.iterdir()} == {"large.onnx", "large.onnx.data"}
     assert size == sum(path.stat().st_size for path in tmp_path.iterdir())
     onnx.checker.check_model(str(tmp_path / "large.onnx"), full_check=True)
@@ -60,8 +60,10 @@ def test_weights_lie_beside_a_large_file_and_a_large_model(tmp_path: Path) -> No
     session = OrtRunner().build(model)
     del model
     assert_close(list(session.run(feeds).values()), expected)
-    with pytest.raises(SluiceError, match="would exceed the 2 GiB of one ONNX file"):
-        save_onnx(want, tmp_path / "alone.onnx")
+    (tmp_path / "other.onnx.data").write_bytes(bytes(range(256)))
+    with pytest.raises(SluiceError, match="is a file of another kind, not weights of an ONNX file"):
+        save_onnx(want, tmp_path / "other.onnx")
+    assert not (tmp_path / "other.onnx").exists()
 
 
 @pytest.mark.usefixtures("low_limit")
@@ -78,7 +80,7 @@ def test_a_file_beyond_two_gibibytes_is_read_cut_and_written(tmp_path: Path) -> 
 def way_through(model: onnx.ModelProto, folder: Path) -> None:
     """Half of every group is kept, and numpy computes the same with the same halves."""
     assert weight_bytes.is_large(model)
-    save_onnx(model, folder / "given.onnx", beside=True)
+    save_onnx(model, folder / "given.onnx")
     del model
     file = read_onnx_file(folder / "given.onnx")
     assert file.batch_is_open
@@ -86,7 +88,7 @@ def way_through(model: onnx.ModelProto, folder: Path) -> None:
     assert len(analysis.groups) == 3
     kept = {group.name: range(0, group.size, 2) for group in analysis.groups}
     slim = rewrite_onnx(file.model, make_plan(analysis, kept))
-    save_onnx(written_back(file, finalize(slim)), folder / "slim.onnx", beside=True)
+    save_onnx(written_back(file, finalize(slim)), folder / "slim.onnx")
     feeds = {"x": np.random.default_rng(1).standard_normal((2, file.inputs["x"].shape[1])).astype(np.float32)}
     w = {init.name: numpy_helper.to_array(init) for init in file.model.graph.initializer}
     half = np.tanh(np.maximum(feeds["x"] @ w["v"][:, ::2], 0) @ w["w"][::2, ::2]) @ w["t"][::2, ::2]

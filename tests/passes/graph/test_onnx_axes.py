@@ -76,6 +76,11 @@ UNARY = [
     "Erf",
     "Sin",
     "Cos",
+    "Tan",
+    "Atan",
+    "Sinh",
+    "Asinh",
+    "Cosh",
     "Sign",
     "Floor",
     "Ceil",
@@ -100,6 +105,12 @@ REDUCE = [
 CASES = [
     *(case(op, f"z = {op}(y)") for op in UNARY),
     *(case(op, f"a = Abs(y)  z = {op}(a)") for op in ("Log", "Sqrt", "Reciprocal")),
+    *(case(op, f"a = Tanh(y)  z = {op}(a)") for op in ("Asin", "Acos", "Atanh")),
+    case("Acosh", "a = Cosh(y)  z = Acosh(a)"),
+    case("IsInf", "a = Reciprocal(y)  b = IsInf(a)  z = Where(b, c, y)", c=np.float32(0.3)),
+    *(case(op, f"a = Greater(y, c)  b = Less(y, c)  e = {op}(a, b)  z = Where(e, y, d)", c=np.float32(0.3),
+           d=weight(6, 1, 1)) for op in ("And", "Or", "Xor")),
+    case("Mean", "z = Mean(y, c)", c=weight(6, 1, 1)),
     case("Swish", "z = Swish(y)", opset=24),
     case("Clip", "z = Clip(y, low, high)", low=np.float32(0.1), high=np.float32(0.9)),
     case("Cast", "a = Cast<to=11>(y)  z = CastLike(a, y)"),
@@ -127,6 +138,9 @@ CASES = [
     case("AveragePool", "z = AveragePool<kernel_shape=[2, 2]>(y)"),
     case("MaxPool", "z = MaxPool<kernel_shape=[2, 2]>(y)"),
     case("LpPool", "z = LpPool<kernel_shape=[2, 2]>(y)"),
+    case("GlobalLpPool", "z = GlobalLpPool(y)"),
+    case("GridSample", "a = Conv(y, w)  b = Transpose<perm=[0, 2, 3, 1]>(a)  c = Tanh(b)  z = GridSample(y, c)",
+         w=weight(2, 6, 1, 1) - 0.6),
     case("AveragePool beside", "a = Transpose<perm=[0, 2, 1, 3]>(y)  b = AveragePool<kernel_shape=[1, 2]>(a)  "
          "z = Transpose<perm=[0, 2, 1, 3]>(b)"),
     case("MaxPool of every other channel", "a = Transpose<perm=[0, 2, 1, 3]>(y)  "
@@ -140,6 +154,17 @@ CASES = [
     *(case(op, f"z = {op}(y, t)", t=ints(2, 3)) for op in REDUCE),
     case("ReduceMax over the channels", "a = ReduceMax(y, t)  z = Add(a, c)", t=ints(1), c=weight(1, 6, 1, 1),
          frozen="reduces over the channels"),
+    case("ReduceLogSum", "a = Abs(y)  z = ReduceLogSum(a, t)", t=ints(2, 3)),
+    *(case(op, f"a = {op}<axis=2>(y)  z = Cast<to=1>(a)") for op in ("ArgMax", "ArgMin")),
+    case("ArgMax over the channels", "a = ArgMax<axis=1>(y)  b = Cast<to=1>(a)  z = Add(b, c)", c=weight(6, 1, 1),
+         frozen="reduces over the channels"),
+    case("TopK", "a, b = TopK<axis=2>(y, k)  c = Cast<to=1>(b)  z = Add(a, c)", k=ints(2)),
+    case("TopK of the channels", "z, b = TopK<axis=1>(y, k)", columns=2, k=ints(2),
+         frozen="works along the labelled axis"),
+    case("LpNormalization beside", "z = LpNormalization<axis=2>(y)"),
+    case("Trilu", "z = Trilu<upper=0>(y)"),
+    case("Trilu of the channels", "a = Transpose<perm=[0, 2, 1, 3]>(y)  b = Trilu(a)"
+         "  z = Transpose<perm=[0, 2, 1, 3]>(b)", frozen="works along the labelled axis"),
     case("Softmax", "z = Softmax<axis=2>(y)"),
     case("LogSoftmax", "z = LogSoftmax(y)"),
     case("Softmax over the channels", "z = Softmax<axis=1>(y)", frozen="mixes the channels"),
@@ -189,6 +214,9 @@ CASES = [
     case("DepthToSpace CRD", 'a = Conv(y, w)  z = DepthToSpace<blocksize=2, mode="CRD">(a)', columns=3,
          w=weight(12, 6, 1, 1)),
     case("DepthToSpace DCR", "a = Concat<axis=1>(y, y)  z = DepthToSpace<blocksize=2>(a)", columns=3),
+    case("SpaceToDepth", "p = Pad(y, q)  z = SpaceToDepth<blocksize=2>(p)", columns=24, q=ints(0, 0, 0, 0, 0, 0, 0, 1)),
+    case("SpaceToDepth and back", "p = Pad(y, q)  a = SpaceToDepth<blocksize=2>(p)  b = Relu(a)"
+         "  z = DepthToSpace<blocksize=2>(b)", q=ints(0, 0, 0, 0, 0, 0, 0, 1)),
     case("Gemm", "z = Gemm<transB=1>(y, w, b)", columns=5, rows=True, w=weight(5, 6), b=weight(5)),
     case("Gemm, not transposed", "z = Gemm(y, w, b)", columns=5, rows=True, w=weight(6, 5), b=weight(5)),
     case("Gemm, scaled", "z = Gemm<alpha=0.5>(y, w)", columns=5, rows=True, w=weight(6, 5)),
@@ -292,6 +320,19 @@ def test_layer_norm_over_the_channels() -> None:
     slim = rewrite_onnx(dense, make_plan(analyze_onnx(dense), {"first": [0, 2]}))
     assert np.isfinite(run(slim)).all()
     assert {i.name: i.dims[0] for i in slim.graph.initializer}["s"] == 2
+
+
+def test_positions_of_samples_stay_whole() -> None:
+    analysis = analyze_onnx(graph(next(c for c in CASES if c.name == "GridSample")))
+    assert "reads it as positions" in analysis.frozen["w"]
+
+
+def test_an_operator_of_another_domain_is_another_operator() -> None:
+    dense = graph(case("relu", "z = Relu(y)"))
+    dense.graph.node[1].domain = "elsewhere"
+    dense.opset_import.add(domain="elsewhere", version=1)
+    dense.graph.value_info.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, ["N", 6, 4, 3]))
+    assert "unknown operator elsewhere.Relu" in analyze_onnx(dense).frozen["first"]
 
 
 def test_exclude() -> None:
