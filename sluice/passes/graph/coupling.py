@@ -147,8 +147,7 @@ class Coupling(Layout):
         for d, layers in enumerate(value):
             if d != dim:
                 self.freeze(layers, f"{where} mixes the labelled axis")
-        for (layers,), (size,) in vectors:
-            self.match([(value[dim], shape[dim]), (layers, size)], where)
+        self.match([(value[dim], shape[dim]), *((layers, size) for (layers,), (size,) in vectors)], where)
         return (*fixed(shape[:dim]), value[dim], *fixed(shape[dim + 1 :]))
 
     def group_norm(self, x: Operand, dim: int, groups: int, vectors: Iterable[Operand], where: str) -> Value:
@@ -160,11 +159,11 @@ class Coupling(Layout):
         return self.per_channel(x, dim, vectors, where)
 
     def layer_norm(self, x: Operand, first: int, affine: Iterable[Operand], where: str) -> Value:
-        """Statistics over the axes from ``first`` on; affine tensors have the shape of those axes."""
-        value, shape = x
-        for own, _ in affine:
-            for d, layers in enumerate(own):
-                self.match([(value[first + d], shape[first + d]), (layers, shape[first + d])], where)
+        """Statistics over the axes from ``first`` on; affine tensors have the shape of those axes, or of the last."""
+        (value, shape), vectors = x, list(affine)
+        for back in range(len(shape) - first, 0, -1):
+            parts = [(own[-back], size[-back]) for own, size in vectors if len(size) >= back]
+            self.match([(value[-back], shape[-back]), *parts], where)
         return value
 
     def beside(self, x: Value, dims: Iterable[int], where: str) -> Value:

@@ -52,8 +52,7 @@ class Layout(Atoms):
         if len(labelled) < len(met):
             for layers in labelled:
                 self.freeze(layers, f"{where} {reason}")
-        for layers in labelled[1:]:
-            self.unite(labelled[0], layers, where)
+        self.unite_all(labelled, where)
         return labelled[0] if labelled else FIXED
 
     def combine(self, operands: Sequence[Operand], rank: int, where: str) -> Value:
