@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from sluice.core.algebra import bounds_of_kept
 from sluice.core.errors import SluiceError
 from sluice.core.plan import Plan
 from sluice.passes.cut.drop_torch import drop_torch
@@ -199,8 +200,8 @@ def _mend(node: fx.Node, source: fx.Node, cut: dict[int, np.ndarray], analysis: 
     elif name in ("chunk", "split", "split_with_sizes") and along is not None and mask is not None:
         _resplit(node, along, mask)
     elif name == "slice" and mask is not None:
-        start, stop, _ = slice(a["start"] or 0, a["end"]).indices(len(mask))
-        node.args = (source, along, int(mask[:start].sum()), int(mask[:stop].sum()))
+        start, stop, step = slice(a["start"] or 0, a["end"], a["step"]).indices(len(mask))
+        node.args, node.kwargs = (source, along, *bounds_of_kept(mask, start, stop, step), step), {}
     elif name == "narrow" and mask is not None:
         start = a["start"] % len(mask)
         stop = start + a["length"]
