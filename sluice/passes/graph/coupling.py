@@ -46,6 +46,7 @@ class Coupling(Layout):
     def __init__(self, tensors: Mapping[str, Shape]):
         super().__init__(tensors)
         self.heads: list[np.ndarray] = []  # layers on the shared axes of products of two activations
+        self._of_heads: set[int] = set()  # the roots on them, once the graph has been read
         self.variances: list[tuple[list[tuple[Layers, int]], float, str]] = []  # unbiased ones: axes, correction, where
 
     def contract(self, operands: Sequence[tuple[Value, Shape, str, bool]], out: str, where: str) -> Value:
@@ -199,12 +200,17 @@ class Coupling(Layout):
             for layers, _ in axes if least <= correction else ():
                 self.freeze(layers, f"{where} takes an unbiased variance over the channels")
 
+    def reason(self, layers: Layers) -> str | None:
+        """The first reason why indices of an axis must stay; of an axis that is split into heads, why heads must."""
+        outer = tuple(one for one in self.resolved(layers) if not self._of_heads.isdisjoint(one.tolist()))
+        return super().reason(outer) or super().reason(layers)
+
     def settle(self, dims: bool) -> None:
         """Freeze the axes of splits that cannot be cut, and dimensions of heads unless ``dims`` (rule 4)."""
-        heads = {root for layer in self.resolved(tuple(self.heads)) for root in layer.tolist()}
+        self._of_heads = {root for layer in self.resolved(tuple(self.heads)) for root in layer.tolist()} - {-1}
         for split in self.splits:
             shared = [
-                any(not heads.isdisjoint(layer.tolist()) for layer in self.resolved((factor,)))
+                any(not self._of_heads.isdisjoint(layer.tolist()) for layer in self.resolved((factor,)))
                 for factor in split.factors
             ]
             for factor, is_head in zip(split.factors, shared, strict=True):
