@@ -6,6 +6,8 @@
    the shortest aligned runs with equal products (row-major order makes the runs independent). Within a run an output
    axis takes a block of the digits of the input index, so the label of every output position is a gather:
    ``(C, H, W) -> C*H*W`` repeats labels, ``(H, W, C) -> H*W*C`` tiles them, ``C -> (g, C/g)`` splits them.
+3. A slice with a *step* of an axis that is cut takes every step-th entry of what is kept, and the same entries, if runs
+   of ``step`` indices, counted from the axis' start, stay or go as a whole (`stepped`, `bounds_of_kept`).
 """
 
 from __future__ import annotations
@@ -17,7 +19,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Part", "from_ranges", "kept_ones", "prime_beside", "reshape_parts", "reshape_runs", "take", "to_ranges"]
+__all__ = [
+    "Part",
+    "bounds_of_kept",
+    "from_ranges",
+    "kept_ones",
+    "prime_beside",
+    "reshape_parts",
+    "reshape_runs",
+    "stepped",
+    "take",
+    "to_ranges",
+]
 
 _LEAST = 97  # small, since labels of folded axes grow with it; above the sizes of most axes
 
@@ -33,6 +46,22 @@ def prime_beside(sizes: Collection[int]) -> int:
 def take(array: np.ndarray, axis: int, keep: Sequence[int] | np.ndarray) -> np.ndarray:
     """``array`` with only the indices ``keep`` of ``axis``, contiguous."""
     return np.ascontiguousarray(np.take(array, np.asarray(keep, dtype=np.int64), axis=axis))
+
+
+def stepped(size: int, start: int, stop: int, step: int) -> np.ndarray:
+    """By index of an axis the one it must stay or go with, so that ``start:stop:step`` can be sliced after a cut."""
+    at = np.arange(size)
+    return np.where((at >= start - start % step) & (at < stop), at - at % step, at)
+
+
+def bounds_of_kept(kept: np.ndarray, start: int, stop: int, step: int = 1) -> tuple[int, int]:
+    """What ``start:stop:step`` of an axis is where the entries ``kept`` (a mask) are left of it."""
+    first = int(kept[: start - start % step].sum()) + start % step
+    end = int(kept[:stop].sum())
+    place = np.cumsum(kept) - 1
+    want = [place[k] for k in range(start, stop, step) if kept[k]]
+    assert list(range(first, end, step)) == want, (kept, start, stop, step)
+    return first, end
 
 
 def to_ranges(indices: Iterable[int]) -> tuple[tuple[int, int], ...]:

@@ -18,6 +18,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from sluice.core.algebra import from_ranges, to_ranges
 from sluice.core.errors import SluiceError
@@ -31,6 +32,12 @@ MOST_KEPT = 2**23  # indices of all slices of a file together: a network of 10^9
 FORMS = ("kxk-1x1", "1x1-kxk", "kx1-1xk")
 
 
+@lru_cache(maxsize=64)
+def _increases(keep: tuple[int, ...]) -> bool:
+    """The axes of one group keep the same indices, one after the other, so they are looked at once."""
+    return bool(keep) and list(keep) == sorted(set(keep))
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Slice:
     """Keep the indices ``keep`` of axis ``axis`` (dense length ``size``) of the tensor ``param``."""
@@ -41,8 +48,7 @@ class Slice:
     keep: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        ok = self.keep and list(self.keep) == sorted(set(self.keep)) and self.keep[0] >= 0 and self.keep[-1] < self.size
-        if not ok or self.axis < 0:
+        if not _increases(self.keep) or self.keep[0] < 0 or self.keep[-1] >= self.size or self.axis < 0:
             raise SluiceError(
                 f"bad slice of {self.param!r} axis {self.axis}: kept indices must be a non-empty increasing list "
                 f"below {self.size}; make the plan again with `sluice plan`"

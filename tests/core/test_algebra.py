@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sluice.core.algebra import from_ranges, prime_beside, reshape_parts, reshape_runs, take, to_ranges
+from sluice.core.algebra import (
+    bounds_of_kept,
+    from_ranges,
+    prime_beside,
+    reshape_parts,
+    reshape_runs,
+    stepped,
+    take,
+    to_ranges,
+)
 
 
 @given(st.sets(st.integers(0, 40)))
@@ -25,6 +34,18 @@ def test_take_keeps_values_in_order() -> None:
     cut = take(w, 2, (0, 3))
     assert cut.flags.c_contiguous
     np.testing.assert_array_equal(cut, w[:, :, [0, 3]])
+
+
+@given(st.data())
+def test_steps_go_on_where_runs_are_cut(data: st.DataObject) -> None:
+    size, step = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 5))
+    start, stop = sorted(data.draw(st.tuples(st.integers(0, size), st.integers(0, size))))
+    of = stepped(size, start, stop, step)
+    stays = data.draw(st.sets(st.sampled_from(of.tolist()), min_size=1))
+    kept = np.isin(of, list(stays))
+    first, end = bounds_of_kept(kept, start, stop, step)
+    taken = [k for k in range(start, stop, step) if kept[k]]
+    assert np.flatnonzero(kept)[first:end:step].tolist() == taken
 
 
 @given(st.data())

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from sluice.core.algebra import bounds_of_kept
 from sluice.passes.cut.target_shape_onnx import constant, with_size
 from sluice.passes.graph.groups import Analysis
 from sluice.passes.graph.onnx_graph import OnnxGraph, sizes_of
@@ -203,13 +204,15 @@ class Mender:
 
     def _slice(self, node: Any, cut: dict[int, np.ndarray]) -> None:
         rank = len(self.analysis.shapes[node.inputs[0].name])
-        axes = self.numbers(node.inputs[3]).tolist() if len(node.inputs) > 3 else list(range(rank))
+        starts, ends = (self.numbers(node.inputs[index]) for index in (1, 2))
+        given = len(node.inputs) > 3 and not _empty(node.inputs[3])
+        axes = self.numbers(node.inputs[3]).tolist() if given else list(range(rank))
+        steps = self.numbers(node.inputs[4]).tolist() if len(node.inputs) > 4 else [1] * len(axes)
         for k, d in enumerate(axes):
             if (mask := cut.get(d % rank)) is not None:
-                for index, name in ((1, "starts"), (2, "ends")):
-                    values = self.numbers(node.inputs[index])
-                    bound = slice(int(values[k]), None).indices(len(mask))[0]
-                    values[k] = int(mask[:bound].sum())
+                bounds = slice(int(starts[k]), int(ends[k]), int(steps[k])).indices(len(mask))
+                starts[k], ends[k] = bounds_of_kept(mask, *bounds)
+                for index, name, values in ((1, "starts", starts), (2, "ends", ends)):
                     node.inputs[index] = constant(f"{node.outputs[0].name}_{name}", values)
 
 

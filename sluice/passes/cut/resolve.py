@@ -25,10 +25,12 @@ def tensor_masks(analysis: Analysis, keeps: Sequence[np.ndarray]) -> dict[tuple[
     for group, keep in zip(analysis.groups, keeps, strict=True):
         if keep.all():
             continue
+        kept = np.append(keep, True)  # the last entry is that of no channel, -1
+        alike = {id(ref.channels): ref.channels for ref in group.refs}
+        stays = {which: kept[channels] for which, channels in alike.items()}
         for ref in group.refs:
-            mask = masks.setdefault((ref.param, ref.axis), np.ones(len(ref.channels), dtype=bool))
-            mine = ref.channels >= 0
-            mask[mine] &= keep[ref.channels[mine]]
+            key, own = (ref.param, ref.axis), stays[id(ref.channels)]
+            masks[key] = masks[key] & own if key in masks else own
     return masks
 
 
@@ -42,9 +44,9 @@ def make_plan(
     edits = edits or Edits()
     keeps = tie_removed(analysis, edits.merges, keep_masks(analysis, kept))
     masks = tensor_masks(analysis, keeps)
-    different = {mask.tobytes(): mask for mask in masks.values()}
-    indices = {bits: tuple(np.flatnonzero(mask).tolist()) for bits, mask in different.items()}
-    slices = [Slice(param, axis, len(mask), indices[mask.tobytes()]) for (param, axis), mask in masks.items()]
+    different = {id(mask): mask for mask in masks.values()}  # axes of one group share it
+    indices = {which: tuple(np.flatnonzero(mask).tolist()) for which, mask in different.items()}
+    slices = [Slice(param, axis, len(mask), indices[id(mask)]) for (param, axis), mask in masks.items()]
     widths = {group.name: int(keep.sum()) for group, keep in zip(analysis.groups, keeps, strict=True)}
     return Plan(
         dict(analysis.tensors), tuple(slices), tuple(inputs), widths,
@@ -64,31 +66,36 @@ def masks_of_slices(
         SluiceError: the slices contradict each other or this graph.
     """
     wanted: dict[tuple[str, int], np.ndarray] = {}
-    different: dict[tuple[int, tuple[int, ...]], np.ndarray] = {}
+    different: dict[tuple[int, int], np.ndarray] = {}  # the slices hold what they keep
     for cut in slices:
-        if (sizes := (cut.size, cut.keep)) not in different:
+        if (sizes := (cut.size, id(cut.keep))) not in different:
             different[sizes] = np.zeros(cut.size, dtype=bool)
             different[sizes][list(cut.keep)] = True
         wanted[(cut.param, cut.axis)] = different[sizes]
     keeps = []
     for group in analysis.groups:
         keep = np.ones(group.size, dtype=bool)
+        met = set[tuple[int, int]]()
         for ref in group.refs:
             asked = wanted.get((ref.param, ref.axis))
-            if asked is not None:
+            if asked is not None and (both := (id(ref.channels), id(asked))) not in met:
+                met.add(both)
                 stays = np.zeros(group.size + 1, dtype=bool)  # the last entry is that of no channel, -1
                 stays[ref.channels[asked]] = True
                 keep &= stays[:-1]
         keeps.append(keep)
     implied = tensor_masks(analysis, keeps)
+    same = set[tuple[int, int]]()
     for key in {**wanted, **implied}:
         ours = implied.get(key)
         theirs = wanted.get(key)
-        if theirs is None and named is not None and key[0] not in named:
+        if (theirs is None and named is not None and key[0] not in named) or (id(ours), id(theirs)) in same:
             continue
         length = analysis.tensors[key[0]][key[1]]
         whole = np.ones(length, dtype=bool)
-        if not np.array_equal(whole if ours is None else ours, whole if theirs is None else theirs):
+        if np.array_equal(whole if ours is None else ours, whole if theirs is None else theirs):
+            same.add((id(ours), id(theirs)))
+        else:
             raise SluiceError(
                 f"the plan does not fit this graph at {key[0]!r} axis {key[1]}: it keeps "
                 f"{'all' if theirs is None else int(theirs.sum())} of {length}, the axes tied to it ask for "

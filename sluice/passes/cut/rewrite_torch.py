@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from sluice.core.algebra import bounds_of_kept
 from sluice.core.errors import SluiceError
 from sluice.core.plan import Plan
 from sluice.passes.cut.drop_torch import drop_torch
@@ -29,7 +30,7 @@ from sluice.passes.cut.resolve import masks_of_slices
 from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.aten_walk import arguments, operator_name, padding
 from sluice.passes.graph.capture import Inputs, capture, clone, mark_as_cut
-from sluice.passes.graph.groups import Analysis
+from sluice.passes.graph.groups import Analysis, ValueAxis
 from sluice.passes.graph.names_torch import set_tensor
 
 __all__ = ["merge_runs", "rewrite_captured", "rewrite_torch", "slice_tensors"]
@@ -81,7 +82,7 @@ def rewrite_captured(
         analysis = analyze(slim, needed=False, dims=True)  # whatever a plan may cut
     assert analysis.tensors == shapes and analysis.shapes.keys() <= {node.name for node in slim.graph.nodes}
     keeps = masks_of_slices(analysis, plan.slices)
-    mend_literals(slim, analysis, keeps)
+    changed = mend_literals(slim, analysis, keeps) or bool(plan.drops or plan.merges or plan.factorizations)
     slice_tensors(slim, plan)
     if plan.drops:
         drop_torch(slim, plan.drops)
@@ -92,8 +93,8 @@ def rewrite_captured(
     if plan.factorizations:
         factorize_torch(slim, plan.factorizations)
     mark_as_cut(slim)
-    slim.graph.lint()
-    slim.recompile()
+    if changed:  # sliced weights alone leave the code as it is, and other sizes leave the graph as it is
+        slim.recompile()
 
 
 def merge_runs(slim: fx.GraphModule, plan: Plan) -> fx.GraphModule:
@@ -111,10 +112,11 @@ def slice_tensors(module: nn.Module, plan: Plan) -> None:
     """Slice parameters and buffers in place, by name."""
     state = module.state_dict(keep_vars=True)
     by_name: dict[str, torch.Tensor] = {}
-    kept: dict[tuple[tuple[int, ...], torch.device], torch.Tensor] = {}
-    for cut in plan.slices:
-        tensor = by_name.get(cut.param, state[cut.param].detach())
-        if (key := (cut.keep, tensor.device)) not in kept:
+    kept: dict[tuple[int, torch.device], torch.Tensor] = {}  # the plan holds what it keeps
+    for cut in sorted(plan.slices, key=lambda cut: cut.axis):  # whole rows first, which are copied as they lie
+        tensor = by_name.get(cut.param)
+        tensor = state[cut.param].detach() if tensor is None else tensor
+        if (key := (id(cut.keep), tensor.device)) not in kept:
             kept[key] = torch.from_numpy(np.array(cut.keep)).to(tensor.device)
         by_name[cut.param] = tensor.index_select(cut.axis, kept[key])
     names: dict[int, list[str]] = {}
@@ -128,17 +130,25 @@ def slice_tensors(module: nn.Module, plan: Plan) -> None:
             setattr(owner, leaf, module.get_submodule(name.rpartition(".")[0]).__getattr__(name.rpartition(".")[2]))
 
 
-def mend_literals(gm: fx.GraphModule, analysis: Analysis, keeps: list[np.ndarray]) -> None:
-    """Rewrite every literal size of a cut axis in ``gm.graph``."""
+def mend_literals(gm: fx.GraphModule, analysis: Analysis, keeps: list[np.ndarray]) -> bool:
+    """Rewrite every literal size of a cut axis in ``gm.graph``; True if there is one."""
+    known: dict[int, dict[int, np.ndarray]] = {}  # axes of values are shared, and the analysis holds them
+    changed = False
+
+    def mask(axis: ValueAxis) -> dict[int, np.ndarray]:
+        if id(axis) not in known:
+            found = axis.mask(keeps)
+            known[id(axis)] = {} if found.all() else {axis.dim: found}
+        return known[id(axis)]
 
     def lost(node: Any) -> dict[int, np.ndarray]:
         """By axis what is kept of a value, for the axes that lose something."""
         axes = analysis.values.get(node.name, ()) if isinstance(node, fx.Node) else ()
-        masks = {axis.dim: axis.mask(keeps) for axis in axes}
-        return {dim: mask for dim, mask in masks.items() if not mask.all()}
+        return {dim: kept for axis in axes for dim, kept in mask(axis).items()}
 
     for node in list(gm.graph.nodes):
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            before = node.target, node.args, node.kwargs
             source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
             if operator_name(node) in _SIZES:
                 _resize(node, source, lost(node), analysis)
@@ -146,6 +156,8 @@ def mend_literals(gm: fx.GraphModule, analysis: Analysis, keeps: list[np.ndarray
                 _repad(node, source, cut, analysis)
             elif source is not None and (cut := lost(source)):
                 _mend(node, source, cut, analysis)
+            changed |= before != (node.target, node.args, node.kwargs)
+    return changed
 
 
 def _resize(node: fx.Node, source: fx.Node | None, cut: dict[int, np.ndarray], analysis: Analysis) -> None:
@@ -188,8 +200,8 @@ def _mend(node: fx.Node, source: fx.Node, cut: dict[int, np.ndarray], analysis: 
     elif name in ("chunk", "split", "split_with_sizes") and along is not None and mask is not None:
         _resplit(node, along, mask)
     elif name == "slice" and mask is not None:
-        start, stop, _ = slice(a["start"] or 0, a["end"]).indices(len(mask))
-        node.args = (source, along, int(mask[:start].sum()), int(mask[:stop].sum()))
+        start, stop, step = slice(a["start"] or 0, a["end"], a["step"]).indices(len(mask))
+        node.args, node.kwargs = (source, along, *bounds_of_kept(mask, start, stop, step), step), {}
     elif name == "narrow" and mask is not None:
         start = a["start"] % len(mask)
         stop = start + a["length"]

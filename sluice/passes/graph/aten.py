@@ -33,9 +33,10 @@ from sluice.passes.graph.aten_walk import (
     where,
 )
 from sluice.passes.graph.capture_modes import BatchNorm
+from sluice.passes.graph.channels import find_groups
 from sluice.passes.graph.coupling import Value, fixed, matmul_letters
 from sluice.passes.graph.exclusion import leave_out
-from sluice.passes.graph.groups import Analysis, check_cuttable, find_groups
+from sluice.passes.graph.groups import Analysis, check_cuttable
 from sluice.passes.graph.operators import ATEN
 
 __all__ = ["RULES", "analyze"]

@@ -77,11 +77,11 @@ def slice_(w: Walk, n: fx.Node, a: Args) -> Value:
     if not x[dim]:
         return x
     start, stop, step = a.get("start") or 0, a.get("end"), a.get("step", 1)
-    if step != 1 or not isinstance(start, int) or not isinstance(stop, (int, type(None))):
-        w.coupling.freeze(x[dim], f"{where(n)} takes every {step}th channel")
+    if not isinstance(start, int) or not isinstance(stop, (int, type(None))) or not isinstance(step, int):
+        w.coupling.freeze(x[dim], f"{where(n)} takes channels from a place that is computed")
         return (*x[:dim], FIXED, *x[dim + 1 :])
-    start, stop, _ = slice(start, stop).indices(size[dim])
-    return w.coupling.narrow(x, dim, start, stop)
+    start, stop, step = slice(start, stop, step).indices(size[dim])
+    return w.coupling.narrow(x, dim, start, stop, step, where(n))
 
 
 def narrow(w: Walk, n: fx.Node, a: Args) -> Value:

@@ -44,10 +44,11 @@ class Atoms:
         self.axes: dict[tuple[str, int], np.ndarray] = {}  # (tensor, axis) -> atoms, for the axes met so far
         self.splits: list[Split] = []
         self._keys: list[tuple[str, int]] = []
-        self._parent = np.arange(64)  # of every atom; entries behind the last atom point at themselves, but for -1
-        self._parent[-1] = -1
-        self._home = np.full(64, -1)  # the axis that an atom was made for, an index into _keys; -1: none
-        self._factors = np.full((64, 2), -1)  # of every root that is a product
+        room = 1 + sum(map(sum, tensors.values()))  # the last entry of the following is that of no atom, -1
+        self._parent = np.full(room, -1)  # of every atom
+        self._home = np.full(room, -1)  # the axis that an atom was made for, an index into _keys; -1: none
+        self._has_reason = np.zeros(room, dtype=bool)  # is it a key of _reasons
+        self._factors = np.full((1, 2), -1)  # of every root that is a product, from the first one on
         self._has_products = False
         self._count = 0
         self._reasons: dict[int, str] = {}  # by root that is no product
@@ -58,22 +59,25 @@ class Atoms:
         return self._count
 
     def new(self, count: int) -> np.ndarray:
+        return self._made(count, -1)
+
+    def _made(self, count: int, home: int) -> np.ndarray:
         start, self._count = self._count, self._count + count
-        if self._count >= len(self._parent):  # the last entry is that of no atom, -1
-            more = 2 * self._count - len(self._parent)
-            self._parent = np.concatenate([self._parent[:-1], np.arange(len(self._parent) - 1, 2 * self._count)])
-            self._parent[-1] = -1
-            self._home = np.concatenate([self._home, np.full(more, -1)])
-            self._factors = np.concatenate([self._factors, np.full((more, 2), -1)])
-        return np.arange(start, self._count)
+        if self._count >= len(self._parent):
+            length = 2 * self._count + 1
+            self._parent, self._home = _longer(self._parent, length, -1), _longer(self._home, length, -1)
+            self._has_reason = _longer(self._has_reason, length, False)
+            self._factors = _longer(self._factors, length, -1) if self._has_products else self._factors
+        made = np.arange(start, self._count)
+        self._parent[start : self._count] = made
+        self._home[start : self._count] = home
+        return made
 
     def param(self, name: str, axis: int) -> np.ndarray:
         """The atoms of an axis of a named tensor."""
         key = (name, axis)
         if key not in self.axes:
-            start = self._count
-            self.axes[key] = self.new(self.tensors[name][axis])
-            self._home[start : self._count] = len(self._keys)
+            self.axes[key] = self._made(self.tensors[name][axis], len(self._keys))
             self._keys.append(key)
         return self.axes[key]
 
@@ -106,23 +110,36 @@ class Atoms:
         todo, done = list(reversed(layers)), dict[bytes, np.ndarray]()
         while todo:
             roots = self.roots(todo.pop())
-            factors = self._factors[roots]
-            product = factors[:, 0] >= 0
-            if product.any():
+            if self._has_products and (product := (factors := self._factors[roots])[:, 0] >= 0).any():
                 todo.append(np.where(product, factors[:, 1], -1))
                 todo.append(np.where(product, factors[:, 0], roots))
             elif (roots >= 0).any():
                 done.setdefault(roots.tobytes(), roots)
         return tuple(done.values())
 
+    def resolved_axes(self) -> dict[tuple[str, int], Layers]:
+        """The axes met so far, `resolved`; layers that say the same are one array."""
+        table = self.roots(np.arange(self._count))
+        known: dict[tuple[int, int, int], list[np.ndarray]] = {}
+        products = self._factors[table, 0] >= 0 if self._has_products else None
+        found: dict[tuple[str, int], Layers] = {}
+        for key, atoms in self.axes.items():
+            if not len(atoms):
+                found[key] = ()
+                continue
+            own = slice(int(atoms[0]), int(atoms[-1]) + 1)  # an axis has its atoms in a row
+            layers = (table[own],) if products is None or not products[own].any() else self.resolved((atoms,))
+            found[key] = tuple(_one(layer, known) for layer in layers)
+        return found
+
     def union(self, a: np.ndarray, b: np.ndarray) -> None:
         """``a[i]`` and ``b[i]`` are one channel, for every i; none of them is a product."""
-        assert a.shape == b.shape, (a.shape, b.shape)
-        while True:
-            first, second = self.roots(a), self.roots(b)
-            apart = first != second
-            if not apart.any():
-                return
+        self._tie(self.roots(a), self.roots(b))
+
+    def _tie(self, first: np.ndarray, second: np.ndarray) -> None:
+        """`union` of roots."""
+        assert first.shape == second.shape, (first.shape, second.shape)
+        while (apart := first != second).any():
             if not apart.all():
                 first, second = first[apart], second[apart]
             low, high = np.minimum(first, second), np.maximum(first, second)
@@ -130,14 +147,19 @@ class Atoms:
             if not (done := bool((self._parent[high] == low).all())):
                 # A root tied to several others goes to the lowest now, and takes the rest along in the next round.
                 np.minimum.at(self._parent, high, low)
-            for root in sorted(self._reasons.keys() & set(high.tolist())) if self._reasons else ():
-                self._reasons.setdefault(int(self.roots(np.array([root]))[0]), self._reasons.pop(root))
+            if self._reasons and (moved := high[self._has_reason[high]]).size:
+                for root in np.unique(moved):
+                    self._because(self.roots(root[None]), self._reasons.pop(int(root)))
+                self._has_reason[moved] = False
             if done:
                 return
+            first, second = self.roots(first), self.roots(second)
 
     def unite(self, a: Layers, b: Layers, where: str) -> None:
         """Index i of the one axis stays iff index i of the other does, for every i (rule 4)."""
         if a is b:
+            return
+        if self._unite_plain([a, b]):
             return
         why = f"{where} combines it with an axis that is cut differently"
         left, right = list(self.resolved(a)), list(self.resolved(b))
@@ -161,6 +183,23 @@ class Atoms:
             self._substitute(left[0], right, why)
         else:
             self._substitute(right[0], left, why)
+
+    def unite_all(self, axes: Sequence[Layers], where: str) -> None:
+        """`unite` of the first axis with every other."""
+        if len(axes) > 1 and not self._unite_plain(axes):
+            for other in axes[1:]:
+                self.unite(axes[0], other, where)
+
+    def _unite_plain(self, axes: Sequence[Layers]) -> bool:
+        """Unite axes of one layer each without products, as by far the most are; False if one is another."""
+        if self._has_products or any(len(layers) != 1 for layers in axes):
+            return False
+        first = self.roots(axes[0][0])
+        second = self.roots(axes[1][0] if len(axes) == 2 else np.concatenate([layer for (layer,) in axes[1:]]))
+        if first.min(initial=0) < 0 or second.min(initial=0) < 0:
+            return False
+        self._tie(first if len(axes) == 2 else np.tile(first, len(axes) - 1), second)
+        return True
 
     def _without_outer(self, layers: list[np.ndarray], why: str) -> list[np.ndarray]:
         """One of the layers, an inner one of a split; the others are frozen."""
@@ -192,7 +231,8 @@ class Atoms:
 
     def multiply(self, atoms: np.ndarray, factors: Sequence[np.ndarray]) -> None:
         """``atoms[i]`` stays iff ``factors[k][i]`` does for all k; -1 is no factor. ``atoms`` are different roots."""
-        self._has_products = True
+        if not self._has_products:
+            self._has_products, self._factors = True, np.full((len(self._parent), 2), -1)
         rest = factors[-1]
         for layer in factors[-2:0:-1]:
             both = (layer >= 0) & (rest >= 0)
@@ -202,6 +242,7 @@ class Atoms:
             rest = made
         both = (factors[0] >= 0) & (rest >= 0)
         reasons = {k: self._reasons.pop(a) for k, a in enumerate(atoms.tolist()) if a in self._reasons}
+        self._has_reason[atoms] = False
         self._factors[atoms[both]] = np.stack([factors[0][both], rest[both]], axis=1)
         one = np.where(factors[0] >= 0, factors[0], rest)
         for k in np.flatnonzero(~both).tolist():
@@ -223,9 +264,16 @@ class Atoms:
 
     def freeze(self, layers: Iterable[np.ndarray], reason: str) -> None:
         """All indices of an axis must stay."""
+        if not (layers := tuple(layers)):
+            return
         for layer in self.resolved(tuple(layer.reshape(-1) for layer in layers)):
-            for root in sorted(set(layer.tolist()) - {-1}):
-                self._reasons.setdefault(root, reason)
+            self._because(layer[layer >= 0], reason)
+
+    def _because(self, roots: np.ndarray, reason: str) -> None:
+        """These classes must stay; the first reason of each stays."""
+        more = np.unique(roots[~self._has_reason[roots]])
+        self._reasons.update(dict.fromkeys(more.tolist(), reason))
+        self._has_reason[more] = True
 
     @property
     def frozen(self) -> Mapping[int, str]:
@@ -236,6 +284,22 @@ class Atoms:
         """The first reason why indices of an axis must stay."""
         found = (self._reasons.get(root) for layer in self.resolved(layers) for root in layer.tolist())
         return next((reason for reason in found if reason is not None), None)
+
+
+def _longer(entries: np.ndarray, length: int, rest: int | bool) -> np.ndarray:
+    """The same with more entries, the last of which stays the last."""
+    grown = np.full((length, *entries.shape[1:]), rest, dtype=entries.dtype)
+    grown[: len(entries) - 1] = entries[:-1]
+    return grown
+
+
+def _one(layer: np.ndarray, known: dict[tuple[int, int, int], list[np.ndarray]]) -> np.ndarray:
+    """The first layer that says the same."""
+    alike = known.setdefault((len(layer), int(layer[0]), int(layer[-1])), [])
+    found = next((other for other in alike if _same(layer, other)), None)
+    if found is None:
+        alike.append(found := layer)
+    return found
 
 
 def _take(layers: list[np.ndarray], fits: Any) -> np.ndarray | None:

@@ -46,6 +46,7 @@ class Coupling(Layout):
     def __init__(self, tensors: Mapping[str, Shape]):
         super().__init__(tensors)
         self.heads: list[np.ndarray] = []  # layers on the shared axes of products of two activations
+        self._of_heads: set[int] = set()  # the roots on them, once the graph has been read
         self.variances: list[tuple[list[tuple[Layers, int]], float, str]] = []  # unbiased ones: axes, correction, where
 
     def contract(self, operands: Sequence[tuple[Value, Shape, str, bool]], out: str, where: str) -> Value:
@@ -147,8 +148,7 @@ class Coupling(Layout):
         for d, layers in enumerate(value):
             if d != dim:
                 self.freeze(layers, f"{where} mixes the labelled axis")
-        for (layers,), (size,) in vectors:
-            self.match([(value[dim], shape[dim]), (layers, size)], where)
+        self.match([(value[dim], shape[dim]), *((layers, size) for (layers,), (size,) in vectors)], where)
         return (*fixed(shape[:dim]), value[dim], *fixed(shape[dim + 1 :]))
 
     def group_norm(self, x: Operand, dim: int, groups: int, vectors: Iterable[Operand], where: str) -> Value:
@@ -160,11 +160,11 @@ class Coupling(Layout):
         return self.per_channel(x, dim, vectors, where)
 
     def layer_norm(self, x: Operand, first: int, affine: Iterable[Operand], where: str) -> Value:
-        """Statistics over the axes from ``first`` on; affine tensors have the shape of those axes."""
-        value, shape = x
-        for own, _ in affine:
-            for d, layers in enumerate(own):
-                self.match([(value[first + d], shape[first + d]), (layers, shape[first + d])], where)
+        """Statistics over the axes from ``first`` on; affine tensors have the shape of those axes, or of the last."""
+        (value, shape), vectors = x, list(affine)
+        for back in range(len(shape) - first, 0, -1):
+            parts = [(own[-back], size[-back]) for own, size in vectors if len(size) >= back]
+            self.match([(value[-back], shape[-back]), *parts], where)
         return value
 
     def beside(self, x: Value, dims: Iterable[int], where: str) -> Value:
@@ -200,12 +200,17 @@ class Coupling(Layout):
             for layers, _ in axes if least <= correction else ():
                 self.freeze(layers, f"{where} takes an unbiased variance over the channels")
 
+    def reason(self, layers: Layers) -> str | None:
+        """The first reason why indices of an axis must stay; of an axis that is split into heads, why heads must."""
+        outer = tuple(one for one in self.resolved(layers) if not self._of_heads.isdisjoint(one.tolist()))
+        return super().reason(outer) or super().reason(layers)
+
     def settle(self, dims: bool) -> None:
         """Freeze the axes of splits that cannot be cut, and dimensions of heads unless ``dims`` (rule 4)."""
-        heads = {root for layer in self.resolved(tuple(self.heads)) for root in layer.tolist()}
+        self._of_heads = {root for layer in self.resolved(tuple(self.heads)) for root in layer.tolist()} - {-1}
         for split in self.splits:
             shared = [
-                any(not heads.isdisjoint(layer.tolist()) for layer in self.resolved((factor,)))
+                any(not self._of_heads.isdisjoint(layer.tolist()) for layer in self.resolved((factor,)))
                 for factor in split.factors
             ]
             for factor, is_head in zip(split.factors, shared, strict=True):

@@ -1,22 +1,21 @@
-"""From tied atoms to axis groups, the sites of widths.
+"""Axis groups, the sites of widths, and what else is known of a graph; how they are named and left out.
 
-1. A *channel* is one class of tied atoms that nothing froze. Its *slots* are the (tensor, axis, index) it owns.
-2. Channels that lie on the same layers of the same axes form one `AxisGroup`; the group takes its name from the first
-   weight, in graph order, that produces it. Two groups may lie on one axis, heads and their dimensions: an index stays
-   if both of them keep it. A class of atoms that no weight produces is no choice.
-3. Frozen modules are listed with the reason. Parameter names are the only identity that leaves this module.
+1. An `AxisGroup` is channels that lie on the same axes of named tensors (`sluice.passes.graph.channels` finds them).
+   Two groups may lie on one axis, heads and their dimensions: an index stays if both of them keep it.
+2. Frozen modules are listed with the reason. Parameter names are the only identity that leaves this module.
+3. Nothing in an analysis changes, so axes that are alike share their arrays.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sluice.core.errors import SluiceError
-from sluice.passes.graph.coupling import Coupling, Layers, Shape, Value
+from sluice.passes.graph.atoms import Shape
 
 __all__ = [
     "Analysis",
@@ -25,15 +24,12 @@ __all__ = [
     "ValueAxis",
     "agreeing",
     "check_cuttable",
-    "find_groups",
     "keep_masks",
     "module_of",
     "named_like",
     "rename_groups",
     "without_groups",
 ]
-
-Place = tuple[str, int, int]  # tensor, axis, layer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,105 +117,6 @@ def check_cuttable(analysis: Analysis) -> None:
 def module_of(param: str) -> str:
     """``layer1.0.conv1.weight -> layer1.0.conv1``."""
     return param.rpartition(".")[0] or param
-
-
-def find_groups(coupling: Coupling, values: Mapping[str, Value], shapes: Mapping[str, Shape]) -> Analysis:
-    """The analysis of a coupling that has read the whole graph."""
-    lies = {
-        (*key, depth): layer
-        for key, atoms in coupling.axes.items()
-        for depth, layer in enumerate(coupling.resolved((atoms,)))
-    }
-    order = {key: rank for rank, key in enumerate(coupling.producers)}
-    free = np.ones(coupling.count + 1, dtype=bool)
-    free[[*coupling.frozen, -1]] = False
-    members = {keys: roots for keys, roots in _alike(lies, free) if any(key[:2] in order for key in keys)}
-
-    def lead(signature: tuple[Place, ...]) -> Place:
-        return min((key for key in signature if key[:2] in order), key=lambda key: order[key[:2]])
-
-    frozen: dict[str, str] = {}
-    groups: list[AxisGroup] = []
-    group_of = np.full(coupling.count + 1, -1)  # the last entry is that of no atom, -1
-    channel_of = np.zeros(coupling.count + 1, dtype=group_of.dtype)
-    names: dict[str, int] = {}
-    leads = [(key := lead(signature), *_in_order(lies[key], roots), signature) for signature, roots in members.items()]
-    for key, _, roots, signature in sorted(leads, key=lambda one: (order[one[0][:2]], one[0][2], one[1])):
-        name = module_of(key[0])
-        if len(roots) == 1:
-            frozen.setdefault(name, "has a single channel")
-            continue
-        names[name] = names.get(name, 0) + 1
-        name += f"#{names[name]}" if names[name] > 1 else ""
-        group_of[roots], channel_of[roots] = len(groups), np.arange(len(roots))
-        refs = []
-        for place in sorted(signature, key=lambda k: (order.get(k[:2], len(order)), k)):
-            own = lies[place]
-            refs.append(AxisRef(*place[:2], np.where(group_of[own] == len(groups), channel_of[own], -1)))
-        groups.append(AxisGroup(name, len(roots), tuple(refs)))
-    made = {ref.param for group in groups for ref in group.refs if (ref.param, ref.axis) in order}
-    for param, axis in coupling.producers:
-        reason = None if param in made else coupling.reason((coupling.axes[param, axis],))
-        if reason is not None:
-            frozen[module_of(param)] = reason
-    placed = _placed(coupling, values, group_of, channel_of)
-    return Analysis(tuple(groups), frozen, placed, dict(shapes), dict(coupling.tensors), tuple(coupling.producers))
-
-
-def _in_order(layer: np.ndarray, roots: np.ndarray) -> tuple[int, np.ndarray]:
-    """The first index at which any of the roots lies, and the roots by the first index of each; all lie on it."""
-    first = np.empty(max(layer.max(), 0) + 2, dtype=np.int64)  # the last entry is that of no atom, -1
-    first[layer[::-1]] = np.arange(len(layer) - 1, -1, -1)  # of equal entries the last that is written stays
-    where = first[roots]
-    order = np.argsort(where)
-    return int(where[order[0]]), roots[order]
-
-
-def _placed(
-    coupling: Coupling, values: Mapping[str, Value], group_of: np.ndarray, channel_of: np.ndarray
-) -> dict[str, tuple[ValueAxis, ...]]:
-    """Where the groups lie on the values of a graph."""
-    known: dict[tuple[int, ...], tuple[tuple[np.ndarray, np.ndarray], ...]] = {}
-
-    def layers(atoms: Layers) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-        key = tuple(map(id, atoms))  # the values hold them
-        if key not in known:
-            roots = coupling.resolved(atoms)
-            known[key] = tuple((group_of[r], channel_of[r]) for r in roots if (group_of[r] >= 0).any())
-        return known[key]
-
-    placed = {}
-    for name, value in values.items():
-        axes = tuple(ValueAxis(dim, found) for dim, atoms in enumerate(value) if atoms and (found := layers(atoms)))
-        if axes:
-            placed[name] = axes
-    return placed
-
-
-def _alike(lies: Mapping[Place, np.ndarray], free: np.ndarray) -> Iterator[tuple[tuple[Place, ...], np.ndarray]]:
-    """The roots that are ``free`` and lie on the same axes, with these axes.
-
-    Axis by axis a class of roots is split into those on the axis and those off it.
-    """
-    places = {key: roots for key, layer in lies.items() if len(roots := layer[free[layer]])}
-    label, fresh = np.zeros(len(free), dtype=np.int64), 1
-    for roots in places.values():
-        labels = label[roots]
-        if (labels == labels[0]).all():
-            label[roots], fresh = fresh, fresh + 1
-        else:
-            known, inverse = np.unique(labels, return_inverse=True)
-            label[roots], fresh = fresh + inverse, fresh + len(known)
-    keys: dict[int, list[Place]] = {}
-    for key, roots in places.items():
-        labels = label[roots]
-        for own in (labels[0],) if (labels == labels[0]).all() else np.unique(labels):
-            keys.setdefault(int(own), []).append(key)
-    order = np.argsort(label, kind="stable")
-    sets = np.array(list(keys), dtype=np.int64)
-    first, behind = (np.searchsorted(label, sets, side, sorter=order) for side in ("left", "right"))
-    for axes, i, j in zip(keys.values(), first.tolist(), behind.tolist(), strict=True):
-        yield tuple(axes), order[i:j]
 
 
 def without_groups(analysis: Analysis, reasons: Mapping[str, str]) -> Analysis:

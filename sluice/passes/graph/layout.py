@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from sluice.core.algebra import kept_ones, reshape_parts
+from sluice.core.algebra import kept_ones, reshape_parts, stepped
 from sluice.passes.graph.atoms import FIXED, Atoms, Layers, Shape, Split, Value
 
 __all__ = ["READS", "SHAPED", "Layout", "Operand", "fixed"]
@@ -52,8 +52,7 @@ class Layout(Atoms):
         if len(labelled) < len(met):
             for layers in labelled:
                 self.freeze(layers, f"{where} {reason}")
-        for layers in labelled[1:]:
-            self.unite(labelled[0], layers, where)
+        self.unite_all(labelled, where)
         return labelled[0] if labelled else FIXED
 
     def combine(self, operands: Sequence[Operand], rank: int, where: str) -> Value:
@@ -85,9 +84,14 @@ class Layout(Atoms):
             np.concatenate([p[k] if k < len(p) else np.full(len(p[0]), -1) for p in pieces]) for k in range(depth)
         )
 
-    def narrow(self, x: Value, dim: int, start: int, stop: int) -> Value:
-        """Positions ``start .. stop`` along ``dim``."""
-        return (*x[:dim], tuple(layer[start:stop] for layer in x[dim]), *x[dim + 1 :])
+    def narrow(self, x: Value, dim: int, start: int, stop: int, step: int = 1, where: str = "") -> Value:
+        """Every ``step``-th position from ``start`` to ``stop`` along ``dim``: runs of ``step`` stay or go together."""
+        for layer in x[dim] if step > 1 else ():
+            like = stepped(len(layer), start, stop, step)
+            if ((layer < 0) != (layer[like] < 0)).any():
+                self.freeze((layer,), f"{where} takes every {step}th of channels that are cut differently")
+            self.tie((layer,), like)
+        return (*x[:dim], tuple(layer[start:stop:step] for layer in x[dim]), *x[dim + 1 :])
 
     def reshape(self, x: Value, before: Shape, after: Shape, where: str) -> Value:
         found: list[list[np.ndarray]] = [[] for _ in after]

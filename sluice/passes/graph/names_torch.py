@@ -117,7 +117,7 @@ def set_tensor(module: nn.Module, name: str, value: Tensor, parameter: bool) -> 
     for part in path.split(".") if path else []:
         if part not in owner._modules:
             owner.add_module(part, nn.Module())
-        owner = owner.get_submodule(part)
+        owner = owner._modules[part]  # type: ignore[assignment]
     old = getattr(owner, leaf, None)
     if parameter:
         trains = value.is_floating_point() or value.is_complex()

@@ -15,9 +15,10 @@ import onnx
 
 from sluice.passes.graph import onnx_layout as layout
 from sluice.passes.graph import onnx_recurrent as recurrent
+from sluice.passes.graph.channels import find_groups
 from sluice.passes.graph.coupling import Value, fixed, matmul_letters
 from sluice.passes.graph.exclusion import leave_out
-from sluice.passes.graph.groups import Analysis, find_groups
+from sluice.passes.graph.groups import Analysis
 from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
 from sluice.passes.graph.onnx_walk import Attributes, Node, OnnxRule, OnnxWalk, entry, open_size, unknown
 from sluice.passes.graph.operators import ONNX, onnx_operator

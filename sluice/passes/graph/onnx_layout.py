@@ -48,13 +48,12 @@ def slice_(w: OnnxWalk, n: Node, a: Attributes) -> Value:
             continue
         if starts is None or ends is None or steps is None:
             return unknown(w, n, a)
-        if steps[k] != 1:
-            how = "reverses the channels" if steps[k] == -1 else f"takes every {steps[k]}th channel"
-            w.coupling.freeze(x[dim], f"{n.name} {how}")
+        if steps[k] < 0:
+            w.coupling.freeze(x[dim], f"{n.name} reverses the channels")
             x = (*x[:dim], FIXED, *x[dim + 1 :])
         else:
-            start, stop, _ = slice(starts[k], ends[k]).indices(shape[dim])
-            x = w.coupling.narrow(x, dim, start, stop)
+            start, stop, step = slice(starts[k], ends[k], steps[k]).indices(shape[dim])
+            x = w.coupling.narrow(x, dim, start, stop, step, n.name)
     return x
 
 

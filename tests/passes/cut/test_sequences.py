@@ -137,6 +137,13 @@ def test_dimensions_of_heads() -> None:
     assert sizes == {"embed": 10, "attention.qkv": 3, "attention.qkv#2": 4, "up": 13}
 
 
+def test_dimensions_of_heads_that_turn_in_pairs() -> None:
+    """Every second dimension is read by itself, so pairs go as a whole."""
+    check("interleaved", plans=2, exported=1, dims=True)
+    sizes = {g.name: g.size for g in corner("interleaved", True).analysis.groups}
+    assert sizes == {"embed": 10, "attention.qkv": 3, "attention.qkv#2": 2, "up": 13}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DIMS)
 def test_dimensions_of_heads_many_plans(name: str) -> None:

@@ -275,7 +275,10 @@ CASES = [
     Case("split beside", lambda y: y.split([2, 4], 2)[1]),
     Case("slice", lambda y: y[:, 1:-2], after=wide(3)),
     Case("slice beside", lambda y: y[:, :, 1:-2]),
-    Case("slice with steps", lambda y: y[:, ::2], after=wide(3), frozen="every 2th channel"),
+    Case("slice with steps", lambda y: y[:, ::2], after=wide(3)),
+    Case("slice with steps, from a place to a place", lambda y: y[:, 3:8:2], before=lambda: nn.Conv2d(3, 9, 1), after=wide(3)),  # noqa: E501
+    Case("slices with steps", lambda y: torch.cat([y[:, 1::3], y[:, ::3], y], 1), after=wide(10)),
+    Case("slice with steps of two layers", lambda y: torch.cat([y, y[:, :3].neg()], 1)[:, ::2], after=wide(5)),
     Case("glu", lambda y: aten.glu(y, 1), after=wide(3)),
     Case("narrow", lambda y: aten.narrow(y, 1, 2, 3), after=wide(3)),
     Case("narrow from the end", lambda y: aten.narrow(y, 1, -4, 3), after=wide(3)),
