@@ -17,6 +17,7 @@ from sluice.importance.taylor import fisher_scores
 from sluice.passes.cut.export import to_onnx
 from sluice.passes.cut.rewrite_torch import rewrite_torch
 from sluice.passes.gates.gating import Gated, insert_gates, strip_gates
+from sluice.pipeline import choose as choosing
 from sluice.pipeline.candidates import UniformProblem, perturbed, stratum
 from sluice.pipeline.choose import ENOUGH, LEAST, MOST, TRIED, Scenario, _room, choose
 from sluice.pipeline.price import price_problem
@@ -109,6 +110,22 @@ def test_methods_that_do_not_get_there_alone_are_left_out() -> None:
     below = 0.9 * c.problem.least_from(0.0) / latency.dense_ms()
     with pytest.raises(Unreachable):
         c.choose(below, steps=0)
+
+
+def test_a_method_that_misses_the_target_alone_but_not_the_budget_is_a_candidate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    c = case()
+    monkeypatch.setattr(choosing, "HOPELESS", float("inf"))
+    latency, options = c.profile.latency, c.profile.options
+    least = {m: replace(c.problem, sites=options.sites(latency, [m])).least_from(0.0) for m in METHODS}
+    method, ms = sorted(least.items(), key=lambda item: item[1])[1]
+    monkeypatch.setattr(choosing, "_may_pay", lambda *args: True)
+    for share, there in ((0.99, True), (0.975, False)):
+        found = {r.name: r for r in c.choose(share * ms / latency.dense_ms(), steps=0)}
+        assert (f"{method} alone" in found) is there
+        if there:
+            assert found[f"{method} alone"].solution.choice.promised_ms == pytest.approx(ms)
 
 
 def test_a_rate_that_is_to_be_found_is_found_on_the_first_plan(monkeypatch: pytest.MonkeyPatch) -> None:
