@@ -59,9 +59,9 @@ class Apart:
 
 def weights_apart(model: onnx.ModelProto) -> Apart:
     """The model, for a runtime that reads large tensors where they lie (rule 2)."""
-    light = type(model)(ir_version=model.ir_version, opset_import=model.opset_import)
+    light = type(model)(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     light.graph.name = model.graph.name
-    for name in ("node", "input", "output", "value_info"):
+    for name in ("node", "input", "output", "value_info", "sparse_initializer"):
         getattr(light.graph, name).extend(getattr(model.graph, name))
     return with_tensors(light, model.graph.initializer)
 

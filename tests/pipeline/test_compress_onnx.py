@@ -413,7 +413,7 @@ def test_it_runs_without_torch(tmp_path: Path) -> None:
         (["--data", "broken.npz"], "cannot read"),
         (["--data", "tests.tiny:returns_a_number"], "returned int"),
         (["--data", "random", "--precision", "fp16"], "compressed in fp32"),
-        (["--data", "random", "--gates"], "gates are trained"),
+        (["--data", "random", "--gates"], "gates and stops are trained"),
         (["--data", "random", "--loss", "huber"], "'huber' is unknown"),
     ],
 )  # fmt: skip

@@ -17,6 +17,7 @@ from sluice.core.errors import SluiceError
 from sluice.passes.cut.rewrite_onnx import cut_graph
 from sluice.profiler import profile as profile_module
 from sluice.profiler import view as view_module
+from sluice.profiler.pieces.weightless import with_weights
 from sluice.profiler.profile import fingerprint_here, measured_elsewhere, profile_known, profile_onnx
 from sluice.profiler.summary import profile_summary
 from sluice.profiler.table.latency_table import LatencyTable
@@ -51,7 +52,7 @@ def promises(
 ) -> tuple[list[float], list[float]]:
     """Promised and engine's milliseconds."""
     cut = profile.partition
-    engines = [runner.ms(cut_graph(cut.model, cut.analysis, cut.masks(plan))) for plan in plans]
+    engines = [runner.ms(cut_graph(with_weights(cut.model), cut.analysis, cut.masks(plan))) for plan in plans]
     return [profile.latency.ms(plan) for plan in plans], engines
 
 
@@ -131,7 +132,7 @@ def test_joints_at_a_smaller_batch_save_what_they_save_at_the_whole(
     plans = [{**profile.latency.dense, **widths} for widths in ({}, {"conv0": 8, "conv1": 16, "conv2": 24})]
     profile.ask(plans)
     for plan in plans:
-        engine = runner.ms(cut_graph(cut.model, cut.analysis, cut.masks(plan)), batch)
+        engine = runner.ms(cut_graph(with_weights(cut.model), cut.analysis, cut.masks(plan)), batch)
         assert profile.latency.raw_ms(plan) == pytest.approx(engine - 0.05)
 
 

@@ -51,6 +51,8 @@ def test_patches_times_the_weight_are_the_layer(name: str) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_is_found_again_from_its_outputs(name: str) -> None:
     layer, shape = LAYERS[name]
+    torch.manual_seed(3)  # what the ridge keeps depends on how far off the start is drawn
+    layer.reset_parameters()
     equations = NormalEquations(geometry_of(layer), centred=True)
     for x in batches(shape):
         equations.add(x.numpy(), layer(x).detach().numpy())

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +97,11 @@ def factorize_onnx(model: onnx.ModelProto, edits: Sequence[Factorize], split: Sp
     _replace(graph.initializer, initializers)
     _replace(graph.value_info, [info for info in graph.value_info if info.name not in gone])
     _replace(graph.input, [info for info in graph.input if info.name not in gone])
+    known = {info.name: info for info in copy.deepcopy(list(graph.value_info))}
     infer_checked(result)
+    for info in result.graph.value_info:  # with the names of open sizes that it had
+        if info.name in known:
+            info.CopyFrom(known[info.name])
     return result
 
 
