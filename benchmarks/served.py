@@ -7,7 +7,7 @@ Every network is planned to half of its latency in one shot, all methods, three 
 here, here again, and through ``sluice serve`` on a loopback port. The second says what is noise. Told are
 
     points    median and 95th percentile of |log(a / b)| over the points that two tables have in common, after each
-              was divided by its dense latency
+              was divided by its dense latency, and where both are above a thousandth of it
     promise   |a - b| / b of the promises, by both tables, of the plan that b chose, as shares of the dense latency
     loss      the price of the plan that a chose, less that of b's, as a share of b's, both by the losses of b
 
@@ -44,6 +44,7 @@ from sluice.solver.options import METHODS
 
 RESULT = Path("benchmarks/results/served.json")
 SHARE, SAMPLES = 0.5, 64
+LEAST = 0.001  # of the dense latency: joints save less, or nothing
 FIGURES = ("points", "points_p95", "promise", "loss")
 
 
@@ -104,7 +105,8 @@ def serving(target: str) -> Iterator[str]:
 def compared(one: Planned, other: Planned) -> dict[str, float]:
     """The figures of ``one`` against ``other``, fractions."""
     mine, theirs = one.points(), other.points()
-    apart = np.abs(np.log([mine[point] / theirs[point] for point in mine.keys() & theirs.keys()]))
+    both = [point for point in mine.keys() & theirs.keys() if min(mine[point], theirs[point]) > LEAST]
+    apart = np.abs(np.log([mine[point] / theirs[point] for point in both]))
     widths = dict(other.solution.choice.widths)
     there, here = other.promise(widths), one.promise(widths)
     price = other.loss(widths)
