@@ -237,10 +237,7 @@ def _distinct(
 def _barely(problem: Problem, target_ms: float, refused: Unreachable) -> Choice | Unreachable:
     """The fastest plan of a problem that misses the target by less than its margin under the budget; engines decide."""
     least = problem.least_from(target_ms)
-    if least * AIM > target_ms * ACCEPTED:
-        return refused
-    (found,) = by_need(problem.profile, [_solver(problem, max(target_ms, least))], rounds=0)
-    return found
+    return refused if least * AIM > target_ms * ACCEPTED else problem.estimated(max(target_ms, least))
 
 
 def _may_pay(problem: Problem, one: Problem, target_ms: float, most: float) -> bool:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sluice.core.errors import Unreachable
 from sluice.core.latency import LatencyModel
 from sluice.core.plan import InputSpec, Plan
 from sluice.passes.cut.resolve import make_plan
 from sluice.passes.graph.groups import Analysis
-from sluice.profiler.need import solve_by_need
+from sluice.profiler.need import by_need, solve_by_need
 from sluice.profiler.view import Profile
 from sluice.solver.decide import Choice, decide, least_ms, restricted
 from sluice.solver.descent import steps_from
@@ -63,6 +64,11 @@ class Problem:
         """The plan of least loss within ``target_ms``; what it needs to know is measured."""
         choice = solve_by_need(self.profile, lambda latency, near: self.choose(latency, target_ms, near), self._steps)
         return self.solution(choice)
+
+    def estimated(self, target_ms: float) -> Choice | Unreachable:
+        """The choice of least loss where estimates count from the start (`sluice.profiler.need`, 4), or why none."""
+        (choice,) = by_need(self.profile, [lambda latency, near: self.choose(latency, target_ms, near)], rounds=0)
+        return choice
 
     def _steps(self, latency: LatencyModel, widths: Mapping[str, int]) -> list[dict[str, int]]:
         """Near configurations that the solver might have preferred, the most likely first."""

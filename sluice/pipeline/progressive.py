@@ -30,14 +30,13 @@ from sluice.core.errors import Unreachable
 from sluice.core.plan import Plan
 from sluice.core.progress import stage
 from sluice.passes.gates.gating import Gated, close_gates, insert_gates, strip_gates
-from sluice.passes.graph.placement_torch import normed_axes
+from sluice.passes.graph.placement_torch import normed_groups
 from sluice.pipeline.figures import captured_inputs
 from sluice.pipeline.kept_stages import loaded_once
 from sluice.pipeline.prepare import Prepared, trainable
 from sluice.pipeline.price import one_shot_scores, price_problem
 from sluice.pipeline.problem import Problem, Solution
 from sluice.pipeline.recipe import Recipe
-from sluice.profiler.need import by_need
 from sluice.training.recovery import AUTO
 from sluice.training.rehearse import HELD, Trainee, batches_behind, train_together
 from sluice.training.trial import quick_rate
@@ -94,9 +93,10 @@ def _through(
     """The network behind the stops that can be reached; None where that is none of them, or training fails."""
     gated, problem, reached = ready.gated, _about_widths(ready.problem, ready.gated), None
     for share in shares:
-        solution = _solved(problem, share * ready.measured.latency.dense_ms())
-        if solution is None:
+        choice = problem.estimated(share * ready.measured.latency.dense_ms())  # no promise rests on a stop
+        if isinstance(choice, Unreachable):
             break
+        solution = problem.solution(choice)
         slim = trainable(captured, solution.plan)
         if not _trained(slim, ready.teacher, recipe, steps // len(shares), f"stop at {share:.0%}"):
             return None
@@ -120,19 +120,10 @@ def _scored(ready: Prepared, captured: fx.GraphModule, recipe: Recipe) -> tuple[
 def _about_widths(problem: Problem, gated: Gated) -> Problem:
     """The problem about the widths of rule 4 alone."""
     analysis, profile = problem.analysis, problem.profile
-    normed = {g for norm in gated.meta["placement"].norms for axis in normed_axes(analysis, norm) for g in axis.groups}
-    whole = {analysis.groups[index].name for index in normed}
+    whole = {analysis.groups[index].name for index in normed_groups(analysis, gated.meta["placement"])}
     widths = profile.options.sites(profile.latency, ["filter"]) & problem.sites
     losses = {site: values for site, values in problem.losses.items() if site in widths}
     return replace(problem, sites=frozenset(widths - whole), losses=losses)
-
-
-def _solved(problem: Problem, target_ms: float) -> Solution | None:
-    """Under estimates: no promise rests on a stop."""
-    (choice,) = by_need(
-        problem.profile, [lambda latency, near: problem.choose(latency, target_ms, near)], rounds=0
-    )  # fmt: skip
-    return None if isinstance(choice, Unreachable) else problem.solution(choice)
 
 
 def _trained(slim: fx.GraphModule, teacher: nn.Module, recipe: Recipe, steps: int, name: str) -> bool:

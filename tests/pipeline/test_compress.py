@@ -395,24 +395,19 @@ def test_methods_end_to_end_with_gates(methods: tuple[str, ...], residual_table:
 
 
 @pytest.mark.slow
-def test_gates_make_one_more_candidate_end_to_end(residual_table: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "budget", "epochs", "asked"),
+    [("gates", "50%", 12, {"gates": True}), ("stops", "30%", 20, {"progressive": True})],
+)
+def test_a_late_candidate_end_to_end(
+    name: str, budget: str, epochs: int, asked: dict[str, bool], residual_table: Path
+) -> None:
     done = compress(
-        tiny.residual(), tiny.inputs(), budget="50%", data=tiny.data() * 6, table=residual_table, batch=tiny.BATCH,
-        epochs=12, rehearsal=1, gates=True, progress=False,
+        tiny.residual(), tiny.inputs(), budget=budget, data=tiny.data() * 6, table=residual_table, batch=tiny.BATCH,
+        epochs=epochs, rehearsal=1, progress=False, **asked,
     )  # fmt: skip
-    names = [name for name, _, _ in done.report.readings]
-    assert names.count("gates") == 1 and names.index("gates") < 2
-    assert done.report.met() and (done.report.parity_max_rel or 0.0) < 1e-5
-
-
-@pytest.mark.slow
-def test_stops_make_one_more_candidate_end_to_end(residual_table: Path) -> None:
-    done = compress(
-        tiny.residual(), tiny.inputs(), budget="30%", data=tiny.data() * 6, table=residual_table, batch=tiny.BATCH,
-        epochs=20, rehearsal=1, progressive=True, progress=False,
-    )  # fmt: skip
-    names = [name for name, _, _ in done.report.readings]
-    assert names.count("stops") == 1 and names.index("stops") < 2
+    names = [found for found, _, _ in done.report.readings]
+    assert names.count(name) == 1 and names.index(name) < 2
     assert done.report.met() and (done.report.parity_max_rel or 0.0) < 1e-5
 
 

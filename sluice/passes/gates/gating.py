@@ -33,7 +33,7 @@ from sluice.passes.gates.merge_gates import exclude_each_other
 from sluice.passes.gates.rank_gates import RankGate
 from sluice.passes.graph.capture import MARK, Inputs, capture, clone
 from sluice.passes.graph.groups import Analysis, check_cuttable, keep_masks
-from sluice.passes.graph.placement_torch import Placement, normed_axes, place_gates
+from sluice.passes.graph.placement_torch import Placement, normed_axes, normed_groups, place_gates
 from sluice.passes.search_space import SearchSpace, find_search_space, read_torch
 
 __all__ = ["Gated", "absorb_masks", "bake", "close_gates", "insert_gates", "masked_norm", "strip_gates"]
@@ -162,7 +162,7 @@ def absorb_masks(gated: Gated) -> None:
     """
     analysis, placement = gated.meta["space"].analysis, gated.meta["placement"]
     state = gated.state_dict(keep_vars=True)
-    normed = {g for norm in placement.norms for axis in normed_axes(analysis, norm) for g in axis.groups}
+    normed = normed_groups(analysis, placement)
     with torch.no_grad():
         for index, group in enumerate(analysis.groups):
             if index in normed or group.name not in set(gated.gates):

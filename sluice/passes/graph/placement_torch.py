@@ -40,7 +40,7 @@ from sluice.passes.graph.capture_modes import BatchNorm
 from sluice.passes.graph.groups import Analysis, ValueAxis, without_groups
 from sluice.passes.graph.operators import Operator, aten_operator
 
-__all__ = ["Norm", "Placement", "closable", "normed_axes", "place_gates"]
+__all__ = ["Norm", "Placement", "closable", "normed_axes", "normed_groups", "place_gates"]
 
 Ref = tuple[str, int]  # (tensor, axis)
 
@@ -94,6 +94,11 @@ def closable(gm: fx.GraphModule, analysis: Analysis) -> Analysis:
 def normed_axes(analysis: Analysis, norm: Norm) -> list[ValueAxis]:
     """The axes over which the node takes its statistics and which can be cut."""
     return [axis for axis in analysis.values[norm.value] if axis.dim in norm.dims]
+
+
+def normed_groups(analysis: Analysis, placement: Placement) -> set[int]:
+    """The groups, by index, over whose channels some node takes its statistics: no weight can hold their masks."""
+    return {g for norm in placement.norms for axis in normed_axes(analysis, norm) for g in axis.groups}
 
 
 def _is(node: fx.Node, *names: str) -> bool:
