@@ -1,9 +1,9 @@
 """Memory of making an ONNX file faster without torch: ``python -m benchmarks.onnx_memory``.
 
-1. Each file of `FILES_HERE` goes through `sluice.compress_onnx` in a process of its own in which torch cannot be
-   imported, and which gives free blocks back as the command does (`sluice.core.heap`). Counted is the peak of its
-   resident memory, less what it holds when everything is imported, one file has run in ONNX Runtime and the examples
-   are drawn.
+1. Each file of `FILES_HERE`, and each chain of `benchmarks.onnx_memory_chains`, goes through `sluice.compress_onnx` in
+   a process of its own in which torch cannot be imported, and which gives free blocks back as the command does
+   (`sluice.core.heap`). Counted is the peak of its resident memory, less what it holds when everything is imported, one
+   file has run in ONNX Runtime and the examples are drawn.
 2. The bound is
 
        CONSTANT + 8 x file + 2 x statistics of one layer + values of one batch + 2 x a session
@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.onnx_memory_chains import CHAINS, made
 from benchmarks.wild import CACHE, fetch, save
 from benchmarks.wild_files import FILES
 
@@ -44,6 +45,7 @@ FILES_HERE = {
     "openwakeword/embedding_model.onnx": (76, 32, 1),
     "brainmaze-eeg-models/modelA_paper.onnx": (100, 64),
     "nudenet/320n.onnx": (3, 320, 320),
+    **{name: chain.shape for name, chain in CHAINS.items()},
 }
 EXAMPLES = 48
 MB = 1e6
@@ -152,7 +154,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in [] if args.show else FILES_HERE:
         if args.only not in name or any(row.file == name for row in rows):
             continue
-        path = fetch(next(wild for wild in FILES if wild.name == name), args.cache)
+        if name in CHAINS:
+            path = made(name, args.cache)
+        else:
+            path = fetch(next(wild for wild in FILES if wild.name == name), args.cache)
         asked = [sys.executable, "-m", "benchmarks.onnx_memory", "--child", name, str(path)]
         row, floor = (
             json.loads(

@@ -17,6 +17,7 @@ import onnx
 from sluice.artifacts.calibration_ranges import PERCENTILE, activation_ranges, slices
 from sluice.core.deployment import ON_CPU, check_precision, check_target
 from sluice.core.errors import SluiceError
+from sluice.core.weight_bytes import Parked
 from sluice.passes.precision.emulation import emulated
 from sluice.passes.precision.to_precision import to_precision
 from sluice.runtime.base.compare import relative_error
@@ -68,8 +69,10 @@ def deploy_onnx(
     return to_precision(model, precision, ranges=ranges, target=target, exclude=exclude, reduce_range=reduce_range)
 
 
-def reference_session(model: onnx.ModelProto) -> OrtSession:
-    """Rule 3, on this CPU; any precision."""
+def reference_session(model: onnx.ModelProto | Parked) -> OrtSession:
+    """Rule 3, on this CPU; any precision, but fp32 of a parked file."""
+    if isinstance(model, Parked):
+        return OrtRunner(timed=False).build(model)
     quantised = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
     return OrtRunner(as_written=quantised, timed=False).build(emulated(model))
 

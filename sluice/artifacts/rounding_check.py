@@ -38,10 +38,12 @@ from onnx import TensorProto, helper, numpy_helper
 from sluice.artifacts.in_precision import reference_session
 from sluice.core.errors import SluiceError
 from sluice.core.plan import InputSpec
+from sluice.core.weight_bytes import Parked, parked
 from sluice.passes.graph.onnx_graph import OnnxGraph, hollow
 from sluice.passes.precision.emulation import emulated
 from sluice.passes.precision.quantize import REDUCED_STEPS, STEPS
 from sluice.runtime.base.compare import relative_error
+from sluice.runtime.base.inputs import parsed
 
 __all__ = [
     "RoundingCheck",
@@ -126,7 +128,7 @@ def largest_error(
     Args:
         want: outputs of ``wide`` for ``feeds``.
     """
-    by_chance = min(relative_error(list(outputs_of(shuffled(wide), feeds)), want), 1.0)
+    by_chance = min(relative_error(list(outputs_of(parked(shuffled(wide)), feeds)), want), 1.0)
     rounded = ROUNDINGS * math.sqrt(len(wide.graph.node)) * eps / 2
     return min(rounded, by_chance / 2) if by_chance else rounded, by_chance
 
@@ -157,9 +159,9 @@ def drawn(
     return found
 
 
-def outputs_of(model: onnx.ModelProto, feeds: Sequence[Sequence[np.ndarray]]) -> Iterator[list[np.ndarray]]:
+def outputs_of(model: onnx.ModelProto | Parked, feeds: Sequence[Sequence[np.ndarray]]) -> Iterator[list[np.ndarray]]:
     """The outputs of a network as its file says, in order, for the inputs in order."""
-    names = list(OnnxGraph(model).inputs)
+    names = list(OnnxGraph(parsed(model)).inputs)
     session = reference_session(model)
     for arrays in feeds:
         if len(names) != len(arrays):

@@ -5,12 +5,14 @@ with every such block that is freed, up to 32 MiB; smaller blocks come from a he
 megabytes are copied, rewritten and run hundreds of times on their way, and the holes came to more than all that was in
 use. A fixed threshold leaves no holes of its size. It holds for the whole process and cannot be taken back, so commands
 set it, and functions that others call do not. Holes of smaller blocks go back when they are asked for, between stages,
-which changes nothing for whoever allocates later.
+which changes nothing for whoever allocates later. Before that, circles go: graphs that a rewriter or an optimiser made
+consist of nodes and values that refer to each other, and hold the numbers of a whole file until the collector comes by.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 from typing import Any
 
@@ -27,7 +29,8 @@ def give_back_blocks() -> bool:
 
 
 def give_back_holes() -> None:
-    """Whole pages that are free inside the heap go back now, where the system knows how."""
+    """What nothing can reach goes now, and whole pages that are free inside the heap, where the system knows how."""
+    gc.collect()
     trim = _of_glibc("malloc_trim")
     if trim is not None:
         trim(0)

@@ -25,7 +25,7 @@ from sluice.passes.files.opset import opset_of
 from sluice.passes.files.rows import Rows
 from sluice.passes.graph.groups import Analysis, AxisGroup
 from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
-from sluice.runtime.targets import untimed_runner
+from sluice.runtime.targets import untimed_session
 
 __all__ = ["activity_scores"]
 
@@ -80,14 +80,15 @@ def _squares(
     """By value and axis the sum of squares of every channel (rule 1)."""
     if not wanted:
         return {}
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
-    del probe.graph.output[:], probe.graph.node[:]
+    probe = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    probe.graph.name = "squares"
+    probe.graph.input.extend(OnnxGraph(model).inputs.values())
+    tensors = list(model.graph.initializer)
     probes = dict[str, list[onnx.NodeProto]]()
     for index, (value, axis) in enumerate(wanted):
         name, others = f"{SQUARES}{index}", [d for d in range(len(analysis.shapes[value])) if d != axis]
         if opset_of(model) >= AXES_ARE_INPUTS:
-            probe.graph.initializer.append(numpy_helper.from_array(np.array(others, np.int64), f"{name}.axes"))
+            tensors.append(numpy_helper.from_array(np.array(others, np.int64), f"{name}.axes"))
             node = helper.make_node("ReduceSumSquare", [value, f"{name}.axes"], [name], keepdims=0)
         else:
             node = helper.make_node("ReduceSumSquare", [value], [name], keepdims=0, axes=others)
@@ -99,7 +100,7 @@ def _squares(
         probe.graph.node.append(node)
         for value in node.output:
             probe.graph.node.extend(probes.get(value, ()))
-    session = untimed_runner().build(probe)
+    session = untimed_session(probe, tensors)
     sums = [np.zeros(()) for _ in wanted]
     for feeds in rows.batches():
         found = session.run(feeds)

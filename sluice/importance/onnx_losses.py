@@ -30,7 +30,7 @@ from sluice.importance.curves import LEVELS, curve, floored
 from sluice.importance.output_distance import BROKEN, OutputDistance
 from sluice.passes.cut.factor import truncations
 from sluice.passes.cut.rewrite_onnx import cut_graph, restructure
-from sluice.passes.graph.groups import Analysis, keep_masks
+from sluice.passes.graph.groups import Analysis, AxisGroup, keep_masks
 from sluice.passes.graph.onnx_graph import OnnxGraph, hollow
 from sluice.solver.amplitude_losses import by_importance
 from sluice.solver.options import EditSpace, RankOption
@@ -61,9 +61,10 @@ def onnx_losses(
     asked: list[tuple[int, Callable[[], dict[str, np.ndarray]]]] = []
     for group in analysis.groups:
         if len(levels.get(group.name, ())) > 1:
-            cut = _cut(model, analysis, group.name, scores[group.name], distance)
             at = distance.position(ref.param for ref in group.refs)
-            asked.append((at, partial(_widths, group.name, levels[group.name], cut)))
+            asked.append(
+                (at, partial(_widths, levels[group.name], model, analysis, group, scores[group.name], distance))
+            )
     for option in options.ranks:
         if len(levels.get(option.switch, ())) > 1:
             priced = partial(_ranks, option, levels[option.rank], model, distance)
@@ -79,17 +80,18 @@ def onnx_losses(
     return floored(found, latency)
 
 
-def _widths(name: str, levels: Sequence[int], cut: Callable[[int], float]) -> dict[str, np.ndarray]:
-    return {name: curve(levels, cut, dense=levels[-1])}
-
-
-def _cut(
-    model: onnx.ModelProto, analysis: Analysis, name: str, scores: np.ndarray, distance: OutputDistance
-) -> Callable[[int], float]:
+def _widths(
+    levels: Sequence[int], model: onnx.ModelProto, analysis: Analysis, group: AxisGroup, scores: np.ndarray,
+    distance: OutputDistance,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Of the file nothing but the numbers of the group are copied, and those of one group at a time."""
     order = by_importance(scores)
-    group = next(group for group in analysis.groups if group.name == name)
     bare = hollow(model, OnnxGraph(model).initializers.keys() - {ref.param for ref in group.refs})
-    return lambda width: distance.of(cut_graph(bare, analysis, keep_masks(analysis, {name: order[:width].tolist()})))
+
+    def cut(width: int) -> float:
+        return distance.of(cut_graph(bare, analysis, keep_masks(analysis, {group.name: order[:width].tolist()})))
+
+    return {group.name: curve(levels, cut, dense=levels[-1])}
 
 
 def _ranks(

@@ -23,6 +23,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -42,6 +43,7 @@ from sluice.core.heap import give_back_holes
 from sluice.core.plan import InputSpec, Plan
 from sluice.core.progress import Advance, stage
 from sluice.core.version import INSTALL_TORCH
+from sluice.core.weight_bytes import parked
 from sluice.importance.activity import activity_scores
 from sluice.importance.onnx_losses import examples_for, onnx_losses
 from sluice.importance.output_distance import OutputDistance, cosine, outputs_of
@@ -49,10 +51,10 @@ from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.files.read import OnnxFile, load_whole, read_onnx_file, written_back
 from sluice.passes.files.rows import Rows, rows_of
 from sluice.passes.graph.onnx_file import finalize
-from sluice.passes.graph.onnx_graph import OnnxGraph
+from sluice.passes.graph.onnx_graph import OnnxGraph, hollow
 from sluice.passes.graph.width_limits import WidthLimits
 from sluice.passes.search_space import agreed, find_search_space, read_onnx
-from sluice.pipeline.pairs import engine_check
+from sluice.pipeline.pairs import Pairs, engine_check
 from sluice.pipeline.plain import counted_from, share_beside
 from sluice.pipeline.problem import Problem
 from sluice.pipeline.report_figures import make_report
@@ -142,7 +144,8 @@ def compress_onnx(
     )  # fmt: skip
     analysis = agreed(space, measured.space).analysis
     with _stage("the file as it is", progress) as advance:
-        plain = share_beside(measured, timed if fixed else _sized(load_whole(source), file), timed, advance)
+        whole = parked(measured.engine(finalize(timed)))
+        plain = share_beside(measured, timed if fixed else _sized(load_whole(source), file), whole, advance)
     wanted = counted_from(plain, asked)
     sites = measured.options.sites(measured.latency, methods)
     with _stage("price every choice", progress) as advance:
@@ -156,21 +159,23 @@ def compress_onnx(
     specs = tuple(InputSpec(value.shape, str(value.dtype), name) for name, value in next(kept.batches(2)).items())
     problem = Problem(measured, analysis, sites, losses, scores, specs)
     with _stage("decide and verify on engines", progress):
-        verified = solve_verified(problem, wanted, timed)
+        verified = solve_verified(problem, wanted, timed, Pairs(measured, whole, wanted))
     slim = rewrite_onnx(dense, verified.plan)
     slim, recovered = _recovered(slim, dense, verified.plan, (kept, held), (refit, steps, seed, loss), progress)
+    params, file = (_size(dense), _size(slim)), replace(file, model=hollow(dense))
+    del dense, timed  # all that is left to do is about the slim file
     with _stage("measure", progress) as advance:
         wide = _sized(slim, file)
         done = finalize(wide)
         deployed = measured.engine(done)
-        times = final_pair(measured, measured.engine(finalize(timed)), deployed, wanted, verified, advance)
+        times = final_pair(measured, whole, deployed, wanted, verified, advance)
         engine = measured.runner().build(deployed, batch=measured.fingerprint.batch)
         computed = engine_check(measured, engine, deployed, wide)
         del engine
-    made = written_back(file, measured.engine(finalize(slim)))
+    made = written_back(file, deployed if wide is slim else measured.engine(finalize(slim)))
     worst = relative_error(list(outputs_of(made, held).values()), list(outputs_of(slim, held).values()))
     report = make_report(
-        measured, verified, times=times, worst=worst, params=(_size(dense), _size(slim)),
+        measured, verified, times=times, worst=worst, params=params,
         macs=(macs, count_macs(done)), metrics=(metric_dense, figure(made), None),
         frozen={**measured.space.left_alone, **measured.refused, **({"the data": note} if note else {})},
         seconds=time.perf_counter() - started, losses=losses, plain=plain,

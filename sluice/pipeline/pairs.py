@@ -12,7 +12,7 @@
 3. One run is enough where the share is farther from the limit that decides than it is uncertain by. Otherwise both
    engines are built anew and measured again, `RUNS` times at most.
 4. The dense engine of a first run serves the first runs of all slim engines, and is kept, unless its file is beyond one
-   protobuf. Those of further runs are rare, are built anew, and go with their run.
+   protobuf or lies on the disk. Those of further runs are rare, are built anew, and go with their run.
 5. Latency does not depend on the weights. So engines of equal structure (`structure`) are one engine, which is known
    once it is measured.
 6. The first engine of every structure is compared with fp32, where that is given (`sluice.artifacts.engine_check`). One
@@ -34,12 +34,13 @@ from onnx import numpy_helper
 from sluice.artifacts.engine_check import EngineCheck, check_engine
 from sluice.core.budget_spec import BudgetSpec
 from sluice.core.errors import EngineFault, LostLine
-from sluice.core.weight_bytes import is_large
+from sluice.core.weight_bytes import Parked, is_large
 from sluice.passes.graph.onnx_graph import attributes
 from sluice.profiler.table.measurement import Measurement
 from sluice.profiler.timing.measure import QUIET, ReferenceEngine, Waiting, measure
 from sluice.profiler.view import Profile
 from sluice.runtime.base.faults import building, running
+from sluice.runtime.base.inputs import parsed
 from sluice.runtime.base.runner import Runner, Session
 
 __all__ = ["APART", "PairTimes", "Pairs", "engine_check", "is_faster", "structure"]
@@ -108,7 +109,7 @@ class Pairs:
     """
 
     profile: Profile
-    dense: onnx.ModelProto
+    dense: onnx.ModelProto | Parked
     budget: BudgetSpec
     waiting: Waiting | None = None
     patience_ms: float = PATIENCE_MS
@@ -131,7 +132,7 @@ class Pairs:
             runs.append(self._run(slim, len(runs), wide if not runs else None))
         return self._times(runs)
 
-    def once(self, slim: onnx.ModelProto) -> PairTimes:
+    def once(self, slim: onnx.ModelProto | Parked) -> PairTimes:
         """The times of a file as it is, from one run, or from those that there are."""
         runs = self._runs.setdefault(structure(slim), [])
         if not runs:
@@ -158,7 +159,7 @@ class Pairs:
             slower=min(run.slower for run in counted),
         )
 
-    def _run(self, slim: onnx.ModelProto, number: int, wide: onnx.ModelProto | None = None) -> _Run:
+    def _run(self, slim: onnx.ModelProto | Parked, number: int, wide: onnx.ModelProto | None = None) -> _Run:
         """One run; a fault of the runtime leaves no engine behind that may have gone with it."""
         try:
             return self._timed(slim, number, wide)
@@ -169,7 +170,7 @@ class Pairs:
             self._dense_engine = None
             raise
 
-    def _timed(self, slim: onnx.ModelProto, number: int, wide: onnx.ModelProto | None) -> _Run:
+    def _timed(self, slim: onnx.ModelProto | Parked, number: int, wide: onnx.ModelProto | None) -> _Run:
         batch = self.profile.fingerprint.batch
         if self._runner is None:
             self._runner = self.profile.runner()
@@ -177,7 +178,8 @@ class Pairs:
             self._reference = self.profile.reference(self._runner)
         with building(self.profile.target):
             engine = self._runner.build(slim, batch=batch)
-        if wide is not None:  # before there is a dense engine, since both take the memory of several files
+        # Before there is a dense engine, since both take the memory of several files.
+        if wide is not None and isinstance(slim, onnx.ModelProto):
             with running(self.profile.target):
                 check = engine_check(self.profile, engine, slim, wide)
             if check.runtime and not check.same:
@@ -186,7 +188,7 @@ class Pairs:
             dense = None if number else self._dense_engine
             if dense is None:
                 dense = self._runner.build(self.dense, batch=batch)
-            if not number and not is_large(self.dense):
+            if not number and isinstance(self.dense, onnx.ModelProto) and not is_large(self.dense):
                 self._dense_engine = dense
         engines = [dense, engine]
         with running(self.profile.target):
@@ -215,11 +217,12 @@ def is_faster(plain: PairTimes | None) -> bool:
     return plain is not None and plain.share * (1.0 + plain.uncertainty) <= 1.0 - APART
 
 
-def structure(model: onnx.ModelProto) -> str:
+def structure(model: onnx.ModelProto | Parked) -> str:
     """A hash of a graph without the names and the values of its weights, in whatever order its operators come.
 
     Values that shapes may follow from (integers of 64 bits) and attributes count; attributes at their defaults do not.
     """
+    model = parsed(model)
     graph, versions = model.graph, {one.domain: one.version for one in model.opset_import}
     known = {"": ""}
     for info in graph.initializer:

@@ -17,6 +17,7 @@ import onnx
 from sluice.core.budget_spec import BudgetSpec
 from sluice.core.errors import SluiceError
 from sluice.core.progress import Advance, told_to
+from sluice.core.weight_bytes import Parked, parked
 from sluice.passes.graph.onnx_file import finalize
 from sluice.pipeline.pairs import Pairs, PairTimes, is_faster, structure
 from sluice.profiler.view import Profile
@@ -47,21 +48,22 @@ def plain_share(
     if asked.precision != "fp32" or not profile.open:
         return None
     plain = plain_export(model, example_inputs, asked.batch)
-    return None if plain is None else share_beside(profile, plain, dense, advance)
+    return None if plain is None else share_beside(profile, plain, profile.engine(finalize(dense)), advance)
 
 
 def share_beside(
-    profile: Profile, plain: onnx.ModelProto, dense: onnx.ModelProto, advance: Advance | None = None
+    profile: Profile, plain: onnx.ModelProto, ours: onnx.ModelProto | Parked, advance: Advance | None = None
 ) -> PairTimes | None:
-    """The file that users deploy (``slim_ms``) beside ours (``dense_ms``), as `plain_share`."""
+    """The file that users deploy (``slim_ms``) beside our engine's (``dense_ms``), as `plain_share`."""
     if profile.fingerprint.precision != "fp32" or not profile.open:
         return None
-    ours = profile.engine(finalize(dense))
     if structure(plain) == structure(ours):
         ms = profile.latency.dense_ms()
         return PairTimes(ms, ms, ms, runs=0, dense_runs=0, uncertainty=0.0, quiet=True)
     try:
-        return Pairs(profile, ours, WHOLE, told_to(advance), PATIENCE_MS).once(plain)
+        file = parked(plain)
+        del plain  # its engine is made from the file
+        return Pairs(profile, ours, WHOLE, told_to(advance), PATIENCE_MS).once(file)
     except SluiceError:  # the runtime refuses the plain file
         return None
 

@@ -27,6 +27,7 @@ from sluice.core.budget_spec import BudgetSpec
 from sluice.core.errors import SluiceError, Unreachable
 from sluice.core.plan import Plan
 from sluice.core.progress import Advance, told_to
+from sluice.core.weight_bytes import Parked
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.graph.onnx_file import finalize
 from sluice.pipeline.pairs import Pairs, PairTimes, structure
@@ -201,8 +202,8 @@ def first_verified(
 
 
 def final_pair(
-    profile: Profile, dense: onnx.ModelProto, slim: onnx.ModelProto, budget: BudgetSpec, verified: VerifiedSolution,
-    advance: Advance | None = None,
+    profile: Profile, dense: onnx.ModelProto | Parked, slim: onnx.ModelProto, budget: BudgetSpec,
+    verified: VerifiedSolution, advance: Advance | None = None,
 ) -> PairTimes:  # fmt: skip
     """The times of the file that is deployed, and of the dense one.
 

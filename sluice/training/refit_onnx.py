@@ -10,15 +10,17 @@ Layer after layer in the order of the graph, as `sluice.training.compensate` doe
 3. Layers whose input the cut has not changed, those whose weight or bias is not theirs alone, and those with more than
    `COLUMNS` inputs per output stay as they are.
 
-Both files run as far as the layer, for all examples, batch by batch: what is kept is the sums of one layer. Numpy and
-ONNX Runtime alone.
+Both files run as far as the layer, for all examples, batch by batch: what is kept is the sums of one layer, and its
+targets where they take little room beside the weights, so that one file's session goes before the other's comes. Numpy
+and ONNX Runtime alone.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import onnx
@@ -26,8 +28,9 @@ from onnx import helper, numpy_helper
 
 from sluice.core.plan import Plan
 from sluice.passes.cut.factor import first_name, second_name
+from sluice.passes.files.room import room_of
 from sluice.passes.files.rows import Rows
-from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
+from sluice.passes.graph.onnx_graph import OnnxGraph, attributes, hollow
 from sluice.runtime.base.runner import Session
 from sluice.runtime.targets import untimed_session
 from sluice.training.least_squares import Geometry, Misfit, NormalEquations
@@ -35,6 +38,7 @@ from sluice.training.least_squares import Geometry, Misfit, NormalEquations
 __all__ = ["refit_onnx", "with_biases"]
 
 COLUMNS = 4096
+SHARE = 2
 BIAS = ".refit_bias"
 
 
@@ -54,8 +58,8 @@ def refit_onnx(slim: onnx.ModelProto, dense: onnx.ModelProto, plan: Plan, rows: 
     Args:
         slim: ``dense`` cut by ``plan``, with the names of its tensors.
     """
-    done = onnx.ModelProto()
-    done.CopyFrom(slim)
+    tensors = dict(OnnxGraph(slim).initializers)
+    done = hollow(slim, tensors.keys())  # a message keeps what it held before, so new numbers come in at the end
     twins = {layer.weight: layer for layer in _layers(dense)}
     kept = {(cut.param, cut.axis): np.array(cut.keep) for cut in plan.slices}
     firsts = {first_name(edit.param) for edit in plan.factorizations}
@@ -67,7 +71,10 @@ def refit_onnx(slim: onnx.ModelProto, dense: onnx.ModelProto, plan: Plan, rows: 
         if twin is None or layer.weight in firsts or layer.node.input[0] not in changed:
             continue
         stays = kept.get((param, 1 if twin.turned else 0))
-        count += _refit(done, dense, layer, twin, stays, rows)
+        count += _refit(done, tensors, dense, layer, twin, stays, rows)
+    names = [init.name for init in done.graph.initializer]
+    del done.graph.initializer[:]
+    done.graph.initializer.extend(tensors.pop(name) for name in names)
     return done, count
 
 
@@ -122,31 +129,47 @@ def _changed_values(slim: onnx.ModelProto, dense: onnx.ModelProto) -> set[str]:
 
 
 def _refit(
-    slim: onnx.ModelProto, dense: onnx.ModelProto, layer: _Layer, twin: _Layer, stays: np.ndarray | None, rows: Rows
-) -> int:
-    """Rule 1; 1 if the layer was refitted."""
+    slim: onnx.ModelProto, tensors: dict[str, onnx.TensorProto], dense: onnx.ModelProto, layer: _Layer, twin: _Layer,
+    stays: np.ndarray | None, rows: Rows,
+) -> int:  # fmt: skip
+    """Rule 1, in ``tensors``, which are those of ``slim``; 1 if the layer was refitted."""
     graph = OnnxGraph(slim)
-    stored = numpy_helper.to_array(graph.initializers[layer.weight])
+    stored = numpy_helper.to_array(tensors[layer.weight])
     if stored.dtype != np.float32:
         return 0
     bias = _bias_of(slim, graph, layer)
+    if bias is not None:
+        tensors.setdefault(bias.name, bias)
     equations = NormalEquations(layer.geometry, centred=bias is not None)
-    mine, theirs = _until(slim, layer.node.input[0]), _until(dense, twin.node.output[0])
-    axis = -1 if not layer.geometry.kernel else 1
+    targets = _targets(dense, twin, stays, rows)
+    mine = _until(slim, tensors.values(), layer.node.input[0])
     try:
-        for feeds in rows.batches():
-            x, y = mine.value(feeds), theirs.value(feeds)
-            equations.add(x, y if stays is None else np.take(y, stays, axis))
+        for feeds, y in zip(rows.batches(), targets, strict=True):
+            equations.add(mine.value(feeds), y)
     except Misfit:
         return 0
+    del mine, targets  # solving takes room as well
     values, constant = equations.solve(stored.T if layer.turned else stored)
     if not np.isfinite(values).all():
         return 0
     values = np.ascontiguousarray(values.T if layer.turned else values)
-    graph.initializers[layer.weight].CopyFrom(numpy_helper.from_array(values, layer.weight))
+    tensors[layer.weight] = numpy_helper.from_array(values, layer.weight)
     if bias is not None:
-        bias.CopyFrom(numpy_helper.from_array(constant.astype(np.float32), bias.name))
+        tensors[bias.name] = numpy_helper.from_array(constant.astype(np.float32), bias.name)
     return 1
+
+
+def _targets(dense: onnx.ModelProto, twin: _Layer, stays: np.ndarray | None, rows: Rows) -> Iterator[np.ndarray]:
+    """Targets by batch; all of them are there already where they take at most one part in `SHARE` of the room."""
+    theirs, axis = _until(dense, dense.graph.initializer, twin.node.output[0]), -1 if not twin.geometry.kernel else 1
+    made = (y if stays is None else np.take(y, stays, axis) for y in map(theirs.value, rows.batches()))
+    early, size = list[np.ndarray](), 0
+    for y in made:
+        early.append(y)
+        size += y.nbytes
+        if size > room_of(dense) // SHARE:
+            return chain(early, made)
+    return iter(early)
 
 
 def _bias_of(model: onnx.ModelProto, graph: OnnxGraph, layer: _Layer) -> onnx.TensorProto | None:
@@ -188,7 +211,7 @@ class _Prefix:
         return self.session.run({name: x for name, x in feeds.items() if name in self.inputs})[self.output]
 
 
-def _until(model: onnx.ModelProto, value: str) -> _Prefix:
+def _until(model: onnx.ModelProto, tensors: Iterable[onnx.TensorProto], value: str) -> _Prefix:
     makers = {name: node for node in model.graph.node for name in node.output}
     needed, open_values = set[str](), [value]
     while open_values:
@@ -201,5 +224,5 @@ def _until(model: onnx.ModelProto, value: str) -> _Prefix:
     part.graph.node.extend(node for node in model.graph.node if needed & set(node.output))
     part.graph.input.extend(info for info in OnnxGraph(model).inputs.values() if info.name in needed)
     part.graph.output.append(helper.make_tensor_value_info(value, onnx.TensorProto.FLOAT, None))
-    session = untimed_session(part, [init for init in model.graph.initializer if init.name in needed])
+    session = untimed_session(part, [init for init in tensors if init.name in needed])
     return _Prefix(session, frozenset(i.name for i in part.graph.input), value)

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import onnx
@@ -24,6 +25,7 @@ from sluice.core import weight_bytes
 from sluice.core.errors import SluiceError
 from sluice.core.plan import Plan
 from sluice.importance.activity import activity_scores
+from sluice.importance.onnx_losses import onnx_losses
 from sluice.importance.output_distance import BROKEN, OutputDistance, cosine
 from sluice.passes.cut.resolve import make_plan
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
@@ -34,10 +36,13 @@ from sluice.passes.graph.onnx_file import save_onnx
 from sluice.passes.graph.onnx_graph import OnnxGraph
 from sluice.profiler.view import Profile
 from sluice.runtime.base.compare import assert_close
+from sluice.solver.options import EditSpace
 from sluice.training.refit_onnx import refit_onnx, with_biases
 from tests import tiny
 
 compress_file = importlib.import_module("sluice.pipeline.compress_onnx")
+refit_module = importlib.import_module("sluice.training.refit_onnx")
+losses_module = importlib.import_module("sluice.importance.onnx_losses")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -254,6 +259,47 @@ def test_refitted_weights_are_nearer_and_the_dense_ones_are_found_again() -> Non
     nothing = make_plan(analysis, {})
     same, count = refit_onnx(rewrite_onnx(file.model, nothing), file.model, nothing, rows)
     assert count == 0 and distance.of(same) < 1e-9
+
+
+def test_targets_that_take_little_room_come_before_the_other_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether they do or not, weights are the same; where they do, one session is there at a time."""
+    file, rows = read()
+    analysis = analyze_onnx(file.model)
+    plan = make_plan(analysis, {group.name: range(group.size // 2) for group in analysis.groups})
+    slim, real = rewrite_onnx(file.model, plan), refit_module.untimed_session
+    most = 0
+
+    def session(*given: Any) -> Any:
+        nonlocal most
+        made = real(*given)
+        alive.add(made)
+        most = max(most, len(alive))
+        return made
+
+    monkeypatch.setattr(refit_module, "untimed_session", session)
+    found = list[dict[str, np.ndarray]]()
+    for share, expected in ((2, 1), (2**40, 2)):
+        monkeypatch.setattr(refit_module, "SHARE", share)
+        alive, most = WeakSet[Any](), 0
+        made, count = refit_onnx(slim, file.model, plan, rows)
+        assert count >= 4 and most == expected
+        found.append({init.name: numpy_helper.to_array(init) for init in made.graph.initializer})
+    assert found[0].keys() == found[1].keys()
+    assert all(np.array_equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_numbers_of_one_group_at_a_time_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    file, rows = read()
+    analysis, asked = analyze_onnx(file.model), list[str]()
+    copied, cut = losses_module.hollow, losses_module.cut_graph
+    monkeypatch.setattr(losses_module, "hollow", lambda *given: asked.append("copied") or copied(*given))
+    monkeypatch.setattr(losses_module, "cut_graph", lambda *given: asked.append("cut") or cut(*given))
+    levels = {group.name: (1, group.size // 2, group.size) for group in analysis.groups}
+    scores = {group.name: np.arange(1.0, group.size + 1) for group in analysis.groups}
+    latency = SimpleNamespace(levels=levels, dense={name: sizes[-1] for name, sizes in levels.items()}, switches=set())
+    losses = onnx_losses(file.model, analysis, latency, EditSpace(), scores, OutputDistance(file.model, rows))  # type: ignore[arg-type]
+    assert losses.keys() == levels.keys() and len(levels) > 2
+    assert asked == ["copied", "cut", "cut"] * len(levels)
 
 
 def test_layers_that_share_a_bias_stay_as_they_are() -> None:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -24,7 +24,7 @@ from sluice.passes.cut.merge_onnx import merge_onnx
 from sluice.passes.cut.resolve import masks_of_slices, tensor_masks
 from sluice.passes.graph.groups import Analysis
 from sluice.passes.graph.onnx_axes import analyze_onnx
-from sluice.passes.graph.onnx_graph import OnnxGraph, infer_checked, say_sizes, sizes_of
+from sluice.passes.graph.onnx_graph import OnnxGraph, infer_checked, is_hollow, say_sizes, sizes_of
 
 __all__ = ["cut_graph", "restructure", "rewrite_onnx"]
 
@@ -87,14 +87,19 @@ def restructure(
 
 
 def cut_graph(model: onnx.ModelProto, analysis: Analysis, keeps: Sequence[np.ndarray]) -> onnx.ModelProto:
-    """Slice initialisers and mend literals; ``model`` may be a part of the graph that was analysed."""
+    """Slice initialisers and mend literals; ``model`` may be a part of the graph that was analysed.
+
+    Of a tensor that has no numbers (`sluice.passes.graph.onnx_graph.hollow`) the shape is cut.
+    """
     import onnx_graphsurgeon as gs
 
     metadata = {node.output[0]: list(node.metadata_props) for node in model.graph.node if node.metadata_props}
-    graph = gs.import_onnx(model)
+    masks = tensor_masks(analysis, keeps)
+    empty = {init.name for init in model.graph.initializer if is_hollow(init)} & {param for param, _ in masks}
+    graph = gs.import_onnx(_narrowed(model, masks, empty) if empty else model)
     tensors = graph.tensors()
-    for (param, axis), mask in tensor_masks(analysis, keeps).items():
-        if param in tensors and isinstance(tensors[param], gs.Constant):
+    for (param, axis), mask in masks.items():
+        if param in tensors and param not in empty and isinstance(tensors[param], gs.Constant):
             tensors[param].values = np.ascontiguousarray(np.compress(mask, tensors[param].values, axis=axis))
     mender = Mender(model, analysis, keeps)
     for node in graph.nodes:
@@ -118,6 +123,19 @@ def cut_graph(model: onnx.ModelProto, analysis: Analysis, keeps: Sequence[np.nda
     for node in slim.graph.node:
         node.metadata_props.extend(metadata.get(node.output[0], []))
     return slim
+
+
+def _narrowed(
+    model: onnx.ModelProto, masks: Mapping[tuple[str, int], np.ndarray], names: Container[str]
+) -> onnx.ModelProto:
+    """A copy in which the shapes of these tensors are cut."""
+    done = onnx.ModelProto()
+    done.CopyFrom(model)
+    tensors = OnnxGraph(done).initializers
+    for (param, axis), mask in masks.items():
+        if param in names:
+            tensors[param].dims[axis] = int(mask.sum())
+    return done
 
 
 def _mend_sizes(slim: onnx.ModelProto, mender: Mender) -> None:

@@ -41,11 +41,9 @@ def session_of(model: onnx.ModelProto, outputs: Sequence[str] = ()) -> Any:
     own = len(model.graph.output)
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
     try:
-        apart = weights_apart(model)
-        apart.tell(options)
-        session = ort.InferenceSession(apart.light.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        session.weights = apart.weights  # it reads them where they lie
-        return session
+        return weights_apart(model).loaded(
+            options, lambda source: ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        )
     except Exception as error:  # of the runtime's own kinds
         raise SluiceError(f"ONNX Runtime does not load it ({first_line(error)}); give a file that it runs") from None
     finally:

@@ -92,13 +92,20 @@ def without_defaults(model: onnx.ModelProto) -> onnx.ModelProto:
 def finalize(model: onnx.ModelProto) -> onnx.ModelProto:
     """Fold and clean the graph for deployment.
 
-    The optimiser writes ``allowzero=0`` into every Reshape, which operator sets below 14 do not know.
+    The optimiser writes ``allowzero=0`` into every Reshape, which operator sets below 14 do not know. Its rules
+    remember the last graph that they looked at, which would hold the numbers of a whole file.
     """
     import onnxscript.optimizer
+    from onnxscript import ir
 
     metadata = list(model.metadata_props)
     with quiet():
-        done = onnxscript.optimizer.optimize(named_transposes(model))
+        graph = ir.from_proto(named_transposes(model))
+        values = list(graph.graph.initializers.values())
+        onnxscript.optimizer.optimize(graph)
+        done = ir.to_proto(graph)
+        for value in (*values, *graph.graph.initializers.values()):
+            value.const_value = None
     assert isinstance(done, onnx.ModelProto)
     del done.metadata_props[:]
     done.metadata_props.extend(metadata)

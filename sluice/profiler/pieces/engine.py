@@ -29,7 +29,7 @@ def build_engine(
     """The engine of ``configuration``, a value per site of the latency model."""
     edits = chosen_edits(options or EditSpace(), configuration)
     keeps = tie_removed(partition.analysis, edits.merges, partition.masks(configuration))
-    return restructure(cut_graph(with_weights(partition.model), partition.analysis, keeps), edits, values=False)
+    return restructure(with_weights(cut_graph(partition.model, partition.analysis, keeps)), edits, values=False)
 
 
 def with_ranks_in_reach(

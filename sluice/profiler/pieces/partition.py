@@ -253,7 +253,7 @@ def _is_static(model: onnx.ModelProto) -> bool:
 
 def build_piece(partition: Partition, piece: Piece, widths: Mapping[str, int]) -> onnx.ModelProto:
     """The piece with the first ``widths[g]`` channels of its groups, without sources; no tensor is weightless."""
-    model = cut_graph(with_weights(piece.model), partition.analysis, partition.masks(widths))
+    model = with_weights(cut_graph(piece.model, partition.analysis, partition.masks(widths)))
     marks = {info.name: info.doc_string for info in (*piece.model.graph.input, *piece.model.graph.output)}
     for info in (*model.graph.input, *model.graph.output):
         info.doc_string = marks[info.name]

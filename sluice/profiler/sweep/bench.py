@@ -47,7 +47,7 @@ __all__ = ["SOURCE_KEY", "Bench", "JointPoint", "PiecePoint", "Unknown"]
 log = logging.getLogger(__name__)
 
 AT_ONCE = 32  # engines in one call
-WEIGHTS_AT_ONCE = 2**28  # bytes of weights in them, beyond which no point is added
+WEIGHTS_AT_ONCE = 2**25, 2**28  # bytes of weights in them beyond which no point is added, at least and at most
 DOUBT = 0.03
 BURSTS, MAX_BURSTS = 24, 160
 SOURCE_KEY = "source-v4"
@@ -147,9 +147,11 @@ class Bench:
     def _time_all(self, points: Sequence[PiecePoint | JointPoint], again: bool = False) -> None:
         """Time these points; where the table has a figure already, the lower one is kept."""
         done, call_ms = 0, self.call() if points else 0.0
+        least, most = WEIGHTS_AT_ONCE
+        room = min(most, max(least, *(bytes_of_weights(cut.model) // 2 for cut, _, _ in points), 0))
         while done < len(points) and self.open:
             count, sessions, size = 0, 0, 0.0
-            while sessions < AT_ONCE and size < WEIGHTS_AT_ONCE and done + count < len(points):
+            while sessions < AT_ONCE and size < room and done + count < len(points):
                 sessions += _engines_of(points[done + count][1])
                 size += _weights_of(*points[done + count])
                 count += 1

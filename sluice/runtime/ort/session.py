@@ -5,10 +5,9 @@
    packages. Libraries that torch does not bring (cuDNN, other versions) ONNX Runtime finds itself once it is imported.
 2. Shapes are made static before the graph is optimised. A named dimension is overridden by its name, a dimension
    without one is written into the model.
-3. Weights that are too many for one protobuf lie beside the model in memory, where the session reads them. So do those
-   of *lean* sessions, which are for outputs and not for times, and are loaded without convolutions in blocks of
-   channels. Of a file of 6.6 MB a session so takes 15 MB at most while it is loaded, and 41 as it is deployed. Beyond
-   one protobuf they pack no weights either, which would be one more copy.
+3. Weights of some megabytes lie beside the model, where the session reads them (`sluice.core.weight_bytes`). So do all
+   those of *lean* sessions, which are for outputs and not for times, and are loaded without convolutions in blocks of
+   channels.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sluice.core.errors import SluiceError, first_line
-from sluice.core.weight_bytes import Apart, is_large, weights_apart
+from sluice.core.weight_bytes import FILED, Apart, bytes_of_weights, weights_apart
 from sluice.runtime.base.cuda import Cuda
 from sluice.runtime.base.denormals import floating_point_mode
 from sluice.runtime.base.inputs import Dims, Shapes, made_up, place, serialized, sized
@@ -109,24 +108,23 @@ def load_session(
     for name, size in shapes.sizes.items():
         options.add_free_dimension_override_by_name(name, size)
     given = model if isinstance(model, Apart) else sized(model, shapes)
-    weights: Mapping[str, np.ndarray] = {}
-    if not isinstance(given, (Apart, bytes, str, os.PathLike)) and (lean or is_large(given)):
-        given = weights_apart(given)
-    if isinstance(given, Apart):
-        if lean and is_large(given.light):
-            options.add_session_config_entry("session.disable_prepacking", "1")
-        given.tell(options)
-        weights, given = given.weights, given.light
-    source = str(Path(given)) if isinstance(given, (str, os.PathLike)) else serialized(given)
-    try:
+    if not isinstance(given, (Apart, bytes, str, os.PathLike)):
+        given = weights_apart(given) if lean or (save is None and bytes_of_weights(given) >= FILED) else given
+
+    def made(source: bytes | str) -> Any:
         with floating_point_mode(flush=False):
             # Without the fallback of the Python wrapper, which would try the CPU where another provider fails.
-            session = ort.InferenceSession(source, options, providers=[provider], enable_fallback=0)
+            return ort.InferenceSession(source, options, providers=[provider], enable_fallback=0)
+
+    try:
+        if isinstance(given, Apart):
+            return given.loaded(options, made)
+        return made(str(Path(given)) if isinstance(given, (str, os.PathLike)) else serialized(given))
+    except SluiceError:
+        raise
     except Exception as error:  # ORT's exceptions share no base class of their own
         name = place(model.light if isinstance(model, Apart) else model)
         raise SluiceError(f"ONNX Runtime cannot load {name}: {first_line(error)}; check the model") from error
-    session.weights = weights  # the session reads them where they lie
-    return session
 
 
 def compute(

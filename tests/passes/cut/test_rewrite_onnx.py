@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 
 import numpy as np
 import onnx
@@ -15,11 +16,12 @@ from sluice.core.errors import SluiceError
 from sluice.core.plan import Plan, Slice
 from sluice.passes.cut.export import finalize, to_onnx
 from sluice.passes.cut.resolve import make_plan
-from sluice.passes.cut.rewrite_onnx import rewrite_onnx
+from sluice.passes.cut.rewrite_onnx import cut_graph, rewrite_onnx
 from sluice.passes.cut.rewrite_torch import rewrite_torch
 from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.capture import capture
-from sluice.passes.graph.groups import Analysis
+from sluice.passes.graph.groups import Analysis, keep_masks
+from sluice.passes.graph.onnx_graph import OnnxGraph, hollow, is_hollow
 from sluice.runtime.base.compare import assert_close
 from sluice.runtime.ort.cpu import OrtRunner
 from tests.networks import build, random_kept
@@ -60,6 +62,30 @@ def test_sizes_that_do_not_fit_are_one_sentence(
     with pytest.raises(SluiceError, match="the plan leaves a graph whose sizes do not fit each other") as error:
         rewrite_onnx(dense, plan)
     assert "\n" not in str(error.value)
+
+
+def test_of_tensors_without_numbers_the_shapes_are_cut(plain: tuple[onnx.ModelProto, Analysis]) -> None:
+    dense, analysis = plain
+    masks, bare = keep_masks(analysis, {"conv1": [1, 4], "conv2": [0, 2, 3]}), hollow(dense)
+    told = shapes(bare)
+    slim = cut_graph(bare, analysis, masks)
+    assert shapes(slim) == shapes(cut_graph(dense, analysis, masks)) and shapes(bare) == told != shapes(slim)
+    empty = {init.name for init in slim.graph.initializer if is_hollow(init)}
+    assert empty == {init.name for init in bare.graph.initializer if is_hollow(init)} and "fc1.weight" in empty
+
+
+def test_the_optimiser_keeps_nothing_of_a_network(plain: tuple[onnx.ModelProto, Analysis]) -> None:
+    def held() -> int:
+        gc.collect()
+        return sum(type(one).__name__ == "TensorProtoTensor" for one in gc.get_objects())
+
+    before = held()
+    want = finalize(plain[0])
+    assert held() <= before
+    gone = OnnxGraph(want).initializers["fc1.weight"]  # what is made stands by itself
+    np.testing.assert_array_equal(
+        numpy_helper.to_array(gone), numpy_helper.to_array(OnnxGraph(plain[0]).initializers["fc1.weight"])
+    )
 
 
 def test_empty_plan(plain: tuple[onnx.ModelProto, Analysis]) -> None:
