@@ -17,7 +17,6 @@ from onnx import TensorProto, helper, numpy_helper
 __all__ = ["CHAINS", "Chain", "made"]
 
 PRODUCTS, SIZE = 10, 1400
-CONVOLUTIONS, CHANNELS = 9, 512
 
 
 @dataclass(slots=True)
@@ -48,22 +47,8 @@ def _products() -> tuple[list[onnx.NodeProto], list[onnx.TensorProto], int]:
     return nodes, tensors, SIZE
 
 
-def _convolutions() -> tuple[list[onnx.NodeProto], list[onnx.TensorProto], int]:
-    rng, nodes, tensors, value = np.random.default_rng(0), list[onnx.NodeProto](), list[onnx.TensorProto](), "x"
-    for k in range(CONVOLUTIONS):
-        tensors.append(_weight(rng, f"w{k}", CHANNELS, CHANNELS if k else 64, 3, 3))
-        stride = [2, 2] if k in (1, 4) else [1, 1]
-        nodes.append(helper.make_node("Conv", [value, f"w{k}"], [f"a{k}"], pads=[1, 1, 1, 1], strides=stride))
-        nodes.append(helper.make_node("Relu", [f"a{k}"], [value := f"r{k}"]))
-    tensors.append(_weight(rng, "last", 10, CHANNELS))
-    nodes += [helper.make_node("GlobalAveragePool", [value], ["p"]), helper.make_node("Flatten", ["p"], ["f"])]
-    nodes.append(helper.make_node("Gemm", ["f", "last"], ["y"], transB=1))
-    return nodes, tensors, 10
-
-
 CHAINS = {
     "made/products.onnx": Chain((SIZE,), _products),
-    "made/convolutions.onnx": Chain((64, 14, 14), _convolutions),
 }
 
 

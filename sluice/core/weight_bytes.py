@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
+
+from sluice.core.drafts import draft_beside
 
 if TYPE_CHECKING:
     import onnx
@@ -64,8 +66,8 @@ class Apart:
     def loaded(self, options: Any, make: Callable[[bytes | str], Any]) -> Any:
         """A session that ``make`` makes of a message or a path, with the tensors in a file or in memory (rule 3)."""
         if sum(map(bytes_of_tensor, self.tensors.values())) >= FILED:
-            with TemporaryDirectory(prefix="sluice-", ignore_cleanup_errors=True) as folder:
-                if path := self.filed(Path(folder)):
+            with ExitStack() as stack:
+                if path := self.filed(stack):
                     return make(path)
         import onnxruntime as ort
         from onnx import numpy_helper
@@ -77,12 +79,16 @@ class Apart:
         session.weights = arrays  # it reads them where they lie
         return session
 
-    def filed(self, folder: Path) -> str:
-        """The path of the model, with its tensors in a file beside it; empty where the disk has no room."""
+    def filed(self, stack: ExitStack) -> str:
+        """The path of the model, with its tensors in a file beside it; empty where the disk has no room.
+
+        Both go with the ``stack``, or with the next such file where the process is killed (`sluice.core.drafts`).
+        """
         from onnx import numpy_helper
 
-        path, data, offsets = folder / "model.onnx", folder / "weights", dict[str, int]()
         try:
+            folder = stack.enter_context(draft_beside(_own_folder() / "weights"))
+            path, data, offsets = folder / "model.onnx", folder / "weights", dict[str, int]()
             with data.open("wb") as file:
                 for name, tensor in self.tensors.items():
                     offsets[name] = file.seek(-file.tell() % ALIGNED, 1)
@@ -106,9 +112,9 @@ class Apart:
 class Parked(os.PathLike[str]):
     """The path of a model that lies on the disk as long as somebody has this."""
 
-    def __init__(self, path: str, folder: str) -> None:
+    def __init__(self, path: str, stack: ExitStack) -> None:
         self._path = path
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        weakref.finalize(self, stack.close)
 
     def __fspath__(self) -> str:
         return self._path
@@ -118,10 +124,22 @@ def parked(model: onnx.ModelProto) -> onnx.ModelProto | Parked:
     """The model as a file, for engines that are built later on; itself where it is small or the disk has no room."""
     if bytes_of_weights(model) < FILED:
         return model
-    folder = mkdtemp(prefix="sluice-")
-    path = weights_apart(model).filed(Path(folder))
-    done = Parked(path, folder)
-    return done if path else model
+    stack = ExitStack()
+    path = weights_apart(model).filed(stack)
+    if path:
+        return Parked(path, stack)
+    stack.close()
+    return model
+
+
+def _own_folder() -> Path:
+    """The folder of this user for temporary files; `OSError` where it is somebody else's."""
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    folder = Path(gettempdir()) / f"sluice-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if hasattr(os, "getuid") and (folder.is_symlink() or folder.stat().st_uid != user):
+        raise OSError(f"{folder} is not of this user")
+    return folder
 
 
 def weights_apart(model: onnx.ModelProto) -> Apart:

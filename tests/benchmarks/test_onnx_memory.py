@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import onnx_memory_chains as chains
 from benchmarks.onnx_memory import FILES_HERE, RESULT, Row, main
+from sluice.passes.files.read import read_onnx_file
+from sluice.passes.graph.onnx_axes import analyze_onnx
 
 
 def test_all_rows_are_within_the_bound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -20,3 +23,15 @@ def test_all_rows_are_within_the_bound(tmp_path: Path, capsys: pytest.CaptureFix
     beyond = tmp_path / "rows.json"
     beyond.write_text(json.dumps({"rows": [asdict(row) for row in rows]}))
     assert main(["--show", "--result", str(beyond)]) == 1
+
+
+@pytest.mark.parametrize("name", chains.CHAINS)
+def test_chains_run_and_can_be_cut_everywhere(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for setting, small in (("SIZE", 8), ("PRODUCTS", 4)):
+        monkeypatch.setattr(chains, setting, small)
+    monkeypatch.setattr(chains.CHAINS[name], "shape", (8,))
+    path = chains.made(name, tmp_path)
+    written = path.stat().st_mtime_ns
+    file = read_onnx_file(path)
+    assert file.batch_is_open and len(analyze_onnx(file.model).groups) == 3
+    assert chains.made(name, tmp_path) == path and path.stat().st_mtime_ns == written

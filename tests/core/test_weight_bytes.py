@@ -133,3 +133,28 @@ def test_a_session_takes_its_weights_once(kind: str) -> None:
     assert most < 1.5 and left < 1.2
     most, left = taken("message")
     assert most > 1.9 and left > 1.9  # the case is one in which it matters
+
+
+KILLED = """
+import os, sys
+import onnx
+from sluice.core import weight_bytes
+weight_bytes.FILED = 1
+held = weight_bytes.parked(onnx.load(sys.argv[1]))
+os._exit(0 if os.path.exists(held) else 1)
+"""
+
+
+def test_what_a_killed_process_left_goes_with_the_next_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = model()
+    onnx.save(given, tmp_path / "given.onnx")
+    ran = [sys.executable, "-c", KILLED, str(tmp_path / "given.onnx")]
+    subprocess.run(ran, check=True, env={**os.environ, "TMPDIR": str(tmp_path)})
+    (left,) = tmp_path.glob("sluice-*/.weights.*.draft")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(weight_bytes, "FILED", 1)
+    done = parked(given)
+    assert not left.exists() and Path(os.fspath(done)).is_file()
+    monkeypatch.setattr(os, "getuid", lambda: os.stat(tmp_path).st_uid + 1)  # the folder of somebody else
+    (tmp_path / f"sluice-{os.getuid()}").mkdir()
+    assert parked(given) is given
