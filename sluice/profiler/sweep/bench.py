@@ -30,7 +30,7 @@ from sluice.core.errors import EngineFault, LostLine
 from sluice.core.progress import Advance, told_to
 from sluice.core.weight_bytes import bytes_of_weights
 from sluice.passes.precision.to_precision import to_precision
-from sluice.profiler.pieces.joints import Joint, call_models, joint_models, joint_widths
+from sluice.profiler.pieces.joints import Joint, call_models, crosses, joint_models, joint_widths
 from sluice.profiler.pieces.net_time import CALL_KEY, known_call
 from sluice.profiler.pieces.partition import Partition, Piece, build_piece, spread_widths
 from sluice.profiler.pieces.sources import add_sources, source_model
@@ -82,6 +82,7 @@ class _Engines:
     sources: tuple[Shape, ...]
     joint: Joint | None = None
     apart: bool = False
+    fused: bool = False
 
     def milliseconds(self, found: Sequence[Measurement], source_ms: dict[Shape, float], call_ms: float) -> Measurement:
         """The time of the point, given those of its engines."""
@@ -192,7 +193,7 @@ class Bench:
 
     def _time_call(self, engines: Sequence[_Engines], call_ms: float) -> list[Row]:
         """One call (rule 1): the engines of these points, and their sources that the table lacks."""
-        equal = [e for e in engines if e.joint is not None and e.apart and self._threads == 1]
+        equal = [e for e in engines if e.joint is not None and (e.fused or (e.apart and self._threads == 1))]
         nothing = Measurement(0.0, 0.0, 0, self.runner.clock)
         told = [(e.key, e.extents, replace(nothing, ms=e.joint.calls * call_ms)) for e in equal if e.joint]
         engines = [e for e in engines if e not in equal]
@@ -220,7 +221,8 @@ class Bench:
         widths = joint_widths(cut, part, _joint_groups(cut, part, extents))
         parts, whole, shapes = joint_models(cut, part, widths, self._threads, sourced=not self._free)
         sessions = tuple(self.session(model) for model in (*parts, whole))
-        return _Engines(part.key, extents, sessions, tuple(shapes), part, self._as_apart(sessions, shapes))
+        fused = part.around and self._is_fused(whole)
+        return _Engines(part.key, extents, sessions, tuple(shapes), part, self._as_apart(sessions, shapes), fused)
 
     def _as_apart(self, engines: Sequence[Session], shapes: Sequence[Shape]) -> bool:
         """Whether the last engine runs the kernels of the others, less those of sources of these ``shapes``."""
@@ -230,6 +232,14 @@ class Bench:
         shapes = () if self._free else shapes
         sources = [_kernels(self.session(source_model(shape, self._threads))) for shape in shapes]
         return sum(parts, Counter()) == sum(sources, whole)
+
+    def _is_fused(self, whole: onnx.ModelProto) -> bool:
+        """Whether the joined pieces are one in a kernel (rule 5 of `sluice.profiler.pieces.joints`)."""
+        fused = getattr(self.runner, "fused", None)
+        if fused is None:
+            return True
+        with building(self.table.fingerprint.runtime):
+            return crosses(fused(self._deployed(whole, part=True)))
 
     def call(self) -> float:
         """Milliseconds that an inference takes beside its operators, measured once and kept."""
@@ -246,12 +256,15 @@ class Bench:
         """The engine of a part of a network, or of a whole one, in the precision of the table."""
         if self.closed:
             raise Unknown
-        asked = self.table.fingerprint
         build = getattr(self.runner, "build_part", self.runner.build) if part else self.runner.build
-        form = to_precision(model, asked.precision, part=part, target=asked.runtime, threads=asked.threads)
+        form = self._deployed(model, part=part)
         self.kept.engines += 1
-        with building(asked.runtime):
+        with building(self.table.fingerprint.runtime):
             return build(form)
+
+    def _deployed(self, model: onnx.ModelProto, *, part: bool) -> onnx.ModelProto:
+        asked = self.table.fingerprint
+        return to_precision(model, asked.precision, part=part, target=asked.runtime, threads=asked.threads)
 
     def keep(self, sessions: Iterable[Session]) -> None:
         """What the table keeps of engines beside their times."""

@@ -207,8 +207,8 @@ def test_consumers_that_depend_on_each_other_have_no_joint_together() -> None:
     assert {j.tensor: j.key for j in find_joints(found) if not j.kept} == plain
 
 
-def test_a_consumer_behind_other_pieces_has_no_joint_with_the_producer() -> None:
-    """Its engine could not fuse the two, as the two joined would be."""
+def test_a_consumer_behind_other_pieces_has_a_joint_of_its_own_kind() -> None:
+    """Its engine could not fuse the two, as the two joined might be."""
     before = cut("stream")
     norm, up = nodes(before, "LayerNormalization")[0], nodes(before, "MatMul")[0]
     found = replace(follow(before, [nodes(before, "Conv")[0], norm]), by_kernels=True)
@@ -218,8 +218,11 @@ def test_a_consumer_behind_other_pieces_has_no_joint_with_the_producer() -> None
     assert readers == holders(found, nodes(before, "MatMul")[1:])
     assert stream in {j.tensor for j in find_joints(replace(found, by_kernels=False))}
     joints = {j.tensor: j for j in find_joints(found)}
-    assert stream not in joints
+    assert joints[stream].around and joints[stream].key.startswith("jpa") and not joints[stream].kept
+    assert [p.name for p in joints[stream].consumers] == readers
     assert [p.name for p in joints[norm].consumers] == holders(found, [up]) and not joints[norm].kept
+    assert [tensor for tensor, joint in joints.items() if joint.around] == [stream]
+    assert not any(joint.around for joint in find_joints(before))
 
 
 def test_images_at_the_ends_of_the_network_are_marked_as_plain() -> None:

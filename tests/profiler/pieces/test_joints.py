@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
-from sluice.profiler.pieces.joints import SMALL, call_models, find_joints, joint_models, joint_widths
+from sluice.profiler.pieces.joints import SMALL, call_models, crosses, find_joints, joint_models, joint_widths
 from sluice.profiler.pieces.partition import Partition, build_piece, partition_graph
 from sluice.profiler.pieces.sources import add_sources
 from sluice.profiler.sweep.bench import Bench
@@ -163,6 +163,46 @@ def test_equal_kernels_on_several_threads_are_timed_and_count_beyond_doubt(
             _, whole, _ = joint_models(partition, joint, widths, threads)
             assert (found.samples > 0) == (threads > 1) and bench.call() == 0.0
             assert found.ms == pytest.approx(-more * runner.ms(whole) if costs else 0.0, rel=1e-6, abs=1e-12)
+
+
+class Fuses(FakeRunner):
+    """Says that the joined pieces are one in a kernel, or that each has its own."""
+
+    def __init__(self, kernels: list[list[str]]) -> None:
+        super().__init__()
+        self.kernels, self.asked = kernels, 0
+
+    def fused(self, model: onnx.ModelProto, *, batch: int | None = None) -> list[list[str]]:
+        assert {node.name.partition("/")[0] for node in model.graph.node} == {"0", "1"}
+        self.asked += 1
+        return self.kernels
+
+
+@pytest.mark.parametrize(
+    ("kernels", "timed"),
+    [([["0/conv", "0/relu"], ["1/conv"]], True), ([["0/conv"], ["0/relu", "1/conv"]], False), (None, False)],
+    ids=["apart", "in one kernel", "untold"],
+)
+def test_a_joint_around_other_pieces_counts_where_no_kernel_is_in_both(
+    kernels: list[list[str]] | None, timed: bool
+) -> None:
+    partition = partition_graph(chain([32, 33, 24, 16]), 2)
+    joint = next(j for j in find_joints(partition) if j.pair and j.extent is not None)
+    with LatencyTable.create(":memory:", FINGERPRINT) as table:
+        runner = FakeRunner() if kernels is None else Fuses(kernels)
+        rng = np.random.default_rng(0)
+        bench = Bench(table, runner, make_reference_engine(table, runner, rng), rng)
+        around = replace(joint, key=f"a{joint.key}", around=True)
+        bench.measure([], [(partition, one, (8,)) for one in (joint, around)])
+        direct, found = (table.require(one.key, (8,)) for one in (joint, around))
+        assert direct.samples > 0 and (found.samples > 0) == timed
+        assert found.ms == (direct.ms if timed else joint.calls * bench.call())
+        assert not isinstance(runner, Fuses) or runner.asked == 1
+
+
+def test_kernels_that_are_in_several_pieces() -> None:
+    assert crosses([["0/a"], ["1/b", "tensor_cast", "0/a"]])
+    assert not crosses([["0/a", "0/b", "tensor_cast"], ["1/b"], []])
 
 
 def test_widths_of_a_joint_are_small_but_its_own() -> None:
