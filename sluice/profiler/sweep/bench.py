@@ -236,10 +236,8 @@ class Bench:
     def _is_fused(self, whole: onnx.ModelProto) -> bool:
         """Whether the joined pieces are one in a kernel (rule 5 of `sluice.profiler.pieces.joints`)."""
         fused = getattr(self.runner, "fused", None)
-        if fused is None:
-            return True
         with building(self.table.fingerprint.runtime):
-            return crosses(fused(self._deployed(whole, part=True)))
+            return fused is None or crosses(fused(self._deployed(whole, part=True)))
 
     def call(self) -> float:
         """Milliseconds that an inference takes beside its operators, measured once and kept."""
