@@ -19,13 +19,14 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from sluice.core.errors import SluiceError, first_line
+from sluice.core.errors import SluiceError
 from sluice.passes.files.branches import fold_branches
 from sluice.passes.files.group_norms import write_out_group_norms
 from sluice.passes.files.observe import observed
 from sluice.passes.files.opset import PLAIN, as_opset, at_plain_opset, opset_of
 from sluice.passes.files.plain import graphs_in, plain, with_fixed, without_unread
 from sluice.passes.files.trials import fed, open_axes, run_once
+from sluice.passes.graph.onnx_file import read_message
 from sluice.passes.graph.onnx_graph import SIZES, OnnxGraph, infer_weightless, say_sizes
 from sluice.passes.graph.static_shapes import stand_in_batch, static_sizes
 
@@ -129,13 +130,7 @@ def load_whole(source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelPr
     """The model in a file with its external data, as it is; `SluiceError` where it is none."""
     if isinstance(source, onnx.ModelProto):
         return source
-    name = os.fspath(source)
-    try:
-        return onnx.load(name)
-    except OSError as error:
-        raise SluiceError(f"cannot read {name!r}: {error.strerror or error}; give the path of an ONNX file") from None
-    except Exception as error:  # protobuf's errors share no public base class
-        raise SluiceError(f"{name!r} is not an ONNX file ({first_line(error)}); give an ONNX file") from None
+    return read_message(source, "an ONNX file")
 
 
 def _check_whole(model: onnx.ModelProto, name: str) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import onnx
 import onnx.inliner
 from onnx import numpy_helper
+from onnx.external_data_helper import load_external_data_for_model
 
 from sluice.core.errors import SluiceError, first_line
 from sluice.core.files import BESIDE, DATA_HEAD, write_atomically
@@ -26,8 +27,8 @@ from sluice.core.weight_bytes import bytes_of_tensor, is_large
 from sluice.passes.graph.onnx_graph import INTEGERS, LITERAL, OnnxGraph, hollow, weightless
 
 __all__ = [
-    "TRANSPOSED", "buffers_of", "finalize", "load_onnx", "named_transposes", "note_buffers", "quiet", "save_onnx",
-    "without_defaults",
+    "TRANSPOSED", "buffers_of", "finalize", "load_onnx", "named_transposes", "note_buffers", "quiet", "read_message",
+    "save_onnx", "without_defaults",
 ]  # fmt: skip
 
 TRANSPOSED = ":transposed"
@@ -44,15 +45,7 @@ def load_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
     Raises:
         SluiceError: the file cannot be read, is no sound ONNX file, or holds branches or loops.
     """
-    name = os.fspath(path)
-    try:
-        model = onnx.load(name)
-    except OSError as error:
-        raise SluiceError(f"cannot read {name!r}: {error.strerror or error}; give the path of an ONNX file") from None
-    except Exception as error:  # protobuf's errors share no public base class
-        raise SluiceError(
-            f"{name!r} is not an ONNX file ({first_line(error)}); give one that `sluice export` wrote"
-        ) from None
+    name, model = os.fspath(path), read_message(path, "one that `sluice export` wrote")
     if not model.graph.node:  # an empty file is a valid message
         raise SluiceError(f"{name!r} is not an ONNX file (it holds no operator); give one that `sluice export` wrote")
     try:
@@ -70,6 +63,31 @@ def load_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
                 f"export the network without branches and loops that depend on its inputs"
             )
     return without_defaults(model)
+
+
+def read_message(path: str | os.PathLike[str], wanted: str) -> onnx.ModelProto:
+    """The message in a file, with the weights that lie in others beside it.
+
+    Args:
+        wanted: what the user is to give in place of something else.
+    Raises:
+        SluiceError: the file cannot be read or is no ONNX file, or its weights cannot be read.
+    """
+    name = os.fspath(path)
+    try:
+        model = onnx.load(name, load_external_data=False)
+    except OSError as error:
+        raise SluiceError(f"cannot read {name!r}: {error.strerror or error}; give the path of an ONNX file") from None
+    except Exception as error:  # protobuf's errors share no public base class
+        raise SluiceError(f"{name!r} is not an ONNX file ({first_line(error)}); give {wanted}") from None
+    try:
+        load_external_data_for_model(model, os.path.dirname(name))
+    except Exception as error:  # the checker's and protobuf's errors share no public base class
+        raise SluiceError(
+            f"cannot read the weights beside {name!r} ({first_line(error)}); give it with plain copies of all its "
+            f"files, no links, in one folder"
+        ) from None
+    return model
 
 
 def without_defaults(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -18,6 +18,7 @@ from sluice.passes.files.opset import opset_of
 from sluice.passes.files.read import OnnxFile, read_onnx_file, written_back
 from sluice.passes.graph.groups import keep_masks
 from sluice.passes.graph.onnx_axes import analyze_onnx
+from sluice.passes.graph.onnx_file import load_onnx
 from sluice.passes.search_space import find_search_space, read_onnx
 from sluice.runtime.base.compare import relative_error
 
@@ -268,6 +269,24 @@ def test_weights_beside_the_file(tmp_path: Path) -> None:
     feed = {"x": RNG.standard_normal((3, 40)).astype(np.float32)}
     check_cut(model, read_onnx_file(place), feed)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("what", ["linked", "gone", "short"])
+def test_weights_beside_the_file_that_are_not_read(what: str, tmp_path: Path) -> None:
+    model = made([helper.make_node("MatMul", ["x", "a"], ["y"])], [info("x", 3, 40)], [info("y", 3, 50)],
+                 [held("a", 40, 50)])  # fmt: skip
+    place, weights = tmp_path / "model.onnx", tmp_path / "weights"
+    onnx.save_model(model, place, save_as_external_data=True, location=weights.name, size_threshold=0)
+    if what == "linked":
+        (tmp_path / "other").hardlink_to(weights)
+    elif what == "gone":
+        weights.unlink()
+    else:
+        weights.write_bytes(b"")
+    with pytest.raises(SluiceError, match=r"cannot read the weights beside '.*model.onnx' \(.*\); give it with plain"):
+        read_onnx_file(place)
+    with pytest.raises(SluiceError, match="cannot read the weights beside"):
+        load_onnx(place)
 
 
 def test_one_sentence_for_what_is_not_read(tmp_path: Path) -> None:
