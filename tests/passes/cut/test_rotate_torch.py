@@ -130,11 +130,12 @@ def test_leading_dimensions_are_nearest() -> None:
     dense = Attending(keep, keep)
     model = capture(dense, torch.randn(2, 6, 7)).eval()
     rotate(model)
+    own = model.state_dict()
     for head in range(3):
         rows = slice(4 * head, 4 * head + 4)
         whole = dense.out.weight[:, rows] @ torch.cat([dense.v.weight[rows], torch.zeros(4, 1)], 1)
-        value = torch.cat([model.v.weight[rows], model.v.bias[rows, None]], 1)
-        out = model.out.weight[:, rows]
+        value = torch.cat([own["v.weight"][rows], own["v.bias"][rows, None]], 1)
+        out = own["out.weight"][:, rows]
         energy = torch.linalg.svdvals(whole.double())
         for kept in range(5):
             missed = torch.linalg.norm((whole - out[:, :kept] @ value[:kept]).double())
