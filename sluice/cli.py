@@ -177,7 +177,7 @@ def compress(args: argparse.Namespace) -> int:
         model_of(args.model, args.weights), inputs_of(args.model, args.shape, args.batch, args.inputs),
         budget=options.budget_of(args),
         data=data_of(args.data), out=args.out, gate_epochs=args.gate_epochs, epochs=args.epochs,
-        rehearsal=args.rehearsal, gates=args.gates, progressive=args.progressive,
+        rehearsal=args.rehearsal, gates=args.gates, progressive=args.progressive, rotate=args.rotate,
         recovery=options.recovery_settings(args), evaluate=figure, loss=loss_given(args.loss), seed=args.seed,
         **deployment, **settings,
     )  # fmt: skip

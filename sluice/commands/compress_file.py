@@ -47,6 +47,7 @@ def file_arguments(
             args.gates or args.gate_epochs or args.progressive,
             "gates and stops are trained, an ONNX file is not; leave out --gates, --gate-epochs and --progressive",
         ),
+        (args.rotate, "weights of an ONNX file keep their basis; leave out --rotate"),
         (deployment.precision != "fp32", f"an ONNX file is compressed in fp32; leave out --precision {args.precision}"),
         (args.shape is not None, "an ONNX file has its own shapes; leave out --shape, or name open ones with --input"),
     ):

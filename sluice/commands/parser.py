@@ -73,6 +73,9 @@ def _compress(p: argparse.ArgumentParser) -> None:
         "--progressive", action="store_true", help="a network that comes down to a deep budget in stops makes one more "
         "plan, in a third of the epochs on top",
     )  # fmt: skip
+    p.add_argument(
+        "--rotate", action="store_true", help="first write attention in a basis that sorts the dimensions of its heads"
+    )
     p.add_argument("--evaluate", metavar="FUNCTION", help="package.module:function from a module to its accuracy")
     options.widths(p)
     p.add_argument(

@@ -147,8 +147,11 @@ def read_onnx(model: onnx.ModelProto, full: onnx.ModelProto | None = None) -> Re
     )
 
 
-def read_torch(gm: fx.GraphModule) -> Reading:
-    """The reading of a captured torch graph; groups that no masks can close are left alone."""
+def read_torch(gm: fx.GraphModule, *, dims: bool = False) -> Reading:
+    """The reading of a captured torch graph; groups that no masks can close are left alone.
+
+    ``dims``: the dimensions of attention heads are groups as well.
+    """
     from sluice.passes.graph.aten import analyze
     from sluice.passes.graph.chains_torch import chains_torch
     from sluice.passes.graph.placement_torch import closable
@@ -158,7 +161,8 @@ def read_torch(gm: fx.GraphModule) -> Reading:
     # numpy has no bfloat16, and the norms of weights are added up in float anyway
     tensors = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in state.items()}
     buffers = frozenset(name for name, _ in gm.named_buffers())
-    return Reading("torch", closable(gm, analyze(gm, needed=False)), view_torch(gm), chains_torch(gm), tensors, buffers)
+    analysis = closable(gm, analyze(gm, needed=False, dims=dims))
+    return Reading("torch", analysis, view_torch(gm), chains_torch(gm), tensors, buffers)
 
 
 def find_search_space(reading: Reading, exclude: Sequence[str] = (), limits: WidthLimits = FREE) -> SearchSpace:

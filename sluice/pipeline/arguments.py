@@ -30,7 +30,7 @@ __all__ = ["check_inputs", "check_paths", "numeric", "patterns", "recipe_of", "r
 def recipe_of(
     model: nn.Module, example_inputs: object, data: Data, *, loss: object, lr: Rate, recovery: Recovery | None,
     gate_epochs: int, epochs: int, rehearsal: float, evaluate: Evaluate | None, minutes: float, progress: bool,
-    gates: bool = False, progressive: bool = False,
+    gates: bool = False, progressive: bool = False, rotate: bool = False,
 ) -> Recipe:  # fmt: skip
     """The recipe; its loss, its batches and its figure of merit tell their faults in one sentence.
 
@@ -48,7 +48,8 @@ def recipe_of(
         figure, progress,
     )  # fmt: skip
     check_data(model, data, loss=taken)
-    return replace(recipe, data=checked(model, data, taken), gates=gates, progressive=progressive)
+    return replace(recipe, data=checked(model, data, taken), gates=gates, progressive=progressive,
+                   rotate=rotate)  # fmt: skip
 
 
 def numeric(evaluate: object) -> Evaluate:
@@ -130,6 +131,6 @@ def stages_of(
     first = None if recipe.data is None else next(iter(recipe.data), None)
     asked = [
         __version__, weights_of(model), example_inputs, first, recipe.loss, recipe.recovery, recipe.gate_epochs,
-        recipe.epochs, recipe.rehearsal, recipe.gates, recipe.progressive, *more,
+        recipe.epochs, recipe.rehearsal, recipe.gates, recipe.progressive, recipe.rotate, *more,
     ]  # fmt: skip
     return Stages(folder, say=say).for_(*asked)

@@ -58,6 +58,7 @@ def compress(
     rehearsal: float = REHEARSAL,
     gates: bool = False,
     progressive: bool = False,
+    rotate: bool = False,
     lr: Rate = AUTO,
     recovery: Recovery | None = None,
     loss: Loss | str | None = None,
@@ -90,6 +91,8 @@ def compress(
         progressive: let a network that comes down to a budget below about a third of the dense latency in stops, with
             training and prices anew at each, make one more candidate, in as many epochs as gates
             (`sluice.pipeline.progressive`).
+        rotate: first write attention in a basis that sorts the dimensions of its heads, and value biases as constants,
+            which computes the same (`sluice.passes.cut.rotate_torch`).
         lr: learning rate of the fine-tune and the rehearsal; ``"auto"`` finds it by trial on held-out batches, and with
             it loss and parametrisation (`sluice.training.trial`). Gates train at it too, with ``"auto"`` at 1e-3.
         recovery: in place of ``lr``: rate, optimizer, weight decay, warm-up, schedule, parametrisation.
@@ -113,7 +116,7 @@ def compress(
     recipe = recipe_of(
         model, example_inputs, data, loss=loss, lr=lr, recovery=recovery, gate_epochs=gate_epochs, epochs=epochs,
         rehearsal=rehearsal, evaluate=evaluate, minutes=minutes, progress=progress, gates=gates,
-        progressive=progressive,
+        progressive=progressive, rotate=rotate,
     )  # fmt: skip
     if out is not None:
         check_writable(out, room_for(model), {"the latency table": table})
@@ -150,6 +153,7 @@ def sweep(
     rehearsal: float = REHEARSAL,
     gates: bool = False,
     progressive: bool = False,
+    rotate: bool = False,
     lr: Rate = AUTO,
     recovery: Recovery | None = None,
     loss: Loss | str | None = None,
@@ -174,7 +178,7 @@ def sweep(
     recipe = recipe_of(
         model, example_inputs, data, loss=loss, lr=lr, recovery=recovery, gate_epochs=0, epochs=epochs,
         rehearsal=rehearsal, evaluate=evaluate, minutes=minutes, progress=progress, gates=gates,
-        progressive=progressive,
+        progressive=progressive, rotate=rotate,
     )  # fmt: skip
     folders = {budget: None if out is None else Path(out) / budget.strip().removesuffix("%") for budget in budgets}
     for folder in folders.values():

@@ -23,6 +23,7 @@ from sluice.core.progress import stage
 from sluice.importance.taylor import learned_scores
 from sluice.passes.cut.export import to_onnx, with_values
 from sluice.passes.cut.rewrite_torch import rewrite_captured
+from sluice.passes.cut.rotate_torch import rotate
 from sluice.passes.gates.gating import Gated, absorb_masks, insert_gates, strip_gates
 from sluice.passes.graph.capture import Inputs, capture, clone, input_specs
 from sluice.passes.graph.groups import Analysis
@@ -155,6 +156,8 @@ def prepare(
     check_float32(model)
     with stage("export", progress):
         captured = capture(model, example_inputs)
+        if recipe.rotate:
+            rotate(captured)
         exported, space = to_onnx(captured, example_inputs), find_search_space(read_torch(captured), exclude, limits)
     # Before anything is measured, and of the network as it was captured: what is wrong with it costs nothing then.
     metric = None if recipe.evaluate is None else recipe.evaluate(clone(captured).eval())

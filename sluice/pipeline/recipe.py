@@ -27,8 +27,9 @@ class Recipe:
     for a share ``rehearsal`` of the epochs (0: no rehearsal), the slim network for ``epochs``, all but the gates as
     ``recovery`` says. ``evaluate`` is the figure of merit of a module, for the report. With ``gates`` there is one
     more candidate, that gates make of the best one (`sluice.pipeline.gate_candidate`); with ``progressive`` one more
-    for a deep budget, of a network that comes down in stops (`sluice.pipeline.progressive`). What is done is kept in
-    ``stages`` (`sluice.training.stages`).
+    for a deep budget, of a network that comes down in stops (`sluice.pipeline.progressive`). With ``rotate`` the basis
+    of attention heads is changed before anything is priced. What is done is kept in ``stages``
+    (`sluice.training.stages`).
 
     Raises:
         SluiceError: a rehearsal that is no such share, or epochs that are no whole numbers.
@@ -44,6 +45,7 @@ class Recipe:
     progress: bool = True
     gates: bool = False
     progressive: bool = False
+    rotate: bool = False
     stages: Stages = NOTHING
 
     def __post_init__(self) -> None:

@@ -460,6 +460,7 @@ def test_it_runs_without_torch(tmp_path: Path) -> None:
         (["--data", "tests.tiny:returns_a_number"], "returned int"),
         (["--data", "random", "--precision", "fp16"], "compressed in fp32"),
         (["--data", "random", "--gates"], "gates and stops are trained"),
+        (["--data", "random", "--rotate"], "weights of an ONNX file keep their basis"),
         (["--data", "random", "--loss", "huber"], "'huber' is unknown"),
     ],
 )  # fmt: skip

@@ -49,6 +49,7 @@ from sluice.passes.graph.preflight_torch import (
 __all__ = [
     "Inputs",
     "capture",
+    "captured_leaves",
     "clone",
     "example_inputs_of",
     "export_again",
@@ -266,6 +267,11 @@ def _takes_one(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     except SluiceError:
         return False
     return True
+
+
+def captured_leaves(gm: fx.GraphModule) -> list[Any]:
+    """The inputs that a graph was captured with, one for each of its placeholders."""
+    return pytree.tree_leaves((gm.meta[MARK]["args"], gm.meta[MARK]["kwargs"]))
 
 
 def input_specs(gm: fx.GraphModule) -> tuple[InputSpec, ...]:
