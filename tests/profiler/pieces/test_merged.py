@@ -351,15 +351,20 @@ def check_engines(base: Partition, exclude: Collection[str] = (), *, widths_vary
 
 
 def computed(model: onnx.ModelProto) -> list[object]:
-    """What a model computes, whatever its values are called."""
+    """What a model computes, whatever its values are called; of weights, which are drawn for an engine, the shapes."""
     graph, order = model.graph, {}
     for name in (n for ends in (graph.input, graph.initializer, graph.node) for each in ends for n in _made(each)):
         order.setdefault(name, len(order))
     return [
         *((n.op_type, n.attribute, [order.get(i) for i in n.input], [order[o] for o in n.output]) for n in graph.node),
         *((order[info.name], info.type, info.doc_string) for info in (*graph.input, *graph.output)),
-        *((t.data_type, numpy_helper.to_array(t).tobytes()) for t in graph.initializer),
+        *((t.data_type, tuple(t.dims), _integers(t)) for t in graph.initializer),
     ]
+
+
+def _integers(tensor: onnx.TensorProto) -> list[int] | None:
+    array = numpy_helper.to_array(tensor)
+    return array.tolist() if array.dtype.kind in "bi" else None
 
 
 def _made(each: onnx.NodeProto | onnx.ValueInfoProto | onnx.TensorProto) -> list[str]:
