@@ -1,6 +1,6 @@
 """What an exact change of basis before a cut is worth, right after the cut and after a fine-tune.
 
-    python -m benchmarks.basis [--networks vit minilm] [--folder build/sequences] [--show]
+    python -m benchmarks.basis [--networks vit minilm] [--cuts ...] [--folder build/sequences] [--show]
 
 1. ``vit``: the small vision transformer of `benchmarks.sequences`, accuracy in percent on 1,000 digits; ``minilm``:
    MiniLM, mean cosine in percent to the original's embeddings on held-out sentences, without labels.
@@ -9,6 +9,9 @@
    computes the same; scores are taken after the change.
 3. Each cut vision transformer is trained for the same epochs, at the same rates from the same seeds; the figure of a
    rate is the mean over seeds, and that of the better rate counts. MiniLM is not trained.
+4. A *budget* in percent of the dense latency (ONNX Runtime, one thread) is what `sluice.compress` makes with
+   ``epochs=0``, by all methods (MiniLM: widths and ranks), without ``rotate`` and with it. The measured share stands
+   beside the figure.
 
 Last line: JSON by network and cut.
 """
@@ -27,6 +30,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+import sluice
 from benchmarks.minilm import HELD, TRAIN, Batches, _encoded, cosine_loss, load_minilm, mean_cosine, sentences
 from benchmarks.recovery import Shuffled
 from benchmarks.sequences import BATCH, EPOCHS, NETWORKS, trained
@@ -41,10 +45,12 @@ from sluice.passes.graph.capture import capture, clone
 from sluice.passes.graph.groups import Analysis
 from sluice.passes.search_space import find_search_space, read_torch
 from sluice.pipeline.price import one_shot_scores
+from sluice.solver.options import METHODS
 from sluice.training.recovery import Recovery
 from sluice.training.train import Loss, default_loss, fit
 
 RESULT = Path("benchmarks/results/basis.json")
+BUDGETS = ("75%", "50%", "25%")
 CUTS = {"dims 1/2": ("dims", 2), "dims 1/4": ("dims", 4), "heads 1/2": ("heads", 2), "heads 1/4": ("heads", 4)}
 
 
@@ -60,6 +66,7 @@ class Task:
     epochs: int
     rates: tuple[float, ...]
     seeds: int
+    methods: tuple[str, ...] = METHODS
 
 
 def vit_task(folder: Path) -> Task:
@@ -78,7 +85,7 @@ def minilm_task(folder: Path) -> Task:
     held, tokens = Batches(*_encoded(texts[TRAIN:], tokenizer)), _encoded(texts[:TRAIN], tokenizer)
     return Task(
         model, next(iter(held)), lambda seed: Batches(*tokens, torch.Generator().manual_seed(seed)), cosine_loss,
-        lambda slim: mean_cosine(slim, model, held), 0, (), 0,
+        lambda slim: mean_cosine(slim, model, held), 0, (), 0, ("filter", "rank"),
     )  # fmt: skip
 
 
@@ -118,6 +125,27 @@ def cells(task: Task, cuts: Iterable[str]) -> dict[str, Any]:
     return found
 
 
+def at_budgets(task: Task, budgets: Iterable[str], folder: Path, name: str) -> dict[str, Any]:
+    """A row per budget, as `cells` has them; tables lie in ``folder``."""
+    found: dict[str, Any] = {}
+    for budget in budgets:
+        for basis, rotated in (("as it is", False), ("rotated", True)):
+            table = folder / f"basis-{name}-{basis.replace(' ', '-')}.db"
+            report = sluice.compress(
+                task.model, task.inputs, budget=budget, data=task.data(0), table=table, epochs=0, rotate=rotated,
+                methods=task.methods, loss=task.loss, evaluate=task.figure, progress=False,
+            ).report  # fmt: skip
+            assert report.measured_ms is not None
+            row: dict[str, Any] = {
+                "cut": report.metric_slim,
+                "share": round(report.measured_ms / report.dense_ms, 4),
+                "tuned": {},
+            }
+            found.setdefault(budget, {})[basis] = row
+            print(name, budget, basis, json.dumps(row), file=sys.stderr, flush=True)
+    return found
+
+
 def tuned(task: Task, slim: fx.GraphModule, rate: float, seed: int) -> float:
     module = clone(slim)
     torch.manual_seed(seed)
@@ -135,19 +163,23 @@ def best(row: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--cuts", nargs="+", default=list(CUTS), choices=list(CUTS), metavar="CUT")
+    every = [*CUTS, *BUDGETS]
+    parser.add_argument("--cuts", nargs="+", default=every, choices=every, metavar="CUT", help=", ".join(every))
     parser.add_argument("--folder", type=Path, default=Path("build/sequences"))
     parser.add_argument("--show", action="store_true", help="only print the result")
     options = parser.parse_args(argv)
     known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     for name in () if options.show else options.networks:
         options.folder.mkdir(parents=True, exist_ok=True)
-        known[name] = {**known.get(name, {}), **cells(TASKS[name](options.folder), options.cuts)}
+        task, cuts = TASKS[name](options.folder), [cut for cut in options.cuts if cut in CUTS]
+        rows = {**known.get(name, {}), **(cells(task, cuts) if cuts else {})}
+        known[name] = rows | at_budgets(task, [b for b in options.cuts if b in BUDGETS], options.folder, name)
         write_atomically(RESULT, (json.dumps(known, indent=1) + "\n").encode())
     for name, rows in known.items():
         for cut, row in rows.items():
             for basis, own in row.items():
                 told = f"{own:.2f}" if cut == "dense" else f"{own['cut']:.2f}{best(own)}"
+                told += f" at {own['share']:.1%}" if cut in BUDGETS else ""
                 print(f"{name:<8}{cut:<11}{basis:<10} {told}")
     print(json.dumps(known))
     return 0

@@ -74,7 +74,10 @@ def _compress(p: argparse.ArgumentParser) -> None:
         "plan, in a third of the epochs on top",
     )  # fmt: skip
     p.add_argument(
-        "--rotate", action="store_true", help="first write attention in a basis that sorts the dimensions of its heads"
+        "--rotate",
+        action="store_true",
+        help="first write attention in a basis that sorts the dimensions of its heads, "
+        "which may be cut then; for --epochs 0",
     )
     p.add_argument("--evaluate", metavar="FUNCTION", help="package.module:function from a module to its accuracy")
     options.widths(p)

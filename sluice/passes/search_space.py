@@ -122,11 +122,12 @@ class SearchSpace:
         )
 
 
-def read_onnx(model: onnx.ModelProto, full: onnx.ModelProto | None = None) -> Reading:
+def read_onnx(model: onnx.ModelProto, full: onnx.ModelProto | None = None, *, dims: bool = False) -> Reading:
     """The reading of an ONNX graph whose initialisers carry parameter names.
 
     Args:
         full: the model that has the numbers of hollow tensors.
+        dims: the dimensions of attention heads are groups as well.
     """
     from sluice.passes.cut.pools_onnx import padded_pools
     from sluice.passes.graph.chains_onnx import chains_onnx
@@ -138,7 +139,7 @@ def read_onnx(model: onnx.ModelProto, full: onnx.ModelProto | None = None) -> Re
     buffers = frozenset(buffers_of(model))
     return Reading(
         "onnx",
-        analyze_onnx(model),
+        analyze_onnx(model, dims=dims),
         view_onnx(model),
         chains_onnx(model),
         Numbers(model, full),

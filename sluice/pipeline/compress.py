@@ -92,7 +92,7 @@ def compress(
             training and prices anew at each, make one more candidate, in as many epochs as gates
             (`sluice.pipeline.progressive`).
         rotate: first write attention in a basis that sorts the dimensions of its heads, and value biases as constants,
-            which computes the same (`sluice.passes.cut.rotate_torch`).
+            which computes the same (`sluice.passes.cut.rotate_torch`). These dimensions are widths then, as heads are.
         lr: learning rate of the fine-tune and the rehearsal; ``"auto"`` finds it by trial on held-out batches, and with
             it loss and parametrisation (`sluice.training.trial`). Gates train at it too, with ``"auto"`` at 1e-3.
         recovery: in place of ``lr``: rate, optimizer, weight decay, warm-up, schedule, parametrisation.

@@ -158,7 +158,8 @@ def prepare(
         captured = capture(model, example_inputs)
         if recipe.rotate:
             rotate(captured)
-        exported, space = to_onnx(captured, example_inputs), find_search_space(read_torch(captured), exclude, limits)
+        exported = to_onnx(captured, example_inputs)
+        space = find_search_space(read_torch(captured, dims=recipe.rotate), exclude, limits)
     # Before anything is measured, and of the network as it was captured: what is wrong with it costs nothing then.
     metric = None if recipe.evaluate is None else recipe.evaluate(clone(captured).eval())
     measured = _profile(exported, deployment, space, table=table, exclude=exclude, methods=methods,

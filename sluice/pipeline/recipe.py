@@ -28,8 +28,8 @@ class Recipe:
     ``recovery`` says. ``evaluate`` is the figure of merit of a module, for the report. With ``gates`` there is one
     more candidate, that gates make of the best one (`sluice.pipeline.gate_candidate`); with ``progressive`` one more
     for a deep budget, of a network that comes down in stops (`sluice.pipeline.progressive`). With ``rotate`` the basis
-    of attention heads is changed before anything is priced. What is done is kept in ``stages``
-    (`sluice.training.stages`).
+    of attention heads is changed before anything is priced, and their dimensions are widths. What is done is kept in
+    ``stages`` (`sluice.training.stages`).
 
     Raises:
         SluiceError: a rehearsal that is no such share, or epochs that are no whole numbers.

@@ -251,7 +251,8 @@ def _partition(
     """The network at the batch of the deployment, its pieces, and what it can become."""
     bare = light(model)
     static = static_at(bare, fingerprint.batch)
-    space = find_search_space(read_onnx(static, model), exclude, limits)
+    dims = like is not None and like.analysis.dims
+    space = find_search_space(read_onnx(static, model, dims=dims), exclude, limits)
     if like is not None:
         space = replace(called_like(space, like), limits=like.limits)
     partition = partition_static(static, space.analysis, fingerprint.batch)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.basis import CUTS, RESULT, best, of_attention
+from benchmarks.basis import BUDGETS, CUTS, RESULT, best, of_attention
 from sluice.passes.graph.capture import capture
 from tests.sequences import sequence
 
@@ -29,3 +29,5 @@ def test_the_committed_figures() -> None:
         assert rows["dense"]["rotated"] == pytest.approx(rows["dense"]["as it is"], abs=0.1)
         for cut in rows.keys() & CUTS.keys():
             assert rows[cut]["rotated"]["changed"] and not rows[cut]["as it is"]["changed"]
+        for budget in rows.keys() & set(BUDGETS):
+            assert all(row["share"] <= float(budget.rstrip("%")) / 100 for row in rows[budget].values())

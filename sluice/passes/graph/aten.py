@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -253,7 +254,7 @@ def analyze(gm: fx.GraphModule, exclude: Sequence[str] = (), *, needed: bool = T
         elif node.op == "output":
             w.coupling.unknown([w.of(v) for v in node.all_input_nodes], "is an output of the model")
     w.coupling.settle(dims)
-    analysis = leave_out(find_groups(w.coupling, w.value, w.shape), exclude)
+    analysis = replace(leave_out(find_groups(w.coupling, w.value, w.shape), exclude), dims=dims)
     if needed:
         check_cuttable(analysis)
     return analysis

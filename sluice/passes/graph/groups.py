@@ -78,7 +78,8 @@ class Analysis:
 
     ``values`` has no entry for a value without a labelled axis. ``producers`` are the (weight, axis) pairs that make a
     labelled axis, in graph order, with a group or without. ``batch`` stands for the free batch in the ``shapes`` of an
-    ONNX graph: it divides the sizes that hold the batch and no others. It is None where the batch is fixed.
+    ONNX graph: it divides the sizes that hold the batch and no others. It is None where the batch is fixed. ``dims``:
+    the dimensions of attention heads are groups as well.
     """
 
     groups: tuple[AxisGroup, ...]
@@ -88,6 +89,7 @@ class Analysis:
     tensors: Mapping[str, Shape]
     producers: tuple[tuple[str, int], ...] = ()
     batch: int | None = None
+    dims: bool = False
 
     def axis(self, value: str, dim: int) -> ValueAxis | None:
         """The axis of a value, None if nothing on it can be cut."""

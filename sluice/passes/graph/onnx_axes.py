@@ -211,4 +211,4 @@ def analyze_onnx(model: onnx.ModelProto, exclude: Sequence[str] = (), *, dims: b
     for out in static.graph.output:
         w.coupling.unknown([w.of(out.name)], "is an output of the model")
     w.coupling.settle(dims)
-    return replace(leave_out(find_groups(w.coupling, w.value, w.shape), exclude), batch=batch)
+    return replace(leave_out(find_groups(w.coupling, w.value, w.shape), exclude), batch=batch, dims=dims)

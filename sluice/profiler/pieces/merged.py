@@ -62,7 +62,7 @@ def merged_runs(base: Partition, sites: Sequence[MergeSite]) -> list[OfferedRepl
         inner = inner_names(base, branch.site, on)
         names |= {(branch.prefix + tensor, axis): name for (tensor, axis), name in inner.items()}
     # What was excluded is no matter for a merge.
-    analysis = rename_groups(analyze_onnx(model), names, base.analysis)
+    analysis = rename_groups(analyze_onnx(model, dims=base.analysis.dims), names, base.analysis)
     light = {name: tensor for name, tensor in OnnxGraph(model).initializers.items() if name in base.analysis.tensors}
     found = [_offered(base, branch, model, analysis, light) for branch in branches]
     shared = [k for k, one in enumerate(found) if any(not joint.pair for joint in find_joints(one.partition))]

@@ -120,7 +120,7 @@ def partition_graph(
         SluiceError: the model fixes another batch.
     """
     static = static_at(model, batch)
-    analysis = rename_groups(analyze_onnx(static), names or {}, base)
+    analysis = rename_groups(analyze_onnx(static, dims=any(a.dims for a in (like, base) if a)), names or {}, base)
     if like is not None:
         analysis = replace(agreeing(analysis, like, "is left alone"), frozen=like.frozen)
     return of_parts(parts_of(static), static, analysis, batch, ends_of(static) if by_kernels else ())
