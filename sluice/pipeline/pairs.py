@@ -178,8 +178,8 @@ class Pairs:
             self._reference = self.profile.reference(self._runner)
         with building(self.profile.target):
             engine = self._runner.build(slim, batch=batch)
-        # Before there is a dense engine, since both take the memory of several files.
-        if wide is not None and isinstance(slim, onnx.ModelProto):
+        if wide is not None:  # before there is a dense engine, since both take the memory of several files
+            assert isinstance(slim, onnx.ModelProto), "a parked file is timed, and not compared"
             with running(self.profile.target):
                 check = engine_check(self.profile, engine, slim, wide)
             if check.runtime and not check.same:

@@ -66,6 +66,7 @@ from onnx import helper, numpy_helper
 
 from sluice.core.latency import Extent
 from sluice.passes.graph.onnx_graph import rename_reads
+from sluice.profiler.pieces.fused import name_of
 from sluice.profiler.pieces.partition import Partition, Piece, build_piece
 from sluice.profiler.pieces.sources import add_sources, has_source
 
@@ -219,7 +220,7 @@ def _join(parts: Sequence[onnx.ModelProto], tensor: str | None = None, kept: boo
         for node in part.graph.node:
             copy = onnx.NodeProto()
             copy.CopyFrom(node)
-            copy.name = f"{index}/{node.name or next(filter(None, node.output))}"
+            copy.name = f"{index}/{node.name or name_of(node)}"
             rename_reads(copy, rename)
             copy.output[:] = [rename(n) for n in node.output]
             nodes.append(copy)

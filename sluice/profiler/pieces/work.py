@@ -21,6 +21,7 @@ import onnx
 
 from sluice.passes.graph.groups import Analysis
 from sluice.passes.graph.onnx_graph import OnnxGraph, attributes
+from sluice.profiler.pieces.fused import name_of
 from sluice.profiler.pieces.identity import Composition, compositions_of, weights_only
 from sluice.profiler.pieces.partition import CONVOLUTIONS, Partition, Piece
 from sluice.profiler.pieces.split import ANCHORS, RECURRENT
@@ -99,7 +100,7 @@ def work_of(piece: Piece, partition: Partition) -> Work:
     for node in piece.model.graph.node:
         if node.op_type not in ANCHORS or node.input[0] not in size.shapes:
             continue
-        made = size.channels(next(filter(None, node.output)))
+        made = size.channels(name_of(node))
         if not kind:
             kind, ends = _kind(node, size, held), (size.channels(node.input[0]), made)
         if node.op_type in RECURRENT:
@@ -176,7 +177,7 @@ def _gates(node: onnx.NodeProto, size: _Sizes) -> tuple[_Count, _Count]:
     ways, rows, hidden = size.shapes[node.input[2]]
     steps = size.shapes[node.input[0]][0]
     out = size.of(node.output[0]) if node.output[0] else size.of(node.output[1]).times(steps)
-    made = size.channels(next(filter(None, node.output)))
+    made = size.channels(name_of(node))
     return out.times(rows / hidden), made.times(ways * rows / hidden)
 
 

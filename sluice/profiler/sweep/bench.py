@@ -149,7 +149,7 @@ class Bench:
         """Time these points; where the table has a figure already, the lower one is kept."""
         done, call_ms = 0, self.call() if points else 0.0
         least, most = WEIGHTS_AT_ONCE
-        room = min(most, max(least, *(bytes_of_weights(cut.model) // 2 for cut, _, _ in points), 0))
+        room = min(most, max([least, *(bytes_of_weights(cut.model) // 2 for cut, _, _ in points)]))
         while done < len(points) and self.open:
             count, sessions, size = 0, 0, 0.0
             while sessions < AT_ONCE and size < room and done + count < len(points):
