@@ -134,6 +134,6 @@ def _true(slot: Slot, term: Term) -> Term:
         assert slot.work is not None
         ms = piece_ms(slot.work, slot.part.key, points)
     else:
-        scale = slot.graph.batch / (slot.graph if slot.part.pair else slot.graph.small or slot.graph).batch
+        scale = slot.graph.batch / slot.part.batch
         ms = np.array([scale * joint_ms(slot.part, float(point.sum())) for point in points])
     return replace(term, ms=ms.reshape(shape), bound=None, measured=None)

@@ -25,7 +25,9 @@ ring, as those of a residual block, would save one call too many, so calls are t
        J(t) = T(p | c_1 | ... | c_k) - T(p and all c_i joined at t) - T(sources of t) + k * T(call)
 
 Where the batch is free and one thread computes, they are timed at a quarter of the batch: the saving beside the calls
-is work on t, hence in proportion to the batch. The time that several threads take to share an operator is not.
+is work on t, hence in proportion to the batch. The time that several threads take to share an operator is not. Nor is
+what a kernel takes to start, and four times over that was 10% of a small 1-D ResNet in OpenVINO. Joints whose pieces
+have at most `FITS` elements in all their tensors outgrow no cache, and are timed at the whole batch.
 
 3. Where the runtime tells that the joined pieces run the very kernels that they run apart (less the sources of t), they
    save their calls, and nothing is timed. That is the usual case where borders are free. The rest is timed: pieces
@@ -57,6 +59,7 @@ in percent of the chain:
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -73,6 +76,7 @@ from sluice.profiler.pieces.sources import add_sources, has_source
 __all__ = ["Joint", "call_models", "crosses", "find_joints", "joint_models", "joint_widths"]
 
 SMALL = 16
+FITS = 2**18  # elements: a megabyte in fp32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,7 +85,8 @@ class Joint:
 
     ``calls`` is the number of engine calls that it saves: one per consumer, less the calls of its own sources.
     ``kept``: other pieces read the tensor as well. ``around``: the consumers also depend on the producer by way of
-    other pieces (rules 4 and 5).
+    other pieces (rules 4 and 5). ``batch`` is that of the graph it was found in, ``fits``: it outgrows no cache there
+    (rule 2).
     """
 
     tensor: str
@@ -91,6 +96,8 @@ class Joint:
     producer: Piece
     consumers: tuple[Piece, ...]
     calls: int
+    batch: int
+    fits: bool
     kept: bool = False
     around: bool = False
 
@@ -129,8 +136,17 @@ def find_joints(partition: Partition) -> tuple[Joint, ...]:
             around = not direct
             calls = len(consumers) - sourced
             kind = ("jp" if len(consumers) == 1 else "j") + "k" * kept + "a" * around
-            joints.append(Joint(tensor, kind + key, text, extent, producer, consumers, calls, kept, around))
+            batch, fits = partition.batch, _elements(partition, (producer, *consumers)) <= FITS
+            joints.append(
+                Joint(tensor, kind + key, text, extent, producer, consumers, calls, batch, fits, kept, around)
+            )
     return tuple(joints)
+
+
+def _elements(partition: Partition, pieces: Iterable[Piece]) -> int:
+    """In all tensors at the borders of these pieces, at dense widths."""
+    borders = {name for piece in pieces for name in (*piece.inputs, *piece.outputs)}
+    return sum(math.prod(partition.analysis.shapes[name]) for name in borders)
 
 
 def _behind(partition: Partition) -> dict[str, set[str]]:

@@ -54,7 +54,7 @@ def net_ms(piece: Piece, partition: Partition, ms: float, call_ms: float) -> flo
 
 def joint_graph(joint: Joint, partition: Partition) -> Partition:
     """The graph at the batch that the joint is measured at (rules 1 and 2 of `sluice.profiler.pieces.joints`)."""
-    return partition if joint.pair else partition.small or partition
+    return partition if joint.batch == partition.batch else partition.small or partition
 
 
 def measured_joints(partition: Partition) -> list[Joint]:
@@ -63,7 +63,7 @@ def measured_joints(partition: Partition) -> list[Joint]:
     if partition.small is None:
         return list(at_batch)
     small = {joint.tensor: joint for joint in find_joints(partition.small)}
-    return [joint if joint.pair else small[joint.tensor] for joint in at_batch]
+    return [joint if joint.pair or joint.fits else small[joint.tensor] for joint in at_batch]
 
 
 def joint_ms(joint: Joint, partition: Partition, ms: float, call_ms: float) -> float:

@@ -319,10 +319,21 @@ def test_a_closed_bench_reads_what_is_there_and_raises_where_it_would_measure(tm
         closed_bench(table).call()
 
 
-def test_only_joints_of_several_consumers_are_measured_at_a_part_of_the_batch() -> None:
+def test_only_large_joints_of_several_consumers_are_measured_at_a_part_of_the_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = skipping(12, 8)
     cut = with_small(partition_graph(model, 8), model)
     assert cut.small is not None and cut.small.batch == 2
+    several = [joint for joint in find_joints(cut) if not joint.pair]
+    shapes = [cut.analysis.shapes[n] for n in {n for p in (several[0].producer, *several[0].consumers)
+                                               for n in (*p.inputs, *p.outputs)}]  # fmt: skip
+    elements = sum(int(np.prod(shape)) for shape in shapes)
+    for fits, small in ((elements, False), (elements - 1, True)):
+        monkeypatch.setattr("sluice.profiler.pieces.joints.FITS", fits)
+        measured = {joint.tensor: joint for joint in measured_joints(cut)}
+        assert (joint_graph(measured[several[0].tensor], cut) is cut.small) == small
+    monkeypatch.setattr("sluice.profiler.pieces.joints.FITS", 0)
     kinds = set()
     for joint in measured_joints(cut):
         own = {found.key for found in find_joints(cut if joint.pair else cut.small)}
