@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.onnx_memory_chains import CHAINS, made
+from benchmarks.onnx_memory_chains import CHAINS, made, size_of
 from benchmarks.wild import CACHE, fetch, save
 from benchmarks.wild_files import FILES
 
@@ -135,7 +135,7 @@ def child(name: str, path: Path, *, plainly: bool) -> None:
     shapes = OnnxGraph(static_sizes(file.model, 1)).shapes
     held = sum(4.0 * np.prod(shapes[n]) for node in file.model.graph.node for n in node.output if n in shapes)
     values = held * rows_of(read_onnx_file(path, {given[0]: shown}), {given[0]: shown}).at_once
-    row = Row(name, path.stat().st_size / MB, start, peak - start, max(needed) / MB, float(values) / MB)
+    row = Row(name, size_of(path) / MB, start, peak - start, max(needed) / MB, float(values) / MB)
     print(json.dumps({k: v for k, v in asdict(row).items() if k != "floor"}))
 
 

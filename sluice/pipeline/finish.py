@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import onnx
@@ -37,25 +38,22 @@ from sluice.passes.cut.export import to_onnx
 from sluice.passes.cut.rewrite_onnx import rewrite_onnx
 from sluice.passes.cut.rewrite_torch import merge_runs
 from sluice.passes.gates.gating import Gated, strip_gates
-from sluice.passes.graph.aten import analyze
 from sluice.passes.graph.names_torch import with_own_names
 from sluice.passes.graph.onnx_file import finalize
 from sluice.pipeline.arguments import numeric
 from sluice.pipeline.attention_form import marked_like
-from sluice.pipeline.choose import Scenario, choose, late_steps
 from sluice.pipeline.close import close
 from sluice.pipeline.figures import captured_inputs, count_parameters, example_outputs, parity
-from sluice.pipeline.gate_candidate import GateCandidate
-from sluice.pipeline.kept_stages import Reading, verified_once
 from sluice.pipeline.pairs import engine_check
 from sluice.pipeline.plain import counted_from
-from sluice.pipeline.prepare import Prepared, fits, trainable
+from sluice.pipeline.prepare import Prepared, fits
 from sluice.pipeline.price import price_problem
-from sluice.pipeline.progressive import descend
 from sluice.pipeline.recipe import REHEARSAL, Evaluate, Recipe, recovery_of
 from sluice.pipeline.recover import recover
 from sluice.pipeline.report_figures import make_report
-from sluice.pipeline.verify import AIM, VerifiedSolution, final_pair, first_verified
+from sluice.pipeline.settle import settle
+from sluice.pipeline.verify import final_pair
+from sluice.profiler.profile import Profile
 from sluice.runtime.base.runner import Runner
 from sluice.solver.options import BSR, check_methods
 from sluice.training.budget import Budget
@@ -114,94 +112,49 @@ def carry_out(
     ready: Prepared, budget: BudgetSpec, recipe: Recipe, *, out: str | os.PathLike[str] | None, started: float
 ) -> Compressed:
     """The way of one budget, from a prepared problem to its result."""
-    stages = recipe.stages.for_(budget)
+    recipe = replace(recipe, stages=recipe.stages.for_(budget))
     budget = counted_from(ready.plain, budget)
     if fits(ready.measured, budget):
         ready, recipe = replace(ready, problem=replace(ready.problem, sites=frozenset())), replace(recipe, epochs=0)
         if recipe.progress:
             dense_ms = ready.measured.latency.dense_ms()
             print(f"{dense_ms:.4g} ms are within {budget.ms(dense_ms):.4g} ms already: nothing is cut", file=sys.stderr)
-    gated, measured, reference = ready.gated, ready.measured, ready.teacher
-    problem, precision = ready.problem, measured.fingerprint.precision
-    data, evaluate, progress = recipe.data, recipe.evaluate, recipe.progress
-    if precision == "int8" and data is None:
+    measured, evaluate = ready.measured, recipe.evaluate
+    if measured.fingerprint.precision == "int8" and recipe.data is None:
         raise SluiceError("int8 is calibrated on data; give data= some batches of inputs")
-    stripped = ready.captured()
-    analysis = analyze(stripped, needed=False, dims=True)  # once, for the plans of all scenarios
-    dense_onnx = ready.dense_onnx(stripped)
-    target_ms = AIM * budget.ms(measured.latency.dense_ms())
-    descent = None
-    if recipe.progressive and data is not None and recipe.epochs:
-        descent = descend(ready, target_ms, replace(recipe, stages=stages), late_steps(recipe.steps())[0])
-
-    def settled() -> tuple[VerifiedSolution, list[Reading]]:
-        scenarios: list[Scenario] = []
-        if data is not None and recipe.epochs:
-            reached_ms, total = max(target_ms, problem.least_from(target_ms)), recipe.steps()
-            candidate = GateCandidate(
-                stripped, gated.meta["space"], ready.methods, reference, recipe.loss, recipe.recovery, progress
-            )  # fmt: skip
-            scenarios = choose(
-                problem, ready.methods, reached_ms, lambda solution: trainable(stripped, solution.plan, analysis),
-                data=data, teacher=reference, loss=recipe.loss, recovery=recipe.recovery,
-                steps=int(recipe.rehearsal * total), total=total, gates=candidate if recipe.gates else None,
-                descent=descent, stages=stages, progress=progress,
-            )  # fmt: skip
-        with stage("decide and verify on engines", progress) as advance:
-            rehearsed = {s.problem: s.solution for s in reversed(scenarios)}
-            problems = [*(s.problem for s in scenarios), problem]
-            verified = first_verified(problems, budget, dense_onnx, advance, rehearsed)
-            ahead = next((s.foreseen for s in scenarios if s.solution is verified.solution), None)
-            verified = replace(verified, foreseen=ahead)
-        return verified, [(s.name, s.solution.choice.promised_ms, s.rehearsed) for s in scenarios]
-
-    lower = {} if descent is None else {"stops": descent.ready.problem}
-    verified, readings = verified_once(stages, {"dense": problem, **lower}, settled)
-    if descent is not None and verified.problem is descent.ready.problem:
-        ready, gated, stripped = descent.ready, descent.ready.gated, descent.captured
-        dense_onnx = ready.dense_onnx(stripped)
-    slim = trainable(stripped, verified.plan, analysis)
-    cut = finalize(rewrite_onnx(dense_onnx, verified.plan))
-    closed = parity(close(gated, verified.solution).eval(), slim, cut, stripped)
+    settled = settle(ready, budget, recipe)
+    ready, verified, dense = settled.ready, settled.verified, settled.captured
+    cut = finalize(rewrite_onnx(settled.dense_onnx, verified.plan))
+    closed = parity(close(ready.gated, verified.solution).eval(), settled.slim, cut, dense)
     _same(closed)
-
-    def deploy(model: onnx.ModelProto, runner: Runner | None = None) -> tuple[onnx.ModelProto, float | None]:
-        if precision == "fp32":
-            return measured.engine(model), None
-        batches = None if data is None else _first(data, CALIBRATION)
-        made = deploy_onnx(model, precision, batches, target=measured.target)
-        like = example_outputs(slim, stripped)
-        module = as_module(made, like, runner=runner, batch=measured.fingerprint.batch)
-        return made, None if evaluate is None else evaluate(module)
-
+    deploy = partial(_deployed, measured=measured, recipe=recipe, like=example_outputs(settled.slim, dense))
     deploy(cut)  # rule 5
-    metric_dense = ready.metric if evaluate is None or ready.metric is not None else evaluate(reference)
+    metric_dense = ready.metric if evaluate is None or ready.metric is not None else evaluate(ready.teacher)
     recovered = None
     if verified.plan.edited():  # what was not cut has nothing to recover
-        recipe = replace(recipe, stages=stages)
         recovered = recover(
-            slim, verified.plan, recipe, dense=stripped, teacher=reference, foreseen=verified.foreseen
+            settled.slim, verified.plan, recipe, dense=dense, teacher=ready.teacher, foreseen=verified.foreseen
         )  # fmt: skip
-    slim = merge_runs(slim, verified.plan).eval()
+    slim = merge_runs(settled.slim, verified.plan).eval()
     with kept(out, slim, verified.plan):
-        with stage("export and measure", progress) as advance:
-            slim_onnx = finalize(marked_like(to_onnx(slim, captured_inputs(stripped)), measured))
-            dense_engine = finalize(dense_onnx)
+        with stage("export and measure", recipe.progress) as advance:
+            slim_onnx = finalize(marked_like(to_onnx(slim, captured_inputs(dense)), measured))
+            dense_engine = finalize(settled.dense_onnx)
             runner = measured.runner()
             deployed, metric_deployed = deploy(slim_onnx, runner)
-            file = deployed if precision == "fp32" else slim_onnx
-            exported = parity(slim, slim, file, stripped)
+            file = deployed if measured.fingerprint.precision == "fp32" else slim_onnx
+            exported = parity(slim, slim, file, dense)
             times = final_pair(measured, measured.engine(dense_engine), deployed, budget, verified, advance)
             engine = runner.build(deployed, batch=measured.fingerprint.batch)
             outputs = engine_check(measured, engine, deployed, slim_onnx)
         report = make_report(
             measured, verified, times=times, worst=max(closed, exported),
-            params=(count_parameters(stripped), count_parameters(slim)),
+            params=(count_parameters(dense), count_parameters(slim)),
             macs=(count_macs(dense_engine), count_macs(slim_onnx)),
             metrics=(metric_dense, None if evaluate is None else evaluate(slim), metric_deployed),
-            frozen={**measured.space.left_alone, **gated.meta["space"].left_alone, **measured.refused},
+            frozen={**measured.space.left_alone, **ready.gated.meta["space"].left_alone, **measured.refused},
             seconds=time.perf_counter() - started, losses=ready.problem.losses, plain=ready.plain,
-            readings=readings, recovery=recovered,
+            readings=settled.readings, recovery=recovered,
             methods=("rank",) if ready.methods == (BSR,) else ready.methods, outputs=outputs,
         )  # fmt: skip
         origin = provenance(verified.plan, report)
@@ -209,11 +162,29 @@ def carry_out(
         done = Compressed(with_own_names(slim), verified.plan, named, deployed, report)
         if out is not None:
             done.save(out)
-    stages.end()
+    recipe.stages.end()
     _same(exported)  # last: the trained network is saved even then
     if not outputs.same:
         raise outputs.refusal(f"the engine of {measured.target}")
     return done
+
+
+def _deployed(
+    model: onnx.ModelProto,
+    runner: Runner | None = None,
+    *,
+    measured: Profile,
+    recipe: Recipe,
+    like: object,
+) -> tuple[onnx.ModelProto, float | None]:
+    """The file in the precision of the deployment, and the figure of merit of its engine where that is not fp32."""
+    precision = measured.fingerprint.precision
+    if precision == "fp32":
+        return measured.engine(model), None
+    batches = None if recipe.data is None else _first(recipe.data, CALIBRATION)
+    made = deploy_onnx(model, precision, batches, target=measured.target)
+    module = as_module(made, like, runner=runner, batch=measured.fingerprint.batch)
+    return made, None if recipe.evaluate is None else recipe.evaluate(module)
 
 
 def _first(data: Data, count: int) -> Iterator[object]:

@@ -27,11 +27,14 @@ def test_all_rows_are_within_the_bound(tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("name", chains.CHAINS)
 def test_chains_run_and_can_be_cut_everywhere(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for setting, small in (("SIZE", 8), ("PRODUCTS", 4)):
+    for setting, small in (("SIZE", 8), ("PRODUCTS", 4), ("WIDE", 8), ("LAYERS", 4)):
         monkeypatch.setattr(chains, setting, small)
     monkeypatch.setattr(chains.CHAINS[name], "shape", (8,))
     path = chains.made(name, tmp_path)
     written = path.stat().st_mtime_ns
+    assert chains.size_of(path) > 4 * 8 * 8 * 4 and (chains.size_of(path) == path.stat().st_size) == (
+        not chains.CHAINS[name].apart
+    )
     file = read_onnx_file(path)
     assert file.batch_is_open and len(analyze_onnx(file.model).groups) == 3
     assert chains.made(name, tmp_path) == path and path.stat().st_mtime_ns == written
