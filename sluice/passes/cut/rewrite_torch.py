@@ -35,6 +35,7 @@ from sluice.passes.graph.names_torch import set_tensor
 
 __all__ = ["merge_runs", "rewrite_captured", "rewrite_torch", "slice_tensors"]
 
+KERNEL = 4  # elements
 _SIZES = {  # the argument that holds the sizes of the result
     "view": "size",
     "reshape": "shape",
@@ -76,7 +77,7 @@ def rewrite_captured(
         analysis: of this network or of one that it is a clone of; without it the graph is read. The plan is held to it
             all the same.
     """
-    shapes = {name: tuple(t.shape) for name, t in slim.state_dict().items()}
+    shapes = {name: tuple(t.shape) for name, t in slim.state_dict(keep_vars=True).items()}
     plan.check_model(shapes)
     if analysis is None:
         analysis = analyze(slim, needed=False, dims=True)  # whatever a plan may cut
@@ -111,14 +112,13 @@ def merge_runs(slim: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 def slice_tensors(module: nn.Module, plan: Plan) -> None:
     """Slice parameters and buffers in place, by name."""
     state = module.state_dict(keep_vars=True)
-    by_name: dict[str, torch.Tensor] = {}
     kept: dict[tuple[int, torch.device], torch.Tensor] = {}  # the plan holds what it keeps
-    for cut in sorted(plan.slices, key=lambda cut: cut.axis):  # whole rows first, which are copied as they lie
-        tensor = by_name.get(cut.param)
-        tensor = state[cut.param].detach() if tensor is None else tensor
-        if (key := (id(cut.keep), tensor.device)) not in kept:
-            kept[key] = torch.from_numpy(np.array(cut.keep)).to(tensor.device)
-        by_name[cut.param] = tensor.index_select(cut.axis, kept[key])
+    cuts: dict[str, dict[int, torch.Tensor]] = {}
+    for cut in sorted(plan.slices, key=lambda cut: cut.axis):
+        if (key := (id(cut.keep), device := state[cut.param].device)) not in kept:
+            kept[key] = torch.from_numpy(np.array(cut.keep)).to(device)
+        cuts.setdefault(cut.param, {})[cut.axis] = kept[key]
+    by_name = {name: _taken(state[name].detach(), along) for name, along in cuts.items()}
     names: dict[int, list[str]] = {}
     for name, old in state.items():
         names.setdefault(id(old), []).append(name)
@@ -128,6 +128,18 @@ def slice_tensors(module: nn.Module, plan: Plan) -> None:
         for alias in (a for a in names[id(old)] if a not in by_name):  # tied weights stay tied
             owner, leaf = module.get_submodule(alias.rpartition(".")[0]), alias.rpartition(".")[2]
             setattr(owner, leaf, module.get_submodule(name.rpartition(".")[0]).__getattr__(name.rpartition(".")[2]))
+
+
+def _taken(tensor: torch.Tensor, along: dict[int, torch.Tensor]) -> torch.Tensor:
+    """What is kept along these axes, which ascend: whole rows first, which are copied as they lie."""
+    kernel = math.prod(tensor.shape[2:])
+    if tuple(along) == (0, 1) and kernel >= KERNEL:  # both at once, since each copy moves a whole kernel
+        outputs, inputs = along.values()
+        taken = (outputs[:, None] * tensor.shape[1] + inputs).flatten()
+        return tensor.reshape(-1, kernel).index_select(0, taken).reshape(len(outputs), len(inputs), *tensor.shape[2:])
+    for axis, kept in along.items():
+        tensor = tensor.index_select(axis, kept)
+    return tensor
 
 
 def mend_literals(gm: fx.GraphModule, analysis: Analysis, keeps: list[np.ndarray]) -> bool:
