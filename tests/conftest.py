@@ -42,6 +42,12 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(*CYCLES)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def what_other_modules_left_is_not_searched() -> None:
+    """Compressing a file collects between its stages, which took seconds where thousands of tests had gone before."""
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def exporters_read_their_operators_once() -> Iterator[None]:
     """For each export torch.onnx reads the sources of 500 ONNX Script functions anew, and torch lists its operators.

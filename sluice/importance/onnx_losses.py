@@ -23,7 +23,7 @@ import onnx
 from onnx import numpy_helper
 
 from sluice.core.errors import SluiceError
-from sluice.core.heap import give_back_holes
+from sluice.core.heap import give_back_holes, own_circles
 from sluice.core.latency import LatencyModel
 from sluice.core.plan import Edits
 from sluice.importance.curves import LEVELS, curve, floored
@@ -75,7 +75,7 @@ def onnx_losses(
     found = dict[str, np.ndarray]()
     for done, (_, losses) in enumerate(sorted(asked, key=itemgetter(0)), 1):
         found |= losses()
-        give_back_holes()  # hundreds of changed files went through the heap
+        give_back_holes(circles=False)  # hundreds of changed files went through the heap
         advance(done, len(asked))
     return floored(found, latency)
 
@@ -89,7 +89,8 @@ def _widths(
     bare = hollow(model, OnnxGraph(model).initializers.keys() - {ref.param for ref in group.refs})
 
     def cut(width: int) -> float:
-        return distance.of(cut_graph(bare, analysis, keep_masks(analysis, {group.name: order[:width].tolist()})))
+        with own_circles():
+            return distance.of(cut_graph(bare, analysis, keep_masks(analysis, {group.name: order[:width].tolist()})))
 
     return {group.name: curve(levels, cut, dense=levels[-1])}
 
@@ -109,7 +110,8 @@ def _ranks(
 
 def _edit(name: str, model: onnx.ModelProto, edits: Edits, distance: OutputDistance) -> dict[str, np.ndarray]:
     try:
-        loss = distance.of(restructure(model, edits))
+        with own_circles():
+            loss = distance.of(restructure(model, edits))
     except SluiceError:
         loss = BROKEN
     return {name: np.array([0.0, loss])}
